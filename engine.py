@@ -1,0 +1,300 @@
+"""The one training loop, and evaluation. A main supplies ``loss_fn(model, batch) -> (loss, {name: scalar tensor})``.
+
+Randomness: data order is a function of (seed, epoch), a sample's augmentation and mask of (seed, epoch, index), all
+other draws of (seed, step, rank). No generator state is stored, and a run may stop and go on at any step.
+"""
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from util import dist
+from util.checkpoint import Keeper, load_strict
+from util.log import BadImages, Log, NonFiniteLoss, write_replay
+from util.lr_sched import set_lr
+from util.transforms import normalize
+
+AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """The context in which a forward pass runs at precision fp32, bf16 or fp16."""
+    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
+
+
+@dataclass
+class TrainState:
+    """Everything a checkpoint stores. `extras` are named objects with state_dict (a teacher, an average)."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    best: float | None = None
+    meters: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, nn.Module] = field(default_factory=dict)
+
+    def to_dict(self, epoch: int, updates: int, args: dict) -> dict:
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
+            "best": self.best, "meters": self.meters, "args": args,
+        } | {name: x.state_dict() for name, x in self.extras.items()}
+
+    def load_dict(self, saved: dict, path: str, updates: int) -> None:
+        """Continue from a checkpoint; MAE's own files and other batch sizes continue at an epoch's start."""
+        load_strict(self.model, saved, path)
+        if "optimizer" not in saved:
+            raise ValueError(f"{path} has weights only, no optimizer: start from it with --init_from, not --resume")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        for name, x in self.extras.items():
+            if name in saved:
+                x.load_state_dict(saved[name])
+        self.best = saved.get("best")
+        self.step, self.meters = (int(saved.get("epoch", -1)) + 1) * updates, {}
+        if saved.get("updates_per_epoch") == updates:
+            self.step, self.meters = saved["step"], saved.get("meters", {})
+        elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
+            dist.say("the number of steps per epoch has changed: the unfinished epoch starts again")
+
+
+def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
+    """Batches with `image` normalised to float32 on the device; on CUDA the next one is copied while one is used."""
+    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def move(batch: dict) -> dict:
+        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return batch | {"image": normalize(batch["image"], mean, std)}
+
+    if copy_stream is None:
+        for batch in loader:
+            yield move(batch)
+        return
+    ready = None
+    for batch in loader:
+        with torch.cuda.stream(copy_stream):
+            coming = move(batch)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(copy_stream)
+        for v in coming.values():
+            if torch.is_tensor(v):
+                v.record_stream(torch.cuda.current_stream(device))
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def seed_step(seed: int, micro_step: int) -> None:
+    """Seed all model-side randomness (drop path, mixup, sampled pairs) for one micro-step on this rank."""
+    value = np.random.SeedSequence([seed, micro_step, dist.rank()]).generate_state(2, np.uint64)
+    torch.manual_seed(int(value[0] >> np.uint64(1)))
+    random.seed(int(value[1]))
+    np.random.seed(int(value[1] & np.uint64(0xFFFFFFFF)))
+
+
+def apply_gradients(state: TrainState, clip_grad: float | None) -> Tensor:
+    """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device."""
+    state.scaler.unscale_(state.optimizer)
+    params = [p for g in state.optimizer.param_groups for p in g["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip_grad if clip_grad else math.inf)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a run share and do not change."""
+
+    wrapped: nn.Module
+    loss_fn: Callable
+    loader: Iterable
+    lr_at: Callable[[float], float]
+    device: torch.device
+    mean: tuple
+    std: tuple
+    log: Log
+    keeper: Keeper | None
+    stop: dist.StopSignal
+    bad_images: BadImages
+    args: dict
+    seed: int
+    accum_iter: int
+    clip_grad: float | None
+    amp: str
+    after_step: Callable[[int], None] | None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return getattr(self.loader.sampler, "batches_per_epoch", None) or len(self.loader)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.accum_iter)
+
+    def save(self, state: TrainState, epoch: int, numbered: int | None = None, must: bool = False) -> None:
+        """Rank 0 saves; a full disk stops the run only where the state would be lost (`must`)."""
+        if self.keeper is None or not dist.is_main():
+            return
+        try:
+            self.keeper.save(state.to_dict(epoch, self.updates_per_epoch, self.args), numbered)
+        except OSError as e:
+            if must:
+                raise
+            print(f"warning: {e}; training goes on and the next save tries again", flush=True)
+
+
+def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window: int) -> tuple[dict, float]:
+    """One optimizer step over `window` micro-batches: mean metrics, and seconds spent waiting for data."""
+    sums: dict[str, Tensor] = {}
+    waited = 0.0
+    for micro in range(window):
+        before = time.monotonic()
+        batch = next(stream)
+        waited += time.monotonic() - before
+        run.bad_images.add(batch.get("bad", ()))
+        seed_step(run.seed, state.step * run.accum_iter + micro)
+        # Gradients cross the network once per update, with the last micro-batch.
+        local = micro < window - 1 and hasattr(run.wrapped, "no_sync")
+        with run.wrapped.no_sync() if local else contextlib.nullcontext():
+            with autocast(run.device, run.amp):
+                loss, terms = run.loss_fn(run.wrapped, batch)
+            state.scaler.scale(loss / window).backward()
+        for name, value in ({"loss": loss} | terms).items():
+            value = value.detach() / window
+            sums[name] = sums[name] + value if name in sums else value
+    sums["grad_norm"] = apply_gradients(state, run.clip_grad)
+    if run.after_step is not None:
+        run.after_step(state.step)
+    state.step += 1
+    return sums, waited
+
+
+def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
+    """Train from the state's step to the end of `epoch`; returns False if a stop was asked and agreed on before."""
+    updates, first = run.updates_per_epoch, state.step - epoch * run.updates_per_epoch
+    if hasattr(run.loader.sampler, "set_position"):
+        run.loader.sampler.set_position(epoch, first * run.accum_iter)
+    run.wrapped.train()
+    stream = device_batches(run.loader, run.device, run.mean, run.std)
+    for u in range(first, updates):
+        lr = run.lr_at(epoch + u * run.accum_iter / run.batches_per_epoch)
+        set_lr(state.optimizer, lr)
+        window = min(run.accum_iter, run.batches_per_epoch - u * run.accum_iter)  # an epoch's last may be shorter
+        metrics, waited = train_one_update(run, state, stream, window)
+        run.log.step(state.step - 1, metrics, lr, waited)
+        stopping = run.stop.agreed()
+        save_now = run.keeper is not None and run.keeper.step_due(state.step)
+        if run.log.due or save_now or stopping:
+            run.log.flush()  # raises before anything non-finite can be saved
+            run.bad_images.check()
+            state.meters = run.log.meters
+            # The epoch's end saves by itself; clocks differ between ranks, and only rank 0 saves here.
+            if u + 1 < updates and (save_now or (run.keeper is not None and run.keeper.time_due())):
+                run.save(state, epoch - 1)
+        if stopping:
+            return u + 1 == updates
+    return True
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: Callable,
+    optimizer: torch.optim.Optimizer,
+    loader: Iterable,
+    *,
+    epochs: int,
+    lr_at: Callable[[float], float],
+    device: torch.device,
+    mean: tuple,
+    std: tuple,
+    log: Log,
+    keeper: Keeper | None = None,
+    args: dict | None = None,
+    resume: tuple[str, dict] | None = None,
+    seed: int = 0,
+    accum_iter: int = 1,
+    clip_grad: float | None = None,
+    amp: str = "fp32",
+    compile_model: bool = False,
+    max_bad_images: float = 0.01,
+    after_step: Callable[[int], None] | None = None,
+    after_epoch: Callable[[int, TrainState], dict[str, float]] | None = None,
+    extras: dict[str, nn.Module] | None = None,
+) -> bool:
+    """Train `model` for `epochs`, from the start or from a checkpoint, `resume` = (path, loaded dictionary).
+
+    `lr_at(epochs done, fractional) -> learning rate`. `after_step(step)` runs after each update; `after_epoch(epoch,
+    state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside the model.
+    Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
+    NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
+    """
+    run = Run(
+        _wrap(model, device, compile_model), loss_fn, loader, lr_at, device, mean, std, log, keeper,
+        dist.StopSignal(), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {}, seed, accum_iter,
+        clip_grad, amp, after_step,
+    )
+    updates = run.updates_per_epoch
+    if accum_iter > run.batches_per_epoch:
+        raise ValueError(f"--accum_iter {accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
+                         "lower it or --batch_size")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    state = TrainState(model, optimizer, scaler, extras=extras or {})
+    if resume is not None:
+        state.load_dict(resume[1], resume[0], updates)
+    log.truncate(state.step // updates)
+    images_per_update = loader.batch_size * accum_iter * dist.world_size()
+    with run.stop:
+        for epoch in range(state.step // updates, epochs):
+            log.start_epoch(epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters)
+            try:
+                finished = train_one_epoch(run, state, epoch)
+            except NonFiniteLoss as e:
+                write_replay(log.output_dir, e, loader.sampler, epoch, updates, accum_iter, seed)
+                raise
+            if not finished:
+                run.save(state, epoch - 1, must=True)
+                dist.say(f"stopped by {run.stop.received or 'another rank'} after step {state.step}: state saved")
+                return False
+            log.end_epoch(after_epoch(epoch, state) if after_epoch else {})
+            state.meters = {}
+            last = epoch + 1 == epochs
+            if keeper is not None and (last or keeper.keeps(epoch) or keeper.time_due()):
+                run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, must=last)
+    return True
+
+
+def _wrap(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:
+    wrapped = model
+    if dist.world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return torch.compile(wrapped) if compile_model else wrapped
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, amp: str = "fp32") -> dict[str, float]:
+    """Means of loss_fn's terms over all images of all ranks, each counted once (batches weigh by their size)."""
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in device_batches(loader, device, mean, std):
+        n = len(batch["image"])
+        with autocast(device, amp):
+            loss, terms = loss_fn(model, batch)
+        for name, value in ({"loss": loss, "images": torch.ones((), device=device)} | terms).items():
+            sums[name] = sums.get(name, 0) + value.double() * n
+    names = sorted(sums)
+    totals = dist.sum_over_ranks(torch.stack([sums[k] for k in names])).tolist() if names else []
+    out = dict(zip(names, totals))
+    count = out.pop("images", 0)
+    return {k: v / count for k, v in out.items()}

@@ -1,0 +1,74 @@
+"""The plain Vision Transformer trunk that the masked autoencoder and the classifiers share."""
+import torch
+from torch import Tensor, nn
+
+from layers.transformer import Block, PatchEmbed, init_linear_and_norm
+from util.pos_embed import sincos_2d
+
+POS_EMBED_KINDS = ("none", "sincos", "learned")
+
+
+class ViTBackbone(nn.Module):
+    """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
+
+    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned".
+    Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int] = (224, 224),
+        patch_size: tuple[int, int] = (16, 16),
+        in_chans: int = 3,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        pos_embed: str = "none",
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if pos_embed not in POS_EMBED_KINDS:
+            raise ValueError(f"--pos_embed takes one of {', '.join(POS_EMBED_KINDS)}, found {pos_embed!r}")
+        self.dim, self.num_prefix = dim, 1
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, dim)
+        self.grid, self.img_size, self.patch_size = self.patch_embed.grid, img_size, patch_size
+        self.in_chans, self.pos_embed_kind = in_chans, pos_embed
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.register_parameter("pos_embed", self._make_pos_embed(pos_embed))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows with depth
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks.apply(init_linear_and_norm)
+
+    def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
+        if kind == "none":
+            return None
+        if kind == "sincos":
+            return nn.Parameter(sincos_2d(self.dim, self.grid, self.num_prefix), requires_grad=False)
+        table = torch.zeros(1, self.num_prefix + self.grid[0] * self.grid[1], self.dim)
+        return nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
+        x = self.patch_embed(x)  # (B, L, C)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([cls, x], dim=1)  # (B, 1+L, C)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are never decayed (beside all one-dimensional ones)."""
+        return {"cls_token", "pos_embed"}
+
+    def layer_id(self, name: str) -> int:
+        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the heads."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+            return 0
+        return len(self.blocks) + 1

@@ -1,0 +1,191 @@
+"""Pretrain a masked autoencoder whose encoder has no positional embedding and learns positional labels instead.
+
+    python main_pretrain.py                                                       # the demo set
+    torchrun --nproc_per_node 8 main_pretrain.py @recipes/mae_pl_vit_base.args --data_path DIR --output_dir RUN
+
+Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
+"""
+import os
+import sys
+
+from util.args import (
+    Parser, add_data_flags, add_optim_flags, add_position_flags, add_run_flags, channel_stats, pair, parse, run,
+)
+
+
+def get_args_parser() -> Parser:
+    p = Parser(description="MAE pretraining with positional labels", add_help=False)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="mae_vit_large_patch16", help="a name in models_mae_pl.MODELS")
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
+    g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
+    g.add_argument("--norm_pix_loss", action="store_true", help="normalise the target by each patch's mean and variance")
+    add_position_flags(p, pos_embed="none", pos_label="apl")
+    add_data_flags(p)
+    p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
+                   help="area of the random crop, as a share of the image")
+    add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
+    add_run_flags(p)
+    p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
+    p.add_argument("--picture_epochs", default=20, type=int, help="evaluate and draw reconstructions every N epochs")
+    return p
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
+    ARGS = parse(get_args_parser())
+
+import torch  # noqa: E402
+
+import engine  # noqa: E402
+from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise  # noqa: E402
+from util import checkpoint, dist  # noqa: E402
+from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader  # noqa: E402
+from util.log import Log  # noqa: E402
+from util.lr_sched import effective_lr, warmup_cosine  # noqa: E402
+from util.optim import adamw, param_groups  # noqa: E402
+from util.pictures import reconstruction_panel, save_png, unnormalize_patches  # noqa: E402
+from util.transforms import eval_transform, pretrain_transform, unnormalize  # noqa: E402
+
+
+def build_model(args) -> MaskedAutoencoderViT:
+    if args.model not in MODELS:
+        raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
+    patch = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
+    return MODELS[args.model](
+        img_size=pair(args.input_size, "--input_size"), in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss,
+        pos_embed=args.pos_embed, pos_label=args.pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs, **patch,
+    )
+
+
+def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float):
+    """L = pixel + pos_weight * position (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6)."""
+
+    def loss_fn(model, batch):
+        # The mask is the sample's own, as its crop is: the same on any number of ranks, workers and resumes.
+        ids_keep = random_masking(sample_noise(batch["key"], num_patches), mask_ratio)
+        losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False)
+        loss = losses["pixel"]
+        if "position" in losses and pos_weight:
+            loss = loss + pos_weight * losses["position"]
+        return loss, losses
+
+    return loss_fn
+
+
+@torch.no_grad()
+def draw(model, images, keys, mask_ratio: float, mean, std):
+    """Original | masked | reconstruction | predicted positions, one row per image -> (H, W, 3) uint8."""
+    model.eval()
+    L = model.patch_embed.num_patches
+    ids_keep = random_masking(sample_noise(keys, L), mask_ratio)
+    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred = pred.float()
+    if model.norm_pix_loss:
+        pred = unnormalize_patches(pred, model.patchify(images))
+    cells = None
+    if model.pos_head is not None and hasattr(model.pos_head, "apl"):
+        cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
+    return reconstruction_panel(
+        unnormalize(images, mean, std) / 255, mask, unnormalize(model.unpatchify(pred), mean, std) / 255,
+        patch_size=model.patch_size, grid=model.grid, visible_ids=ids_keep, predicted_cells=cells,
+        reconstruction_title="reconstruction (true patch mean/std)" if model.norm_pix_loss else "reconstruction",
+    )
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp32"
+
+
+def main(args) -> int:
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    amp = resolve_amp(args.amp, device)
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    if args.output_dir and dist.is_main():
+        os.makedirs(args.output_dir, exist_ok=True)
+
+    # Data
+    train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale)),
+                          in_chans=args.in_chans, seed=args.seed, labels=False)
+    dist.say(train.summary())
+    sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
+                           seed=args.seed)
+    loader = build_loader(train, sampler, batch_size=args.batch_size, num_workers=args.num_workers,
+                          pin_memory=args.pin_mem and device.type == "cuda")
+    val_loader = None
+    try:
+        val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed,
+                            labels=False, evaluation=True)
+        val_loader = build_loader(val, EvalSampler(len(val), dist.rank(), dist.world_size()),
+                                  batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
+    except ValueError:
+        dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
+
+    # Model and loss
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    model = build_model(args).to(device)
+    L = model.patch_embed.num_patches
+    chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
+    loss_fn = make_loss_fn(L, args.mask_ratio, args.pos_weight)
+
+    # Optimizer
+    batch = args.batch_size * args.accum_iter * dist.world_size()
+    lr = effective_lr(args.lr, args.blr, batch)
+    optimizer = adamw(param_groups(model, args.weight_decay, model.no_weight_decay()), lr, betas=(0.9, 0.95))
+    dist.say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; {amp} on "
+             f"{device}; effective batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, "
+             f"lr {lr:.3g}")
+
+    # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
+    resume = None
+    start = checkpoint.find_start(args.output_dir, args.resume)
+    plain = checkpoint.plain_args(args)
+    if start:
+        resume = (start, checkpoint.load(start))
+        changed = checkpoint.changed_args(resume[1].get("args") or {}, plain)
+        dist.say(f"continuing {start}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
+    elif args.init_from:
+        checkpoint.load_strict(model, checkpoint.load(args.init_from), args.init_from)
+        dist.say(f"weights from {args.init_from}, fresh schedule")
+    else:
+        dist.say("starting from scratch")
+
+    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
+    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    shown = [(val_loader or loader).dataset[i] for i in range(min(4, len((val_loader or loader).dataset)))]
+
+    def after_epoch(epoch: int, state) -> dict[str, float]:
+        if (epoch + 1) % args.picture_epochs and epoch + 1 < args.epochs:
+            return {}
+        stats = {}
+        if val_loader is not None:
+            stats = engine.evaluate(model, loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
+            dist.say("* val  " + "  ".join(f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "")
+                                           for k, v in stats.items()))
+        if dist.is_main() and args.output_dir:
+            images = next(engine.device_batches([loader.collate_fn(shown)], device, mean, std))
+            panel = draw(model, images["image"], images["key"], args.mask_ratio, mean, std)
+            path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
+            save_png(panel, path)
+            print(f"picture: {path}", flush=True)
+            log.picture("reconstruction", panel, epoch)
+        return {f"test_{k}": v for k, v in stats.items()}
+
+    finished = engine.fit(
+        model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
+        lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
+        compile_model=args.compile, max_bad_images=args.max_bad_images, after_epoch=after_epoch,
+    )
+    dist.shutdown()
+    return 0 if finished else 75
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, ARGS))

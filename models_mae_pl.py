@@ -1,0 +1,221 @@
+"""Masked autoencoder (He et al. 2022, arXiv 2111.06377) whose visible tokens also learn their position.
+
+The encoder has no positional embedding unless asked: its visible tokens go to the pixel decoder and to a classifier
+over the patch positions (positional labels, Zhang et al. 2023, Sec. 3.3). ``pos_embed="sincos", pos_label="none"`` is
+the plain MAE.
+
+Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*pw*in_chans pixel values of a patch.
+"""
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from layers.positional import PositionalHead
+from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, unpatchify
+from layers.vit import ViTBackbone
+from util.pos_embed import sincos_2d
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Visible patches at a mask ratio, MAE's rounding; ValueError when the ratio is not in [0, 1) or none is left."""
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"--mask_ratio must lie in [0, 1), found {mask_ratio}")
+    n = int(num_patches * (1 - mask_ratio))
+    if n < 1:
+        raise ValueError(f"--mask_ratio {mask_ratio} leaves none of {num_patches} patches visible: lower it")
+    return n
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> Tensor:
+    """Uniform noise (B, L) -> cells of the visible patches, (B, n): those with the smallest noise, as in MAE."""
+    return noise.argsort(dim=1)[:, : num_visible(noise.shape[1], mask_ratio)]
+
+
+def sample_noise(keys: Tensor, num_patches: int) -> Tensor:
+    """One int64 key per image (B,) -> noise (B, L) in [0, 1), a pure function of the key.
+
+    A counter-based hash (splitmix64's finaliser) instead of a generator: an image's mask then depends neither on the
+    rank, nor on the batch that it is in, nor on what was drawn before.
+    """
+    x = keys[:, None] + torch.arange(1, num_patches + 1, device=keys.device) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # masked: >> is arithmetic on int64
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+class MaskedAutoencoderViT(ViTBackbone):
+    """MAE with MAE's parameter names; the label head adds `pos_head.*`.
+
+    `pos_label` is none, apl, rpl or apl+rpl; see `layers.positional.PositionalHead` for the other `pos_*` and
+    `rpl_pairs` arguments. `norm_pix_loss` normalises the target by each patch's mean and variance.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int] = (224, 224),
+        patch_size: tuple[int, int] = (16, 16),
+        in_chans: int = 3,
+        *,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+        pos_embed: str = "none",
+        pos_label: str = "apl",
+        pos_tokens: str = "half",
+        rpl_pairs: int = 0,
+    ):
+        super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, pos_embed)
+        L = self.patch_embed.num_patches
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        # The decoder keeps its fixed embedding in every mode: mask tokens are equal but for it.
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + L, decoder_dim), requires_grad=False)
+        self.decoder_pos_embed.data.copy_(sincos_2d(decoder_dim, self.grid))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, patch_size[0] * patch_size[1] * in_chans)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            part.apply(init_linear_and_norm)
+        # Last, so that everything above starts from the same numbers with and without labels.
+        self.pos_head = None
+        if pos_label != "none":
+            self.pos_head = PositionalHead(dim, self.grid, pos_label, pos_tokens, rpl_pairs)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, L, P)."""
+        return patchify(imgs, self.patch_size)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, L, P) -> (B, in_chans, H, W)."""
+        return unpatchify(patches, self.patch_size, self.grid)
+
+    def forward_encoder(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
+        """Images and the cells to see, (B, n) -> tokens after the final norm (B, 1+n, C).
+
+        Masked patches are never computed: the embedding sees what the encoder sees.
+        """
+        self.patch_embed.check(imgs)
+        return self._encode(self.patchify(imgs), ids_keep)
+
+    def _encode(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        x = self.patch_embed.embed_patches(gather_tokens(patches, ids_keep))  # (B, n, C)
+        cls = self.cls_token
+        if self.pos_embed is not None:
+            x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
+            cls = cls + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1+n, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+        """Tokens (B, 1+n, C), visible cells (B, n), masked cells (B, L-n) -> decoded tokens (B, L, D).
+
+        Tokens stay in the order visible, masked: attention does not care, so that the positional embedding is
+        gathered in that order and nothing is moved back to the grid.
+        """
+        B = len(latent)
+        x = self.decoder_embed(latent)  # (B, 1+n, D)
+        masked = self.mask_token.to(x.dtype).expand(B, ids_masked.shape[1], -1)
+        x = torch.cat([x, masked], dim=1)  # (B, 1+L, D)
+        order = torch.cat([ids_keep, ids_masked], dim=1)  # (B, L)
+        pos = self.decoder_pos_embed
+        x = x + torch.cat([pos[:, :1].expand(B, -1, -1), gather_tokens(pos[:, 1:].expand(B, -1, -1), order)], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, 1:]
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What is predicted for each patch, (B, k, P): its pixels, or with `norm_pix_loss` the normalised ones."""
+        patches = patches.float()
+        if not self.norm_pix_loss:
+            return patches
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (var + 1.0e-6) ** 0.5
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, ids_keep: Tensor | None = None, want_pred: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+        """Images (B, in_chans, H, W) -> losses, pred (B, L, P), mask (B, L) with 1 = removed: MAE's triple.
+
+        losses: `pixel` (mean squared error over removed patches), and with labels `position`, `position_acc`, ...
+        `ids_keep` (B, n) are the visible cells, random ones at `mask_ratio` if not given. Without `want_pred` only
+        removed patches are predicted and pred is None, which is all that training needs.
+        """
+        self.patch_embed.check(imgs)
+        patches = self.patchify(imgs)  # (B, L, P)
+        B, L = patches.shape[:2]
+        if ids_keep is None:
+            ids_keep = random_masking(torch.rand(B, L, device=imgs.device), mask_ratio)
+        n = ids_keep.shape[1]
+        mask = torch.ones(B, L, device=imgs.device).scatter_(1, ids_keep, 0.0)
+        ids_masked = mask.argsort(dim=1, descending=True, stable=True)[:, : L - n]  # (B, L-n)
+
+        latent = self._encode(patches, ids_keep)  # (B, 1+n, C)
+        decoded = self.forward_decoder(latent, ids_keep, ids_masked)  # (B, L, D), visible first
+
+        pred_masked = self.decoder_pred(decoded[:, n:])  # (B, L-n, P)
+        error = pred_masked.float() - self.target(gather_tokens(patches, ids_masked))
+        # An empty mean is nan: at mask ratio 0 there is nothing to reconstruct.
+        losses = {"pixel": error.square().mean() if n < L else pred_masked.float().sum()}
+        if self.pos_head is not None:
+            losses |= self.pos_head(latent[:, 1:], ids_keep)
+        if not want_pred:
+            return losses, None, mask
+        pred = torch.cat([self.decoder_pred(decoded[:, :n]), pred_masked], dim=1)  # (B, L, P), visible first
+        back = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)
+        return losses, gather_tokens(pred, back), mask
+
+    def chance(self, mask_ratio: float) -> dict[str, float]:
+        """Loss and accuracy of guessing positions, by the names in `forward`'s losses; empty without labels."""
+        n = num_visible(self.patch_embed.num_patches, mask_ratio)
+        return self.pos_head.chance(n) if self.pos_head is not None else {}
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"decoder_pos_embed", "mask_token"}
+
+
+def _mae(patch: int, dim: int, depth: int, heads: int, decoder: tuple[int, int, int], **kwargs) -> MaskedAutoencoderViT:
+    defaults = dict(
+        patch_size=(patch, patch), dim=dim, depth=depth, num_heads=heads,
+        decoder_dim=decoder[0], decoder_depth=decoder[1], decoder_heads=decoder[2],
+    )
+    return MaskedAutoencoderViT(**(defaults | kwargs))
+
+
+# Encoder width, depth, heads; decoder width, depth, heads. Base, large and huge are MAE's. Small images get a small
+# decoder: at 8x8 cells MAE's 512x8 would be most of the network.
+_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_DECODERS = {"tiny": (192, 4, 3), "small": (256, 4, 8), "base": (512, 8, 16), "large": (512, 8, 16), "huge": (512, 8, 16)}
+_SMALL_DECODERS = {"tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
+
+
+def _build_registry() -> dict[str, partial]:
+    models = {}
+    for size, patches in (("tiny", (16, 8, 4)), ("small", (16, 8, 4)), ("base", (16, 8, 4)), ("large", (16,)), ("huge", (14,))):
+        for patch in patches:
+            decoder = (_DECODERS if patch > 8 else _SMALL_DECODERS)[size]
+            models[f"mae_vit_{size}_patch{patch}"] = partial(_mae, patch, *_SIZES[size], decoder)
+    for size, patch in (("base", 16), ("large", 16), ("huge", 14)):  # MAE's full names
+        models[f"mae_vit_{size}_patch{patch}_dec512d8b"] = models[f"mae_vit_{size}_patch{patch}"]
+    return models
+
+
+MODELS = _build_registry()

@@ -1,0 +1,29 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+# Real images stand beside the project where someone put them there; tests that want them are skipped elsewhere.
+REAL_DATA = Path(os.environ.get("MAE_PL_TEST_DATA", ROOT.parent / "shared" / "data"))
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if not (REAL_DATA / "mini_imagenet20" / "train.tar").exists():
+        pytest.skip(f"no real images in {REAL_DATA} (set MAE_PL_TEST_DATA)")
+    return REAL_DATA
+
+
+def pytest_collection_modifyitems(items):
+    import shutil
+
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slurm" in item.keywords and shutil.which("sbatch") is None:
+            item.add_marker(pytest.mark.skip(reason="no sbatch on PATH"))

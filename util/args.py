@@ -1,0 +1,149 @@
+"""Command lines: MAE's flags, files of flags, and help that works. Imports nothing heavy: --help answers at once."""
+import argparse
+import difflib
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without abbreviations; dashes and underscores are equal; an unknown flag names the nearest.
+
+    ``@file`` inserts the flags of a recipe: one or more per line, ``#`` starts a comment; later flags win.
+    """
+
+    def __init__(self, **kwargs):
+        kwargs = {"allow_abbrev": False, "fromfile_prefix_chars": "@",
+                  "formatter_class": argparse.ArgumentDefaultsHelpFormatter} | kwargs
+        super().__init__(**kwargs)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        for a in arg_strings:
+            if a.startswith("@") and not os.path.isfile(a[1:]):
+                self.error(f"there is no recipe {a[1:]}; see recipes/*.args")
+        return [self._underscored(a) for a in super()._read_args_from_files(arg_strings)]
+
+    def _underscored(self, arg: str) -> str:
+        """--batch-size is --batch_size; values are left alone."""
+        if not re.match(r"--[A-Za-z]", arg):
+            return arg
+        name, eq, value = arg.partition("=")
+        known = name if name in self._option_string_actions else name.replace("-", "_").replace("__", "--", 1)
+        return known + eq + value
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        out, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+            self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return out
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse with a main's parser (made with add_help=False, so that submitit can use it as a parent) and --help."""
+    return Parser(parents=[parser], description=parser.description).parse_args(argv)
+
+
+def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
+    try:
+        return main(args)
+    except (ValueError, OSError) as e:
+        if os.environ.get("MAE_PL_TRACEBACK"):
+            raise
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        print(f"error: {e}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
+              "the traceback)", file=sys.stderr, flush=True)
+        return 2
+
+
+def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
+    g = p.add_argument_group("data")
+    g.add_argument("--data_path", default="", type=str, help="folder, tar, list of paths; the embedded demo set if empty")
+    g.add_argument("--input_size", default=[224], type=int, nargs="+", metavar=("H", "W"), help="image size, H [W]")
+    g.add_argument("--in_chans", default=3, type=int, help="image channels")
+    g.add_argument("--mean", default=None, type=float, nargs="+", help="per channel, of values in [0, 1]; ImageNet's for 3")
+    g.add_argument("--std", default=None, type=float, nargs="+", help="per channel, of values in [0, 1]; ImageNet's for 3")
+    g.add_argument("--num_workers", default=num_workers, type=int, help="data loading processes per rank")
+    g.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
+                   help="page-locked host memory for faster copies to a GPU")
+    g.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
+    g.add_argument("--max_bad_images", default=0.01, type=float, help="stop above this share of undecodable images")
+
+
+def add_optim_flags(p: argparse.ArgumentParser, *, batch_size: int, epochs: int, blr: float, min_lr: float,
+                    weight_decay: float, warmup_epochs: int) -> None:
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--batch_size", default=batch_size, type=int, help="images per rank and micro-step")
+    g.add_argument("--epochs", default=epochs, type=int)
+    g.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    g.add_argument("--weight_decay", default=weight_decay, type=float)
+    g.add_argument("--lr", default=None, type=float, help="absolute learning rate; overrides --blr")
+    g.add_argument("--blr", default=blr, type=float,
+                   help="base learning rate: lr = blr * batch_size * accum_iter * ranks / 256")
+    g.add_argument("--min_lr", default=min_lr, type=float, help="where the cosine ends")
+    g.add_argument("--warmup_epochs", default=warmup_epochs, type=float)
+    g.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm; none by default")
+
+
+def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
+    g = p.add_argument_group("positional embedding and labels")
+    g.add_argument("--pos_embed", default=pos_embed, choices=["none", "sincos", "learned"], help="encoder's embedding")
+    g.add_argument("--pos_label", default=pos_label, choices=["none", "apl", "rpl", "apl+rpl"], help="label loss")
+    g.add_argument("--pos_weight", default=0.5, type=float, help="weight of the label loss (the paper's lambda)")
+    g.add_argument("--pos_tokens", default="half", choices=["half", "full"], help="channels that the label head reads")
+    g.add_argument("--rpl_pairs", default=0, type=int, metavar="N", help="RPL partners per query and step; 0 = all pairs")
+
+
+def add_run_flags(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("run")
+    g.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt; a run in it is continued")
+    g.add_argument("--log_dir", default=None, help="TensorBoard files; --output_dir if not given")
+    g.add_argument("--device", default="cuda", help="cuda (falls back to the CPU), cpu, mps")
+    g.add_argument("--seed", default=0, type=int)
+    g.add_argument("--resume", default="", help="checkpoint to continue, unless --output_dir has its own last one")
+    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+                   help="auto: bf16 on GPUs that have it, else fp16; fp32 on the CPU")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--save_every_epochs", default=20, type=int, help="numbered checkpoint every N epochs")
+    g.add_argument("--save_minutes", default=30, type=float, help="refresh checkpoint-last.pth that often")
+    g.add_argument("--save_steps", default=0, type=int, help="refresh checkpoint-last.pth every N updates")
+    g.add_argument("--keep", default=0, type=int, help="numbered checkpoints to keep, the newest; 0 = all")
+    g.add_argument("--print_freq", default=20, type=int, help="updates between log points")
+    g = p.add_argument_group("ranks (torchrun sets them)")
+    g.add_argument("--dist_backend", default=None, help="nccl on GPUs, gloo elsewhere")
+    g.add_argument("--dist_timeout", default=30, type=float, help="minutes that a rank waits for the others")
+    g.add_argument("--local_rank", default=-1, type=int, help="set by older launchers")
+    for name in ("--world_size", "--start_epoch"):  # MAE's, read from the environment or the checkpoint here
+        g.add_argument(name, default=None, type=int, help=argparse.SUPPRESS)
+    g.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)
+    g.add_argument("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
+
+
+def pair(values: list[int], flag: str) -> tuple[int, int]:
+    """[H] or [H, W] -> (H, W)."""
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise ValueError(f"{flag} takes one or two positive numbers, H [W], found {' '.join(map(str, values))}")
+    return values[0], values[-1]
+
+
+def channel_stats(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel: as given, else ImageNet's for 3 channels and their mean for 1."""
+    default = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}.get(args.in_chans)
+    mean = args.mean or (default and default[0])
+    std = args.std or (default and default[1])
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if values is None or len(values) != args.in_chans:
+            raise ValueError(
+                f"{flag} needs {args.in_chans} values for --in_chans {args.in_chans}, found {len(values or ())}: "
+                "python -m util.datasets stats PATH computes them")
+    return tuple(mean), tuple(std)

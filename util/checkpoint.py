@@ -1,0 +1,185 @@
+"""Checkpoints: MAE's dictionary, written atomically, loaded without running code, found again in a fixed order.
+
+A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimizer updates done), `meters` (sums of the
+unfinished epoch), `best`, and named extras. `epoch` is the last finished one, so that MAE's rule "resume at epoch + 1"
+holds for ours too.
+"""
+import argparse
+import io
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import time
+import zipfile
+
+import torch
+
+LAST = "checkpoint-last.pth"
+
+
+def save_atomic(state: dict, path: str) -> None:
+    """Write `state` so that `path` holds either the old file or the whole new one, whatever happens.
+
+    Raises OSError (full disk, quota) with what stayed intact; nothing partial is left behind.
+    """
+    partial = path + ".partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer raises RuntimeError when the disk is full
+        if os.path.exists(partial):
+            os.remove(partial)
+        kept = f"the previous {path} is intact" if os.path.exists(path) else f"there is no {path}"
+        raise OSError(f"could not save {path}: {e}; {kept}") from e
+
+
+def load(path: str) -> dict:
+    """Load a checkpoint without running any code in it; tensors on the CPU.
+
+    MAE's own files, which pickle an argparse.Namespace with pathlib paths, load too. Raises ValueError that says what
+    is wrong: no file, an empty or truncated one, or one that would run code (with the names it asked for).
+    """
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        near = sorted(f for f in os.listdir(folder) if f.endswith(".pth")) if os.path.isdir(folder) else []
+        raise ValueError(f"no checkpoint at {path}" + (f"; {folder} has {', '.join(near)}" if near else ""))
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty: the run that wrote it was cut off; use another checkpoint")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return {"model": load_file(path)}
+    allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        names = [n for n in names if not n.startswith(("argparse.", "pathlib."))]
+        if names:
+            raise ValueError(
+                f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
+                "Checkpoints hold tensors and plain values only: re-save its 'model' entry where you trust the file"
+            ) from None
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, io.UnsupportedOperation) as e:
+        raise ValueError(f"{path} is truncated or no checkpoint ({str(e).splitlines()[0]}): use another one") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+    if "model" not in state and all(torch.is_tensor(v) for v in state.values()):
+        state = {"model": state}  # a bare state dict
+    if "model" not in state:
+        raise ValueError(f"{path} has no entry 'model'; it has {', '.join(map(str, list(state)[:8]))}")
+    if isinstance(state.get("args"), argparse.Namespace):
+        state["args"] = {k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
+                         for k, v in vars(state["args"]).items()}
+    return state
+
+
+def describe_mismatch(own: dict, found: dict) -> str:
+    """One line on how two state dicts differ in names and shapes; '' when they fit."""
+    missing = [k for k in own if k not in found]
+    extra = [k for k in found if k not in own]
+    shapes = [f"{k} is {tuple(found[k].shape)}, not {tuple(own[k].shape)}"
+              for k in own if k in found and own[k].shape != found[k].shape]
+
+    def some(names):
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    parts = [f"missing {some(missing)}" if missing else "", f"unexpected {some(extra)}" if extra else "", some(shapes)]
+    return "; ".join(p for p in parts if p)
+
+
+def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
+    """Load all weights or raise ValueError naming the architectures and the first differences."""
+    problem = describe_mismatch(model.state_dict(), state["model"])
+    if problem:
+        made_by = (state.get("args") or {}).get("model")
+        raise ValueError(
+            f"{path} does not fit this model: {problem}. "
+            + (f"It was made with --model {made_by}; " if made_by else "")
+            + "give the flags it was made with, or another --output_dir"
+        )
+    model.load_state_dict(state["model"])
+
+
+def find_start(output_dir: str | None, resume: str = "") -> str:
+    """The file to continue from: the run's own last checkpoint, else `resume`, else '' (start anew)."""
+    own = os.path.join(output_dir or "", LAST)
+    if output_dir and os.path.isfile(own):
+        return own
+    return resume or ""
+
+
+# Flags that may differ between a run and its continuation without changing what is computed.
+HARMLESS = {"data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "compile",
+            "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "dist_backend",
+            "dist_timeout", "local_rank", "world_size", "start_epoch", "dist_url", "dist_on_itp", "max_bad_images"}
+
+
+def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
+    """Flags that differ between a checkpoint and this run, as 'name: old -> new'."""
+    return [f"{k}: {old[k]} -> {v}" for k, v in sorted(new.items())
+            if k in old and k not in ignore and str(old[k]) != str(v)]
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """Arguments as plain values that `weights_only` loads: numbers, strings, lists of them."""
+    def plain(v):
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return v if isinstance(v, (int, float, bool, str, type(None))) else str(v)
+
+    return {k: plain(v) for k, v in vars(args).items()}
+
+
+class Keeper:
+    """When to save, and which files to keep.
+
+    `checkpoint-last.pth` is written every `save_minutes` (at the next log point), every `save_steps` updates, and at
+    the end of every `save_every_epochs`-th epoch; the latter, and the last epoch, also stay as `checkpoint-<epoch>.pth` (a hard link, it costs no space until last is
+    replaced), the newest `keep` of them (0: all). Only rank 0 may call `save`.
+    """
+
+    def __init__(self, output_dir: str, save_every_epochs: int = 20, save_minutes: float = 30, save_steps: int = 0,
+                 keep: int = 0):
+        self.dir, self.every, self.minutes, self.steps = output_dir, save_every_epochs, save_minutes, save_steps
+        self.keep, self.saved_at = keep, time.monotonic()
+
+    def time_due(self) -> bool:
+        """Whether the time since the last save asks for one; on rank 0, whose clock decides."""
+        return self.minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
+
+    def step_due(self, step: int) -> bool:
+        return self.steps > 0 and step % self.steps == 0
+
+    def keeps(self, epoch: int) -> bool:
+        """Whether the end of this 0-based epoch gets a numbered file: MAE's rule, every N-th."""
+        return self.every > 0 and epoch % self.every == 0
+
+    def save(self, state: dict, numbered: int | None = None) -> str:
+        os.makedirs(self.dir, exist_ok=True)
+        last = os.path.join(self.dir, LAST)
+        save_atomic(state, last)
+        self.saved_at = time.monotonic()
+        if numbered is not None:
+            path = os.path.join(self.dir, f"checkpoint-{numbered}.pth")
+            if os.path.exists(path):
+                os.remove(path)
+            try:
+                os.link(last, path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, path)
+            self._retire()
+        return last
+
+    def _retire(self) -> None:
+        numbered = re.compile(r"checkpoint-(\d+)\.pth$")
+        found = sorted((int(m[1]), m[0]) for m in map(numbered.match, os.listdir(self.dir)) if m)
+        for _, name in found[: -self.keep] if self.keep > 0 else []:
+            os.remove(os.path.join(self.dir, name))

@@ -1,0 +1,226 @@
+"""What a run says: console lines or a progress bar, log.txt (one JSON object per epoch), TensorBoard.
+
+Step metrics stay on the device, unread, until a log point; there they are averaged over ranks in one collective, so
+that nothing waits for the device in between and every rank sees the same numbers.
+"""
+import json
+import math
+import os
+import resource
+import sys
+import time
+
+import torch
+
+from util import dist
+
+
+class NonFiniteLoss(RuntimeError):
+    """Raised on every rank at the first log point after a non-finite value; `.step` is the update that made it."""
+
+    def __init__(self, step: int, values: dict[str, float]):
+        self.step, self.values = step, values
+        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        super().__init__(f"non-finite at step {step}: {bad}")
+
+
+class Log:
+    """Collects step metrics and writes them out; `writer` is TensorBoard's SummaryWriter on rank 0, or None.
+
+    `chance` holds the level of guessing for metrics that have one; it is printed beside them and written to log.txt.
+    `meters` are the sums of the unfinished epoch: a checkpoint takes them along, so that an interrupted epoch reports
+    the same averages as an uninterrupted one.
+    """
+
+    def __init__(self, output_dir: str | None, log_dir: str | None = None, print_freq: int = 20,
+                 chance: dict[str, float] | None = None):
+        self.output_dir, self.print_freq, self.chance = output_dir, print_freq, chance or {}
+        self.writer = self._bar = None
+        if dist.is_main() and log_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(log_dir)
+        self.meters: dict[str, float] = {}
+        self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
+        self._wait = 0.0
+        self._total_wait = self._total_seconds = 0.0
+
+    def truncate(self, epoch: int) -> None:
+        """Drop the lines of log.txt from `epoch` on: a resumed run writes them again."""
+        path = os.path.join(self.output_dir or "", "log.txt")
+        if self.output_dir and dist.is_main() and os.path.exists(path):
+            with open(path) as f:
+                kept = [line for line in f if line.strip() and json.loads(line)["epoch"] < epoch]
+            with open(path, "w") as f:
+                f.writelines(kept)
+
+    def start_epoch(self, epoch: int, epochs: int, first: int, updates: int, images_per_update: int,
+                    meters: dict[str, float] | None = None) -> None:
+        self.epoch, self.epochs, self.updates, self.images = epoch, epochs, updates, images_per_update
+        self.done = first
+        self.meters = dict(meters or {})
+        self._since = self._epoch_start = time.monotonic()
+        self._epoch_first = first
+        if dist.is_main() and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=updates, initial=first, desc=f"epoch {epoch + 1}/{epochs}", unit="step",
+                             dynamic_ncols=True, leave=False)
+
+    def step(self, step: int, metrics: dict[str, torch.Tensor], lr: float, waited: float) -> None:
+        """Note the metrics of update `step` (device scalars, not read here)."""
+        names = list(metrics)
+        values = torch.stack([v.detach().float().reshape(()) for v in metrics.values()])
+        self._steps.append((step, names, values, lr))
+        self._wait += waited
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    @property
+    def due(self) -> bool:
+        """Whether this update is a log point; the same on every rank."""
+        return self.done == self.updates or self.done % self.print_freq == 0
+
+    def flush(self) -> None:
+        """Read what was noted, on all ranks together; raise NonFiniteLoss on all of them if anything is not finite."""
+        if not self._steps:
+            return
+        table = dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).double().cpu()  # (steps, metrics)
+        for (step, names, _, lr), row in zip(self._steps, table.tolist()):
+            values = dict(zip(names, row))
+            if not all(map(math.isfinite, row)):
+                self._steps.clear()
+                raise NonFiniteLoss(step, values)
+            for name, value in (values | {"lr": lr}).items():
+                self.meters[name] = self.meters.get(name, 0.0) + value
+            self.meters["steps"] = self.meters.get("steps", 0) + 1
+        steps, self._steps = self._steps, []
+        now = time.monotonic()
+        seconds, wait = now - self._since, self._wait
+        self._since, self._wait = now, 0.0
+        self._total_seconds += seconds
+        self._total_wait += wait
+        if dist.is_main():
+            self._report(values, steps[-1][3], len(steps), seconds, wait)
+
+    def _report(self, last: dict[str, float], lr: float, steps: int, seconds: float, wait: float) -> None:
+        """MAE's line, with the terms, chance levels, rate and share of time spent waiting for data."""
+        average = self.averages()
+        rate = steps * self.images / max(seconds, 1e-9)
+        left = self.updates * (self.epochs - self.epoch) - self.done
+        eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
+        terms = [f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
+                 for k, v in last.items()]
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}")
+            if self.done < self.updates:
+                return
+            self._bar.close()
+            self._bar = None
+        width = len(str(self.updates))
+        print(f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
+              + "  ".join(terms)
+              + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
+              + f"  img/s: {rate:.1f}  max mem: {peak_memory_mb():.0f}", flush=True)
+        if self.writer is not None:
+            x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
+            self.writer.add_scalar("train_loss", last["loss"], x)
+            self.writer.add_scalar("lr", lr, x)
+            for name in last.keys() - {"loss"}:
+                self.writer.add_scalar(f"train/{name}", last[name], x)
+            self.writer.add_scalar("speed/img_per_s", rate, x)
+            self.writer.add_scalar("speed/data_wait", wait / max(seconds, 1e-9), x)
+
+    def picture(self, name: str, image, epoch: int) -> None:
+        """Show a (H, W, 3) uint8 picture in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, (epoch + 1) * 1000, dataformats="HWC")
+
+    def averages(self) -> dict[str, float]:
+        """Means over the updates of the epoch so far."""
+        steps = self.meters.get("steps", 0)
+        return {k: v / steps for k, v in self.meters.items() if k != "steps"} if steps else {}
+
+    def end_epoch(self, extra: dict[str, float]) -> dict[str, float]:
+        """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours."""
+        seconds = time.monotonic() - self._epoch_start
+        line = {f"train_{k}": v for k, v in self.averages().items()} | extra | {"epoch": self.epoch}
+        line |= {f"chance_{k}": v for k, v in self.chance.items()}
+        line["img_per_s"] = (self.done - self._epoch_first) * self.images / max(seconds, 1e-9)
+        line["data_wait"] = self._total_wait / max(self._total_seconds, 1e-9)
+        self._total_wait = self._total_seconds = 0.0
+        self.meters = {}
+        if dist.is_main():
+            if self.writer is not None:
+                self.writer.flush()
+            if self.output_dir:
+                with open(os.path.join(self.output_dir, "log.txt"), "a") as f:
+                    f.write(json.dumps(line) + "\n")
+        return line
+
+
+class BadImages:
+    """Images that could not be decoded: counted once each, listed in bad_images.txt, an error above a share."""
+
+    def __init__(self, dataset, output_dir: str | None, max_share: float):
+        self.dataset, self.dir, self.max_share = dataset, output_dir, max_share
+        self.new: set[int] = set()
+        self.known: set[int] = set()
+
+    def add(self, indices) -> None:
+        self.new.update(indices)
+
+    def check(self) -> None:
+        """At a log point, on all ranks together."""
+        new = set().union(*dist.gather_objects(self.new)) - self.known
+        self.new = set()
+        if not new:
+            return
+        self.known |= new
+        names = [self.dataset.index.name(i) for i in sorted(new)]
+        if dist.is_main():
+            print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {names[-1]}",
+                  flush=True)
+            if self.dir:
+                with open(os.path.join(self.dir, "bad_images.txt"), "a") as f:
+                    f.writelines(name + "\n" for name in names)
+        share = len(self.known) / len(self.dataset)
+        if share > self.max_share:
+            where = os.path.join(self.dir or "", "bad_images.txt")
+            raise ValueError(f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more "
+                             f"than --max_bad_images {self.max_share}: mend or remove them, they are listed in {where}")
+
+
+def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: int, updates: int, accum_iter: int,
+                 seed: int) -> None:
+    """Leave what is needed to see the failing step again: seeds and the image indices of all its micro-batches."""
+    if not dist.is_main() or not output_dir:
+        return
+    first = (error.step - epoch * updates) * accum_iter
+    last = min(first + accum_iter, getattr(sampler, "batches_per_epoch", first))
+    replay = {
+        "step": error.step, "epoch": epoch, "seed": seed, "world_size": dist.world_size(),
+        "values": {k: str(v) for k, v in error.values.items()},
+        "micro_batches": [[int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, last)],
+        "how": "the same command resumes from checkpoint-last.pth and reaches the same step with the same data, "
+               "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
+    }
+    path = os.path.join(output_dir, f"replay-step{error.step}.json")
+    with open(path, "w") as f:
+        json.dump(replay, f, indent=1)
+    print(f"wrote {path}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    seconds = int(seconds)
+    days, rest = divmod(seconds, 86400)
+    return (f"{days} day{'s' * (days > 1)}, " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: the device's allocator on CUDA, resident memory otherwise."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
