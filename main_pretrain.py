@@ -9,7 +9,15 @@ import os
 import sys
 
 from util.args import (
-    Parser, add_data_flags, add_optim_flags, add_position_flags, add_run_flags, channel_stats, pair, parse, run,
+    Parser,
+    add_data_flags,
+    add_optim_flags,
+    add_position_flags,
+    add_run_flags,
+    channel_stats,
+    pair,
+    parse,
+    run,
 )
 
 
@@ -35,17 +43,17 @@ if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
     ARGS = parse(get_args_parser())
 
-import torch  # noqa: E402
+import torch
 
-import engine  # noqa: E402
-from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise  # noqa: E402
-from util import checkpoint, dist  # noqa: E402
-from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader  # noqa: E402
-from util.log import Log  # noqa: E402
-from util.lr_sched import effective_lr, warmup_cosine  # noqa: E402
-from util.optim import adamw, param_groups  # noqa: E402
-from util.pictures import reconstruction_panel, save_png, unnormalize_patches  # noqa: E402
-from util.transforms import eval_transform, pretrain_transform, unnormalize  # noqa: E402
+import engine
+from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise
+from util import checkpoint, dist
+from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader
+from util.log import Log
+from util.lr_sched import effective_lr, warmup_cosine
+from util.optim import adamw, param_groups
+from util.pictures import reconstruction_panel, save_png, unnormalize_patches
+from util.transforms import eval_transform, pretrain_transform, unnormalize
 
 
 def build_model(args) -> MaskedAutoencoderViT:

@@ -186,36 +186,25 @@ class MaskedAutoencoderViT(ViTBackbone):
         return super().no_weight_decay() | {"decoder_pos_embed", "mask_token"}
 
 
-def _mae(patch: int, dim: int, depth: int, heads: int, decoder: tuple[int, int, int], **kwargs) -> MaskedAutoencoderViT:
-    defaults = dict(
-        patch_size=(patch, patch), dim=dim, depth=depth, num_heads=heads,
-        decoder_dim=decoder[0], decoder_depth=decoder[1], decoder_heads=decoder[2],
-    )
-    return MaskedAutoencoderViT(**(defaults | kwargs))
-
-
-# Encoder width, depth, heads; decoder width, depth, heads. Base, large and huge are MAE's. Small images get a small
-# decoder: at 8x8 cells MAE's 512x8 would be most of the network.
-_SIZES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
+# Width, depth and heads of the encoder, then of the decoder. Base, large and huge are MAE's. Small patches are for
+# small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network.
+_ENCODERS = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16),
+             "huge": (1280, 32, 16)}
 _DECODERS = {"tiny": (192, 4, 3), "small": (256, 4, 8), "base": (512, 8, 16), "large": (512, 8, 16), "huge": (512, 8, 16)}
 _SMALL_DECODERS = {"tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
 
 
-def _build_registry() -> dict[str, partial]:
-    models = {}
-    for size, patches in (("tiny", (16, 8, 4)), ("small", (16, 8, 4)), ("base", (16, 8, 4)), ("large", (16,)), ("huge", (14,))):
-        for patch in patches:
-            decoder = (_DECODERS if patch > 8 else _SMALL_DECODERS)[size]
-            models[f"mae_vit_{size}_patch{patch}"] = partial(_mae, patch, *_SIZES[size], decoder)
-    for size, patch in (("base", 16), ("large", 16), ("huge", 14)):  # MAE's full names
-        models[f"mae_vit_{size}_patch{patch}_dec512d8b"] = models[f"mae_vit_{size}_patch{patch}"]
-    return models
+def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
+    encoder, decoder = _ENCODERS[size], (_DECODERS if patch > 8 else _SMALL_DECODERS)[size]
+    names = ("dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
+    return MaskedAutoencoderViT(**dict(zip(names, encoder + decoder)) | {"patch_size": (patch, patch)} | kwargs)
 
 
-MODELS = _build_registry()
+# name -> builder; keyword arguments of MaskedAutoencoderViT override what the name says.
+MODELS = {
+    f"mae_vit_{size}_patch{patch}": partial(_mae, size, patch)
+    for size, patches in {"tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}.items()
+    for patch in patches
+}
+MODELS |= {f"{name}_dec512d8b": MODELS[name]  # MAE's full names
+           for name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")}

@@ -142,8 +142,9 @@ class Keeper:
     """When to save, and which files to keep.
 
     `checkpoint-last.pth` is written every `save_minutes` (at the next log point), every `save_steps` updates, and at
-    the end of every `save_every_epochs`-th epoch; the latter, and the last epoch, also stay as `checkpoint-<epoch>.pth` (a hard link, it costs no space until last is
-    replaced), the newest `keep` of them (0: all). Only rank 0 may call `save`.
+    the end of every `save_every_epochs`-th epoch; the latter, and the last epoch, also stay as
+    `checkpoint-<epoch>.pth` (a hard link: it costs no space until the next save), the newest `keep` of them (0: all).
+    Only rank 0 may call `save`.
     """
 
     def __init__(self, output_dir: str, save_every_epochs: int = 20, save_minutes: float = 30, save_steps: int = 0,

@@ -105,10 +105,7 @@ class ImageDataset(Dataset):
 
 
 class TimmDataset(Dataset):
-    """The same samples from a map-style data set of (PIL image, label) that timm or torchvision reads.
-
-    timm replaces unreadable images by itself, so none are reported here.
-    """
+    """The same samples from a map-style set of (PIL image, label); timm itself replaces unreadable images."""
     exact_resume = True
 
     def __init__(self, dataset, transform, *, name: str = "", in_chans: int = 3, seed: int = 0):
@@ -248,37 +245,45 @@ def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
     return kind(dataset, transform, name=data_path, in_chans=in_chans, seed=seed)
 
 
-def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """Batches as `collate` makes them. Workers persist and leave signals to the parent.
+class Loader(DataLoader):
+    """A DataLoader whose workers never see the signals that end a run.
 
-    `sampler` must be None for a stream; its last, partial batches are dropped.
+    Schedulers and terminals signal every process. The parent decides what follows, and needs its workers until it has
+    saved; so they are started with these signals blocked, which leaves no moment in which one could end a worker.
     """
-    stream = isinstance(dataset, IterableDataset)
-    if stream and hasattr(dataset.dataset, "set_loader_cfg"):
-        dataset.dataset.set_loader_cfg(num_workers=num_workers)
-    if num_workers > 0:
-        _kill_workers_at_exit()
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                      pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0,
-                      worker_init_fn=_init_worker)
 
-
-def _init_worker(worker_id):
-    # Schedulers and terminals signal every process; the parent decides, and needs its workers until it has saved.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(1)
+    def __iter__(self):
+        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @lru_cache(maxsize=1)  # once
 def _kill_workers_at_exit():
-    """At exit multiprocessing sends daemons SIGTERM and waits: for ever, if they ignore it. So kill them first."""
+    """multiprocessing ends daemons by SIGTERM at exit and waits for them: for ever, as it is blocked. So kill first."""
     def kill():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a worker that crashed
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()
     atexit.register(kill)
+
+
+def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> Loader:
+    """Batches as `collate` makes them, by workers that persist, with one thread each, and leave signals to the parent.
+
+    `sampler` must be None for a stream, whose last, partial batches are dropped.
+    """
+    stream = isinstance(dataset, IterableDataset)
+    if stream and hasattr(dataset.dataset, "set_loader_cfg"):
+        dataset.dataset.set_loader_cfg(num_workers=num_workers)
+    if num_workers > 0:
+        _kill_workers_at_exit()
+    return Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
+                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0)
 
 
 def main(argv=None) -> int:

@@ -18,10 +18,10 @@ COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".
 CACHE_FOLDERS_ABOVE = 20_000  # images; a smaller folder is listed faster than a cache of it is worth
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
 LAYOUTS = """Layouts that work:
-  <data_path>/{train,val}/<class>/*.jpg   class folders (ImageNet's layout)
-  <data_path>/{train,val}.tar, or shards {train,val}-*.tar   uncompressed, members <class>/<name>
-  for training also: <data_path>/<class>/*.jpg, or one .tar file
-  for training without labels also: a folder of images, nested or not, or a text file of paths, one per line"""
+  <data_path>/{train,val}/<class>/*.jpg, as ImageNet
+  <data_path>/{train,val}.tar, or shards {train,val}-*.tar: uncompressed, members <class>/<name>
+  for training also <data_path>/<class>/*.jpg, or one .tar file
+  for training without labels also a folder of images, nested or not, or a text file of paths, one per line"""
 
 
 class ImageIndex:
@@ -96,20 +96,10 @@ def build_index(data_path, split: str = "train", *, labels: bool = True) -> Imag
 
     Raises ValueError, with what was found, for a path that holds no images in such a form.
     """
-    path = os.path.expanduser(os.fspath(data_path))
+    path = os.path.expanduser(os.fspath(data_path)).rstrip("/") or "/"
     if not os.path.exists(path):
         raise _misplaced(f"no such file or folder: {path}")
-    if os.path.isdir(path):
-        index = _index_folder(path, split, labels)
-    elif split != "train":
-        raise _misplaced(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
-                         f"{split}/ or {split}.tar.")
-    elif path.lower().endswith(COMPRESSED_SUFFIXES):
-        raise _compressed(path)
-    elif path.lower().endswith(".tar"):
-        index = _index_tars(path, "tar", [path], path + ".index.npz", labels)
-    else:
-        index = _index_list(path, labels)
+    index = _index_folder(path, split, labels) if os.path.isdir(path) else _index_file(path, split, labels)
     _check(index, split)
     return index
 
@@ -118,12 +108,9 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
     """Raise ValueError unless both splits have the same class names: else equal labels would mean different classes."""
     if train.classes == val.classes:
         return
-    only = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, val), (val, train))]
-    raise ValueError(
-        f"the classes of {train.path} [{train.root}] and {val.path} [{val.root}] differ: {len(train.classes)} and "
-        f"{len(val.classes)}; only in the first: {_some(only[0]) or 'none'}; only in the second: "
-        f"{_some(only[1]) or 'none'}. "
-        "Give both the same class folders.")
+    only = [_some(sorted(set(a.classes) - set(b.classes))) or "none" for a, b in ((train, val), (val, train))]
+    raise ValueError(f"{len(train.classes)} training and {len(val.classes)} validation classes in {train.path} differ; "
+                     f"only in training: {only[0]}; only in validation: {only[1]}. Give both the same class folders.")
 
 
 # --- the layouts ---
@@ -131,17 +118,20 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
 def _index_folder(path, split, labels):
     root, kind = os.path.join(path, split), "class folders" if labels else "folder"
     if os.path.isdir(root):
-        arrays = _folder_arrays(root, os.path.join(path, ".index", f"{split}.npz"))
-        return ImageIndex(path, root, kind, arrays, labels=labels)
+        cache = os.path.join(path, ".index", f"{split}.npz")
+        return ImageIndex(path, root, kind, _load(cache, root) or _list_folder(root, cache), labels=labels)
     if os.path.isfile(root + ".tar"):
         return _index_tars(path, f"{split}.tar", [root + ".tar"], root + ".tar.index.npz", labels)
-    if shards := sorted(glob.glob(glob.escape(root) + "-*.tar")):
-        return _index_tars(path, f"{len(shards)} tar shards", shards, root + ".index.npz", labels)
-    if compressed := [f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)]:
-        raise _compressed(compressed[0])
-    if split != "train":
-        raise _misplaced(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.")
-    arrays = _folder_arrays(path, os.path.join(path, ".index", "root.npz"))
+    cache = os.path.join(path, ".index", "root.npz")
+    arrays = _load(cache, path) if split == "train" else None  # before globbing, which would list a flat folder too
+    if arrays is None:
+        if shards := sorted(glob.glob(glob.escape(root) + "-*.tar")):
+            return _index_tars(path, f"{len(shards)} tar shards", shards, root + ".index.npz", labels)
+        if compressed := [f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)]:
+            raise _compressed(compressed[0])
+        if split != "train":
+            raise _misplaced(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.")
+        arrays = _list_folder(path, cache)
     _check_not_a_parent(path, _unpack_names(arrays["stamped"]))
     return ImageIndex(path, path, kind, arrays, labels=labels)
 
@@ -150,12 +140,19 @@ def _index_tars(path, kind, tars, cache, labels):
     return ImageIndex(path, os.path.dirname(tars[0]), kind, _tar_arrays(tars, cache), tars, labels)
 
 
-def _index_list(path, labels):
+def _index_file(path, split, labels):
+    if split != "train":
+        raise _misplaced(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
+                         f"{split}/ or {split}.tar.")
+    if path.lower().endswith(COMPRESSED_SUFFIXES):
+        raise _compressed(path)
+    if path.lower().endswith(".tar"):
+        return _index_tars(path, "tar", [path], path + ".index.npz", labels)
     with open(path, "rb") as file:
-        text = file.read()
-    if b"\0" in text:
-        raise _misplaced(f"{path} is not a folder, a .tar or a text file of image paths.")
-    lines = (line.strip() for line in text.splitlines())
+        if b"\0" in file.read(4096):
+            raise _misplaced(f"{path} is not a folder, a .tar or a text file of image paths.")
+        file.seek(0)
+        lines = [line.strip() for line in file]
     names = [line for line in lines if line and not line.startswith(b"#")]
     if not names:
         raise _misplaced(f"{path} lists no images.")
@@ -252,10 +249,7 @@ def _arrays(names, folders=(), sort=True, **columns):
         **{k: np.asarray(v)[np.asarray(order, np.int64)] for k, v in columns.items()})
 
 
-def _folder_arrays(root, cache):
-    arrays = _load(cache, root)
-    if arrays is not None:
-        return arrays
+def _list_folder(root, cache):
     names, folders, stamps, pending = [], [], [], [b""]
     while pending:
         prefix = pending.pop()  # b"", b"class/", b"class/deeper/"
@@ -347,13 +341,13 @@ def _save(cache, base, arrays):
         return  # perhaps still being filled, and file systems round times: a later change could go unseen
     temporary = f"{cache}.{uuid.uuid4().hex}.tmp"  # many ranks may write at once
     try:
-        folder = os.path.dirname(cache)
+        folder = os.path.dirname(os.path.abspath(cache))
+        if not os.stat(folder if os.path.isdir(folder) else os.path.dirname(folder)).st_mode & 0o222:
+            return  # root could write all the same, but the owner closed it
         if not os.path.isdir(folder):
             os.mkdir(folder)  # this changes the time of `base` if `base` is its parent
-            if os.path.dirname(folder) == base:
+            if os.path.dirname(folder) == os.path.abspath(base):
                 arrays["stamps"][0] = _stamp(base)
-        if not os.stat(folder).st_mode & 0o222:
-            return  # root could write all the same, but the owner closed it
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
         os.replace(temporary, cache)

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+try:  # deprecated since torchvision 0.29; without it PIL decodes the same pixels, a third slower
+    from torchvision.io import decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-JPEG_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
 
 def decode(data: bytes, in_chans: int = 3) -> torch.Tensor:
@@ -31,9 +34,12 @@ def decode(data: bytes, in_chans: int = 3) -> torch.Tensor:
             return _decode_npy(data, in_chans)
         if in_chans not in PIL_MODES:
             raise ValueError(f"{in_chans} channels are read from .npy files of uint8 (H, W, {in_chans}) only")
-        if in_chans in JPEG_MODES and _is_plain_jpeg(data):  # 1.3 times as fast as PIL; raises on truncation
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=JPEG_MODES[in_chans])
+        if decode_jpeg and in_chans in (1, 3) and _is_plain_jpeg(data):
+            mode = "GRAY" if in_chans == 1 else "RGB"
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
         with Image.open(io.BytesIO(data)) as image:
+            if in_chans == 1:
+                image.draft("L", None)  # grey is the luma that a JPEG stores, as torchvision gives it
             image = _to_8_bit(image).convert(PIL_MODES[in_chans])
         return F.pil_to_tensor(image)
     except Exception as error:  # decoders raise many types on damaged input: OSError, SyntaxError, struct.error, ...
@@ -152,7 +158,7 @@ class finetune_transform:  # used as a function, like the two above; a class so 
 
 
 def _posterize(image, bits_to_keep, **_):
-    """timm asks for 0 bits at the highest magnitude. Pillow made that black, as in published recipes; Pillow 13 raises."""
+    """timm asks for 0 bits at the highest magnitude: black in the Pillow that recipes used, an error in Pillow 13."""
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 

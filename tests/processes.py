@@ -1,0 +1,79 @@
+"""Starting the toolkit as real processes, and reading what they leave."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = [sys.executable, "-u", str(ROOT / "tests" / "tiny_pretrain.py"), "--model", "mae_test", "--input_size", "32",
+        "--warmup_epochs", "1", "--lr", "1e-2", "--picture_epochs", "1000", "--print_freq", "1", "--device", "cpu",
+        "--save_every_epochs", "1", "--keep", "1", "--num_workers", "0"]
+
+
+def environment(**extra) -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
+
+
+def pretrain(output_dir, *flags, env=None, kill_at: int | None = None, kill_with=signal.SIGKILL) -> tuple[int, str]:
+    """Run to the end, or until the log line of update `kill_at` appears (counted in this process, from 0)."""
+    process = subprocess.Popen([*TINY, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**(env or {})),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, seen = [], 0
+    for line in process.stdout:
+        out.append(line)
+        if re.match(r"Epoch: \[", line):
+            if seen == kill_at:
+                process.send_signal(kill_with)
+            seen += 1
+    return process.wait(timeout=120), "".join(out)
+
+
+def ranks(n: int, output_dir, *flags, env=None, signal_rank: tuple[int, int, int] | None = None) -> list[tuple[int, str]]:
+    """The same in n gloo processes; `signal_rank` = (rank, signal, after how many log lines of rank 0)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [*TINY, "--output_dir", str(output_dir), *map(str, flags)],
+            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **(env or {})),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for r in range(n)]
+    lines, seen = [], 0
+    for line in processes[0].stdout:
+        lines.append(line)
+        if re.match(r"Epoch: \[", line):
+            if signal_rank and seen == signal_rank[2]:
+                processes[signal_rank[0]].send_signal(signal_rank[1])
+            seen += 1
+    outs = ["".join(lines)] + [p.communicate(timeout=120)[0] for p in processes[1:]]
+    return [(p.wait(timeout=120), out) for p, out in zip(processes, outs)]
+
+
+def last(output_dir) -> dict:
+    return torch.load(Path(output_dir) / "checkpoint-last.pth", weights_only=True)
+
+
+def log_lines(output_dir) -> list[dict]:
+    """log.txt without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("img_per_s", "data_wait")} for line in lines]
+
+
+def assert_same(a: dict, b: dict, exact: bool = True) -> None:
+    """Checkpoints agree in weights, optimizer state and step: bit for bit, or up to rounding."""
+    assert a["step"] == b["step"] and a["epoch"] == b["epoch"]
+    assert a["model"].keys() == b["model"].keys()
+    for k in a["model"]:
+        same = torch.equal(a["model"][k], b["model"][k]) if exact else torch.allclose(a["model"][k], b["model"][k], atol=2e-5)
+        assert same, (k, (a["model"][k] - b["model"][k]).abs().max())
+    if exact:
+        for i, s in a["optimizer"]["state"].items():
+            for k, v in s.items():
+                assert torch.equal(v, b["optimizer"]["state"][i][k]), (i, k)

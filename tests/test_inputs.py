@@ -1,0 +1,212 @@
+"""Wrong input gets an error that says what to do, and loses nothing."""
+import argparse
+import errno
+import io
+import pickle
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main_pretrain
+from models_mae_pl import MODELS, MaskedAutoencoderViT
+from util import checkpoint
+from util.args import parse, run
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(MODELS, "mae_test", lambda **kwargs: MaskedAutoencoderViT(**(dict(
+        patch_size=(8, 8), dim=16, depth=1, num_heads=1, decoder_dim=16, decoder_depth=1, decoder_heads=1) | kwargs)))
+
+
+def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
+    """Exit code and all that was printed."""
+    base = ["--model", "mae_test", "--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0",
+            "--device", "cpu", "--output_dir", str(tmp_path / "run"), "--picture_epochs", "1000"]
+    try:
+        code = run(main_pretrain.main, parse(main_pretrain.get_args_parser(), base + [str(f) for f in flags]))
+    except SystemExit as e:
+        code = e.code
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--input_size", 30], "image height 30 is not a multiple of the patch height 8: choose --input_size 24 or 32"),
+    (["--mask_ratio", 1.0], "--mask_ratio must lie in [0, 1), found 1.0"),
+    (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
+    (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
+    (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
+    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_tiny_patch16"),
+    (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
+    (["--data_path", "nowhere"], "nowhere"),
+    (["--resume", "missing.pth"], "no checkpoint at missing.pth"),
+    (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
+    (["--batch", 8], "unknown flag --batch"),
+    (["@no_such.args"], "there is no recipe no_such.args"),
+    (["--pos_label", "abl"], "invalid choice: 'abl'"),
+])
+def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):
+    code, text = pretrain(tmp_path, capsys, *flags)
+    assert code == 2 and message in text, text
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_recipes_dashes_and_order_of_flags(tmp_path):
+    recipe = tmp_path / "r.args"
+    recipe.write_text("# a comment\n--epochs 7 --mask-ratio 0.6  # two on a line\n\n--input_size 96 128\n--output_dir 'a b'\n")
+    args = parse(main_pretrain.get_args_parser(), [f"@{recipe}", "--epochs", "9", "--batch-size=5", "--no-pin-mem"])
+    assert (args.epochs, args.mask_ratio, args.input_size, args.output_dir) == (9, 0.6, [96, 128], "a b")
+    assert args.batch_size == 5 and args.pin_mem is False
+    args = parse(main_pretrain.get_args_parser(), ["--output_dir", "with-dash", "--local-rank", "0", "--no_pin_mem"])
+    assert args.output_dir == "with-dash" and args.local_rank == 0 and args.pin_mem is False
+
+
+def test_maes_defaults():
+    """facebookresearch/mae's pretraining defaults, by its names."""
+    args = vars(parse(main_pretrain.get_args_parser(), []))
+    expected = dict(batch_size=64, epochs=400, accum_iter=1, model="mae_vit_large_patch16", input_size=[224], mask_ratio=0.75,
+                    norm_pix_loss=False, weight_decay=0.05, lr=None, blr=1e-3, min_lr=0.0, warmup_epochs=40,
+                    output_dir="./output_dir", device="cuda", seed=0, resume="", num_workers=10, pin_mem=True, local_rank=-1,
+                    dist_on_itp=False, dist_url="env://")
+    assert {k: args[k] for k in expected} == expected
+    assert args["pos_embed"] == "none" and args["pos_label"] == "apl" and args["pos_weight"] == 0.5
+
+
+class Code:
+    def __reduce__(self):
+        return exec, ("open('/nonexistent/owned', 'w')",)
+
+
+def test_checkpoints_that_must_not_load(tmp_path, capsys):
+    path = tmp_path / "c.pth"
+    torch.save({"model": {}, "args": Code()}, path)
+    with pytest.raises(ValueError, match=r"loading it would run code; it asks for .*exec"):
+        checkpoint.load(str(path))
+    with open(path, "wb") as f:
+        pickle.dump({"model": Code()}, f)
+    with pytest.raises(ValueError, match="cannot|code|no checkpoint"):
+        checkpoint.load(str(path))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="empty"):
+        checkpoint.load(str(path))
+    torch.save({"model": {"w": torch.randn(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="truncated"):
+        checkpoint.load(str(path))
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.load(str(path))
+
+
+def test_maes_own_files_load(tmp_path):
+    """MAE pickles an argparse.Namespace, its submitit runs with a PosixPath inside."""
+    path = tmp_path / "fb.pth"
+    args = argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3, job_dir=Path("a") / "b", norm_pix_loss=True)
+    torch.save({"model": {"w": torch.ones(2)}, "args": args, "epoch": 799}, path)
+    state = checkpoint.load(str(path))
+    assert state["args"] == {"model": "mae_vit_base_patch16", "lr": 1e-3, "job_dir": "a/b", "norm_pix_loss": True}
+    assert state["epoch"] == 799 and state["model"]["w"].sum() == 2
+
+
+def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, capsys):
+    assert pretrain(tmp_path, capsys)[0] == 0
+    before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
+    code, text = pretrain(tmp_path, capsys, "--pos_label", "rpl", "--epochs", 2)
+    assert code == 2 and "does not fit this model: missing pos_head.rpl" in text and "--model mae_test" in text
+    assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
+
+
+def test_changed_flags_are_said_when_a_run_continues(tmp_path, capsys):
+    assert pretrain(tmp_path, capsys)[0] == 0
+    code, text = pretrain(tmp_path, capsys, "--epochs", 2, "--mask_ratio", 0.5, "--num_workers", 1)
+    assert code == 0 and "with changed flags (epochs: 1 -> 2; mask_ratio: 0.75 -> 0.5)" in text
+    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["epoch"] == 1
+
+
+def test_the_order_of_starting_points(tmp_path, capsys):
+    assert pretrain(tmp_path, capsys)[0] == 0
+    first = str(tmp_path / "first.pth")
+    (tmp_path / "run" / "checkpoint-last.pth").rename(first)
+    (tmp_path / "run" / "checkpoint-0.pth").unlink()
+    weights = torch.load(first, weights_only=True)["model"]
+    _, text = pretrain(tmp_path, capsys, "--init_from", first, "--lr", 0)
+    assert f"weights from {first}, fresh schedule" in text and "Epoch: [0]" in text
+    again = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
+    assert all(torch.equal(v, again["model"][k]) for k, v in weights.items()), "lr 0 leaves the given weights"
+    _, text = pretrain(tmp_path, capsys, "--resume", first, "--init_from", first, "--epochs", 2)
+    assert "continuing" in text and "run/checkpoint-last.pth" in text, "the run's own comes first"
+    for p in (tmp_path / "run").glob("*.pth"):
+        p.unlink()
+    _, text = pretrain(tmp_path, capsys, "--resume", first, "--init_from", first, "--epochs", 2)
+    assert f"continuing {first}" in text and "Epoch: [1]" in text and "Epoch: [0]" not in text
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = str(tmp_path / "c.pth")
+    checkpoint.save_atomic({"model": torch.ones(3)}, path)
+    real = torch.save
+
+    def full(state, f):
+        real(state, f)
+        f.truncate(100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left.*c\.pth is intact"):
+        checkpoint.save_atomic({"model": torch.zeros(3)}, path)
+    monkeypatch.undo()
+    assert torch.equal(checkpoint.load(path)["model"], torch.ones(3)), "the old file is whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"], "nothing partial is left"
+
+
+def test_a_full_disk_in_mid_run_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    real, calls = checkpoint.save_atomic, []
+
+    def sometimes_full(state, path):
+        calls.append(state["step"])
+        if state["step"] == 2:
+            raise OSError("could not save: No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_atomic", sometimes_full)
+    code, text = pretrain(tmp_path, capsys, "--save_steps", 2)
+    assert code == 0 and calls == [2, 4, 5] and "training goes on and the next save tries again" in text
+
+
+def make_tar(path, images: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in images.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("bad,limit,code", [(1, 0.05, 0), (3, 0.05, 2)])
+def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad, limit, code):
+    images = {}
+    for i in range(40):
+        out = io.BytesIO()
+        Image.new("RGB", (40, 40), (i * 6, 90, 200 - i)).save(out, "JPEG")
+        images[f"c/{i:03d}.jpg"] = out.getvalue() if i >= bad else b"\xff\xd8 not an image"
+    make_tar(tmp_path / "train.tar", images)
+    found, text = pretrain(tmp_path, capsys, "--data_path", tmp_path, "--batch_size", 20, "--max_bad_images", limit)
+    assert found == code, text
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().split()
+    assert [Path(name).name for name in listed] == [f"{i:03d}.jpg" for i in range(bad)]
+    if code:
+        assert re.search(r"3 of 40 images \(7.5%\) cannot be decoded, more than --max_bad_images 0.05", text)
+    else:
+        assert "1 images cannot be decoded and are skipped" in text
+
+
+def test_a_zip_that_is_no_checkpoint(tmp_path):
+    with zipfile.ZipFile(tmp_path / "c.pth", "w") as z:
+        z.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint.load(str(tmp_path / "c.pth"))

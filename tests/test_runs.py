@@ -1,0 +1,117 @@
+"""Whole runs in real processes: kill and resume, ranks, accumulation, signals, non-finite losses."""
+import json
+import random
+import signal
+
+import pytest
+import torch
+from processes import assert_same, last, log_lines, pretrain, ranks
+
+from util.datasets import EpochSampler
+
+# 200 images in batches of 24: 8 batches an epoch, in windows of 3, 3 and 2 micro-steps; sampled pairs draw random
+# numbers inside the model.
+RUN = ["--batch_size", 24, "--accum_iter", 3, "--epochs", 4, "--pos_label", "apl+rpl", "--rpl_pairs", 2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    code, text = pretrain(out, *RUN)
+    assert code == 0, text
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, workers):
+    rng = random.Random()
+    for save_steps in (1, 2):  # every update is on disk; or the last one may be lost and is done again
+        at = rng.randrange(0, 5)
+        code, text = pretrain(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps, kill_at=at)
+        assert code == -signal.SIGKILL, (at, text)
+    code, text = pretrain(tmp_path, *RUN, "--num_workers", workers)
+    assert code == 0 and "continuing" in text, text
+    assert_same(last(uninterrupted), last(tmp_path))
+    assert log_lines(uninterrupted) == log_lines(tmp_path), "averages over interrupted epochs, too"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, number):
+    code, text = pretrain(tmp_path, *RUN, kill_at=4, kill_with=number)
+    assert code == 75 and f"stopped by {number.name}" in text, text
+    step = last(tmp_path)["step"]
+    assert 5 <= step <= 7, "the step was finished, and not many more"
+    if number == signal.SIGUSR1:
+        code, text = pretrain(tmp_path, *RUN)
+        assert code == 0, text
+        assert_same(last(uninterrupted), last(tmp_path))
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = last(uninterrupted)
+    code, text = pretrain(uninterrupted, *RUN)
+    assert code == 0 and "Epoch" not in text, text
+    assert_same(before, last(uninterrupted))
+
+
+ONE = ["--epochs", 2, "--pos_label", "apl+rpl", "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    code, text = pretrain(out, *ONE, "--batch_size", 48)
+    assert code == 0, text
+    return out
+
+
+def test_two_ranks_equal_one(one_process, tmp_path):
+    results = ranks(2, tmp_path, *ONE, "--batch_size", 24)
+    assert [c for c, _ in results] == [0, 0], results
+    assert_same(last(one_process), last(tmp_path), exact=False)
+    for a, b in zip(log_lines(one_process), log_lines(tmp_path)):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5), "every rank's share is in the log"
+    assert "rank 1 of 2: host" in results[1][1] and "Epoch" not in results[1][1]
+
+
+def test_accumulation_equals_the_big_batch(one_process, tmp_path):
+    code, text = pretrain(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
+    assert code == 0, text
+    assert_same(last(one_process), last(tmp_path), exact=False)
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(one_process, tmp_path):
+    results = ranks(2, tmp_path, *ONE, "--batch_size", 24, signal_rank=(1, signal.SIGUSR2, 2))
+    assert [c for c, _ in results] == [75, 75], results
+    assert last(tmp_path)["step"] < 8
+    results = ranks(2, tmp_path, *ONE, "--batch_size", 24)
+    assert [c for c, _ in results] == [0, 0], results
+    assert_same(last(one_process), last(tmp_path), exact=False)
+
+
+def test_nan_on_one_rank_stops_both_and_leaves_a_replay_file(tmp_path):
+    results = ranks(2, tmp_path, *ONE, "--batch_size", 24, "--save_steps", 1, "--print_freq", 2,
+                    env={"MAE_TEST_NAN": "1:6"})
+    for code, text in results:
+        assert code != 0 and "non-finite at step 6: loss = nan" in text, text
+    replay = json.loads((tmp_path / "replay-step6.json").read_text())
+    sampler = EpochSampler(200, batch_size=24, world_size=2, seed=0)
+    assert replay["epoch"] == 1 and replay["micro_batches"] == [sampler.global_batch(1, 2).tolist()]
+    saved = last(tmp_path)
+    assert saved["step"] == 6, "the last finite state is the one on disk"
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_checkpoints_follow_maes_names_and_are_retired(uninterrupted):
+    names = sorted(p.name for p in uninterrupted.glob("*.pth"))
+    assert names == ["checkpoint-3.pth", "checkpoint-last.pth"], "--keep 1"
+    saved = last(uninterrupted)
+    assert {"model", "optimizer", "scaler", "epoch", "args"} <= saved.keys()
+    assert saved["epoch"] == 3 and saved["step"] == 12 and saved["args"]["accum_iter"] == 3
+    lines = log_lines(uninterrupted)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert {"train_lr", "train_loss", "train_pixel", "train_position", "chance_position"} <= lines[0].keys()
+    loss = lines[-1]
+    assert loss["train_loss"] == pytest.approx(loss["train_pixel"] + 0.5 * loss["train_position"], rel=1e-5)
+    weights = torch.load(uninterrupted / "checkpoint-3.pth", weights_only=True)["model"]
+    assert all(torch.equal(v, saved["model"][k]) for k, v in weights.items())
