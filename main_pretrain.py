@@ -32,6 +32,7 @@ def get_args_parser() -> Parser:
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="area of the random crop, as a share of the image")
+    p.add_argument("--hflip", default=0.5, type=float, help="chance of a left-right flip")
     add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
@@ -119,7 +120,7 @@ def main(args) -> int:
         os.makedirs(args.output_dir, exist_ok=True)
 
     # Data
-    train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale)),
+    train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale), args.hflip),
                           in_chans=args.in_chans, seed=args.seed, labels=False)
     dist.say(train.summary())
     sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),

@@ -27,7 +27,8 @@ def to_hugging_face(state: dict, depth: int, decoder_depth: int) -> dict:
             f"decoder.decoder_norm.{part}": state[f"decoder_norm.{part}"],
             f"decoder.decoder_pred.{part}": state[f"decoder_pred.{part}"],
         }
-        for ours, theirs, n in (("blocks", "vit.encoder.layer", depth), ("decoder_blocks", "decoder.decoder_layers", decoder_depth)):
+        for ours, theirs, n in (("blocks", "vit.encoder.layer", depth),
+                                ("decoder_blocks", "decoder.decoder_layers", decoder_depth)):
             for i in range(n):
                 for q, name in zip(state[f"{ours}.{i}.attn.qkv.{part}"].chunk(3), ("query", "key", "value")):
                     out[f"{theirs}.{i}.attention.attention.{name}.{part}"] = q
