@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A private folder of a run: remove it to start the demo anew.
-DEMO_DIR ?= runs/demo
+DEMO_DIR := runs/demo
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/base
+	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
 test: $(VENV)/test

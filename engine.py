@@ -104,8 +104,13 @@ def seed_step(seed: int, micro_step: int) -> None:
 def apply_gradients(state: TrainState, clip_grad: float | None) -> Tensor:
     """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device."""
     state.scaler.unscale_(state.optimizer)
-    params = [p for g in state.optimizer.param_groups for p in g["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip_grad if clip_grad else math.inf)
+    params = [p for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if clip_grad:
+        norm = torch.nn.utils.clip_grad_norm_(params, clip_grad)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    if state.scaler.is_enabled():
+        norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is no accident in float16: the scaler skips the step
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -254,6 +259,8 @@ def fit(
         state.load_dict(resume[1], resume[0], updates)
     log.truncate(state.step // updates)
     images_per_update = loader.batch_size * accum_iter * dist.world_size()
+    if state.step >= epochs * updates:
+        dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
     with run.stop:
         for epoch in range(state.step // updates, epochs):
             log.start_epoch(epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters)
@@ -286,13 +293,14 @@ def _wrap(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Mod
 def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, amp: str = "fp32") -> dict[str, float]:
     """Means of loss_fn's terms over all images of all ranks, each counted once (batches weigh by their size)."""
     model.eval()
+    exact = torch.float32 if device.type == "mps" else torch.float64
     sums: dict[str, Tensor] = {}
     for batch in device_batches(loader, device, mean, std):
         n = len(batch["image"])
         with autocast(device, amp):
             loss, terms = loss_fn(model, batch)
         for name, value in ({"loss": loss, "images": torch.ones((), device=device)} | terms).items():
-            sums[name] = sums.get(name, 0) + value.double() * n
+            sums[name] = sums.get(name, 0) + value.to(exact) * n
     names = sorted(sums)
     totals = dist.sum_over_ranks(torch.stack([sums[k] for k in names])).tolist() if names else []
     out = dict(zip(names, totals))

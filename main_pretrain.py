@@ -75,7 +75,7 @@ def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float):
         ids_keep = random_masking(sample_noise(batch["key"], num_patches), mask_ratio)
         losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False)
         loss = losses["pixel"]
-        if "position" in losses and pos_weight:
+        if "position" in losses:
             loss = loss + pos_weight * losses["position"]
         return loss, losses
 

@@ -187,11 +187,11 @@ class MaskedAutoencoderViT(ViTBackbone):
 
 
 # Width, depth and heads of the encoder, then of the decoder. Base, large and huge are MAE's. Small patches are for
-# small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network.
-_ENCODERS = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16),
-             "huge": (1280, 32, 16)}
+# small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network. Nano is for demos on CPUs.
+_ENCODERS = {"nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+             "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 _DECODERS = {"tiny": (192, 4, 3), "small": (256, 4, 8), "base": (512, 8, 16), "large": (512, 8, 16), "huge": (512, 8, 16)}
-_SMALL_DECODERS = {"tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
+_SMALL_DECODERS = {"nano": (96, 2, 3), "tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
 
 
 def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
@@ -200,11 +200,11 @@ def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
     return MaskedAutoencoderViT(**dict(zip(names, encoder + decoder)) | {"patch_size": (patch, patch)} | kwargs)
 
 
+_PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}
+
 # name -> builder; keyword arguments of MaskedAutoencoderViT override what the name says.
 MODELS = {
-    f"mae_vit_{size}_patch{patch}": partial(_mae, size, patch)
-    for size, patches in {"tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}.items()
-    for patch in patches
+    f"mae_vit_{size}_patch{patch}": partial(_mae, size, patch) for size, patches in _PATCHES.items() for patch in patches
 }
 MODELS |= {f"{name}_dec512d8b": MODELS[name]  # MAE's full names
            for name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")}

@@ -48,8 +48,7 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
         where = torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-        # Convolution-free models: only the float32 matrix products matter, and TF32 is what MAE users ran with.
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = backend or ("nccl" if where.type == "cuda" else "gloo")
         td.init_process_group(
