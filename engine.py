@@ -28,6 +28,15 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
     return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
 
 
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """The precision that --amp auto means on a device: bf16 on GPUs that have it, else fp16; fp32 on the CPU."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp32"
+
+
 @dataclass
 class TrainState:
     """Everything a checkpoint stores. `extras` are named objects with state_dict (a teacher, an average)."""
@@ -36,7 +45,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    best: float | None = None
+    best: float | None = None  # the best figure that `after_epoch` noted, and the epoch that gave it
+    best_epoch: int | None = None
     meters: dict[str, float] = field(default_factory=dict)
     extras: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -44,7 +54,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
-            "best": self.best, "meters": self.meters, "args": args,
+            "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}
 
     def load_dict(self, saved: dict, path: str, updates: int) -> None:
@@ -58,7 +68,7 @@ class TrainState:
         for name, x in self.extras.items():
             if name in saved:
                 x.load_state_dict(saved[name])
-        self.best = saved.get("best")
+        self.best, self.best_epoch = saved.get("best"), saved.get("best_epoch")
         self.step, self.meters = (int(saved.get("epoch", -1)) + 1) * updates, {}
         if saved.get("updates_per_epoch") == updates:
             self.step, self.meters = saved["step"], saved.get("meters", {})
@@ -72,7 +82,9 @@ def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterato
 
     def move(batch: dict) -> dict:
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        return batch | {"image": normalize(batch["image"], mean, std)}
+        if batch["image"].dtype == torch.uint8:  # features that were computed before pass as they are
+            batch["image"] = normalize(batch["image"], mean, std)
+        return batch
 
     if copy_stream is None:
         for batch in loader:
@@ -147,12 +159,13 @@ class Run:
     def updates_per_epoch(self) -> int:
         return math.ceil(self.batches_per_epoch / self.accum_iter)
 
-    def save(self, state: TrainState, epoch: int, numbered: int | None = None, must: bool = False) -> None:
+    def save(self, state: TrainState, epoch: int, numbered: int | None = None, best: bool = False,
+             must: bool = False) -> None:
         """Rank 0 saves; a full disk stops the run only where the state would be lost (`must`)."""
         if self.keeper is None or not dist.is_main():
             return
         try:
-            self.keeper.save(state.to_dict(epoch, self.updates_per_epoch, self.args), numbered)
+            self.keeper.save(state.to_dict(epoch, self.updates_per_epoch, self.args), numbered, best)
         except OSError as e:
             if must:
                 raise
@@ -275,9 +288,9 @@ def fit(
                 return False
             log.end_epoch(after_epoch(epoch, state) if after_epoch else {})
             state.meters = {}
-            last = epoch + 1 == epochs
-            if keeper is not None and (last or keeper.keeps(epoch) or keeper.time_due()):
-                run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, must=last)
+            last, best = epoch + 1 == epochs, state.best_epoch == epoch
+            if keeper is not None and (last or best or keeper.keeps(epoch) or keeper.time_due()):
+                run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
     return True
 
 
@@ -291,18 +304,46 @@ def _wrap(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Mod
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, amp: str = "fp32") -> dict[str, float]:
-    """Means of loss_fn's terms over all images of all ranks, each counted once (batches weigh by their size)."""
+    """Means of loss_fn's terms over all images of all ranks, each counted once, and `images`, how many they are.
+
+    Batches weigh by their size, or by the term `images` where loss_fn returns one (unreadable images left out).
+    """
     model.eval()
     exact = torch.float32 if device.type == "mps" else torch.float64
     sums: dict[str, Tensor] = {}
     for batch in device_batches(loader, device, mean, std):
-        n = len(batch["image"])
         with autocast(device, amp):
             loss, terms = loss_fn(model, batch)
-        for name, value in ({"loss": loss, "images": torch.ones((), device=device)} | terms).items():
+        terms = {"loss": loss} | terms
+        n = terms.pop("images", torch.tensor(len(batch["image"]), device=device)).to(exact)
+        for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.to(exact) * n
-    names = sorted(sums)
-    totals = dist.sum_over_ranks(torch.stack([sums[k] for k in names])).tolist() if names else []
+        sums["images"] = sums.get("images", 0) + n
+    names = sorted(set().union(*dist.gather_objects(set(sums))))  # a rank may have no images at all
+    zero = torch.zeros((), dtype=exact, device=device)
+    totals = dist.sum_over_ranks(torch.stack([sums.get(k, zero) for k in names])).tolist()
     out = dict(zip(names, totals))
-    count = out.pop("images", 0)
-    return {k: v / count for k, v in out.items()}
+    count = out.pop("images")
+    return {k: v / max(count, 1) for k, v in out.items()} | {"images": int(count)}
+
+
+@torch.no_grad()
+def features(function: Callable[[Tensor], Tensor], loader, *, device, mean, std, amp: str = "fp32",
+             gather: bool = True) -> tuple[Tensor, Tensor]:
+    """Features (n, d) and labels (n,) of all readable images, in the data set's order, on `device`.
+
+    `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the images of all ranks.
+    """
+    rows, labels, indices = [], [], []
+    for batch in device_batches(loader, device, mean, std):
+        with autocast(device, amp):
+            rows.append(function(batch["image"]).float())
+        labels.append(batch["label"])
+        indices.append(batch["index"])
+    parts = [torch.cat(x) for x in (rows, labels, indices)]
+    if gather:
+        parts = [dist.gather_rows(x) for x in parts]
+    x, y, index = parts
+    order = index.argsort()
+    order = order[y[order] >= 0]
+    return x[order], y[order]

@@ -102,19 +102,11 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     )
 
 
-def resolve_amp(amp: str, device: torch.device) -> str:
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "fp32"
-
-
 def main(args) -> int:
     if args.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device = dist.init(args.device, args.dist_backend, args.dist_timeout)
-    amp = resolve_amp(args.amp, device)
+    amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and dist.is_main():
         os.makedirs(args.output_dir, exist_ok=True)
@@ -175,8 +167,9 @@ def main(args) -> int:
         stats = {}
         if val_loader is not None:
             stats = engine.evaluate(model, loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
-            dist.say("* val  " + "  ".join(f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "")
-                                           for k, v in stats.items()))
+            images = stats.pop("images")
+            dist.say(f"* {images} val images  " + "  ".join(
+                f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
         if dist.is_main() and args.output_dir:
             images = next(engine.device_batches([loader.collate_fn(shown)], device, mean, std))
             panel = draw(model, images["image"], images["key"], args.mask_ratio, mean, std)

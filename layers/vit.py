@@ -12,8 +12,10 @@ class ViTBackbone(nn.Module):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
     `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned".
-    Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`.
+    Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`, `num_layers`.
     """
+
+    prefix_names = ("cls_token",)  # learned tokens that go before the patches, in their order
 
     def __init__(
         self,
@@ -30,12 +32,12 @@ class ViTBackbone(nn.Module):
         super().__init__()
         if pos_embed not in POS_EMBED_KINDS:
             raise ValueError(f"--pos_embed takes one of {', '.join(POS_EMBED_KINDS)}, found {pos_embed!r}")
-        self.dim, self.num_prefix = dim, 1
+        self.dim, self.num_prefix = dim, len(self.prefix_names)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, dim)
         self.grid, self.img_size, self.patch_size = self.patch_embed.grid, img_size, patch_size
         self.in_chans, self.pos_embed_kind = in_chans, pos_embed
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        nn.init.normal_(self.cls_token, std=0.02)
+        for name in self.prefix_names:
+            self.register_parameter(name, nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02)))
         self.register_parameter("pos_embed", self._make_pos_embed(pos_embed))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows with depth
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
@@ -53,8 +55,8 @@ class ViTBackbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
         x = self.patch_embed(x)  # (B, L, C)
-        cls = self.cls_token.expand(x.shape[0], -1, -1)
-        x = torch.cat([cls, x], dim=1)  # (B, 1+L, C)
+        prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
+        x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:
@@ -63,12 +65,20 @@ class ViTBackbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed (beside all one-dimensional ones)."""
-        return {"cls_token", "pos_embed"}
+        return {*self.prefix_names, "pos_embed"}
+
+    @property
+    def num_layers(self) -> int:
+        """The largest `layer_id`."""
+        return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the heads."""
+        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the heads.
+
+        The final norm counts as a head, as in MAE and BEiT.
+        """
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        if name.startswith(("patch_embed.", "pos_embed", *self.prefix_names)):
             return 0
-        return len(self.blocks) + 1
+        return self.num_layers

@@ -98,7 +98,12 @@ def add_optim_flags(p: argparse.ArgumentParser, *, batch_size: int, epochs: int,
 def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
     g = p.add_argument_group("positional embedding and labels")
     g.add_argument("--pos_embed", default=pos_embed, choices=["none", "sincos", "learned"], help="encoder's embedding")
-    g.add_argument("--pos_label", default=pos_label, choices=["none", "apl", "rpl", "apl+rpl"], help="label loss")
+    labels = ["none", "apl", "rpl", "apl+rpl"]
+    if pos_label == "auto":
+        g.add_argument("--pos_label", default="auto", choices=["auto", *labels],
+                       help="label loss; auto: the checkpoint's own, none from scratch")
+    else:
+        g.add_argument("--pos_label", default=pos_label, choices=labels, help="label loss")
     g.add_argument("--pos_weight", default=0.5, type=float, help="weight of the label loss (the paper's lambda)")
     g.add_argument("--pos_tokens", default="half", choices=["half", "full"], help="channels that the label head reads")
     g.add_argument("--rpl_pairs", default=0, type=int, metavar="N", help="RPL partners per query and step; 0 = all pairs")

@@ -16,6 +16,8 @@ import zipfile
 
 import torch
 
+from util.pos_embed import resize_pos_embed, sincos_2d
+
 LAST = "checkpoint-last.pth"
 
 
@@ -108,6 +110,103 @@ def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
     model.load_state_dict(state["model"])
 
 
+def kind_of(state: dict) -> str:
+    """What a checkpoint holds, from its keys: pretraining, classifier, encoder, or unknown."""
+    keys = state["model"].keys()
+    if any(k.startswith("decoder_") for k in keys):
+        return "pretraining"
+    if any(k in ("head.weight", "head.1.weight") for k in keys):
+        return "classifier"
+    return "encoder" if any(k.startswith(("blocks.", "patch_embed.")) for k in keys) else "unknown"
+
+
+def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init: str) -> str:
+    """Load a pretrained encoder into a classifier of the same architecture; returns one line on what was done.
+
+    Decoder and mask token are left behind. A positional embedding of another grid is resized (bicubic, height and
+    width apart); a checkpoint without one leaves `model.pos_embed` at `pos_embed_init`: zero, sincos or normal (0.02).
+    A patch embedding of other channels is adapted as timm does. The label head is taken over where it fits. Raises
+    ValueError for the wrong kind of file and for weights that do not fit.
+    """
+    kind = kind_of(state)
+    if kind == "classifier":
+        raise ValueError(f"{path} is a fine-tuned classifier, not a pretrained encoder: continue it or evaluate it "
+                         "with --resume")
+    if kind == "unknown":
+        raise ValueError(f"{path} holds no Vision Transformer in MAE's names; it has "
+                         + ", ".join(list(state["model"])[:5]))
+    own = model.state_dict()
+    found = {k: v for k, v in state["model"].items() if not k.startswith(("decoder_", "mask_token", "sr_"))}
+    notes = []
+    if "pos_embed" in own:
+        if "pos_embed" in found:
+            grid = _grid_of(state, found["pos_embed"].shape[1] - 1)
+            found["pos_embed"] = resize_pos_embed(found["pos_embed"], grid, model.grid)
+            notes.append("positional embedding from the checkpoint"
+                         + (f", resized from {grid} to {model.grid}" if grid != model.grid else ""))
+        else:
+            found["pos_embed"] = new_pos_embed(model.pos_embed, model.grid, pos_embed_init)
+            notes.append(f"the checkpoint has no positional embedding: a new one, {pos_embed_init}")
+    weight = found.get("patch_embed.proj.weight")
+    if weight is not None and weight.shape[1] != model.in_chans:
+        from timm.models import adapt_input_conv
+
+        found["patch_embed.proj.weight"] = adapt_input_conv(model.in_chans, weight)
+        notes.append(f"patch embedding adapted from {weight.shape[1]} to {model.in_chans} channels")
+    heads = {k for k in own if k.startswith(("head", "fc_norm.", "pos_head.", "dist_token"))}
+    found = {k: v for k, v in found.items() if k not in heads or v.shape == own[k].shape}
+    if "fc_norm.weight" in own and any(k.startswith("pos_head.") for k in found.keys() & own.keys()):
+        # MAE starts a new norm after the mean; a label head that goes on needs the norm that it has learned with.
+        found |= {f"fc_{k}": v for k, v in found.items() if k.startswith("norm.")}
+    found = {k: v for k, v in found.items() if k in own or not k.startswith(("norm.", "pos_embed", "pos_head."))}
+    problem = describe_mismatch({k: v for k, v in own.items() if k not in heads or k in found}, found)
+    if problem:
+        made_by = (state.get("args") or {}).get("model")
+        raise ValueError(f"the encoder in {path} does not fit --model: {problem}"
+                         + (f". It was made with --model {made_by}" if made_by else "")
+                         + "; choose the classifier of the same size and patch")
+    model.load_state_dict(found, strict=False)
+    new = sorted({k.split(".")[0] for k in heads - found.keys()})
+    return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
+
+
+def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
+    """Load a fine-tuned classifier, its moving average where there is one; label heads stay behind if not asked for."""
+    kind = kind_of(state)
+    if kind != "classifier":
+        raise ValueError(f"{path} is a {kind} checkpoint without a classification head: fine-tune it first (--finetune)")
+    weights = state["model"]
+    if "ema" in state:
+        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+    own = model.state_dict()
+    weights = {k: v for k, v in weights.items() if k in own or not k.startswith("pos_head.")}
+    load_strict(model, state | {"model": weights}, path)
+
+
+def _grid_of(state: dict, cells: int) -> tuple[int, int]:
+    """The grid (h, w) of a checkpoint's positional embedding: from its flags, else a square."""
+    args = state.get("args") or {}
+    size, patch = args.get("input_size"), re.search(r"patch(\d+)", str(args.get("model", "")))
+    if isinstance(size, list) and (args.get("patch_size") or patch):
+        ph, *pw = args.get("patch_size") or [int(patch[1])]
+        grid = size[0] // ph, size[-1] // (pw[-1] if pw else ph)
+        if grid[0] * grid[1] == cells:
+            return grid
+    side = round(cells**0.5)
+    if side * side != cells:
+        raise ValueError(f"cannot tell the grid of a positional embedding with {cells} cells: the checkpoint has no "
+                         "--input_size")
+    return side, side
+
+
+def new_pos_embed(table: torch.Tensor, grid: tuple[int, int], init: str) -> torch.Tensor:
+    """A positional embedding (1, prefix + L, C) like `table`, made anew: zero, sincos, or normal with std 0.02."""
+    prefix = table.shape[1] - grid[0] * grid[1]
+    if init == "sincos":
+        return sincos_2d(table.shape[2], grid, prefix)
+    return torch.zeros_like(table) if init == "zero" else torch.randn_like(table) * 0.02
+
+
 def find_start(output_dir: str | None, resume: str = "") -> str:
     """The file to continue from: the run's own last checkpoint, else `resume`, else '' (start anew)."""
     own = os.path.join(output_dir or "", LAST)
@@ -119,7 +218,7 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
 # Flags that may differ between a run and its continuation without changing what is computed.
 HARMLESS = {"data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "compile",
             "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "dist_backend",
-            "dist_timeout", "local_rank", "world_size", "start_epoch", "dist_url", "dist_on_itp", "max_bad_images"}
+            "dist_timeout", "eval", "predictions", "finetune", "local_rank", "world_size", "start_epoch", "dist_url", "dist_on_itp", "max_bad_images"}
 
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
@@ -163,20 +262,20 @@ class Keeper:
         """Whether the end of this 0-based epoch gets a numbered file: MAE's rule, every N-th."""
         return self.every > 0 and epoch % self.every == 0
 
-    def save(self, state: dict, numbered: int | None = None) -> str:
+    def save(self, state: dict, numbered: int | None = None, best: bool = False) -> str:
         os.makedirs(self.dir, exist_ok=True)
         last = os.path.join(self.dir, LAST)
         save_atomic(state, last)
         self.saved_at = time.monotonic()
-        if numbered is not None:
-            path = os.path.join(self.dir, f"checkpoint-{numbered}.pth")
+        for name in [str(numbered)] * (numbered is not None) + ["best"] * best:
+            path = os.path.join(self.dir, f"checkpoint-{name}.pth")
             if os.path.exists(path):
                 os.remove(path)
             try:
                 os.link(last, path)
             except OSError:  # a file system without hard links
                 shutil.copyfile(last, path)
-            self._retire()
+        self._retire()
         return last
 
     def _retire(self) -> None:

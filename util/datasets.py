@@ -149,6 +149,21 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
             yield self._sample(image, label, -1, sample_seed(self.seed, int(self.epoch), stream | count))
 
 
+class TensorSamples(Dataset):
+    """Samples from tensors: features (n, d) under the name `image`, labels (n,); `index` is the images' listing."""
+    exact_resume = True
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor, index: ImageIndex):
+        self.features, self.labels, self.index = features, labels, index
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, item) -> dict:
+        i = item[1] if isinstance(item, tuple) else item
+        return dict(image=self.features[i], label=int(self.labels[i]), index=i, key=0, bad=[])
+
+
 def collate(samples: list[dict]) -> dict:
     """Samples -> image uint8 (B, C, H, W), label, index and key int64 (B,), bad list[int]."""
     batch = {k: default_collate([s[k] for s in samples]) for k in ("image", "label", "index", "key")}

@@ -87,6 +87,18 @@ def gather_objects(obj) -> list:
     return out
 
 
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, (n_r, ...) each with its own n_r, one after the other, on every rank."""
+    if world_size() == 1:
+        return x
+    counts = gather_objects(len(x))
+    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+
 def barrier() -> None:
     if world_size() > 1:
         td.barrier()

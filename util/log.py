@@ -3,6 +3,7 @@
 Step metrics stay on the device, unread, until a log point; there they are averaged over ranks in one collective, so
 that nothing waits for the device in between and every rank sees the same numbers.
 """
+import csv
 import json
 import math
 import os
@@ -33,8 +34,9 @@ class Log:
     """
 
     def __init__(self, output_dir: str | None, log_dir: str | None = None, print_freq: int = 20,
-                 chance: dict[str, float] | None = None):
+                 chance: dict[str, float] | None = None, loss_tag: str = "train_loss"):
         self.output_dir, self.print_freq, self.chance = output_dir, print_freq, chance or {}
+        self.loss_tag = loss_tag  # MAE's TensorBoard names differ: train_loss in pretraining, loss in fine-tuning
         self.writer = self._bar = None
         if dist.is_main() and log_dir:
             from torch.utils.tensorboard import SummaryWriter
@@ -126,12 +128,18 @@ class Log:
               + f"  img/s: {rate:.1f}  max mem: {peak_memory_mb():.0f}", flush=True)
         if self.writer is not None:
             x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
-            self.writer.add_scalar("train_loss", last["loss"], x)
+            self.writer.add_scalar(self.loss_tag, last["loss"], x)
             self.writer.add_scalar("lr", lr, x)
             for name in last.keys() - {"loss"}:
                 self.writer.add_scalar(f"train/{name}", last[name], x)
             self.writer.add_scalar("speed/img_per_s", rate, x)
             self.writer.add_scalar("speed/data_wait", wait / max(seconds, 1e-9), x)
+
+    def scalars(self, values: dict[str, float], epoch: int) -> None:
+        """Show figures of an epoch's end in TensorBoard."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, (epoch + 1) * 1000)
 
     def picture(self, name: str, image, epoch: int) -> None:
         """Show a (H, W, 3) uint8 picture in TensorBoard."""
@@ -152,13 +160,17 @@ class Log:
         line["data_wait"] = self._total_wait / max(self._total_seconds, 1e-9)
         self._total_wait = self._total_seconds = 0.0
         self.meters = {}
+        self.write_line(line)
+        return line
+
+    def write_line(self, line: dict[str, float]) -> None:
+        """Append one JSON object to log.txt."""
         if dist.is_main():
             if self.writer is not None:
                 self.writer.flush()
             if self.output_dir:
                 with open(os.path.join(self.output_dir, "log.txt"), "a") as f:
                     f.write(json.dumps(line) + "\n")
-        return line
 
 
 class BadImages:
@@ -211,6 +223,17 @@ def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: i
     with open(path, "w") as f:
         json.dump(replay, f, indent=1)
     print(f"wrote {path}", flush=True)
+
+
+def write_predictions(path: str, rows: list[tuple[int, int, int, float]], index) -> None:
+    """A CSV line per image: name, label, prediction (class names), probability; rows as (image, label, class, p)."""
+    with open(path, "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["image", "label", "prediction", "probability", "correct"])
+        for i, label, predicted, p in rows:
+            known = index.classes[label] if label >= 0 else "unreadable"
+            out.writerow([index.name(i), known, index.classes[predicted], f"{p:.6f}", int(label == predicted)])
+    print(f"wrote {len(rows)} predictions to {path}", flush=True)
 
 
 def duration(seconds: float) -> str:

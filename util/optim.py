@@ -1,15 +1,32 @@
-"""AdamW and its parameter groups."""
+"""AdamW, its parameter groups, and layer-wise learning rates."""
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 
-def param_groups(model: nn.Module, weight_decay: float, skip: set[str] = frozenset()) -> list[dict]:
-    """Two groups: decayed weights; and biases, norms and the names in `skip`, which are not decayed."""
-    decay, plain = [], []
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    skip: set[str] = frozenset(),
+    layer_decay: float = 1.0,
+    layer_id: Callable[[str], int] | None = None,
+    num_layers: int = 0,
+) -> list[dict]:
+    """Groups for AdamW: biases, norms and the names in `skip` are not decayed, everything else is.
+
+    With `layer_decay` below 1 each depth has its own groups, whose `lr_scale` is layer_decay ** (num_layers - depth),
+    so that the head learns at the full rate (BEiT, MAE appendix A.1); depths come from `layer_id(parameter name)`.
+    """
+    groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim <= 1 or name in skip else decay).append(p)
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+        if not p.requires_grad:
+            continue
+        decay = 0.0 if p.ndim <= 1 or name in skip else weight_decay
+        scale = layer_decay ** (num_layers - layer_id(name)) if layer_decay < 1 and layer_id else 1.0
+        group = groups.setdefault((scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(p)
+    return list(groups.values())
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:

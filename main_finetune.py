@@ -1,0 +1,331 @@
+"""Train classifiers: fine-tune a pretrained encoder, train from scratch, or evaluate.
+
+    python main_finetune.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR     # fine-tune
+    python main_finetune.py --model swin_tiny --pos_label rpl --data_path DIR                               # from scratch
+    python main_finetune.py --eval --resume FT/checkpoint-best.pth --model vit_base_patch16 --data_path DIR # evaluate
+
+Positional embedding and positional labels are independent: L = L_class + pos_weight * L_position (Zhang et al. 2023,
+Eq. 6). Labels stay the cells of the grid after augmentation; mixup and cutmix mix class targets only.
+
+Exit codes: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
+"""
+import argparse
+import os
+import sys
+
+from util.args import (
+    Parser,
+    add_data_flags,
+    add_optim_flags,
+    add_position_flags,
+    add_run_flags,
+    channel_stats,
+    pair,
+    parse,
+    run,
+)
+
+
+def get_args_parser() -> Parser:
+    p = Parser(description="Fine-tuning, training from scratch, and evaluation of classifiers", add_help=False)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, or timm/NAME")
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
+    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
+    g.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default=None,
+                   help="classify the mean of the patch tokens (default, but for DeiT)")
+    g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="classify the class token")
+    g.add_argument("--swin_merge_last", action="store_true", help="keep Swin's last patch merging (7x7 cells at 224)")
+    add_position_flags(p, pos_embed="learned", pos_label="auto")
+    p.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"],
+                   help="start of the positional embedding that a checkpoint lacks")
+    add_data_flags(p)
+    add_optim_flags(p, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5)
+    add_run_flags(p)
+    g = p.add_argument_group("fine-tuning")
+    g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
+    g.add_argument("--layer_decay", default=0.75, type=float, help="learning rate factor per layer, from the top down")
+    g.add_argument("--partial", default=None, type=int, metavar="K", help="train the last K blocks and the heads only")
+    g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help="evaluate a moving average of the weights")
+    g.add_argument("--distill", default="", metavar="timm/NAME", help="teacher for DeiT's distillation token")
+    g.add_argument("--distill_checkpoint", default="", help="weights of the teacher; timm's pretrained ones if not given")
+    g = p.add_argument_group("augmentation")
+    g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
+    g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
+    g.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
+    g.add_argument("--hflip", default=0.5, type=float)
+    g.add_argument("--vflip", default=0.0, type=float)
+    g.add_argument("--reprob", default=0.25, type=float, help="chance of random erasing")
+    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
+    g.add_argument("--recount", default=1, type=int)
+    g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
+    g.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.add_argument("--mixup", default=0.0, type=float, help="mixup alpha; 0 is off")
+    g.add_argument("--cutmix", default=0.0, type=float, help="cutmix alpha; 0 is off")
+    g.add_argument("--cutmix_minmax", default=None, type=float, nargs=2)
+    g.add_argument("--mixup_prob", default=1.0, type=float)
+    g.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
+    g.add_argument("--dist_eval", action="store_true", help=argparse.SUPPRESS)  # MAE's; always exact on all ranks here
+    g.add_argument("--crop_pct", default=None, type=float, help="centre crop's share of the resized image")
+    g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
+    return p
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
+    ARGS = parse(get_args_parser())
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import engine
+from models import build_classifier
+from util import checkpoint, dist
+from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader
+from util.image_index import check_same_classes
+from util.log import Log, write_predictions
+from util.lr_sched import effective_lr, warmup_cosine
+from util.optim import adamw, param_groups
+from util.transforms import eval_transform, finetune_transform
+
+
+def make_criterion(smoothing: float, mixed: bool):
+    """Cross-entropy with class indices and label smoothing, or with the soft targets that mixup makes."""
+    return lambda logits, target: F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mixed else smoothing)
+
+
+def make_augment(args, num_classes: int, device: torch.device):
+    """What happens to a batch on the device: random erasing, then mixup or cutmix -> (images, targets), and `mixed`."""
+    from timm.data import Mixup
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob > 0 else None
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        if args.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even --batch_size, found {args.batch_size}")
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                      label_smoothing=args.smoothing, num_classes=num_classes)
+
+    def augment(images, labels):
+        if erase is not None:
+            images = erase(images)
+        return mixup(images, labels) if mixup is not None else (images, labels)
+
+    return augment, mixup is not None
+
+
+def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=None):
+    def loss_fn(model, batch):
+        x, target = augment(batch["image"], batch["label"])
+        terms = {}
+        if teacher is None:
+            out = model(x, positions=pos_label != "none")
+        else:
+            out = model(x, positions=pos_label != "none", distillation=True)
+        logits, positions = out if pos_label != "none" else (out, {})
+        if teacher is not None:
+            # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns the teacher's answer.
+            logits, from_teacher = logits
+            with torch.no_grad():
+                answer = teacher(x).argmax(-1)
+            terms["distill"] = F.cross_entropy(from_teacher.float(), answer)
+            terms["class"] = criterion(logits, target)
+            loss = (terms["class"] + terms["distill"]) / 2
+        else:
+            loss = terms["class"] = criterion(logits, target)
+        if positions:
+            loss = loss + pos_weight * positions["position"]
+        return loss, terms | positions
+
+    return loss_fn
+
+
+def make_eval_fn(positions: bool, record=None):
+    """Accuracy in percent and loss over the readable images of a batch; `record(batch, logits)` sees each batch."""
+
+    def eval_fn(model, batch):
+        logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
+        label, valid = batch["label"], batch["label"] >= 0  # -1: an image that cannot be read
+        count = valid.sum()
+        ranks = (logits > logits.gather(1, label.clamp(min=0)[:, None])).sum(1)  # classes ahead of the right one
+        loss = F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum") / count.clamp(min=1)
+        acc = {f"acc{k}": 100.0 * ((ranks < k) & valid).sum() / count.clamp(min=1) for k in (1, 5)}
+        if record is not None:
+            record(batch, logits)
+        return loss, acc | terms | {"images": count}
+
+    return eval_fn
+
+
+def evaluate(args, model, loader, device, amp, mean, std, positions: bool) -> dict[str, float]:
+    """Exact on any number of ranks; prints MAE's line and what it was measured on."""
+    rows = []
+
+    def record(batch, logits):
+        top = logits.float().softmax(-1).max(-1)
+        rows.extend(zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist()))
+
+    stats = engine.evaluate(model, make_eval_fn(positions, record if args.predictions else None), loader, device=device,
+                            mean=mean, std=std, amp=amp)
+    dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+             + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
+             + f" on {stats['images']} of {len(loader.dataset)} images")
+    if args.predictions:
+        all_rows = sorted(row for rows in dist.gather_objects(rows) for row in rows)
+        if dist.is_main():
+            write_predictions(args.predictions, all_rows, loader.dataset.index)
+    return stats
+
+
+def build_data(args, size, mean, device):
+    """Training loader (None for --eval) and validation loader over the same classes."""
+    common = dict(in_chans=args.in_chans, seed=args.seed)
+    val = build_dataset(args.data_path, "val", eval_transform(size, args.crop_pct), evaluation=True, **common)
+    pin = args.pin_mem and device.type == "cuda"
+    val_loader = build_loader(val, EvalSampler(len(val), dist.rank(), dist.world_size()), batch_size=args.batch_size,
+                              num_workers=args.num_workers, pin_memory=pin)
+    classes = val.index.classes
+    crop = args.crop_pct or (224 / 256 if min(size) <= 224 else 1.0)
+    dist.say(f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {crop:.3f}, bicubic, classes in the order "
+             f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}")
+    if args.nb_classes is not None and args.nb_classes != len(classes):
+        raise ValueError(f"--nb_classes {args.nb_classes}, but {val.index.path} has {len(classes)} class folders in val: "
+                         "leave --nb_classes out, or check the folder")
+    if args.eval:
+        return None, val_loader
+    augment = dict(color_jitter=args.color_jitter, auto_augment=args.aa, hflip=args.hflip, vflip=args.vflip,
+                   crop_scale=tuple(args.crop_scale), mean=mean)
+    train = build_dataset(args.data_path, "train", finetune_transform(size, in_chans=args.in_chans, **augment), **common)
+    check_same_classes(train.index, val.index)
+    dist.say(f"training on {train.summary()}")
+    sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
+                           seed=args.seed)
+    return build_loader(train, sampler, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin), val_loader
+
+
+def resolve_labels(args, saved: dict | None) -> str:
+    """--pos_label auto: the checkpoint's own when fine-tuning, none from scratch and for evaluation."""
+    if args.pos_label != "auto":
+        return args.pos_label
+    if args.eval or saved is None:
+        return "none"
+    return (saved.get("args") or {}).get("pos_label", "none")
+
+
+def build_model(args, size, num_classes: int, pos_label: str):
+    options = dict(
+        img_size=size, in_chans=args.in_chans, num_classes=num_classes, drop_path=args.drop_path, pos_embed=args.pos_embed,
+        pos_label=pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
+        # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
+        head_init_std=2e-5 if args.finetune else 0.02,
+    )
+    if args.pool:
+        options["pool"] = args.pool
+    if args.patch_size:
+        options["patch_size"] = pair(args.patch_size, "--patch_size")
+    if args.swin_merge_last:
+        options["merge_last"] = True
+    return build_classifier(args.model, **options)
+
+
+def freeze_all_but(model, blocks: int) -> None:
+    """Train the last `blocks` blocks and the heads (MAE Fig. 9)."""
+    for name, p in model.named_parameters():
+        if model.layer_id(name) < model.num_layers - blocks:
+            p.requires_grad_(False)
+
+
+def main(args) -> int:
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    amp = engine.resolve_amp(args.amp, device)
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
+    if args.output_dir and not args.eval and dist.is_main():
+        os.makedirs(args.output_dir, exist_ok=True)
+    loader, val_loader = build_data(args, size, mean, device)
+    num_classes = len(val_loader.dataset.index.classes)
+
+    # Model: own last checkpoint, --resume, --finetune, scratch
+    plain = checkpoint.plain_args(args)
+    start = args.resume if args.eval else checkpoint.find_start(args.output_dir, args.resume)
+    pretrained = checkpoint.load(args.finetune) if args.finetune else None
+    pos_label = plain["pos_label"] = resolve_labels(args, pretrained)
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    model = build_model(args, size, num_classes, pos_label).to(device)
+    if args.eval:
+        saved = checkpoint.load(start)
+        checkpoint.load_for_evaluation(model, saved, start)
+        dist.say(f"evaluating {start} in {amp}" + (", the moving average of its weights" if "ema" in saved else ""))
+        evaluate(args, model, val_loader, device, amp, mean, std, positions=pos_label != "none")
+        dist.shutdown()
+        return 0
+    resume = None
+    if start:
+        resume = (start, checkpoint.load(start))
+        changed = checkpoint.changed_args(resume[1].get("args") or {}, plain)
+        dist.say(f"continuing {start}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
+    elif pretrained is not None:
+        dist.say(f"encoder from {args.finetune}; "
+                 + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
+    else:
+        dist.say("starting from scratch")
+    if args.partial is not None:
+        freeze_all_but(model, args.partial)
+
+    # Loss
+    augment, mixed = make_augment(args, num_classes, device)
+    teacher = None
+    if args.distill:
+        from models_timm import teacher_model
+
+        teacher = teacher_model(args.distill, num_classes, args.distill_checkpoint, mean, std).to(device).eval()
+    loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
+
+    # Optimizer: layer decay belongs to fine-tuning; from scratch all layers learn alike
+    batch = args.batch_size * args.accum_iter * dist.world_size()
+    lr = effective_lr(args.lr, args.blr, batch)
+    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if args.finetune else 1.0,
+                          model.layer_id, model.num_layers)
+    optimizer = adamw(groups, lr, betas=(0.9, 0.999))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, PE {args.pos_embed}, labels "
+             f"{pos_label}; {amp} on {device}; effective batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} "
+             f"= {batch}, lr {lr:.3g}")
+
+    extras, after_step = {}, None
+    if args.ema:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
+    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, model.chance(), loss_tag="loss")
+    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+
+    def after_epoch(epoch: int, state) -> dict[str, float]:
+        stats = evaluate(args, ema.module if args.ema else model, val_loader, device, amp, mean, std, pos_label != "none")
+        if state.best is None or stats["acc1"] > state.best:
+            state.best, state.best_epoch = stats["acc1"], epoch
+        dist.say(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")
+        log.scalars({f"perf/test_{k}": stats[k] for k in ("acc1", "acc5", "loss")}, epoch)
+        return {f"test_{k}": v for k, v in stats.items() if k != "images"} | {"n_parameters": parameters}
+
+    finished = engine.fit(
+        model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
+        lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
+        compile_model=args.compile, max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
+        extras=extras,
+    )
+    dist.shutdown()
+    return 0 if finished else 75
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, ARGS))

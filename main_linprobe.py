@@ -1,0 +1,263 @@
+"""Probe frozen features: a linear classifier at a grid of learning rates in one pass, or k nearest neighbours.
+
+    python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR
+    python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR --knn
+
+MAE's protocol (appendix A.1): BatchNorm without affine parameters and a linear layer on the class token, LARS, weak
+augmentation. With --global_pool the mean of the patch tokens is probed after a LayerNorm without parameters: the random,
+frozen norm that MAE's code puts there is no part of the encoder. Every learning rate of --lr_grid has its own head; the
+backbone runs once for all of them.
+"""
+import os
+import sys
+
+from util.args import (
+    Parser,
+    add_data_flags,
+    add_optim_flags,
+    add_run_flags,
+    channel_stats,
+    pair,
+    parse,
+    run,
+)
+
+
+def get_args_parser() -> Parser:
+    p = Parser(description="Linear probing and kNN of frozen encoders", add_help=False)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="vit_large_patch16", help="the classifier that has the checkpoint's encoder")
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
+    g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
+    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
+    g.add_argument("--pos_embed", default="auto", choices=["auto", "none", "sincos", "learned"],
+                   help="auto: as the checkpoint was pretrained")
+    g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
+                   help="probe the mean of the patch tokens")
+    g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="probe the class token (default)")
+    add_data_flags(p)
+    p.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
+    add_optim_flags(p, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10)
+    p.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=float, nargs="+",
+                   help="factors of the learning rate, a head each; 1 alone is MAE's protocol")
+    p.add_argument("--cached", action="store_true", help="compute features once, without augmentation, and train on them")
+    p.add_argument("--knn", action="store_true", help="k nearest neighbours instead: k = 10, 20, 100, T = 0.07")
+    add_run_flags(p)
+    return p
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
+    ARGS = parse(get_args_parser())
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engine
+from models import build_classifier
+from util import checkpoint, dist
+from util.datasets import EpochSampler, EvalSampler, TensorSamples, build_dataset, build_loader
+from util.image_index import check_same_classes
+from util.knn import knn_accuracy
+from util.log import Log
+from util.lr_sched import effective_lr, warmup_cosine
+from util.transforms import eval_transform, pretrain_transform
+
+
+class Probe(nn.Module):
+    """Linear classifiers on standardised features (B, C), one per learning rate -> logits (heads, B, classes).
+
+    MAE's names `head.0` (BatchNorm statistics) and `head.<i>` (a linear layer each, from 1).
+    """
+
+    def __init__(self, dim: int, num_classes: int, heads: int):
+        super().__init__()
+        self.head = nn.ModuleList([nn.BatchNorm1d(dim, affine=False, eps=1e-6)])
+        for _ in range(heads):
+            linear = nn.Linear(dim, num_classes)
+            nn.init.trunc_normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+            self.head.append(linear)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.head[0](features.float())
+        return torch.stack([linear(x) for linear in self.head[1:]])
+
+
+def pooled(backbone, images: Tensor, pool: str) -> Tensor:
+    """Frozen features (B, C): the class token, or the mean of the patch tokens normalised without parameters."""
+    with torch.no_grad():
+        tokens = backbone.forward_features(images)
+        if pool == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, backbone.num_prefix :].mean(1)
+        return F.layer_norm(mean, mean.shape[-1:])
+
+
+def make_loss_fn(features):
+    """Sum over heads: their gradients do not meet. Reported loss and accuracy are the first head's."""
+
+    def loss_fn(model, batch):
+        logits = model(features(batch["image"]))  # (heads, B, classes)
+        losses = [F.cross_entropy(z, batch["label"]) for z in logits]
+        return sum(losses), {"loss_head": torch.stack(losses).min().detach()}
+
+    return loss_fn
+
+
+def make_eval_fn(features, names: list[str]):
+    def eval_fn(model, batch):
+        logits = model(features(batch["image"]))
+        label, valid = batch["label"], batch["label"] >= 0
+        count, out = valid.sum(), {}
+        for name, z in zip(names, logits):
+            ahead = (z > z.gather(1, label.clamp(min=0)[:, None])).sum(1)
+            out |= {f"acc{k}_{name}": 100.0 * ((ahead < k) & valid).sum() / count.clamp(min=1) for k in (1, 5)}
+        return torch.zeros((), device=label.device), out | {"images": count}
+
+    return eval_fn
+
+
+def load_backbone(args, size, device):
+    """The frozen encoder of --finetune, in evaluation mode, all of its tokens after the final norm."""
+    if not args.finetune:
+        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
+    state = checkpoint.load(args.finetune)
+    embed = args.pos_embed
+    if embed == "auto":  # what the encoder learned with is what it is probed with
+        embed = "learned" if "pos_embed" in state["model"] else "none"
+    options = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
+    # Pooling by class token keeps the encoder's final norm, for the patch tokens too.
+    pool = "avg" if args.model.startswith(("swin", "timm/")) else "cls"
+    model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, pool=pool, pos_embed=embed,
+                             **options)
+    note = checkpoint.init_encoder(model, state, args.finetune, "zero")
+    dist.say(f"encoder from {args.finetune}; {note}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_data(args, size, device):
+    """Training loader (augmented unless features are computed once), and validation loader."""
+    pin = args.pin_mem and device.type == "cuda"
+    once = args.knn or args.cached
+    transform = eval_transform(size) if once else pretrain_transform(size, tuple(args.crop_scale))
+    train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
+    val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed, evaluation=True)
+    check_same_classes(train.index, val.index)
+    dist.say(f"training on {train.summary()}\nevaluation on {val.summary()}")
+    if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
+        raise ValueError(f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders")
+    if once:
+        sampler = EvalSampler(len(train), dist.rank(), dist.world_size())
+    else:
+        sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
+                               seed=args.seed)
+    common = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin)
+    val_sampler = EvalSampler(len(val), dist.rank(), dist.world_size())
+    return build_loader(train, sampler, **common), build_loader(val, val_sampler, **common)
+
+
+def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) -> dict[str, float]:
+    """Accuracy of the nearest neighbours of the class token and of the mean patch token, exact over all ranks."""
+    out = {}
+    for pool in ("cls", "avg") if backbone.num_prefix else ("avg",):
+        def features(images, pool=pool):
+            return pooled(backbone, images, pool)
+
+        bank, bank_labels = engine.features(features, train_loader, device=device, mean=mean, std=std, amp=amp)
+        own, own_labels = engine.features(features, val_loader, device=device, mean=mean, std=std, amp=amp, gather=False)
+        classes = len(train_loader.dataset.index.classes)
+        right = knn_accuracy(own, own_labels, bank, bank_labels, classes)
+        counts = dist.sum_over_ranks(torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])).tolist()
+        for k, n in zip(right, counts):
+            out[f"knn{k}_{pool}"] = 100 * n / counts[-1]
+        dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
+                 + f"  ({len(bank)} training and {counts[-1]} validation images)")
+    return out
+
+
+def main(args) -> int:
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    amp = engine.resolve_amp(args.amp, device)
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    if args.output_dir and dist.is_main():
+        os.makedirs(args.output_dir, exist_ok=True)
+    train_loader, val_loader = build_data(args, size, device)
+    num_classes = len(train_loader.dataset.index.classes)
+    backbone = load_backbone(args, size, device)
+    if args.pool == "cls" and not backbone.num_prefix:
+        raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
+
+    if args.knn:
+        stats = run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std)
+        Log(args.output_dir).write_line(stats | {"epoch": 0})
+        dist.shutdown()
+        return 0
+
+    def features(images):
+        return pooled(backbone, images, args.pool)
+
+    if args.cached:
+        train_loader, val_loader = (cache(loader, features, args, device, amp, mean, std, shuffle=loader is train_loader)
+                                    for loader in (train_loader, val_loader))
+
+        def features(cached):
+            return cached
+
+    # Heads and LARS, a group per learning rate
+    from timm.optim import Lars  # timm takes seconds to import
+
+    torch.manual_seed(args.seed)
+    probe = Probe(backbone.dim, num_classes, len(args.lr_grid)).to(device)
+    batch = args.batch_size * args.accum_iter * dist.world_size()
+    lr = effective_lr(args.lr, args.blr, batch)
+    optimizer = Lars([{"params": list(linear.parameters()), "lr_scale": scale}
+                      for linear, scale in zip(probe.head[1:], args.lr_grid)],
+                     lr=lr, momentum=0.9, weight_decay=args.weight_decay, trust_coeff=0.001)
+    dist.say(f"{args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective batch {batch}, "
+             f"lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
+
+    plain = checkpoint.plain_args(args)
+    start = checkpoint.find_start(args.output_dir, args.resume)
+    resume = (start, checkpoint.load(start)) if start else None
+    dist.say(f"continuing {start}" if start else "starting from scratch")
+    names = [f"lr{scale:g}" for scale in args.lr_grid]
+    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
+    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+
+    def after_epoch(epoch: int, state) -> dict[str, float]:
+        stats = engine.evaluate(probe, make_eval_fn(features, names), val_loader, device=device, mean=mean, std=std, amp=amp)
+        best = max(names, key=lambda name: stats[f"acc1_{name}"])
+        acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
+        if state.best is None or acc1 > state.best:
+            state.best, state.best_epoch = acc1, epoch
+        dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} at {best} on {stats['images']} of {len(val_loader.dataset)} images; "
+                 + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names))
+        log.scalars({"perf/test_acc1": acc1, "perf/test_acc5": acc5}, epoch)
+        return {"test_acc1": acc1, "test_acc5": acc5} | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
+
+    finished = engine.fit(
+        probe, make_loss_fn(features), optimizer, train_loader, epochs=args.epochs, device=device, mean=mean, std=std,
+        log=log, keeper=keeper, args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad, amp=amp, max_bad_images=args.max_bad_images, after_epoch=after_epoch,
+        lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
+    )
+    dist.shutdown()
+    return 0 if finished else 75
+
+
+def cache(loader, features, args, device, amp, mean, std, shuffle: bool):
+    """A loader over features that are computed once, instead of images."""
+    x, y = engine.features(features, loader, device=device, mean=mean, std=std, amp=amp)
+    samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
+    ranks = dict(rank=dist.rank(), world_size=dist.world_size())
+    sampler = (EpochSampler(len(samples), batch_size=args.batch_size, seed=args.seed, **ranks) if shuffle
+               else EvalSampler(len(samples), **ranks))
+    return build_loader(samples, sampler, batch_size=args.batch_size)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, ARGS))
