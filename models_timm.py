@@ -12,7 +12,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from layers.classifier import Classifier
+from layers.classifier import POOLS, Classifier
 
 
 class TimmClassifier(Classifier, nn.Module):
@@ -243,7 +243,9 @@ def timm_model(
     if patch_size is not None:
         required["patch_size"] = patch_size[0] if patch_size[0] == patch_size[1] else tuple(patch_size)
     if pool is not None:
-        required["global_pool"] = {"cls": "token"}.get(pool, pool)
+        if pool not in POOLS:
+            raise ValueError(f"pool is one of {', '.join(POOLS)}, found {pool!r}")
+        required["global_pool"] = "token" if pool == "cls" else "avg"
     # Always given, because some models drop paths by default, up to a half of them.
     (required if drop_path else optional)["drop_path_rate"] = drop_path
     backbone = _create(name, required, optional)

@@ -18,8 +18,6 @@ class Classifier:
     after the average, as in MAE's fine-tuning. The mixin adds `head.*` and, with labels, `pos_head.*`.
     """
 
-    fc_norm: nn.Module | None = None
-
     def init_classifier(
         self,
         num_classes: int = 1000,
@@ -47,6 +45,8 @@ class Classifier:
                 f"--pos_label {pos_label} tells positions apart, but the last grid of this model is {h}x{w}: "
                 "use a larger --input_size or a smaller patch"
             )
+        if not hasattr(self, "fc_norm"):  # no class attribute: it would hide the submodule of that name
+            self.fc_norm = None
         self.pool, self.num_classes = pool, num_classes
         self.init_heads(head_width or self.dim, head_init_std)
         # Last, so that everything else starts from the same random numbers with and without labels.

@@ -11,19 +11,23 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-TINY = [sys.executable, "-u", str(ROOT / "tests" / "tiny_pretrain.py"), "--model", "mae_test", "--input_size", "32",
-        "--warmup_epochs", "1", "--lr", "1e-2", "--picture_epochs", "1000", "--print_freq", "1", "--device", "cpu",
-        "--save_every_epochs", "1", "--keep", "1", "--num_workers", "0"]
+TINY = [sys.executable, "-u", str(ROOT / "tests" / "tiny.py")]
+COMMON = ["--input_size", "32", "--warmup_epochs", "1", "--lr", "1e-2", "--print_freq", "1", "--device", "cpu",
+          "--save_every_epochs", "1", "--keep", "1", "--num_workers", "0"]
+PRETRAIN = ["main_pretrain", "--model", "mae_test", "--picture_epochs", "1000", *COMMON]
+FINETUNE = ["main_finetune", "--model", "vit_test", *COMMON]
 
 
 def environment(**extra) -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
 
-def pretrain(output_dir, *flags, env=None, kill_at: int | None = None, kill_with=signal.SIGKILL) -> tuple[int, str]:
+def start(output_dir, *flags, main=PRETRAIN, env=None, kill_at: int | None = None,
+          kill_with=signal.SIGKILL) -> tuple[int, str]:
     """Run to the end, or until the log line of update `kill_at` appears (counted in this process, from 0)."""
-    process = subprocess.Popen([*TINY, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**(env or {})),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**(env or {})),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     out, seen = [], 0
     for line in process.stdout:
         out.append(line)
@@ -34,15 +38,17 @@ def pretrain(output_dir, *flags, env=None, kill_at: int | None = None, kill_with
     return process.wait(timeout=120), "".join(out)
 
 
-def ranks(n: int, output_dir, *flags, env=None, signal_rank: tuple[int, int, int] | None = None) -> list[tuple[int, str]]:
+def ranks(n: int, output_dir, *flags, main=PRETRAIN, env=None,
+          signal_rank: tuple[int, int, int] | None = None) -> list[tuple[int, str]]:
     """The same in n gloo processes; `signal_rank` = (rank, signal, after how many log lines of rank 0)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [*TINY, "--output_dir", str(output_dir), *map(str, flags)],
-            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **(env or {})),
+            [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)],
+            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                            **(env or {})),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for r in range(n)]
     lines, seen = [], 0
@@ -71,8 +77,8 @@ def assert_same(a: dict, b: dict, exact: bool = True) -> None:
     assert a["step"] == b["step"] and a["epoch"] == b["epoch"]
     assert a["model"].keys() == b["model"].keys()
     for k in a["model"]:
-        same = torch.equal(a["model"][k], b["model"][k]) if exact else torch.allclose(a["model"][k], b["model"][k], atol=2e-5)
-        assert same, (k, (a["model"][k] - b["model"][k]).abs().max())
+        x, y = a["model"][k], b["model"][k]
+        assert torch.equal(x, y) if exact else torch.allclose(x, y, atol=2e-5), (k, (x - y).abs().max())
     if exact:
         for i, s in a["optimizer"]["state"].items():
             for k, v in s.items():

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from processes import assert_same, last, log_lines, pretrain, ranks
+from processes import FINETUNE, assert_same, last, log_lines, ranks, start
 
 from util.datasets import EpochSampler
 
@@ -17,7 +17,7 @@ RUN = ["--batch_size", 24, "--accum_iter", 3, "--epochs", 4, "--pos_label", "apl
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
-    code, text = pretrain(out, *RUN)
+    code, text = start(out, *RUN)
     assert code == 0, text
     return out
 
@@ -27,9 +27,9 @@ def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, w
     rng = random.Random()
     for save_steps in (1, 2):  # every update is on disk; or the last one may be lost and is done again
         at = rng.randrange(0, 5)
-        code, text = pretrain(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps, kill_at=at)
+        code, text = start(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps, kill_at=at)
         assert code == -signal.SIGKILL, (at, text)
-    code, text = pretrain(tmp_path, *RUN, "--num_workers", workers)
+    code, text = start(tmp_path, *RUN, "--num_workers", workers)
     assert code == 0 and "continuing" in text, text
     assert_same(last(uninterrupted), last(tmp_path))
     assert log_lines(uninterrupted) == log_lines(tmp_path), "averages over interrupted epochs, too"
@@ -37,19 +37,19 @@ def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, w
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, number):
-    code, text = pretrain(tmp_path, *RUN, kill_at=4, kill_with=number)
+    code, text = start(tmp_path, *RUN, kill_at=4, kill_with=number)
     assert code == 75 and f"stopped by {number.name}" in text, text
     step = last(tmp_path)["step"]
     assert 5 <= step <= 7, "the step was finished, and not many more"
     if number == signal.SIGUSR1:
-        code, text = pretrain(tmp_path, *RUN)
+        code, text = start(tmp_path, *RUN)
         assert code == 0, text
         assert_same(last(uninterrupted), last(tmp_path))
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
     before = last(uninterrupted)
-    code, text = pretrain(uninterrupted, *RUN)
+    code, text = start(uninterrupted, *RUN)
     assert code == 0 and "Epoch" not in text, text
     assert_same(before, last(uninterrupted))
 
@@ -60,7 +60,7 @@ ONE = ["--epochs", 2, "--pos_label", "apl+rpl", "--lr", "1e-3"]
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    code, text = pretrain(out, *ONE, "--batch_size", 48)
+    code, text = start(out, *ONE, "--batch_size", 48)
     assert code == 0, text
     return out
 
@@ -75,7 +75,7 @@ def test_two_ranks_equal_one(one_process, tmp_path):
 
 
 def test_accumulation_equals_the_big_batch(one_process, tmp_path):
-    code, text = pretrain(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
+    code, text = start(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
     assert code == 0, text
     assert_same(last(one_process), last(tmp_path), exact=False)
 
@@ -115,3 +115,42 @@ def test_checkpoints_follow_maes_names_and_are_retired(uninterrupted):
     assert loss["train_loss"] == pytest.approx(loss["train_pixel"] + 0.5 * loss["train_position"], rel=1e-5)
     weights = torch.load(uninterrupted / "checkpoint-3.pth", weights_only=True)["model"]
     assert all(torch.equal(v, saved["model"][k]) for k, v in weights.items())
+
+
+# Everything random that fine-tuning has: RandAugment, erasing, mixup or cutmix, stochastic depth, sampled pairs.
+FT = ["--batch_size", 40, "--epochs", 3, "--pos_label", "rpl", "--rpl_pairs", 2, "--mixup", 0.8, "--cutmix", 1.0,
+      "--drop_path", 0.2, "--ema", 0.9]
+
+
+def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
+    code, text = start(tmp_path / "a", *FT, main=FINETUNE)
+    assert code == 0, text
+    code, text = start(tmp_path / "b", *FT, "--save_steps", 1, main=FINETUNE, kill_at=random.randrange(5, 10))
+    assert code == -signal.SIGKILL, text
+    code, text = start(tmp_path / "b", *FT, "--num_workers", 2, main=FINETUNE)
+    assert code == 0 and "continuing" in text, text
+    a, b = last(tmp_path / "a"), last(tmp_path / "b")
+    assert_same(a, b)
+    assert all(torch.equal(v, b["ema"][k]) for k, v in a["ema"].items()), "the moving average, too"
+    assert any(not torch.equal(a["model"][k], a["ema"][f"module.{k}"]) for k in a["model"])
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
+    assert (a["best"], a["best_epoch"]) == (b["best"], b["best_epoch"])
+
+
+def test_evaluation_is_exact_on_two_ranks(tmp_path):
+    """Every image once, whatever the ranks: 50 images in batches of 8 are 32 and 18, or 25 and 25."""
+    code, text = start(tmp_path, *FT, main=FINETUNE)
+    assert code == 0, text
+    flags = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--batch_size", 8]
+    one, text = start(tmp_path, *flags, "--predictions", tmp_path / "one.csv", main=FINETUNE)
+    assert one == 0, text
+    two = ranks(2, tmp_path, *flags, "--predictions", tmp_path / "two.csv", main=FINETUNE)
+    assert [c for c, _ in two] == [0, 0], two
+    acc = [line for line in text.splitlines() if line.startswith("* Acc@1")]
+    assert acc == [line for line in two[0][1].splitlines() if line.startswith("* Acc@1")] and "on 50 of 50" in acc[0]
+    rows = (tmp_path / "one.csv").read_text()
+    assert rows == (tmp_path / "two.csv").read_text() and len(rows.splitlines()) == 51
+    share = sum(row.endswith(",1") for row in rows.splitlines()) / 50
+    assert f"Acc@1 {100 * share:.3f}" in acc[0]
+    # and it is what training reported for the same weights
+    assert f"Acc@1 {log_lines(tmp_path)[-1]['test_acc1']:.3f}" in acc[0]

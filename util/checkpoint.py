@@ -216,9 +216,11 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
 
 
 # Flags that may differ between a run and its continuation without changing what is computed.
-HARMLESS = {"data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "compile",
-            "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "dist_backend",
-            "dist_timeout", "eval", "predictions", "finetune", "local_rank", "world_size", "start_epoch", "dist_url", "dist_on_itp", "max_bad_images"}
+HARMLESS = {
+    "data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "finetune", "compile",
+    "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "predictions", "eval",
+    "dist_backend", "dist_timeout", "dist_url", "dist_on_itp", "local_rank", "world_size", "start_epoch", "max_bad_images",
+}
 
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:

@@ -1,0 +1,337 @@
+"""Pretrained encoders become classifiers: loading, losses, groups, probes and neighbours."""
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import tiny  # noqa: F401 (registers mae_test and vit_test)
+from models import build_classifier
+from models_mae_pl import MODELS, MaskedAutoencoderViT
+from util import checkpoint
+from util.args import parse, run
+from util.knn import knn_accuracy, knn_votes, nearest
+from util.optim import param_groups
+from util.pos_embed import resize_pos_embed, sincos_2d
+
+
+def call(main, capsys, *flags) -> tuple[int, str]:
+    base = ["--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--device", "cpu",
+            "--print_freq", "1"]
+    code = run(main.main, parse(main.get_args_parser(), base + [str(f) for f in flags]))
+    out = capsys.readouterr()
+    return code, out.out + out.err
+
+
+def pretrained(tmp_path, capsys, *flags) -> str:
+    code, text = call(main_pretrain, capsys, "--model", "mae_test", "--output_dir", tmp_path / "pt", "--picture_epochs", 9,
+                      *flags)
+    assert code == 0, text
+    return str(tmp_path / "pt" / "checkpoint-last.pth")
+
+
+def accuracy(text: str) -> list[str]:
+    return re.findall(r"\* Acc@1 ([\d.]+)", text)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Two classes that a linear model can tell apart, as PNGs with 1, 3 or 4 channels."""
+    def make(mode: str, size=(28, 42)):
+        rng = np.random.default_rng(0)
+        for split, n in (("train", 20), ("val", 10)):
+            for c, name in enumerate(("dark", "light")):
+                folder = tmp_path / "data" / split / name
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    pixels = rng.integers(100 * c, 100 * c + 120, (*size, len(mode)), dtype=np.uint8)
+                    Image.fromarray(pixels.squeeze(), mode).save(folder / f"{i}.png")
+        return tmp_path / "data"
+    return make
+
+
+@pytest.mark.parametrize("mode,patch,size", [("L", 8, (16, 24)), ("RGBA", 14, (28, 42)), ("RGB", 8, (24, 16))])
+def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(tmp_path, capsys, shapes, mode, patch, size):
+    common = ["--data_path", shapes(mode), "--input_size", *size, "--patch_size", patch, "--in_chans", len(mode),
+              "--batch_size", 8]
+    if mode == "RGBA":
+        common += ["--mean", *[0.5] * 4, "--std", *[0.25] * 4]
+    checkpoint_file = pretrained(tmp_path, capsys, *common)
+    augment = ["--aa", "", "--reprob", 0]
+    code, text = call(main_finetune, capsys, "--model", "vit_test", *common, *augment, "--finetune", checkpoint_file,
+                      "--output_dir", tmp_path / "ft", "--epochs", 6, "--lr", 3e-3, "--warmup_epochs", 1)
+    assert code == 0 and "labels apl" in text and "a new one, zero" in text, text
+    assert float(accuracy(text)[-1]) == 100, "two plain classes are learned"
+    code, evaluated = call(main_finetune, capsys, "--model", "vit_test", *common, "--eval", "--resume",
+                           tmp_path / "ft" / "checkpoint-last.pth")
+    assert code == 0 and accuracy(evaluated) == accuracy(text)[-1:]
+    code, probed = call(main_linprobe, capsys, "--model", "vit_test", *common, "--finetune", checkpoint_file, "--knn",
+                        "--output_dir", tmp_path / "knn")
+    assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images)" in probed
+
+
+def make_pretrained(**kwargs) -> tuple[MaskedAutoencoderViT, dict]:
+    torch.manual_seed(1)
+    model = MODELS["mae_test"](**({"img_size": (32, 32)} | kwargs))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.02)
+    return model, {"model": model.state_dict(), "args": {"model": "mae_test"}}
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_the_encoder_is_taken_over(pool):
+    mae, state = make_pretrained(pos_label="apl")
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pool=pool, pos_label="apl")
+    note = checkpoint.init_encoder(vit, state, "x.pth", "zero")
+    assert "a new one, zero" in note and vit.pos_embed.abs().sum() == 0 and vit.pos_embed.requires_grad
+    images, cells = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1)
+    expected = mae.forward_encoder(images, cells)  # without an embedding, as pretrained
+    tokens = vit.forward_features(images)
+    assert torch.allclose(tokens if pool == "cls" else vit.fc_norm(tokens), expected, atol=1e-5)
+    # the label head goes on where it was
+    position = vit(images, positions=True)[1]["position"]
+    assert torch.allclose(position, mae.pos_head(expected[:, 1:], cells)["position"], atol=1e-5)
+    for name, p in vit.named_parameters():
+        if name in state["model"]:
+            assert torch.equal(p, state["model"][name]), name
+
+
+def test_a_new_norm_is_maes_where_no_label_head_goes_on():
+    _, state = make_pretrained(pos_label="apl")
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    assert "new: fc_norm, head" in checkpoint.init_encoder(vit, state, "x.pth", "zero")
+    assert (vit.fc_norm.weight == 1).all() and (vit.fc_norm.bias == 0).all()
+
+
+@pytest.mark.parametrize("init", ["zero", "sincos", "normal"])
+def test_the_positional_embedding_that_comes_back(init):
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    checkpoint.init_encoder(vit, state, "x.pth", init)
+    table = vit.pos_embed.detach()
+    if init == "sincos":
+        assert torch.equal(table, sincos_2d(32, (4, 4)))
+    else:
+        assert table.std() == pytest.approx(0.02 if init == "normal" else 0.0, rel=0.15)
+
+
+def test_another_grid_is_interpolated_by_size():
+    _, state = make_pretrained(pos_embed="sincos", img_size=(32, 48))
+    state["args"] |= {"input_size": [32, 48], "patch_size": [8]}
+    vit = build_classifier("vit_test", img_size=(40, 56), num_classes=5)
+    note = checkpoint.init_encoder(vit, state, "x.pth", "zero")
+    assert "resized from (4, 6) to (5, 7)" in note
+    assert torch.equal(vit.pos_embed.data, resize_pos_embed(sincos_2d(32, (4, 6)), (4, 6), (5, 7)))
+    # against the obvious form, one channel at a time
+    cells = sincos_2d(32, (4, 6))[0, 1:].reshape(4, 6, 32)
+    for c in (0, 9, 31):
+        one = F.interpolate(cells[None, None, :, :, c], size=(5, 7), mode="bicubic")[0, 0]
+        assert torch.allclose(vit.pos_embed[0, 1:, c].reshape(5, 7), one, atol=1e-6)
+
+
+def test_channels_are_adapted_as_timm_does():
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), in_chans=1, num_classes=5)
+    assert "adapted from 3 to 1 channels" in checkpoint.init_encoder(vit, state, "x.pth", "zero")
+    expected = state["model"]["patch_embed.proj.weight"].sum(1, keepdim=True)
+    assert torch.allclose(vit.patch_embed.proj.weight, expected)
+
+
+def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    classifier, path = {"model": vit.state_dict()}, str(tmp_path / "c.pth")
+    torch.save(classifier, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "a")
+    assert code == 2 and "is a fine-tuned classifier" in text and "--resume" in text
+    _, state = make_pretrained()
+    torch.save(state, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", path)
+    assert code == 2 and "fine-tune it first (--finetune)" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_tiny_patch8", "--finetune", path, "--output_dir", tmp_path / "b")
+    assert code == 2 and "does not fit --model" in text and "made with --model mae_test" in text
+    torch.save({"model": {"conv1.weight": torch.ones(1)}}, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "c")
+    assert code == 2 and "holds no Vision Transformer" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval")
+    assert code == 2 and "--eval needs --resume" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--nb_classes", 12, "--output_dir", tmp_path / "d")
+    assert code == 2 and "--nb_classes 12, but" in text and "has 10 class folders" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--mixup", 0.8, "--batch_size", 25, "--output_dir",
+                      tmp_path / "e")
+    assert code == 2 and "even --batch_size" in text
+
+
+@pytest.mark.parametrize("pos_embed,pos_label", [("none", "none"), ("learned", "none"), ("none", "apl"), ("none", "rpl"),
+                                                 ("learned", "apl"), ("sincos", "rpl"), ("none", "apl+rpl")])
+def test_embedding_and_labels_are_independent(tmp_path, capsys, pos_embed, pos_label):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--pos_embed", pos_embed, "--pos_label", pos_label,
+                      "--output_dir", tmp_path)
+    assert code == 0, text
+    keys = checkpoint.load(str(tmp_path / "checkpoint-last.pth"))["model"].keys()
+    assert ("pos_embed" in keys) == (pos_embed != "none")
+    assert {k.split(".")[1] for k in keys if k.startswith("pos_head.")} == set(pos_label.split("+")) - {"none"}
+    assert ("position_acc" in text) == (pos_label != "none")
+
+
+def test_mixup_mixes_class_targets_only():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
+    augment, mixed = main_finetune.make_augment(args, 5, torch.device("cpu"))
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
+    seen = {}
+    vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))
+    criterion = main_finetune.make_criterion(0.1, mixed)
+    loss_fn = main_finetune.make_loss_fn(augment, criterion, "apl", 0.25)
+    batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0, 1, 2, 3])}
+    np.random.seed(3)
+    loss, terms = loss_fn(vit, batch)
+    assert len(seen["inputs"]) == 1, "no cells are given: all of them in order, nothing mixed"
+    np.random.seed(3)
+    x, target = augment(batch["image"].clone(), batch["label"])
+    assert ((target > 0.02) & (target < 0.9)).any(), "the draw mixes"
+    by_hand = -(target * vit(x).log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(terms["class"], by_hand, atol=1e-5)
+    assert torch.allclose(loss, terms["class"] + 0.25 * terms["position"])
+
+
+def test_distillation_learns_the_teachers_answer():
+    from models_vit import DistilledVisionTransformer
+
+    torch.manual_seed(0)
+    student = DistilledVisionTransformer(img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5)
+    for head in (student.head, student.head_dist):
+        torch.nn.init.normal_(head.weight)
+    criterion = main_finetune.make_criterion(0.0, False)
+    answers = torch.tensor([4, 0, 2])
+    loss_fn = main_finetune.make_loss_fn(lambda x, y: (x, y), criterion, "none", 0.5,
+                                         teacher=lambda x: F.one_hot(answers, 5).float())
+    batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([1, 2, 3])}
+    loss, terms = loss_fn(student, batch)
+    own, distilled = student(batch["image"], distillation=True)
+    assert torch.allclose(terms["class"], F.cross_entropy(own, batch["label"]))
+    assert torch.allclose(terms["distill"], F.cross_entropy(distilled, answers))
+    assert torch.allclose(loss, (terms["class"] + terms["distill"]) / 2)
+
+
+def test_layer_decay_groups_equal_timms():
+    timm_optim = pytest.importorskip("timm.optim")
+    timm = pytest.importorskip("timm")
+    ours = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="none")
+    theirs = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                               num_classes=5, global_pool="avg")
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    expected = {names[id(p)]: (g["lr_scale"], g["weight_decay"])
+                for g in timm_optim.param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.75,
+                                                             no_weight_decay_list=theirs.no_weight_decay())
+                for p in g["params"]}
+    names = {id(p): n for n, p in ours.named_parameters()}
+    groups = param_groups(ours, 0.05, ours.no_weight_decay(), 0.75, ours.layer_id, ours.num_layers)
+    found = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name] == pytest.approx(expected[name]), name
+
+
+def test_partial_fine_tuning_trains_the_last_blocks_and_heads():
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
+    main_finetune.freeze_all_but(vit, 1)
+    trained = {n.split(".")[0] + ("." + n.split(".")[1] if n.startswith("blocks") else "")
+               for n, p in vit.named_parameters() if p.requires_grad}
+    assert trained == {"blocks.1", "fc_norm", "head", "pos_head"}
+    main_finetune.freeze_all_but(vit, 0)
+    assert not any(p.requires_grad for p in vit.blocks.parameters()) and vit.head.weight.requires_grad
+
+
+def test_evaluation_counts_by_hand():
+    torch.manual_seed(0)
+    logits, label = torch.randn(12, 8), torch.randint(0, 8, (12,))
+    label[3] = -1  # unreadable
+    loss, terms = main_finetune.make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
+    keep = label >= 0
+    top5 = logits.topk(5, dim=1).indices
+    assert terms["images"] == 11
+    assert terms["acc1"].item() == pytest.approx(100 * (logits.argmax(1) == label)[keep].float().mean().item(), rel=1e-5)
+    assert terms["acc5"].item() == pytest.approx(100 * (top5 == label[:, None]).any(1)[keep].float().mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[keep], label[keep]).item(), rel=1e-5)
+
+
+def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
+    """A head trained in the grid equals the same head trained alone."""
+    file = pretrained(tmp_path, capsys)
+    heads = {}
+    for name, grid in (("alone", [1]), ("first", [1, 5])):
+        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / name,
+                          "--lr_grid", *grid, "--epochs", 2, "--warmup_epochs", 0, "--blr", 1)
+        assert code == 0, text
+        heads[name] = checkpoint.load(str(tmp_path / name / "checkpoint-last.pth"))["model"]
+    assert torch.equal(heads["alone"]["head.1.weight"], heads["first"]["head.1.weight"])
+    assert not torch.equal(heads["first"]["head.1.weight"], heads["first"]["head.2.weight"])
+    assert heads["alone"]["head.0.running_mean"].abs().sum() > 0
+    assert "head.0.weight" not in heads["alone"], "standardisation has no parameters"
+
+
+def test_cached_features_are_the_backbones(tmp_path, capsys):
+    file = pretrained(tmp_path, capsys)
+    for pool in ("--cls_token", "--global_pool"):
+        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir",
+                          tmp_path / pool, "--cached", pool, "--epochs", 30, "--blr", 1)
+        assert code == 0 and float(accuracy(text)[-1]) > 20, text  # ten classes; the demo scenes differ in colour
+
+
+def test_probed_features_are_normalised_as_said():
+    torch.manual_seed(0)
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls").eval()
+    images = torch.randn(3, 3, 32, 32)
+    tokens = vit.forward_features(images)
+    assert torch.equal(main_linprobe.pooled(vit, images, "cls"), tokens[:, 0])
+    mean = tokens[:, 1:].mean(1)
+    by_hand = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(main_linprobe.pooled(vit, images, "avg"), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1000, 1000), (3, 7), (50, 1)])
+def test_nearest_neighbours_against_scikit_learn(chunks):
+    neighbours = pytest.importorskip("sklearn.neighbors")
+    rng = np.random.default_rng(0)
+    bank, queries = rng.normal(size=(200, 8)), rng.normal(size=(37, 8))
+    labels = rng.integers(0, 4, 200)
+    model = neighbours.KNeighborsClassifier(
+        n_neighbors=10, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)).fit(bank, labels)
+    similarity, index = nearest(torch.tensor(queries), torch.tensor(bank), 10, *chunks)
+    distance, expected = model.kneighbors(queries)
+    assert np.array_equal(index.numpy(), expected)
+    assert np.allclose(similarity.numpy(), 1 - distance, atol=1e-5)
+    votes = knn_votes(similarity, torch.tensor(labels)[index], 10, 4)
+    assert np.allclose((votes / votes.sum(1, keepdim=True)).numpy(), model.predict_proba(queries), atol=1e-4)
+    truth = rng.integers(0, 4, 37)
+    right = knn_accuracy(torch.tensor(queries), torch.tensor(truth), torch.tensor(bank), torch.tensor(labels), 4, ks=(10,))
+    assert right[10] == (model.predict(queries) == truth).sum()
+
+
+def test_more_neighbours_than_images():
+    similarity, index = nearest(torch.eye(3), torch.eye(3), 20)
+    assert similarity.shape == (3, 3) and index[:, 0].tolist() == [0, 1, 2]
+
+
+def test_the_probe_uses_timms_lars(tmp_path, capsys, monkeypatch):
+    lars = pytest.importorskip("timm.optim")
+    made = []
+
+    class Spy(lars.Lars):
+        def __init__(self, groups, **kwargs):
+            made.append(kwargs | {"scales": [g["lr_scale"] for g in groups]})
+            super().__init__(groups, **kwargs)
+
+    monkeypatch.setattr(lars, "Lars", Spy)
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", pretrained(tmp_path, capsys),
+                      "--output_dir", tmp_path / "lp")
+    assert code == 0, text
+    assert made == [dict(lr=0.1 * 40 / 256, momentum=0.9, weight_decay=0.0, trust_coeff=0.001,
+                         scales=[0.1, 0.3, 1.0, 3.0, 10.0])]
