@@ -192,6 +192,7 @@ class SwinTransformer(Classifier, nn.Module):
         self.depths = tuple(depths)
         self.patch_embed = NormedPatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid, dim, stages, last = self.patch_embed.grid, embed_dim, [], len(depths) - 1
+        cpe = pos_embed != "none"
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]  # grows with depth
         for i, depth in enumerate(depths):
             downsample = nn.Identity()
@@ -200,10 +201,11 @@ class SwinTransformer(Classifier, nn.Module):
                 downsample, dim = PatchMerging(dim, merge), 2 * dim
                 grid = tuple(-(-g // 2) for g in grid) if merge else grid
             stage_window = grid if i == last and not merge_last else window
-            stages.append(Stage(downsample, [
-                SwinBlock(dim, num_heads[i], grid, stage_window, j % 2 == 1, pos_embed != "none", mlp_ratio, rates.pop(0))
+            blocks = [
+                SwinBlock(dim, num_heads[i], grid, stage_window, j % 2 == 1, cpe, mlp_ratio, rates.pop(0))
                 for j in range(depth)
-            ]))
+            ]
+            stages.append(Stage(downsample, blocks))
         self.layers = nn.Sequential(*stages)
         self.dim, self.grid = dim, grid
         self.norm = nn.LayerNorm(dim)

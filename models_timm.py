@@ -193,17 +193,22 @@ def _create(name: str, required: dict, optional: dict) -> nn.Module:
                 raise
             if unknown[1] in required:
                 flag = _FLAGS.get(unknown[1], unknown[1])
-                raise ValueError(f"timm/{name} takes no {flag}, found {required[unknown[1]]!r}: leave it out") from None
+                given = required[unknown[1]]
+                raise ValueError(f"timm/{name} takes no {flag}, found {given!r}: leave it out") from None
             del optional[unknown[1]]
         except (AssertionError, ValueError) as e:  # sizes that the architecture cannot take
             raise ValueError(f"timm/{name} cannot be built with {required | optional}: {e or type(e).__name__}") from e
+
+
+# Positional parts of timm's models that are no additive embedding.
+_OTHER_POSITIONS = re.compile(r"rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block")
 
 
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
     """Zero and freeze every parameter called `pos_embed`; ValueError if that would leave other positional parts."""
     tables = [p for n, p in backbone.named_parameters() if n.rpartition(".")[2] == "pos_embed"]
     names = [n for n, _ in [*backbone.named_parameters(), *backbone.named_modules()]]
-    others = [n for n in names if re.search(r"rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block", n)]
+    others = [n for n in names if _OTHER_POSITIONS.search(n)]
     if others or not tables:
         found = f"its positions are in {others[0]}" if others else "it has no parameter pos_embed"
         raise ValueError(

@@ -35,7 +35,8 @@ def shake(model: nn.Module) -> nn.Module:
 def lr_scales(model: nn.Module, decay: float = 0.65) -> dict[str, float]:
     """timm's layer-wise scale of each parameter, by name."""
     names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=decay) for p in g["params"]}
+    groups = param_groups_layer_decay(model, layer_decay=decay)
+    return {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
 
 
 def our_scales(model: nn.Module, decay: float = 0.65) -> dict[str, float]:
@@ -222,7 +223,8 @@ def test_every_registered_model_builds(name):
         model = MODELS[name](img_size=(224 // 16 * patch,) * 2 if patch < 8 else (224, 224), pool=None, pos_label="apl")
         assert model.pool == ("cls" if name.startswith("deit") else "avg") and model.patch_size == (patch, patch)
         if name in TIMM_NAMES:
-            theirs = timm.create_model(TIMM_NAMES[name], num_classes=1000, global_pool="token" if model.pool == "cls" else "avg")
+            pool = "token" if model.pool == "cls" else "avg"
+            theirs = timm.create_model(TIMM_NAMES[name], num_classes=1000, global_pool=pool)
             shapes = {n: p.shape for n, p in model.state_dict().items() if not n.startswith("pos_head.")}
             assert shapes == {n: p.shape for n, p in theirs.state_dict().items()}
             assert model.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
@@ -235,7 +237,8 @@ def test_every_registered_model_builds(name):
 def test_small_models_have_finite_gradients_everywhere(name):
     patch = int(name.rsplit("patch", 1)[1])
     torch.manual_seed(0)
-    model = MODELS[name](img_size=(3 * patch, 2 * patch), num_classes=7, pos_label="apl+rpl", head_init_std=0.02, drop_path=0.1)
+    model = MODELS[name](img_size=(3 * patch, 2 * patch), num_classes=7, pos_label="apl+rpl", head_init_std=0.02,
+                         drop_path=0.1)
     logits, losses = model.eval()(torch.randn(2, 3, 3 * patch, 2 * patch), positions=True)
     (F.cross_entropy(logits, torch.tensor([1, 5])) + 0.5 * losses["position"]).backward()
     for n, p in model.named_parameters():
@@ -272,10 +275,10 @@ def test_timm_backbone_is_timms_with_our_heads(backbone):
         tokens = model.forward_features(x)
         raw = model.backbone.forward_features(x)
         assert tokens.shape == (2, prefix + grid[0] * grid[1], model.dim)
-        for r in range(grid[0]):
-            for c in range(grid[1]):
-                there = {"NCHW": lambda: raw[:, :, r, c], "NHWC": lambda: raw[:, r, c], "NLC": lambda: raw[:, prefix + r * grid[1] + c]}
-                assert torch.equal(tokens[:, prefix + r * grid[1] + c], there[layout]()), "row-major"
+        for cell in range(grid[0] * grid[1]):
+            r, c = divmod(cell, grid[1])
+            there = raw[:, prefix + cell] if layout == "NLC" else raw[:, :, r, c] if layout == "NCHW" else raw[:, r, c]
+            assert torch.equal(tokens[:, prefix + cell], there), "row-major"
         logits, losses = model(x, positions=True)
         read = model.label_tokens(tokens)
         expected = F.cross_entropy(model.pos_head.apl.logits(read).flatten(0, 1), torch.arange(read.shape[1]).repeat(2))
@@ -328,7 +331,8 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
-    model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none", head_init_std=0.02).eval()
+    model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none", head_init_std=0.02)
+    model.eval()
     table = model.backbone.pos_embed
     assert not table.any() and not table.requires_grad
     x = torch.randn(1, 3, 32, 48)
@@ -369,7 +373,7 @@ def test_features_without_a_grid_are_refused():
         with pytest.raises(ValueError, match="no grid of tokens"):
             dry_run(Features(out), (32, 32), 3)
     odd = torch.zeros(1, 17, 8)
-    with pytest.raises(ValueError, match="17 tokens .* form no grid on an image of 32x32; tried 2x2, 4x4"):
+    with pytest.raises(ValueError, match=r"17 tokens .* form no grid on an image of 32x32; tried 2x2, 4x4"):
         token_grid(odd, "NLC", 0, (32, 32), Features(odd, feature_info=[{"reduction": 16}]))
     assert token_grid(odd, "NLC", 1, (32, 32), Features(odd)) == (4, 4)
     assert token_grid(torch.zeros(1, 8, 5), "NLC", 0, (64, 32), Features(odd)) == (4, 2), "the image's proportions"

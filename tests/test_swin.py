@@ -1,4 +1,4 @@
-"""Swin: the unmodified parts against timm's, windows against attention written out, the paper's changes by their numbers."""
+"""Swin: unmodified parts against timm's, windows against attention written out, the paper's changes by numbers."""
 import math
 
 import pytest
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from layers.transformer import attention
 from models_swin import MODELS, PatchMerging, SwinBlock, SwinTransformer, window_merge, window_partition
 
-SMALL = dict(img_size=(32, 48), patch_size=(2, 2), embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3,
-             num_classes=5, head_init_std=0.02)
+SMALL = dict(img_size=(32, 48), patch_size=(2, 2), embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8),
+             window_size=3, num_classes=5, head_init_std=0.02)
 
 
 def small(**kwargs) -> SwinTransformer:
@@ -83,7 +83,9 @@ def written_out(block: SwinBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("grid, window", [((8, 8), (4, 4)), ((6, 9), (3, 3)), ((5, 7), (4, 3)), ((3, 8), (4, 3)), ((2, 3), (7, 7))])
+@pytest.mark.parametrize("grid, window", [
+    ((8, 8), (4, 4)), ((6, 9), (3, 3)), ((5, 7), (4, 3)), ((3, 8), (4, 3)), ((2, 3), (7, 7)),
+])
 def test_windows_equal_attention_written_out(grid, window, shifted):
     """Also where the window does not divide the grid: padding is seen by no token."""
     torch.manual_seed(0)
@@ -183,9 +185,11 @@ def test_conditional_encoding_opens_every_block():
 
 def test_layer_ids_are_timms():
     ours = small(merge_last=True, pos_embed="none", pos_label="apl")
-    reference = timms(img_size=(32, 48), patch_size=2, embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3)
+    reference = timms(img_size=(32, 48), patch_size=2, embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8),
+                      window_size=3)
     names = {id(p): n for n, p in reference.named_parameters()}
-    scales = {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(reference, layer_decay=0.5) for p in g["params"]}
+    groups = param_groups_layer_decay(reference, layer_decay=0.5)
+    scales = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
     for name, _ in ours.named_parameters():
         if not name.startswith(("pos_head.", "norm.")):  # timm puts the final norm with the last block
             expected = scales[name.replace("head.", "head.fc.")]
@@ -199,7 +203,8 @@ def test_layer_ids_are_timms():
 ])
 @pytest.mark.parametrize("merge_last", [False, True])
 def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):
-    model = small(img_size=img, patch_size=patch, in_chans=chans, window_size=7, merge_last=merge_last, pos_label="apl+rpl")
+    model = small(img_size=img, patch_size=patch, in_chans=chans, window_size=7, merge_last=merge_last,
+                  pos_label="apl+rpl")
     assert model.grid == (tuple(-(-g // 2) for g in grid) if merge_last else grid)
     x = torch.randn(2, chans, *img)
     tokens = model.forward_features(x)
@@ -247,18 +252,16 @@ def test_masked_attention_in_low_precision():
     q, k, v = torch.randn(3, 4, 2, 6, 8)
     mask = torch.rand(4, 1, 6, 6) > 0.5
     mask |= torch.eye(6, dtype=torch.bool)
-    expected = attention(q, k, v, mask)
-    assert torch.allclose(attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask).float(), expected, atol=0.05)
-    hidden = v.clone()
-    hidden[0, :, 0] += 100
-    seen = mask[0, 0, :, 0]
-    changed = (attention(q, k, hidden, mask) - expected)[0].abs().amax((0, 2)) > 1e-3
-    low = attention(q.bfloat16(), k.bfloat16(), hidden.bfloat16(), mask) - attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
-    assert torch.equal(changed, seen) and torch.equal(low[0].abs().amax((0, 2)) > 0.5, seen)
-    model = small(window_size=3, img_size=(40, 48))
-    x = torch.randn(2, 3, 40, 48)
+    expected, low = attention(q, k, v, mask), attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert torch.allclose(low.float(), expected, atol=0.05)
+    v[0, :, 0] += 100  # who sees token 0 of the first window?
+    assert torch.equal((attention(q, k, v, mask) - expected)[0].abs().amax((0, 2)) > 1e-3, mask[0, 0, :, 0])
+    assert torch.equal((attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask) - low)[0].abs().amax((0, 2)) > 0.5,
+                       mask[0, 0, :, 0])
+    model, x = small(img_size=(40, 48)), torch.randn(2, 3, 40, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.allclose(model(x).float(), small(img_size=(40, 48))(x), atol=0.05)
+        half = model(x)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), model(x), atol=0.05)
 
 
 def test_there_is_no_class_token():
