@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from util import dist
 from util.checkpoint import Keeper, load_strict
+from util.loader import device_batches
 from util.log import BadImages, Log, NonFiniteLoss, write_replay
 from util.lr_sched import set_lr
-from util.transforms import normalize
 
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,35 +74,6 @@ class TrainState:
             self.step, self.meters = saved["step"], saved.get("meters", {})
         elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
             dist.say("the number of steps per epoch has changed: the unfinished epoch starts again")
-
-
-def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
-    """Batches with `image` normalised to float32 on the device; on CUDA the next one is copied while one is used."""
-    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def move(batch: dict) -> dict:
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if batch["image"].dtype == torch.uint8:  # features that were computed before pass as they are
-            batch["image"] = normalize(batch["image"], mean, std)
-        return batch
-
-    if copy_stream is None:
-        for batch in loader:
-            yield move(batch)
-        return
-    ready = None
-    for batch in loader:
-        with torch.cuda.stream(copy_stream):
-            coming = move(batch)
-        if ready is not None:
-            yield ready
-        torch.cuda.current_stream(device).wait_stream(copy_stream)
-        for v in coming.values():
-            if torch.is_tensor(v):
-                v.record_stream(torch.cuda.current_stream(device))
-        ready = coming
-    if ready is not None:
-        yield ready
 
 
 def seed_step(seed: int, micro_step: int) -> None:
@@ -201,15 +172,26 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
 def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     """Train from the state's step to the end of `epoch`; returns False if a stop was asked and agreed on before."""
     updates, first = run.updates_per_epoch, state.step - epoch * run.updates_per_epoch
-    if hasattr(run.loader.sampler, "set_position"):
+    if run.loader.dataset.exact_resume:
         run.loader.sampler.set_position(epoch, first * run.accum_iter)
+    else:
+        if first:
+            dist.say("the data are a stream: the unfinished epoch starts again")
+        state.step, first = epoch * updates, 0
+        run.loader.dataset.set_epoch(epoch)
     run.wrapped.train()
     stream = device_batches(run.loader, run.device, run.mean, run.std)
     for u in range(first, updates):
         lr = run.lr_at(epoch + u * run.accum_iter / run.batches_per_epoch)
         set_lr(state.optimizer, lr)
         window = min(run.accum_iter, run.batches_per_epoch - u * run.accum_iter)  # an epoch's last may be shorter
-        metrics, waited = train_one_update(run, state, stream, window)
+        try:
+            metrics, waited = train_one_update(run, state, stream, window)
+        except StopIteration:  # a stream shorter than it said
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step = (epoch + 1) * updates
+            run.log.flush()
+            break
         run.log.step(state.step - 1, metrics, lr, waited)
         stopping = run.stop.agreed()
         save_now = run.keeper is not None and run.keeper.step_due(state.step)

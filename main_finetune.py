@@ -86,8 +86,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import engine
 from models import build_classifier
 from util import checkpoint, dist
-from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader
+from util.datasets import build_dataset
 from util.image_index import check_same_classes
+from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups
@@ -187,9 +188,11 @@ def build_data(args, size, mean, device):
     """Training loader (None for --eval) and validation loader over the same classes."""
     common = dict(in_chans=args.in_chans, seed=args.seed)
     val = build_dataset(args.data_path, "val", eval_transform(size, args.crop_pct), evaluation=True, **common)
-    pin = args.pin_mem and device.type == "cuda"
-    val_loader = build_loader(val, EvalSampler(len(val), dist.rank(), dist.world_size()), batch_size=args.batch_size,
-                              num_workers=args.num_workers, pin_memory=pin)
+    if not hasattr(val, "index"):
+        raise ValueError(f"--data_path {args.data_path}: timm's readers serve pretraining only; a classifier needs class "
+                         "folders or tars")
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
+    val_loader = eval_loader(val, **loading)
     classes = val.index.classes
     crop = args.crop_pct or (224 / 256 if min(size) <= 224 else 1.0)
     dist.say(f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {crop:.3f}, bicubic, classes in the order "
@@ -204,9 +207,7 @@ def build_data(args, size, mean, device):
     train = build_dataset(args.data_path, "train", finetune_transform(size, in_chans=args.in_chans, **augment), **common)
     check_same_classes(train.index, val.index)
     dist.say(f"training on {train.summary()}")
-    sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
-                           seed=args.seed)
-    return build_loader(train, sampler, batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin), val_loader
+    return train_loader(train, seed=args.seed, **loading), val_loader
 
 
 def resolve_labels(args, saved: dict | None) -> str:

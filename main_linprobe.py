@@ -57,9 +57,10 @@ from torch import Tensor, nn
 import engine
 from models import build_classifier
 from util import checkpoint, dist
-from util.datasets import EpochSampler, EvalSampler, TensorSamples, build_dataset, build_loader
+from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes
 from util.knn import knn_accuracy
+from util.loader import eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
 from util.transforms import eval_transform, pretrain_transform
@@ -139,7 +140,6 @@ def load_backbone(args, size, device):
 
 def build_data(args, size, device):
     """Training loader (augmented unless features are computed once), and validation loader."""
-    pin = args.pin_mem and device.type == "cuda"
     once = args.knn or args.cached
     transform = eval_transform(size) if once else pretrain_transform(size, tuple(args.crop_scale))
     train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
@@ -148,14 +148,9 @@ def build_data(args, size, device):
     dist.say(f"training on {train.summary()}\nevaluation on {val.summary()}")
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders")
-    if once:
-        sampler = EvalSampler(len(train), dist.rank(), dist.world_size())
-    else:
-        sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
-                               seed=args.seed)
-    common = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin)
-    val_sampler = EvalSampler(len(val), dist.rank(), dist.world_size())
-    return build_loader(train, sampler, **common), build_loader(val, val_sampler, **common)
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
+    load = eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading)
+    return load, eval_loader(val, **loading)
 
 
 def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) -> dict[str, float]:
@@ -253,10 +248,8 @@ def cache(loader, features, args, device, amp, mean, std, shuffle: bool):
     """A loader over features that are computed once, instead of images."""
     x, y = engine.features(features, loader, device=device, mean=mean, std=std, amp=amp)
     samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
-    ranks = dict(rank=dist.rank(), world_size=dist.world_size())
-    sampler = (EpochSampler(len(samples), batch_size=args.batch_size, seed=args.seed, **ranks) if shuffle
-               else EvalSampler(len(samples), **ranks))
-    return build_loader(samples, sampler, batch_size=args.batch_size)
+    loading = dict(batch_size=args.batch_size, num_workers=0, pin_memory=False)
+    return train_loader(samples, seed=args.seed, **loading) if shuffle else eval_loader(samples, **loading)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ import torch
 import engine
 from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise
 from util import checkpoint, dist
-from util.datasets import EpochSampler, EvalSampler, build_dataset, build_loader
+from util.datasets import build_dataset, collate, first_samples
+from util.loader import device_batches, eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups
@@ -115,16 +116,13 @@ def main(args) -> int:
     train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale), args.hflip),
                           in_chans=args.in_chans, seed=args.seed, labels=False)
     dist.say(train.summary())
-    sampler = EpochSampler(len(train), batch_size=args.batch_size, rank=dist.rank(), world_size=dist.world_size(),
-                           seed=args.seed)
-    loader = build_loader(train, sampler, batch_size=args.batch_size, num_workers=args.num_workers,
+    loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
                           pin_memory=args.pin_mem and device.type == "cuda")
     val_loader = None
     try:
         val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed,
                             labels=False, evaluation=True)
-        val_loader = build_loader(val, EvalSampler(len(val), dist.rank(), dist.world_size()),
-                                  batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
+        val_loader = eval_loader(val, batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
     except ValueError:
         dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
 
@@ -159,7 +157,7 @@ def main(args) -> int:
 
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
     keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
-    shown = [(val_loader or loader).dataset[i] for i in range(min(4, len((val_loader or loader).dataset)))]
+    shown = first_samples((val_loader or loader).dataset, 4)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         if (epoch + 1) % args.picture_epochs and epoch + 1 < args.epochs:
@@ -171,7 +169,7 @@ def main(args) -> int:
             dist.say(f"* {images} val images  " + "  ".join(
                 f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
         if dist.is_main() and args.output_dir:
-            images = next(engine.device_batches([loader.collate_fn(shown)], device, mean, std))
+            images = next(device_batches([collate(shown)], device, mean, std))
             panel = draw(model, images["image"], images["key"], args.mask_ratio, mean, std)
             path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
             save_png(panel, path)

@@ -173,13 +173,14 @@ def token_grid(
         if N > 0 and h * w == N:
             return int(h), int(w)
     raise ValueError(
-        f"the {N} tokens of {type(backbone).__name__} (beside {num_prefix} others) form no grid on an image of {H}x{W}; "
-        f"tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep their positions"
+        f"the {N} tokens of {type(backbone).__name__} (and {num_prefix} others) form no grid on an image of "
+        f"{H}x{W}; tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep their place"
     )
 
 
 # timm's names of arguments, and ours.
-_FLAGS = {"drop_path_rate": "--drop_path", "patch_size": "--patch_size", "in_chans": "--in_chans", "global_pool": "pool"}
+_FLAGS = {"drop_path_rate": "--drop_path", "patch_size": "--patch_size", "in_chans": "--in_chans",
+          "global_pool": "pool"}
 
 
 def _create(name: str, required: dict, optional: dict) -> nn.Module:
@@ -201,7 +202,7 @@ def _create(name: str, required: dict, optional: dict) -> nn.Module:
 
 
 # Positional parts of timm's models that are no additive embedding.
-_OTHER_POSITIONS = re.compile(r"rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block")
+_OTHER_POSITIONS = re.compile(r"pos_embed[\w.]|rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block")
 
 
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
@@ -243,7 +244,8 @@ def timm_model(
     name = name.removeprefix("timm/")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
     required, optional = {"num_classes": 0, "in_chans": in_chans}, {"img_size": tuple(img_size)}
     if patch_size is not None:
         required["patch_size"] = patch_size[0] if patch_size[0] == patch_size[1] else tuple(patch_size)

@@ -233,6 +233,12 @@ def test_every_registered_model_builds(name):
             assert head == 259_588, "the authors' head on a 14x14 grid"
 
 
+def test_arguments_override_the_name():
+    model = MODELS["deit_small_patch16"](img_size=(32, 16), patch_size=(8, 4), depth=1, dim=24, pool="avg", in_chans=2)
+    assert (len(model.blocks), model.dim, model.pool, model.grid) == (1, 24, "avg", (4, 4))
+    assert model.patch_embed.proj.weight.shape == (24, 2, 8, 4)
+
+
 @pytest.mark.parametrize("name", sorted(SMALL_MODELS))
 def test_small_models_have_finite_gradients_everywhere(name):
     patch = int(name.rsplit("patch", 1)[1])
@@ -331,15 +337,16 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
-    model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none", head_init_std=0.02)
-    model.eval()
+    model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none",
+                       head_init_std=0.02).eval()
     table = model.backbone.pos_embed
     assert not table.any() and not table.requires_grad
     x = torch.randn(1, 3, 32, 48)
     assert torch.allclose(model(x), model(x.roll((16, 16), dims=(2, 3))), atol=1e-5)
-    for name, why in (("swin_tiny_patch4_window7_224", "relative_position"), ("resnet18", "no parameter pos_embed")):
+    for name, why in (("swin_tiny_patch4_window7_224", "relative_position"), ("resnet18", "no parameter pos_embed"),
+                      ("eva02_tiny_patch14_224", "in rope")):
         with pytest.raises(ValueError, match=f"--pos_embed none.*{why}"):
-            timm_model(name, img_size=(64, 64), pos_embed="none")
+            timm_model(name, img_size=(56, 56), pos_embed="none")
 
 
 def test_timm_models_that_do_not_fit_say_why():

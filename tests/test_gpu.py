@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-import engine
 from layers.positional import PositionalHead
 from models_mae_pl import random_masking, sample_noise
 from processes import last, log_lines, start
 from util.datasets import EpochSampler, build_dataset, build_loader
+from util.loader import device_batches
 from util.transforms import normalize, pretrain_transform
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def test_prefetched_batches_are_the_loaders(tmp_path):
     loader = build_loader(dataset, EpochSampler(len(dataset), batch_size=20), batch_size=20, num_workers=2, pin_memory=True)
     mean, std = (0.5,) * 3, (0.25,) * 3
     expected = [normalize(batch["image"], mean, std) for batch in loader]
-    found = [b["image"].cpu() for b in engine.device_batches(loader, torch.device("cuda"), mean, std)]
+    found = [b["image"].cpu() for b in device_batches(loader, torch.device("cuda"), mean, std)]
     assert len(found) == len(expected) == 10
     for a, b in zip(expected, found):
         assert torch.allclose(a, b, atol=1e-6)

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = sorted(p for folder in (".", "layers", "util") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
+OURS = sorted(
+    p for folder in (".", "layers", "util") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
-    ("submitit_", 6), ("main_", 5), ("visualize", 5), ("checkpoints", 5), ("engine", 4), ("models_", 3), ("models", 4), ("layers.", 2),
-    ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
+    ("submitit_", 6), ("main_", 5), ("visualize", 5), ("checkpoints", 5), ("engine", 4), ("models_", 3), ("models", 4),
+    ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
-UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms"}, "util.checkpoint": {"util.pos_embed"}}
+UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms"}, "util.checkpoint": {"util.pos_embed"},
+              "util.loader": {"util.datasets", "util.transforms"}}
 
 
 def name_of(path: Path) -> str:

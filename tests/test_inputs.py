@@ -42,7 +42,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
     (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
     (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
     (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
-    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_tiny_patch16"),
+    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_nano_patch8, mae_vit_nano_patch4, mae_vit_tiny"),
     (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
     (["--data_path", "nowhere"], "nowhere"),
     (["--resume", "missing.pth"], "no checkpoint at missing.pth"),
@@ -210,3 +210,28 @@ def test_a_zip_that_is_no_checkpoint(tmp_path):
         z.writestr("readme.txt", "hello")
     with pytest.raises(ValueError, match="no checkpoint"):
         checkpoint.load(str(tmp_path / "c.pth"))
+
+
+def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeypatch):
+    import timm.data
+    from torch.utils.data import IterableDataset
+
+    class Stream(IterableDataset):
+        epochs = []
+
+        def __len__(self):
+            return 45  # says more than it has
+
+        def __iter__(self):
+            return ((Image.new("RGB", (40, 40), (i, 0, 0)), 0) for i in range(35))
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *args, **kwargs: Stream())
+    flags = ["--data_path", "hfids/somebody/pictures", "--batch_size", 10, "--print_freq", 1]
+    code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 2)
+    assert code == 0 and "a stream: a run resumes at whole epochs only" in text, text
+    assert Stream.epochs == [0, 1] and text.count("Epoch: [1]") == 3, "four batches were promised, three came"
+    code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
+    assert code == 0 and Stream.epochs == [0, 1, 2], text

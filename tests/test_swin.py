@@ -137,6 +137,7 @@ def test_cost_and_shape_of_the_modified_swin_tiny():
 def test_larger_swins_build(name, width, gmac):
     with torch.device("meta"):
         model, x = MODELS[name](pos_label="apl+rpl", pool=None).eval(), torch.zeros(1, 3, 224, 224)
+        assert MODELS[name](embed_dim=32, in_chans=2).dim == 256, "arguments override the name"
     assert model.dim == width and model.grid == (14, 14) and len(model.layers[2].blocks) == 18
     if gmac:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -199,7 +200,8 @@ def test_layer_ids_are_timms():
 
 
 @pytest.mark.parametrize("img, patch, chans, grid", [
-    ((64, 64), (2, 2), 3, (8, 8)), ((64, 64), (4, 4), 1, (4, 4)), ((40, 72), (4, 4), 4, (3, 5)), ((36, 20), (2, 4), 3, (5, 2)),
+    ((64, 64), (2, 2), 3, (8, 8)), ((64, 64), (4, 4), 1, (4, 4)), ((40, 72), (4, 4), 4, (3, 5)),
+    ((36, 20), (2, 4), 3, (5, 2)),
 ])
 @pytest.mark.parametrize("merge_last", [False, True])
 def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -168,6 +169,11 @@ def collate(samples: list[dict]) -> dict:
     """Samples -> image uint8 (B, C, H, W), label, index and key int64 (B,), bad list[int]."""
     batch = {k: default_collate([s[k] for s in samples]) for k in ("image", "label", "index", "key")}
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
+
+
+def first_samples(dataset, n: int) -> list[dict]:
+    """Up to n samples to show, the same at every call."""
+    return [dataset[i] for i in range(min(n, len(dataset)))] if dataset.exact_resume else list(islice(dataset, n))
 
 
 class EpochSampler(Sampler):

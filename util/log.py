@@ -208,7 +208,7 @@ class BadImages:
 def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: int, updates: int, accum_iter: int,
                  seed: int) -> None:
     """Leave what is needed to see the failing step again: seeds and the image indices of all its micro-batches."""
-    if not dist.is_main() or not output_dir:
+    if not dist.is_main() or not output_dir or not hasattr(sampler, "global_batch"):
         return
     first = (error.step - epoch * updates) * accum_iter
     last = min(first + accum_iter, getattr(sampler, "batches_per_epoch", first))
