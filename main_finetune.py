@@ -48,8 +48,10 @@ def get_args_parser() -> Parser:
     g.add_argument("--layer_decay", default=0.75, type=float, help="learning rate factor per layer, from the top down")
     g.add_argument("--partial", default=None, type=int, metavar="K", help="train the last K blocks and the heads only")
     g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help="evaluate a moving average of the weights")
-    g.add_argument("--distill", default="", metavar="timm/NAME", help="teacher for DeiT's distillation token")
-    g.add_argument("--distill_checkpoint", default="", help="weights of the teacher; timm's pretrained ones if not given")
+    g.add_argument("--distill", default="", metavar="MODEL",
+                   help="teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint")
+    g.add_argument("--distill_checkpoint", default="", 
+                   help="a checkpoint of main_finetune.py; timm's pretrained weights if not given")
     g = p.add_argument_group("augmentation")
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
     g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
@@ -84,7 +86,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engine
-from models import build_classifier
+from models import PretrainedTeacher, build_classifier
 from util import checkpoint, dist
 from util.datasets import build_dataset
 from util.image_index import check_same_classes
@@ -235,6 +237,18 @@ def build_model(args, size, num_classes: int, pos_label: str):
     return build_classifier(args.model, **options)
 
 
+def build_teacher(args, size, num_classes: int, mean, std, device: torch.device):
+    """A classifier of ours from --distill_checkpoint, or timm's pretrained one; frozen."""
+    if "distilled" not in args.model:
+        raise ValueError(f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}")
+    if args.distill_checkpoint:
+        teacher = build_classifier(args.distill, img_size=size, in_chans=args.in_chans, num_classes=num_classes)
+        checkpoint.load_for_evaluation(teacher, checkpoint.load(args.distill_checkpoint), args.distill_checkpoint)
+    else:
+        teacher = PretrainedTeacher(args.distill, num_classes, mean, std)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
 def freeze_all_but(model, blocks: int) -> None:
     """Train the last `blocks` blocks and the heads (MAE Fig. 9)."""
     for name, p in model.named_parameters():
@@ -243,9 +257,7 @@ def freeze_all_but(model, blocks: int) -> None:
 
 
 def main(args) -> int:
-    if args.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.eval and not args.resume:
@@ -257,38 +269,29 @@ def main(args) -> int:
 
     # Model: own last checkpoint, --resume, --finetune, scratch
     plain = checkpoint.plain_args(args)
-    start = args.resume if args.eval else checkpoint.find_start(args.output_dir, args.resume)
     pretrained = checkpoint.load(args.finetune) if args.finetune else None
     pos_label = plain["pos_label"] = resolve_labels(args, pretrained)
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args, size, num_classes, pos_label).to(device)
     if args.eval:
-        saved = checkpoint.load(start)
-        checkpoint.load_for_evaluation(model, saved, start)
-        dist.say(f"evaluating {start} in {amp}" + (", the moving average of its weights" if "ema" in saved else ""))
+        saved = checkpoint.load(args.resume)
+        checkpoint.load_for_evaluation(model, saved, args.resume)
+        dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else ""))
         evaluate(args, model, val_loader, device, amp, mean, std, positions=pos_label != "none")
         dist.shutdown()
         return 0
-    resume = None
-    if start:
-        resume = (start, checkpoint.load(start))
-        changed = checkpoint.changed_args(resume[1].get("args") or {}, plain)
-        dist.say(f"continuing {start}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
-    elif pretrained is not None:
+    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
+    if resume is None and pretrained is not None:
         dist.say(f"encoder from {args.finetune}; "
                  + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
-    else:
+    elif resume is None:
         dist.say("starting from scratch")
     if args.partial is not None:
         freeze_all_but(model, args.partial)
 
     # Loss
     augment, mixed = make_augment(args, num_classes, device)
-    teacher = None
-    if args.distill:
-        from models_timm import teacher_model
-
-        teacher = teacher_model(args.distill, num_classes, args.distill_checkpoint, mean, std).to(device).eval()
+    teacher = build_teacher(args, size, num_classes, mean, std, device) if args.distill else None
     loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
 
     # Optimizer: layer decay belongs to fine-tuning; from scratch all layers learn alike

@@ -173,9 +173,7 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
 
 
 def main(args) -> int:
-    if args.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and dist.is_main():
@@ -216,9 +214,7 @@ def main(args) -> int:
              f"lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
 
     plain = checkpoint.plain_args(args)
-    start = checkpoint.find_start(args.output_dir, args.resume)
-    resume = (start, checkpoint.load(start)) if start else None
-    dist.say(f"continuing {start}" if start else "starting from scratch")
+    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     names = [f"lr{scale:g}" for scale in args.lr_grid]
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
     keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)

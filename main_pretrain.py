@@ -104,9 +104,7 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
 
 
 def main(args) -> int:
-    if args.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and dist.is_main():
@@ -142,17 +140,12 @@ def main(args) -> int:
              f"lr {lr:.3g}")
 
     # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
-    resume = None
-    start = checkpoint.find_start(args.output_dir, args.resume)
     plain = checkpoint.plain_args(args)
-    if start:
-        resume = (start, checkpoint.load(start))
-        changed = checkpoint.changed_args(resume[1].get("args") or {}, plain)
-        dist.say(f"continuing {start}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
-    elif args.init_from:
+    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
+    if resume is None and args.init_from:
         checkpoint.load_strict(model, checkpoint.load(args.init_from), args.init_from)
         dist.say(f"weights from {args.init_from}, fresh schedule")
-    else:
+    elif resume is None:
         dist.say("starting from scratch")
 
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
@@ -160,7 +153,7 @@ def main(args) -> int:
     shown = first_samples((val_loader or loader).dataset, 4)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
-        if (epoch + 1) % args.picture_epochs and epoch + 1 < args.epochs:
+        if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):
             return {}
         stats = {}
         if val_loader is not None:

@@ -247,14 +247,13 @@ def _init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _swin(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], **kwargs) -> SwinTransformer:
-    given = {name: value for name, value in kwargs.items() if not (name == "pool" and value is None)}
-    return SwinTransformer(**{"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads} | given)
+def _swin(**kwargs) -> SwinTransformer:
+    return SwinTransformer(**{name: value for name, value in kwargs.items() if not (name == "pool" and value is None)})
 
 
 # name -> builder; keyword arguments of SwinTransformer override what the name says, pool=None is its default.
 MODELS = {
-    "swin_tiny": partial(_swin, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin_small": partial(_swin, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin_base": partial(_swin, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_tiny": partial(_swin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin_small": partial(_swin, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_base": partial(_swin, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
 }

@@ -220,6 +220,40 @@ def test_distillation_learns_the_teachers_answer():
     assert torch.allclose(loss, (terms["class"] + terms["distill"]) / 2)
 
 
+def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
+    import timm
+
+    from models import PretrainedTeacher
+
+    class Fake(torch.nn.Module):
+        num_classes, pretrained_cfg = 5, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
+
+        def forward(self, x):
+            self.seen = x
+            return x
+
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: Fake())
+    pixels, mean, std = torch.rand(2, 3, 4, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    shape = (3, 1, 1)
+    teacher = PretrainedTeacher("timm/x", 5, mean, std)
+    out = teacher((pixels - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape))
+    expected = (pixels - torch.tensor((0.5, 0.4, 0.3)).reshape(shape)) / torch.tensor((0.2, 0.25, 0.5)).reshape(shape)
+    assert torch.allclose(out, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="knows 5 classes, the data have 7"):
+        PretrainedTeacher("timm/x", 7, mean, std)
+
+
+def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--output_dir", tmp_path / "teacher")
+    assert code == 0, text
+    flags = ["--distill", "vit_test", "--distill_checkpoint", tmp_path / "teacher" / "checkpoint-last.pth"]
+    code, text = call(main_finetune, capsys, "--model", "vit_test", *flags, "--output_dir", tmp_path / "a")
+    assert code == 2 and "needs a model with a distillation token" in text
+    code, text = call(main_finetune, capsys, "--model", "deit_tiny_distilled_patch16", *flags, "--pos_label", "apl",
+                      "--output_dir", tmp_path / "b")
+    assert code == 0 and "distill:" in text and "position:" in text, text
+
+
 def test_layer_decay_groups_equal_timms():
     timm_optim = pytest.importorskip("timm.optim")
     timm = pytest.importorskip("timm")

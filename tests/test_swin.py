@@ -137,7 +137,7 @@ def test_cost_and_shape_of_the_modified_swin_tiny():
 def test_larger_swins_build(name, width, gmac):
     with torch.device("meta"):
         model, x = MODELS[name](pos_label="apl+rpl", pool=None).eval(), torch.zeros(1, 3, 224, 224)
-        assert MODELS[name](embed_dim=32, in_chans=2).dim == 256, "arguments override the name"
+        assert MODELS[name](embed_dim=48, depths=(1, 1, 1, 1)).dim == 384, "arguments override the name"
     assert model.dim == width and model.grid == (14, 14) and len(model.layers[2].blocks) == 18
     if gmac:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -16,6 +16,7 @@ import zipfile
 
 import torch
 
+from util import dist
 from util.pos_embed import resize_pos_embed, sincos_2d
 
 LAST = "checkpoint-last.pth"
@@ -221,6 +222,17 @@ HARMLESS = {
     "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "predictions", "eval",
     "dist_backend", "dist_timeout", "dist_url", "dist_on_itp", "local_rank", "world_size", "start_epoch", "max_bad_images",
 }
+
+
+def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
+    """(path, loaded checkpoint) that this run continues, or None; says which, and which flags have changed."""
+    path = find_start(output_dir, resume)
+    if not path:
+        return None
+    state = load(path)
+    changed = changed_args(state.get("args") or {}, args)
+    dist.say(f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
+    return path, state
 
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:

@@ -30,15 +30,18 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def init(device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30) -> torch.device:
+def init(device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30,
+         local_rank: int = -1) -> torch.device:
     """Join the process group that the environment describes (torchrun's variables); one process needs none.
+
+    `local_rank` is what older launchers give as a flag; the environment's LOCAL_RANK comes first.
 
     Returns this rank's device, set as the current one. `device` "cuda" falls back to the CPU with a line that says so.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device is visible: running on the CPU", flush=True)
         device = "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     if device == "cuda":
         where = torch.device("cuda", local_rank)
         if local_rank >= torch.cuda.device_count():
