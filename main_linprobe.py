@@ -86,14 +86,18 @@ class Probe(nn.Module):
         return torch.stack([linear(x) for linear in self.head[1:]])
 
 
+def pool_tokens(tokens: Tensor, num_prefix: int, pool: str) -> Tensor:
+    """Tokens (B, prefix + N, C) -> (B, C): the class token, or the patch tokens' mean, normalised without parameters."""
+    if pool == "cls":
+        return tokens[:, 0]
+    mean = tokens[:, num_prefix:].mean(1)
+    return F.layer_norm(mean, mean.shape[-1:])
+
+
 def pooled(backbone, images: Tensor, pool: str) -> Tensor:
-    """Frozen features (B, C): the class token, or the mean of the patch tokens normalised without parameters."""
+    """Frozen features (B, C) of normalised images."""
     with torch.no_grad():
-        tokens = backbone.forward_features(images)
-        if pool == "cls":
-            return tokens[:, 0]
-        mean = tokens[:, backbone.num_prefix :].mean(1)
-        return F.layer_norm(mean, mean.shape[-1:])
+        return pool_tokens(backbone.forward_features(images), backbone.num_prefix, pool)
 
 
 def make_loss_fn(features):
@@ -155,18 +159,20 @@ def build_data(args, size, device):
 
 def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) -> dict[str, float]:
     """Accuracy of the nearest neighbours of the class token and of the mean patch token, exact over all ranks."""
-    out = {}
-    for pool in ("cls", "avg") if backbone.num_prefix else ("avg",):
-        def features(images, pool=pool):
-            return pooled(backbone, images, pool)
+    pools = ("cls", "avg") if backbone.num_prefix else ("avg",)
 
-        bank, bank_labels = engine.features(features, train_loader, device=device, mean=mean, std=std, amp=amp)
-        own, own_labels = engine.features(features, val_loader, device=device, mean=mean, std=std, amp=amp, gather=False)
-        classes = len(train_loader.dataset.index.classes)
-        right = knn_accuracy(own, own_labels, bank, bank_labels, classes)
+    def features(images):  # all poolings from one pass
+        tokens = backbone.forward_features(images)
+        return torch.cat([pool_tokens(tokens, backbone.num_prefix, pool) for pool in pools], dim=1)
+
+    options = dict(device=device, mean=mean, std=std, amp=amp)
+    bank, bank_labels = engine.features(features, train_loader, **options)
+    own, own_labels = engine.features(features, val_loader, gather=False, **options)
+    classes, out = len(train_loader.dataset.index.classes), {}
+    for pool, queries, known in zip(pools, own.chunk(len(pools), 1), bank.chunk(len(pools), 1)):
+        right = knn_accuracy(queries, own_labels, known, bank_labels, classes)
         counts = dist.sum_over_ranks(torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])).tolist()
-        for k, n in zip(right, counts):
-            out[f"knn{k}_{pool}"] = 100 * n / counts[-1]
+        out |= {f"knn{k}_{pool}": 100 * n / counts[-1] for k, n in zip(right, counts)}
         dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
                  + f"  ({len(bank)} training and {counts[-1]} validation images)")
     return out

@@ -49,7 +49,7 @@ import torch
 import engine
 from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise
 from util import checkpoint, dist
-from util.datasets import build_dataset, collate, first_samples
+from util.datasets import build_dataset, collate, some_samples
 from util.loader import device_batches, eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
@@ -150,7 +150,7 @@ def main(args) -> int:
 
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
     keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
-    shown = first_samples((val_loader or loader).dataset, 4)
+    shown = some_samples((val_loader or loader).dataset, 4)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):

@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from layers.positional import relative_labels
-from models_timm import dry_run, timm_model, token_grid, token_layout
+from models_timm import TimmClassifier, dry_run, timm_model, token_grid, token_layout
 from models_vit import MODELS, DistilledVisionTransformer, VisionTransformer
 
 SMALL = dict(img_size=(16, 24), patch_size=(4, 4), dim=32, depth=3, num_heads=2, num_classes=5, head_init_std=0.02)
@@ -338,7 +338,8 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
     model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none",
-                       head_init_std=0.02).eval()
+                       head_init_std=0.02, drop_path=0.2).eval()
+    assert max(getattr(m, "drop_prob", 0) or 0 for m in model.modules()) == pytest.approx(0.2)
     table = model.backbone.pos_embed
     assert not table.any() and not table.requires_grad
     x = torch.randn(1, 3, 32, 48)
@@ -373,6 +374,13 @@ class Features(nn.Module):
 
     def forward_head(self, x, pre_logits):
         return x.flatten(1)
+
+
+def test_a_class_token_that_timm_does_not_count_is_found():
+    model = TimmClassifier(Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1)), (32, 48), 3, num_classes=2)
+    assert (model.num_prefix, model.grid, model.layout) == (1, (2, 3), "NLC")
+    assert model(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
+    assert model.num_layers == model.layer_id("head.weight") == 1, "a model without groups has two layers: it and the head"
 
 
 def test_features_without_a_grid_are_refused():

@@ -171,9 +171,10 @@ def collate(samples: list[dict]) -> dict:
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
 
-def first_samples(dataset, n: int) -> list[dict]:
-    """Up to n samples to show, the same at every call."""
-    return [dataset[i] for i in range(min(n, len(dataset)))] if dataset.exact_resume else list(islice(dataset, n))
+def some_samples(dataset, n: int) -> list[dict]:
+    """Up to n samples to show, spread over the data set and the same at every call; a stream's first ones."""
+    n = min(n, len(dataset))
+    return [dataset[i * len(dataset) // n] for i in range(n)] if dataset.exact_resume else list(islice(dataset, n))
 
 
 class EpochSampler(Sampler):

@@ -114,6 +114,14 @@ class Log:
         eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
         terms = [f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
                  for k, v in last.items()]
+        if self.writer is not None:
+            x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
+            self.writer.add_scalar(self.loss_tag, last["loss"], x)
+            self.writer.add_scalar("lr", lr, x)
+            for name in last.keys() - {"loss"}:
+                self.writer.add_scalar(f"train/{name}", last[name], x)
+            self.writer.add_scalar("speed/img_per_s", rate, x)
+            self.writer.add_scalar("speed/data_wait", wait / max(seconds, 1e-9), x)
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}")
@@ -126,14 +134,6 @@ class Log:
               + "  ".join(terms)
               + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
               + f"  img/s: {rate:.1f}  max mem: {peak_memory_mb():.0f}", flush=True)
-        if self.writer is not None:
-            x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
-            self.writer.add_scalar(self.loss_tag, last["loss"], x)
-            self.writer.add_scalar("lr", lr, x)
-            for name in last.keys() - {"loss"}:
-                self.writer.add_scalar(f"train/{name}", last[name], x)
-            self.writer.add_scalar("speed/img_per_s", rate, x)
-            self.writer.add_scalar("speed/data_wait", wait / max(seconds, 1e-9), x)
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
