@@ -233,6 +233,8 @@ def build_model(args, size, num_classes: int, pos_label: str):
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     if args.swin_merge_last:
+        if not args.model.startswith("swin_"):
+            raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
         options["merge_last"] = True
     return build_classifier(args.model, **options)
 

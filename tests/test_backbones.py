@@ -380,7 +380,7 @@ def test_a_class_token_that_timm_does_not_count_is_found():
     model = TimmClassifier(Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1)), (32, 48), 3, num_classes=2)
     assert (model.num_prefix, model.grid, model.layout) == (1, (2, 3), "NLC")
     assert model(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
-    assert model.num_layers == model.layer_id("head.weight") == 1, "a model without groups has two layers: it and the head"
+    assert model.num_layers == model.layer_id("head.weight") == 1, "without groups, all of the backbone is layer 0"
 
 
 def test_features_without_a_grid_are_refused():
