@@ -98,7 +98,7 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
         cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255, mask, unnormalize(model.unpatchify(pred), mean, std) / 255,
-        patch_size=model.patch_size, grid=model.grid, visible_ids=ids_keep, predicted_cells=cells,
+        patch_size=model.patch_size, grid=model.grid, visible_ids=None if cells is None else ids_keep, predicted_cells=cells,
         reconstruction_title="reconstruction (true patch mean/std)" if model.norm_pix_loss else "reconstruction",
     )
 

@@ -147,6 +147,16 @@ def test_the_order_of_starting_points(tmp_path, capsys):
     assert f"continuing {first}" in text and "Epoch: [1]" in text and "Epoch: [0]" not in text
 
 
+@pytest.mark.parametrize("flags", [["--pos_label", "rpl"], ["--pos_label", "none", "--pos_embed", "sincos"],
+                                   ["--pos_label", "apl", "--norm_pix_loss"], ["--mask_ratio", 0]])
+def test_every_kind_of_run_draws_its_picture(tmp_path, capsys, flags):
+    code, text = pretrain(tmp_path, capsys, *flags)
+    assert code == 0 and "picture: " in text and "* 50 val images" in text, text
+    picture = Image.open(tmp_path / "run" / "pictures" / "epoch-0000.png")
+    columns = 4 if "apl" in flags or "--mask_ratio" in flags else 3  # absolute labels have a column of their own
+    assert round(picture.width / 198) == columns
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = str(tmp_path / "c.pth")
     checkpoint.save_atomic({"model": torch.ones(3)}, path)
