@@ -4,7 +4,7 @@
 #
 #   recipes/mini_imagenet20.sh DATA_DIR OUTPUT_DIR        # DATA_DIR has train.tar and val.tar (or class folders)
 #
-# PRETRAIN_EPOCHS, FINETUNE_EPOCHS and PROBE_EPOCHS shorten it. Figures seen: recipes/LOG.md.
+# PRETRAIN_EPOCHS, FINETUNE_EPOCHS and PROBE_EPOCHS shorten it. Figures seen stand in recipes/LOG.md.
 set -euo pipefail
 data=$1 out=$2
 cd "$(dirname "$0")/.."
