@@ -1,8 +1,6 @@
 """Starting the toolkit as real processes, and reading what they leave."""
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -22,44 +20,30 @@ def environment(**extra) -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
 
-def start(output_dir, *flags, main=PRETRAIN, env=None, kill_at: int | None = None,
-          kill_with=signal.SIGKILL) -> tuple[int, str]:
-    """Run to the end, or until the log line of update `kill_at` appears (counted in this process, from 0)."""
-    process = subprocess.Popen(
-        [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**(env or {})),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    out, seen = [], 0
-    for line in process.stdout:
-        out.append(line)
-        if re.match(r"Epoch: \[", line):
-            if seen == kill_at:
-                process.send_signal(kill_with)
-            seen += 1
-    return process.wait(timeout=120), "".join(out)
+def start(output_dir, *flags, main=PRETRAIN, **env) -> tuple[int, str]:
+    """Run a main in one process to its end -> exit code (negative: the signal that killed it), output."""
+    out = subprocess.run([*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**env),
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    return out.returncode, out.stdout
 
 
-def ranks(n: int, output_dir, *flags, main=PRETRAIN, env=None,
-          signal_rank: tuple[int, int, int] | None = None) -> list[tuple[int, str]]:
-    """The same in n gloo processes; `signal_rank` = (rank, signal, after how many log lines of rank 0)."""
+def ranks(n: int, output_dir, *flags, main=PRETRAIN, **env) -> list[tuple[int, str]]:
+    """The same in n gloo processes on this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     processes = [
         subprocess.Popen(
             [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)],
-            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                            **(env or {})),
+            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for r in range(n)]
-    lines, seen = [], 0
-    for line in processes[0].stdout:
-        lines.append(line)
-        if re.match(r"Epoch: \[", line):
-            if signal_rank and seen == signal_rank[2]:
-                processes[signal_rank[0]].send_signal(signal_rank[1])
-            seen += 1
-    outs = ["".join(lines)] + [p.communicate(timeout=120)[0] for p in processes[1:]]
-    return [(p.wait(timeout=120), out) for p, out in zip(processes, outs)]
+    try:
+        outs = [p.communicate(timeout=300)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, out) for p, out in zip(processes, outs)]
 
 
 def last(output_dir) -> dict:

@@ -24,24 +24,25 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, workers):
-    rng = random.Random()
-    for save_steps in (1, 2):  # every update is on disk; or the last one may be lost and is done again
-        at = rng.randrange(0, 5)
-        code, text = start(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps, kill_at=at)
-        assert code == -signal.SIGKILL, (at, text)
+    """32 micro-steps in 12 updates; killed somewhere in a step, once with every update on disk, once with every other."""
+    where = [random.randrange(4, 12), random.randrange(4, 12)]
+    for call, save_steps in zip(where, (1, 2)):
+        code, text = start(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps,
+                           TEST_SIGNAL=f"0:{call}:SIGKILL")
+        assert code == -signal.SIGKILL, (where, text)
+    assert 2 <= last(tmp_path)["step"] <= 8, where
     code, text = start(tmp_path, *RUN, "--num_workers", workers)
-    assert code == 0 and "continuing" in text, text
+    assert code == 0 and "continuing" in text, (where, text)
     assert_same(last(uninterrupted), last(tmp_path))
     assert log_lines(uninterrupted) == log_lines(tmp_path), "averages over interrupted epochs, too"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, number):
-    code, text = start(tmp_path, *RUN, kill_at=4, kill_with=number)
-    assert code == 75 and f"stopped by {number.name}" in text, text
-    step = last(tmp_path)["step"]
-    assert 5 <= step <= 7, "the step was finished, and not many more"
-    if number == signal.SIGUSR1:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, name):
+    code, text = start(tmp_path, *RUN, TEST_SIGNAL=f"0:9:{name}")  # the tenth micro-step is the fourth update's second
+    assert code == 75 and f"stopped by {name}" in text, text
+    assert last(tmp_path)["step"] == 4, "the update was finished, and none was begun"
+    if name == "SIGUSR1":
         code, text = start(tmp_path, *RUN)
         assert code == 0, text
         assert_same(last(uninterrupted), last(tmp_path))
@@ -81,9 +82,9 @@ def test_accumulation_equals_the_big_batch(one_process, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(one_process, tmp_path):
-    results = ranks(2, tmp_path, *ONE, "--batch_size", 24, signal_rank=(1, signal.SIGUSR2, 2))
+    results = ranks(2, tmp_path, *ONE, "--batch_size", 24, TEST_SIGNAL="1:1:SIGUSR2")
     assert [c for c, _ in results] == [75, 75], results
-    assert last(tmp_path)["step"] < 8
+    assert last(tmp_path)["step"] == 3, "told in the second update, agreed on and left together after the third"
     results = ranks(2, tmp_path, *ONE, "--batch_size", 24)
     assert [c for c, _ in results] == [0, 0], results
     assert_same(last(one_process), last(tmp_path), exact=False)
@@ -91,7 +92,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(one_process, tmp_path)
 
 def test_nan_on_one_rank_stops_both_and_leaves_a_replay_file(tmp_path):
     results = ranks(2, tmp_path, *ONE, "--batch_size", 24, "--save_steps", 1, "--print_freq", 2,
-                    env={"MAE_TEST_NAN": "1:6"})
+                    TEST_NAN="1:6")
     for code, text in results:
         assert code != 0 and "non-finite at step 6: loss = nan" in text, text
     replay = json.loads((tmp_path / "replay-step6.json").read_text())
@@ -125,7 +126,8 @@ FT = ["--batch_size", 40, "--epochs", 3, "--pos_label", "rpl", "--rpl_pairs", 2,
 def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
     code, text = start(tmp_path / "a", *FT, main=FINETUNE)
     assert code == 0, text
-    code, text = start(tmp_path / "b", *FT, "--save_steps", 1, main=FINETUNE, kill_at=random.randrange(5, 10))
+    code, text = start(tmp_path / "b", *FT, "--save_steps", 1, main=FINETUNE,
+                       TEST_SIGNAL=f"0:{random.randrange(5, 14)}:SIGKILL")
     assert code == -signal.SIGKILL, text
     code, text = start(tmp_path / "b", *FT, "--num_workers", 2, main=FINETUNE)
     assert code == 0 and "continuing" in text, text

@@ -2,17 +2,18 @@
 
     python tests/tiny.py main_pretrain --model mae_test ...
 
-MAE_TEST_NAN="rank:step" poisons the pretraining loss of one rank at one step.
+TEST_NAN="rank:call" poisons the loss of one rank in one call; TEST_SIGNAL="rank:call:SIGKILL" sends a signal there: in
+the middle of a step, and at a place that does not depend on how fast the machine is.
 """
 import importlib
 import os
+import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import main_pretrain
 import models
 import models_mae_pl
 from models_vit import VisionTransformer
@@ -34,25 +35,28 @@ models_mae_pl.MODELS["mae_test"] = mae_test
 models.MODELS["vit_test"] = vit_test
 
 
-def poison(rank: int, step: int) -> None:
-    original = main_pretrain.make_loss_fn
+def disturb(main, nan: str | None, kill: str | None) -> None:
+    """Wrap the main's loss: poison it, or send this process a signal, on one rank in the n-th call of the process."""
+    original = main.make_loss_fn
 
     def make_loss_fn(*args):
         loss_fn, calls = original(*args), []
 
-        def poisoned(model, batch):
+        def disturbed(model, batch):
             loss, terms = loss_fn(model, batch)
-            calls.append(0)
-            return (loss * float("nan") if dist.rank() == rank and len(calls) == step + 1 else loss), terms
+            here = f"{dist.rank()}:{len(calls)}"
+            calls.append(here)
+            if kill and kill.startswith(here + ":"):
+                os.kill(os.getpid(), getattr(signal, kill.split(":")[2]))
+            return (loss * float("nan") if nan == here else loss), terms
 
-        return poisoned
+        return disturbed
 
-    main_pretrain.make_loss_fn = make_loss_fn
+    main.make_loss_fn = make_loss_fn
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "MAE_TEST_NAN" in os.environ:
-        poison(*map(int, os.environ["MAE_TEST_NAN"].split(":")))
     main = importlib.import_module(sys.argv[1])
+    disturb(main, os.environ.get("TEST_NAN"), os.environ.get("TEST_SIGNAL"))
     sys.exit(run(main.main, parse(main.get_args_parser(), sys.argv[2:])))
