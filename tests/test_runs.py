@@ -25,7 +25,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, workers):
     """32 micro-steps in 12 updates; killed somewhere in a step, once with every update on disk, once with every other."""
-    where = [random.randrange(4, 12), random.randrange(4, 12)]
+    where = [random.choice((4, 5, 6, 7, 11)), random.randrange(4, 12)]  # the first leaves an epoch half done
     for call, save_steps in zip(where, (1, 2)):
         code, text = start(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps,
                            TEST_SIGNAL=f"0:{call}:SIGKILL")
