@@ -101,7 +101,7 @@ def pooled(backbone, images: Tensor, pool: str) -> Tensor:
 
 
 def make_loss_fn(features):
-    """Sum over heads: their gradients do not meet. Reported loss and accuracy are the first head's."""
+    """Sum over heads: their gradients do not meet. `loss_head` is the lowest loss among them."""
 
     def loss_fn(model, batch):
         logits = model(features(batch["image"]))  # (heads, B, classes)
