@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util import dist
-from util.checkpoint import Keeper, load_strict
+from util import dist, fsdp, slurm
+from util.checkpoint import load_strict
+from util.keeper import Keeper
 from util.loader import device_batches
 from util.log import BadImages, Log, NonFiniteLoss, write_replay
 from util.lr_sched import set_lr
@@ -50,9 +51,15 @@ class TrainState:
     meters: dict[str, float] = field(default_factory=dict)
     extras: dict[str, nn.Module] = field(default_factory=dict)
 
+    @property
+    def sharded(self) -> bool:
+        return fsdp.is_sharded(self.model)
+
     def to_dict(self, epoch: int, updates: int, args: dict) -> dict:
+        """The checkpoint; all ranks must call it together where the model is sharded."""
         return {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": fsdp.whole(self.model.state_dict()) if self.sharded else self.model.state_dict(),
+            "optimizer": fsdp.whole(self.optimizer.state_dict()) if self.sharded else self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
             "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}
@@ -62,7 +69,7 @@ class TrainState:
         load_strict(self.model, saved, path)
         if "optimizer" not in saved:
             raise ValueError(f"{path} has weights only, no optimizer: start from it with --init_from, not --resume")
-        self.optimizer.load_state_dict(saved["optimizer"])
+        fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         for name, x in self.extras.items():
@@ -92,6 +99,8 @@ def apply_gradients(state: TrainState, clip_grad: float | None) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(params, clip_grad)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    if state.sharded:
+        norm = norm.full_tensor()
     if state.scaler.is_enabled():
         norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is no accident in float16: the scaler skips the step
     state.scaler.step(state.optimizer)
@@ -105,6 +114,7 @@ class Run:
     """What the steps of a run share and do not change."""
 
     wrapped: nn.Module
+    sharded: bool
     loss_fn: Callable
     loader: Iterable
     lr_at: Callable[[float], float]
@@ -133,14 +143,31 @@ class Run:
     def save(self, state: TrainState, epoch: int, numbered: int | None = None, best: bool = False,
              must: bool = False) -> None:
         """Rank 0 saves; a full disk stops the run only where the state would be lost (`must`)."""
-        if self.keeper is None or not dist.is_main():
+        if self.keeper is None or not (dist.is_main() or self.sharded):
+            return
+        saved = state.to_dict(epoch, self.updates_per_epoch, self.args)
+        if not dist.is_main():
             return
         try:
-            self.keeper.save(state.to_dict(epoch, self.updates_per_epoch, self.args), numbered, best)
+            self.keeper.save(saved, numbered, best)
         except OSError as e:
             if must:
                 raise
             print(f"warning: {e}; training goes on and the next save tries again", flush=True)
+
+    def time_to_save(self) -> bool:
+        """Whether the clock asks for a save: rank 0's, on which the others wait only where they must take part."""
+        due = self.keeper is not None and self.keeper.time_due()
+        return dist.from_main(due) if self.sharded else due
+
+    def leave(self, state: TrainState, epoch: int) -> None:
+        """Save, have SLURM start the job again where it would not, and let no rank exit before that is done."""
+        received = [name for name in dist.gather_objects(self.stop.received) if name]
+        self.save(state, epoch, must=True)
+        dist.say(f"stopped by {received[0]} after step {state.step}: state saved")
+        if dist.is_main() and "SIGINT" not in received:
+            slurm.requeue()
+        dist.barrier()
 
 
 def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window: int) -> tuple[dict, float]:
@@ -154,8 +181,10 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
         run.bad_images.add(batch.get("bad", ()))
         seed_step(run.seed, state.step * run.accum_iter + micro)
         # Gradients cross the network once per update, with the last micro-batch.
-        local = micro < window - 1 and hasattr(run.wrapped, "no_sync")
-        with run.wrapped.no_sync() if local else contextlib.nullcontext():
+        local = micro < window - 1
+        if run.sharded:
+            state.model.set_requires_gradient_sync(not local)
+        with run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext():
             with autocast(run.device, run.amp):
                 loss, terms = run.loss_fn(run.wrapped, batch)
             state.scaler.scale(loss / window).backward()
@@ -172,6 +201,8 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
 def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     """Train from the state's step to the end of `epoch`; returns False if a stop was asked and agreed on before."""
     updates, first = run.updates_per_epoch, state.step - epoch * run.updates_per_epoch
+    if first == updates:  # stopped just before its evaluation
+        return True
     if run.loader.dataset.exact_resume:
         run.loader.sampler.set_position(epoch, first * run.accum_iter)
     else:
@@ -200,7 +231,7 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
             run.bad_images.check()
             state.meters = run.log.meters
             # The epoch's end saves by itself; clocks differ between ranks, and only rank 0 saves here.
-            if u + 1 < updates and (save_now or (run.keeper is not None and run.keeper.time_due())):
+            if u + 1 < updates and (save_now or run.time_to_save()):
                 run.save(state, epoch - 1)
         if stopping:
             return u + 1 == updates
@@ -239,8 +270,9 @@ def fit(
     Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
     NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
     """
+    sharded = fsdp.is_sharded(model)
     run = Run(
-        _wrap(model, device, compile_model), loss_fn, loader, lr_at, device, mean, std, log, keeper,
+        _wrap(model, device, compile_model, sharded), sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
         dist.StopSignal(), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {}, seed, accum_iter,
         clip_grad, amp, after_step,
     )
@@ -252,33 +284,47 @@ def fit(
     state = TrainState(model, optimizer, scaler, extras=extras or {})
     if resume is not None:
         state.load_dict(resume[1], resume[0], updates)
-    log.truncate(state.step // updates)
+        resume[1].clear()  # as large as the state itself, and the caller holds it to the end
+    # Sums of an epoch whose steps are all done: only its evaluation is missing.
+    first_epoch = (state.step - bool(state.meters)) // updates
+    log.truncate(first_epoch)
     images_per_update = loader.batch_size * accum_iter * dist.world_size()
-    if state.step >= epochs * updates:
+    if first_epoch >= epochs:
         dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
-    with run.stop:
-        for epoch in range(state.step // updates, epochs):
+    elif keeper is not None and dist.is_main():
+        keeper.claim()
+    with run.stop, slurm.lost_peers(run.stop):
+        for epoch in range(first_epoch, epochs):
             log.start_epoch(epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters)
             try:
                 finished = train_one_epoch(run, state, epoch)
             except NonFiniteLoss as e:
                 write_replay(log.output_dir, e, loader.sampler, epoch, updates, accum_iter, seed)
                 raise
-            if not finished:
-                run.save(state, epoch - 1, must=True)
-                dist.say(f"stopped by {run.stop.received or 'another rank'} after step {state.step}: state saved")
+            if not finished or run.stop.agreed(now=True):  # evaluation may take longer than a scheduler waits
+                run.leave(state, epoch - 1)
                 return False
-            log.end_epoch(after_epoch(epoch, state) if after_epoch else {})
+            log.end_epoch(_finish_epoch(run, state, epoch, after_epoch))
             state.meters = {}
             last, best = epoch + 1 == epochs, state.best_epoch == epoch
-            if keeper is not None and (last or best or keeper.keeps(epoch) or keeper.time_due()):
+            if keeper is not None and (last or best or keeper.keeps(epoch) or run.time_to_save()):
                 run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
     return True
 
 
-def _wrap(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:
+def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable | None) -> dict[str, float]:
+    """The figures of the epoch's end; if they fail, what the epoch has learned is saved first."""
+    try:
+        return after_epoch(epoch, state) if after_epoch else {}
+    except Exception:
+        if not run.sharded:
+            run.save(state, epoch - 1)
+        raise
+
+
+def _wrap(model: nn.Module, device: torch.device, compile_model: bool, sharded: bool) -> nn.Module:
     wrapped = model
-    if dist.world_size() > 1:
+    if dist.world_size() > 1 and not sharded:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     return torch.compile(wrapped) if compile_model else wrapped

@@ -10,7 +10,6 @@ Eq. 6). Labels stay the cells of the grid after augmentation; mixup and cutmix m
 Exit codes: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
 """
 import argparse
-import os
 import sys
 
 from util.args import (
@@ -87,9 +86,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engine
 from models import PretrainedTeacher, build_classifier
-from util import checkpoint, dist
+from util import checkpoint, dist, fsdp
 from util.datasets import build_dataset
 from util.image_index import check_same_classes
+from util.keeper import Keeper
 from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
@@ -264,8 +264,8 @@ def main(args) -> int:
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.eval and not args.resume:
         raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
-    if args.output_dir and not args.eval and dist.is_main():
-        os.makedirs(args.output_dir, exist_ok=True)
+    if args.output_dir and not args.eval:
+        dist.make_shared_folder(args.output_dir)
     loader, val_loader = build_data(args, size, mean, device)
     num_classes = len(val_loader.dataset.index.classes)
 
@@ -290,6 +290,10 @@ def main(args) -> int:
         dist.say("starting from scratch")
     if args.partial is not None:
         freeze_all_but(model, args.partial)
+    if args.strategy == "fsdp":
+        if args.ema:
+            raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
+        fsdp.shard(model, device, amp)
 
     # Loss
     augment, mixed = make_augment(args, num_classes, device)
@@ -312,10 +316,13 @@ def main(args) -> int:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, model.chance(), loss_tag="loss")
-    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
-        stats = evaluate(args, ema.module if args.ema else model, val_loader, device, amp, mean, std, pos_label != "none")
+        with fsdp.gathered(ema.module if args.ema else model) as whole:
+            stats = evaluate(args, whole, val_loader, device, amp, mean, std, pos_label != "none")
         if state.best is None or stats["acc1"] > state.best:
             state.best, state.best_epoch = stats["acc1"], epoch
         dist.say(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")

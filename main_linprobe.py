@@ -8,7 +8,6 @@ augmentation. With --global_pool the mean of the patch tokens is probed after a 
 frozen norm that MAE's code puts there is no part of the encoder. Every learning rate of --lr_grid has its own head; the
 backbone runs once for all of them.
 """
-import os
 import sys
 
 from util.args import (
@@ -59,6 +58,7 @@ from models import build_classifier
 from util import checkpoint, dist
 from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes
+from util.keeper import Keeper
 from util.knn import knn_accuracy
 from util.loader import eval_loader, train_loader
 from util.log import Log
@@ -182,8 +182,10 @@ def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir and dist.is_main():
-        os.makedirs(args.output_dir, exist_ok=True)
+    if args.output_dir:
+        dist.make_shared_folder(args.output_dir)
+    if args.strategy == "fsdp":
+        raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
     train_loader, val_loader = build_data(args, size, device)
     num_classes = len(train_loader.dataset.index.classes)
     backbone = load_backbone(args, size, device)
@@ -223,7 +225,9 @@ def main(args) -> int:
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     names = [f"lr{scale:g}" for scale in args.lr_grid]
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
-    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         stats = engine.evaluate(probe, make_eval_fn(features, names), val_loader, device=device, mean=mean, std=std, amp=amp)

@@ -48,8 +48,9 @@ import torch
 
 import engine
 from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise
-from util import checkpoint, dist
+from util import checkpoint, dist, fsdp
 from util.datasets import build_dataset, collate, some_samples
+from util.keeper import Keeper
 from util.loader import device_batches, eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
@@ -107,8 +108,8 @@ def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir and dist.is_main():
-        os.makedirs(args.output_dir, exist_ok=True)
+    if args.output_dir:
+        dist.make_shared_folder(args.output_dir)
 
     # Data
     train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale), args.hflip),
@@ -127,6 +128,8 @@ def main(args) -> int:
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args).to(device)
+    if args.strategy == "fsdp":
+        fsdp.shard(model, device, amp)
     L = model.patch_embed.num_patches
     chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
     loss_fn = make_loss_fn(L, args.mask_ratio, args.pos_weight)
@@ -149,26 +152,34 @@ def main(args) -> int:
         dist.say("starting from scratch")
 
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
-    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
     shown = some_samples((val_loader or loader).dataset, 4)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):
             return {}
-        stats = {}
-        if val_loader is not None:
-            stats = engine.evaluate(model, loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
-            images = stats.pop("images")
-            dist.say(f"* {images} val images  " + "  ".join(
-                f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
-        if dist.is_main() and args.output_dir:
-            images = next(device_batches([collate(shown)], device, mean, std))
-            panel = draw(model, images["image"], images["key"], args.mask_ratio, mean, std)
-            path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
-            save_png(panel, path)
-            print(f"picture: {path}", flush=True)
-            log.picture("reconstruction", panel, epoch)
+        with fsdp.gathered(model) as whole:
+            stats = evaluate(whole) if val_loader is not None else {}
+            if dist.is_main() and args.output_dir:
+                show(whole, epoch)
         return {f"test_{k}": v for k, v in stats.items()}
+
+    def evaluate(whole) -> dict[str, float]:
+        stats = engine.evaluate(whole, loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
+        images = stats.pop("images")
+        dist.say(f"* {images} val images  " + "  ".join(
+            f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
+        return stats
+
+    def show(whole, epoch: int) -> None:
+        images = next(device_batches([collate(shown)], device, mean, std))
+        panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
+        path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
+        save_png(panel, path)
+        print(f"picture: {path}", flush=True)
+        log.picture("reconstruction", panel, epoch)
 
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,

@@ -15,7 +15,10 @@ LEVELS = [
     ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
-UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms"}, "util.checkpoint": {"util.pos_embed"},
+UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms"}, "util.checkpoint": {"util.pos_embed", "util.fsdp"},
+              "util.keeper": {"util.checkpoint"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
+              "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},
+              "util.launch": {"util.args", "util.job", "util.status", "util.sweep"},
               "util.loader": {"util.datasets", "util.transforms"}}
 
 
@@ -62,7 +65,7 @@ def test_layers_have_no_cycle():
 
 def test_only_mains_read_args():
     for path in OURS:
-        may = ("util.args", "util.slurm", "visualize", "checkpoints")
+        may = ("util.args", "util.slurm", "util.launch", "util.sweep", "visualize", "checkpoints")
         if path.name.startswith(("main_", "submitit_")) or name_of(path) in may:
             continue
         for node in ast.walk(ast.parse(path.read_text())):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import main_pretrain
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from util import checkpoint
+from util import checkpoint, keeper
 from util.args import parse, run
 
 
@@ -178,13 +178,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_full_disk_in_mid_run_does_not_end_the_run(tmp_path, capsys, monkeypatch):
     real, calls = checkpoint.save_atomic, []
 
-    def sometimes_full(state, path):
+    def sometimes_full(state, path, writer):
         calls.append(state["step"])
         if state["step"] == 2:
             raise OSError("could not save: No space left on device")
-        real(state, path)
+        real(state, path, writer)
 
-    monkeypatch.setattr(checkpoint, "save_atomic", sometimes_full)
+    monkeypatch.setattr(keeper, "save_atomic", sometimes_full)
     code, text = pretrain(tmp_path, capsys, "--save_steps", 2)
     assert code == 0 and calls == [2, 4, 5] and "training goes on and the next save tries again" in text
 

@@ -125,6 +125,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--keep", default=0, type=int, help="numbered checkpoints to keep, the newest; 0 = all")
     g.add_argument("--print_freq", default=20, type=int, help="updates between log points")
     g = p.add_argument_group("ranks (torchrun sets them)")
+    g.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"],
+                   help="fsdp spreads parameters and optimizer state over the ranks, for models that do not fit")
     g.add_argument("--dist_backend", default=None, help="nccl on GPUs, gloo elsewhere")
     g.add_argument("--dist_timeout", default=30, type=float, help="minutes that a rank waits for the others")
     g.add_argument("--local_rank", default=-1, type=int, help="set by older launchers")

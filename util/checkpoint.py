@@ -10,24 +10,24 @@ import os
 import pathlib
 import pickle
 import re
-import shutil
-import time
 import zipfile
 
 import torch
 
 from util import dist
+from util.fsdp import cut_like
 from util.pos_embed import resize_pos_embed, sincos_2d
 
 LAST = "checkpoint-last.pth"
 
 
-def save_atomic(state: dict, path: str) -> None:
+def save_atomic(state: dict, path: str, writer: str = "") -> None:
     """Write `state` so that `path` holds either the old file or the whole new one, whatever happens.
 
+    Two processes that might write at the same time give each its own `writer`, a word for the temporary file's name.
     Raises OSError (full disk, quota) with what stayed intact; nothing partial is left behind.
     """
-    partial = path + ".partial"
+    partial = f"{path}.partial-{writer}" if writer else f"{path}.partial"
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
@@ -108,7 +108,8 @@ def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
             + (f"It was made with --model {made_by}; " if made_by else "")
             + "give the flags it was made with, or another --output_dir"
         )
-    model.load_state_dict(state["model"])
+    own = model.state_dict()
+    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
 
 
 def kind_of(state: dict) -> str:
@@ -227,6 +228,8 @@ HARMLESS = {
 def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
     """(path, loaded checkpoint) that this run continues, or None; says which, and which flags have changed."""
     path = find_start(output_dir, resume)
+    if len(set(dist.gather_objects(path))) > 1:
+        raise ValueError(f"only some ranks find the checkpoint {path or resume or output_dir}: put it where all nodes see it")
     if not path:
         return None
     state = load(path)
@@ -249,51 +252,3 @@ def plain_args(args: argparse.Namespace) -> dict:
         return v if isinstance(v, (int, float, bool, str, type(None))) else str(v)
 
     return {k: plain(v) for k, v in vars(args).items()}
-
-
-class Keeper:
-    """When to save, and which files to keep.
-
-    `checkpoint-last.pth` is written every `save_minutes` (at the next log point), every `save_steps` updates, and at
-    the end of every `save_every_epochs`-th epoch; the latter, and the last epoch, also stay as
-    `checkpoint-<epoch>.pth` (a hard link: it costs no space until the next save), the newest `keep` of them (0: all).
-    Only rank 0 may call `save`.
-    """
-
-    def __init__(self, output_dir: str, save_every_epochs: int = 20, save_minutes: float = 30, save_steps: int = 0,
-                 keep: int = 0):
-        self.dir, self.every, self.minutes, self.steps = output_dir, save_every_epochs, save_minutes, save_steps
-        self.keep, self.saved_at = keep, time.monotonic()
-
-    def time_due(self) -> bool:
-        """Whether the time since the last save asks for one; on rank 0, whose clock decides."""
-        return self.minutes > 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
-
-    def step_due(self, step: int) -> bool:
-        return self.steps > 0 and step % self.steps == 0
-
-    def keeps(self, epoch: int) -> bool:
-        """Whether the end of this 0-based epoch gets a numbered file: MAE's rule, every N-th."""
-        return self.every > 0 and epoch % self.every == 0
-
-    def save(self, state: dict, numbered: int | None = None, best: bool = False) -> str:
-        os.makedirs(self.dir, exist_ok=True)
-        last = os.path.join(self.dir, LAST)
-        save_atomic(state, last)
-        self.saved_at = time.monotonic()
-        for name in [str(numbered)] * (numbered is not None) + ["best"] * best:
-            path = os.path.join(self.dir, f"checkpoint-{name}.pth")
-            if os.path.exists(path):
-                os.remove(path)
-            try:
-                os.link(last, path)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(last, path)
-        self._retire()
-        return last
-
-    def _retire(self) -> None:
-        numbered = re.compile(r"checkpoint-(\d+)\.pth$")
-        found = sorted((int(m[1]), m[0]) for m in map(numbered.match, os.listdir(self.dir)) if m)
-        for _, name in found[: -self.keep] if self.keep > 0 else []:
-            os.remove(os.path.join(self.dir, name))

@@ -1,7 +1,11 @@
 """Processes: who am I, and the few collectives that the engine needs. Everything works with one plain process too."""
 import os
+import re
 import signal
 import socket
+import uuid
+import zlib
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -30,36 +34,100 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables from srun's, for a main that `srun` starts itself; {} where there is no such step.
+
+    A batch script or an interactive shell within an allocation is no step of several tasks: it stays one process. The
+    port is the job's, the step's and the restart's own: a rank that a lost network has kept alive cannot join the
+    requeued job.
+    """
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    incarnation = ".".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return {
+        "RANK": environ["SLURM_PROCID"], "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
+        # Below 32768, where systems hand out ports for outgoing connections.
+        "MASTER_PORT": str(10000 + zlib.crc32(incarnation.encode()) % 20000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a SLURM host list: node[03-07,9],gpu1 -> node03."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)[0]
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
+
+
 def init(device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30,
          local_rank: int = -1) -> torch.device:
-    """Join the process group that the environment describes (torchrun's variables); one process needs none.
+    """Join the process group that the environment describes, torchrun's or srun's; one process needs none.
 
     `local_rank` is what older launchers give as a flag; the environment's LOCAL_RANK comes first.
 
-    Returns this rank's device, set as the current one. `device` "cuda" falls back to the CPU with a line that says so.
+    Returns this rank's device, set as the current one. `device` "cuda" falls back to the CPU with a line that says so,
+    but only in a run of one process: several must not end up on different kinds of device. Raises ValueError where a
+    rank finds no device, and RuntimeError where the ranks do not meet within `timeout_minutes`.
     """
+    os.environ |= slurm_ranks(os.environ)
+    host, ranks = socket.gethostname(), int(os.environ.get("WORLD_SIZE", 1))
     if device.startswith("cuda") and not torch.cuda.is_available():
+        if ranks > 1:
+            raise ValueError(f"rank {os.environ['RANK']} sees no CUDA device on {host}: ask the scheduler for GPUs, or give "
+                             "--device cpu to run on CPUs")
         print("no CUDA device is visible: running on the CPU", flush=True)
         device = "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     if device == "cuda":
+        visible = torch.cuda.device_count()
+        if visible == 1 and "SLURM_LOCALID" in os.environ:
+            local_rank = 0  # srun has bound a GPU to each task: it sees its own only
         where = torch.device("cuda", local_rank)
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible on "
-                             f"{socket.gethostname()}; start as many processes per node as GPUs")
+        if local_rank >= visible:
+            raise ValueError(f"local rank {local_rank} has no GPU: {visible} are visible on {host}; start as many processes "
+                             "per node as GPUs")
     else:
         where = torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if ranks > 1:
         backend = backend or ("nccl" if where.type == "cuda" else "gloo")
-        td.init_process_group(
-            backend, timeout=timedelta(minutes=timeout_minutes),
-            device_id=where if backend == "nccl" else None,
-        )
-        print(f"rank {rank()} of {world_size()}: host {socket.gethostname()}, device {where}, {backend}", flush=True)
+        me = f"rank {os.environ['RANK']} of {ranks}: host {host}, device {where}, {backend}"
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        # Before, not after: when some rank is missing, it is the one without this line.
+        print(f"{me}, meeting at {meeting}", flush=True)
+        try:
+            td.init_process_group(
+                backend, timeout=timedelta(minutes=timeout_minutes),
+                device_id=where if backend == "nccl" else None,
+            )
+        except td.DistError as e:
+            raise RuntimeError(f"{me}: not all ranks met at {meeting} within {timeout_minutes:g} minutes; those without a line "
+                               f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})") from e
     return where
+
+
+def make_shared_folder(folder: str) -> None:
+    """Make a run's folder; raises ValueError on all ranks if some host does not see what rank 0 writes there.
+
+    Without this check each host would look for its own last checkpoint, and some would start from scratch.
+    """
+    if is_main():
+        os.makedirs(folder, exist_ok=True)
+    if world_size() == 1:
+        return
+    token = os.path.join(folder, f".shared-{gather_objects(uuid.uuid4().hex)[0]}")
+    if is_main():
+        with open(token, "w"):
+            pass
+    barrier()
+    seen = os.path.isdir(folder) and os.path.basename(token) in os.listdir(folder)
+    blind = sorted({host for host in gather_objects(None if seen else socket.gethostname()) if host})
+    if is_main():
+        os.remove(token)
+    if blind:
+        raise ValueError(f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes there; "
+                         "choose a folder that all nodes mount")
 
 
 def shutdown() -> None:
@@ -102,6 +170,11 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts)])
 
 
+def from_main(value: bool) -> bool:
+    """Rank 0's answer, on every rank."""
+    return gather_objects(value)[0]
+
+
 def barrier() -> None:
     if world_size() > 1:
         td.barrier()
@@ -138,14 +211,18 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
-    def agreed(self) -> bool:
+    def agreed(self, now: bool = False) -> bool:
+        """Whether any rank was asked to stop before its previous call; with `now`, before this one, waiting for all."""
         if self._group is None:
             return self.received is not None
-        asked = False
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            asked = bool(flag.item())
+        asked = self._read()
         flag = torch.tensor([int(self.received is not None)])
         self._pending = (flag, td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True))
-        return asked
+        return self._read() or asked if now else asked
+
+    def _read(self) -> bool:
+        if self._pending is None:
+            return False
+        (flag, work), self._pending = self._pending, None
+        work.wait()
+        return bool(flag.item())

@@ -1,0 +1,84 @@
+"""Fully sharded training (FSDP2): parameters, gradients and optimizer state are spread over the ranks.
+
+Checkpoints do not know about it: what is saved is whole, and what is loaded is cut to this rank's shards, so that a run
+may change its strategy and its number of ranks between two saves.
+"""
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from util import dist
+
+# torch.distributed.fsdp and .tensor take seconds to import: only runs that are sharded do.
+
+
+def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
+    """Spread the model's parameters over all ranks, in place; each transformer block is gathered when it runs.
+
+    Call it before the optimizer is made: parameters become new objects. Raises ValueError where it cannot work.
+    """
+    if dist.world_size() == 1:
+        raise ValueError("--strategy fsdp spreads a model over ranks, but there is one process only: start several "
+                         "(torchrun, srun), or leave --strategy at ddp")
+    if amp == "fp16":
+        raise ValueError("--strategy fsdp needs --amp bf16 or fp32: float16's loss scaling is not done across shards")
+    from torch.distributed.fsdp import fully_shard
+
+    model.whole_copy = [copy.deepcopy(model).cpu().requires_grad_(False)]  # in a list: no part of the model; see `gathered`
+    mesh = torch.distributed.init_device_mesh(device.type, (dist.world_size(),))
+    for module in list(model.modules()):
+        if type(module).__name__.endswith("Block"):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "whole_copy")
+
+
+def whole(state):
+    """A state dict with every sharded tensor gathered, on the CPU; all ranks must call it together."""
+    if hasattr(state, "full_tensor"):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {k: whole(v) for k, v in state.items()}
+    return [whole(v) for v in state] if isinstance(state, list) else state
+
+
+def cut_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, sharded as `like` is; `x` itself where `like` is not, or has another shape."""
+    if not hasattr(like, "full_tensor") or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load a whole optimizer state, as `whole` or an optimizer that is not sharded has given it."""
+    params = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
+    state = {i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
+             for i, values in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": state})
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """A whole model with the current weights, of which every rank may run any part, any number of times, by itself.
+
+    That is the model itself if it is not sharded. A sharded one cannot be used so: each of its forward passes must run on
+    all ranks together. All ranks must enter together.
+    """
+    if not is_sharded(model):
+        yield model
+        return
+    copied, device = model.whole_copy[0], next(model.parameters()).device
+    copied.load_state_dict(whole(model.state_dict()))
+    copied.to(device)
+    try:
+        yield copied
+    finally:
+        copied.to("cpu")

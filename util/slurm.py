@@ -1,0 +1,134 @@
+"""Living under SLURM: requeueing a stopped job, outliving a lost node, and a check of the cluster.
+
+    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.slurm check --output_dir DIR --data_path DIR
+"""
+import contextlib
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from util import dist
+from util.args import Parser, parse, run
+
+
+def job_id(environ=os.environ) -> str:
+    """This job as `scontrol` and `squeue` name it, '' outside of SLURM: 12, or 12_3 for a task of an array.
+
+    A task's own number will not do: that of an array's last task is also the name of the whole array.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID", "")
+
+
+def ask(*command: str) -> str:
+    """Output of a SLURM command, '' where it is not installed or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def requeue() -> None:
+    """Have this job start again, if it is a SLURM job that SLURM itself considers running.
+
+    Then it was warned of its time limit or of preemption. A job that is being cancelled, or requeued already, is left
+    alone; so is one that was submitted with --no-requeue, by SLURM itself.
+    """
+    job = job_id()
+    if not job:
+        return
+    state = ask("squeue", "-h", "-j", job, "-o", "%T")
+    if state != "RUNNING":
+        print(f"job {job} is {state or 'unknown to squeue here'}: not requeued by itself", flush=True)
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    # The requeue may end scontrol too, with everything else in the job, and that is no failure.
+    if done.returncode > 0:
+        print(f"scontrol requeue {job}: {done.stderr.strip()}; submit the same command again to go on", flush=True)
+    else:
+        print(f"job {job} is requeued and goes on from here", flush=True)
+
+
+@contextlib.contextmanager
+def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
+    """Within it, a rank whose connection to another one breaks waits for SLURM's verdict instead of failing at once.
+
+    If the other node has died, SLURM notices after its SlurmdTimeout and requeues the job, but not if the job has failed
+    before. If only a process has died there, `srun --kill-on-bad-exit` ends this one too.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        broken = isinstance(e, torch.distributed.DistBackendError) or "closed by peer" in str(e) or "reset by peer" in str(e)
+        if broken and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+            print(f"rank {dist.rank()} has lost its connection ({str(e).splitlines()[0]}): waiting up to {minutes:g} minutes "
+                  "for SLURM to end or to requeue this job", flush=True)
+            end = time.monotonic() + 60 * minutes
+            while time.monotonic() < end and stop.received is None:
+                time.sleep(1)
+        raise
+
+
+def get_args_parser() -> Parser:
+    p = Parser(description="Do the ranks of this cluster reach each other, the run's folder and the data?", add_help=False)
+    p.add_argument("--output_dir", default=".", help="a folder that all nodes must share")
+    p.add_argument("--data_path", default="", help="images that all nodes must read; the demo set if empty")
+    p.add_argument("--device", default="cuda", help="cuda or cpu")
+    p.add_argument("--dist_backend", default=None, help="nccl on GPUs, gloo elsewhere")
+    p.add_argument("--dist_timeout", default=2, type=float, help="minutes that a rank waits for the others")
+    return p
+
+
+def main(args) -> int:
+    """Print a line per rank and the speed of an all-reduce of 64 MiB; 2 if some rank cannot read the data."""
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout)
+    dist.make_shared_folder(args.output_dir)
+    dist.say(f"{os.path.abspath(args.output_dir)} is shared by all {dist.world_size()} ranks")
+    small, large = time_all_reduce(1, device), time_all_reduce(2**24, device)
+    n = dist.world_size()
+    dist.say(f"all-reduce over {n} ranks: {1e6 * small:.0f} us for 4 bytes, {1e3 * large:.1f} ms for 64 MiB "
+             f"({2 * (n - 1) / n * 2**26 / large / 1e9:.2f} GB/s of bus bandwidth)")
+    lines = dist.gather_objects(f"rank {dist.rank()}: {socket.gethostname()}, {device}, {read_some(args.data_path)}")
+    dist.say("\n".join(lines))
+    dist.shutdown()
+    return 2 if any("ERROR" in line for line in lines) else 0
+
+
+def time_all_reduce(numbers: int, device: torch.device, repeats: int = 5) -> float:
+    """Median seconds of an all-reduce of that many float32 numbers."""
+    x, seconds = torch.zeros(numbers, device=device), []
+    for _ in range(1 + repeats):
+        dist.barrier()
+        before = time.perf_counter()
+        dist.sum_over_ranks(x).sum().item()  # reading a number waits for the device
+        seconds.append(time.perf_counter() - before)
+    return statistics.median(seconds[1:])
+
+
+def read_some(data_path: str, images: int = 16) -> str:
+    """How fast this rank reads images, in words; the words start with ERROR if it cannot."""
+    from util.datasets import build_dataset
+    from util.transforms import eval_transform
+
+    try:
+        data = build_dataset(data_path, "train", eval_transform((224, 224)), labels=False)
+        before = time.perf_counter()
+        for i in range(images):
+            data[(0, i * len(data) // images)]
+        return f"{data.summary()}: {1e3 * (time.perf_counter() - before) / images:.1f} ms an image"
+    except (ValueError, OSError) as e:
+        return f"ERROR {e}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["check"]:
+        sys.exit("usage: srun ... python -m util.slurm check [--output_dir DIR] [--data_path DIR] [--device cpu]")
+    sys.exit(run(main, parse(get_args_parser(), sys.argv[2:])))
