@@ -1,4 +1,7 @@
+import functools
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +22,14 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-def pytest_collection_modifyitems(items):
-    import shutil
+@functools.cache
+def cluster_is_up() -> bool:
+    return shutil.which("sbatch") is not None and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
 
+
+def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slurm" in item.keywords and shutil.which("sbatch") is None:
-            item.add_marker(pytest.mark.skip(reason="no sbatch on PATH"))
+        if "slurm" in item.keywords and not cluster_is_up():
+            item.add_marker(pytest.mark.skip(reason="no SLURM cluster (sbatch, sinfo)"))

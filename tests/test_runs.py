@@ -75,6 +75,16 @@ def test_two_ranks_equal_one(one_process, tmp_path):
     assert "rank 1 of 2: host" in results[1][1] and "Epoch" not in results[1][1]
 
 
+def test_three_ranks_killed_and_resumed_are_bit_equal(tmp_path):
+    """From three ranks on, the order in which their gradients are added matters."""
+    flags = [*ONE, "--batch_size", 16, "--save_steps", 1]
+    assert [c for c, _ in ranks(3, tmp_path / "whole", *flags)] == [0, 0, 0]
+    ranks(3, tmp_path / "parts", *flags, TEST_SIGNAL="0:3:SIGKILL")
+    assert last(tmp_path / "parts")["step"] == 3
+    assert [c for c, _ in ranks(3, tmp_path / "parts", *flags)] == [0, 0, 0]
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
 def test_accumulation_equals_the_big_batch(one_process, tmp_path):
     code, text = start(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
     assert code == 0, text

@@ -1,0 +1,162 @@
+"""The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from processes import ROOT, environment, log_lines
+from util import slurm, sweep
+from util.job import Job, read_note
+from util.status import state_of, status
+
+TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
+              "--batch_size", "100", "--warmup_epochs", "0", "--picture_epochs", "1000"]
+
+
+def front(*argv, main="pretrain") -> tuple[int, str]:
+    done = subprocess.run([sys.executable, f"submitit_{main}.py", *map(str, argv)], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def plan(*rest, words=(), chain=(), job_dir="/jobs"):
+    return sweep.plan("main_pretrain", list(rest), list(words), list(chain), job_dir)
+
+
+def test_every_combination_with_its_own_directory_and_types():
+    points = plan("--seed", "5", words=["mask_ratio=0.5,0.75", "norm-pix-loss=true,false", "crop_scale=0.2 1.0"])
+    assert [p.name for p in points] == [
+        f"mask_ratio={m},norm_pix_loss={n},crop_scale=0.2_1.0" for m in ("0.5", "0.75") for n in ("true", "false")]
+    assert points[2].flags == {"mask_ratio": 0.75, "norm_pix_loss": True, "crop_scale": [0.2, 1.0]}
+    assert points[2].argv == ["--seed", "5", "--mask_ratio", "0.75", "--norm_pix_loss", "--crop_scale", "0.2", "1.0",
+                              "--output_dir", points[2].folder]
+    assert points[2].folder == "/jobs/" + points[2].name
+    alone = plan("--seed", "5")
+    assert [(p.name, p.folder) for p in alone] == [("", "/jobs")]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["mask_ration=0.5"], "unknown flag --mask_ration; did you mean --mask_ratio"),
+    (["mask_ratio=0.5,x"], "--mask_ratio: invalid float value: 'x'"),
+    (["pos_label=apl,abc"], "invalid choice: 'abc'"),
+    (["norm_pix_loss=1,0"], "sweep over true,false"),
+    (["mask_ratio"], "FLAG=A,B,C"),
+    (["seed=1,1"], "names a point twice: seed=1"),
+])
+def test_a_wrong_sweep_is_refused_before_anything_starts(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(words=words)
+
+
+def test_what_follows_inherits_model_and_data():
+    p, = plan("--model", "mae_vit_base_patch16_dec512d8b", "--data_path", "D", "--input_size", "96", "64", chain=[
+        "--then", "finetune", "--epochs", "3", "--then", "linprobe", "--knn", "--data_path", "E", "--then", "finetune"])
+    assert [(x.name, x.main) for x in p.then] == [
+        ("finetune", "main_finetune"), ("linprobe", "main_linprobe"), ("finetune-2", "main_finetune")]
+    args = sweep.parse_main("main_finetune", p.then[0].argv)
+    assert (args.model, args.data_path, args.input_size, args.epochs) == ("vit_base_patch16", "D", [96, 64], 3)
+    assert args.finetune == "/jobs/checkpoint-last.pth" and args.output_dir == "/jobs/finetune"
+    assert sweep.parse_main("main_linprobe", p.then[1].argv).data_path == "E"
+    with pytest.raises(ValueError, match="finetune or linprobe"):
+        plan(chain=["--then", "evaluate"])
+    with pytest.raises(ValueError, match="unknown flag --epoch; did you mean --epochs"):
+        plan(chain=["--then", "finetune", "--epoch", "3"])
+
+
+def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
+    """Two points at a time; one fails, is mended, and runs alone."""
+    command = ["--cluster", "local", "--ngpus", 0, "--job_dir", tmp_path, *TINY_MODEL, "--max_parallel", 2,
+               "--sweep", "mask_ratio=0.5,0.75", "--then", "linprobe", "--knn", "--batch_size", 100]
+    bad = tmp_path / "mask_ratio=0.75" / "checkpoint-last.pth"
+    bad.parent.mkdir()
+    bad.write_bytes(b"")
+    code, text = front(*command)
+    assert code == 1, text
+    shown = front("--status", tmp_path)[1]
+    states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
+    assert states == {"mask_ratio=0.5": "finished", "mask_ratio=0.5/linprobe": "finished", "mask_ratio=0.75": "failed"}, shown
+    assert "is empty" in shown and "knn20_cls" in shown
+    bad.unlink()
+    code, text = front(*command)
+    assert code == 0 and text.count("finished, not run again") == 2, text
+    assert set(dict(re.findall(r"^(mask\S+)\s+(finished)", front("--status", tmp_path)[1], re.M))) == {
+        "mask_ratio=0.5", "mask_ratio=0.5/linprobe", "mask_ratio=0.75", "mask_ratio=0.75/linprobe"}
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["points"] == [{"name": f"mask_ratio={m}", "flags": {"mask_ratio": m}} for m in (0.5, 0.75)]
+    assert len(log_lines(tmp_path / "mask_ratio=0.75")) == 1
+    code, text = front(*command, "--only", "mask_ratio=0.6")
+    assert code == 2 and "no such point; there are mask_ratio=0.5 mask_ratio=0.75" in text
+
+
+def test_two_local_processes_are_two_ranks(tmp_path):
+    code, text = front("--cluster", "local", "--ngpus", 2, "--job_dir", tmp_path, *TINY_MODEL, "--batch_size", 50)
+    log = "".join(p.read_text() for p in tmp_path.glob("submitit/*/*_log.out"))
+    assert code == 0 and "rank 1 of 2" in log and "= 100, lr" in log, text + log
+
+
+def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
+    code, text = front("--nodes", 3, "--ngpus", 4, "--job_dir", tmp_path / "jobs", "--timeout", 90, "--qos", "high", "--slurm",
+                       "exclude=node7", "exclusive", "--mem_gb", 100, *TINY_MODEL, "--sweep", "seed=1,2", "--dry_run")
+    assert code == 0, text
+    for line in ("--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=90", "--qos=high", "--exclude=node7",
+                 "--exclusive", "--mem=100GB", "--array=0-1%2", "--requeue", "--signal=USR2@120"):
+        assert f"#SBATCH {line}\n" in text, line
+    assert "--kill-on-bad-exit=1" in text and text.count("python main_pretrain.py") == 2
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_status_of_nothing_says_so(tmp_path):
+    code, text = front("--status", tmp_path)
+    assert code == 2 and "is no job directory" in text
+
+
+@pytest.mark.parametrize("noted, queued, end, word", [
+    ("", "PENDING", "", "pending"), ("running", "PENDING", "", "requeued"), ("running", "RUNNING", "", "running"),
+    ("running", "", "NODE_FAIL", "node_fail"), ("running", "", "CANCELLED by 0", "cancelled"),
+    ("finished", "", "COMPLETED", "finished"), ("failed", "", "FAILED", "failed"), ("", "", "", "not submitted"),
+])
+def test_state_of_a_run(noted, queued, end, word):
+    assert state_of({"state": noted} if noted else {}, queued, end) == word
+
+
+def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
+    import main_linprobe
+
+    monkeypatch.setattr(main_linprobe, "main", lambda args: 0)
+    job = Job("main_linprobe", ["--seed", "3"], str(tmp_path))
+    assert not job.finished_before() and job() == 0 and job.finished_before()
+    assert not Job("main_linprobe", ["--seed", "4"], str(tmp_path)).finished_before(), "other flags are another run"
+    monkeypatch.setattr(main_linprobe, "main", lambda args: 75)
+    with pytest.raises(SystemExit, match="75"):
+        job()
+    assert read_note(tmp_path)["state"] == "stopped" and read_note(tmp_path)["starts"] == 2
+
+    def broken(args):
+        raise ValueError("no such data")
+
+    monkeypatch.setattr(main_linprobe, "main", broken)
+    with pytest.raises(ValueError):
+        job()
+    assert read_note(tmp_path)["state"] == "failed" and read_note(tmp_path)["error"] == "ValueError: no such data"
+    assert status(tmp_path).splitlines()[1].split()[:2] == [".", "failed"]
+
+
+def test_requeue_asks_slurm_first(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: asked.append(command) or subprocess.CompletedProcess(
+        command, 0, states.pop(0) if command[0] == "squeue" else "", ""))
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    slurm.requeue()
+    assert asked == [], "no job, no question"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    states = ["COMPLETING\n", "RUNNING\n"]
+    slurm.requeue()
+    assert [c[0] for c in asked] == ["squeue"] and "not requeued by itself" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    slurm.requeue()
+    assert asked[-1] == ["scontrol", "requeue", "12_3"], "12 is also the name of the whole array"

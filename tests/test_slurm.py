@@ -1,0 +1,230 @@
+"""The fronts on a real cluster of two nodes: what is interrupted ends with the very weights of what is not.
+
+They need `sbatch`, two nodes with two tasks each, and a temporary folder that the nodes share (--basetemp). The node
+that is lost needs two commands more: MAE_PL_TEST_CRASH, which kills the second node, and MAE_PL_TEST_REVIVE.
+"""
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from processes import ROOT, assert_same, last, log_lines
+
+pytestmark = pytest.mark.slurm
+PYTHON = [sys.executable, "-u"]
+SLOW = [*PYTHON, str(ROOT / "tests" / "slow_pretrain.py")]
+CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "2", "--timeout", "30"]
+# 5 steps an epoch on 4 ranks.
+RUN = ["--model", "mae_test", "--input_size", "32", "--pos_label", "apl+rpl", "--batch_size", "10", "--lr", "1e-2",
+       "--warmup_epochs", "1", "--picture_epochs", "1000", "--print_freq", "1", "--save_every_epochs", "100",
+       "--num_workers", "1", "--device", "cpu"]
+STEPS = 130
+
+
+def call(*command, check: bool = True, **env) -> str:
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | env)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def submit(folder, *flags, front=SLOW, step: float = 0.0) -> str:
+    """-> the job's number."""
+    text = call(*front, *CLUSTER, "--job_dir", folder, *flags, TEST_STEP=str(step))
+    return re.search(r"job (\d+)", text)[1]
+
+
+def wait(what: str, done, seconds: float = 180):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = done()
+        if found:
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds} s: {what}\n{call('squeue', check=False)}")
+
+
+def state(job: str) -> str:
+    """SLURM's word for a job; a requeued one need not wait for its turn here."""
+    found = call("squeue", "-h", "-r", "--states=all", "-o", "%T", "-j", job, check=False).split()
+    if "PENDING" in found:
+        call("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
+    return found[0] if found else "GONE"
+
+
+def note(folder) -> dict:
+    path = Path(folder) / "job.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def finished(folder, job: str, seconds: float = 240) -> None:
+    wait(f"{folder} finished", lambda: state(job) and note(folder).get("state") == "finished", seconds)
+    wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 30)
+
+
+def output(folder) -> str:
+    return "\n".join(p.read_text() for p in sorted(Path(folder).glob("submitit/*/*_log.out")))
+
+
+def reach(folder, step: int) -> None:
+    """Wait until a run has come that far."""
+    def there():
+        text = output(folder)
+        done = [(int(e), int(s)) for e, s in re.findall(r"Epoch: \[(\d+)\]  \[(\d+)/5\]", text)]
+        return done and 5 * done[-1][0] + done[-1][1] >= step
+
+    wait(f"step {step} of {folder}", there)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    job = submit(folder, *RUN, "--epochs", STEPS // 5)
+    shown = call("scontrol", "show", "job", job)
+    assert re.search(r"TresPerNode=(gres[:/])?gpu:2", shown) and "NumNodes=2" in shown and "NumTasks=4" in shown, shown
+    finished(folder, job)
+    assert len(log_lines(folder)) == STEPS // 5 and note(folder)["starts"] == 1
+    return folder
+
+
+def assert_equal_runs(uninterrupted, folder) -> None:
+    assert_same(last(uninterrupted), last(folder))
+    assert log_lines(uninterrupted) == log_lines(folder)
+    assert note(folder)["starts"] >= 2 and "continuing" in output(folder)
+
+
+def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 7, step=0.2)
+    reach(tmp_path, random.randrange(10, 60))
+    call("scontrol", "requeue", job)
+    finished(tmp_path, job)
+    assert_equal_runs(uninterrupted, tmp_path)
+
+
+def test_a_real_time_out(uninterrupted, tmp_path):
+    """SLURM looks at the clock every 30 s, and warns at the first look."""
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 1, step=0.4)
+    finished(tmp_path, job)
+    text = output(tmp_path)
+    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, text[-3000:]
+    assert_equal_runs(uninterrupted, tmp_path)
+
+
+@pytest.mark.skipif(not os.environ.get("MAE_PL_TEST_CRASH"), reason="no command that kills a node (MAE_PL_TEST_CRASH)")
+def test_a_node_is_lost(uninterrupted, tmp_path):
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 4, step=0.2)
+    reach(tmp_path, random.randrange(10, 60))
+    subprocess.run(os.environ["MAE_PL_TEST_CRASH"], shell=True, check=True)
+    try:
+        wait("SLURM has given the job up", lambda: state(job) != "RUNNING", 120)
+    finally:
+        subprocess.run(os.environ["MAE_PL_TEST_REVIVE"], shell=True, check=True, capture_output=True)
+    finished(tmp_path, job)
+    assert_equal_runs(uninterrupted, tmp_path)
+
+
+BATCH = """#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node={tasks} --cpus-per-task=1 --mem=2G --time=30 --requeue --open-mode=append
+#SBATCH --output={folder}/submitit/batch/0_log.out --signal={signal}@60
+srun --kill-on-bad-exit=1 {command}
+"""
+TORCHRUN = ("bash -c '{python} -m torch.distributed.run --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d "
+            "--rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29511 {main}'")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_plain_batch_scripts_requeue_themselves(uninterrupted, tmp_path, launcher):
+    (tmp_path / "submitit" / "batch").mkdir(parents=True)
+    flags = [*RUN, "--epochs", STEPS // 5, "--output_dir", tmp_path]
+    main = " ".join(map(str, [*SLOW[2:], "--direct", *flags]))
+    signal = {"srun": "USR2", "torchrun": "TERM"}[launcher]
+    command = f"{PYTHON[0]} -u {main}" if launcher == "srun" else TORCHRUN.format(python=PYTHON[0], main=main)
+    script = tmp_path / "run.sh"
+    script.write_text(BATCH.format(folder=tmp_path, tasks=2 if launcher == "srun" else 1, signal=signal, command=command))
+    job = re.search(r"job (\d+)", call("sbatch", script, TEST_STEP="0.15"))[1]
+    reach(tmp_path, random.randrange(10, 50))
+    call("scancel", f"--signal={signal}", job)
+    wait("requeued", lambda: "is requeued" in output(tmp_path), 60)
+    wait("all steps", lambda: state(job) in ("COMPLETED", "GONE"))
+    assert_same(last(uninterrupted), last(tmp_path))
+    assert log_lines(uninterrupted) == log_lines(tmp_path) and "continuing" in output(tmp_path)
+
+
+def test_cancelled_jobs_stay_cancelled(tmp_path):
+    job = submit(tmp_path, *RUN, "--epochs", 100, step=0.2)
+    reach(tmp_path, 3)
+    call("scancel", job)
+    wait("cancelled", lambda: state(job) == "CANCELLED", 60)
+    time.sleep(3)
+    assert state(job) == "CANCELLED" and "is requeued" not in output(tmp_path)
+    assert last(tmp_path)["step"] >= 3, "what was learned is kept"
+    assert re.search(r"^\.\s+(stopped|cancelled)", call(*SLOW, "--status", tmp_path), re.M)
+
+
+def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
+    sweep = [*RUN, "--epochs", "2", "--nodes", "1", "--ngpus", "1", "--sweep", "mask_ratio=0.5,0.75", "seed=0,1"]
+    bad = tmp_path / "mask_ratio=0.75,seed=0" / "checkpoint-last.pth"
+    bad.parent.mkdir()
+    bad.write_bytes(b"")
+    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
+    assert len(set(re.findall(r"job (\d+)_\d", text))) == 1, "one array"
+    points = [f"mask_ratio={m},seed={s}" for m in (0.5, 0.75) for s in (0, 1)]
+    wait("all points ended", lambda: all(note(tmp_path / p).get("state") in ("finished", "failed") for p in points))
+    states = dict(re.findall(r"^(mask\S+)\s+(\w+)", call(*SLOW, "--status", tmp_path), re.M))
+    assert states == dict.fromkeys(points, "finished") | {points[2]: "failed"}
+    assert "is empty: the run that wrote it was cut off" in call(*SLOW, "--status", tmp_path)
+    assert {tuple(json.loads((tmp_path / p / "flags.json").read_text()).items()) for p in points} == {
+        (("mask_ratio", m), ("seed", s)) for m in (0.5, 0.75) for s in (0, 1)}
+    bad.unlink()
+    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
+    assert text.count("finished, not submitted again") == 3 and len(re.findall(r": job \d+", text)) == 1, text
+    wait("the mended point", lambda: note(bad.parent).get("state") == "finished")
+    assert [len(log_lines(tmp_path / p)) for p in points] == [2, 2, 2, 2]
+
+
+def test_pretraining_and_what_follows(tmp_path):
+    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    run = ["--model", "mae_vit_nano_patch8", *RUN[2:], "--epochs", "1", "--batch_size", "50", "--nodes", "1", "--ngpus", "1"]
+    text = call(*front, *CLUSTER, "--job_dir", tmp_path, *run, "--sweep", "pos_label=apl,none",
+                "--then", "finetune", "--epochs", "1", "--batch_size", "100", "--warmup_epochs", "0",
+                "--then", "linprobe", "--knn", "--batch_size", "100")
+    jobs = dict(re.findall(r"^(\S+): job (\S+?),? ", text, re.M))
+    assert len(jobs) == 6, text
+    shown = call("scontrol", "show", "job", jobs["pos_label=apl/finetune"])
+    assert f"Dependency=afterok:{jobs['pos_label=apl']}" in shown or "JobState=RUNNING" in shown, shown
+    for run in jobs:
+        wait(f"{run} done", lambda run=run: note(tmp_path / run).get("state") == "finished", 240)
+    assert "encoder from" in output(tmp_path)
+    status = call(*front, "--status", tmp_path)
+    assert len(re.findall(r"^pos_label\S+\s+finished", status, re.M)) == 6, status
+    assert "knn20" in status and "test_acc1" in status, status
+
+
+def test_what_follows_a_failure_is_cancelled(tmp_path):
+    (tmp_path / "checkpoint-last.pth").write_bytes(b"")
+    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    text = call(*front, *CLUSTER, "--job_dir", tmp_path, "--model", "mae_vit_nano_patch8", *RUN[2:], "--epochs", "1",
+                "--nodes", "1", "--ngpus", "1", "--then", "finetune", "--epochs", "1")
+    after = re.search(r"finetune: job (\d+)", text)[1]
+    wait("cancelled", lambda: state(after) in ("CANCELLED", "GONE"), 90)
+
+
+def test_check(tmp_path):
+    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    call(*front, *CLUSTER, "--job_dir", tmp_path, *RUN[:0], "--device", "cpu", "--check")
+    text = wait("four ranks", lambda: (t := output(tmp_path)).count("200 images") == 4 and t)
+    assert "is shared by all 4 ranks" in text and re.search(r"all-reduce over 4 ranks: .* GB/s", text)
+    assert {"node1", "node2"} == set(re.findall(r"^rank \d: (\w+), cpu", text, re.M)) or not shutil.which("sinfo")
+
+
+def test_more_gpus_than_there_are_is_refused(tmp_path):
+    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *RUN, "--ngpus", "99", check=False)
+    assert "node configuration is not available" in text
