@@ -86,7 +86,7 @@ def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert saved["points"] == [{"name": f"mask_ratio={m}", "flags": {"mask_ratio": m}} for m in (0.5, 0.75)]
     assert len(log_lines(tmp_path / "mask_ratio=0.75")) == 1
-    code, text = front(*command, "--only", "mask_ratio=0.6")
+    code, text = front("--only", "mask_ratio=0.6", *command)
     assert code == 2 and "no such point; there are mask_ratio=0.5 mask_ratio=0.75" in text
 
 

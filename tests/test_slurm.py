@@ -25,7 +25,7 @@ CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "
 RUN = ["--model", "mae_test", "--input_size", "32", "--pos_label", "apl+rpl", "--batch_size", "10", "--lr", "1e-2",
        "--warmup_epochs", "1", "--picture_epochs", "1000", "--print_freq", "1", "--save_every_epochs", "100",
        "--num_workers", "1", "--device", "cpu"]
-STEPS = 130
+STEPS = 120
 
 
 def call(*command, check: bool = True, **env) -> str:
@@ -111,8 +111,8 @@ def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
 
 def test_a_real_time_out(uninterrupted, tmp_path):
     """SLURM looks at the clock every 30 s, and warns at the first look."""
-    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 1, step=0.4)
-    finished(tmp_path, job)
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 1, step=0.25)
+    finished(tmp_path, job, 500)
     text = output(tmp_path)
     assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, text[-3000:]
     assert_equal_runs(uninterrupted, tmp_path)
@@ -226,5 +226,5 @@ def test_check(tmp_path):
 
 
 def test_more_gpus_than_there_are_is_refused(tmp_path):
-    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *RUN, "--ngpus", "99", check=False)
+    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *RUN, "--ngpus", "3", check=False)
     assert "node configuration is not available" in text

@@ -210,11 +210,15 @@ def new_pos_embed(table: torch.Tensor, grid: tuple[int, int], init: str) -> torc
 
 
 def find_start(output_dir: str | None, resume: str = "") -> str:
-    """The file to continue from: the run's own last checkpoint, else `resume`, else '' (start anew)."""
+    """The file to continue from: the run's own last checkpoint, else `resume`, else '' (start anew).
+
+    Raises ValueError where the ranks do not see the same: some would start from scratch.
+    """
     own = os.path.join(output_dir or "", LAST)
-    if output_dir and os.path.isfile(own):
-        return own
-    return resume or ""
+    path = own if output_dir and os.path.isfile(own) else resume or ""
+    if len(set(dist.gather_objects(path))) > 1:
+        raise ValueError(f"only some ranks find {own}: put the run's folder where all nodes see it")
+    return path
 
 
 # Flags that may differ between a run and its continuation without changing what is computed.
@@ -228,8 +232,6 @@ HARMLESS = {
 def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
     """(path, loaded checkpoint) that this run continues, or None; says which, and which flags have changed."""
     path = find_start(output_dir, resume)
-    if len(set(dist.gather_objects(path))) > 1:
-        raise ValueError(f"only some ranks find the checkpoint {path or resume or output_dir}: put it where all nodes see it")
     if not path:
         return None
     state = load(path)
