@@ -59,6 +59,8 @@ def test_what_follows_inherits_model_and_data():
     assert (args.model, args.data_path, args.input_size, args.epochs) == ("vit_base_patch16", "D", [96, 64], 3)
     assert args.finetune == "/jobs/checkpoint-last.pth" and args.output_dir == "/jobs/finetune"
     assert sweep.parse_main("main_linprobe", p.then[1].argv).data_path == "E"
+    with pytest.raises(ValueError, match="leave out %j"):
+        plan(words=["seed=1,2"], job_dir="/jobs/%j")
     with pytest.raises(ValueError, match="finetune or linprobe"):
         plan(chain=["--then", "evaluate"])
     with pytest.raises(ValueError, match="unknown flag --epoch; did you mean --epochs"):

@@ -187,7 +187,8 @@ def to_slurm(points: list[Point], opts, job_dir: str) -> int:
     for p, job in zip(wanted, jobs):
         submitted.setdefault(p.name, []).append(job.job_id)
         print(f"{p.name or p.folder}: job {job.job_id}, log {job.paths.stdout}")
-    note_jobs(Path(job_dir.replace("%j", jobs[0].job_id) if jobs else job_dir), submitted)
+    job_dir = job_dir.replace("%j", jobs[0].job_id) if jobs else job_dir
+    note_jobs(Path(job_dir), submitted)
     for p in points:
         before = submitted[p.name][-1] if p in wanted or submitted.get(p.name, [""])[-1] in queued else ""
         submit_follow_ups(p, before, opts, job_dir, submitted)

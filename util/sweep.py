@@ -36,8 +36,8 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
     `rest` are the main's flags, `sweep` the words FLAG=A,B,C, `chain` the words --then MAIN FLAGS [--then ...].
     """
     swept = parse_sweep(sweep)
-    if swept and "%j" in job_dir:
-        raise ValueError("--sweep needs a --job_dir that is known before the jobs are: leave out %j")
+    if (swept or chain) and "%j" in job_dir:
+        raise ValueError("--sweep and --then need a --job_dir that is known before the jobs are: leave out %j")
     points = []
     for values in product(*swept.values()):
         flags = dict(zip(swept, values))
