@@ -314,6 +314,8 @@ def fit(
 
 def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable | None) -> dict[str, float]:
     """The figures of the epoch's end; if they fail, what the epoch has learned is saved first."""
+    for module in (state.model, *state.extras.values()):
+        dist.share_buffers(module)  # what is evaluated on many ranks is what is saved
     try:
         return after_epoch(epoch, state) if after_epoch else {}
     except Exception:

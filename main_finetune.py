@@ -82,7 +82,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engine
 from models import PretrainedTeacher, build_classifier
@@ -93,7 +92,7 @@ from util.keeper import Keeper
 from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
-from util.optim import adamw, param_groups
+from util.optim import adamw, param_groups, weight_average
 from util.transforms import eval_transform, finetune_transform
 
 
@@ -313,7 +312,7 @@ def main(args) -> int:
 
     extras, after_step = {}, None
     if args.ema:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        ema = weight_average(model, args.ema)
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, model.chance(), loss_tag="loss")
     keeper = None

@@ -175,6 +175,13 @@ def from_main(value: bool) -> bool:
     return gather_objects(value)[0]
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Give every rank rank 0's buffers: each rank collects batch statistics of its own images."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            td.broadcast(buffer, src=0)
+
+
 def barrier() -> None:
     if world_size() > 1:
         td.barrier()

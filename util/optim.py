@@ -1,8 +1,9 @@
-"""AdamW, its parameter groups, and layer-wise learning rates."""
+"""AdamW, its parameter groups, layer-wise learning rates, and a moving average of the weights."""
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def param_groups(
@@ -27,6 +28,24 @@ def param_groups(
         group = groups.setdefault((scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(p)
     return list(groups.values())
+
+
+def weight_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of parameters and of batch statistics, over the same window; other buffers are copied.
+
+    Statistics belong to the weights that they were taken with: the live model's are not those of the average. Integers
+    (counters, index tables) must not be averaged: rounding would lower them.
+    """
+    lerp = get_ema_multi_avg_fn(decay)
+
+    def update(averages, current, count) -> None:  # one call per device and dtype
+        if averages[0].is_floating_point():
+            lerp(averages, current, count)
+        else:
+            for a, c in zip(averages, current):
+                a.copy_(c)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
