@@ -4,10 +4,11 @@ import difflib
 import torch
 from torch import nn
 
+import models_so_vit
 import models_swin
 import models_vit
 
-MODELS = models_vit.MODELS | models_swin.MODELS
+MODELS = models_vit.MODELS | models_swin.MODELS | models_so_vit.MODELS
 
 
 def build_classifier(name: str, **options):

@@ -185,6 +185,7 @@ class SwinTransformer(Classifier, nn.Module):
         pos_tokens: str = "half",
         rpl_pairs: int = 0,
         head_init_std: float = 2e-5,
+        second_order: dict | None = None,
     ):
         super().__init__()
         window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
@@ -210,7 +211,8 @@ class SwinTransformer(Classifier, nn.Module):
         self.dim, self.grid = dim, grid
         self.norm = nn.LayerNorm(dim)
         self.layers.apply(_init_linear)
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std)
+        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std,
+                             second_order=second_order)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H', W') -> tokens of the last stage after the final norm, (B, H*W, C)."""

@@ -33,6 +33,7 @@ class TimmClassifier(Classifier, nn.Module):
         pos_tokens: str = "half",
         rpl_pairs: int = 0,
         head_init_std: float = 2e-5,
+        second_order: dict | None = None,
     ):
         super().__init__()
         self.backbone, self.img_size, self.in_chans = backbone, tuple(img_size), in_chans
@@ -43,7 +44,8 @@ class TimmClassifier(Classifier, nn.Module):
         self.grid = token_grid(raw, self.layout, self.num_prefix, self.img_size, backbone)
         self.dim = raw.shape[1 if self.layout == "NCHW" else -1]
         pool = "cls" if getattr(backbone, "global_pool", "") == "token" else "avg"
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, pooled.shape[-1])
+        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, pooled.shape[-1],
+                             second_order)
         self._layer_ids = self._group_layers()
 
     def _to_tokens(self, raw: Tensor) -> Tensor:
@@ -234,6 +236,7 @@ def timm_model(
     rpl_pairs: int = 0,
     drop_path: float = 0.0,
     head_init_std: float = 2e-5,
+    second_order: dict | None = None,
 ) -> TimmClassifier:
     """Classifier on the timm backbone `name` ('timm/' in front may stay), with random weights.
 
@@ -258,4 +261,5 @@ def timm_model(
     backbone = _create(name, required, optional)
     if pos_embed == "none":
         _remove_pos_embed(backbone, name)
-    return TimmClassifier(backbone, img_size, in_chans, num_classes, pos_label, pos_tokens, rpl_pairs, head_init_std)
+    return TimmClassifier(backbone, img_size, in_chans, num_classes, pos_label, pos_tokens, rpl_pairs, head_init_std,
+                          second_order)

@@ -19,8 +19,9 @@ class VisionTransformer(Classifier, ViTBackbone):
     follow (MAE, end-to-end fine-tuning), and `forward_features` gives tokens before any final norm. With 'cls' all
     tokens go through `norm` and the class token through `head`. Either way the label head reads normalised tokens.
 
-    Image and patch sizes are (H, W). `pos_embed` is none, sincos or learned; for the arguments from `num_classes` on
-    see `Classifier.init_classifier`. Raises ValueError as that does, and on sizes that do not fit.
+    `pool` None is 'avg', under a second-order head 'cls'. Image and patch sizes are (H, W). `pos_embed` is none, sincos
+    or learned, `patch_embed` linear or conv; for the other arguments from `num_classes` on see
+    `Classifier.init_classifier`. Raises ValueError as that does, and on sizes that do not fit.
     """
 
     def __init__(
@@ -36,22 +37,29 @@ class VisionTransformer(Classifier, ViTBackbone):
         pos_embed: str = "learned",
         drop_path: float = 0.0,
         num_classes: int = 1000,
-        pool: str = "avg",
+        pool: str | None = None,
         pos_label: str = "none",
         pos_tokens: str = "half",
         rpl_pairs: int = 0,
         head_init_std: float = 2e-5,
+        patch_embed: str = "linear",
+        second_order: dict | None = None,
     ):
-        super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, pos_embed, drop_path)
+        super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, pos_embed, drop_path,
+                         patch_embed)
+        if pool is None:  # a second-order feature is fused with the class token
+            pool = "avg" if second_order is None else "cls"
         if pool == "avg":
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(dim, eps=1e-6)
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std)
+        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std,
+                             second_order=second_order)
 
 
 class DistilledVisionTransformer(VisionTransformer):
     """DeiT with a distillation token that learns from a teacher beside the class token (DeiT, Sec. 4).
 
     Keys `dist_token` and `head_dist.*` come on top; `pos_embed` has a row for each of the two tokens. `pool` is 'cls'.
+    The distillation token's head is linear even where the class head is of second order.
     """
 
     prefix_names = ("cls_token", "dist_token")
@@ -61,8 +69,8 @@ class DistilledVisionTransformer(VisionTransformer):
             raise ValueError(f"a model with a distillation token reads its class tokens (pool 'cls'), found {pool!r}")
         super().__init__(*args, pool=pool, **kwargs)
 
-    def init_heads(self, width: int, std: float) -> None:
-        super().init_heads(width, std)
+    def init_heads(self, width: int, std: float, second_order: dict | None) -> None:
+        super().init_heads(width, std, second_order)
         self.head_dist = make_head(width, self.num_classes, std)
 
     def forward(self, x: Tensor, positions: bool = False, distillation: bool = False):
@@ -72,7 +80,7 @@ class DistilledVisionTransformer(VisionTransformer):
         `positions` a pair of that and {position, position_acc, ...}.
         """
         tokens = self.forward_features(x)  # (B, 2 + L, C)
-        pair = self.head(tokens[:, 0]), self.head_dist(tokens[:, 1])
+        pair = self.class_logits(tokens), self.head_dist(tokens[:, 1])
         logits = pair if distillation else (pair[0] + pair[1]) / 2
         return (logits, self.position_losses(tokens)) if positions else logits
 
@@ -83,16 +91,16 @@ _SIZES = {"nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "bas
 _PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}
 
 
-def _build(model: type[VisionTransformer], size: str, patch: int, default_pool: str, **kwargs) -> VisionTransformer:
+def _build(model: type[VisionTransformer], size: str, patch: int, default_pool: str | None, **kwargs) -> VisionTransformer:
     named = dict(zip(("dim", "depth", "num_heads"), _SIZES[size])) | {"patch_size": (patch, patch)}
     given = {name: value for name, value in kwargs.items() if not (name == "pool" and value is None)}
     return model(**{"pool": default_pool} | named | given)
 
 
 # name -> builder; keyword arguments of VisionTransformer override what the name says, pool=None keeps its default:
-# the average for ViT (MAE), the class token for DeiT.
+# the average for ViT (MAE), the class token for DeiT and under a second-order head.
 MODELS = {
-    f"vit_{size}_patch{patch}": partial(_build, VisionTransformer, size, patch, "avg")
+    f"vit_{size}_patch{patch}": partial(_build, VisionTransformer, size, patch, None)
     for size, patches in _PATCHES.items() for patch in patches
 }
 for _size in ("tiny", "small", "base"):

@@ -5,6 +5,7 @@ Shapes: B batch, N patch tokens, C channels of a token, K classes.
 from torch import Tensor, nn
 
 from layers.positional import PositionalHead
+from layers.second_order import SecondOrderHead
 
 POOLS = ("avg", "cls")
 
@@ -27,12 +28,15 @@ class Classifier:
         rpl_pairs: int = 0,
         head_init_std: float = 2e-5,
         head_width: int | None = None,
+        second_order: dict | None = None,
     ) -> None:
         """Create the heads; with `num_classes` 0 the model's output are the pooled features, (B, C).
 
         `pool` is 'avg' (mean of the patch tokens) or 'cls' (class token). `head_init_std` is MAE's for fine-tuning;
         0.02 is usual from scratch. `pos_label`, `pos_tokens` and `rpl_pairs` are explained at `PositionalHead`.
-        `head_width` is the width of the pooled features, `dim` if not given.
+        `head_width` is the width of the pooled features, `dim` if not given. The class head is linear on the pooled
+        features; with `second_order`, keyword arguments of `SecondOrderHead` (a dictionary, {} for its defaults), it
+        is that head on all patch tokens, fused with the pooled features.
         Raises ValueError on an unknown pooling, a missing class token, or labels on a grid of a single cell.
         """
         if pool not in POOLS:
@@ -48,14 +52,24 @@ class Classifier:
         if not hasattr(self, "fc_norm"):  # no class attribute: it would hide the submodule of that name
             self.fc_norm = None
         self.pool, self.num_classes = pool, num_classes
-        self.init_heads(head_width or self.dim, head_init_std)
+        self.init_heads(head_width or self.dim, head_init_std, second_order)
         # Last, so that everything else starts from the same random numbers with and without labels.
         self.pos_head = None
         if pos_label != "none":
             self.pos_head = PositionalHead(self.dim, self.grid, pos_label, pos_tokens, rpl_pairs)
 
-    def init_heads(self, width: int, std: float) -> None:
-        self.head = make_head(width, self.num_classes, std)
+    def init_heads(self, width: int, std: float, second_order: dict | None) -> None:
+        if second_order is None:
+            self.head = make_head(width, self.num_classes, std)
+        else:
+            self.head = SecondOrderHead(self.dim, width, self.num_classes, std, **second_order)
+
+    def class_logits(self, tokens: Tensor) -> Tensor:
+        """What `forward_features` gives, (B, num_prefix + N, C) -> logits (B, K)."""
+        pooled = self.pool_tokens(tokens)
+        if isinstance(self.head, SecondOrderHead):
+            return self.head(self.label_tokens(tokens), pooled)
+        return self.head(pooled)
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """What `forward_features` gives, (B, num_prefix + N, C) -> what the class head reads, (B, C)."""
@@ -67,8 +81,8 @@ class Classifier:
     def label_tokens(self, tokens: Tensor) -> Tensor:
         """What `forward_features` gives, (B, num_prefix + N, C) -> normalised patch tokens (B, N, C).
 
-        Positional labels read tokens after the final norm; where the norm comes after the average, it is applied to
-        each token here.
+        Positional labels and second-order heads read tokens after the final norm; where the norm comes after the
+        average, it is applied to each token here.
         """
         patches = tokens[:, self.num_prefix :]
         return patches if self.fc_norm is None else self.fc_norm(patches)
@@ -83,7 +97,7 @@ class Classifier:
         The label heads run only when asked for, in training as in evaluation (Sec. 3: they are dropped afterwards).
         """
         tokens = self.forward_features(x)  # (B, num_prefix + N, C)
-        logits = self.head(self.pool_tokens(tokens))
+        logits = self.class_logits(tokens)
         return (logits, self.position_losses(tokens)) if positions else logits
 
     def chance(self) -> dict[str, float]:

@@ -73,17 +73,38 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``; stochastic depth on both branches."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, qkv_bias: bool = True,
+                 norm_eps: float = 1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Cells (h, w) of an image; ValueError where patches do not fill it."""
+    for side, patch, name in zip(img_size, patch_size, ("height", "width")):
+        if side % patch:
+            raise ValueError(
+                f"the image {name} {side} is not a multiple of the patch {name} {patch}: choose --input_size "
+                f"{side // patch * patch or patch} or {side // patch * patch + patch}, or another --patch_size"
+            )
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def check_images(imgs: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
+    """ValueError where a batch has another shape than the model was built for."""
+    if imgs.shape[1:] != (in_chans, *img_size):
+        raise ValueError(
+            f"the model takes images of (channels, height, width) {(in_chans, *img_size)}, "
+            f"found {tuple(imgs.shape[1:])}: give the same --input_size and --in_chans to data and model"
+        )
 
 
 class PatchEmbed(nn.Module):
@@ -94,25 +115,15 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, dim: int):
         super().__init__()
-        for side, patch, name in zip(img_size, patch_size, ("height", "width")):
-            if side % patch:
-                raise ValueError(
-                    f"the image {name} {side} is not a multiple of the patch {name} {patch}: choose --input_size "
-                    f"{side // patch * patch or patch} or {side // patch * patch + patch}, or another --patch_size"
-                )
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.grid = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
+        self.grid = patch_grid(img_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         # MAE initialises it like a linear layer: it is one.
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
 
     def check(self, imgs: Tensor) -> None:
-        if imgs.shape[1:] != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"the model takes images of (channels, height, width) {(self.in_chans, *self.img_size)}, "
-                f"found {tuple(imgs.shape[1:])}: give the same --input_size and --in_chans to data and model"
-            )
+        check_images(imgs, self.in_chans, self.img_size)
 
     def forward(self, imgs: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, L, C)."""

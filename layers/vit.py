@@ -2,16 +2,19 @@
 import torch
 from torch import Tensor, nn
 
+from layers.conv_embed import ConvTokenEmbed
 from layers.transformer import Block, PatchEmbed, init_linear_and_norm
 from util.pos_embed import sincos_2d
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
+PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
 
 
 class ViTBackbone(nn.Module):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
-    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned".
+    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned"; `patch_embed` is
+    "linear" (MAE's) or "conv" (So-ViT's, for images of which nothing is masked).
     Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`, `num_layers`.
     """
 
@@ -28,20 +31,25 @@ class ViTBackbone(nn.Module):
         mlp_ratio: float = 4.0,
         pos_embed: str = "none",
         drop_path: float = 0.0,
+        patch_embed: str = "linear",
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
+        if patch_embed not in PATCH_EMBEDS:
+            raise ValueError(f"--patch_embed takes one of {', '.join(PATCH_EMBEDS)}, found {patch_embed!r}")
         if pos_embed not in POS_EMBED_KINDS:
             raise ValueError(f"--pos_embed takes one of {', '.join(POS_EMBED_KINDS)}, found {pos_embed!r}")
         self.dim, self.num_prefix = dim, len(self.prefix_names)
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, dim)
+        self.patch_embed = PATCH_EMBEDS[patch_embed](img_size, patch_size, in_chans, dim)
         self.grid, self.img_size, self.patch_size = self.patch_embed.grid, img_size, patch_size
         self.in_chans, self.pos_embed_kind = in_chans, pos_embed
         for name in self.prefix_names:
             self.register_parameter(name, nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02)))
         self.register_parameter("pos_embed", self._make_pos_embed(pos_embed))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows with depth
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, qkv_bias, norm_eps) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.blocks.apply(init_linear_and_norm)
 
     def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
