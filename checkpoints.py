@@ -48,6 +48,7 @@ def describe(path: str) -> str:
     parts = [
         kind, f"--model {args['model']}" if "model" in args else "no flags stored",
         f"{sum(v.numel() for v in weights.values()) / 1e6:.2f} M numbers",
+        "second-order head" if "head.pool.start" in weights else "",
         f"labels {'+'.join(labels)}" if labels else "no label head",
         "with positional embedding" if "pos_embed" in weights else "without positional embedding",
         f"epoch {state['epoch']}" if "epoch" in state else "",
@@ -66,6 +67,8 @@ def timm_weights(state: dict, path: str) -> tuple[dict, dict]:
         raise ValueError(f"{path} holds no plain Vision Transformer: nothing to export to timm's")
     if "dist_token" in weights:
         raise ValueError(f"{path} has a distillation token: timm's plain Vision Transformer has none")
+    if "head.pool.start" in weights or "patch_embed.stem.0.weight" in weights or "blocks.0.attn.qkv.bias" not in weights:
+        raise ValueError(f"{path} has a second-order head or other parts of So-ViT, which timm's Vision Transformer lacks")
     dim, in_chans, ph, pw = weights["patch_embed.proj.weight"].shape
     size = pair(args.get("input_size", [224]), "--input_size")
     heads = dim // 64

@@ -15,12 +15,15 @@ import sys
 from util.args import (
     Parser,
     add_data_flags,
+    add_head_flags,
     add_optim_flags,
     add_position_flags,
     add_run_flags,
     channel_stats,
+    head_options,
     pair,
     parse,
+    resolve_head,
     run,
 )
 
@@ -28,17 +31,20 @@ from util.args import (
 def get_args_parser() -> Parser:
     p = Parser(description="Fine-tuning, training from scratch, and evaluation of classifiers", add_help=False)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, or timm/NAME")
+    g.add_argument("--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, so_vit_*, or timm/NAME")
     g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
     g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
     g.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
     g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default=None,
-                   help="classify the mean of the patch tokens (default, but for DeiT)")
+                   help="classify the mean of the patch tokens (default, but for DeiT, So-ViT and under second order)")
     g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="classify the class token")
+    g.add_argument("--patch_embed", default=None, choices=["linear", "conv"],
+                   help="of vit_*, deit_* (linear) and so_vit_* (conv); conv cannot start from a masked checkpoint")
     g.add_argument("--swin_merge_last", action="store_true", help="keep Swin's last patch merging (7x7 cells at 224)")
     add_position_flags(p, pos_embed="learned", pos_label="auto")
     p.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"],
                    help="start of the positional embedding that a checkpoint lacks")
+    add_head_flags(p, "on any model; linear, but for so_vit_*; with --resume, the checkpoint's")
     add_data_flags(p)
     add_optim_flags(p, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5)
     add_run_flags(p)
@@ -220,13 +226,17 @@ def resolve_labels(args, saved: dict | None) -> str:
     return (saved.get("args") or {}).get("pos_label", "none")
 
 
-def build_model(args, size, num_classes: int, pos_label: str):
-    options = dict(
+def build_model(args, size, num_classes: int, pos_label: str, head: dict):
+    options = head_options(args.model, head) | dict(
         img_size=size, in_chans=args.in_chans, num_classes=num_classes, drop_path=args.drop_path, pos_embed=args.pos_embed,
         pos_label=pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
         # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
         head_init_std=2e-5 if args.finetune else 0.02,
     )
+    if args.finetune and (options.get("patch_embed") or ("conv" if args.model.startswith("so_vit_") else "")) == "conv":
+        raise ValueError(f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
+                         "embedded one by one, most of them masked, and a token of this embedding sees 33x33 pixels, masked "
+                         "ones among them. Leave --finetune out, or take --patch_embed linear")
     if args.pool:
         options["pool"] = args.pool
     if args.patch_size:
@@ -243,8 +253,11 @@ def build_teacher(args, size, num_classes: int, mean, std, device: torch.device)
     if "distilled" not in args.model:
         raise ValueError(f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}")
     if args.distill_checkpoint:
-        teacher = build_classifier(args.distill, img_size=size, in_chans=args.in_chans, num_classes=num_classes)
-        checkpoint.load_for_evaluation(teacher, checkpoint.load(args.distill_checkpoint), args.distill_checkpoint)
+        saved = checkpoint.load(args.distill_checkpoint)
+        head = resolve_head({}, args.distill, saved, args.distill_checkpoint)
+        teacher = build_classifier(args.distill, img_size=size, in_chans=args.in_chans, num_classes=num_classes,
+                                   **head_options(args.distill, head))
+        checkpoint.load_for_evaluation(teacher, saved, args.distill_checkpoint)
     else:
         teacher = PretrainedTeacher(args.distill, num_classes, mean, std)
     return teacher.to(device).eval().requires_grad_(False)
@@ -271,21 +284,25 @@ def main(args) -> int:
     # Model: own last checkpoint, --resume, --finetune, scratch
     plain = checkpoint.plain_args(args)
     pretrained = checkpoint.load(args.finetune) if args.finetune else None
+    start = args.resume if args.eval else checkpoint.find_start(args.output_dir, args.resume)
+    saved = checkpoint.load(start) if start else None
     pos_label = plain["pos_label"] = resolve_labels(args, pretrained)
+    head = resolve_head(vars(args), args.model, saved, start)
+    plain |= head
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, size, num_classes, pos_label).to(device)
+    model = build_model(args, size, num_classes, pos_label, head).to(device)
     if args.eval:
-        saved = checkpoint.load(args.resume)
         checkpoint.load_for_evaluation(model, saved, args.resume)
         dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else ""))
         evaluate(args, model, val_loader, device, amp, mean, std, positions=pos_label != "none")
         dist.shutdown()
         return 0
-    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
-    if resume is None and pretrained is not None:
+    if saved is not None:
+        checkpoint.say_continuing(start, saved, plain)
+    elif pretrained is not None:
         dist.say(f"encoder from {args.finetune}; "
                  + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
-    elif resume is None:
+    else:
         dist.say("starting from scratch")
     if args.partial is not None:
         freeze_all_but(model, args.partial)
@@ -306,9 +323,9 @@ def main(args) -> int:
                           model.layer_id, model.num_layers)
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, PE {args.pos_embed}, labels "
-             f"{pos_label}; {amp} on {device}; effective batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} "
-             f"= {batch}, lr {lr:.3g}")
+    dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "
+             f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; {amp} on {device}; effective batch "
+             f"{args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, lr {lr:.3g}")
 
     extras, after_step = {}, None
     if args.ema:
@@ -331,9 +348,9 @@ def main(args) -> int:
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_model=args.compile, max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
-        extras=extras,
+        args=plain, resume=(start, saved) if saved else None, seed=args.seed, accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad, amp=amp, compile_model=args.compile, max_bad_images=args.max_bad_images,
+        after_step=after_step, after_epoch=after_epoch, extras=extras,
     )
     dist.shutdown()
     return 0 if finished else 75

@@ -109,6 +109,65 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
     g.add_argument("--rpl_pairs", default=0, type=int, metavar="N", help="RPL partners per query and step; 0 = all pairs")
 
 
+# --so_* flags and the keywords of layers.second_order.SecondOrderHead.
+_SECOND_ORDER = {"so_dims": "dims", "so_heads": "heads", "so_fusion": "fusion", "so_alpha": "alpha", "so_iters": "iters",
+                 "so_dropout": "dropout"}
+
+
+def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
+    g = p.add_argument_group("class head (what is not given is the model's own)")
+    g.add_argument("--head", default=None, choices=["linear", "second_order"], help=model_help)
+    g.add_argument("--so_dims", default=None, type=int, nargs=2, metavar=("D1", "D2"),
+                   help="widths of the two projections; 48 24, wider in so_vit_14 and so_vit_19")
+    g.add_argument("--so_heads", default=None, type=int, help="cross-covariances of that size; 1")
+    g.add_argument("--so_fusion", default=None, choices=["sum", "concat", "visual"],
+                   help="with the class token or pooled feature: sum of logits (default), one layer on both, not at all")
+    g.add_argument("--so_alpha", default=None, type=float, help="power of the largest singular value; 0.5")
+    g.add_argument("--so_iters", default=None, type=int, help="power iterations that estimate it; 1")
+    g.add_argument("--so_dropout", default=None, type=float, help="of the second-order feature; 0, 0.5 in so_vit_14 and 19")
+
+
+def second_order_options(flags: dict) -> dict:
+    """Keywords of SecondOrderHead from those --so_* flags that have a value."""
+    return {keyword: flags[name] for name, keyword in _SECOND_ORDER.items() if flags.get(name) is not None}
+
+
+def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict:
+    """--head, --so_* and --patch_embed: as given, else as in the checkpoint `saved` from `path` that goes on.
+
+    --head then has a value; None in the others is the model's own. Raises ValueError where --head is not that of the
+    checkpoint, and on --so_* flags that belong to another head.
+    """
+    before = (saved or {}).get("args") or {}
+    flags = {name: before.get(name) if given.get(name) is None else given[name]
+             for name in ("head", "patch_embed", *_SECOND_ORDER)}
+    if saved is not None:
+        found = "second_order" if "head.pool.start" in saved["model"] else "linear"
+        if given.get("head") not in (None, found):
+            raise ValueError(f"{path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "
+                             "choose another --output_dir")
+        flags["head"] = found
+    flags["head"] = flags["head"] or ("second_order" if model.startswith("so_vit_") else "linear")
+    if flags["head"] == "linear" and second_order_options(given):
+        name = next(name for name in _SECOND_ORDER if given.get(name) is not None)
+        raise ValueError(f"--{name} belongs to --head second_order, but the head is linear")
+    return flags
+
+
+def head_options(model: str, flags: dict) -> dict:
+    """Keywords of a model's builder from what `resolve_head` gives; ValueError where the model does not take them."""
+    options = {}
+    if flags["patch_embed"] is not None:
+        if model.startswith(("swin_", "timm/")):
+            raise ValueError(f"--patch_embed belongs to vit_*, deit_* and so_vit_* models; {model} has its own embedding")
+        options["patch_embed"] = flags["patch_embed"]
+    if flags["head"] == "second_order":
+        options["second_order"] = second_order_options(flags)
+    elif model.startswith("so_vit_"):
+        options["second_order"] = None
+    return options
+
+
 def add_run_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt; a run in it is continued")

@@ -117,7 +117,7 @@ def kind_of(state: dict) -> str:
     keys = state["model"].keys()
     if any(k.startswith("decoder_") for k in keys):
         return "pretraining"
-    if any(k in ("head.weight", "head.1.weight") for k in keys):
+    if any(re.fullmatch(r"head\.(1\.)?(fc\.|fc_visual\.)?weight", k) for k in keys):  # 1: a probe; fc: of second order
         return "classifier"
     return "encoder" if any(k.startswith(("blocks.", "patch_embed.")) for k in keys) else "unknown"
 
@@ -235,9 +235,13 @@ def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str,
     if not path:
         return None
     state = load(path)
+    say_continuing(path, state, args)
+    return path, state
+
+
+def say_continuing(path: str, state: dict, args: dict) -> None:
     changed = changed_args(state.get("args") or {}, args)
     dist.say(f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
-    return path, state
 
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
