@@ -1,4 +1,4 @@
-"""Probe frozen features: a linear classifier at a grid of learning rates in one pass, or k nearest neighbours.
+"""Probe frozen features: a classifier at a grid of learning rates in one pass, or k nearest neighbours.
 
     python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR
     python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR --knn
@@ -7,18 +7,22 @@ MAE's protocol (appendix A.1): BatchNorm without affine parameters and a linear 
 augmentation. With --global_pool the mean of the patch tokens is probed after a LayerNorm without parameters: the random,
 frozen norm that MAE's code puts there is no part of the encoder. Every learning rate of --lr_grid has its own head; the
 backbone runs once for all of them.
+
+--head second_order trains So-ViT's head on the frozen tokens instead, which is no linear probe and is not reported as one.
 """
 import sys
 
 from util.args import (
     Parser,
     add_data_flags,
+    add_head_flags,
     add_optim_flags,
     add_run_flags,
     channel_stats,
     pair,
     parse,
     run,
+    second_order_options,
 )
 
 
@@ -34,6 +38,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
                    help="probe the mean of the patch tokens")
     g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="probe the class token (default)")
+    add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
     add_optim_flags(p, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10)
@@ -54,6 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
+from layers.second_order import SecondOrderHead
 from models import build_classifier
 from util import checkpoint, dist
 from util.datasets import TensorSamples, build_dataset
@@ -86,6 +92,22 @@ class Probe(nn.Module):
         return torch.stack([linear(x) for linear in self.head[1:]])
 
 
+class SecondOrderProbe(nn.Module):
+    """Second-order heads on frozen tokens (B, 1 + N, C), one per learning rate -> logits (heads, B, classes).
+
+    The first token is the feature that is fused with the second-order one: it is standardised by `head.0`, as in `Probe`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, heads: int, options: dict):
+        super().__init__()
+        self.head = nn.ModuleList([nn.BatchNorm1d(dim, affine=False, eps=1e-6)])
+        self.head.extend(SecondOrderHead(dim, dim, num_classes, 0.01, **options) for _ in range(heads))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        feature, patches = self.head[0](tokens[:, 0].float()), tokens[:, 1:].float()
+        return torch.stack([head(patches, feature) for head in self.head[1:]])
+
+
 def pool_tokens(tokens: Tensor, num_prefix: int, pool: str) -> Tensor:
     """Tokens (B, prefix + N, C) -> (B, C): the class token, or the patch tokens' mean, normalised without parameters."""
     if pool == "cls":
@@ -98,6 +120,14 @@ def pooled(backbone, images: Tensor, pool: str) -> Tensor:
     """Frozen features (B, C) of normalised images."""
     with torch.no_grad():
         return pool_tokens(backbone.forward_features(images), backbone.num_prefix, pool)
+
+
+def pooled_and_patches(backbone, images: Tensor, pool: str) -> Tensor:
+    """Frozen tokens (B, 1 + N, C) of normalised images: the pooled feature, then the patch tokens after the final norm."""
+    with torch.no_grad():
+        tokens = backbone.forward_features(images)
+        feature = pool_tokens(tokens, backbone.num_prefix, pool)
+        return torch.cat([feature[:, None], backbone.label_tokens(tokens)], dim=1)
 
 
 def make_loss_fn(features):
@@ -125,7 +155,7 @@ def make_eval_fn(features, names: list[str]):
 
 
 def load_backbone(args, size, device):
-    """The frozen encoder of --finetune, in evaluation mode, all of its tokens after the final norm."""
+    """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
     if not args.finetune:
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     state = checkpoint.load(args.finetune)
@@ -179,6 +209,11 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
 
 
 def main(args) -> int:
+    second_order = args.head == "second_order"
+    if second_order and (args.knn or args.cached):
+        raise ValueError("--head second_order reads all tokens while it learns: it goes with neither --knn nor --cached")
+    if second_order_options(vars(args)) and not second_order:
+        raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
@@ -199,7 +234,7 @@ def main(args) -> int:
         return 0
 
     def features(images):
-        return pooled(backbone, images, args.pool)
+        return (pooled_and_patches if second_order else pooled)(backbone, images, args.pool)
 
     if args.cached:
         train_loader, val_loader = (cache(loader, features, args, device, amp, mean, std, shuffle=loader is train_loader)
@@ -212,14 +247,18 @@ def main(args) -> int:
     from timm.optim import Lars  # timm takes seconds to import
 
     torch.manual_seed(args.seed)
-    probe = Probe(backbone.dim, num_classes, len(args.lr_grid)).to(device)
+    if second_order:
+        probe = SecondOrderProbe(backbone.dim, num_classes, len(args.lr_grid), second_order_options(vars(args))).to(device)
+    else:
+        probe = Probe(backbone.dim, num_classes, len(args.lr_grid)).to(device)
+    kind = "second-order probe" if second_order else "linear probe"
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    optimizer = Lars([{"params": list(linear.parameters()), "lr_scale": scale}
-                      for linear, scale in zip(probe.head[1:], args.lr_grid)],
+    optimizer = Lars([{"params": list(head.parameters()), "lr_scale": scale}
+                      for head, scale in zip(probe.head[1:], args.lr_grid)],
                      lr=lr, momentum=0.9, weight_decay=args.weight_decay, trust_coeff=0.001)
-    dist.say(f"{args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective batch {batch}, "
-             f"lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
+    dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective "
+             f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
 
     plain = checkpoint.plain_args(args)
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
@@ -235,7 +274,8 @@ def main(args) -> int:
         acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
         if state.best is None or acc1 > state.best:
             state.best, state.best_epoch = acc1, epoch
-        dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} at {best} on {stats['images']} of {len(val_loader.dataset)} images; "
+        dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(val_loader.dataset)} "
+                 "images; "
                  + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names))
         log.scalars({"perf/test_acc1": acc1, "perf/test_acc5": acc5}, epoch)
         return {"test_acc1": acc1, "test_acc5": acc5} | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
