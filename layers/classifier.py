@@ -37,7 +37,7 @@ class Classifier:
         `head_width` is the width of the pooled features, `dim` if not given. The class head is linear on the pooled
         features; with `second_order`, keyword arguments of `SecondOrderHead` (a dictionary, {} for its defaults), it
         is that head on all patch tokens, fused with the pooled features.
-        Raises ValueError on an unknown pooling, a missing class token, or labels on a grid of a single cell.
+        Raises ValueError on an unknown pooling, a missing class token, labels or second order on a grid of one cell.
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, found {pool!r}")
@@ -49,6 +49,9 @@ class Classifier:
                 f"--pos_label {pos_label} tells positions apart, but the last grid of this model is {h}x{w}: "
                 "use a larger --input_size or a smaller patch"
             )
+        if second_order is not None and h * w < 2:
+            raise ValueError(f"--head second_order relates patch tokens, but the last grid of this model is {h}x{w}: use a "
+                             "larger --input_size or a smaller patch")
         if not hasattr(self, "fc_norm"):  # no class attribute: it would hide the submodule of that name
             self.fc_norm = None
         self.pool, self.num_classes = pool, num_classes
@@ -59,7 +62,7 @@ class Classifier:
             self.pos_head = PositionalHead(self.dim, self.grid, pos_label, pos_tokens, rpl_pairs)
 
     def init_heads(self, width: int, std: float, second_order: dict | None) -> None:
-        if second_order is None:
+        if second_order is None or self.num_classes == 0:
             self.head = make_head(width, self.num_classes, std)
         else:
             self.head = SecondOrderHead(self.dim, width, self.num_classes, std, **second_order)

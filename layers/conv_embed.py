@@ -7,7 +7,7 @@ from layers.transformer import check_images, patch_grid
 
 
 class ConvTokenEmbed(nn.Module):
-    """Images (B, in_chans, H, W) -> tokens (B, L, C), row by row (So-ViT, Sec. 3.1; Xie et al. 2021).
+    """Images (B, in_chans, H, W) -> tokens (B, L, C), row by row (Xie et al. 2021).
 
     A 3x3 convolution and max pooling, three ResNet bottlenecks, a 1x1 convolution to the tokens' width. `patch_size` is
     the stride, 16 or, for small images, 8 (the third bottleneck then keeps the resolution). A token sees 33x33

@@ -82,7 +82,7 @@ class SecondOrderPooling(nn.Module):
 
 
 class SecondOrderHead(nn.Module):
-    """Class logits from patch tokens' second-order statistics and a first-order feature (So-ViT, Sec. 3.3).
+    """Class logits from patch tokens' second-order statistics and a first-order feature (So-ViT).
 
     `fusion`: 'sum' adds the logits of two linear layers, 'concat' has one layer on both features (the same functions
     with one bias less), 'visual' leaves the first-order feature out. `dropout` falls on the second-order feature.

@@ -1,5 +1,6 @@
 """So-ViT: the second-order head against slow obvious forms, its models against the published table, and whole runs."""
 import math
+import re
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from layers.second_order import (
 )
 from models import build_classifier
 from models_so_vit import MODELS
+from processes import FINETUNE, log_lines, ranks
 from test_finetune import accuracy, call, pretrained
 from util import checkpoint
 from util.optim import param_groups, weight_average
@@ -399,7 +401,20 @@ def test_from_a_masked_checkpoint_to_evaluation(tmp_path, capsys):
     assert code == 0 and "so_dims:" not in text and stored(tmp_path / "on")["args"]["so_dims"] == [6, 4]
 
 
+def test_what_ranks_evaluate_is_what_they_save(tmp_path, capsys):
+    """Each rank sees its own batches; the statistics of rank 0 are saved, and must be those of the figures."""
+    outs = ranks(2, tmp_path, *SECOND_ORDER, "--ema", 0.5, "--epochs", 1, "--batch_size", 20, main=FINETUNE)
+    assert [code for code, _ in outs] == [0, 0], outs[0][1]
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", tmp_path / "checkpoint-last.pth")
+    assert code == 0, text
+    line = log_lines(tmp_path)[-1]
+    stats = re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)", text)
+    expected = [line["test_acc1"], line["test_acc5"], line["test_loss"]]
+    assert [float(x) for x in stats.groups()] == pytest.approx(expected, abs=6e-4)
+
+
 @pytest.mark.parametrize("flags,message", [
+    (["--head", "second_order", "--patch_size", 32], "relates patch tokens, but the last grid of this model is 1x1"),
     (["--so_dims", 8, 4], "--so_dims belongs to --head second_order"),
     (["--model", "so_vit_7", "--head", "linear", "--so_iters", 2], "--so_iters belongs to --head second_order"),
     (["--model", "swin_tiny", "--patch_embed", "conv"], "swin_tiny has its own embedding"),

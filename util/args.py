@@ -141,7 +141,7 @@ def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict
     before = (saved or {}).get("args") or {}
     flags = {name: before.get(name) if given.get(name) is None else given[name]
              for name in ("head", "patch_embed", *_SECOND_ORDER)}
-    if saved is not None:
+    if any(name.startswith("head.") for name in (saved or {}).get("model", ())):
         found = "second_order" if "head.pool.start" in saved["model"] else "linear"
         if given.get("head") not in (None, found):
             raise ValueError(f"{path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "

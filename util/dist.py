@@ -176,10 +176,11 @@ def from_main(value: bool) -> bool:
 
 
 def share_buffers(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's buffers: each rank collects batch statistics of its own images."""
+    """Give every rank rank 0's batch statistics: each rank collects those of its own images."""
     if world_size() > 1:
         for buffer in module.buffers():
-            td.broadcast(buffer, src=0)
+            if buffer.is_floating_point():
+                td.broadcast(buffer, src=0)
 
 
 def barrier() -> None:
