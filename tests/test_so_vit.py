@@ -23,7 +23,7 @@ from layers.second_order import (
 )
 from models import build_classifier
 from models_so_vit import MODELS
-from processes import FINETUNE, log_lines, ranks
+from processes import FINETUNE, assert_same, last, log_lines, ranks, start
 from test_finetune import accuracy, call, pretrained
 from util import checkpoint
 from util.optim import param_groups, weight_average
@@ -411,6 +411,20 @@ def test_what_ranks_evaluate_is_what_they_save(tmp_path, capsys):
     stats = re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)", text)
     expected = [line["test_acc1"], line["test_acc5"], line["test_loss"]]
     assert [float(x) for x in stats.groups()] == pytest.approx(expected, abs=6e-4)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, capsys):
+    """Batch statistics, their moving average and the dropout of the head too."""
+    run = ["--model", "vit_test", "--lr", 1e-2, "--warmup_epochs", 1, *SECOND_ORDER, "--ema", 0.9, "--epochs", 2]
+    code, text = call(main_finetune, capsys, *run, "--output_dir", tmp_path / "whole")
+    assert code == 0, text
+    code, text = start(tmp_path / "parts", *run, "--batch_size", 40, main=FINETUNE, TEST_SIGNAL="0:6:SIGTERM")
+    assert code == 75 and last(tmp_path / "parts")["step"] == 7, text
+    code, text = call(main_finetune, capsys, *run, "--output_dir", tmp_path / "parts")
+    assert code == 0 and "continuing" in text, text
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert_same(whole, parts)
+    assert all(torch.equal(v, parts["ema"][k]) for k, v in whole["ema"].items())
 
 
 @pytest.mark.parametrize("flags,message", [

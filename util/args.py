@@ -119,12 +119,13 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
     g.add_argument("--head", default=None, choices=["linear", "second_order"], help=model_help)
     g.add_argument("--so_dims", default=None, type=int, nargs=2, metavar=("D1", "D2"),
                    help="widths of the two projections; 48 24, wider in so_vit_14 and so_vit_19")
-    g.add_argument("--so_heads", default=None, type=int, help="cross-covariances of that size; 1")
+    g.add_argument("--so_heads", default=None, type=int, metavar="N", help="cross-covariances of that size; 1")
     g.add_argument("--so_fusion", default=None, choices=["sum", "concat", "visual"],
                    help="with the class token or pooled feature: sum of logits (default), one layer on both, not at all")
-    g.add_argument("--so_alpha", default=None, type=float, help="power of the largest singular value; 0.5")
-    g.add_argument("--so_iters", default=None, type=int, help="power iterations that estimate it; 1")
-    g.add_argument("--so_dropout", default=None, type=float, help="of the second-order feature; 0, 0.5 in so_vit_14 and 19")
+    g.add_argument("--so_alpha", default=None, type=float, metavar="A", help="power of the largest singular value; 0.5")
+    g.add_argument("--so_iters", default=None, type=int, metavar="N", help="power iterations that estimate it; 1")
+    g.add_argument("--so_dropout", default=None, type=float, metavar="P",
+                   help="of the second-order feature; 0, 0.5 in so_vit_14 and so_vit_19")
 
 
 def second_order_options(flags: dict) -> dict:
