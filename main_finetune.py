@@ -233,7 +233,7 @@ def build_model(args, size, num_classes: int, pos_label: str, head: dict):
         # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
         head_init_std=2e-5 if args.finetune else 0.02,
     )
-    if args.finetune and (options.get("patch_embed") or ("conv" if args.model.startswith("so_vit_") else "")) == "conv":
+    if args.finetune and head["patch_embed"] == "conv":
         raise ValueError(f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
                          "embedded one by one, most of them masked, and a token of this embedding sees 33x33 pixels, masked "
                          "ones among them. Leave --finetune out, or take --patch_embed linear")

@@ -2,10 +2,10 @@
 
     python benchmarks/second_order.py --device cuda --amp bf16 --batch_size 128 --json OUT.json
 
-Steps of all heads take turns, so that what else runs on the machine hits them alike; medians. "head" is the head's own
-forward and backward pass on fixed tokens: on a noisy machine its share of the step says more than the difference of two
-steps. Memory: what the forward pass keeps for backward, each storage counted once, and weights, gradients and AdamW's
-state; on a GPU also the allocator's peak.
+Steps of all heads take turns, so that what else runs on the machine hits them alike; medians of wall time, on a single
+CPU thread (OMP_NUM_THREADS=1) of processor time. "head" is the head's own forward and backward pass on fixed tokens: on
+a noisy machine its share of the step says more than the difference of two steps. Memory: what the forward pass keeps for
+backward, each storage counted once, and weights, gradients and AdamW's state; on a GPU also the allocator's peak.
 """
 import argparse
 import json
@@ -73,11 +73,14 @@ class Step:
         self.model.zero_grad(set_to_none=True)
 
     def seconds(self, work) -> float:
+        # One thread on a CPU is timed by the processor's time, which other processes do not lengthen.
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
         self._wait()
-        start = time.perf_counter()
+        start = clock()
         work()
         self._wait()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

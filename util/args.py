@@ -136,8 +136,8 @@ def second_order_options(flags: dict) -> dict:
 def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict:
     """--head, --so_* and --patch_embed: as given, else as in the checkpoint `saved` from `path` that goes on.
 
-    --head then has a value; None in the others is the model's own. Raises ValueError where --head is not that of the
-    checkpoint, and on --so_* flags that belong to another head.
+    --head then has a value, and --patch_embed where it is conv; None is the model's own. Raises ValueError where --head is
+    not that of the checkpoint, and on --so_* flags that belong to another head.
     """
     before = (saved or {}).get("args") or {}
     flags = {name: before.get(name) if given.get(name) is None else given[name]
@@ -148,7 +148,9 @@ def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict
             raise ValueError(f"{path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "
                              "choose another --output_dir")
         flags["head"] = found
-    flags["head"] = flags["head"] or ("second_order" if model.startswith("so_vit_") else "linear")
+    so_vit = model.startswith("so_vit_")
+    flags["head"] = flags["head"] or ("second_order" if so_vit else "linear")
+    flags["patch_embed"] = flags["patch_embed"] or ("conv" if so_vit else None)
     if flags["head"] == "linear" and second_order_options(given):
         name = next(name for name in _SECOND_ORDER if given.get(name) is not None)
         raise ValueError(f"--{name} belongs to --head second_order, but the head is linear")
