@@ -284,8 +284,8 @@ def main(args) -> int:
     # Model: own last checkpoint, --resume, --finetune, scratch
     plain = checkpoint.plain_args(args)
     pretrained = checkpoint.load(args.finetune) if args.finetune else None
-    start = args.resume if args.eval else checkpoint.find_start(args.output_dir, args.resume)
-    saved = checkpoint.load(start) if start else None
+    resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
+    start, saved = resume or ("", None)
     pos_label = plain["pos_label"] = resolve_labels(args, pretrained)
     head = resolve_head(vars(args), args.model, saved, start)
     plain |= head
@@ -348,7 +348,7 @@ def main(args) -> int:
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=(start, saved) if saved else None, seed=args.seed, accum_iter=args.accum_iter,
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter,
         clip_grad=args.clip_grad, amp=amp, compile_model=args.compile, max_bad_images=args.max_bad_images,
         after_step=after_step, after_epoch=after_epoch, extras=extras,
     )

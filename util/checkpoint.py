@@ -229,14 +229,18 @@ HARMLESS = {
 }
 
 
-def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
-    """(path, loaded checkpoint) that this run continues, or None; says which, and which flags have changed."""
+def load_start(output_dir: str | None, resume: str) -> tuple[str, dict] | None:
+    """(path, loaded checkpoint) that this run continues, or None; the same on all ranks."""
     path = find_start(output_dir, resume)
-    if not path:
-        return None
-    state = load(path)
-    say_continuing(path, state, args)
-    return path, state
+    return (path, load(path)) if path else None
+
+
+def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
+    """`load_start`, and a line on which file it is and which flags have changed."""
+    start = load_start(output_dir, resume)
+    if start is not None:
+        say_continuing(*start, args)
+    return start
 
 
 def say_continuing(path: str, state: dict, args: dict) -> None:
