@@ -208,6 +208,21 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
     return out
 
 
+def make_optimizer(probe: nn.Module, lr_grid: list[float], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """LARS as MAE has it: matrices move by 0.001 of their norm times the rate, biases by plain momentum; two groups a head."""
+    from timm.optim import Lars  # timm takes seconds to import
+
+    groups = []
+    for head, scale in zip(probe.head[1:], lr_grid):
+        for matrix in (True, False):
+            groups.append({
+                "params": [p for p in head.parameters() if (p.ndim > 1) == matrix], "lr_scale": scale,
+                "weight_decay": weight_decay if matrix else 0.0,
+                "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
+            })
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+
+
 def main(args) -> int:
     second_order = args.head == "second_order"
     if second_order and (args.knn or args.cached):
@@ -243,9 +258,7 @@ def main(args) -> int:
         def features(cached):
             return cached
 
-    # Heads and LARS, a group per learning rate
-    from timm.optim import Lars  # timm takes seconds to import
-
+    # Heads and LARS
     torch.manual_seed(args.seed)
     if second_order:
         probe = SecondOrderProbe(backbone.dim, num_classes, len(args.lr_grid), second_order_options(vars(args))).to(device)
@@ -254,9 +267,7 @@ def main(args) -> int:
     kind = "second-order probe" if second_order else "linear probe"
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    optimizer = Lars([{"params": list(head.parameters()), "lr_scale": scale}
-                      for head, scale in zip(probe.head[1:], args.lr_grid)],
-                     lr=lr, momentum=0.9, weight_decay=args.weight_decay, trust_coeff=0.001)
+    optimizer = make_optimizer(probe, args.lr_grid, lr, args.weight_decay)
     dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective "
              f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
 

@@ -16,6 +16,7 @@ from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint
 from util.args import parse, run
 from util.knn import knn_accuracy, knn_votes, nearest
+from util.lr_sched import set_lr
 from util.optim import param_groups
 from util.pos_embed import resize_pos_embed, sincos_2d
 
@@ -354,6 +355,31 @@ def test_more_neighbours_than_images():
     assert similarity.shape == (3, 3) and index[:, 0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_probes_lars_is_maes(weight_decay):
+    """Matrices by trust ratio, 0.001 |w| / |g|, with decay or without; biases neither decayed nor adapted; momentum 0.9."""
+    torch.manual_seed(0)
+    probe = main_linprobe.Probe(6, 3, 2)
+    optimizer = main_linprobe.make_optimizer(probe, [0.5, 2.0], 4.0, weight_decay)
+    set_lr(optimizer, 4.0)
+    expected = {p: p.detach().clone() for p in probe.parameters()}
+    velocity = {p: torch.zeros_like(p) for p in probe.parameters()}
+    for _ in range(3):
+        for head, scale in zip(probe.head[1:], (0.5, 2.0)):
+            for p in head.parameters():
+                p.grad = torch.randn_like(p)
+                step, w = p.grad.clone(), expected[p]
+                if p.ndim > 1:
+                    # timm's ratio has |g| + decay |w| below, MAE's |g + decay w|: equal without decay.
+                    ratio = 0.001 * w.norm() / (step.norm() + weight_decay * w.norm())
+                    step = ratio * (step + weight_decay * w)
+                velocity[p] = 0.9 * velocity[p] + step
+                expected[p] = w - 4.0 * scale * velocity[p]
+        optimizer.step()
+    for p, w in expected.items():
+        assert torch.allclose(p, w, atol=1e-6), (p.shape, (p - w).abs().max())
+
+
 def test_the_probe_uses_timms_lars(tmp_path, capsys, monkeypatch):
     lars = pytest.importorskip("timm.optim")
     made = []
@@ -367,5 +393,5 @@ def test_the_probe_uses_timms_lars(tmp_path, capsys, monkeypatch):
     code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", pretrained(tmp_path, capsys),
                       "--output_dir", tmp_path / "lp")
     assert code == 0, text
-    assert made == [dict(lr=0.1 * 40 / 256, momentum=0.9, weight_decay=0.0, trust_coeff=0.001,
-                         scales=[0.1, 0.3, 1.0, 3.0, 10.0])]
+    assert made == [dict(lr=0.1 * 40 / 256, momentum=0.9, trust_coeff=0.001,
+                         scales=[0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0, 3.0, 10.0, 10.0])]
