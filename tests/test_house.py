@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = sorted(
-    p for folder in (".", "layers", "util") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
+    p for folder in (".", "layers", "util", "benchmarks") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
+    ("benchmarks.timing", 0), ("benchmarks.", 7),
     ("submitit_", 6), ("main_", 5), ("visualize", 5), ("checkpoints", 5), ("engine", 4), ("models_", 3), ("models", 4),
     ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]

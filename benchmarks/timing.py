@@ -1,0 +1,98 @@
+"""What every benchmark needs: interleaved timing, medians with spread, a table, and the machine that it ran on."""
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+
+
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmup: int = 1,
+                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of every variant in every round.
+
+    A round runs all variants once, each time in another order (rotated), so that a slow minute of a shared machine or
+    a warm cache favours none. Ratios are to be formed within a round: see `ratio`.
+
+    Args:
+        warmup: unmeasured calls of each variant beforehand.
+        clock: `time.perf_counter`, or `time.process_time` for the CPU time of all threads of this process.
+    """
+    seconds = {name: [] for name in variants}
+    for call in variants.values():
+        for _ in range(warmup):
+            call()
+    names = list(variants)
+    for i in range(rounds):
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            start = clock()
+            variants[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and largest value."""
+    return dict(median=statistics.median(values), min=min(values), max=max(values))
+
+
+def ratio(baseline: list[float], other: list[float]) -> dict[str, float]:
+    """How many times faster `other` is: median, least and largest of the ratios within each round."""
+    return spread([a / b for a, b in zip(baseline, other, strict=True)])
+
+
+def shown(values: dict[str, float], digits: int = 2) -> str:
+    """`median [min..max]` of what `spread` and `ratio` return."""
+    return "{median:.{d}f} [{min:.{d}f}..{max:.{d}f}]".format(d=digits, **values)
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A Markdown table; the columns are the first row's keys, floats are shown with three digits after the point."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in [dict.fromkeys(rows[0]), *rows]]
+    cells[0] = list(rows[0])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, memory, accelerator, versions, commit (with "+" where files differ from it)."""
+    torch = sys.modules.get("torch")  # a benchmark that does not use it should not pay for its import
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return dict(
+        machine=dict(cpu=_cpu(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                     memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+                     gpu=gpu, system=platform.platform(), load_1min=os.getloadavg()[0],
+                     threads=torch.get_num_threads() if torch else None),
+        versions=dict(python=platform.python_version()) | {p: v for p in PACKAGES if (v := _version(p))},
+        commit=_commit())
+
+
+def _cpu():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
