@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from util import dist
+from util import dist, native
 from util.image_index import ImageIndex, build_index
 from util.transforms import PIL_MODES, decode, eval_transform
 
@@ -81,27 +81,35 @@ class ImageDataset(Dataset):
         return len(self.index)
 
     def summary(self) -> str:
-        return self.index.summary()
+        return self.index.summary() + (f"; {native.describe()}" if self._crops_jpegs() else "")
+
+    def _crops_jpegs(self):
+        return self.in_chans == 3 and hasattr(self.transform, "crop_jpeg")
 
     def __getitem__(self, item) -> dict:
         epoch, i = item if isinstance(item, tuple) else (0, item)
-        bad = []
+        bad, image = [], None
         while True:
+            key, label = sample_seed(self.seed, epoch, i), int(self.index.labels[i])
             try:
-                image, label = decode(self.index.read(i), self.in_chans), int(self.index.labels[i])
+                data = self.index.read(i)
+                if self._crops_jpegs():
+                    with _seeded(key):
+                        image = self.transform.crop_jpeg(data)
+                whole = decode(data, self.in_chans) if image is None else None
                 break
             except (OSError, ValueError) as error:
                 bad.append(i)
                 if self.evaluation:
-                    image, label = torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8), -1
+                    whole, label = torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8), -1
                     break
                 if len(bad) == min(MAX_TRIES, len(self)):
                     raise ValueError(f"{len(bad)} images in a row cannot be read, the last is {self.index.name(i)} in "
                                      f"{self.index.path}: {error}") from error
                 i = (i + 1) % len(self)
-        key = sample_seed(self.seed, epoch, i)
-        with _seeded(key):
-            image = self.transform(image)
+        if image is None:
+            with _seeded(key):
+                image = self.transform(whole)
         return dict(image=image, label=label, index=i, key=key, bad=bad)
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from util import native
+
 try:  # deprecated since torchvision 0.29; without it PIL decodes the same pixels, a third slower
     from torchvision.io import decode_jpeg
 except ImportError:
@@ -83,14 +85,41 @@ def _decode_npy(data, in_chans):
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def pretrain_transform(input_size, crop_scale=(0.2, 1.0), hflip: float = 0.5, vflip: float = 0.0) -> v2.Compose:
+class pretrain_transform:  # used as a function, like the next two; a class so that it also takes undecoded JPEGs
     """MAE's pretraining augmentation: random resized crop (bicubic, antialiased) and flips.
 
-    The crops are torchvision's for the same seed; the pixels equal its PIL pipeline's up to rounding.
+    The crops are torchvision's for the same seed; the pixels equal its PIL pipeline's up to rounding. Called with a uint8
+    image (C, H, W), or by `crop_jpeg` with a file's bytes, which draws the same and decodes only what the crop needs.
+
+    Args:
+        dct_scaling: let `crop_jpeg` decode at 1/2, 1/4, 1/8 where the crop is at least that much larger than the result:
+            faster on large images, and no longer the exact pixels.
     """
-    crop = v2.RandomResizedCrop(_pair(input_size), scale=tuple(crop_scale), interpolation=v2.InterpolationMode.BICUBIC,
-                                antialias=True)
-    return v2.Compose([crop, *_flips(hflip, vflip)])
+
+    def __init__(self, input_size, crop_scale=(0.2, 1.0), hflip: float = 0.5, vflip: float = 0.0, *,
+                 dct_scaling: bool = False):
+        self.size, self.hflip, self.vflip, self.dct_scaling = _pair(input_size), hflip, vflip, dct_scaling
+        self.crop = v2.RandomResizedCrop(self.size, scale=tuple(crop_scale))
+
+    def draw(self, height: int, width: int) -> tuple[tuple[int, int, int, int], bool, bool]:
+        """The crop (top, left, height, width) of an image, and whether to flip it left-right and upside down."""
+        box = self.crop.make_params([torch.empty(1).expand(1, height, width)])  # only the shape is looked at
+        flips = [p > 0 and bool(torch.rand(1) < p) for p in (self.hflip, self.vflip)]
+        return tuple(box[k] for k in ("top", "left", "height", "width")), *flips
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        box, x, y = self.draw(*image.shape[-2:])
+        image = F.resized_crop(image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        return image.flip([d for d, flipped in ((-1, x), (-2, y)) if flipped]) if x or y else image
+
+    def crop_jpeg(self, data: bytes) -> torch.Tensor | None:
+        """The same of undecoded bytes, as RGB; None where `decode` is needed: no native library, or no plain JPEG."""
+        size = native.library() and native.jpeg_size(data)
+        if not size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 1 << 32):
+            return None
+        box, x, y = self.draw(*size)
+        return native.crop_jpeg(data, box, self.size, x * native.FLIP_X | y * native.FLIP_Y
+                                | self.dct_scaling * native.DCT_SCALING)
 
 
 def eval_transform(input_size, crop_pct: float | None = None) -> v2.Compose:
