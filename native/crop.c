@@ -24,21 +24,7 @@ struct jpeg_error_mgr *quiet_errors(struct failure *failure) {
 
 const char *native_source_id(void) { return SOURCE_ID; }
 
-/* DONE if the libjpeg that was found at run time is the one that this was compiled for. */
-int native_ready(void) {
-    struct jpeg_decompress_struct codec = { 0 };
-    struct failure failure;
-    volatile int status = UNUSUAL;
-    codec.err = quiet_errors(&failure);
-    if (!setjmp(failure.escape)) {
-        jpeg_create_decompress(&codec); /* checks version and size of the structure */
-        status = DONE;
-    }
-    jpeg_destroy_decompress(&codec);
-    return status;
-}
-
-/* Width, height -> size[0], size[1] of a JPEG that `native_crop` can read: 8 bit, grey or YCbCr, baseline, complete. */
+/* Width, height -> out[0], out[1] of a JPEG that `native_crop` can read: 8 bit, grey or YCbCr, baseline, complete. */
 int native_size(const uint8_t *data, size_t size, int32_t *out) {
     struct header header;
     int status = read_header(data, size, &header);
@@ -58,11 +44,12 @@ struct job {
     struct jpeg_decompress_struct codec;
     struct failure failure;
     struct resizer *resizer;
+    struct entropy *entropy;
 };
 
 /* Decodes the rows of `box` into job->resizer and that into `out`; leaves by longjmp on libjpeg's errors. */
-static int decode(struct job *job, const uint8_t *data, size_t size, struct box box, int shrink, uint8_t *out,
-                  int out_width, int out_height, int flags) {
+static int decode(struct job *job, const uint8_t *data, size_t size, const struct header *header, struct box box,
+                  int shrink, uint8_t *out, int out_width, int out_height, int flags) {
     j_decompress_ptr codec = &job->codec;
     jpeg_mem_src(codec, (unsigned char *)data, size);
     jpeg_read_header(codec, TRUE);
@@ -81,6 +68,13 @@ static int decode(struct job *job, const uint8_t *data, size_t size, struct box 
     JDIMENSION left = first, width = last - first;
     if (last - first < in_width)
         jpeg_crop_scanline(codec, &left, &width); /* moves left to a multiple of the MCU's width */
+    if (!(flags & LIBJPEGS_ENTROPY)) {
+        int step = header->mcu_width / shrink; /* 8 pixels or more, and shrink is 8 at most */
+        int status = entropy_attach(&job->entropy, codec, data, size, header, left / step,
+                                    (left + codec->output_width - 1) / step);
+        if (status != DONE)
+            return status;
+    }
     int top = down(box.top), bottom = up(box.top + box.height);
     bottom = bottom < in_height ? bottom : in_height;
     box.left -= left;
@@ -88,11 +82,11 @@ static int decode(struct job *job, const uint8_t *data, size_t size, struct box 
     job->resizer = resizer_new(box, codec->output_width, bottom - top, out_width, out_height, flags);
     if (!job->resizer)
         return NO_MEMORY;
-    uint8_t *row = resizer_input(job->resizer);
 
     if (top > 0 && jpeg_skip_scanlines(codec, top) != (JDIMENSION)top)
         return UNUSUAL;
     for (int y = 0; y < bottom - top; y++) {
+        uint8_t *row = resizer_input(job->resizer, y);
         if (jpeg_read_scanlines(codec, &row, 1) != 1)
             return UNUSUAL;
         resizer_row(job->resizer, y);
@@ -103,31 +97,13 @@ static int decode(struct job *job, const uint8_t *data, size_t size, struct box 
     return DONE;
 }
 
-static int run(const uint8_t *data, size_t size, struct box box, int shrink, uint8_t *out, int out_width, int out_height,
-               int flags) {
-    struct job *job = calloc(1, sizeof *job); /* on the heap: its fields stay defined after a longjmp */
-    if (!job)
-        return NO_MEMORY;
-    volatile int status = UNUSUAL;
-    job->codec.err = quiet_errors(&job->failure);
-    if (!setjmp(job->failure.escape)) {
-        jpeg_create_decompress(&job->codec);
-        status = decode(job, data, size, box, shrink, out, out_width, out_height, flags);
-    }
-    jpeg_destroy_decompress(&job->codec);
-    resizer_free(job->resizer);
-    free(job);
-    return status;
-}
-
 /* The crop `box` = left, top, width, height of a JPEG, resized by an antialiased bicubic filter and flipped.
  * out: (3, out_height, out_width). Thread-safe; keeps nothing between calls. */
 int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *out, int out_width, int out_height,
                 int flags) {
     struct header header;
-    int status = read_header(data, size, &header);
-    if (status != DONE)
-        return status;
+    if (read_header(data, size, &header) != DONE)
+        return UNUSUAL;
     int x = box[0], y = box[1], width = box[2], height = box[3];
     if (x < 0 || y < 0 || width < 1 || height < 1 || width > header.width - x || height > header.height - y ||
         out_width < 1 || out_height < 1)
@@ -136,15 +112,19 @@ int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *o
     while (flags & DCT_SCALING && shrink < 8 && width >= 2 * shrink * out_width && height >= 2 * shrink * out_height)
         shrink *= 2;
 
-    uint8_t *part = NULL;
-    size_t part_size = 0;
-    int left = 0, top = 0, margin = MARGIN * shrink;
-    status = splice(data, size, &header, x - margin, y - margin, x + width + margin, y + height + margin, &part, &part_size,
-                    &left, &top);
-    if (status == NO_MEMORY)
-        return status;
-    struct box inside = { x - left, y - top, width, height };
-    status = run(part ? part : data, part ? part_size : size, inside, shrink, out, out_width, out_height, flags);
-    free(part);
+    struct job *job = calloc(1, sizeof *job); /* on the heap: its fields stay defined after a longjmp */
+    if (!job)
+        return NO_MEMORY;
+    volatile int status = UNUSUAL;
+    job->codec.err = quiet_errors(&job->failure);
+    if (!setjmp(job->failure.escape)) {
+        struct box exact = { x, y, width, height };
+        jpeg_create_decompress(&job->codec);
+        status = decode(job, data, size, &header, exact, shrink, out, out_width, out_height, flags);
+    }
+    jpeg_destroy_decompress(&job->codec);
+    entropy_free(job->entropy);
+    resizer_free(job->resizer);
+    free(job);
     return status;
 }

@@ -1,6 +1,5 @@
-/* JPEG markers: what a file is, and cutting a smaller JPEG out of one with restart markers. */
+/* JPEG markers: what a file is. */
 #include "native.h"
-#include <stdlib.h>
 #include <string.h>
 
 static int big_endian(const uint8_t *at) { return at[0] << 8 | at[1]; }
@@ -65,85 +64,4 @@ int read_header(const uint8_t *data, size_t size, struct header *header) {
         at += 2 + length;
     }
     return UNUSUAL;
-}
-
-/* A rectangle of restart segments. */
-struct segments { int x0, x1, y0, y1, per_row; };
-
-/* Copies the segments that `want` names, with their restart markers counted anew; 0 if the markers are not as declared. */
-static size_t copy_segments(const uint8_t *at, const uint8_t *end, struct segments want, uint8_t *out) {
-    uint8_t *to = out;
-    const uint8_t *start = at;
-    int written = 0;
-    for (int number = 0, x = 0, y = 0;; number++) {
-        int marker = 0;
-        for (at = start; at + 1 < end; at += 2) { /* to the marker that ends this segment */
-            at = memchr(at, 0xFF, end - 1 - at);
-            if (!at)
-                return 0;
-            if ((marker = at[1]) != 0)
-                break;
-        }
-        if (marker != 0xD9 && marker != 0xD0 + number % 8)
-            return 0;
-        if (y >= want.y0 && x >= want.x0 && x < want.x1) {
-            if (written) {
-                *to++ = 0xFF;
-                *to++ = 0xD0 + (written - 1) % 8;
-            }
-            memcpy(to, start, at - start);
-            to += at - start;
-            written++;
-            if (y == want.y1 - 1 && x == want.x1 - 1)
-                break;
-        }
-        if (marker == 0xD9)
-            return 0; /* fewer segments than the picture has */
-        start = at + 2;
-        if (++x == want.per_row)
-            x = 0, y++;
-    }
-    *to++ = 0xFF;
-    *to++ = 0xD9;
-    return to - out;
-}
-
-static void put_size(uint8_t *at, int height, int width) {
-    at[0] = height >> 8, at[1] = height & 255, at[2] = width >> 8, at[3] = width & 255;
-}
-
-/* Each restart segment can be decoded by itself, so those outside the box x0..x1, y0..y1 need not be looked at.
- * UNUSUAL, with *out == NULL: no markers, or not a whole number of segments per row of MCUs. */
-int splice(const uint8_t *data, size_t size, const struct header *header, int x0, int y0, int x1, int y1, uint8_t **out,
-           size_t *out_size, int *left, int *top) {
-    int columns = (header->width + header->mcu_width - 1) / header->mcu_width;
-    int rows = (header->height + header->mcu_height - 1) / header->mcu_height;
-    if (!header->restart || columns % header->restart)
-        return UNUSUAL;
-    int step = header->restart * header->mcu_width; /* pixels per segment */
-    struct segments want = {
-        .x0 = (x0 > 0 ? x0 : 0) / step, .y0 = (y0 > 0 ? y0 : 0) / header->mcu_height,
-        .x1 = (x1 + step - 1) / step, .y1 = (y1 + header->mcu_height - 1) / header->mcu_height,
-        .per_row = columns / header->restart,
-    };
-    want.x1 = want.x1 < want.per_row ? want.x1 : want.per_row;
-    want.y1 = want.y1 < rows ? want.y1 : rows;
-
-    uint8_t *part = malloc(size + 2); /* the segments and their markers are no longer than they were */
-    if (!part)
-        return NO_MEMORY;
-    memcpy(part, data, header->scan);
-    size_t length = copy_segments(data + header->scan, data + size, want, part + header->scan);
-    if (!length) {
-        free(part);
-        return UNUSUAL;
-    }
-    *left = want.x0 * step;
-    *top = want.y0 * header->mcu_height;
-    int width = want.x1 == want.per_row ? header->width - *left : (want.x1 - want.x0) * step;
-    int height = want.y1 == rows ? header->height - *top : (want.y1 - want.y0) * header->mcu_height;
-    put_size(part + header->frame, height, width);
-    *out = part;
-    *out_size = header->scan + length;
-    return DONE;
 }

@@ -12,7 +12,7 @@
  * is wrong with the file, or reads it after all. */
 enum { DONE = 0, UNUSUAL = 1, NO_MEMORY = 2 };
 
-enum { FLIP_X = 1, FLIP_Y = 2, DCT_SCALING = 4, PORTABLE = 8 };
+enum { FLIP_X = 1, FLIP_Y = 2, DCT_SCALING = 4, PORTABLE = 8, LIBJPEGS_ENTROPY = 16 };
 
 /* libjpeg's error handler, which must not return: it jumps to `escape` instead of ending the process. */
 struct failure {
@@ -38,12 +38,15 @@ struct box { double left, top, width, height; };
 struct resizer;
 struct resizer *resizer_new(struct box box, int in_width, int in_height, int out_width, int out_height, int flags);
 void resizer_free(struct resizer *resizer);
-uint8_t *resizer_input(struct resizer *resizer);  /* where the caller puts a row of in_width RGBX pixels */
-void resizer_row(struct resizer *resizer, int y); /* takes it in as row y */
+uint8_t *resizer_input(struct resizer *resizer, int y); /* where the caller puts row y, in_width RGBX pixels */
+void resizer_row(struct resizer *resizer, int y);       /* row y is there; rows come in order */
 void resizer_finish(const struct resizer *resizer, uint8_t *planes);   /* (3, out_height, out_width) */
 
-/* The part of a JPEG with restart markers that covers a box, as a JPEG of its own; *left and *top: where it lies. */
-int splice(const uint8_t *data, size_t size, const struct header *header, int x0, int y0, int x1, int y1,
-           uint8_t **out, size_t *out_size, int *left, int *top);
+struct entropy;
+int entropy_attach(struct entropy **entropy, j_decompress_ptr codec, const uint8_t *data, size_t size,
+                   const struct header *header, int first, int last);
+void entropy_free(struct entropy *entropy);
+
+int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *out, int out_width, int out_height, int flags);
 
 #endif

@@ -9,6 +9,8 @@
 #define HAVE_AVX2 1
 #endif
 
+#define GROUP 4 /* rows that are resized together */
+
 struct filter {
     int taps, shift; /* taps is a multiple of 4; weights are integers in units of 2^-shift */
     int *start;      /* (out,) first source position */
@@ -17,8 +19,8 @@ struct filter {
 
 struct resizer {
     struct filter x, y;
-    int out_width, out_height, rows, stride, flags;
-    uint8_t *input;  /* a row of the source, and behind it what a filter with weight 0 may touch */
+    int out_width, out_height, rows, stride, input_stride, flags;
+    uint8_t *input;  /* GROUP rows of the source, and behind each what a filter with weight 0 may touch */
     uint8_t *middle; /* (rows, stride) RGBX of out_width columns */
 };
 
@@ -37,9 +39,8 @@ static int make_filter(struct filter *filter, double offset, double extent, int 
     double scale = extent / out, stretch = scale > 1.0 ? scale : 1.0, support = 2.0 * stretch;
     int first = (int)offset, end = (int)ceil(offset + extent), most = (int)ceil(support) * 2 + 1;
     end = end < in ? end : in;
-    filter->taps = (most + 3) & ~3;
     filter->start = malloc(out * sizeof *filter->start);
-    filter->weight = calloc((size_t)out * filter->taps, sizeof *filter->weight);
+    filter->weight = calloc((size_t)out * (most + 3), sizeof *filter->weight);
     double *exact = malloc((size_t)out * most * sizeof *exact), largest = 0.0;
     if (!filter->start || !filter->weight || !exact) {
         free(exact);
@@ -50,6 +51,7 @@ static int make_filter(struct filter *filter, double offset, double extent, int 
         int from = (int)floor(centre - support + 0.5), to = (int)floor(centre + support + 0.5);
         from = from > first ? from : first;
         to = to < end ? to : end;
+        filter->taps = to - from > filter->taps ? to - from : filter->taps;
         for (int k = 0; k < most; k++)
             sum += w[k] = k < to - from ? cubic((from + k - centre + 0.5) / stretch) : 0.0;
         for (int k = 0; k < most; k++) {
@@ -58,6 +60,7 @@ static int make_filter(struct filter *filter, double offset, double extent, int 
         }
         filter->start[flip ? out - 1 - i : i] = from;
     }
+    filter->taps = (filter->taps + 3) & ~3;
     /* As many bits as fit in 16, rounded half away from zero: the integers that torchvision's kernel uses, too. */
     filter->shift = 0;
     while (filter->shift < 22 && (int)(0.5 + largest * (1 << (filter->shift + 1))) < 1 << 15)
@@ -65,7 +68,7 @@ static int make_filter(struct filter *filter, double offset, double extent, int 
     for (int i = 0; i < out; i++) {
         const double *w = exact + (size_t)i * most;
         int16_t *to = filter->weight + (size_t)(flip ? out - 1 - i : i) * filter->taps;
-        for (int k = 0; k < most; k++)
+        for (int k = 0; k < filter->taps && k < most; k++)
             to[k] = (int16_t)(w[k] * (1 << filter->shift) + (w[k] < 0.0 ? -0.5 : 0.5));
     }
     free(exact);
@@ -82,10 +85,11 @@ struct resizer *resizer_new(struct box box, int in_width, int in_height, int out
     if (!__builtin_cpu_supports("avx2"))
         r->flags |= PORTABLE;
 #endif
-    r->middle = malloc((size_t)r->rows * r->stride);
+    r->middle = malloc((size_t)(r->rows + GROUP - 1) * r->stride);
     int x_status = make_filter(&r->x, box.left, box.width, in_width, out_width, flags & FLIP_X);
     int y_status = make_filter(&r->y, box.top, box.height, in_height, out_height, flags & FLIP_Y);
-    r->input = calloc((size_t)in_width + r->x.taps, 4);
+    r->input_stride = (in_width + r->x.taps) * 4;
+    r->input = calloc(GROUP, r->input_stride);
     if (!r->middle || !r->input || x_status != DONE || y_status != DONE) {
         resizer_free(r);
         return NULL;
@@ -105,17 +109,18 @@ static uint8_t rounded(int sum, int shift) {
     return sum < 0 ? 0 : sum > 255 ? 255 : sum;
 }
 
-static void row_portable(const struct resizer *r, const uint8_t *row, uint8_t *out) {
-    for (int i = 0; i < r->out_width; i++) {
-        const int16_t *w = r->x.weight + (size_t)i * r->x.taps;
-        const uint8_t *from = row + 4 * r->x.start[i];
-        int sum[4] = { 0 };
-        for (int k = 0; k < r->x.taps; k++)
+static void rows_portable(const struct resizer *r, uint8_t *out) {
+    for (int y = 0; y < GROUP; y++)
+        for (int i = 0; i < r->out_width; i++) {
+            const int16_t *w = r->x.weight + (size_t)i * r->x.taps;
+            const uint8_t *from = r->input + (size_t)y * r->input_stride + 4 * r->x.start[i];
+            int sum[4] = { 0 };
+            for (int k = 0; k < r->x.taps; k++)
+                for (int c = 0; c < 4; c++)
+                    sum[c] += w[k] * from[4 * k + c];
             for (int c = 0; c < 4; c++)
-                sum[c] += w[k] * from[4 * k + c];
-        for (int c = 0; c < 4; c++)
-            out[4 * i + c] = rounded(sum[c], r->x.shift);
-    }
+                out[(size_t)y * r->stride + 4 * i + c] = rounded(sum[c], r->x.shift);
+        }
 }
 
 static void columns_portable(const struct resizer *r, int y, uint8_t *out, size_t plane) {
@@ -132,28 +137,37 @@ static void columns_portable(const struct resizer *r, int y, uint8_t *out, size_
 }
 
 #ifdef HAVE_AVX2
-/* Four pixels at a time: 16 bytes are spread to the pairs (r0 r1) (g0 g1) (b0 b1) (x0 x1) in 16 bit, pixels 2 and 3 in
- * the upper half, and multiplied with the pairs of weights. */
-__attribute__((target("avx2"))) static void row_avx2(const struct resizer *r, const uint8_t *row, uint8_t *out) {
-    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
-                                           8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
-    const __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    const __m128i half = _mm_set1_epi32(1 << (r->x.shift - 1)), shift = _mm_cvtsi32_si128(r->x.shift);
+/* Two rows per vector, four pixels of each at a time: their bytes are spread to the pairs (r0 r1) (g0 g1) (b0 b1) (x0 x1)
+ * in 16 bit, then pixels 2 and 3 likewise, and multiplied with the pairs of weights. */
+__attribute__((target("avx2"))) static void rows_avx2(const struct resizer *r, uint8_t *out) {
+    const __m256i pixels01 = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
+                                              0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1);
+    const __m256i pixels23 = _mm256_or_si256(pixels01, _mm256_set1_epi16(8));
+    const __m256i half = _mm256_set1_epi32(1 << (r->x.shift - 1));
+    const __m128i shift = _mm_cvtsi32_si128(r->x.shift);
     const int16_t *w = r->x.weight;
-    for (int i = 0; i < r->out_width; i++) {
-        const uint8_t *from = row + 4 * r->x.start[i];
-        __m256i sum = _mm256_setzero_si256();
-        for (int k = 0; k < r->x.taps; k += 4, w += 4) {
-            __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(from + 4 * k)));
-            __m256i weights = _mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)w));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pairs),
-                                                          _mm256_permutevar8x32_epi32(weights, spread)));
+    for (int i = 0; i < r->out_width; i++, out += 4) {
+        const uint8_t *from = r->input + 4 * r->x.start[i];
+        __m256i sum[2] = { half, half };
+        for (int k = 0; k < r->x.taps; k += 4, w += 4, from += 16) {
+            int pair[2];
+            memcpy(pair, w, 8);
+            __m256i weights01 = _mm256_set1_epi32(pair[0]), weights23 = _mm256_set1_epi32(pair[1]);
+            for (int y = 0; y < 2; y++) {
+                const uint8_t *row = from + (size_t)2 * y * r->input_stride;
+                __m256i pixels = _mm256_inserti128_si256(
+                    _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)row)),
+                    _mm_loadu_si128((const __m128i *)(row + r->input_stride)), 1);
+                sum[y] = _mm256_add_epi32(sum[y], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pixels01), weights01));
+                sum[y] = _mm256_add_epi32(sum[y], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pixels23), weights23));
+            }
         }
-        __m128i total = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        total = _mm_sra_epi32(_mm_add_epi32(total, half), shift);
-        total = _mm_packs_epi32(total, total);
-        int pixel = _mm_cvtsi128_si32(_mm_packus_epi16(total, total));
-        memcpy(out + 4 * i, &pixel, 4);
+        __m256i all = _mm256_packs_epi32(_mm256_sra_epi32(sum[0], shift), _mm256_sra_epi32(sum[1], shift));
+        all = _mm256_packus_epi16(all, all); /* rows 0 and 2 in the lower half, 1 and 3 in the upper */
+        __m128i even = _mm256_castsi256_si128(all), odd = _mm256_extracti128_si256(all, 1);
+        int four[4] = { _mm_cvtsi128_si32(even), _mm_cvtsi128_si32(odd), _mm_extract_epi32(even, 1), _mm_extract_epi32(odd, 1) };
+        for (int y = 0; y < GROUP; y++)
+            memcpy(out + (size_t)y * r->stride, &four[y], 4);
     }
 }
 
@@ -197,17 +211,19 @@ __attribute__((target("avx2"))) static void columns_avx2(const struct resizer *r
 }
 #endif
 
-uint8_t *resizer_input(struct resizer *r) { return r->input; }
+uint8_t *resizer_input(struct resizer *r, int y) { return r->input + (size_t)(y % GROUP) * r->input_stride; }
 
 void resizer_row(struct resizer *r, int y) {
-    uint8_t *out = r->middle + (size_t)y * r->stride;
+    if (y % GROUP != GROUP - 1 && y != r->rows - 1)
+        return;
+    uint8_t *out = r->middle + (size_t)(y - y % GROUP) * r->stride; /* which has room for a last group of fewer rows */
 #ifdef HAVE_AVX2
     if (!(r->flags & PORTABLE)) {
-        row_avx2(r, r->input, out);
+        rows_avx2(r, out);
         return;
     }
 #endif
-    row_portable(r, r->input, out);
+    rows_portable(r, out);
 }
 
 void resizer_finish(const struct resizer *r, uint8_t *planes) {

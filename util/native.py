@@ -20,7 +20,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 LIBRARY = FOLDER / "libmaepl.so"
 BUILD = "python -m util.native build"
-FLIP_X, FLIP_Y, DCT_SCALING, PORTABLE = 1, 2, 4, 8
+FLIP_X, FLIP_Y, DCT_SCALING, PORTABLE, LIBJPEGS_ENTROPY = 1, 2, 4, 8, 16
 NO_MEMORY = 2
 
 
