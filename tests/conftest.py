@@ -27,6 +27,30 @@ def cluster_is_up() -> bool:
     return shutil.which("sbatch") is not None and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """The native library, built from the sources for these tests; what a user has built is left alone."""
+    from util import native
+
+    path = tmp_path_factory.mktemp("native") / "libmaepl.so"
+    try:
+        native.build(path, flags=("-Wall", "-Wextra", "-Werror"))
+    except ValueError as error:
+        if "headers are missing" in str(error) or "no C compiler" in str(error):
+            pytest.skip(str(error).splitlines()[0])
+        raise
+    return path
+
+
+@pytest.fixture
+def library(built, monkeypatch):
+    """Everything decodes by the native library; without this fixture it depends on what the checkout holds."""
+    from util import native
+
+    monkeypatch.setattr(native, "LIBRARY", built)
+    assert native.library(), native.describe()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

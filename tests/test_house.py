@@ -16,7 +16,8 @@ LEVELS = [
     ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
-UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.native"},
+UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.native", "util.repack"},
+              "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.pos_embed", "util.fsdp"},
               "util.keeper": {"util.checkpoint"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
               "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},

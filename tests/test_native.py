@@ -25,24 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere torch rounds in its own way
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    path = tmp_path_factory.mktemp("native") / "libmaepl.so"
-    try:
-        native.build(path, flags=("-Wall", "-Wextra", "-Werror"))
-    except ValueError as error:
-        if "headers are missing" in str(error) or "no C compiler" in str(error):
-            pytest.skip(str(error).splitlines()[0])
-        raise
-    return path
-
-
-@pytest.fixture
-def library(built, monkeypatch):
-    monkeypatch.setattr(native, "LIBRARY", built)
-    assert native.library(), native.describe()
-
-
 def picture(size=(97, 61), mode="RGB", seed=0):
     """(W, H): smooth colours, hard edges and noise, so that every step of the decoder matters."""
     rng = np.random.default_rng(seed)

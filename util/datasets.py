@@ -2,6 +2,7 @@
 
     python -m util.datasets stats PATH     mean and standard deviation per channel
     python -m util.datasets check PATH     list unreadable images; exit code 1 if there are any
+    python -m util.datasets repack PATH TARGET [--long_side 500]     shards that are read faster; see util/repack.py
 """
 import argparse
 import atexit
@@ -318,14 +319,24 @@ def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m util.datasets", description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("stats", "check"))
+    parser.add_argument("command", choices=("stats", "check", "repack"))
     parser.add_argument("path")
+    parser.add_argument("target", nargs="?", help="repack: the folder that gets <split>-*.tar")
     parser.add_argument("--split", default="train")
     parser.add_argument("--in_chans", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000, help="stats: how many images, evenly spread")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--long_side", type=int, help="repack: shrink to it and encode anew; without it nothing is lost")
+    parser.add_argument("--quality", type=int, default=90, help="repack: of images that are encoded anew")
+    parser.add_argument("--num_workers", "--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    if (args.command == "repack") != (args.target is not None):
+        parser.error("repack takes two paths, and the others one")
     try:
+        if args.command == "repack":
+            from util.repack import repack
+            repack(args.path, args.target, split=args.split, long_side=args.long_side, quality=args.quality,
+                   num_workers=args.num_workers)
+            return 0
         index = build_index(args.path, args.split, labels=False)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
