@@ -39,7 +39,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return state >> 1
 
 
-_numpy_bits = np.random.MT19937(0)  # seeded for every sample
+_numpy_bits, _crop_generator = np.random.MT19937(0), torch.Generator()  # seeded for every sample
 
 
 @contextlib.contextmanager
@@ -94,9 +94,8 @@ class ImageDataset(Dataset):
             key, label = sample_seed(self.seed, epoch, i), int(self.index.labels[i])
             try:
                 data = self.index.read(i)
-                if self._crops_jpegs():
-                    with _seeded(key):
-                        image = self.transform.crop_jpeg(data)
+                if self._crops_jpegs():  # draws from a generator of its own: seeding the global ones takes longer
+                    image = self.transform.crop_jpeg(data, _crop_generator.manual_seed(key))
                 whole = decode(data, self.in_chans) if image is None else None
                 break
             except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ Images stay uint8 (C, H, W) until they are on the device: a quarter of the bytes
 the loader's workers. Sizes are (H, W). Transforms take and return uint8 (C, H, W) and draw from the global generators.
 """
 import io
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -99,25 +100,41 @@ class pretrain_transform:  # used as a function, like the next two; a class so t
     def __init__(self, input_size, crop_scale=(0.2, 1.0), hflip: float = 0.5, vflip: float = 0.0, *,
                  dct_scaling: bool = False):
         self.size, self.hflip, self.vflip, self.dct_scaling = _pair(input_size), hflip, vflip, dct_scaling
-        self.crop = v2.RandomResizedCrop(self.size, scale=tuple(crop_scale))
+        self.scale, self.ratio = tuple(crop_scale), (3 / 4, 4 / 3)
+        self.log_ratio = torch.log(torch.tensor(self.ratio)).tolist()
 
-    def draw(self, height: int, width: int) -> tuple[tuple[int, int, int, int], bool, bool]:
-        """The crop (top, left, height, width) of an image, and whether to flip it left-right and upside down."""
-        box = self.crop.make_params([torch.empty(1).expand(1, height, width)])  # only the shape is looked at
-        flips = [p > 0 and bool(torch.rand(1) < p) for p in (self.hflip, self.vflip)]
-        return tuple(box[k] for k in ("top", "left", "height", "width")), *flips
+    def draw(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int, bool, bool]:
+        """top, left, height, width of the crop, and whether to flip it left-right and upside down.
+
+        As torchvision's RandomResizedCrop and flips draw them from the same state; which take no generator of one's own.
+        """
+        top, left, h, w = self._draw_box(height, width, generator)
+        flips = [p > 0 and torch.rand(1, generator=generator).item() < p for p in (self.hflip, self.vflip)]
+        return top, left, h, w, *flips
+
+    def _draw_box(self, height, width, generator):
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*self.scale, generator=generator).item()
+            aspect = torch.empty(1).uniform_(*self.log_ratio, generator=generator).exp_().item()
+            h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < w <= width and 0 < h <= height:
+                top = torch.randint(height - h + 1, (1,), generator=generator).item()
+                return top, torch.randint(width - w + 1, (1,), generator=generator).item(), h, w
+        # no such crop fits: the largest one with an allowed aspect ratio, in the middle
+        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        box, x, y = self.draw(*image.shape[-2:])
+        *box, x, y = self.draw(*image.shape[-2:])
         image = F.resized_crop(image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         return image.flip([d for d, flipped in ((-1, x), (-2, y)) if flipped]) if x or y else image
 
-    def crop_jpeg(self, data: bytes) -> torch.Tensor | None:
+    def crop_jpeg(self, data: bytes, generator: torch.Generator | None = None) -> torch.Tensor | None:
         """The same of undecoded bytes, as RGB; None where `decode` is needed: no native library, or no plain JPEG."""
         size = native.library() and native.jpeg_size(data)
         if not size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 1 << 32):
             return None
-        box, x, y = self.draw(*size)
+        *box, x, y = self.draw(*size, generator)
         return native.crop_jpeg(data, box, self.size, x * native.FLIP_X | y * native.FLIP_Y
                                 | self.dct_scaling * native.DCT_SCALING)
 
