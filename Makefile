@@ -3,15 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR := runs/demo
+MAYBE_NATIVE = $(BIN)/python -m util.native build 2>&1 | head -n 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test native lint clean
 
 demo: $(VENV)/base
+	@$(MAYBE_NATIVE)
 	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
 test: $(VENV)/test
+	@$(MAYBE_NATIVE)
 	$(BIN)/python -m pytest -q
+
+# JPEG crops in C: needs a compiler and libjpeg-turbo's headers. Without them everything works, more slowly.
+native: $(VENV)/base
+	$(BIN)/python -m util.native build
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

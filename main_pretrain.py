@@ -33,6 +33,8 @@ def get_args_parser() -> Parser:
     p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="area of the random crop, as a share of the image")
     p.add_argument("--hflip", default=0.5, type=float, help="chance of a left-right flip")
+    p.add_argument("--dct_scaling", action="store_true",
+                   help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels")
     add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
@@ -112,8 +114,8 @@ def main(args) -> int:
         dist.make_shared_folder(args.output_dir)
 
     # Data
-    train = build_dataset(args.data_path, "train", pretrain_transform(size, tuple(args.crop_scale), args.hflip),
-                          in_chans=args.in_chans, seed=args.seed, labels=False)
+    crop = pretrain_transform(size, tuple(args.crop_scale), args.hflip, dct_scaling=args.dct_scaling)
+    train = build_dataset(args.data_path, "train", crop, in_chans=args.in_chans, seed=args.seed, labels=False)
     dist.say(train.summary())
     loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
                           pin_memory=args.pin_mem and device.type == "cuda")

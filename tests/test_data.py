@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
+from torchvision.transforms import v2
 
 from util import datasets, image_index, transforms
 from util.datasets import EpochSampler, EvalSampler, ImageDataset, build_dataset, build_loader, sample_seed
@@ -374,6 +375,20 @@ def test_pretrain_transform_is_torchvisions_on_pil(size, scale):
         box = tv.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
         torch.manual_seed(seed)
         assert box == transform.draw(*tensor.shape[-2:])[:4]
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (10, 400), (400, 10), (1, 1), (3, 4), (50, 199)])
+def test_boxes_and_flips_are_torchvisions(height, width):
+    """Also where no crop of the wanted area and aspect ratio fits into the image."""
+    ours, theirs = pretrain_transform(8, hflip=0.3, vflip=0.6), v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        box = theirs.make_params([torch.empty(1, height, width)])
+        flips = [torch.rand(1).item() < p for p in (0.3, 0.6)]
+        found = ours.draw(height, width, torch.Generator().manual_seed(seed))
+        assert found == (box["top"], box["left"], box["height"], box["width"], *flips)
+        torch.manual_seed(seed)
+        assert ours.draw(height, width) == found
 
 
 @pytest.mark.parametrize("source", [(97, 61), (61, 97), (40, 40)])

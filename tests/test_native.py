@@ -127,6 +127,14 @@ def test_dct_scaling_is_a_switch_and_close(library):
         assert torch.equal(exact, scaled)
 
 
+def test_the_transform_hands_its_switch_on(library):
+    data, outputs = jpeg(picture((640, 480))), []
+    for scaling in (False, True):
+        crop = pretrain_transform(16, (0.9, 1.0), dct_scaling=scaling)
+        outputs.append(crop.crop_jpeg(data, torch.Generator().manual_seed(0)))
+    assert not torch.equal(*outputs) and (outputs[0].int() - outputs[1].int()).abs().max() < 40
+
+
 # --- what is not a plain, undamaged JPEG goes the general way, with the same result ---
 
 def odd_files():
