@@ -200,6 +200,16 @@ def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
     return MaskedAutoencoderViT(**dict(zip(names, encoder + decoder)) | {"patch_size": (patch, patch)} | kwargs)
 
 
+def name_and_heads(dim: int, depth: int, decoder_dim: int, patch: int) -> tuple[str, int, int]:
+    """(size, heads, decoder heads) of an encoder that came without a name; '' and the usual 64 and 32 channels a head
+    where it is none of ours."""
+    size = next((size for size, (d, layers, _) in _ENCODERS.items() if (d, layers) == (dim, depth)), "")
+    decoders = _DECODERS if patch > 8 else _SMALL_DECODERS
+    decoder = decoders.get(size, (0, 0, 0))
+    heads = _ENCODERS[size][2] if size else max(1, dim // 64)
+    return size, heads, decoder[2] if decoder[0] == decoder_dim else max(1, decoder_dim // 32)
+
+
 _PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}
 
 # name -> builder; keyword arguments of MaskedAutoencoderViT override what the name says.

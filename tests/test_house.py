@@ -11,14 +11,15 @@ OURS = sorted(
     p for folder in (".", "layers", "util", "benchmarks") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
-    ("benchmarks.timing", 0), ("benchmarks.", 7),
-    ("submitit_", 6), ("main_", 5), ("visualize", 5), ("checkpoints", 5), ("engine", 4), ("models_", 3), ("models", 4),
-    ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
+    ("benchmarks.timing", 0), ("benchmarks.", 8),
+    ("submitit_", 7), ("main_", 6), ("visualize", 6), ("checkpoints", 6), ("engine", 5), ("conversions", 5),
+    ("models_", 3), ("models", 4), ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
 UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.native", "util.repack"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
-              "util.transforms": {"util.native"}, "util.checkpoint": {"util.pos_embed", "util.fsdp"},
+              "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
+              "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.report": {"util.charts", "util.runs"},
               "util.keeper": {"util.checkpoint"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
               "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},
               "util.launch": {"util.args", "util.job", "util.status", "util.sweep"},

@@ -5,18 +5,15 @@ unfinished epoch), `best`, and named extras. `epoch` is the last finished one, s
 holds for ours too.
 """
 import argparse
-import io
 import os
-import pathlib
-import pickle
 import re
-import zipfile
 
 import torch
 
 from util import dist
 from util.fsdp import cut_like
 from util.pos_embed import resize_pos_embed, sincos_2d
+from util.weights import check_kind, kind_of, load, numbers, square_grid
 
 LAST = "checkpoint-last.pth"
 
@@ -41,49 +38,6 @@ def save_atomic(state: dict, path: str, writer: str = "") -> None:
         raise OSError(f"could not save {path}: {e}; {kept}") from e
 
 
-def load(path: str) -> dict:
-    """Load a checkpoint without running any code in it; tensors on the CPU.
-
-    MAE's own files, which pickle an argparse.Namespace with pathlib paths, load too. Raises ValueError that says what
-    is wrong: no file, an empty or truncated one, or one that would run code (with the names it asked for).
-    """
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        near = sorted(f for f in os.listdir(folder) if f.endswith(".pth")) if os.path.isdir(folder) else []
-        raise ValueError(f"no checkpoint at {path}" + (f"; {folder} has {', '.join(near)}" if near else ""))
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty: the run that wrote it was cut off; use another checkpoint")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return {"model": load_file(path)}
-    allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-        names = [n for n in names if not n.startswith(("argparse.", "pathlib."))]
-        if names:
-            raise ValueError(
-                f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
-                "Checkpoints hold tensors and plain values only: re-save its 'model' entry where you trust the file"
-            ) from None
-        raise ValueError(f"{path} is no checkpoint that can be read safely: {str(e).splitlines()[0]}") from None
-    except (RuntimeError, EOFError, OSError, io.UnsupportedOperation) as e:
-        raise ValueError(f"{path} is truncated or no checkpoint ({str(e).splitlines()[0]}): use another one") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
-    if "model" not in state and all(torch.is_tensor(v) for v in state.values()):
-        state = {"model": state}  # a bare state dict
-    if "model" not in state:
-        raise ValueError(f"{path} has no entry 'model'; it has {', '.join(map(str, list(state)[:8]))}")
-    if isinstance(state.get("args"), argparse.Namespace):
-        state["args"] = {k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
-                         for k, v in vars(state["args"]).items()}
-    return state
-
-
 def describe_mismatch(own: dict, found: dict) -> str:
     """One line on how two state dicts differ in names and shapes; '' when they fit."""
     missing = [k for k in own if k not in found]
@@ -100,8 +54,10 @@ def describe_mismatch(own: dict, found: dict) -> str:
 
 def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
     """Load all weights or raise ValueError naming the architectures and the first differences."""
-    problem = describe_mismatch(model.state_dict(), state["model"])
+    own = model.state_dict()
+    problem = describe_mismatch(own, state["model"])
     if problem:
+        check_kind(state, path, kind_of({"model": own}))
         made_by = (state.get("args") or {}).get("model")
         raise ValueError(
             f"{path} does not fit this model: {problem}. "
@@ -112,16 +68,6 @@ def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
     model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
 
 
-def kind_of(state: dict) -> str:
-    """What a checkpoint holds, from its keys: pretraining, classifier, encoder, or unknown."""
-    keys = state["model"].keys()
-    if any(k.startswith("decoder_") for k in keys):
-        return "pretraining"
-    if any(re.fullmatch(r"head\.(1\.)?(fc\.|fc_visual\.)?weight", k) for k in keys):  # 1: a probe; fc: of second order
-        return "classifier"
-    return "encoder" if any(k.startswith(("blocks.", "patch_embed.")) for k in keys) else "unknown"
-
-
 def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init: str) -> str:
     """Load a pretrained encoder into a classifier of the same architecture; returns one line on what was done.
 
@@ -130,13 +76,8 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
     A patch embedding of other channels is adapted as timm does. The label head is taken over where it fits. Raises
     ValueError for the wrong kind of file and for weights that do not fit.
     """
-    kind = kind_of(state)
-    if kind == "classifier":
-        raise ValueError(f"{path} is a fine-tuned classifier, not a pretrained encoder: continue it or evaluate it "
-                         "with --resume")
-    if kind == "unknown":
-        raise ValueError(f"{path} holds no Vision Transformer in MAE's names; it has "
-                         + ", ".join(list(state["model"])[:5]))
+    if kind_of(state) != "pretraining":
+        check_kind(state, path, "encoder")
     own = model.state_dict()
     found = {k: v for k, v in state["model"].items() if not k.startswith(("decoder_", "mask_token", "sr_"))}
     notes = []
@@ -174,9 +115,7 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
 
 def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
     """Load a fine-tuned classifier, its moving average where there is one; label heads stay behind if not asked for."""
-    kind = kind_of(state)
-    if kind != "classifier":
-        raise ValueError(f"{path} is a {kind} checkpoint without a classification head: fine-tune it first (--finetune)")
+    check_kind(state, path, "classifier")
     weights = state["model"]
     if "ema" in state:
         weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
@@ -188,17 +127,13 @@ def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
 def _grid_of(state: dict, cells: int) -> tuple[int, int]:
     """The grid (h, w) of a checkpoint's positional embedding: from its flags, else a square."""
     args = state.get("args") or {}
-    size, patch = args.get("input_size"), re.search(r"patch(\d+)", str(args.get("model", "")))
-    if isinstance(size, list) and (args.get("patch_size") or patch):
-        ph, *pw = args.get("patch_size") or [int(patch[1])]
+    size, patch = numbers(args.get("input_size")), re.search(r"patch(\d+)", str(args.get("model", "")))
+    if size and (args.get("patch_size") or patch):
+        ph, *pw = numbers(args.get("patch_size")) or [int(patch[1])]
         grid = size[0] // ph, size[-1] // (pw[-1] if pw else ph)
         if grid[0] * grid[1] == cells:
             return grid
-    side = round(cells**0.5)
-    if side * side != cells:
-        raise ValueError(f"cannot tell the grid of a positional embedding with {cells} cells: the checkpoint has no "
-                         "--input_size")
-    return side, side
+    return square_grid(cells)
 
 
 def new_pos_embed(table: torch.Tensor, grid: tuple[int, int], init: str) -> torch.Tensor:
