@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util import dist, fsdp, slurm
+from util import dist, fsdp, plan, slurm
 from util.checkpoint import load_strict
 from util.keeper import Keeper
 from util.loader import device_batches
-from util.log import BadImages, Log, NonFiniteLoss, write_replay
+from util.log import BadImages, Log, NonFiniteLoss, peak_memory_mb, write_replay
 from util.lr_sched import set_lr
 
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -262,11 +262,13 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     after_epoch: Callable[[int, TrainState], dict[str, float]] | None = None,
     extras: dict[str, nn.Module] | None = None,
+    dry_run: bool = False,
 ) -> bool:
     """Train `model` for `epochs`, from the start or from a checkpoint, `resume` = (path, loaded dictionary).
 
     `lr_at(epochs done, fractional) -> learning rate`. `after_step(step)` runs after each update; `after_epoch(epoch,
-    state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside the model.
+    state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside the model. With
+    `dry_run` a few steps are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
     NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
     """
@@ -285,6 +287,10 @@ def fit(
     if resume is not None:
         state.load_dict(resume[1], resume[0], updates)
         resume[1].clear()  # as large as the state itself, and the caller holds it to the end
+    started = f"continues {resume[0]} at step {state.step}" if resume else "step 0: there is no checkpoint to continue"
+    if dry_run:
+        dist.say(_plan(run, state, epochs, started))
+        return True
     # Sums of an epoch whose steps are all done: only its evaluation is missing.
     first_epoch = (state.step - bool(state.meters)) // updates
     log.truncate(first_epoch)
@@ -293,6 +299,7 @@ def fit(
         dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
     elif keeper is not None and dist.is_main():
         keeper.claim()
+        plan.write_record(keeper.dir, run.args, _resolved(run, state, started))
     with run.stop, slurm.lost_peers(run.stop):
         for epoch in range(first_epoch, epochs):
             log.start_epoch(epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters)
@@ -310,6 +317,38 @@ def fit(
             if keeper is not None and (last or best or keeper.keeps(epoch) or run.time_to_save()):
                 run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
     return True
+
+
+def _resolved(run: Run, state: TrainState, started: str) -> dict:
+    """What became of the flags on this machine, for run.json."""
+    return {
+        "device": str(run.device), "amp": run.amp, "ranks": dist.world_size(), "sharded": run.sharded, "start": started,
+        "effective_batch": run.loader.batch_size * run.accum_iter * dist.world_size(),
+        "updates_per_epoch": run.updates_per_epoch, "lr": state.optimizer.defaults["lr"], "mean": list(run.mean),
+        "std": list(run.std), "parameters": sum(p.numel() for p in state.model.parameters()), "images": len(run.loader.dataset),
+    }
+
+
+def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
+    """Measure a few updates, which change weights in memory only, and describe the whole run."""
+    step, updates, kept = state.step, run.updates_per_epoch, 0
+
+    def batches(epoch: int) -> Iterator[dict]:
+        if run.loader.dataset.exact_resume:
+            run.loader.sampler.set_position(epoch)
+        return device_batches(run.loader, run.device, run.mean, run.std)
+
+    run.wrapped.train()
+    measured = plan.measure(lambda stream: train_one_update(run, state, stream, run.accum_iter)[1], batches, run.device,
+                            AMP[run.amp] or torch.float32, peak_memory_mb)
+    if run.keeper is not None:
+        kept = len({e for e in range(epochs) if run.keeper.keeps(e)} | {epochs - 1})
+        kept = min(kept, run.keeper.keep) if run.keeper.keep else kept
+    saved = state.to_dict(0, updates, {})
+    return plan.describe(
+        measured, model=state.model, device=run.device, amp=run.amp, updates=updates, epochs=epochs, step=step, start=started,
+        images_per_update=run.loader.batch_size * run.accum_iter * dist.world_size(), saved_mb=plan.size_mb(saved), kept=kept,
+        folder=run.keeper.dir if run.keeper is not None else None)
 
 
 def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable | None) -> dict[str, float]:

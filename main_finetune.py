@@ -276,7 +276,9 @@ def main(args) -> int:
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.eval and not args.resume:
         raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
-    if args.output_dir and not args.eval:
+    if args.eval and args.dry_run:
+        raise ValueError("--dry_run plans training, and --eval is none: leave one of them out")
+    if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
     loader, val_loader = build_data(args, size, mean, device)
     num_classes = len(val_loader.dataset.index.classes)
@@ -331,7 +333,8 @@ def main(args) -> int:
     if args.ema:
         ema = weight_average(model, args.ema)
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
-    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, model.chance(), loss_tag="loss")
+    log_dir = None if args.dry_run else args.log_dir or args.output_dir
+    log = Log(args.output_dir, log_dir, args.print_freq, model.chance(), loss_tag="loss")
     keeper = None
     if args.output_dir:
         keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
@@ -348,9 +351,9 @@ def main(args) -> int:
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad, amp=amp, compile_model=args.compile, max_bad_images=args.max_bad_images,
-        after_step=after_step, after_epoch=after_epoch, extras=extras,
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
+        compile_model=args.compile, max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
+        extras=extras, dry_run=args.dry_run,
     )
     dist.shutdown()
     return 0 if finished else 75

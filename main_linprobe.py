@@ -69,6 +69,7 @@ from util.knn import knn_accuracy
 from util.loader import eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
+from util.plan import write_record
 from util.transforms import eval_transform, pretrain_transform
 
 
@@ -232,8 +233,10 @@ def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir:
+    if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
+    if args.knn and args.dry_run:
+        raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
     if args.strategy == "fsdp":
         raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
     train_loader, val_loader = build_data(args, size, device)
@@ -245,6 +248,7 @@ def main(args) -> int:
     if args.knn:
         stats = run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std)
         Log(args.output_dir).write_line(stats | {"epoch": 0})
+        write_record(args.output_dir, checkpoint.plain_args(args), {"device": str(device), "amp": amp})
         dist.shutdown()
         return 0
 
@@ -274,7 +278,7 @@ def main(args) -> int:
     plain = checkpoint.plain_args(args)
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     names = [f"lr{scale:g}" for scale in args.lr_grid]
-    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
+    log = Log(args.output_dir, None if args.dry_run else args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
     keeper = None
     if args.output_dir:
         keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
@@ -294,7 +298,7 @@ def main(args) -> int:
     finished = engine.fit(
         probe, make_loss_fn(features), optimizer, train_loader, epochs=args.epochs, device=device, mean=mean, std=std,
         log=log, keeper=keeper, args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad, amp=amp, max_bad_images=args.max_bad_images, after_epoch=after_epoch,
+        clip_grad=args.clip_grad, amp=amp, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
     )
     dist.shutdown()

@@ -110,7 +110,7 @@ def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir:
+    if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
 
     # Data
@@ -153,7 +153,7 @@ def main(args) -> int:
     elif resume is None:
         dist.say("starting from scratch")
 
-    log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance)
+    log = Log(args.output_dir, None if args.dry_run else args.log_dir or args.output_dir, args.print_freq, chance)
     keeper = None
     if args.output_dir:
         keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
@@ -187,7 +187,7 @@ def main(args) -> int:
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_model=args.compile, max_bad_images=args.max_bad_images, after_epoch=after_epoch,
+        compile_model=args.compile, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
     )
     dist.shutdown()
     return 0 if finished else 75

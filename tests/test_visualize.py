@@ -203,6 +203,16 @@ def test_other_swept_flags_make_lines_of_their_own(tmp_path):
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["apl", "rpl"]
 
 
+def test_what_follows_a_run_counts_for_its_point(tmp_path):
+    for weight in (0.0, 0.5):
+        make_run(tmp_path / "s" / f"w{weight}", [3.0], {"pos_weight": weight})
+        make_run(tmp_path / "s" / f"w{weight}" / "finetune", [10.0, 20.0 + weight], name="test_acc1")
+    records, swept, _ = runs.read_sweep(str(tmp_path / "s"))
+    assert len(records) == 2 and runs.metrics_of(records)[0] == "finetune/test_acc1"
+    (rows,) = runs.aggregate(records, "pos_weight", "finetune/test_acc1").values()
+    assert [row.mean for row in rows] == [20.0, 20.5] and records[0].last("test_position") == 3.0
+
+
 def test_curves_show_the_log_and_chance(sweep):
     record = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0"))
     axes = charts.curves([record]).axes[0]

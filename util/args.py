@@ -185,6 +185,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save_minutes", default=30, type=float, help="refresh checkpoint-last.pth that often")
     g.add_argument("--save_steps", default=0, type=int, help="refresh checkpoint-last.pth every N updates")
     g.add_argument("--keep", default=0, type=int, help="numbered checkpoints to keep, the newest; 0 = all")
+    g.add_argument("--dry_run", action="store_true",
+                   help="measure a few steps, print data, speed, memory, hours, disk and where it would start, write nothing")
     g.add_argument("--print_freq", default=20, type=int, help="updates between log points")
     g = p.add_argument_group("ranks (torchrun sets them)")
     g.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"],

@@ -1,19 +1,20 @@
 """What finished runs and sweeps left on the disk: flags, a line of figures per epoch, and the seeds of a point together.
 
-A run is a folder with log.txt. A sweep is a folder of runs; each may have flags.json, {flag: value} of what was swept,
+A run is a folder with log.txt; runs that follow it lie in it, and their figures are named `finetune/test_acc1`. A sweep is
+a folder of runs; each may have flags.json, {flag: value} of what was swept,
 and the folder sweep.json. Where these are missing, the flags stored in the runs' checkpoints are compared.
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from util.weights import load
 
 # Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank"}  # never what is swept
-PREFERRED = ("test_acc1", "test_position", "test_position_acc", "test_pixel", "train_position", "train_position_acc",
-             "train_pixel", "train_loss")
+PREFERRED = ("finetune/test_acc1", "linprobe/test_acc1", "test_acc1", "test_position", "test_position_acc", "test_pixel",
+             "train_position", "train_position_acc", "train_pixel", "train_loss")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class RunRecord:
     flags: dict
     log: list[dict]
     point: str = ""  # what runs that differ by their seed alone have in common
+    follow_ups: list[dict] = field(default_factory=list)  # lines of the runs that follow it, names with their folder's
 
     def last(self, metric: str) -> float | None:
         """The metric in the last epoch that has it."""
-        return next((line[metric] for line in reversed(self.log) if metric in line), None)
+        return next((line[metric] for line in reversed(self.follow_ups + self.log) if metric in line), None)
 
 
 def read_run(folder: str, name: str = "") -> RunRecord:
@@ -36,17 +38,24 @@ def read_run(folder: str, name: str = "") -> RunRecord:
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no log.txt: give the --output_dir of a run, or a folder of such folders")
-    log = []
-    with open(path) as f:
-        for line in f:
-            try:
-                log.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a run is writing, or was when it was killed
-                continue
+    log = _lines(path)
     if not log:
         raise ValueError(f"{path} is empty: no epoch is finished yet")
     name = name or os.path.basename(os.path.normpath(folder))
-    return RunRecord(name, folder, _flags(folder), log, name)
+    after = [{f"{sub}/{k}": v for k, v in line.items()}
+             for sub in _subruns(folder) for line in _lines(os.path.join(folder, sub, "log.txt"))]
+    return RunRecord(name, folder, _flags(folder), log, name, after)
+
+
+def _lines(path):
+    out = []
+    with open(path) as f:
+        for line in f:
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError:  # the line that a run is writing, or was when it was killed
+                continue
+    return out
 
 
 def _flags(folder):
@@ -80,12 +89,13 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
     if os.path.isfile(path):
         with open(path) as f:
             plan = json.load(f)
-        planned, swept = [point["name"] for point in plan.get("points", [])], list(plan.get("sweep", {}))
+        planned = [point["name"] for point in plan.get("points", [])]
+        swept = list(dict.fromkeys([*plan.get("sweep", {}), *(k for p in plan.get("points", []) for k in p["flags"])]))
     if not swept:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
     own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
-    runs = [RunRecord(r.name, r.folder, f, r.log, _others(f, "seed") or r.name) for r, f in zip(runs, own)]
+    runs = [replace(r, flags=f, point=_others(f, "seed") or r.name) for r, f in zip(runs, own)]
     return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
 
 
@@ -138,7 +148,7 @@ def _order(x):
 
 def metrics_of(runs: list[RunRecord], asked: list[str] | None = None) -> list[str]:
     """The metrics to show: those asked for (ValueError names what there is), else up to three usual ones."""
-    known = sorted({k for run in runs for line in run.log for k in line})
+    known = sorted({k for run in runs for line in run.log + run.follow_ups for k in line})
     for metric in asked or []:
         if metric not in known:
             raise ValueError(f"no run has a metric {metric}; there are {', '.join(known)}")
