@@ -57,7 +57,7 @@ from conversions import (
     timm_outputs,
 )
 from util import checkpoint
-from util.weights import KINDS, Architecture, architecture, kind_of, parameters
+from util.weights import KINDS, SO_VIT, Architecture, architecture, kind_of, parameters
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -74,6 +74,9 @@ def describe(path: str) -> str:
         lines["model"] = args.get("model", f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}")
     if a is not None:
         lines |= describe_architecture(a, args)
+    if any(k in weights for k in SO_VIT):
+        lines["So-ViT"] = " and ".join(name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT)
+                                       if k in weights)
     if "epoch" in state:
         steps = f" (step {state['step']})" if "step" in state else ""
         lines["epoch"] = f"{state['epoch']}{steps}{', with optimizer' if 'optimizer' in state else ''}"
@@ -115,7 +118,10 @@ def accepted_by(state: dict, kind: str, folder: bool) -> str:
     if folder:
         return "checkpoints.py import"
     text = KINDS[kind][1]
-    return text if "optimizer" in state else text.replace("--resume or --init_from", "--init_from")
+    if "optimizer" not in state:  # then nothing can be resumed
+        text = text.replace("--resume or --init_from", "--init_from")
+        text = text.replace("--resume, with --eval to evaluate", "--eval --resume")
+    return text
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -180,8 +186,10 @@ def write_ours(state, a, source, path, partial):
 def write_mae(state, a, source, path, partial):
     """Without positional labels and with an embedding our models are MAE's, name by name."""
     checkpoint.save_atomic(state, partial)
-    usage = "--resume" if a.decoder_depth or a.classes else "--finetune"
-    return reloaded(partial, a), "the plain MAE model", f"facebookresearch/mae and this toolkit load it with {usage} {{out}}"
+    usage = "--eval --resume {out}" if a.classes else "--finetune {out}"
+    if a.decoder_depth:
+        usage += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
+    return reloaded(partial, a), "the plain MAE model", f"facebookresearch/mae and this toolkit load it with {usage}"
 
 
 def write_safetensors(state, a, source, path, partial):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from util import checkpoint
-from util.weights import LABEL_HEADS, Architecture, kind_of
+from util.weights import LABEL_HEADS, Architecture, encoder_weights, kind_of
 
 LIMIT = 1e-4  # largest difference between two models' outputs
 DECODER = ("decoder_", "mask_token")
@@ -86,7 +86,8 @@ def read(path: str) -> dict:
         raise ValueError(f"{path}: give its folder, where config.json tells the number of heads")
     if kind_of(state) == "dino":
         state = {"model": {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}}
-    weights = {k: v for k, v in state["model"].items() if not k.startswith(LABEL_HEADS)}
+    weights = encoder_weights(state) if kind_of(state) == "self-distillation" else state["model"]
+    weights = {k: v for k, v in weights.items() if not k.startswith(LABEL_HEADS)}
     if "dist_token" in weights:
         raise ValueError(f"{path} has a distillation token, which plain Vision Transformers lack: it cannot be converted")
     return {"model": weights, "args": dict(state.get("args") or {})}

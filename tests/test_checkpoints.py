@@ -225,6 +225,17 @@ def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypat
         checkpoints.export(file, str(tmp_path / "out"), "hf")
 
 
+def test_of_student_and_teacher_the_teacher_is_exported(tmp_path):
+    teacher, student = (build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls") for _ in range(2))
+    extra = {"ibot_head.mlp.0.weight": torch.ones(2), "mask_token": torch.zeros(1, 1, 32)}
+    torch.save({"model": student.state_dict() | extra, "teacher": teacher.state_dict() | extra,
+                "args": {"model": "vit_test", "input_size": [32]}}, tmp_path / "s.pth")
+    assert checkpoints.export(str(tmp_path / "s.pth"), str(tmp_path / "e.pth"), "encoder") < 1e-6
+    weights = checkpoint.load(str(tmp_path / "e.pth"))["model"]
+    assert weights.keys() == teacher.state_dict().keys()
+    assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
+
+
 # -- inspect -----------------------------------------------------------------------------------------------------------
 def test_inspect_says_what_a_file_is_and_what_takes_it(tmp_path):
     mae = MODELS["mae_test"](img_size=(32, 48), pos_label="apl+rpl")
@@ -239,7 +250,8 @@ def test_inspect_says_what_a_file_is_and_what_takes_it(tmp_path):
     import hashlib
     assert hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest() in text
     text = checkpoints.describe(saved(tmp_path / "f.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2)))
-    assert "a fine-tuned classifier" in text and "2, from the mean patch token" in text and "--eval to evaluate" in text
+    assert "a fine-tuned classifier" in text and "2, from the mean patch token" in text
+    assert "main_finetune.py --eval --resume;" in text
 
 
 @pytest.mark.parametrize("weights,entry,kind", [
@@ -247,6 +259,8 @@ def test_inspect_says_what_a_file_is_and_what_takes_it(tmp_path):
     ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "a DINO-style file"),
     ({"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)}, "model", "a linear probe"),
     ({"conv1.weight": torch.ones(2)}, "state_dict", "no command here knows"),
+    ({"ibot_head.last.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)}, "model", "a SERE checkpoint"),
+    ({"head.fc.weight": torch.ones(2), "head.pool.start": torch.ones(2)}, "model", "So-ViT      second-order head"),
 ])
 def test_inspect_knows_foreign_files(tmp_path, weights, entry, kind):
     torch.save({entry: weights, "epoch": 1}, tmp_path / "c.pth")

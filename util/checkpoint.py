@@ -13,7 +13,7 @@ import torch
 from util import dist
 from util.fsdp import cut_like
 from util.pos_embed import resize_pos_embed, sincos_2d
-from util.weights import check_kind, kind_of, load, numbers, square_grid
+from util.weights import check_kind, encoder_weights, kind_of, load, numbers, square_grid
 
 LAST = "checkpoint-last.pth"
 
@@ -76,11 +76,11 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
     A patch embedding of other channels is adapted as timm does. The label head is taken over where it fits. Raises
     ValueError for the wrong kind of file and for weights that do not fit.
     """
-    if kind_of(state) != "pretraining":
+    if kind_of(state) not in ("pretraining", "self-distillation"):
         check_kind(state, path, "encoder")
     own = model.state_dict()
-    found = {k: v for k, v in state["model"].items() if not k.startswith(("decoder_", "mask_token", "sr_"))}
-    notes = []
+    found = encoder_weights(state)
+    notes = ["the teacher's weights"] if kind_of(state) == "self-distillation" else []
     if "pos_embed" in own:
         if "pos_embed" in found:
             grid = _grid_of(state, found["pos_embed"].shape[1] - 1)

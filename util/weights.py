@@ -17,6 +17,8 @@ import torch
 KINDS = {
     "pretraining": ("a full pretraining checkpoint (encoder and decoder)",
                     "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; visualize.py"),
+    "self-distillation": ("a SERE checkpoint (student and teacher)",
+                          "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher"),
     "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
     "classifier": ("a fine-tuned classifier",
                    "main_finetune.py --resume, with --eval to evaluate; its encoder alone, made by checkpoints.py export "
@@ -27,7 +29,8 @@ KINDS = {
     "unknown": ("a file of weights that no command here knows", "none of the commands here"),
 }
 # What is no part of the plain Vision Transformer and its decoder: heads of pretraining objectives.
-LABEL_HEADS = ("pos_head.", "sr_")
+LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.")
+SO_VIT = ("head.pool.start", "patch_embed.stem.0.weight")  # a second-order head, a convolutional embedding
 
 
 def load(path: str) -> dict:
@@ -112,17 +115,26 @@ def _unwrap(state: dict, path: str) -> dict:
 def kind_of(state: dict) -> str:
     """A key of KINDS, from the names of the weights."""
     keys = state["model"].keys()
+    if any(k.startswith("ibot_head.") for k in keys):
+        return "self-distillation"
     if any(k.startswith("decoder_") for k in keys):
         return "pretraining"
     if "head.0.running_mean" in keys:
         return "probe"
-    if any(k in ("head.weight", "head.1.weight") for k in keys):
+    if any(re.fullmatch(r"head\.(1\.)?(fc\.|fc_visual\.)?weight", k) for k in keys):  # fc: of a second-order head
         return "classifier"
     if any(k.startswith(("blocks.", "patch_embed.")) for k in keys):
         return "encoder"
     if any(".attention.attention.query." in k for k in keys):
         return "huggingface"
     return "dino" if any(k.startswith("backbone.") for k in keys) else "unknown"
+
+
+def encoder_weights(state: dict) -> dict:
+    """The weights of a pretrained encoder in a checkpoint: of self-distillation the teacher's, which is what its authors
+    evaluate; pixel decoder, prototypes, relation heads and mask token stay behind."""
+    weights = state["teacher"] if kind_of(state) == "self-distillation" and "teacher" in state else state["model"]
+    return {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "ibot_head.", "sr_"))}
 
 
 def check_kind(state: dict, path: str, wanted: str) -> None:
@@ -160,6 +172,10 @@ def architecture(state: dict, path: str) -> Architecture:
     if "patch_embed.proj.weight" not in weights or "blocks.0.attn.qkv.weight" not in weights:
         raise ValueError(f"{path} is {KINDS[kind_of(state)][0]} that holds no plain Vision Transformer; it has "
                          + ", ".join(list(weights)[:4]))
+    other = [k for k in SO_VIT if k in weights]
+    if other or "blocks.0.attn.qkv.bias" not in weights:
+        raise ValueError(f"{path} has parts of So-ViT ({', '.join(other) or 'no attn.qkv.bias'}), which a plain Vision "
+                         "Transformer lacks")
     dim, in_chans, ph, pw = weights["patch_embed.proj.weight"].shape
     decoder = weights.get("decoder_embed.weight")
     return Architecture(
