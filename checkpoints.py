@@ -93,9 +93,9 @@ def origin(state: dict, kind: str, folder: bool) -> str:
     args = state.get("args") or {}
     ours = "pos_label" in args
     target = {True: ", norm-pix target", False: ", pixel target"}.get(args.get("norm_pix_loss"), ", target not stored")
-    whose = ("this toolkit's" if ours else "Hugging Face's, in a folder" if folder or kind == "huggingface"
+    whose = ("this toolkit's" if ours else "Hugging Face's" if folder
              else "facebookresearch/mae's" if args or kind == "pretraining" else "names of MAE and timm")
-    return (target if kind == "pretraining" else "") + (f"; {whose}" if kind not in ("dino", "unknown") else "")
+    return (target if kind == "pretraining" else "") + (f"; {whose}" if kind not in ("dino", "huggingface", "unknown") else "")
 
 
 def describe_architecture(a: Architecture, args: dict) -> dict[str, str]:
@@ -247,6 +247,7 @@ def import_file(path: str, out: str) -> float:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
     model = models.model_of(state, path)
     state["args"]["input_size"] = list(model.img_size)
+    eps = state["args"].pop("layer_norm_eps", 1e-6)
     a = architecture(state, path)
     size, *_ = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
     name = f"{'mae_' if a.decoder_depth else ''}vit_{size}_patch{a.patch_size[0]}"
@@ -263,9 +264,11 @@ def import_file(path: str, out: str) -> float:
             options = timm_options(a, model.blocks[0].attn.num_heads, model.img_size)
             theirs, library = timm_outputs(state["model"], options), "timm's"
         difference = largest_difference(ours, theirs, full)
-        refuse_above_limit(difference, path, f"{library} model")
+        note = f" (layer_norm_eps {eps:g}, ours 1e-06)" if eps != 1e-6 else ""  # matters for tokens of small variance
+        refuse_above_limit(difference, path, f"{library} model{note}")
+    known = state["args"].get("model")
     print(f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n"
-          + (f"--model {name}" if "model" in state["args"] else f"no model of ours has its size: {a.depth} blocks of {a.dim}"))
+          + (f"--model {known}" if known else f"no model of ours has its size: {a.depth} blocks of {a.dim}"))
     print(describe(out))
     return difference
 

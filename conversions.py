@@ -101,7 +101,8 @@ def _read_hf_folder(folder: str) -> dict:
     with open(files[0]) as f:
         config = json.load(f)
     size = config["image_size"]
-    args = {"input_size": size if isinstance(size, list) else [size], "num_heads": config["num_attention_heads"]}
+    args = {"input_size": size if isinstance(size, list) else [size], "num_heads": config["num_attention_heads"],
+            "layer_norm_eps": config.get("layer_norm_eps", 1e-12)}
     if "decoder_num_attention_heads" in config:
         args |= {"decoder_heads": config["decoder_num_attention_heads"], "norm_pix_loss": config["norm_pix_loss"]}
     return {"model": from_hf(checkpoint.load(files[1])["model"], folder), "args": args}

@@ -133,6 +133,14 @@ def test_what_transformers_writes_itself_comes_in(tmp_path):
         assert torch.allclose(ours(images, ids_keep=ids_keep)[1], theirs(images, noise=noise).logits, atol=1e-4)
 
 
+def test_another_epsilon_is_named_where_it_matters(tmp_path):
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                                    image_size=16, patch_size=8, layer_norm_eps=1e-2)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"layer_norm_eps 0\.01, ours 1e-06"):
+        checkpoints.import_file(str(tmp_path / "hf"), str(tmp_path / "a.pth"))
+
+
 @pytest.mark.parametrize("classes", [0, 5])
 def test_vit_to_hugging_face_and_back(tmp_path, classes):
     size = (32, 32) if classes else (32, 48)
@@ -278,12 +286,15 @@ def broken_files(folder) -> dict[str, str]:
     torch.save({"model": {"w": torch.randn(1000)}}, folder / "truncated.pth")
     (folder / "truncated.pth").write_bytes((folder / "truncated.pth").read_bytes()[:2000])
     (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("abc")
+    (folder / "page.pth").write_text("<html>not found</html>")
     torch.save({"model": {}, "args": Code()}, folder / "malicious.pth")
     with open(folder / "malicious-pickle.pth", "wb") as f:
         pickle.dump({"model": Code()}, f)
     (folder / "truncated.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     torch.save({"model": {"conv1.weight": torch.ones(2)}}, folder / "resnet.pth")
-    return {"truncated.pth": "truncated.pth is truncated or no checkpoint", "empty.pth": "empty.pth is empty",
+    return {"text.pth": "text.pth is truncated or no checkpoint", "page.pth": "page.pth is ",
+            "truncated.pth": "truncated.pth is truncated or no checkpoint", "empty.pth": "empty.pth is empty",
             "malicious.pth": "loading it would run code; it asks for builtins.exec",
             "malicious-pickle.pth": "loading it would run code; it asks for builtins.exec",
             "truncated.safetensors": "truncated.safetensors is truncated or no safetensors file",

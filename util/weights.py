@@ -1,7 +1,6 @@
 """Files of weights: reading them without running code, and telling from keys and shapes what they hold."""
 import argparse
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -63,8 +62,9 @@ def load(path: str) -> dict:
                 "Checkpoints hold tensors and plain values only: re-save its 'model' entry where you trust the file"
             ) from None
         raise ValueError(f"{path} is no checkpoint: its pickle cannot be read as tensors and plain values") from None
-    except (RuntimeError, EOFError, OSError, io.UnsupportedOperation) as e:
-        raise ValueError(f"{path} is truncated or no checkpoint ({str(e).splitlines()[0]}): use another one") from None
+    except Exception as e:  # damaged files fail in many ways, and the remedy is one
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is truncated or no checkpoint ({reason}): use another one") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     state = _unwrap(state, path)
