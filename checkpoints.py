@@ -91,7 +91,7 @@ def describe(path: str) -> str:
 def origin(state: dict, kind: str, folder: bool) -> str:
     """Whose file it is, and the target of a pretraining file, where they can be told."""
     args = state.get("args") or {}
-    ours = "pos_label" in args
+    ours = "pos_label" in args or any(k.startswith("pos_head.") for k in state["model"])
     target = {True: ", norm-pix target", False: ", pixel target"}.get(args.get("norm_pix_loss"), ", target not stored")
     whose = ("this toolkit's" if ours else "Hugging Face's" if folder
              else "facebookresearch/mae's" if args or kind == "pretraining" else "names of MAE and timm")
@@ -146,6 +146,8 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     state["args"]["input_size"] = list(source.img_size)
     a = architecture(state, path)
     state["args"] |= stored_flags(source, a)
+    if a.decoder_depth and to == "hf" and "norm_pix_loss" not in state["args"]:
+        print(f"{path} does not say whether its target was normalised: norm_pix_loss is written as false")
     full = a.decoder_depth > 0 and to != "timm"
     with appears_whole(out, path) as partial:
         theirs, name, usage = WRITERS[to](state, a, source, path, partial)
@@ -174,7 +176,7 @@ def stored_flags(source, a: Architecture) -> dict:
     out = {"in_chans": a.in_chans, "patch_size": list(a.patch_size), "pos_label": "none",
            "pos_embed": "learned" if a.pos_embed else "none", "num_heads": source.blocks[0].attn.num_heads}
     if a.decoder_depth:
-        out |= {"decoder_heads": source.decoder_blocks[0].attn.num_heads, "norm_pix_loss": source.norm_pix_loss}
+        out["decoder_heads"] = source.decoder_blocks[0].attn.num_heads
     return out
 
 

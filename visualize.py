@@ -188,10 +188,10 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
         ids.append(cells if absolute else cells[:, :, None].expand_as(true[-1]))
     ids, true, said = (torch.cat(x) for x in (ids, true, said))
     if absolute:
-        tables = [("row", confusion(true // w, said // w, h)), ("column", confusion(true % w, said % w, w))]
+        tables = [("row", confusion(true // w, said // w, h), 0), ("column", confusion(true % w, said % w, w), 0)]
     else:
         pairs = zip(("row offset", "column offset"), offsets(true, model.grid), offsets(said, model.grid), (h, w))
-        tables = [(f"{name} (+{k - 1})", confusion(t, s, 2 * k - 1)) for name, t, s, k in pairs]
+        tables = [(name, confusion(t, s, 2 * k - 1), 1 - k) for name, t, s, k in pairs]
     kind = "apl" if absolute else "rpl"
     level = model.pos_head.chance(ids.shape[1])
     title = (f"{'absolute' if absolute else 'relative'} labels of {len(true)} images, {ids.shape[1]} of {h * w} patches "

@@ -119,6 +119,16 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
     assert own.keys() - state["model"].keys() == {k for k in own if k.startswith("pos_head.")}
 
 
+def test_an_unknown_target_stays_unknown(tmp_path, capsys):
+    mae = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
+    torch.save({"model": mae.state_dict()}, tmp_path / "a.pth")  # MAE's released files have weights alone
+    checkpoints.import_file(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
+    assert "norm_pix_loss" not in checkpoint.load(str(tmp_path / "b.pth"))["args"]
+    assert "target not stored" in capsys.readouterr().out
+    checkpoints.export(str(tmp_path / "b.pth"), str(tmp_path / "hf"), "hf")
+    assert "does not say whether its target was normalised" in capsys.readouterr().out
+
+
 def test_what_transformers_writes_itself_comes_in(tmp_path):
     config = transformers.ViTMAEConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=24, patch_size=8,

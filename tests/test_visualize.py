@@ -50,8 +50,8 @@ def test_positions_are_those_of_the_head(constant_answer, monkeypatch):
     visualize.positions(file, "", n=3, measure=40, mask_ratio=None)
     assert seen["images"].shape == (3, 32, 32, 3) and seen["true"].shape == (3, 8), "half of 16 patches, as in training"
     assert (seen["said"] == 5).all() and seen["cells"][1, 1] == 1 and np.nansum(seen["cells"]) == 1
-    for (_, table), right in zip(seen["tables"], (1, 1)):  # cell 5 is row 1, column 1
-        assert (table[:, right] == 1).all() and table.sum() == 4
+    for (_, table, first), right in zip(seen["tables"], (1, 1)):  # cell 5 is row 1, column 1
+        assert (table[:, right] == 1).all() and table.sum() == 4 and first == 0
     assert "absolute labels of 40 images, 8 of 16 patches visible: " in seen["title"] and "chance 6.2 %" in seen["title"]
 
 
@@ -65,7 +65,7 @@ def test_relative_positions(tmp_path, monkeypatch):
         weight.bias[(2 - 1) * 5 + 2] = 1.0  # no offset: row 0, column 0
     visualize.positions(saved(tmp_path / "r.pth", model, input_size=[16, 24], mask_ratio=0.0), "", 2, 10, None)
     assert seen[1].shape == (2, 0) and (seen[3] == 1 / 6).all(), "right for the pair of a patch with itself"
-    assert [table.shape for _, table in seen[4]] == [(3, 3), (5, 5)]
+    assert [(table.shape, first) for _, table, first in seen[4]] == [((3, 3), -1), ((5, 5), -2)]
     assert (seen[4][0][1][:, 1] == 1).all() and (seen[4][1][1][:, 2] == 1).all()
 
 

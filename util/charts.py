@@ -80,11 +80,12 @@ def _plain(axes, title, below):
 
 
 def positions(images: np.ndarray, true: np.ndarray, said: np.ndarray, per_cell: np.ndarray,
-              confusions: list[tuple[str, np.ndarray]], grid: tuple[int, int], title: str) -> Figure:
+              confusions: list[tuple[str, np.ndarray, int]], grid: tuple[int, int], title: str) -> Figure:
     """What a label head says: an arrow on each patch to the cell that was named; accuracy per cell; confusions.
 
     images (N, H, W, 3) in [0, 1]; true and said (N, n) cells, empty (N, 0) without absolute labels; per_cell (h, w)
-    accuracies, nan where nothing was seen; confusions: (name, (k, k) with rows that add up to 1, true down, said across).
+    accuracies, nan where nothing was seen; confusions: (name, (k, k) with rows that add up to 1, true down, said across,
+    the value of the first row and column).
     """
     shown = len(images) if true.shape[1] else 0
     below = 1 + len(confusions)
@@ -97,14 +98,17 @@ def positions(images: np.ndarray, true: np.ndarray, said: np.ndarray, per_cell: 
     heat = axes[-1, 0].imshow(100 * per_cell, vmin=0, cmap="viridis")
     axes[-1, 0].set_title("accuracy per cell, %", fontsize=9)
     figure.colorbar(heat, ax=axes[-1, 0], shrink=0.8)
-    for panel, (name, table) in zip(axes[-1, 1:], confusions):
-        heat = panel.imshow(100 * table, vmin=0, cmap="viridis")
+    for panel, (name, table, first) in zip(axes[-1, 1:], confusions):
+        low, high = first - 0.5, first + len(table) - 0.5
+        heat = panel.imshow(100 * table, vmin=0, cmap="viridis", extent=(low, high, high, low))
         panel.set_title(f"{name}, % of the true one", fontsize=9)
         panel.set_xlabel("said", fontsize=8)
         panel.set_ylabel("true", fontsize=8)
         figure.colorbar(heat, ax=panel, shrink=0.8)
     for panel in axes[-1, :below]:
         panel.tick_params(labelsize=7)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in [*axes[0, shown:], *axes[-1, below:]] if shown else []:
         panel.axis("off")
     return figure
