@@ -483,7 +483,7 @@ def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
         model = stored(tmp_path / pool)["model"]
         assert model["head.2.pool.norm.running_mean"].abs().sum() > 0 and "head.0.weight" not in model
         assert not torch.equal(model["head.1.fc_visual.weight"], model["head.2.fc_visual.weight"])
-        assert checkpoint.kind_of({"model": model}) == "classifier"
+        assert checkpoint.kind_of({"model": model}) == "probe"
     for flags, message in ((["--cached", *SECOND_ORDER], "neither --knn nor --cached"), (["--so_iters", 2], "probe is linear")):
         code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, *flags, "--output_dir", tmp_path)
         assert code == 2 and message in text, text

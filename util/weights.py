@@ -119,9 +119,9 @@ def kind_of(state: dict) -> str:
         return "self-distillation"
     if any(k.startswith("decoder_") for k in keys):
         return "pretraining"
-    if "head.0.running_mean" in keys:
+    if "head.0.running_mean" in keys or any(re.match(r"head\.\d+\.", k) for k in keys):
         return "probe"
-    if any(re.fullmatch(r"head\.(1\.)?(fc\.|fc_visual\.)?weight", k) for k in keys):  # fc: of a second-order head
+    if any(re.fullmatch(r"head\.(fc\.|fc_visual\.)?weight", k) for k in keys):  # fc: of a second-order head
         return "classifier"
     if any(k.startswith(("blocks.", "patch_embed.")) for k in keys):
         return "encoder"
