@@ -1,4 +1,5 @@
 """Processes: who am I, and the few collectives that the engine needs. Everything works with one plain process too."""
+import atexit
 import os
 import re
 import signal
@@ -104,6 +105,7 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
         except td.DistError as e:
             raise RuntimeError(f"{me}: not all ranks met at {meeting} within {timeout_minutes:g} minutes; those without a line "
                                f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})") from e
+        atexit.register(shutdown)  # a rank that ends with an error would abort in the group's threads
     return where
 
 
