@@ -34,6 +34,7 @@ from util import checkpoint
 
 COMMANDS = {
     "pretraining": "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune",
+    "self-distillation": "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher",
     "classifier": "main_finetune.py --resume, with --eval to evaluate",
     "encoder": "main_finetune.py and main_linprobe.py --finetune",
     "unknown": "none of the commands here",
@@ -61,7 +62,7 @@ def timm_weights(state: dict, path: str) -> tuple[dict, dict]:
 
     Decoder and label heads stay behind; a missing positional embedding becomes zeros, which computes the same.
     """
-    weights = {k: v for k, v in state["model"].items() if not k.startswith(("decoder_", "mask_token", "pos_head."))}
+    weights = {k: v for k, v in checkpoint.encoder_weights(state).items() if not k.startswith("pos_head.")}
     args = state.get("args") or {}
     if "patch_embed.proj.weight" not in weights or not any(k.startswith("blocks.") for k in weights):
         raise ValueError(f"{path} holds no plain Vision Transformer: nothing to export to timm's")
@@ -86,8 +87,8 @@ def timm_weights(state: dict, path: str) -> tuple[dict, dict]:
 
 
 def build_encoder(args: dict, size: tuple[int, int], in_chans: int, options: dict):
-    """Our classifier with the encoder of a checkpoint's --model, whose pretraining name starts with mae_."""
-    name = args["model"].removeprefix("mae_").removesuffix("_dec512d8b")
+    """Our classifier with the encoder of a checkpoint's --model, whose pretraining name starts with mae_ or sere_."""
+    name = args["model"].removeprefix("mae_").removeprefix("sere_").removesuffix("_dec512d8b")
     return build_classifier(name, img_size=size, in_chans=in_chans, **options)
 
 

@@ -113,13 +113,22 @@ def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
 
 
 def kind_of(state: dict) -> str:
-    """What a checkpoint holds, from its keys: pretraining, classifier, encoder, or unknown."""
+    """What a checkpoint holds, from its keys: pretraining, self-distillation, classifier, encoder, or unknown."""
     keys = state["model"].keys()
+    if any(k.startswith("ibot_head.") for k in keys):
+        return "self-distillation"
     if any(k.startswith("decoder_") for k in keys):
         return "pretraining"
     if any(re.fullmatch(r"head\.(1\.)?(fc\.|fc_visual\.)?weight", k) for k in keys):  # 1: a probe; fc: of second order
         return "classifier"
     return "encoder" if any(k.startswith(("blocks.", "patch_embed.")) for k in keys) else "unknown"
+
+
+def encoder_weights(state: dict) -> dict:
+    """The weights of a pretrained encoder in a checkpoint: of self-distillation the teacher's, which is what its authors
+    evaluate; pixel decoder, prototypes, relation heads and mask token stay behind."""
+    weights = state["teacher"] if kind_of(state) == "self-distillation" and "teacher" in state else state["model"]
+    return {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "ibot_head.", "sr_"))}
 
 
 def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init: str) -> str:
@@ -138,8 +147,8 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
         raise ValueError(f"{path} holds no Vision Transformer in MAE's names; it has "
                          + ", ".join(list(state["model"])[:5]))
     own = model.state_dict()
-    found = {k: v for k, v in state["model"].items() if not k.startswith(("decoder_", "mask_token", "sr_"))}
-    notes = []
+    found = encoder_weights(state)
+    notes = ["the teacher's weights"] if kind == "self-distillation" else []
     if "pos_embed" in own:
         if "pos_embed" in found:
             grid = _grid_of(state, found["pos_embed"].shape[1] - 1)

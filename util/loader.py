@@ -24,14 +24,14 @@ def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool)
 
 
 def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
-    """Batches with `image` normalised to float32 on the device; on CUDA the next one is copied while one is used."""
+    """Batches with uint8 views (`image`, ...) normalised to float32 on the device; on CUDA the next one is copied while one
+    is used."""
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def move(batch: dict) -> dict:
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if batch["image"].dtype == torch.uint8:  # features that were computed before pass as they are
-            batch["image"] = normalize(batch["image"], mean, std)
-        return batch
+        # Features that were computed before, boxes and masks pass as they are.
+        return {k: normalize(v, mean, std) if torch.is_tensor(v) and v.dtype == torch.uint8 else v for k, v in batch.items()}
 
     if copy_stream is None:
         for batch in loader:
