@@ -8,7 +8,6 @@ The checkpoint holds the student (`model`), the teacher and the centres; what fi
 Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
 """
 import argparse
-import os
 import sys
 
 from util.args import (
@@ -70,16 +69,15 @@ import engine
 from layers.self_distillation import copy_parameters, momentum_update
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import checkpoint, dist
-from util.datasets import build_dataset, collate, some_samples
-from util.loader import device_batches, train_loader
+from util.datasets import build_dataset
+from util.keeper import Keeper
+from util.loader import device_batches, sample_batches, train_loader
 from util.log import Log
 from util.lr_sched import cosine, effective_lr, ramp, warmup_cosine
 from util.multicrop import MultiCrop
 from util.optim import adamw, clip_each, param_groups
-from util.spectrum import effective_rank
+from util.spectrum import RANK_IMAGES, log_ranks
 from util.transforms import eval_transform
-
-RANK_IMAGES = 512  # of which the effective rank is computed at the end of an epoch
 
 
 def build_model(args) -> SereStudent:
@@ -118,7 +116,7 @@ def schedules(args) -> Callable[[float], dict[str, float]]:
 
 
 def make_loss_fn(teacher: SereTeacher, centres, now: dict, weights: dict[str, float], most_masked: int):
-    """L = sum of weight * loss (SERE, Eq. 10; its weights are 1.65, 1.65, 0.2 and 0.5)."""
+    """L = sum of weight * loss (SERE's published weights: 1.65, 1.65, 0.2 and 0.5)."""
 
     def loss_fn(model, batch):
         mask = batch["mask"].flatten(0, 1)  # (B*2, L)
@@ -144,24 +142,14 @@ def chance_levels(model: SereStudent, args) -> dict[str, float]:
         {"sr_channel": math.log(model.dim)} if args.sr_channel else {})
 
 
-@torch.no_grad()
-def feature_rank(teacher: SereTeacher, batches, amp: str) -> dict[str, float]:
-    """Effective ranks of the class token and of the mean patch token."""
-    rows = []
-    for batch in batches:
-        with engine.autocast(batch["image"].device, amp):
-            tokens = teacher.forward_features(batch["image"])
-        rows.append(torch.stack([tokens[:, 0], tokens[:, teacher.num_prefix:].mean(1)]).float())
-    cls, mean = torch.cat(rows, dim=1)
-    return {"effective_rank_cls": effective_rank(cls), "effective_rank_avg": effective_rank(mean)}
-
-
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir and dist.is_main():
-        os.makedirs(args.output_dir, exist_ok=True)
+    if args.output_dir:
+        dist.make_shared_folder(args.output_dir)
+    if args.strategy == "fsdp":
+        raise ValueError("--strategy fsdp is for runs without a teacher, which averages whole parameters: leave it out")
 
     # Model, teacher, losses
     torch.manual_seed(args.seed)  # the same initial weights on every rank
@@ -201,7 +189,9 @@ def main(args) -> int:
     if resume is None:
         dist.say("starting from scratch")
     log = Log(args.output_dir, args.log_dir or args.output_dir, args.print_freq, chance_levels(model, args))
-    keeper = checkpoint.Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def before_update(done: float) -> None:
         now.update(schedule(done))
@@ -218,13 +208,9 @@ def main(args) -> int:
     def after_epoch(epoch: int, state) -> dict[str, float]:
         if not dist.is_main():
             return {}
-        samples = some_samples(shown, RANK_IMAGES)
-        batches = [collate(samples[i:i + args.batch_size]) for i in range(0, len(samples), args.batch_size)]
-        ranks = feature_rank(teacher, device_batches(batches, device, mean, std), amp)
-        dist.say("* effective rank " + "  ".join(f"{k.removeprefix('effective_rank_')} {v:.1f}" for k, v in ranks.items())
-                 + f" of {min(len(samples), model.dim)}")
-        log.scalars({f"perf/{k}": v for k, v in ranks.items()}, epoch)
-        return ranks
+        batches = device_batches(sample_batches(shown, RANK_IMAGES, args.batch_size), device, mean, std)
+        with engine.autocast(device, amp):
+            return {f"test_{k}": v for k, v in log_ranks(teacher, batches, log, epoch).items()}
 
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,

@@ -98,7 +98,7 @@ class SereStudent(ViTBackbone):
         return losses
 
     def spatial(self, tokens: Tensor, local_tokens: Tensor | None, boxes: Tensor, teacher: Tensor) -> Tensor:
-        """Spatial relations (SERE Sec. 3.1): every global crop against the other one, every local crop against both.
+        """Spatial relations: every global crop against the other one, every local crop against both.
 
         Patch tokens before the final norm (B*G, L, C) and (B*(V-G), n, C); teacher (B*G, L, C).
         """
@@ -122,7 +122,7 @@ class SereStudent(ViTBackbone):
         return valid_mean(torch.cat(losses), torch.cat(shares) > MIN_OVERLAP)
 
     def channel(self, tokens: Tensor, local_tokens: Tensor | None, teacher: Tensor) -> Tensor:
-        """Channel relations (SERE Sec. 3.2) of the same pairs; these are (C, C) for any crop and need no alignment."""
+        """Channel relations of the same pairs; these are (C, C) for any crop and need no alignment."""
         relations = channel_relation(self.sr_channel(tokens)).unflatten(0, (-1, 2))  # (B, G, C, C)
         if local_tokens is not None:
             small = channel_relation(self.sr_channel_local(local_tokens)).unflatten(0, (len(relations), -1))

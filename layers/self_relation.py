@@ -1,4 +1,4 @@
-"""Self-relations of token features (SERE, Li et al. 2022, arXiv 2206.05184, Sec. 3): what a student learns from a teacher.
+"""Self-relations of token features (SERE, Li et al. 2022, arXiv 2206.05184): what a student learns from a teacher.
 
 A token map has two relations with itself: spatial, the similarities of all positions, and channel, those of all
 channels. Both become distributions by a softmax over each row, and the student's are fitted to the teacher's.
@@ -44,7 +44,7 @@ class TokenNorm(nn.Module):
 
 
 class RelationHead(nn.Module):
-    """Tokens (B, N, C) -> what relations are formed of (Sec. 3.3): norm and ReLU; on the student then a predictor,
+    """Tokens (B, N, C) -> what relations are formed of: norm and ReLU; on the student then a predictor,
     which is a linear map, norm and ReLU. Names agree, so that a teacher's head averages a student's."""
 
     def __init__(self, dim: int, predictor: bool):

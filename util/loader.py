@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from util import dist
-from util.datasets import EpochSampler, EvalSampler, build_loader
+from util.datasets import EpochSampler, EvalSampler, build_loader, collate, some_samples
 from util.transforms import normalize
 
 
@@ -21,6 +21,12 @@ def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool)
     """This rank's share of all samples, each once over all ranks."""
     sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size()) if dataset.exact_resume else None
     return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:
+    """Up to n samples of a data set, spread over it and the same at every call, in batches."""
+    samples = some_samples(dataset, n)
+    return [collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
 
 def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
