@@ -62,23 +62,25 @@ class ViTBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
-        self.patch_embed.check(x)
-        return self.norm(self.forward_tokens(x))
-
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid (h, w) of patches of an image of (H, W)."""
-        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+        return self.norm(self.forward_blocks(self.patch_embed(x), self.grid))
 
     def forward_tokens(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Images of any size that patches divide -> all tokens before the final norm (B, num_prefix + L, C).
 
-        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. A positional embedding is resized to
-        the image's grid.
+        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch embedding.
         """
         grid = self.grid_of(x.shape[-2:])
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)
         if mask is not None:
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
+        return self.forward_blocks(x, grid)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid (h, w) of patches of an image of (H, W)."""
+        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+
+    def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Embedded patches (B, L, C) of a grid, to which a positional embedding is resized -> (B, num_prefix + L, C)."""
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
