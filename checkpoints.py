@@ -91,7 +91,8 @@ def describe(path: str) -> str:
 def origin(state: dict, kind: str, folder: bool) -> str:
     """Whose file it is, and the target of a pretraining file, where they can be told."""
     args = state.get("args") or {}
-    ours = "pos_label" in args or any(k.startswith("pos_head.") for k in state["model"])
+    # --pos_embed is a flag of all mains here, and of none of MAE's.
+    ours = "pos_embed" in args or any(k.startswith("pos_head.") for k in state["model"])
     target = {True: ", norm-pix target", False: ", pixel target"}.get(args.get("norm_pix_loss"), ", target not stored")
     whose = ("this toolkit's" if ours else "Hugging Face's" if folder
              else "facebookresearch/mae's" if args or kind == "pretraining" else "names of MAE and timm")

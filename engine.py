@@ -91,8 +91,8 @@ def seed_step(seed: int, micro_step: int) -> None:
     np.random.seed(int(value[1] & np.uint64(0xFFFFFFFF)))
 
 
-def apply_gradients(state: TrainState, clip_grad: float | None) -> Tensor:
-    """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device."""
+def apply_gradients(state: TrainState, clip_grad: float | None, before_step: Callable[[], None] | None = None) -> Tensor:
+    """Unscale, clip, `before_step`, step, clear. Returns the gradient norm before clipping, on the device."""
     state.scaler.unscale_(state.optimizer)
     params = [p for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
     if clip_grad:
@@ -103,6 +103,8 @@ def apply_gradients(state: TrainState, clip_grad: float | None) -> Tensor:
         norm = norm.full_tensor()
     if state.scaler.is_enabled():
         norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is no accident in float16: the scaler skips the step
+    if before_step is not None:
+        before_step()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -131,6 +133,8 @@ class Run:
     clip_grad: float | None
     amp: str
     after_step: Callable[[int], None] | None
+    before_update: Callable[[float], None] | None
+    before_step: Callable[[], None] | None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -191,7 +195,7 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
         for name, value in ({"loss": loss} | terms).items():
             value = value.detach() / window
             sums[name] = sums[name] + value if name in sums else value
-    sums["grad_norm"] = apply_gradients(state, run.clip_grad)
+    sums["grad_norm"] = apply_gradients(state, run.clip_grad, run.before_step)
     if run.after_step is not None:
         run.after_step(state.step)
     state.step += 1
@@ -213,8 +217,11 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     run.wrapped.train()
     stream = device_batches(run.loader, run.device, run.mean, run.std)
     for u in range(first, updates):
-        lr = run.lr_at(epoch + u * run.accum_iter / run.batches_per_epoch)
+        done = epoch + u * run.accum_iter / run.batches_per_epoch
+        lr = run.lr_at(done)
         set_lr(state.optimizer, lr)
+        if run.before_update is not None:
+            run.before_update(done)
         window = min(run.accum_iter, run.batches_per_epoch - u * run.accum_iter)  # an epoch's last may be shorter
         try:
             metrics, waited = train_one_update(run, state, stream, window)
@@ -261,14 +268,17 @@ def fit(
     max_bad_images: float = 0.01,
     after_step: Callable[[int], None] | None = None,
     after_epoch: Callable[[int, TrainState], dict[str, float]] | None = None,
+    before_update: Callable[[float], None] | None = None,
+    before_step: Callable[[], None] | None = None,
     extras: dict[str, nn.Module] | None = None,
     dry_run: bool = False,
 ) -> bool:
     """Train `model` for `epochs`, from the start or from a checkpoint, `resume` = (path, loaded dictionary).
 
-    `lr_at(epochs done, fractional) -> learning rate`. `after_step(step)` runs after each update; `after_epoch(epoch,
-    state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside the model. With
-    `dry_run` a few steps are measured, the plan of the whole run is printed, and nothing is written.
+    `lr_at(epochs done, fractional) -> learning rate`. `before_update(epochs done)` runs before each update, which is where
+    other schedules are set; `before_step()` when its gradients are complete and clipped; `after_step(step)` after it.
+    `after_epoch(epoch, state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside
+    the model. With `dry_run` a few steps are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
     NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
     """
@@ -276,7 +286,7 @@ def fit(
     run = Run(
         _wrap(model, device, compile_model, sharded), sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
         dist.StopSignal(), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {}, seed, accum_iter,
-        clip_grad, amp, after_step,
+        clip_grad, amp, after_step, before_update, before_step,
     )
     updates = run.updates_per_epoch
     if accum_iter > run.batches_per_epoch:

@@ -70,6 +70,7 @@ from util.loader import eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
 from util.plan import write_record
+from util.spectrum import RANK_IMAGES, effective_rank
 from util.transforms import eval_transform, pretrain_transform
 
 
@@ -204,8 +205,10 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
         right = knn_accuracy(queries, own_labels, known, bank_labels, classes)
         counts = dist.sum_over_ranks(torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])).tolist()
         out |= {f"knn{k}_{pool}": 100 * n / counts[-1] for k, n in zip(right, counts)}
+        out[f"effective_rank_{pool}"] = effective_rank(known[:RANK_IMAGES])
         dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
-                 + f"  ({len(bank)} training and {counts[-1]} validation images)")
+                 + f"  ({len(bank)} training and {counts[-1]} validation images; effective rank "
+                 f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]})")
     return out
 
 

@@ -14,6 +14,7 @@ from util.args import (
     add_optim_flags,
     add_position_flags,
     add_run_flags,
+    add_self_relation_flags,
     channel_stats,
     pair,
     parse,
@@ -29,6 +30,9 @@ def get_args_parser() -> Parser:
     g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
     g.add_argument("--norm_pix_loss", action="store_true", help="normalise the target by each patch's mean and variance")
     add_position_flags(p, pos_embed="none", pos_label="apl")
+    add_self_relation_flags(p, spatial=0.0, channel=0.0)
+    p.add_argument("--sr_views", default="same", choices=["same", "two"],
+                   help="the teacher sees the whole image of which the student sees a part, or another crop")
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="area of the random crop, as a share of the image")
@@ -49,15 +53,18 @@ if __name__ == "__main__":
 import torch
 
 import engine
-from models_mae_pl import MODELS, MaskedAutoencoderViT, random_masking, sample_noise
+from layers.self_distillation import copy_parameters, momentum_update
+from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import checkpoint, dist, fsdp
 from util.datasets import build_dataset, collate, some_samples
 from util.keeper import Keeper
-from util.loader import device_batches, eval_loader, train_loader
+from util.loader import device_batches, eval_loader, sample_batches, train_loader
 from util.log import Log
-from util.lr_sched import effective_lr, warmup_cosine
+from util.lr_sched import cosine, effective_lr, warmup_cosine
+from util.multicrop import TwoViews
 from util.optim import adamw, param_groups
 from util.pictures import reconstruction_panel, save_png, unnormalize_patches
+from util.spectrum import RANK_IMAGES, log_ranks
 from util.transforms import eval_transform, pretrain_transform, unnormalize
 
 
@@ -67,23 +74,43 @@ def build_model(args) -> MaskedAutoencoderViT:
     patch = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
     return MODELS[args.model](
         img_size=pair(args.input_size, "--input_size"), in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss,
-        pos_embed=args.pos_embed, pos_label=args.pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs, **patch,
+        pos_embed=args.pos_embed, pos_label=args.pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
+        sr_spatial=args.sr_spatial > 0, sr_channel=args.sr_channel > 0, sr_temp_spatial=args.sr_temp_spatial,
+        sr_temp_channel=args.sr_temp_channel, **patch,
     )
 
 
-def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float):
-    """L = pixel + pos_weight * position (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6)."""
+def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float, teacher=None, relation_weights=None):
+    """L = pixel + pos_weight * position (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6).
+
+    With a teacher also relation_weights[name] * losses[name] for `sr_spatial` and `sr_channel` (SERE).
+    """
 
     def loss_fn(model, batch):
         # The mask is the sample's own, as its crop is: the same on any number of ranks, workers and resumes.
         ids_keep = random_masking(sample_noise(batch["key"], num_patches), mask_ratio)
-        losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False)
+        targets = {}
+        if teacher is not None and "second" in batch:
+            targets = {"relation_targets": teacher(batch["second"]) | {"boxes": batch["boxes"]}}
+        elif teacher is not None:
+            targets = {"relation_targets": teacher(batch["image"])}
+        losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False, **targets)
         loss = losses["pixel"]
         if "position" in losses:
             loss = loss + pos_weight * losses["position"]
+        if teacher is not None:
+            loss = loss + sum(relation_weights[name] * losses[name] for name in relation_weights)
         return loss, losses
 
     return loss_fn
+
+
+def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum: float, epochs: int) -> dict:
+    """What `engine.fit` needs to keep a teacher: its average moves after each update, ever slower."""
+    now = {}
+    return dict(
+        before_update=lambda done: now.update(momentum=cosine(done, start=momentum, end=1.0, total=epochs)),
+        after_step=lambda step: momentum_update(teacher, model, now["momentum"]), extras={"teacher": teacher})
 
 
 @torch.no_grad()
@@ -106,6 +133,24 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     )
 
 
+def build_data(args, size, device, two_views: bool):
+    """Training loader, and validation loader or None."""
+    data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
+    augment = TwoViews(size, tuple(args.crop_scale), args.hflip)
+    if not two_views:
+        augment = pretrain_transform(size, tuple(args.crop_scale), args.hflip, dct_scaling=args.dct_scaling)
+    train = build_dataset(args.data_path, "train", augment, **data)
+    dist.say(train.summary())
+    loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
+                          pin_memory=args.pin_mem and device.type == "cuda")
+    try:
+        val = build_dataset(args.data_path, "val", eval_transform(size), evaluation=True, **data)
+    except ValueError:
+        dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
+        return loader, None
+    return loader, eval_loader(val, batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
+
+
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
@@ -114,27 +159,23 @@ def main(args) -> int:
         dist.make_shared_folder(args.output_dir)
 
     # Data
-    crop = pretrain_transform(size, tuple(args.crop_scale), args.hflip, dct_scaling=args.dct_scaling)
-    train = build_dataset(args.data_path, "train", crop, in_chans=args.in_chans, seed=args.seed, labels=False)
-    dist.say(train.summary())
-    loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
-                          pin_memory=args.pin_mem and device.type == "cuda")
-    val_loader = None
-    try:
-        val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed,
-                            labels=False, evaluation=True)
-        val_loader = eval_loader(val, batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
-    except ValueError:
-        dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
+    relations = {name: w for name, w in (("sr_spatial", args.sr_spatial), ("sr_channel", args.sr_channel)) if w > 0}
+    loader, val_loader = build_data(args, size, device, two_views=bool(relations) and args.sr_views == "two")
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args).to(device)
     if args.strategy == "fsdp":
+        if relations:
+            raise ValueError("--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
+                             "parameters; leave it out")
         fsdp.shard(model, device, amp)
     L = model.patch_embed.num_patches
     chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
-    loss_fn = make_loss_fn(L, args.mask_ratio, args.pos_weight)
+    teacher = copy_parameters(RelationTeacher(model).to(device), model) if relations else None
+    loss_fn = make_loss_fn(L, args.mask_ratio, args.pos_weight, teacher, relations)
+    # Relations are normalised by the batch of all ranks, and ranks may have unequal shares of the validation images.
+    eval_loss_fn = loss_fn if teacher is None else make_loss_fn(L, args.mask_ratio, args.pos_weight)
 
     # Optimizer
     batch = args.batch_size * args.accum_iter * dist.world_size()
@@ -149,6 +190,8 @@ def main(args) -> int:
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None and args.init_from:
         checkpoint.load_strict(model, checkpoint.load(args.init_from), args.init_from)
+        if teacher is not None:
+            copy_parameters(teacher, model)
         dist.say(f"weights from {args.init_from}, fresh schedule")
     elif resume is None:
         dist.say("starting from scratch")
@@ -157,19 +200,24 @@ def main(args) -> int:
     keeper = None
     if args.output_dir:
         keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
-    shown = some_samples((val_loader or loader).dataset, 4)
+    shown_set = (val_loader or loader).dataset
+    shown = some_samples(shown_set, 4)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):
             return {}
         with fsdp.gathered(model) as whole:
             stats = evaluate(whole) if val_loader is not None else {}
+            if teacher is not None:
+                batches = device_batches(sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, mean, std)
+                with engine.autocast(device, amp):
+                    stats |= log_ranks(whole, batches, log, epoch)
             if dist.is_main() and args.output_dir:
                 show(whole, epoch)
         return {f"test_{k}": v for k, v in stats.items()}
 
     def evaluate(whole) -> dict[str, float]:
-        stats = engine.evaluate(whole, loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
+        stats = engine.evaluate(whole, eval_loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
         images = stats.pop("images")
         dist.say(f"* {images} val images  " + "  ".join(
             f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
@@ -188,6 +236,7 @@ def main(args) -> int:
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
         compile_model=args.compile, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
+        **(follow_model(teacher, model, args.ema_momentum, args.epochs) if teacher is not None else {}),
     )
     dist.shutdown()
     return 0 if finished else 75

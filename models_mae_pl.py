@@ -2,16 +2,19 @@
 
 The encoder has no positional embedding unless asked: its visible tokens go to the pixel decoder and to a classifier
 over the patch positions (positional labels, Zhang et al. 2023, Sec. 3.3). ``pos_embed="sincos", pos_label="none"`` is
-the plain MAE.
+the plain MAE. With `sr_spatial` or `sr_channel` the visible tokens learn their self-relations (SERE, Li et al. 2022) from a
+moving average of the encoder that sees the whole image.
 
 Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*pw*in_chans pixel values of a patch.
 """
+import math
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from layers.positional import PositionalHead
+from layers.self_relation import RelationHead, cells_elsewhere, channel_loss, sample_tokens, spatial_loss, valid_mean
 from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, unpatchify
 from layers.vit import ViTBackbone
 from util.pos_embed import sincos_2d
@@ -70,6 +73,10 @@ class MaskedAutoencoderViT(ViTBackbone):
         pos_label: str = "apl",
         pos_tokens: str = "half",
         rpl_pairs: int = 0,
+        sr_spatial: bool = False,
+        sr_channel: bool = False,
+        sr_temp_spatial: float = 0.5,
+        sr_temp_channel: float = 0.1,
     ):
         super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, pos_embed)
         L = self.patch_embed.num_patches
@@ -91,6 +98,9 @@ class MaskedAutoencoderViT(ViTBackbone):
         self.pos_head = None
         if pos_label != "none":
             self.pos_head = PositionalHead(dim, self.grid, pos_label, pos_tokens, rpl_pairs)
+        self.num_heads, self.temp_spatial, self.temp_channel = num_heads, sr_temp_spatial, sr_temp_channel
+        self.sr_spatial = RelationHead(dim, predictor=True) if sr_spatial else None
+        self.sr_channel = RelationHead(dim, predictor=True) if sr_channel else None
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, L, P)."""
@@ -106,9 +116,10 @@ class MaskedAutoencoderViT(ViTBackbone):
         Masked patches are never computed: the embedding sees what the encoder sees.
         """
         self.patch_embed.check(imgs)
-        return self._encode(self.patchify(imgs), ids_keep)
+        return self.norm(self._encode(self.patchify(imgs), ids_keep))
 
     def _encode(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        """All patches (B, L, P) -> tokens of the visible ones before the final norm (B, 1+n, C)."""
         x = self.patch_embed.embed_patches(gather_tokens(patches, ids_keep))  # (B, n, C)
         cls = self.cls_token
         if self.pos_embed is not None:
@@ -117,7 +128,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1+n, C)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Tokens (B, 1+n, C), visible cells (B, n), masked cells (B, L-n) -> decoded tokens (B, L, D).
@@ -144,14 +155,37 @@ class MaskedAutoencoderViT(ViTBackbone):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) / (var + 1.0e-6) ** 0.5
 
+    def relation_losses(self, tokens: Tensor, ids_keep: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Self-relations of the visible patch tokens (B, n, C), before the final norm, against `RelationTeacher`'s.
+
+        The teacher's tokens are taken at the visible cells: of the same image by their number, of another crop of it, for
+        which `targets` has the `boxes` of both, by their place, and cells outside of that crop do not count.
+        """
+        losses = {}
+        if self.sr_channel is not None:
+            losses["sr_channel"] = channel_loss(self.sr_channel(tokens), targets["channel"], self.temp_channel).mean()
+        if self.sr_spatial is not None:
+            own, theirs = self.sr_spatial(tokens), targets["spatial"]
+            if "boxes" in targets:
+                points, inside = cells_elsewhere(ids_keep, self.grid, *targets["boxes"].unbind(1))
+                theirs = sample_tokens(theirs, self.grid, points)
+                spatial = spatial_loss(own, theirs, self.num_heads, self.temp_spatial, inside)
+                losses["sr_spatial"] = valid_mean(spatial, inside.sum(1) > 1)  # one cell alone has no relations
+            else:
+                theirs = gather_tokens(theirs, ids_keep)
+                losses["sr_spatial"] = spatial_loss(own, theirs, self.num_heads, self.temp_spatial).mean()
+        return losses
+
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, ids_keep: Tensor | None = None, want_pred: bool = True
+        self, imgs: Tensor, mask_ratio: float = 0.75, ids_keep: Tensor | None = None, want_pred: bool = True,
+        relation_targets: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """Images (B, in_chans, H, W) -> losses, pred (B, L, P), mask (B, L) with 1 = removed: MAE's triple.
 
         losses: `pixel` (mean squared error over removed patches), and with labels `position`, `position_acc`, ...
         `ids_keep` (B, n) are the visible cells, random ones at `mask_ratio` if not given. Without `want_pred` only
-        removed patches are predicted and pred is None, which is all that training needs.
+        removed patches are predicted and pred is None, which is all that training needs. `relation_targets` add
+        `sr_spatial` and `sr_channel`, see `relation_losses`.
         """
         self.patch_embed.check(imgs)
         patches = self.patchify(imgs)  # (B, L, P)
@@ -162,7 +196,8 @@ class MaskedAutoencoderViT(ViTBackbone):
         mask = torch.ones(B, L, device=imgs.device).scatter_(1, ids_keep, 0.0)
         ids_masked = mask.argsort(dim=1, descending=True, stable=True)[:, : L - n]  # (B, L-n)
 
-        latent = self._encode(patches, ids_keep)  # (B, 1+n, C)
+        tokens = self._encode(patches, ids_keep)
+        latent = self.norm(tokens)  # (B, 1+n, C)
         decoded = self.forward_decoder(latent, ids_keep, ids_masked)  # (B, L, D), visible first
 
         pred_masked = self.decoder_pred(decoded[:, n:])  # (B, L-n, P)
@@ -171,6 +206,8 @@ class MaskedAutoencoderViT(ViTBackbone):
         losses = {"pixel": error.square().mean() if n < L else pred_masked.float().sum()}
         if self.pos_head is not None:
             losses |= self.pos_head(latent[:, 1:], ids_keep)
+        if relation_targets is not None:
+            losses |= self.relation_losses(tokens[:, 1:], ids_keep, relation_targets)
         if not want_pred:
             return losses, None, mask
         pred = torch.cat([self.decoder_pred(decoded[:, :n]), pred_masked], dim=1)  # (B, L, P), visible first
@@ -178,12 +215,33 @@ class MaskedAutoencoderViT(ViTBackbone):
         return losses, gather_tokens(pred, back), mask
 
     def chance(self, mask_ratio: float) -> dict[str, float]:
-        """Loss and accuracy of guessing positions, by the names in `forward`'s losses; empty without labels."""
+        """Loss and accuracy of guessing positions, and the loss of uniform relations of all visible cells, by the names in
+        `forward`'s losses; empty without labels and relations."""
         n = num_visible(self.patch_embed.num_patches, mask_ratio)
-        return self.pos_head.chance(n) if self.pos_head is not None else {}
+        levels = {"sr_spatial": math.log(n)} if self.sr_spatial is not None else {}
+        levels |= {"sr_channel": math.log(self.dim)} if self.sr_channel is not None else {}
+        return levels | (self.pos_head.chance(n) if self.pos_head is not None else {})
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"decoder_pos_embed", "mask_token"}
+
+
+class RelationTeacher(ViTBackbone):
+    """The part of a `MaskedAutoencoderViT` whose moving average teaches self-relations: encoder and relation heads."""
+
+    def __init__(self, model: MaskedAutoencoderViT):
+        block = model.blocks[0]
+        super().__init__(model.img_size, model.patch_size, model.in_chans, model.dim, len(model.blocks), model.num_heads,
+                         block.mlp.fc1.out_features / model.dim, model.pos_embed_kind)
+        self.sr_spatial = RelationHead(model.dim, predictor=False) if model.sr_spatial is not None else None
+        self.sr_channel = RelationHead(model.dim, predictor=False) if model.sr_channel is not None else None
+
+    @torch.no_grad()
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        """Whole images -> tokens (B, L, C) of which `spatial` and `channel` relations are formed."""
+        tokens = self.forward_tokens(imgs)[:, 1:]
+        heads = {"spatial": self.sr_spatial, "channel": self.sr_channel}
+        return {name: head(tokens) for name, head in heads.items() if head is not None}
 
 
 # Width, depth and heads of the encoder, then of the decoder. Base, large and huge are MAE's. Small patches are for

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from layers.conv_embed import ConvTokenEmbed
 from layers.transformer import Block, PatchEmbed, init_linear_and_norm
-from util.pos_embed import sincos_2d
+from util.pos_embed import resize_pos_embed, sincos_2d
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
@@ -62,14 +62,32 @@ class ViTBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
-        x = self.patch_embed(x)  # (B, L, C)
+        return self.norm(self.forward_blocks(self.patch_embed(x), self.grid))
+
+    def forward_tokens(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """Images of any size that patches divide -> all tokens before the final norm (B, num_prefix + L, C).
+
+        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch embedding.
+        """
+        grid = self.grid_of(x.shape[-2:])
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)
+        if mask is not None:
+            x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
+        return self.forward_blocks(x, grid)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid (h, w) of patches of an image of (H, W)."""
+        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+
+    def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Embedded patches (B, L, C) of a grid, to which a positional embedding is resized -> (B, num_prefix + L, C)."""
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
+            x = x + resize_pos_embed(self.pos_embed, self.grid, grid)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed (beside all one-dimensional ones)."""

@@ -13,6 +13,7 @@ TINY = [sys.executable, "-u", str(ROOT / "tests" / "tiny.py")]
 COMMON = ["--input_size", "32", "--warmup_epochs", "1", "--lr", "1e-2", "--print_freq", "1", "--device", "cpu",
           "--save_every_epochs", "1", "--keep", "1", "--num_workers", "0"]
 PRETRAIN = ["main_pretrain", "--model", "mae_test", "--picture_epochs", "1000", *COMMON]
+SERE = ["main_sere", "--model", "sere_test", "--local_size", "16", "--local_crops_number", "2", "--out_dim", "32", *COMMON]
 FINETUNE = ["main_finetune", "--model", "vit_test", *COMMON]
 
 

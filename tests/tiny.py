@@ -16,6 +16,7 @@ import torch
 
 import models
 import models_mae_pl
+import models_sere
 from models_vit import VisionTransformer
 from util import dist
 from util.args import parse, run
@@ -31,7 +32,12 @@ def vit_test(**kwargs):
     return VisionTransformer(**ENCODER | kwargs)
 
 
+def sere_test(**kwargs):
+    return models_sere.SereStudent(**ENCODER | dict(head_hidden=64) | kwargs)
+
+
 models_mae_pl.MODELS["mae_test"] = mae_test
+models_sere.MODELS["sere_test"] = sere_test
 models.MODELS["vit_test"] = vit_test
 
 

@@ -81,7 +81,8 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
 
 
 def add_optim_flags(p: argparse.ArgumentParser, *, batch_size: int, epochs: int, blr: float, min_lr: float,
-                    weight_decay: float, warmup_epochs: int) -> None:
+                    weight_decay: float, warmup_epochs: int, clip_grad: float | None = None,
+                    clip_help: str = "largest gradient norm; none by default") -> None:
     g = p.add_argument_group("optimisation")
     g.add_argument("--batch_size", default=batch_size, type=int, help="images per rank and micro-step")
     g.add_argument("--epochs", default=epochs, type=int)
@@ -92,7 +93,7 @@ def add_optim_flags(p: argparse.ArgumentParser, *, batch_size: int, epochs: int,
                    help="base learning rate: lr = blr * batch_size * accum_iter * ranks / 256")
     g.add_argument("--min_lr", default=min_lr, type=float, help="where the cosine ends")
     g.add_argument("--warmup_epochs", default=warmup_epochs, type=float)
-    g.add_argument("--clip_grad", default=None, type=float, help="largest gradient norm; none by default")
+    g.add_argument("--clip_grad", default=clip_grad, type=float, help=clip_help)
 
 
 def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
@@ -169,6 +170,15 @@ def head_options(model: str, flags: dict) -> dict:
     elif model.startswith("so_vit_"):
         options["second_order"] = None
     return options
+
+
+def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, channel: float) -> None:
+    g = p.add_argument_group("self-relation (SERE) and its momentum teacher")
+    g.add_argument("--sr_spatial", default=spatial, type=float, metavar="W", help="weight of the spatial relations; 0 is off")
+    g.add_argument("--sr_channel", default=channel, type=float, metavar="W", help="weight of the channel relations; 0 is off")
+    g.add_argument("--sr_temp_spatial", default=0.5, type=float, help="teacher's temperature for spatial relations")
+    g.add_argument("--sr_temp_channel", default=0.1, type=float, help="teacher's temperature for channel relations")
+    g.add_argument("--ema_momentum", default=0.996, type=float, help="where the teacher's momentum starts; it ends at 1")
 
 
 def add_run_flags(p: argparse.ArgumentParser) -> None:

@@ -62,6 +62,11 @@ def _seeded(key):
             np.random.set_bit_generator(saved[2])
 
 
+def views(image) -> dict:
+    """What a transform gave, by name: one image, or a dictionary of several views of it."""
+    return image if isinstance(image, dict) else dict(image=image)
+
+
 class ImageDataset(Dataset):
     """Samples by `(epoch, i)`, or by `i` for epoch 0, from an `ImageIndex`.
 
@@ -110,7 +115,7 @@ class ImageDataset(Dataset):
         if image is None:
             with _seeded(key):
                 image = self.transform(whole)
-        return dict(image=image, label=label, index=i, key=key, bad=bad)
+        return views(image) | dict(label=label, index=i, key=key, bad=bad)
 
 
 class TimmDataset(Dataset):
@@ -135,7 +140,7 @@ class TimmDataset(Dataset):
     def _sample(self, image, label, index, key):
         with _seeded(key):
             image = self.transform(pil_to_tensor(image.convert(self.mode)))
-        return dict(image=image, label=int(label), index=index, key=key, bad=[])
+        return views(image) | dict(label=int(label), index=index, key=key, bad=[])
 
 
 class TimmIterableDataset(TimmDataset, IterableDataset):
@@ -174,8 +179,8 @@ class TensorSamples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> image uint8 (B, C, H, W), label, index and key int64 (B,), bad list[int]."""
-    batch = {k: default_collate([s[k] for s in samples]) for k in ("image", "label", "index", "key")}
+    """Samples -> image uint8 (B, C, H, W) and other views, label, index and key int64 (B,), bad list[int]."""
+    batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from util import dist
-from util.datasets import EpochSampler, EvalSampler, build_loader
+from util.datasets import EpochSampler, EvalSampler, build_loader, collate, some_samples
 from util.transforms import normalize
 
 
@@ -23,15 +23,21 @@ def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool)
     return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
 
 
+def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:
+    """Up to n samples of a data set, spread over it and the same at every call, in batches."""
+    samples = some_samples(dataset, n)
+    return [collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+
+
 def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
-    """Batches with `image` normalised to float32 on the device; on CUDA the next one is copied while one is used."""
+    """Batches with uint8 views (`image`, ...) normalised to float32 on the device; on CUDA the next one is copied while one
+    is used."""
     copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def move(batch: dict) -> dict:
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if batch["image"].dtype == torch.uint8:  # features that were computed before pass as they are
-            batch["image"] = normalize(batch["image"], mean, std)
-        return batch
+        # Features that were computed before, boxes and masks pass as they are.
+        return {k: normalize(v, mean, std) if torch.is_tensor(v) and v.dtype == torch.uint8 else v for k, v in batch.items()}
 
     if copy_stream is None:
         for batch in loader:

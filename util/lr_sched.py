@@ -15,6 +15,16 @@ def warmup_cosine(progress: float, *, lr: float, min_lr: float, warmup: float, t
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def cosine(progress: float, *, start: float, end: float, total: float) -> float:
+    """Half a cosine from `start` to `end`, which it reaches at `total`: DINO's momentum and weight decay."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress / total)))
+
+
+def ramp(progress: float, *, start: float, end: float, length: float) -> float:
+    """A straight line from `start` to `end` over `length`, then constant: DINO's teacher temperature."""
+    return start + (end - start) * min(1.0, progress / length) if length > 0 else end
+
+
 def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
     """An absolute `lr` if given, else the base rate scaled by the batch: blr * effective_batch / 256."""
     return lr if lr is not None else blr * effective_batch / 256

@@ -52,3 +52,10 @@ def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.op
     """AdamW in its fused form (one kernel over all parameters; CPU and CUDA have it), else PyTorch's default."""
     devices = {p.device.type for g in groups for p in g["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=devices <= {"cpu", "cuda"})
+
+
+def clip_each(params: list[nn.Parameter], max_norm: float) -> None:
+    """Shrink every parameter's gradient to a norm of at most `max_norm`, each by itself (DINO), without host sync."""
+    grads = [p.grad for p in params if p.grad is not None]
+    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, factors)

@@ -1,0 +1,10 @@
+"""Submit SERE pretraining to a cluster: all flags of main_sere.py, and the cluster's (see --help).
+
+    python submitit_sere.py --nodes 4 --job_dir DIR @recipes/sere_vit_small.args --data_path DATA
+"""
+import sys
+
+from util.launch import launch
+
+if __name__ == "__main__":
+    sys.exit(launch("main_sere"))
