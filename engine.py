@@ -349,6 +349,8 @@ def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
         return device_batches(run.loader, run.device, run.mean, run.std)
 
     run.wrapped.train()
+    if run.before_update is not None:
+        run.before_update(step / updates)
     measured = plan.measure(lambda stream: train_one_update(run, state, stream, run.accum_iter)[1], batches, run.device,
                             AMP[run.amp] or torch.float32, peak_memory_mb)
     if run.keeper is not None:

@@ -331,7 +331,7 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
     assert module.main(parse(module.get_args_parser(), [*map(str, probe[1:]), "--knn", "--output_dir", str(tmp_path)])) == 0
     text = capsys.readouterr().out
     assert text.count("the teacher's weights") == 3 and text.count("Acc@1") >= 2 and "effective rank" in text
-    with pytest.raises(ValueError, match="is a SERE checkpoint .student and teacher., not a full pretraining"):
+    with pytest.raises(ValueError, match=r"is a SERE checkpoint \(student and teacher\), not a full pretraining"):
         here(tmp_path / "mae", "--resume", file, main=PRETRAIN)
 
 
@@ -344,3 +344,9 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
 def test_wrong_flags_say_so(tmp_path, flags, says):
     with pytest.raises(ValueError, match=says):
         here(tmp_path, *flags, main=SERE)
+
+
+def test_a_dry_run_plans_and_leaves_nothing(tmp_path):
+    code, text = start(tmp_path / "run", *RUN, "--dry_run", main=SERE)
+    assert code == 0 and "plan (nothing is written)" in text and "GFLOP per update" in text, text
+    assert not (tmp_path / "run").exists()
