@@ -5,21 +5,19 @@ other draws of (seed, step, rank). No generator state is stored, and a run may s
 """
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from util import dist, fsdp, plan, slurm
-from util.checkpoint import load_strict
 from util.keeper import Keeper
 from util.loader import device_batches
 from util.log import BadImages, Log, NonFiniteLoss, peak_memory_mb, write_replay
 from util.lr_sched import set_lr
+from util.state import TrainState, apply_gradients, seed_step
 
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,79 +34,6 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "fp32"
-
-
-@dataclass
-class TrainState:
-    """Everything a checkpoint stores. `extras` are named objects with state_dict (a teacher, an average)."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    best: float | None = None  # the best figure that `after_epoch` noted, and the epoch that gave it
-    best_epoch: int | None = None
-    meters: dict[str, float] = field(default_factory=dict)
-    extras: dict[str, nn.Module] = field(default_factory=dict)
-
-    @property
-    def sharded(self) -> bool:
-        return fsdp.is_sharded(self.model)
-
-    def to_dict(self, epoch: int, updates: int, args: dict) -> dict:
-        """The checkpoint; all ranks must call it together where the model is sharded."""
-        return {
-            "model": fsdp.whole(self.model.state_dict()) if self.sharded else self.model.state_dict(),
-            "optimizer": fsdp.whole(self.optimizer.state_dict()) if self.sharded else self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
-            "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
-        } | {name: x.state_dict() for name, x in self.extras.items()}
-
-    def load_dict(self, saved: dict, path: str, updates: int) -> None:
-        """Continue from a checkpoint; MAE's own files and other batch sizes continue at an epoch's start."""
-        load_strict(self.model, saved, path)
-        if "optimizer" not in saved:
-            raise ValueError(f"{path} has weights only, no optimizer: start from it with --init_from, not --resume")
-        fsdp.load_optimizer(self.optimizer, saved["optimizer"])
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        for name, x in self.extras.items():
-            if name in saved:
-                x.load_state_dict(saved[name])
-        self.best, self.best_epoch = saved.get("best"), saved.get("best_epoch")
-        self.step, self.meters = (int(saved.get("epoch", -1)) + 1) * updates, {}
-        if saved.get("updates_per_epoch") == updates:
-            self.step, self.meters = saved["step"], saved.get("meters", {})
-        elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
-            dist.say("the number of steps per epoch has changed: the unfinished epoch starts again")
-
-
-def seed_step(seed: int, micro_step: int) -> None:
-    """Seed all model-side randomness (drop path, mixup, sampled pairs) for one micro-step on this rank."""
-    value = np.random.SeedSequence([seed, micro_step, dist.rank()]).generate_state(2, np.uint64)
-    torch.manual_seed(int(value[0] >> np.uint64(1)))
-    random.seed(int(value[1]))
-    np.random.seed(int(value[1] & np.uint64(0xFFFFFFFF)))
-
-
-def apply_gradients(state: TrainState, clip_grad: float | None, before_step: Callable[[], None] | None = None) -> Tensor:
-    """Unscale, clip, `before_step`, step, clear. Returns the gradient norm before clipping, on the device."""
-    state.scaler.unscale_(state.optimizer)
-    params = [p for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
-    if clip_grad:
-        norm = torch.nn.utils.clip_grad_norm_(params, clip_grad)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    if state.sharded:
-        norm = norm.full_tensor()
-    if state.scaler.is_enabled():
-        norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is no accident in float16: the scaler skips the step
-    if before_step is not None:
-        before_step()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 @dataclass(frozen=True)
@@ -283,8 +208,9 @@ def fit(
     NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
     """
     sharded = fsdp.is_sharded(model)
+    wrapped = dist.data_parallel(model, device) if dist.world_size() > 1 and not sharded else model
     run = Run(
-        _wrap(model, device, compile_model, sharded), sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
+        torch.compile(wrapped) if compile_model else wrapped, sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
         dist.StopSignal(), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {}, seed, accum_iter,
         clip_grad, amp, after_step, before_update, before_step,
     )
@@ -373,31 +299,6 @@ def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable
         if not run.sharded:
             run.save(state, epoch - 1)
         raise
-
-
-def _wrap(model: nn.Module, device: torch.device, compile_model: bool, sharded: bool) -> nn.Module:
-    wrapped = model
-    if dist.world_size() > 1 and not sharded:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        _settle_buckets(wrapped)
-    return torch.compile(wrapped) if compile_model else wrapped
-
-
-def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
-    """Have DDP arrange its gradient buckets for good, before the first step.
-
-    It does so anew after a process's first backward pass, by the order in which gradients came. From three ranks on the
-    place of a number in its bucket decides in which order the ranks' values are added, and so its last bit: the first
-    step after a resume would differ from the same step of a run that was not stopped. Two rehearsals on a loss that only
-    adds all parameters up fix the order of registration, last first, which is almost that of a backward pass.
-    """
-    model = wrapped.module
-    model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
-    for _ in range(2):
-        wrapped().backward()
-    del model.forward
-    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
