@@ -73,7 +73,7 @@ def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(tmp_path
     assert code == 0 and accuracy(evaluated) == accuracy(text)[-1:]
     code, probed = call(main_linprobe, capsys, "--model", "vit_test", *common, "--finetune", checkpoint_file, "--knn",
                         "--output_dir", tmp_path / "knn")
-    assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images)" in probed
+    assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images" in probed
 
 
 def make_pretrained(**kwargs) -> tuple[MaskedAutoencoderViT, dict]:
