@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layers.positional import PositionalHead
 from layers.self_relation import RelationHead, cells_elsewhere, channel_loss, sample_tokens, spatial_loss, valid_mean
-from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, unpatchify
+from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, run_blocks, unpatchify
 from layers.vit import ViTBackbone
 from util.pos_embed import sincos_2d
 
@@ -126,9 +126,7 @@ class MaskedAutoencoderViT(ViTBackbone):
             x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
             cls = cls + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1+n, C)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Tokens (B, 1+n, C), visible cells (B, n), masked cells (B, L-n) -> decoded tokens (B, L, D).
@@ -143,9 +141,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         order = torch.cat([ids_keep, ids_masked], dim=1)  # (B, L)
         pos = self.decoder_pos_embed
         x = x + torch.cat([pos[:, :1].expand(B, -1, -1), gather_tokens(pos[:, 1:].expand(B, -1, -1), order)], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_norm(x)[:, 1:]
+        return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.grad_checkpointing))[:, 1:]
 
     def target(self, patches: Tensor) -> Tensor:
         """What is predicted for each patch, (B, k, P): its pixels, or with `norm_pix_loss` the normalised ones."""

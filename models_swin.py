@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.classifier import Classifier
-from layers.transformer import Attention, DropPath, Mlp, PatchEmbed
+from layers.transformer import Attention, DropPath, Mlp, PatchEmbed, run_blocks
 
 
 def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -136,9 +136,10 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+        return run_blocks(self.blocks, self.downsample(x), self.grad_checkpointing)
 
 
 class NormedPatchEmbed(PatchEmbed):
@@ -218,6 +219,11 @@ class SwinTransformer(Classifier, nn.Module):
         """Images (B, in_chans, H', W') -> tokens of the last stage after the final norm, (B, H*W, C)."""
         x = self.patch_embed(x).unflatten(1, self.patch_embed.grid)  # (B, H, W, C)
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, H*W, C)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for backward and run each block again there: less memory, more time."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Nothing beside one-dimensional parameters: the positional encoding is decayed, as in the authors' code."""

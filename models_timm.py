@@ -70,6 +70,14 @@ class TimmClassifier(Classifier, nn.Module):
             )
         return self._to_tokens(self.backbone.forward_features(x))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's own; ValueError for models that have none."""
+        try:
+            self.backbone.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):  # timm has no other way to ask
+            raise ValueError(f"timm's {type(self.backbone).__name__} cannot run its blocks again in backward: leave "
+                             "--grad_checkpointing out") from None
+
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """(B, num_prefix + N, C) -> (B, F), by the model's own pooling and what follows it."""
         return self.backbone.forward_head(self._from_tokens(tokens), pre_logits=True)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.conv_embed import ConvTokenEmbed
-from layers.transformer import Block, PatchEmbed, init_linear_and_norm
+from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_blocks
 from util.pos_embed import resize_pos_embed, sincos_2d
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
@@ -19,6 +19,7 @@ class ViTBackbone(nn.Module):
     """
 
     prefix_names = ("cls_token",)  # learned tokens that go before the patches, in their order
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -85,9 +86,11 @@ class ViTBackbone(nn.Module):
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, self.grid, grid)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return run_blocks(self.blocks, x, self.grad_checkpointing)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for backward and run each block again there: less memory, more time."""
+        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed (beside all one-dimensional ones)."""
