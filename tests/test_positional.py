@@ -51,7 +51,7 @@ def naive_rpl(head, x, ids, half):
 @pytest.mark.parametrize("chunk", [10**6, 50, 7])  # everything at once; some rows; less than one row of pairs
 @pytest.mark.parametrize("visible", [False, True])
 def test_rpl_equals_naive_concatenation(tokens, chunk, visible, monkeypatch):
-    monkeypatch.setattr(positional, "PAIRS_PER_CHUNK", chunk)
+    monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     grid, B, D = (3, 4), 3, 16
     head = PositionalHead(D, grid, "rpl", tokens).double()
