@@ -1,4 +1,6 @@
-"""What every benchmark needs: interleaved timing, medians with spread, a table, and the machine that it ran on."""
+"""What every benchmark needs: interleaved timing, medians with spread, peak memory, a table, and the machine it ran on."""
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -35,6 +37,39 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmu
             variants[name]()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def clock_for(device_type: str) -> Callable[[], float]:
+    """What ratios are formed of: wall time on a GPU; CPU time of all threads on a CPU, which others may be using too."""
+    return time.process_time if device_type == "cpu" else time.perf_counter
+
+
+def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
+    """MiB that a call holds at its worst beyond what was held before it; on the CPU nan where the system is not Linux.
+
+    On the CPU that is resident memory, of the allocator and of libraries too: call once before, and read it as an
+    upper bound.
+    """
+    gc.collect()
+    if cuda:
+        import torch
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+
+    def kib(name):
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the call takes
+    reset.write_text("5")  # VmHWM starts again
+    before = kib("VmRSS:")
+    call()
+    return (kib("VmHWM:") - before) / 1024
 
 
 def spread(values: list[float]) -> dict[str, float]:
