@@ -161,7 +161,7 @@ HARMLESS = {
     "data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "finetune", "compile",
     "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "predictions", "eval",
     "dist_backend", "dist_timeout", "dist_url", "dist_on_itp", "local_rank", "world_size", "start_epoch", "max_bad_images",
-    "dry_run",
+    "dry_run", "strategy", "grad_checkpointing",
 }
 
 
