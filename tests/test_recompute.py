@@ -1,4 +1,6 @@
 """--grad_checkpointing: the same numbers, with fewer tensors kept."""
+from collections import Counter
+
 import pytest
 import torch
 
@@ -70,6 +72,20 @@ def test_gradients_are_the_same_numbers(name, amp):
         assert torch.equal(g, again[n]), n
     assert any(g.abs().max() > 0 for g in plain.values())
     assert kept_again < 0.6 * kept, f"{kept_again} of {kept} bytes"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_block_runs_again(name):
+    """Encoder's and decoder's, each once more."""
+    torch.manual_seed(0)
+    model, loss_fn = MAKERS[name]()
+    model.set_grad_checkpointing()
+    calls = Counter()
+    blocks = [n for n, m in model.named_modules() if type(m).__name__.endswith("Block")]
+    for n in blocks:
+        model.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: calls.update([n]))
+    loss_fn(torch.randn(2, 3, 32, 32)).backward()
+    assert calls == dict.fromkeys(blocks, 2) and len(blocks) >= 4
 
 
 def test_nothing_is_recomputed_without_gradients():
