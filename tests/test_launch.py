@@ -116,7 +116,9 @@ def test_status_of_nothing_says_so(tmp_path):
 
 @pytest.mark.parametrize("noted, queued, end, word", [
     ("", "PENDING", "", "pending"), ("running", "PENDING", "", "requeued"), ("running", "RUNNING", "", "running"),
-    ("running", "", "NODE_FAIL", "node_fail"), ("running", "", "CANCELLED by 0", "cancelled"),
+    ("finished", "COMPLETING", "", "finished"), ("failed", "RUNNING", "", "failed"), ("stopped", "RUNNING", "", "running"),
+    ("stopped", "PENDING", "", "requeued"), ("running", "", "NODE_FAIL", "node_fail"),
+    ("running", "", "CANCELLED by 0", "cancelled"),
     ("finished", "", "COMPLETED", "finished"), ("failed", "", "FAILED", "failed"), ("", "", "", "not submitted"),
 ])
 def test_state_of_a_run(noted, queued, end, word):

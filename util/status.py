@@ -35,6 +35,8 @@ def ended(ids: list[str]) -> dict[str, str]:
 
 def state_of(note: dict, queued: str, end: str) -> str:
     """One word for a run: its own note where it says how it ended, else SLURM's."""
+    if queued and queued != "PENDING" and note.get("state") in ("finished", "failed"):
+        return note["state"]  # SLURM is still tidying up
     if queued:
         return queued.lower() if queued != "PENDING" or not note else "requeued" if note["state"] != "finished" else "pending"
     if note.get("state") in ("finished", "failed", "stopped"):
@@ -73,9 +75,10 @@ def status(job_dir: Path) -> str:
         folder = job_dir / name
         note, line, job = read_note(str(folder)), last_line(folder), latest.get(name, "")
         job = job or note.get("job", "")
-        state = state_of(note, queued.get(job, ""), ends.get(job, ""))
+        stale = job in queued and note.get("job") != job  # of an earlier job: this one has not begun
+        state = state_of({} if stale else note, queued.get(job, ""), ends.get(job, ""))
         epoch = str(line["epoch"] + 1) if "epoch" in line else "-"
         figures = "  ".join(f"{k.removeprefix('train_')} {line[k]:.4g}" for k in SHOWN if k in line)
         rows.append([name or ".", state, epoch, figures, str(note.get("starts", 0)), job,
-                     note["error"].splitlines()[0][:160] if state == "failed" and note.get("error") else str(folder)])
+                     note["error"].splitlines()[0][:300] if state == "failed" and note.get("error") else str(folder)])
     return table(rows)
