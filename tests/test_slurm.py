@@ -193,13 +193,16 @@ def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
 def test_pretraining_and_what_follows(tmp_path):
     front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
     run = ["--model", "mae_vit_nano_patch8", *RUN[2:], "--epochs", "1", "--batch_size", "50", "--nodes", "1", "--ngpus", "1"]
-    text = call(*front, *CLUSTER, "--job_dir", tmp_path, *run, "--sweep", "pos_label=apl,none",
-                "--then", "finetune", "--epochs", "1", "--batch_size", "100", "--warmup_epochs", "0",
-                "--then", "linprobe", "--knn", "--batch_size", "100")
+    command = [*front, *CLUSTER, "--job_dir", tmp_path, *run, "--sweep", "pos_label=apl,none",
+               "--then", "finetune", "--epochs", "1", "--batch_size", "100", "--warmup_epochs", "0",
+               "--then", "linprobe", "--knn", "--batch_size", "100"]
+    text = call(*command)
     jobs = dict(re.findall(r"^(\S+): job (\S+?),? ", text, re.M))
     assert len(jobs) == 6, text
     shown = call("scontrol", "show", "job", jobs["pos_label=apl/finetune"])
     assert f"Dependency=afterok:{jobs['pos_label=apl']}" in shown or "JobState=RUNNING" in shown, shown
+    text = call(*command)
+    assert text.count("not submitted again") == 6 and not re.search(r": job \d", text), text
     for run in jobs:
         wait(f"{run} done", lambda run=run: note(tmp_path / run).get("state") == "finished", 240)
     assert "encoder from" in output(tmp_path)

@@ -43,7 +43,8 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--check", action="store_true", help="check the cluster instead: ranks, shared folder, data")
     g = p.add_argument_group("sweeps")
     g.add_argument("--sweep", default=[], nargs="+", metavar="FLAG=A,B,C",
-                   help="one run for each combination; the same command again submits what is neither done nor queued")
+                   help="one run for each combination, F+G=A+B,C+D for flags that move together; the same command again "
+                        "submits what is neither done nor queued")
     g.add_argument("--only", default=[], nargs="+", metavar="POINT", help="of the sweep, these points only")
     g.add_argument("--status", default="", metavar="DIR", help="print what has become of a job directory's runs")
     g.add_argument("--then", default=None, metavar="MAIN FLAGS",
@@ -52,7 +53,7 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
 
 def launch(main: str, argv: list[str] | None = None) -> int:
     """What submitit_*.py do: parse the cluster's flags and the main's, submit -> exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = Parser(add_help=False).with_recipes(sys.argv[1:] if argv is None else argv)
     if "--then" in argv and "--status" not in argv:
         first = argv.index("--then")
         argv, chain = argv[:first], argv[first:]
@@ -190,26 +191,29 @@ def to_slurm(points: list[Point], opts, job_dir: str) -> int:
     job_dir = job_dir.replace("%j", jobs[0].job_id) if jobs else job_dir
     note_jobs(Path(job_dir), submitted)
     for p in points:
-        before = submitted[p.name][-1] if p in wanted or submitted.get(p.name, [""])[-1] in queued else ""
-        submit_follow_ups(p, before, opts, job_dir, submitted)
+        waiting = p not in wanted and submitted.get(p.name, [""])[-1] in queued
+        for each in p.then:
+            # What follows a job of now must be submitted anew: SLURM has cancelled it with the job that failed before.
+            if p not in wanted and submitted.get(each.name, [""])[-1] in queued:
+                print(f"{each.name}: queued, not submitted again")
+            elif p not in wanted and not waiting and each.job().finished_before():
+                print(f"{each.name}: finished, not submitted again")
+            else:
+                submit_after(submitted[p.name][-1] if p in wanted or waiting else "", each, opts, job_dir, submitted)
     note_jobs(Path(job_dir), submitted)
     print(f"status: python {os.path.basename(sys.argv[0])} --status {job_dir}")
     return 0
 
 
-def submit_follow_ups(point: Point, before: str, opts, job_dir: str, submitted: dict[str, list[str]]) -> None:
-    """Each in a job of its own that starts once `before`, the job of its point, has ended well ('': at once)."""
-    for p in point.then:
-        if not before and p.job().finished_before():
-            print(f"{p.name}: finished, not submitted again")
-            continue
-        executor = slurm_executor([p], opts, job_dir)
-        if before:
-            extra = executor.parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
-            executor.update_parameters(dependency=f"afterok:{before}", additional_parameters=extra)
-        job = executor.submit(p.job())
-        submitted.setdefault(p.name, []).append(job.job_id)
-        print(f"{p.name}: job {job.job_id}" + (f" after {before}" if before else "") + f", log {job.paths.stdout}")
+def submit_after(before: str, p: Point, opts, job_dir: str, submitted: dict[str, list[str]]) -> None:
+    """A follow-up in a job of its own, which starts once the job `before` has ended well ('': at once)."""
+    executor = slurm_executor([p], opts, job_dir)
+    if before:
+        extra = executor.parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
+        executor.update_parameters(dependency=f"afterok:{before}", additional_parameters=extra)
+    job = executor.submit(p.job())
+    submitted.setdefault(p.name, []).append(job.job_id)
+    print(f"{p.name}: job {job.job_id}" + (f" after {before}" if before else "") + f", log {job.paths.stdout}")
 
 
 def note_jobs(folder: Path, submitted: dict[str, list[str]]) -> None:
