@@ -37,6 +37,15 @@ def test_every_combination_with_its_own_directory_and_types():
     assert [(p.name, p.folder) for p in alone] == [("", "/jobs")]
 
 
+def test_flags_that_move_together():
+    points = plan(words=["sr_spatial+sr_channel=0+0,0.2+0.5", "pos_label=apl+rpl,none"])
+    assert [p.name for p in points] == [f"sr_spatial={s},sr_channel={c},pos_label={label}"
+                                        for s, c in (("0", "0"), ("0.2", "0.5")) for label in ("apl+rpl", "none")]
+    assert points[2].flags == {"sr_spatial": 0.2, "sr_channel": 0.5, "pos_label": "apl+rpl"}
+    with pytest.raises(ValueError, match=re.escape("sr_spatial+sr_channel=0.2: 2 flags move together")):
+        plan(words=["sr_spatial+sr_channel=0+0,0.2"])
+
+
 @pytest.mark.parametrize("words, message", [
     (["mask_ration=0.5"], "unknown flag --mask_ration; did you mean --mask_ratio"),
     (["mask_ratio=0.5,x"], "--mask_ratio: invalid float value: 'x'"),

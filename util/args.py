@@ -25,11 +25,15 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line, comments=True)
 
-    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
-        for a in arg_strings:
+    def with_recipes(self, argv: list[str]) -> list[str]:
+        """The words of a command line with each ``@file`` replaced by its flags, as they stand there."""
+        for a in argv:
             if a.startswith("@") and not os.path.isfile(a[1:]):
                 self.error(f"there is no recipe {a[1:]}; see recipes/*.args")
-        return [self._underscored(a) for a in super()._read_args_from_files(arg_strings)]
+        return super()._read_args_from_files(argv)
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        return [self._underscored(a) for a in self.with_recipes(arg_strings)]
 
     def _underscored(self, arg: str) -> str:
         """--batch-size is --batch_size; values are left alone."""

@@ -90,7 +90,8 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
         with open(path) as f:
             plan = json.load(f)
         planned = [point["name"] for point in plan.get("points", [])]
-        swept = list(dict.fromkeys([*plan.get("sweep", {}), *(k for p in plan.get("points", []) for k in p["flags"])]))
+        names = [flag for together in plan.get("sweep", {}) for flag in together.split("+")]
+        swept = list(dict.fromkeys([*names, *(k for p in plan.get("points", []) for k in p["flags"])]))
     if not swept:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]

@@ -40,7 +40,7 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
         raise ValueError("--sweep and --then need a --job_dir that is known before the jobs are: leave out %j")
     points = []
     for values in product(*swept.values()):
-        flags = dict(zip(swept, values))
+        flags = {name: value for names, together in zip(swept, values) for name, value in apart(names, together)}
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in flags.items()))
         folder = os.path.join(job_dir, name) if name else job_dir
         argv = rest + [word for k, v in flags.items() for word in flag_words(main, k, v)]
@@ -56,7 +56,10 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
 
 
 def parse_sweep(words: list[str]) -> dict[str, list[str]]:
-    """["mask_ratio=0.5,0.75", "seed=0,1"] -> {"mask_ratio": ["0.5", "0.75"], "seed": ["0", "1"]}."""
+    """["mask_ratio=0.5,0.75", "seed=0,1"] -> {"mask_ratio": ["0.5", "0.75"], "seed": ["0", "1"]}.
+
+    Flags that move together stay one entry, which `apart` takes apart: "hflip+vflip=0+0,0.5+0.5".
+    """
     swept = {}
     for word in words:
         name, equals, values = word.partition("=")
@@ -64,6 +67,17 @@ def parse_sweep(words: list[str]) -> dict[str, list[str]]:
             raise ValueError(f"--sweep takes FLAG=A,B,C, found {word!r}")
         swept[name.lstrip("-").replace("-", "_")] = values.split(",")
     return swept
+
+
+def apart(names: str, values: str) -> list[tuple[str, str]]:
+    """("hflip+vflip", "0.5+0") -> [("hflip", "0.5"), ("vflip", "0")]; a single flag keeps its value, "apl+rpl" too."""
+    flags = names.split("+")
+    if len(flags) == 1:
+        return [(names, values)]
+    if len(values.split("+")) != len(flags):
+        raise ValueError(f"--sweep {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} parts, "
+                         "joined by +")
+    return list(zip(flags, values.split("+")))
 
 
 class _Strict(Parser):
@@ -106,7 +120,7 @@ def follow_ups(args: argparse.Namespace, chain: list[str], run: str, folder: str
         default = parse_main(main, [])
         inherited = {k: getattr(args, k) for k in INHERITED if getattr(given, k) == getattr(default, k)}
         if given.model == default.model:
-            inherited["model"] = re.sub(r"^mae_|_dec512d8b$", "", args.model)
+            inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", args.model)
         words = [w for k, v in inherited.items() if v not in (None, "")
                  for w in (f"--{k}", *map(str, v if isinstance(v, (list, tuple)) else [v]))]
         before = sum(p.main == main for p in points)
