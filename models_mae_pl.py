@@ -241,11 +241,11 @@ class RelationTeacher(ViTBackbone):
 
 
 # Width, depth and heads of the encoder, then of the decoder. Base, large and huge are MAE's. Small patches are for
-# small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network. Nano is for demos on CPUs.
-_ENCODERS = {"nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+# small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network. Pico and nano are for CPUs.
+_ENCODERS = {"pico": (96, 4, 3), "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
              "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 _DECODERS = {"tiny": (192, 4, 3), "small": (256, 4, 8), "base": (512, 8, 16), "large": (512, 8, 16), "huge": (512, 8, 16)}
-_SMALL_DECODERS = {"nano": (96, 2, 3), "tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
+_SMALL_DECODERS = {"pico": (64, 1, 2), "nano": (96, 2, 3), "tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
 
 
 def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
@@ -264,7 +264,8 @@ def name_and_heads(dim: int, depth: int, decoder_dim: int, patch: int) -> tuple[
     return size, heads, decoder[2] if decoder[0] == decoder_dim else max(1, decoder_dim // 32)
 
 
-_PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}
+_PATCHES = {"pico": (8, 4), "nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,),
+            "huge": (14,)}
 
 # name -> builder; keyword arguments of MaskedAutoencoderViT override what the name says.
 MODELS = {

@@ -173,11 +173,11 @@ def make_centres(out_dim: int) -> nn.ModuleDict:
     return nn.ModuleDict({"cls": Centre(out_dim), "patch": Centre(out_dim)})
 
 
-# Width, depth, heads as in models_vit, and the hidden width of the projection head, iBOT's from tiny on. Nano is for
-# demonstrations on CPUs, where iBOT's head would be most of the work; small patches are for small images.
-_SIZES = {"nano": (128, 6, 4, 512), "tiny": (192, 12, 3, 2048), "small": (384, 12, 6, 2048), "base": (768, 12, 12, 2048),
-          "large": (1024, 24, 16, 2048)}
-_PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,)}
+# Width, depth, heads as in models_vit, and the hidden width of the projection head, iBOT's from tiny on. Pico and
+# nano are for CPUs, where iBOT's head would be most of the work; small patches are for small images.
+_SIZES = {"pico": (96, 4, 3, 256), "nano": (128, 6, 4, 512), "tiny": (192, 12, 3, 2048), "small": (384, 12, 6, 2048),
+          "base": (768, 12, 12, 2048), "large": (1024, 24, 16, 2048)}
+_PATCHES = {"pico": (8, 4), "nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,)}
 
 
 def _sere(size: str, patch: int, **kwargs) -> SereStudent:

@@ -85,10 +85,11 @@ class DistilledVisionTransformer(VisionTransformer):
         return (logits, self.position_losses(tokens)) if positions else logits
 
 
-# Width, depth, heads. Nano is for demonstrations on CPUs; small patches are for small images.
-_SIZES = {"nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+# Width, depth, heads. Pico and nano are for experiments on CPUs; small patches are for small images.
+_SIZES = {"pico": (96, 4, 3), "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
           "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-_PATCHES = {"nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,), "huge": (14,)}
+_PATCHES = {"pico": (8, 4), "nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,),
+            "huge": (14,)}
 
 
 def _build(model: type[VisionTransformer], size: str, patch: int, default_pool: str | None, **kwargs) -> VisionTransformer:
@@ -103,6 +104,6 @@ MODELS = {
     f"vit_{size}_patch{patch}": partial(_build, VisionTransformer, size, patch, None)
     for size, patches in _PATCHES.items() for patch in patches
 }
-for _size in ("tiny", "small", "base"):
-    MODELS[f"deit_{_size}_patch16"] = partial(_build, VisionTransformer, _size, 16, "cls")
-    MODELS[f"deit_{_size}_distilled_patch16"] = partial(_build, DistilledVisionTransformer, _size, 16, "cls")
+for _size, _patch in (("pico", 8), ("tiny", 16), ("small", 16), ("base", 16)):
+    MODELS[f"deit_{_size}_patch{_patch}"] = partial(_build, VisionTransformer, _size, _patch, "cls")
+    MODELS[f"deit_{_size}_distilled_patch{_patch}"] = partial(_build, DistilledVisionTransformer, _size, _patch, "cls")
