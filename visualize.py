@@ -4,6 +4,7 @@
     python visualize.py positions FILE OUT.png       # arrows, accuracy per cell, confusion of rows and columns
     python visualize.py attention FILE OUT.png       # where the class token of the last block looks
     python visualize.py curves OUT.png RUN...        # losses and accuracies over epochs, with the level of guessing
+                       [--reference RUN...]          # behind them, in grey, runs to compare with: is mine healthy?
     python visualize.py sweep DIR OUT.png            # a metric against the flag that was swept, and OUT.md, its table
     python visualize.py report DIR [OUT.html]        # all of a run or a sweep in one page that needs no other file
 
@@ -38,7 +39,9 @@ def get_args_parser() -> Parser:
     c.add_argument("--norm_pix_loss", action="store_true", help="the target was normalised, for files that do not say")
     c = commands.add_parser("curves", help="plot log.txt of runs")
     c.add_argument("out")
-    c.add_argument("runs", nargs="+")
+    c.add_argument("runs", nargs="*")
+    c.add_argument("--reference", default=[], nargs="+", metavar="RUN",
+                   help="runs, or folders of runs, drawn in grey behind: results/NAME/... are this project's")
     c = commands.add_parser("sweep", help="plot a metric against what was swept")
     c.add_argument("dir")
     c.add_argument("out")
@@ -243,6 +246,12 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
     print(table + (f"\nwithout figures so far: {', '.join(missing)}" if missing else ""))
 
 
+def read_runs(folders: list[str]) -> list[runs.RunRecord]:
+    """Of each folder the run, or, where it is a sweep, all of its runs, the seeds of a setting as one point."""
+    return [record for folder in folders
+            for record in (runs.read_sweep(folder)[0] if runs.is_sweep(folder) else [runs.read_run(folder)])]
+
+
 def main(args) -> int:
     if args.command == "reconstruct":
         save_png(reconstruct(args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss), args.out)
@@ -251,7 +260,7 @@ def main(args) -> int:
     elif args.command == "attention":
         charts.save(attention(args.file, args.data_path, args.images), args.out)
     elif args.command == "curves":
-        charts.save(charts.curves([runs.read_run(folder) for folder in args.runs]), args.out)
+        charts.save(charts.curves(read_runs(args.runs), read_runs(args.reference)), args.out)
     elif args.command == "sweep":
         sweep(args.dir, args.out, args.flag, args.metric)
     else:

@@ -222,6 +222,20 @@ def test_curves_show_the_log_and_chance(sweep):
     assert lines[":"].get_ydata()[0] == 4.0
 
 
+def test_references_are_grey_and_behind(sweep, tmp_path):
+    record, seeds = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0")), visualize.read_runs([str(sweep)])
+    figure = charts.curves([record], [s for s in seeds if s.point == "mask_ratio 0.5"])
+    lines = [(line.get_color(), line.get_ydata()[-1]) for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    own = charts.COLOURS[0]
+    assert [colour for colour, _ in lines] == [charts.BEHIND] * (len(lines) - 1) + [own] and len(lines) > 1
+    assert lines[-1] == (own, 5.0) and all(y != 5.0 for _, y in lines[:-1])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["mask_ratio=0.9,seed=0", "reference: mask_ratio 0.5"]
+    assert call("curves", tmp_path / "a.png", sweep / "mask_ratio=0.9,seed=0", "--reference", sweep) == 0
+    assert call("curves", tmp_path / "b.png", "--reference", sweep) == 0
+    assert Image.open(tmp_path / "a.png").size[0] == Image.open(tmp_path / "b.png").size[0]
+    assert call("curves", tmp_path / "c.png") == 2
+
+
 def test_a_report_is_one_page_that_asks_for_nothing(sweep, tmp_path):
     Image.new("RGB", (8, 8)).save((sweep / "mask_ratio=0.9,seed=0").joinpath("p.png"))
     (sweep / "mask_ratio=0.9,seed=0" / "pictures").mkdir()

@@ -5,6 +5,7 @@ Legend: N images, h w grid cells, H W pixels. Cells are numbered row by row.
 import base64
 import io
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,31 +16,45 @@ from util.runs import Aggregate, RunRecord
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BEHIND = "#B0B0B0"
 NOT_CURVES = {"epoch", "grad_norm", "img_per_s", "data_wait", "n_parameters", "lr", "loss"}
 
 
-def curves(runs: list[RunRecord]) -> Figure:
-    """A panel per metric over epochs: training solid, validation dashed, chance dotted."""
+def curves(runs: list[RunRecord], references: Sequence[RunRecord] = ()) -> Figure:
+    """A panel per metric over epochs: training solid, validation dashed, chance dotted; references grey, behind.
+
+    With references there is a panel for each metric of the runs, and only where there are no runs one for theirs.
+    ValueError where there is neither.
+    """
+    if not (runs or references):
+        raise ValueError("no runs to draw: give folders with a log.txt, or --reference")
+    runs, references = (runs, references) if runs else (references, ())
     names = {k.split("_", 1)[1] for run in runs for line in run.log for k in line if k.startswith(("train_", "test_"))}
     names = sorted(names - NOT_CURVES) or ["loss"]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     points = list(dict.fromkeys(run.point for run in runs))  # seeds of a point share a colour
     colours = {point: COLOURS[i % len(COLOURS)] for i, point in enumerate(points)}
+    labels = [Line2D([], [], color=colours[point]) for point in points]
+    if references:
+        names_behind = list(dict.fromkeys(run.point for run in references))
+        points = [*points, "reference: " + (names_behind[0] if len(names_behind) == 1 else f"{len(names_behind)} settings")]
+        labels.append(Line2D([], [], color=BEHIND))
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4 + 0.1 * len(points)), layout="constrained")
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
-        for run in runs:
+        for run, behind in [*((run, True) for run in references), *((run, False) for run in runs)]:
             for prefix, style in (("train_", "-"), ("test_", "--")):
                 line = [(epoch["epoch"] + 1, epoch[prefix + name]) for epoch in run.log if prefix + name in epoch]
                 if line:
-                    axes.plot(*zip(*line), style, color=colours[run.point], marker="." if len(line) < 15 else "", linewidth=1.2)
+                    axes.plot(*zip(*line), style, color=BEHIND if behind else colours[run.point],
+                              marker="." if len(line) < 15 else "", linewidth=1.0 if behind else 1.2)
         for level in sorted({line[f"chance_{name}"] for run in runs for line in run.log if f"chance_{name}" in line}):
             axes.axhline(level, color="grey", linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes, name, "epochs done")
     for axes in list(figure.axes)[len(names):]:
         axes.remove()
-    figure.legend([Line2D([], [], color=colours[point]) for point in points], points, loc="outside lower left", fontsize=8,
+    figure.legend(labels, points, loc="outside lower left", fontsize=8,
                   ncols=2, frameon=False, title="solid: training, dashed: validation, dotted: chance", title_fontsize=8,
                   alignment="left")
     return figure
