@@ -9,6 +9,7 @@ import pytest
 from processes import ROOT, environment, log_lines
 from util import slurm, sweep
 from util.job import Job, read_note
+from util.launch import launch
 from util.status import state_of, status
 
 TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
@@ -74,6 +75,20 @@ def test_what_follows_inherits_model_and_data():
         plan(chain=["--then", "evaluate"])
     with pytest.raises(ValueError, match="unknown flag --epoch; did you mean --epochs"):
         plan(chain=["--then", "finetune", "--epoch", "3"])
+
+
+def test_what_follows_sere_has_its_encoder():
+    p, = sweep.plan("main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs")
+    assert sweep.parse_main("main_linprobe", p.then[0].argv).model == "vit_pico_patch8"
+
+
+def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
+    recipe = tmp_path / "all.args"
+    recipe.write_text("--model mae_vit_pico_patch8\n--sweep seed=0,1\n--then linprobe --knn --no-pin_mem\n")
+    assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
+    assert shown.count("python main_linprobe.py --knn --no-pin_mem --input_size 224") == 2
 
 
 def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):

@@ -27,10 +27,16 @@ class Parser(argparse.ArgumentParser):
 
     def with_recipes(self, argv: list[str]) -> list[str]:
         """The words of a command line with each ``@file`` replaced by its flags, as they stand there."""
+        words = []
         for a in argv:
-            if a.startswith("@") and not os.path.isfile(a[1:]):
+            if not a.startswith("@"):
+                words.append(a)
+            elif not os.path.isfile(a[1:]):
                 self.error(f"there is no recipe {a[1:]}; see recipes/*.args")
-        return super()._read_args_from_files(argv)
+            else:
+                with open(a[1:]) as f:
+                    words += self.with_recipes([word for line in f for word in self.convert_arg_line_to_args(line)])
+        return words
 
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
         return [self._underscored(a) for a in self.with_recipes(arg_strings)]

@@ -181,7 +181,10 @@ def devices() -> list[str]:
     """The GPUs that this process sees, else the processor."""
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as f:  # Linux knows more than platform says
+        name = next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
+    return [f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
 
 
 def commit() -> str | None:

@@ -8,8 +8,6 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 
-from util.weights import load
-
 # Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank"}  # never what is swept
@@ -67,7 +65,11 @@ def _flags(folder):
                 found = json.load(f)
             return found.get("flags", found) if name == "run.json" else found
     path = os.path.join(folder, "checkpoint-last.pth")
-    return (load(path).get("args") or {}) if os.path.isfile(path) else {}
+    if not os.path.isfile(path):
+        return {}
+    from util.weights import load  # torch takes seconds to import
+
+    return load(path).get("args") or {}
 
 
 def is_sweep(folder: str) -> bool:

@@ -1,0 +1,147 @@
+"""Experiments say what their runs say: pairs by seed, intervals, verdicts, and a page that follows from the files."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import evidence
+from processes import ROOT
+from util import results
+from util.args import run
+from util.results import Contrast, at
+from util.sweep import plan
+
+rng = np.random.default_rng(0)
+
+
+def experiment(figures: dict[tuple, float], metric: str = "test_acc1") -> dict:
+    """{(label, seed): figure} -> what `collect` makes."""
+    return {"runs": [{"name": str(k), "flags": {"pos_label": k[0], "seed": k[1]}, "figures": {metric: v}}
+                     for k, v in figures.items()]}
+
+
+def label_contrast(**options) -> Contrast:
+    return Contrast("apl - none", (at("vit", pos_label="apl"),), (at("vit", pos_label="none"),), **options)
+
+
+def test_differences_are_paired_by_seed_and_intervals_are_students():
+    apl, none = rng.normal(40, 1, 5), rng.normal(38, 1, 5)
+    found = {"vit": experiment({("apl", s): v for s, v in enumerate(apl)} | {("none", s): none[s] for s in (4, 2, 0, 1, 3)}
+                               | {("apl", 9): 99.0})}
+    difference = label_contrast().differences(found)
+    np.testing.assert_allclose(difference.values, apl - none)  # seed 9 has no partner
+    interval = stats.ttest_1samp(apl - none, 0).confidence_interval(0.95)
+    assert difference.mean - difference.interval == pytest.approx(interval.low, rel=1e-3)
+    assert difference.mean + difference.interval == pytest.approx(interval.high, rel=1e-3)
+
+
+@pytest.mark.parametrize("differences, margin, verdict", [
+    ((2.0, 2.1, 1.9), None, "supported"), ((-2.0, -2.1, -1.9), None, "contradicted"), ((2.0, -2.1, 1.9), None, "undecided"),
+    ((0.1, -0.1, 0.0), 1.0, "supported"), ((2.0, 2.1, 1.9), 1.0, "contradicted"), ((0.1, 1.5, 0.0), 1.0, "undecided"),
+    ((-2.0, -2.1, -1.9), 1.0, "contradicted"), ((2.0,), None, "one seed"), ((), None, "not run"),
+])
+def test_verdicts_follow_from_the_interval(differences, margin, verdict):
+    found = {"vit": experiment({("apl", s): 50 + d for s, d in enumerate(differences)} | {("none", s): 50.0 for s in range(5)})}
+    assert label_contrast(margin=margin).verdict(found) == verdict
+    assert label_contrast(margin=margin).verdict({}) == "not run"
+
+
+def test_a_loss_counts_downwards_and_gains_are_compared():
+    figures = {("none", s): 2.0 + s for s in range(3)} | {("apl", s): 1.5 + s for s in range(3)}
+    found = {"vit": experiment(figures, "train_class")}
+    loss = Contrast("vit: apl - none", (at("vit", pos_label="apl"),), (at("vit", pos_label="none"),), "train_class")
+    assert loss.verdict(found) == "contradicted" and loss.turned().verdict(found) == "supported"
+    assert loss.turned().what == "vit: train_class, none - apl"
+    two = {e: {"runs": [{"flags": {"pos_embed": "learned", "pos_label": k, "seed": s}, "figures": {"test_acc1": v + s}}
+                        for s in range(3) for k, v in (("none", base), ("apl", base + gain))]}
+           for e, base, gain in (("supervised_vit", 30.0, 5.0), ("supervised_swin", 60.0, 2.0))}
+    assert evidence.gain_over_gain("supervised_vit", "supervised_swin", "apl").differences(two).values == (3.0, 3.0, 3.0)
+
+
+def test_a_setting_that_is_several_is_refused():
+    found = {"vit": experiment({("apl", 0): 1.0, ("none", 0): 2.0})}
+    with pytest.raises(ValueError, match="several runs of seed 0"):
+        at("vit").per_seed(found, "test_acc1")
+
+
+@pytest.mark.parametrize("verdicts, word", [
+    (["supported", "supported"], "supported"), (["contradicted", "contradicted"], "contradicted"),
+    (["supported", "undecided"], "mixed: supported 1, undecided 1"), (["not run", "not run"], "not run"),
+    (["contradicted", "supported", "supported"], "mixed: contradicted 1, supported 2"),
+])
+def test_a_claim_of_several_parts(verdicts, word):
+    assert results.together(verdicts) == word
+
+
+def test_collecting_takes_last_epochs_and_what_follows(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"seed={seed}" / "finetune"
+        folder.mkdir(parents=True)
+        lines = [{"epoch": e, "test_pixel": 1.123456789 - e - seed, "train_lr": 0.1} for e in (0, 1)]
+        (folder.parent / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder.parent / "flags.json").write_text(json.dumps({"seed": seed}))
+        (folder / "log.txt").write_text(json.dumps({"epoch": 0, "test_acc1": 40.0 + seed}) + "\n")
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": {"seed": ["0", "1", "2"]}, "points": [
+        {"name": f"seed={s}", "flags": {"seed": s}} for s in (0, 1, 2)]}))
+    found = results.collect(str(tmp_path))
+    assert [r["figures"] for r in found["runs"]] == [{"test_pixel": pytest.approx(0.123457 - s, abs=1e-6),
+                                                      "finetune/test_acc1": 40.0 + s} for s in (0, 1)]
+    assert found["missing"] == ["seed=2"]
+    columns = results.Column("top-1 %", "finetune/test_acc1"), results.Column("no", "none")
+    text = results.table(results.rows_of(found), columns)
+    assert text.splitlines()[0] == "| setting | seeds | top-1 % |" and text.splitlines()[2] == "| all | 2 | 40.50 ± 6.35 |"
+    results.write_json(str(tmp_path / "x.json"), found)
+    assert json.loads((tmp_path / "x.json").read_text()) == found
+    results.copy_logs(str(tmp_path), str(tmp_path / "out"))
+    copied = results.read_sweep(str(tmp_path / "out"))[0]
+    assert [results.figures_of(r) for r in copied] == [{"test_pixel": pytest.approx(0.123457 - s, abs=1e-6)} for s in (0, 1)]
+
+
+@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_recipes_are_valid_and_hold_what_the_claims_compare(name):
+    """Every flag of every recipe is checked by its main's parser, and a claim finds one run per seed."""
+    words = evidence.recipe(name)
+    swept = words.index("--sweep")
+    end = words.index("--then") if "--then" in words else len(words)
+    points = plan(evidence.EXPERIMENTS[name].main, words[:swept], words[swept + 1:end], words[end:], "/runs")
+    seeds = {p.flags["seed"] for p in points}
+    assert len(seeds) >= 3
+    for _, contrasts in evidence.CHECKLIST.values():
+        for side in {a for c in contrasts for a in c.plus + c.minus if a.experiment == name}:
+            matching = [p.flags["seed"] for p in points if all(p.flags.get(k) == v for k, v in side.flags)]
+            assert sorted(matching) == sorted(seeds), f"{side}: {matching}"
+
+
+def test_the_page_says_what_the_files_say():
+    """RESULTS.md is what `evidence.py write` makes of results/."""
+    page = (ROOT / "RESULTS.md").read_text()
+    assert evidence.filled(page, evidence.blocks(evidence.load(str(ROOT / "results")))) == page
+    with pytest.raises(ValueError, match="one place <!-- nothing -->"):
+        evidence.filled(page, {"nothing": ""})
+
+
+def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
+    data = tmp_path / "data" / "mini_imagenet20"
+    data.mkdir(parents=True)
+    for part in ("train", "val"):
+        shutil.copy(ROOT / "data" / "demo" / f"{part}.tar", data)
+    point = "seed=0,mask_ratio=0.5"
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+    def call(*argv, more=()):
+        return run(lambda args: evidence.main(args, list(more)), evidence.get_args_parser().parse_args([*argv, *places]))
+
+    assert call("run", "mask_ratio", "--data", str(data.parent), more=[
+        "--only", point, "--epochs", "1", "--warmup_epochs", "0", "--input_size", "16", "--ngpus", "0", "--device", "cpu"]) == 0
+    said = json.loads((tmp_path / "results" / "mask_ratio.json").read_text())
+    log = json.loads((tmp_path / "runs" / "mask_ratio" / point / "log.txt").read_text())
+    assert [(r["name"], r["flags"]) for r in said["runs"]] == [(point, {"seed": 0, "mask_ratio": 0.5})]
+    assert said["runs"][0]["figures"]["test_position"] == pytest.approx(log["test_position"], rel=1e-5)
+    assert said["recipe"].startswith("--model mae_vit_pico_patch8") and said["hours"] >= 0 and said["machines"]
+    capfd.readouterr()
+    assert call("list") == 0
+    assert "mask_ratio         Position loss against mask ratio (Figure 8): 1 runs" in capfd.readouterr().out
+    assert call("run", "nothing") == 2 and "no such experiment" in capfd.readouterr().err
+    assert call("run", "mae") == 2 and "--data DIR" in capfd.readouterr().err

@@ -1,0 +1,187 @@
+"""What an experiment of several seeds says: its figures in one file, tables, and differences with their intervals.
+
+An experiment is a sweep (util/runs.py) over `seed` and other flags. Differences are paired: runs with the same seed share
+their initial weights, their order of images and their crops, so that what they share drops out of the difference.
+"""
+import json
+import os
+from dataclasses import dataclass, replace
+
+from util.runs import Aggregate, RunRecord, read_sweep
+
+# Of a line of log.txt: how a run went, not what it found.
+_NOT_FOUND = ("epoch", "train_lr", "train_grad_norm", "n_parameters", "data_wait")
+
+
+def rounded(x, digits: int = 6):
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+
+
+def collect(folder: str) -> dict:
+    """{runs: [{name, flags, figures}], missing, machines, versions, hours} of a sweep's folder.
+
+    `figures` are those of the last epoch, with those of the runs that follow as `finetune/test_acc1`; hours are the sum over
+    all runs that say when they began. ValueError where there are no runs.
+    """
+    runs, _, missing = read_sweep(folder)
+    records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
+    return {
+        "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run)} for run in runs],
+        "missing": missing,
+        "machines": sorted({device for record in records for device in record.get("devices", [])}),
+        "versions": records[-1].get("versions", {}),
+        "hours": round(sum(_seconds(os.path.join(run.folder, sub)) for run in runs
+                           for sub in ["", *_folders(run.folder)]) / 3600, 2),
+    }
+
+
+def write_json(path: str, result: dict) -> None:
+    """A line per run, so that a later run changes one line."""
+    lines = [f" {json.dumps(key)}: " + ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if key == "runs" else
+                                       json.dumps(value)) for key, value in result.items()]
+    with open(path, "w") as f:
+        f.write("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def figures_of(run: RunRecord) -> dict[str, float]:
+    """What the last epoch of a run says, and of each run that follows it."""
+    last = {k: v for line in run.follow_ups for k, v in line.items()} | run.log[-1]
+    return {k: rounded(v) for k, v in last.items() if k.rpartition("/")[2] not in _NOT_FOUND and isinstance(v, (int, float))}
+
+
+def _read(path: str) -> str:
+    if not os.path.isfile(path):
+        return ""
+    with open(path) as f:
+        return f.read()
+
+
+def _folders(folder: str) -> list[str]:
+    return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name, "log.txt"))]
+
+
+def _seconds(folder: str) -> float:
+    """From the first to the last sign of life that a run left; 0 where one is missing."""
+    record, log = os.path.join(folder, "run.json"), os.path.join(folder, "log.txt")
+    if not (os.path.isfile(record) and os.path.isfile(log)):
+        return 0.0
+    begun = os.path.getmtime(record)
+    return max(0.0, os.path.getmtime(log) - begun)
+
+
+def copy_logs(folder: str, out: str) -> None:
+    """log.txt, rounded, and flags.json of each run of a sweep: small enough to be kept, and a sweep's folder by themselves."""
+    for run in read_sweep(folder)[0]:
+        os.makedirs(os.path.join(out, run.name), exist_ok=True)
+        with open(os.path.join(out, run.name, "log.txt"), "w") as f:
+            f.writelines(json.dumps({k: rounded(v) for k, v in line.items()}) + "\n" for line in run.log)
+        with open(os.path.join(out, run.name, "flags.json"), "w") as f:
+            json.dump(run.flags, f)
+
+
+@dataclass(frozen=True)
+class At:
+    """The runs of an experiment with these flags, one per seed."""
+
+    experiment: str
+    flags: tuple[tuple[str, object], ...] = ()
+
+    def per_seed(self, results: dict[str, dict], metric: str) -> dict[int, float]:
+        """{seed: figure}; empty where the experiment was not run. ValueError if the flags leave several runs of a seed."""
+        found = {}
+        for run in results.get(self.experiment, {}).get("runs", []):
+            if all(run["flags"].get(k) == v for k, v in self.flags) and metric in run["figures"]:
+                seed = run["flags"].get("seed", 0)
+                if seed in found:
+                    raise ValueError(f"{self.experiment} has several runs of seed {seed} with {dict(self.flags)}")
+                found[seed] = run["figures"][metric]
+        return found
+
+
+def at(experiment: str, **flags) -> At:
+    return At(experiment, tuple(flags.items()))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """sum(plus) - sum(minus) of a metric, seed by seed, which a claim expects to be above 0 or, with `margin`, within it."""
+
+    what: str
+    plus: tuple[At, ...]
+    minus: tuple[At, ...]
+    metric: str = "test_acc1"
+    margin: float | None = None
+    minus_metric: str = ""  # where the other side's figure has another name
+
+    def turned(self) -> "Contrast":
+        """minus - plus: for losses, of which less is better."""
+        name = self.what.split(": ")
+        return replace(self, what=f"{name[0]}: {self.metric}, " + " - ".join(reversed(name[1].split(" - "))), plus=self.minus,
+                       minus=self.plus)
+
+    def differences(self, results: dict[str, dict]) -> Aggregate:
+        """One value per seed that all sides have; none where a side was not run."""
+        sides = [[a.per_seed(results, metric) for a in side]
+                 for side, metric in ((self.plus, self.metric), (self.minus, self.minus_metric or self.metric))]
+        seeds = sorted(set.intersection(*(set(found) for side in sides for found in side)))
+        return Aggregate(self.what, tuple(sum(f[s] for f in sides[0]) - sum(f[s] for f in sides[1]) for s in seeds))
+
+    def verdict(self, results: dict[str, dict]) -> str:
+        """supported, contradicted or undecided by the 95 % interval of the mean difference; else not run."""
+        found = self.differences(results)
+        if len(found.values) < 2:
+            return "not run" if not found.values else "one seed"
+        low, high = found.mean - found.interval, found.mean + found.interval
+        if self.margin is None:
+            return "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
+        inside = -self.margin < low and high < self.margin
+        outside = low > self.margin or high < -self.margin
+        return "supported" if inside else "contradicted" if outside else "undecided"
+
+
+def together(verdicts: list[str]) -> str:
+    """Of a claim with several parts: supported where all are, contradicted where one is, else what is left open."""
+    for word in ("contradicted", "not run", "one seed", "undecided"):
+        if word in verdicts:
+            parts = [f"{v} {verdicts.count(v)}" for v in dict.fromkeys(verdicts)]
+            return word if len(set(verdicts)) == 1 else "mixed: " + ", ".join(parts)
+    return "supported"
+
+
+def plus_minus(found: Aggregate, digits: int = 2) -> str:
+    if found.interval is None:
+        return f"{found.mean:.{digits}f} (one seed)"
+    return f"{found.mean:.{digits}f} ± {found.interval:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure in a table: its title, its name among a run's figures, and how it is written."""
+
+    title: str
+    metric: str
+    factor: float = 1.0
+    digits: int = 2
+
+
+def rows_of(result: dict) -> dict[str, list[dict]]:
+    """{setting: the figures of each seed}."""
+    rows: dict[str, list[dict]] = {}
+    for run in result["runs"]:
+        setting = ", ".join(f"{k} {v}" for k, v in run["flags"].items() if k != "seed")
+        rows.setdefault(setting or "all", []).append(run["figures"])
+    return rows
+
+
+def table(rows: dict[str, list[dict]], columns: tuple[Column, ...]) -> str:
+    """A row per setting: mean ± half of the 95 % interval over seeds. Columns of which no run has a figure are left out."""
+    known = set().union(*(figures for runs in rows.values() for figures in runs))
+    columns = [c for c in columns if c.metric in known]
+    lines = ["| setting | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for setting, runs in rows.items():
+        cells = []
+        for c in columns:
+            values = tuple(c.factor * figures[c.metric] for figures in runs if c.metric in figures)
+            cells.append(plus_minus(Aggregate(setting, values), c.digits) if values else "")
+        lines.append(f"| {setting} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
