@@ -115,6 +115,15 @@ def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum
         after_step=lambda step: momentum_update(teacher, model, now["momentum"]), extras={"teacher": teacher})
 
 
+def evaluate(model, loss_fn, loader, chance: dict[str, float], **options) -> dict[str, float]:
+    """The losses on the validation images, printed beside the level of guessing; `options` are engine.evaluate's."""
+    stats = engine.evaluate(model, loss_fn, loader, **options)
+    images = stats.pop("images")
+    dist.say(f"* {images} val images  " + "  ".join(
+        f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
+    return stats
+
+
 @torch.no_grad()
 def draw(model, images, keys, mask_ratio: float, mean, std):
     """Original | masked | reconstruction | predicted positions, one row per image -> (H, W, 3) uint8."""
@@ -211,29 +220,21 @@ def main(args) -> int:
         if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):
             return {}
         with fsdp.gathered(model) as whole:
-            stats = evaluate(whole) if val_loader is not None else {}
+            stats = {}
+            if val_loader is not None:
+                stats = evaluate(whole, eval_loss_fn, val_loader, chance, device=device, mean=mean, std=std, amp=amp)
             if teacher is not None:
                 batches = device_batches(sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, mean, std)
                 with engine.autocast(device, amp):
                     stats |= log_ranks(whole, batches, log, epoch)
             if dist.is_main() and args.output_dir:
-                show(whole, epoch)
+                images = next(device_batches([collate(shown)], device, mean, std))
+                panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
+                path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
+                save_png(panel, path)
+                print(f"picture: {path}", flush=True)
+                log.picture("reconstruction", panel, epoch)
         return {f"test_{k}": v for k, v in stats.items()}
-
-    def evaluate(whole) -> dict[str, float]:
-        stats = engine.evaluate(whole, eval_loss_fn, val_loader, device=device, mean=mean, std=std, amp=amp)
-        images = stats.pop("images")
-        dist.say(f"* {images} val images  " + "  ".join(
-            f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
-        return stats
-
-    def show(whole, epoch: int) -> None:
-        images = next(device_batches([collate(shown)], device, mean, std))
-        panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
-        path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
-        save_png(panel, path)
-        print(f"picture: {path}", flush=True)
-        log.picture("reconstruction", panel, epoch)
 
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
