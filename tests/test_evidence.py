@@ -76,19 +76,23 @@ def test_a_claim_of_several_parts(verdicts, word):
 
 
 def test_collecting_takes_last_epochs_and_what_follows(tmp_path):
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         folder = tmp_path / f"seed={seed}" / "finetune"
         folder.mkdir(parents=True)
         lines = [{"epoch": e, "test_pixel": 1.123456789 - e - seed, "train_lr": 0.1} for e in (0, 1)]
         (folder.parent / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder.parent / "flags.json").write_text(json.dumps({"seed": seed}))
         (folder / "log.txt").write_text(json.dumps({"epoch": 0, "test_acc1": 40.0 + seed}) + "\n")
-    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": {"seed": ["0", "1", "2"]}, "points": [
-        {"name": f"seed={s}", "flags": {"seed": s}} for s in (0, 1, 2)]}))
+    (tmp_path / "seed=1" / "linprobe").mkdir()
+    (tmp_path / "seed=1" / "linprobe" / "log.txt").write_text('{"epoch": 0, "test_acc1": 1.0}\n')
+    for unfinished in ("seed=1/linprobe", "seed=2"):  # figures of half a run are none
+        (tmp_path / unfinished / "job.json").write_text('{"state": "running"}')
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": {"seed": ["0", "1", "2", "3"]}, "points": [
+        {"name": f"seed={s}", "flags": {"seed": s}} for s in (0, 1, 2, 3)]}))
     found = results.collect(str(tmp_path))
     assert [r["figures"] for r in found["runs"]] == [{"test_pixel": pytest.approx(0.123457 - s, abs=1e-6),
                                                       "finetune/test_acc1": 40.0 + s} for s in (0, 1)]
-    assert found["missing"] == ["seed=2"]
+    assert found["missing"] == ["seed=3", "seed=2"]
     columns = results.Column("top-1 %", "finetune/test_acc1"), results.Column("no", "none")
     text = results.table(results.rows_of(found), columns)
     assert text.splitlines()[0] == "| setting | seeds | top-1 % |" and text.splitlines()[2] == "| all | 2 | 40.50 ± 6.35 |"

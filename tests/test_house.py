@@ -19,7 +19,7 @@ LEVELS = [
 UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.native", "util.repack"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
-              "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.results": {"util.runs"},
+              "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.results": {"util.job", "util.runs"},
               "util.report": {"util.charts", "util.runs"},
               "util.keeper": {"util.checkpoint"},
               "util.state": {"util.checkpoint", "util.fsdp"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},

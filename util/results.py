@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 
+from util.job import read_note
 from util.runs import Aggregate, RunRecord, read_sweep
 
 # Of a line of log.txt: how a run went, not what it found.
@@ -21,9 +22,14 @@ def collect(folder: str) -> dict:
     """{runs: [{name, flags, figures}], missing, machines, versions, hours} of a sweep's folder.
 
     `figures` are those of the last epoch, with those of the runs that follow as `finetune/test_acc1`; hours are the sum over
-    all runs that say when they began. ValueError where there are no runs.
+    all runs that say when they began. A run that its job.json does not call finished is missing. ValueError where there are
+    no runs.
     """
     runs, _, missing = read_sweep(folder)
+    missing += [run.name for run in runs if not _finished(run.folder)]
+    runs = [run for run in runs if _finished(run.folder)]
+    if not runs:
+        raise ValueError(f"no run in {folder} is finished: there is nothing to collect")
     records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
     return {
         "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run)} for run in runs],
@@ -45,8 +51,14 @@ def write_json(path: str, result: dict) -> None:
 
 def figures_of(run: RunRecord) -> dict[str, float]:
     """What the last epoch of a run says, and of each run that follows it."""
-    last = {k: v for line in run.follow_ups for k, v in line.items()} | run.log[-1]
+    last = {k: v for line in run.follow_ups for k, v in line.items()
+            if _finished(os.path.join(run.folder, k.partition("/")[0]))} | run.log[-1]
     return {k: rounded(v) for k, v in last.items() if k.rpartition("/")[2] not in _NOT_FOUND and isinstance(v, (int, float))}
+
+
+def _finished(folder: str) -> bool:
+    """Runs that no launcher started say nothing about it, and count."""
+    return read_note(folder).get("state", "finished") == "finished"
 
 
 def _read(path: str) -> str:
@@ -72,6 +84,8 @@ def _seconds(folder: str) -> float:
 def copy_logs(folder: str, out: str) -> None:
     """log.txt, rounded, and flags.json of each run of a sweep: small enough to be kept, and a sweep's folder by themselves."""
     for run in read_sweep(folder)[0]:
+        if not _finished(run.folder):
+            continue
         os.makedirs(os.path.join(out, run.name), exist_ok=True)
         with open(os.path.join(out, run.name, "log.txt"), "w") as f:
             f.writelines(json.dumps({k: rounded(v) for k, v in line.items()}) + "\n" for line in run.log)
