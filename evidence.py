@@ -2,6 +2,7 @@
 
     python evidence.py list                                          # experiments, what was run, claims and verdicts
     python evidence.py run supervised_vit mae --data DIR             # DIR/mini_imagenet20/{train,val}.tar, DIR/cifar10/...
+    python evidence.py run mae --data DIR --missing                  # what results/mae.json lacks, be it from another machine
     python evidence.py collect supervised_vit                        # runs/evidence/NAME -> results/NAME.json and logs
     python evidence.py write                                         # results/ -> the tables and verdicts in RESULTS.md
 
@@ -16,144 +17,12 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass
-from itertools import pairwise
 
+from claims import CHECKLIST, EXPERIMENTS
 from util.args import Parser, run
-from util.results import Column, Contrast, at, collect, copy_logs, plus_minus, rows_of, table, together, write_json
+from util.results import collect, copy_logs, merged, plus_minus, rows_of, table, together, write_json
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-
-
-@dataclass(frozen=True)
-class Experiment:
-    main: str
-    title: str
-    columns: tuple[Column, ...]
-    data: str = "mini_imagenet20"
-
-
-TOP1 = Column("top-1 %", "test_acc1")
-CLASS_LOSS = Column("training class loss", "train_class", digits=3)
-PLACE = (Column("position loss", "test_position", digits=3), Column("position accuracy %", "test_position_acc", 100))
-SUPERVISED = (TOP1, CLASS_LOSS, *PLACE)
-FINETUNED = (Column("fine-tuned %", "finetune/test_acc1"), Column("with APL %", "finetune-2/test_acc1"))
-PROBED = (Column("linear probe %", "linprobe-2/test_acc1"), Column("kNN, mean token %", "linprobe/knn20_avg"),
-          Column("kNN, class token %", "linprobe/knn20_cls"))
-RANKS = (Column("effective rank, mean token", "linprobe/effective_rank_avg", digits=1),
-         Column("class token", "linprobe/effective_rank_cls", digits=1))
-PIXEL = Column("pixel loss", "test_pixel", digits=3)
-MAE = (PIXEL, *PLACE, *FINETUNED, *PROBED)
-
-FINETUNE, PRETRAIN, SERE = "main_finetune", "main_pretrain", "main_sere"
-EXPERIMENTS = {
-    "supervised_vit": Experiment(FINETUNE, "Supervised ViT (Table 1)", SUPERVISED),
-    "supervised_swin": Experiment(FINETUNE, "Supervised Swin, the paper's (Table 2)", SUPERVISED),
-    "label_weight": Experiment(FINETUNE, "Weight of the label loss (Figure 5)", SUPERVISED),
-    "flips": Experiment(FINETUNE, "Crops and flips (Table 3)", SUPERVISED),
-    "supervised_deit": Experiment(FINETUNE, "DeiT (Table 5's shape)", SUPERVISED),
-    "supervised_nest": Experiment(FINETUNE, "NesT (Table 5's shape)", SUPERVISED),
-    "mae": Experiment(PRETRAIN, "Masked autoencoders (Table 7's shape)", MAE),
-    "mae_scratch": Experiment(FINETUNE, "The same fine-tuning from scratch", SUPERVISED),
-    "mask_ratio": Experiment(PRETRAIN, "Position loss against mask ratio (Figure 8)", (PIXEL, *PLACE)),
-    "mae_tokens": Experiment(PRETRAIN, "Positional embedding and width of the label's token", (PIXEL, *PLACE)),
-    "rpl_pairs": Experiment(PRETRAIN, "All pairs of relative labels, or 8 drawn per query", (PIXEL, *PLACE)),
-    "pos_embed_init": Experiment(PRETRAIN, "How the positional embedding comes back", (
-        Column("zero %", "finetune/test_acc1"), Column("sincos %", "finetune-2/test_acc1"),
-        Column("normal %", "finetune-3/test_acc1"))),
-    "swin_cells": Experiment(FINETUNE, "Cells of Swin's last stage", SUPERVISED),
-    "sere_mae_apl": Experiment(PRETRAIN, "MAE + APL, budget of SERE's comparison", (*PROBED, *RANKS)),
-    "sere_mae_apl_sr": Experiment(PRETRAIN, "MAE + APL + same-view self-relations", (*PROBED, *RANKS)),
-    "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
-    "sere_ibot_sr": Experiment(SERE, "iBOT + self-relations (SERE)", (*PROBED, *RANKS)),
-    "cifar10_vit": Experiment(FINETUNE, "Supervised ViT on CIFAR-10", SUPERVISED, "cifar10"),
-    "cifar10_mae": Experiment(PRETRAIN, "Masked autoencoders on CIFAR-10", MAE, "cifar10"),
-}
-
-
-def gain(experiment: str, label: str, pos_embed: str = "learned", metric: str = "test_acc1") -> Contrast:
-    """What a label adds."""
-    return Contrast(f"{experiment}, PE {pos_embed}: {label} - none", (at(experiment, pos_embed=pos_embed, pos_label=label),),
-                    (at(experiment, pos_embed=pos_embed, pos_label="none"),), metric)
-
-
-def label_for_pe(experiment: str, label: str) -> Contrast:
-    return Contrast(f"{experiment}: {label} without PE - PE alone", (at(experiment, pos_embed="none", pos_label=label),),
-                    (at(experiment, pos_embed="learned", pos_label="none"),))
-
-
-def pe_beside(experiment: str, label: str) -> Contrast:
-    return Contrast(f"{experiment}: PE + {label} - {label} alone", (at(experiment, pos_embed="learned", pos_label=label),),
-                    (at(experiment, pos_embed="none", pos_label=label),))
-
-
-def gain_over_gain(more: str, less: str, label: str) -> Contrast:
-    a, b = gain(more, label), gain(less, label)
-    return Contrast(f"gain of {label}: {more} - {less}", a.plus + b.minus, a.minus + b.plus)
-
-
-def relative_over_absolute(experiment: str, pos_embed: str, margin: float | None = None) -> Contrast:
-    return Contrast(f"{experiment}, PE {pos_embed}: rpl - apl" + (f", within {margin:g}" if margin else ""),
-                    (at(experiment, pos_embed=pos_embed, pos_label="rpl"),),
-                    (at(experiment, pos_embed=pos_embed, pos_label="apl"),), margin=margin)
-
-
-def step(experiment: str, flag: str, high, low, metric: str = "test_acc1", margin: float | None = None, **same) -> Contrast:
-    """What a flag does, other flags being equal."""
-    beside = "".join(f", {k} {v}" for k, v in same.items())
-    return Contrast(f"{experiment}{beside}: {metric}, {flag} {high} - {low}" + (f", within {margin:g}" if margin else ""),
-                    (at(experiment, **{flag: high}, **same),), (at(experiment, **{flag: low}, **same),), metric, margin)
-
-
-def over_scratch() -> Contrast:
-    return Contrast("MAE (PE), fine-tuned with PE - scratch", (at("mae", pos_embed="sincos", pos_label="none"),),
-                    (at("mae_scratch", pos_label="none"),), "finetune/test_acc1", minus_metric="test_acc1")
-
-
-def over_mae(label: str) -> Contrast:
-    return Contrast(f"MAE + {label}, fine-tuned with PE + APL - MAE (PE), fine-tuned with PE",
-                    (at("mae", pos_embed="none", pos_label=label),), (at("mae", pos_embed="sincos", pos_label="none"),),
-                    "finetune-2/test_acc1", minus_metric="finetune/test_acc1")
-
-
-RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
-LABELS = ("apl", "rpl")
-# Zhang et al. 2023, as its tables and figures say; differences of the paper in percent points of top-1.
-CHECKLIST = {
-    "a": ("ViT without PE: APL beats none (+1.85), RPL beats none (+1.66)",
-          [gain(e, label, "none") for e in ("supervised_vit", "cifar10_vit") for label in LABELS]),
-    "b": ("ViT: labels alone are at least as good as PE alone (+0.28 / +0.09); on Swin they are not (-0.43 / -0.17)",
-          [label_for_pe(e, label) for e in ("supervised_vit", "cifar10_vit") for label in LABELS]),
-    "c": ("PE + label beats PE (ViT +1.20 / +1.16, Swin-T +0.19 / +0.61)",
-          [gain(e, label) for e in ("supervised_vit", "supervised_swin", "cifar10_vit") for label in LABELS]),
-    "d": ("PE + label beats label alone (ViT +0.92 / +1.07, Swin-T +0.62 / +0.78)",
-          [pe_beside(e, label) for e in ("supervised_vit", "supervised_swin", "cifar10_vit") for label in LABELS]),
-    "e": ("RPL beats APL on Swin, with PE and without; on ViT they are equal (here: within 1 point)",
-          [relative_over_absolute("supervised_swin", pe) for pe in ("none", "learned")]
-          + [relative_over_absolute("supervised_vit", pe, 1.0) for pe in ("none", "learned")]),
-    "f": ("The gain is larger on less data (ViT-B, Mini-ImageNet +6.15 / +5.69, ImageNet +1.20 / +1.16)",
-          [gain_over_gain("supervised_vit", "cifar10_vit", label) for label in LABELS]),
-    "g": ("The gain is larger for global than for window attention (ViT-B 1.20, Swin-B 0.41 to 0.74)",
-          [gain_over_gain("supervised_vit", "supervised_swin", label) for label in LABELS]),
-    "h": ("With a label, horizontal flips help (+0.57); vertical ones on top do nothing (here: within 1 point)",
-          [step("flips", "hflip", 0.5, 0.0, vflip=0.0, pos_label="apl"),
-           step("flips", "vflip", 0.5, 0.0, margin=1.0, hflip=0.5, pos_label="apl")]),
-    "i": ("Any weight from 0.25 to 1.25 beats 0, and it is flat around 0.5 (here: within 1 point)",
-          [step("label_weight", "pos_weight", w, 0.0) for w in (0.25, 0.5, 0.75, 1.0, 1.25)]
-          + [step("label_weight", "pos_weight", w, 0.5, margin=1.0) for w in (0.25, 0.75)]),
-    "j": ("The training loss of the classes is lower with labels (Figure 7)",
-          [gain("supervised_vit", label, pe, "train_class").turned() for pe in ("none", "learned") for label in LABELS]),
-    "k": ("More cells in Swin's last stage help with labels, and change nothing without (here: within 1 point)",
-          [step("swin_cells", "swin_merge_last", False, True, pos_label="apl"),
-           step("swin_cells", "swin_merge_last", False, True, margin=1.0, pos_label="none")]),
-    "l": ("The position loss rises with the mask ratio (Figure 8); MAE + label > MAE > scratch after fine-tuning (Table 7)",
-          [step("mask_ratio", "mask_ratio", high, low, "test_position") for low, high in pairwise(RATIOS)]
-          + [over_mae("apl"), over_mae("rpl"), over_scratch()]),
-    "m": ("Ours: labels cannot be read off a PE; half tokens do as well as full ones, drawn pairs as well as all",
-          [step("mae_tokens", "pos_embed", "sincos", "none", "test_position_acc", pos_tokens="half"),
-           step("mae_tokens", "pos_tokens", "full", "half", "test_position", 0.02, pos_embed="none"),
-           step("rpl_pairs", "rpl_pairs", 8, 0, "test_position", 0.02)]),
-}
 
 
 def recipe(name: str) -> list[str]:
@@ -161,24 +30,33 @@ def recipe(name: str) -> list[str]:
     return Parser(add_help=False).with_recipes([f"@{path}"])
 
 
-def run_experiment(name: str, data: str, runs: str, max_parallel: int, more: list[str]) -> int:
+def run_experiment(name: str, data: str, runs: str, max_parallel: int, known: set[str], more: list[str]) -> int:
+    """Give the recipe to the launcher, but for the points that are `known` -> its exit code."""
     from util.launch import launch
+    from util.sweep import plan
 
     # Runs side by side on a CPU share its cores; more threads than cores are slower than one after the other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max_parallel)))
-    words = recipe(name)
-    end = words.index("--then") if "--then" in words else len(words)
+    words, main = recipe(name), EXPERIMENTS[name].main
+    swept, end = words.index("--sweep"), words.index("--then") if "--then" in words else len(words)
+    wanted = [p.name for p in plan(main, words[:swept], words[swept + 1:end], [], runs) if p.name not in known]
+    if not wanted:
+        print(f"{name}: results/{name}.json has all runs")
+        return 0
     flags = ["--cluster", "local", "--max_parallel", str(max_parallel), "--job_dir", os.path.join(runs, name),
              "--data_path", os.path.join(data, EXPERIMENTS[name].data)]
-    return launch(EXPERIMENTS[name].main, words[:end] + flags + more + words[end:])
+    return launch(main, words[:end] + flags + (["--only", *wanted] if known else []) + more + words[end:])
 
 
 def collect_experiment(name: str, runs: str, results: str) -> None:
-    """results/NAME.json, and the logs of its runs in results/NAME."""
-    folder = os.path.join(runs, name)
+    """results/NAME.json, and the logs of its runs in results/NAME; runs of the same flags that it has already are kept."""
+    folder, path = os.path.join(runs, name), os.path.join(results, f"{name}.json")
     found = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
+    before = load(results).get(name)
+    if before and all(before[k] == found[k] for k in ("recipe", "flags")):
+        found = merged(before, found)
     os.makedirs(results, exist_ok=True)
-    write_json(os.path.join(results, f"{name}.json"), found)
+    write_json(path, found)
     copy_logs(folder, os.path.join(results, name))
     print(f"{name}: {len(found['runs'])} runs" + (f", missing: {', '.join(found['missing'])}" if found["missing"] else ""))
 
@@ -199,7 +77,7 @@ def checklist(found: dict[str, dict]) -> str:
         for contrast, verdict in zip(contrasts, verdicts):
             difference = contrast.differences(found)
             if difference.values:
-                digits = 2 if "acc1" in contrast.metric else 4
+                digits = 2 if "acc1" in contrast.metric or "knn" in contrast.metric else 4
                 parts.append(f"{contrast.what}: **{plus_minus(difference, digits)}** ({len(difference.values)}), {verdict}")
         left = {a.experiment for c, v in zip(contrasts, verdicts) if v == "not run" for a in c.plus + c.minus} - set(found)
         parts += [f"not run: {', '.join(sorted(left))}"] if left else []
@@ -244,6 +122,7 @@ def get_args_parser() -> Parser:
     p.add_argument("--runs", default="runs/evidence", help="where the runs are kept")
     p.add_argument("--results", default=os.path.join(ROOT, "results"))
     p.add_argument("--page", default=os.path.join(ROOT, "RESULTS.md"))
+    p.add_argument("--missing", action="store_true", help="run only what results/NAME.json does not have")
     p.add_argument("--max_parallel", default=1, type=int, help="runs at a time")
     return p
 
@@ -257,7 +136,10 @@ def main(args, more: list[str]) -> int:
     if args.command == "run":
         if not args.data:
             raise ValueError("--data DIR: the folder that holds mini_imagenet20 and cifar10")
-        failed = [name for name in args.names if run_experiment(name, args.data, args.runs, args.max_parallel, more)]
+        before = load(args.results) if args.missing else {}
+        known = {name: {run["name"] for run in result["runs"]} for name, result in before.items()}
+        failed = [name for name in args.names
+                  if run_experiment(name, args.data, args.runs, args.max_parallel, known.get(name, set()), more)]
         if failed:
             print(f"failed: {', '.join(failed)}; the logs are named above", file=sys.stderr)
             return 1

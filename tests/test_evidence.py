@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import claims
 import evidence
 from processes import ROOT
 from util import results
@@ -57,7 +58,7 @@ def test_a_loss_counts_downwards_and_gains_are_compared():
     two = {e: {"runs": [{"flags": {"pos_embed": "learned", "pos_label": k, "seed": s}, "figures": {"test_acc1": v + s}}
                         for s in range(3) for k, v in (("none", base), ("apl", base + gain))]}
            for e, base, gain in (("supervised_vit", 30.0, 5.0), ("supervised_swin", 60.0, 2.0))}
-    assert evidence.gain_over_gain("supervised_vit", "supervised_swin", "apl").differences(two).values == (3.0, 3.0, 3.0)
+    assert claims.gain_over_gain("supervised_vit", "supervised_swin", "apl").differences(two).values == (3.0, 3.0, 3.0)
 
 
 def test_a_setting_that_is_several_is_refused():
@@ -103,16 +104,27 @@ def test_collecting_takes_last_epochs_and_what_follows(tmp_path):
     assert [results.figures_of(r) for r in copied] == [{"test_pixel": pytest.approx(0.123457 - s, abs=1e-6)} for s in (0, 1)]
 
 
-@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_results_of_the_same_flags_are_put_together():
+    def result(names, hours, machine, missing=()):
+        return {"runs": [{"name": n, "figures": {"x": hours}} for n in names], "missing": list(missing), "hours": hours,
+                "machines": [machine]}
+
+    both = results.merged(result("ab", 2.0, "M"), result("bc", 1.0, "N", missing="ad"))
+    assert [(r["name"], r["figures"]["x"]) for r in both["runs"]] == [("a", 2.0), ("b", 1.0), ("c", 1.0)]
+    assert both["missing"] == ["d"] and both["machines"] == ["M", "N"] and both["hours"] == 3.0
+    assert results.merged(result("b", 2.0, "M"), result("b", 1.0, "M"))["hours"] == 1.0
+
+
+@pytest.mark.parametrize("name", claims.EXPERIMENTS)
 def test_recipes_are_valid_and_hold_what_the_claims_compare(name):
     """Every flag of every recipe is checked by its main's parser, and a claim finds one run per seed."""
     words = evidence.recipe(name)
     swept = words.index("--sweep")
     end = words.index("--then") if "--then" in words else len(words)
-    points = plan(evidence.EXPERIMENTS[name].main, words[:swept], words[swept + 1:end], words[end:], "/runs")
+    points = plan(claims.EXPERIMENTS[name].main, words[:swept], words[swept + 1:end], words[end:], "/runs")
     seeds = {p.flags["seed"] for p in points}
     assert len(seeds) >= 3
-    for _, contrasts in evidence.CHECKLIST.values():
+    for _, contrasts in claims.CHECKLIST.values():
         for side in {a for c in contrasts for a in c.plus + c.minus if a.experiment == name}:
             matching = [p.flags["seed"] for p in points if all(p.flags.get(k) == v for k, v in side.flags)]
             assert sorted(matching) == sorted(seeds), f"{side}: {matching}"
@@ -145,6 +157,11 @@ def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     assert said["runs"][0]["figures"]["test_position"] == pytest.approx(log["test_position"], rel=1e-5)
     assert said["recipe"].startswith("--model mae_vit_pico_patch8") and said["hours"] >= 0 and said["machines"]
     capfd.readouterr()
+    assert "--epochs 1 --warmup_epochs 0 --input_size 16" in said["flags"], "what differs from the recipe is written down"
+    assert str(data) not in said["flags"]
+    assert call("run", "mask_ratio", "--data", "D", "--missing", more=["--dry_run"]) == 0
+    planned = capfd.readouterr().out
+    assert planned.count("python main_pretrain.py") == 14 and point not in planned
     assert call("list") == 0
     assert "mask_ratio         Position loss against mask ratio (Figure 8): 1 runs" in capfd.readouterr().out
     assert call("run", "nothing") == 2 and "no such experiment" in capfd.readouterr().err

@@ -12,7 +12,8 @@ OURS = sorted(
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
     ("benchmarks.timing", 0), ("benchmarks.step", 6), ("benchmarks.", 8),
-    ("submitit_", 7), ("main_", 6), ("visualize", 6), ("checkpoints", 6), ("evidence", 6), ("engine", 5), ("conversions", 5),
+    ("submitit_", 7), ("main_", 6), ("visualize", 6), ("checkpoints", 6), ("evidence", 6), ("claims", 5),
+    ("engine", 5), ("conversions", 5),
     ("models_", 3), ("models", 4), ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.

@@ -5,6 +5,7 @@ their initial weights, their order of images and their crops, so that what they 
 """
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 
 from util.job import read_note
@@ -19,7 +20,9 @@ def rounded(x, digits: int = 6):
 
 
 def collect(folder: str) -> dict:
-    """{runs: [{name, flags, figures}], missing, machines, versions, hours} of a sweep's folder.
+    """{flags, runs: [{name, flags, figures}], missing, machines, versions, hours} of a sweep's folder.
+
+    The first flags are those of all runs, in which results may differ from their recipe.
 
     `figures` are those of the last epoch, with those of the runs that follow as `finetune/test_acc1`; hours are the sum over
     all runs that say when they began. A run that its job.json does not call finished is missing. ValueError where there are
@@ -31,13 +34,32 @@ def collect(folder: str) -> dict:
     if not runs:
         raise ValueError(f"no run in {folder} is finished: there is nothing to collect")
     records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
+    plan = json.loads(_read(os.path.join(folder, "sweep.json")) or "{}")
     return {
+        "flags": shlex.join(_without_places(plan.get("flags", []))),
         "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run)} for run in runs],
         "missing": missing,
         "machines": sorted({device for record in records for device in record.get("devices", [])}),
         "versions": records[-1].get("versions", {}),
         "hours": round(sum(_seconds(os.path.join(run.folder, sub)) for run in runs
                            for sub in ["", *_folders(run.folder)]) / 3600, 2),
+    }
+
+
+def _without_places(words: list[str]) -> list[str]:
+    """Flags but for where the data lie, which is no part of what was done."""
+    return [w for i, w in enumerate(words) if "--data_path" not in (w, words[i - 1] if i else "")]
+
+
+def merged(before: dict, found: dict) -> dict:
+    """Results with what earlier ones of the same flags have beyond them."""
+    own = {run["name"] for run in found["runs"]}
+    kept = [run for run in before["runs"] if run["name"] not in own]
+    return found | {
+        "runs": sorted(kept + found["runs"], key=lambda run: run["name"]),
+        "missing": [name for name in found["missing"] if name not in {run["name"] for run in kept}],
+        "machines": sorted({*before["machines"], *found["machines"]}),
+        "hours": round(found["hours"] + (before["hours"] if kept else 0.0), 2),
     }
 
 
