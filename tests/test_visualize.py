@@ -182,6 +182,12 @@ def test_seeds_of_a_point_are_put_together(sweep, tmp_path, capsys):
     assert "without figures so far: mask_ratio=0.95,seed=0" in capsys.readouterr().out
 
 
+def test_runs_that_differ_by_their_seed_alone_are_one_point(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / "s" / f"seed={seed}", [2.0], {"seed": seed})
+    assert [r.point for r in runs.read_sweep(str(tmp_path / "s"))[0]] == ["s", "s"]
+
+
 def test_flags_come_from_checkpoints_where_a_sweep_left_no_notes(tmp_path):
     for ratio in (0.25, 0.75):
         make_run(tmp_path / "s" / f"r{ratio}", [ratio], mask_ratio=ratio, lr=1e-3, output_dir=f"/x/{ratio}")

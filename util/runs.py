@@ -98,7 +98,8 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
     own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
-    runs = [replace(r, flags=f, point=_others(f, "seed") or r.name) for r, f in zip(runs, own)]
+    alone = os.path.basename(os.path.normpath(folder))  # where seeds are all that differs
+    runs = [replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name)) for r, f in zip(runs, own)]
     return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
 
 
