@@ -20,7 +20,7 @@ UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.nat
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
               "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.report": {"util.charts", "util.runs"},
-              "util.keeper": {"util.checkpoint"},
+              "util.keeper": {"util.checkpoint"}, "util.plan": {"util.flops"},
               "util.state": {"util.checkpoint", "util.fsdp"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
               "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},
               "util.launch": {"util.args", "util.job", "util.status", "util.sweep"},
