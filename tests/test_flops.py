@@ -68,10 +68,10 @@ def test_work_that_backward_repeats_is_no_work_of_the_model(amp, reentrant):
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
     """As the head does them: two projections a token, one merged matrix a pair; three products each with gradients."""
-    B, D, grid, offsets = 2, 16, (2, 3), 3 * 5
+    B, D, grid, offsets = 2, 16, (2, 3), 3 * 5  # the sweep multiplies 16, which is faster
     head, x = PositionalHead(D, grid, "rpl", rpl_pairs=pairs), torch.randn(B, 6, D, requires_grad=True)
     macs = B * 6 * 2 * (D // 2)**2  # q and k
-    macs += B * 6 * (pairs or 6) * (D // 2) * offsets
+    macs += B * 6 * (pairs or 6) * (D // 2) * (offsets + 1)
     macs += offsets * (D // 2)**2 + offsets * D // 2  # classifier and second linear merged, weight and bias
     vector = 2 * offsets * D // 2  # the bias's part is a matrix-vector product, of which backward has none that is counted
     assert abs(counted(lambda: head(x)["position"].backward()) - 6 * macs) <= 3 * vector
