@@ -128,7 +128,10 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     db = d_logits.sum(0)
     d_logits = d_logits.to(g.dtype)
     dw = d_logits.t() @ g
-    d_pre = torch.ops.aten.gelu_backward(d_logits @ weight, pre).reshape(b, r, m, hidden)
+    del g
+    d_g = d_logits @ weight
+    del logits, d_logits  # of these tensors no more live at one time than must
+    d_pre = torch.ops.aten.gelu_backward(d_g, pre).reshape(b, r, m, hidden)
     acc = _accumulator(q.dtype)
     return loss, right, d_pre.sum(2, dtype=acc), d_pre.sum(1, dtype=acc), dw, db
 
