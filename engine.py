@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist, fsdp, plan, slurm
+from util.flops import FlopCounter, peak_flops
 from util.keeper import Keeper
 from util.loader import device_batches
 from util.log import BadImages, Log, NonFiniteLoss, peak_memory_mb, write_replay
@@ -99,7 +100,8 @@ class Run:
         dist.barrier()
 
 
-def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window: int) -> tuple[dict, float]:
+def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window: int,
+                     counter: FlopCounter | None = None) -> tuple[dict, float]:
     """One optimizer step over `window` micro-batches: mean metrics, and seconds spent waiting for data."""
     sums: dict[str, Tensor] = {}
     waited = 0.0
@@ -113,7 +115,9 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
         local = micro < window - 1
         if run.sharded:
             state.model.set_requires_gradient_sync(not local)
-        with run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext():
+        # Only here: what prepares data may start processes, which would count for ever.
+        counted = counter or contextlib.nullcontext()
+        with counted, run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext():
             with autocast(run.device, run.amp):
                 loss, terms = run.loss_fn(run.wrapped, batch)
             state.scaler.scale(loss / window).backward()
@@ -148,13 +152,16 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
         if run.before_update is not None:
             run.before_update(done)
         window = min(run.accum_iter, run.batches_per_epoch - u * run.accum_iter)  # an epoch's last may be shorter
+        counter = FlopCounter() if run.log.wants_flops else None
         try:
-            metrics, waited = train_one_update(run, state, stream, window)
+            metrics, waited = train_one_update(run, state, stream, window, counter)
         except StopIteration:  # a stream shorter than it said
             state.optimizer.zero_grad(set_to_none=True)
             state.step = (epoch + 1) * updates
             run.log.flush()
             break
+        if counter is not None:
+            run.log.image_flops = counter.total / (window * run.loader.batch_size)
         run.log.step(state.step - 1, metrics, lr, waited)
         stopping = run.stop.agreed()
         save_now = run.keeper is not None and run.keeper.step_due(state.step)
@@ -233,7 +240,9 @@ def fit(
     images_per_update = loader.batch_size * accum_iter * dist.world_size()
     if first_epoch >= epochs:
         dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
-    elif keeper is not None and dist.is_main():
+    else:
+        log.peak_flops = peak_flops(model, device, AMP[amp] or torch.float32, compile_model)
+    if first_epoch < epochs and keeper is not None and dist.is_main():
         keeper.claim()
         plan.write_record(keeper.dir, run.args, _resolved(run, state, started))
     with run.stop, slurm.lost_peers(run.stop):
@@ -262,6 +271,7 @@ def _resolved(run: Run, state: TrainState, started: str) -> dict:
         "effective_batch": run.loader.batch_size * run.accum_iter * dist.world_size(),
         "updates_per_epoch": run.updates_per_epoch, "lr": state.optimizer.defaults["lr"], "mean": list(run.mean),
         "std": list(run.std), "parameters": sum(p.numel() for p in state.model.parameters()), "images": len(run.loader.dataset),
+        "matmul_gflops": run.log.peak_flops and run.log.peak_flops / 1e9,
     }
 
 
@@ -277,8 +287,8 @@ def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
     run.wrapped.train()
     if run.before_update is not None:
         run.before_update(step / updates)
-    measured = plan.measure(lambda stream: train_one_update(run, state, stream, run.accum_iter)[1], batches, run.device,
-                            AMP[run.amp] or torch.float32, peak_memory_mb)
+    measured = plan.measure(lambda stream, counter: train_one_update(run, state, stream, run.accum_iter, counter)[1], batches,
+                            run.device, AMP[run.amp] or torch.float32, peak_memory_mb)
     if run.keeper is not None:
         kept = len({e for e in range(epochs) if run.keeper.keeps(e)} | {epochs - 1})
         kept = min(kept, run.keeper.keep) if run.keeper.keep else kept

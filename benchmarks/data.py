@@ -1,7 +1,7 @@
 """From JPEGs to uint8 crops: images per second and core against torchvision's ImageFolder + PIL, alone and in a loader.
 
     python benchmarks/run.py data --data_path photos.tar        a tar or a folder of JPEGs; the demo's without it
-    python benchmarks/run.py data --data_path photos.tar --minutes 20      and whether memory grows
+    python benchmarks/run.py data --data_path photos.tar --endurance 20      whether memory grows
 """
 import argparse
 import io
@@ -117,28 +117,38 @@ def cpu_seconds():
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def resident():
-    """MiB of this process and its children, shared pages counted in proportion."""
-    total = 0
-    for pid in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+def memory():
+    """MiB of this process and of its workers together: resident, and what no other process shares (private pages)."""
+    found = {}
+    for who, pids in dict(parent=[os.getpid()], workers=[p.pid for p in multiprocessing.active_children()]).items():
+        lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+        for what, names in dict(resident=["Rss:"], unique=["Private_Clean:", "Private_Dirty:"]).items():
+            found[f"{who} {what}"] = sum(int(size) for name, size, *_ in lines if name in names) / 1024
+    return found
 
 
-def growth(dataset, minutes, workers):
-    """MiB over a run of `minutes`, read ten times."""
-    sampler = EpochSampler(len(dataset), batch_size=min(50, len(dataset)), seed=0)
+def slope(images, mib):
+    """Least squares, MiB per 100,000 images."""
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (images, mib))
+    x, y = x - x.mean(), y - y.mean()
+    return 1e5 * float((x @ y) / (x @ x))
+
+
+def endurance(dataset, minutes, workers, batch_size, reads=20):
+    """Memory while images are loaded for `minutes`, epoch after epoch; slopes leave the first fifth out, the warm-up."""
+    sampler = EpochSampler(len(dataset), batch_size=min(batch_size, len(dataset)), seed=0)
     loader = build_loader(dataset, sampler, batch_size=sampler.batch_size, num_workers=workers)
-    start, read, images, epoch = time.time(), [], 0, 0
-    while len(read) < 10:
+    start, rows, images, epoch = time.monotonic(), [], 0, 0
+    while len(rows) < reads:
         sampler.set_position(epoch)
         for batch in loader:
             images += len(batch["image"])
-            if time.time() - start > (len(read) + 1) * minutes * 6:
-                read.append(resident())
+            if len(rows) < reads and time.monotonic() - start >= 60 * minutes * (len(rows) + 1) / reads:
+                rows.append(dict(images=images, epoch=epoch) | memory())
         epoch += 1
-    return dict(images=images, mib=read, grown_after_first_tenth=read[-1] - read[0])
+    kept = rows[len(rows) // 5:]
+    return dict(rows=rows, mib_per_100k={k: slope([r["images"] for r in kept], [r[k] for r in kept])
+                                         for k in rows[0] if k not in ("images", "epoch")})
 
 
 def main(argv) -> dict:
@@ -149,8 +159,17 @@ def main(argv) -> dict:
     parser.add_argument("--batches", type=int, default=6, help="per round and path in the loader; 0 leaves the loader out")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=0, help="of the run that watches memory")
+    parser.add_argument("--endurance", type=float, default=0, metavar="MINUTES",
+                        help="instead: memory while the loader runs for so long")
     args = parser.parse_args(argv)
+    if args.endurance:
+        dataset = ImageDataset(build_index(args.data_path, labels=False), pretrain_transform(SIZE))
+        found = endurance(dataset, args.endurance, args.num_workers, args.batch_size)
+        print(f"{len(dataset)} images of {args.data_path}, {native.describe()}, {args.num_workers} workers; MiB")
+        print(table([{k: v if isinstance(v, int) else f"{v:.1f}" for k, v in row.items()} for row in found["rows"]]))
+        print("MiB per 100,000 images after the first fifth: " + ", ".join(
+            f"{k} {v:+.1f}" for k, v in found["mib_per_100k"].items()))
+        return dict(images=len(dataset), endurance=found)
     with tempfile.TemporaryDirectory() as scratch:
         sets = datasets(args.data_path, scratch)
         native_or_not = sets.get("native, original files", sets["torchvision.io + v2, uint8 (without the library)"])
@@ -167,8 +186,4 @@ def main(argv) -> dict:
             print(table([dict(path=r["path"], **{"images/s": shown(r["images_per_s"], 0), "times the first": shown(r["ratio"]),
                                                  "ms/image (CPU, all)": shown(r["cpu_ms"]), "of CPU": shown(r["cpu_ratio"])})
                          for r in results["loader"]]))
-        if args.minutes:
-            results["memory"] = growth(native_or_not, args.minutes, args.num_workers)
-            print("\nmemory, MiB: " + " ".join(f"{m:.0f}" for m in results["memory"]["mib"])
-                  + f"  ({results['memory']['images']} images)")
     return results

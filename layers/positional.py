@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Pairs whose logits exist at one time. On a 14x14 grid that is about 190 MB in float32 on a GPU, which wants large
-# kernels; a CPU is 1.3 to 1.6 times faster where a chunk (12 MB) stays near its cache (benchmarks/README.md).
-PAIRS_PER_CHUNK = {"cpu": 4_096, "cuda": 65_536}
+# kernels; a CPU is faster where a chunk (6 MB) stays near its cache (benchmarks/README.md).
+PAIRS_PER_CHUNK = {"cpu": 2_048, "cuda": 65_536}
 
 
 def offset_codes(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
@@ -72,7 +72,10 @@ class _SweptPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, weight, bias, query_codes, key_codes, centre, with_grad):
         B, n, hidden = q.shape
-        m = k.shape[1]
+        m, offsets = k.shape[1], len(weight)
+        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of 16.
+        weight = F.pad(weight, (0, 0, 0, -offsets % 16))
+        bias = F.pad(bias, (0, -offsets % 16), value=-math.inf)
         loss = torch.zeros((), device=q.device, dtype=_accumulator(q.dtype))
         right = torch.zeros((), device=q.device, dtype=torch.int64)
         grads = [torch.zeros_like(t, dtype=_accumulator(t.dtype)) for t in (q, k, weight, bias)] if with_grad else []
@@ -91,7 +94,7 @@ class _SweptPairLoss(torch.autograd.Function):
                     grads[1][part[0]] += chunk[3]
                     grads[2] += chunk[4]
                     grads[3] += chunk[5]
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(g[:offsets] if i > 1 else g for i, g in enumerate(grads)))
         ctx.mark_non_differentiable(right)
         return loss, right
 
@@ -112,17 +115,23 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     pre = (q[:, :, None] + k[:, None]).reshape(-1, hidden)  # (b*r*m, H)
     g = F.gelu(pre)
     logits = F.linear(g, weight, bias).to(_accumulator(q.dtype))  # (b*r*m, offsets)
-    log_z = logits.logsumexp(dim=-1, keepdim=True)
-    loss = (log_z - logits.gather(1, label[:, None])).sum()
-    right = (logits.argmax(dim=-1) == label).sum()
+    top, answer = logits.max(dim=-1, keepdim=True)
+    right = (answer[:, 0] == label).sum()
+    logits = logits.sub_(top)  # from here in place: memory, and its traffic, is what a sweep spends beside products
+    target = logits.gather(1, label[:, None])
+    z = logits.exp_().sum(-1, keepdim=True)
+    loss = (z.log() - target).sum()
     if not with_grad:
         return loss, right
-    d_logits = logits.sub_(log_z).exp_()  # softmax, in place
+    d_logits = logits.div_(z)  # softmax
     d_logits.scatter_add_(1, label[:, None], d_logits.new_full((len(label), 1), -1.0))
     db = d_logits.sum(0)
     d_logits = d_logits.to(g.dtype)
     dw = d_logits.t() @ g
-    d_pre = torch.ops.aten.gelu_backward(d_logits @ weight, pre).reshape(b, r, m, hidden)
+    del g
+    d_g = d_logits @ weight
+    del logits, d_logits  # of these tensors no more live at one time than must
+    d_pre = torch.ops.aten.gelu_backward(d_g, pre).reshape(b, r, m, hidden)
     acc = _accumulator(q.dtype)
     return loss, right, d_pre.sum(2, dtype=acc), d_pre.sum(1, dtype=acc), dw, db
 

@@ -54,7 +54,7 @@ def last(output_dir) -> dict:
 def log_lines(output_dir) -> list[dict]:
     """log.txt without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(output_dir) / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("img_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("img_per_s", "data_wait", "mfu")} for line in lines]
 
 
 def assert_same(a: dict, b: dict, exact: bool = True) -> None:

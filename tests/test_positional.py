@@ -1,9 +1,11 @@
 """Positional labels against slow, obvious forms."""
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import positional
 from layers.positional import PositionalHead, apl_chance, num_offsets, relative_labels, rpl_chance
@@ -135,6 +137,62 @@ def test_sampled_pairs_label_the_drawn_partners():
             token = (ids[b] == seen["key_ids"][b, m]).nonzero().item()
             assert torch.equal(seen["k"][b, m], all_keys[b, token])
     assert torch.equal(seen["query_ids"], ids) and labels.shape == (4, 7, 7)
+
+
+@pytest.mark.parametrize("chunk", [10**6, 9, 2])  # everything at once; some rows; less than one row of pairs
+@pytest.mark.parametrize("precision,tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, monkeypatch):
+    """Loss, accuracy and gradients against every drawn pair written out in float64."""
+    monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", chunk)
+    torch.manual_seed(0)
+    grid, B, n, D, drawn = (3, 4), 3, 7, 16, 4
+    head = PositionalHead(D, grid, "rpl", rpl_pairs=drawn).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    ids = torch.stack([torch.randperm(12)[:n] for _ in range(B)])
+    x = torch.randn(B, n, D, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    partners = torch.rand(B, n).argsort(1)[:, :drawn]
+    pairs = torch.stack([torch.stack([torch.cat([x[b, i, : D // 2], x[b, j, D // 2:]]) for i in range(n) for j in partners[b]])
+                         for b in range(B)])  # (B, n*drawn, D)
+    logits = head.rpl.classifier(head.rpl.fc2(F.gelu(head.rpl.fc1(pairs))))
+    labels = relative_labels(grid, ids, ids.gather(1, partners)).flatten(1)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    expected = [x.grad, *(p.grad for p in head.parameters())]
+
+    mine = PositionalHead(D, grid, "rpl", rpl_pairs=drawn).to(precision)
+    mine.load_state_dict(head.state_dict())
+    y = x.detach().to(precision).requires_grad_()
+    torch.manual_seed(1)
+    out = mine(y, ids)
+    out["position"].backward()
+    assert out["position"].item() == pytest.approx(loss.item(), rel=tolerance)
+    assert out["position_acc"].item() == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    for found, naive in zip([y.grad, *(p.grad for p in mine.parameters())], expected):
+        assert (found - naive).norm() < tolerance * naive.norm()
+
+
+def test_the_sweep_holds_one_copy_of_the_logits(monkeypatch):
+    """Beside what a chunk multiplies, (pairs, hidden) and (pairs, offsets), nothing as large as the logits is made."""
+    monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", 500)
+    head, x = PositionalHead(16, (8, 8), "rpl"), torch.randn(4, 64, 16, requires_grad=True)
+
+    class Made(TorchDispatchMode):
+        sizes = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            before = {a.untyped_storage().data_ptr() for a in args if torch.is_tensor(a)}
+            for t in out if isinstance(out, tuple) else (out,):
+                if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in before:
+                    self.sizes[t.numel()] += 1
+            return out
+
+    with Made() as made:
+        head(x)["position"].backward()
+    rows, offsets = 7 * 64, 240  # 225 offsets, and 15 that make a multiple of 16
+    assert made.sizes[rows * offsets] == 4 * 9 and max(made.sizes) == rows * offsets, "nine chunks an image and a short one"
 
 
 @pytest.mark.parametrize("tokens", ["half", "full"])

@@ -17,7 +17,7 @@ from util.runs import Aggregate, RunRecord
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BEHIND = "#B0B0B0"
-NOT_CURVES = {"epoch", "grad_norm", "img_per_s", "data_wait", "n_parameters", "lr", "loss"}
+NOT_CURVES = {"epoch", "grad_norm", "img_per_s", "data_wait", "mfu", "n_parameters", "lr", "loss"}
 
 
 def curves(runs: list[RunRecord], references: Sequence[RunRecord] = ()) -> Figure:

@@ -30,7 +30,8 @@ class Log:
 
     `chance` holds the level of guessing for metrics that have one; it is printed beside them and written to log.txt.
     `meters` are the sums of the unfinished epoch: a checkpoint takes them along, so that an interrupted epoch reports
-    the same averages as an uninterrupted one.
+    the same averages as an uninterrupted one. With `peak_flops`, a device's measured rate, and `image_flops`, the model's
+    work on an image, which the run's first update counts, speed is also reported as `mfu`, a percentage of that rate.
     """
 
     def __init__(self, output_dir: str | None, log_dir: str | None = None, print_freq: int = 20,
@@ -42,6 +43,8 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(log_dir)
+        self.peak_flops: float | None = None
+        self.image_flops: float | None = None
         self.meters: dict[str, float] = {}
         self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
         self._wait = 0.0
@@ -84,6 +87,18 @@ class Log:
         """Whether this update is a log point; the same on every rank."""
         return self.done == self.updates or self.done % self.print_freq == 0
 
+    @property
+    def wants_flops(self) -> bool:
+        return self.peak_flops is not None and self.image_flops is None
+
+    def speed(self, images: float, seconds: float, waited: float) -> dict[str, float]:
+        """Images per second of all ranks, the share of time spent waiting for data, and `mfu` in % where it is known."""
+        seconds = max(seconds, 1e-9)
+        out = {"img_per_s": images / seconds, "data_wait": waited / seconds}
+        if self.peak_flops and self.image_flops is not None:
+            out["mfu"] = 100 * out["img_per_s"] * self.image_flops / (self.peak_flops * dist.world_size())
+        return out
+
     def flush(self) -> None:
         """Read what was noted, on all ranks together; raise NonFiniteLoss on all of them if anything is not finite."""
         if not self._steps:
@@ -109,7 +124,8 @@ class Log:
     def _report(self, last: dict[str, float], lr: float, steps: int, seconds: float, wait: float) -> None:
         """MAE's line, with the terms, chance levels, rate and share of time spent waiting for data."""
         average = self.averages()
-        rate = steps * self.images / max(seconds, 1e-9)
+        speed = self.speed(steps * self.images, seconds, wait)
+        rate = speed["img_per_s"]
         left = self.updates * (self.epochs - self.epoch) - self.done
         eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
         terms = [f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
@@ -120,8 +136,8 @@ class Log:
             self.writer.add_scalar("lr", lr, x)
             for name in last.keys() - {"loss"}:
                 self.writer.add_scalar(f"train/{name}", last[name], x)
-            self.writer.add_scalar("speed/img_per_s", rate, x)
-            self.writer.add_scalar("speed/data_wait", wait / max(seconds, 1e-9), x)
+            for name, value in speed.items():
+                self.writer.add_scalar(f"speed/{name}", value, x)
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}")
@@ -133,7 +149,8 @@ class Log:
         print(f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
               + "  ".join(terms)
               + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
-              + f"  img/s: {rate:.1f}  max mem: {peak_memory_mb():.0f}", flush=True)
+              + f"  img/s: {rate:.1f}" + (f" (mfu {speed['mfu']:.0f}%)" if "mfu" in speed else "")
+              + f"  max mem: {peak_memory_mb():.0f}", flush=True)
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
@@ -153,11 +170,9 @@ class Log:
 
     def end_epoch(self, extra: dict[str, float]) -> dict[str, float]:
         """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours."""
-        seconds = time.monotonic() - self._epoch_start
         line = {f"train_{k}": v for k, v in self.averages().items()} | extra | {"epoch": self.epoch}
         line |= {f"chance_{k}": v for k, v in self.chance.items()}
-        line["img_per_s"] = (self.done - self._epoch_first) * self.images / max(seconds, 1e-9)
-        line["data_wait"] = self._total_wait / max(self._total_seconds, 1e-9)
+        line |= self.speed((self.done - self._epoch_first) * self.images, self._total_seconds, self._total_wait)
         self._total_wait = self._total_seconds = 0.0
         self.meters = {}
         self.write_line(line)

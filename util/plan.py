@@ -13,9 +13,9 @@ from importlib import metadata
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from util import dist
+from util.flops import FlopCounter, matmul_rate, synchronize
 
 WARMUP, STEPS, SECONDS = 2, 8, 20.0  # updates before the clock starts, updates measured, and when to measure fewer
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -40,9 +40,9 @@ class Measured:
         return self.flops / self.seconds / self.peak_flops
 
 
-def measure(step: Callable[[Iterator[dict]], float], batches: Callable[[int], Iterator[dict]], device: torch.device,
-            dtype: torch.dtype, memory_mb: Callable[[], float]) -> Measured:
-    """Run `step(stream) -> seconds waited for data` a few times on `batches(epoch)`, epoch after epoch."""
+def measure(step: Callable[[Iterator[dict], FlopCounter | None], float], batches: Callable[[int], Iterator[dict]],
+            device: torch.device, dtype: torch.dtype, memory_mb: Callable[[], float]) -> Measured:
+    """Run `step(stream, counter) -> seconds waited for data` a few times on `batches(epoch)`, epoch after epoch."""
     samples = []
 
     def stream():
@@ -55,46 +55,28 @@ def measure(step: Callable[[Iterator[dict]], float], batches: Callable[[int], It
             epoch += 1
 
     endless = stream()
-    with FlopCounterMode(display=False) as counter:
-        step(endless)
+    counter = FlopCounter()
+    step(endless, counter)
     for _ in range(WARMUP - 1):
-        step(endless)
+        step(endless, None)
     done = waited = 0
     synchronize(device)
     begin = time.monotonic()
     # The number of steps must be the same on every rank: they wait for each other within a step.
-    first = step(endless)
+    first = step(endless, None)
     synchronize(device)
     one = dist.gather_objects(time.monotonic() - begin)[0]
     waited, done = first, 1
     while done < min(STEPS, max(1, SECONDS / one)):
-        waited += step(endless)
+        waited += step(endless, None)
         done += 1
     synchronize(device)
     seconds = (time.monotonic() - begin) / done
+    memory = memory_mb()
     dims = [d for d in range(samples[0].dim()) if d != 1]
     std, mean = torch.std_mean(samples[0], dim=dims)
-    return Measured(seconds, waited / done, float(counter.get_total_flops()), matmul_rate(device, dtype), memory_mb(),
+    return Measured(seconds, waited / done, float(counter.total), matmul_rate(device, dtype), memory,
                     mean.tolist(), std.tolist())
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large square matrix product: what the device really gives."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
-    a @ a
-    synchronize(device)
-    begin, times = time.monotonic(), 0
-    while times < 3 or (time.monotonic() - begin < 0.3 and times < 100):
-        a @ a
-        times += 1
-        synchronize(device)
-    return 2 * n**3 * times / (time.monotonic() - begin)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def size_mb(*states: dict) -> float:

@@ -72,7 +72,7 @@ def table(markdown: str) -> str:
 def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
     """A row per run: what was swept, and the figures of its last epoch."""
     names = [m for m in dict.fromkeys(k for run in runs for k in run.log[-1])
-             if m.startswith(("train_", "test_")) or m in ("img_per_s",)]
+             if m.startswith(("train_", "test_")) or m in ("img_per_s", "mfu")]
     lines = ["| run | " + " | ".join([*swept, "epochs", *names]) + " |", "|"]
     for run in runs:
         values = [f"{run.log[-1][m]:.4g}" if m in run.log[-1] else "" for m in names]

@@ -12,7 +12,7 @@ from util.job import read_note
 from util.runs import Aggregate, RunRecord, read_sweep
 
 # Of a line of log.txt: how a run went, not what it found.
-_NOT_FOUND = ("epoch", "train_lr", "train_grad_norm", "n_parameters", "data_wait")
+_NOT_FOUND = ("epoch", "train_lr", "train_grad_norm", "n_parameters", "data_wait", "mfu")
 
 
 def rounded(x, digits: int = 6):

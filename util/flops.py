@@ -1,0 +1,76 @@
+"""Model FLOPs utilisation: the products of an update, each counted once, and the rate at which the device multiplies."""
+import time
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts in `total` the floating-point operations of matrix products, convolutions and attention that run within it.
+
+    Kernels run as they would without it, compiled ones too: results have the same bits. What is seen is the work below
+    autograd, so that products inside an autograd function (the sweep over pairs of relative labels) count like others.
+    Products that backward repeats are left out, those of gradient checkpointing and those inside fused attention: they
+    save memory and are no work of the model. In compiled code the former cannot be told from the rest.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total, self._tracker = 0, ModuleTracker()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Without this torch.compile would not compile what it first meets within the counter."""
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        op = getattr(func, "_overloadpacket", None)
+        # Backward runs with gradients off; what it runs a second time is a forward pass, with them on.
+        if op in flop_registry and not (self._tracker.is_bw and torch.is_grad_enabled()):
+            flops = flop_registry[op](*args, **kwargs, out_val=out)
+            if "attention" in str(op) and str(op).endswith("backward"):
+                flops = flops * 4 // 5  # four products make the gradients, the fifth is q k^T once more
+            self.total += flops
+        return out
+
+
+def peak_flops(model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> float | None:
+    """What utilisation is a share of; None where the model's work cannot be seen, or not be told from what is repeated."""
+    recomputed = any(getattr(m, "grad_checkpointing", False) for m in model.modules())
+    if device.type not in ("cpu", "cuda") or (compiled and recomputed):
+        return None
+    return matmul_rate(device, dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product: what the device really gives.
+
+    The fastest within a tenth of a second. The draws are its own: no global generator is touched.
+    """
+    n, seconds = 128, 0.0
+    while n < 8192 and seconds < 0.01:  # a processor without instructions for a precision is a hundred times slower
+        n *= 2
+        a = torch.randn(n, n, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+        seconds = min(product_seconds(a) for _ in range(2))
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.1:
+        seconds = min(seconds, product_seconds(a))
+    return 2 * n**3 / seconds
+
+
+def product_seconds(a: torch.Tensor) -> float:
+    synchronize(a.device)
+    begin = time.perf_counter()
+    a @ a
+    synchronize(a.device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
