@@ -42,7 +42,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
     (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
     (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
     (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
-    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_nano_patch8"),
+    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_pico_patch8"),
     (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
     (["--data_path", "nowhere"], "nowhere"),
     (["--resume", "missing.pth"], "no checkpoint at missing.pth"),

@@ -32,10 +32,11 @@ def _seed():
 
 
 def randomised(model):
-    """Weights large enough that tokens differ: norms keep their scale."""
+    """Weights large enough that tokens differ, norms keeping their scale, and small enough that sums in another order, as another
+    processor makes them, agree to 1e-5."""
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.3 if p.ndim > 1 else p + torch.randn_like(p) * 0.1)
+            p.copy_(torch.randn_like(p) * 0.2 if p.ndim > 1 else p + torch.randn_like(p) * 0.1)
     return model
 
 
