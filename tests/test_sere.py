@@ -32,8 +32,8 @@ def _seed():
 
 
 def randomised(model):
-    """Weights large enough that tokens differ, norms keeping their scale, and small enough that sums in another order, as another
-    processor makes them, agree to 1e-5."""
+    """Weights large enough that tokens differ, norms keeping their scale, and small enough that sums in another order, as
+    another processor makes them, agree to 1e-5."""
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2 if p.ndim > 1 else p + torch.randn_like(p) * 0.1)
