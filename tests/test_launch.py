@@ -84,7 +84,8 @@ def test_what_follows_sere_has_its_encoder():
 
 def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
     recipe = tmp_path / "all.args"
-    recipe.write_text("--model mae_vit_pico_patch8\n--sweep seed=0,1\n--then linprobe --knn --no-pin_mem\n")
+    recipe.with_name("model.args").write_text("--model mae_vit_pico_patch8  # of another recipe\n")
+    recipe.write_text(f"@{recipe.with_name('model.args')}\n--sweep seed=0,1\n--then linprobe --knn --no-pin_mem\n")
     assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2

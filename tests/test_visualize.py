@@ -182,6 +182,14 @@ def test_seeds_of_a_point_are_put_together(sweep, tmp_path, capsys):
     assert "without figures so far: mask_ratio=0.95,seed=0" in capsys.readouterr().out
 
 
+def test_flags_that_moved_together_are_read_apart(tmp_path):
+    for h, v in ((0.0, 0.0), (0.5, 0.5)):
+        make_run(tmp_path / "s" / f"hflip={h},vflip={v}", [2.0], {"hflip": h, "vflip": v})
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps({"sweep": {"hflip+vflip": ["0+0", "0.5+0.5"]}, "points": []}))
+    records, swept, _ = runs.read_sweep(str(tmp_path / "s"))
+    assert swept == ["hflip", "vflip"] and [r.point for r in records] == ["hflip 0.0, vflip 0.0", "hflip 0.5, vflip 0.5"]
+
+
 def test_runs_that_differ_by_their_seed_alone_are_one_point(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / "s" / f"seed={seed}", [2.0], {"seed": seed})
