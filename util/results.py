@@ -1,7 +1,7 @@
 """What an experiment of several seeds says: its figures in one file, tables, and differences with their intervals.
 
 An experiment is a sweep (util/runs.py) over `seed` and other flags. Differences are paired: runs with the same seed share
-their initial weights, their order of images and their crops, so that what they share drops out of the difference.
+the order of their images and their crops, so that what these do drops out of the difference.
 """
 import json
 import os
