@@ -2,10 +2,10 @@
 
 An experiment's flags are recipes/evidence/NAME.args; evidence.py runs them and says what came out.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
-from util.results import Column, Contrast, at
+from util.results import At, Column, Contrast, at
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Experiment:
     title: str
     columns: tuple[Column, ...]
     data: str = "mini_imagenet20"
+    shared: dict[str, At] = field(default_factory=dict)  # settings that another experiment trains with the same flags
 
 
 TOP1 = Column("top-1 %", "test_acc1")
@@ -29,11 +30,14 @@ PIXEL = Column("pixel loss", "test_pixel", digits=3)
 MAE = (PIXEL, *PLACE, *FINETUNED, *PROBED)
 
 FINETUNE, PRETRAIN, SERE = "main_finetune", "main_pretrain", "main_sere"
+VIT, VIT_APL = (at("supervised_vit", pos_embed="learned", pos_label=label) for label in ("none", "apl"))
 EXPERIMENTS = {
     "supervised_vit": Experiment(FINETUNE, "Supervised ViT (Table 1)", SUPERVISED),
     "supervised_swin": Experiment(FINETUNE, "Supervised Swin, the paper's (Table 2)", SUPERVISED),
-    "label_weight": Experiment(FINETUNE, "Weight of the label loss (Figure 5)", SUPERVISED),
-    "flips": Experiment(FINETUNE, "Crops and flips (Table 3)", SUPERVISED),
+    "label_weight": Experiment(FINETUNE, "Weight of the label loss (Figure 5)", SUPERVISED,
+                               shared={"pos_weight 0.0": VIT, "pos_weight 0.5": VIT_APL}),
+    "flips": Experiment(FINETUNE, "Crops and flips (Table 3)", SUPERVISED, shared={
+        "hflip 0.5, vflip 0.0, pos_label none": VIT, "hflip 0.5, vflip 0.0, pos_label apl": VIT_APL}),
     "supervised_deit": Experiment(FINETUNE, "DeiT (Table 5's shape)", SUPERVISED),
     "supervised_nest": Experiment(FINETUNE, "NesT (Table 5's shape)", SUPERVISED),
     "mae": Experiment(PRETRAIN, "Masked autoencoders (Table 7's shape)", MAE),
@@ -44,7 +48,9 @@ EXPERIMENTS = {
     "pos_embed_init": Experiment(PRETRAIN, "How the positional embedding comes back", (
         Column("zero %", "finetune/test_acc1"), Column("sincos %", "finetune-2/test_acc1"),
         Column("normal %", "finetune-3/test_acc1"))),
-    "swin_cells": Experiment(FINETUNE, "Cells of Swin's last stage", SUPERVISED),
+    "swin_cells": Experiment(FINETUNE, "Cells of Swin's last stage", SUPERVISED, shared={
+        f"swin_merge_last False, pos_label {label}": at("supervised_swin", pos_embed="learned", pos_label=label)
+        for label in ("none", "apl")}),
     "sere_mae_apl": Experiment(PRETRAIN, "MAE + APL, budget of SERE's comparison", (*PROBED, *RANKS)),
     "sere_mae_apl_sr": Experiment(PRETRAIN, "MAE + APL + same-view self-relations", (*PROBED, *RANKS)),
     "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
@@ -88,6 +94,12 @@ def step(experiment: str, flag: str, high, low, metric: str = "test_acc1", margi
                     (at(experiment, **{flag: high}, **same),), (at(experiment, **{flag: low}, **same),), metric, margin)
 
 
+def more_cells(label: str, margin: float | None = None) -> Contrast:
+    return Contrast(f"swin, {label}: 8x8 cells - 4x4" + (f", within {margin:g}" if margin else ""),
+                    (at("supervised_swin", pos_embed="learned", pos_label=label),), (at("swin_cells", pos_label=label),),
+                    margin=margin)
+
+
 def over_scratch() -> Contrast:
     return Contrast("MAE (PE), fine-tuned with PE - scratch", (at("mae", pos_embed="sincos", pos_label="none"),),
                     (at("mae_scratch", pos_label="none"),), "finetune/test_acc1", minus_metric="test_acc1")
@@ -99,6 +111,7 @@ def over_mae(label: str) -> Contrast:
                     "finetune-2/test_acc1", minus_metric="finetune/test_acc1")
 
 
+WEIGHTS = {0.5: VIT_APL} | {w: at("label_weight", pos_weight=w) for w in (0.25, 0.75, 1.0, 1.25)}
 RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 LABELS = ("apl", "rpl")
 # Zhang et al. 2023, as its tables and figures say; differences of the paper in percent points of top-1.
@@ -119,16 +132,16 @@ CHECKLIST = {
     "g": ("The gain is larger for global than for window attention (ViT-B 1.20, Swin-B 0.41 to 0.74)",
           [gain_over_gain("supervised_vit", "supervised_swin", label) for label in LABELS]),
     "h": ("With a label, horizontal flips help (+0.57); vertical ones on top do nothing (here: within 1 point)",
-          [step("flips", "hflip", 0.5, 0.0, vflip=0.0, pos_label="apl"),
-           step("flips", "vflip", 0.5, 0.0, margin=1.0, hflip=0.5, pos_label="apl")]),
+          [Contrast("PE + apl: hflip 0.5 - 0", (VIT_APL,), (at("flips", hflip=0.0, vflip=0.0, pos_label="apl"),)),
+           Contrast("PE + apl, hflip 0.5: vflip 0.5 - 0, within 1", (at("flips", hflip=0.5, vflip=0.5, pos_label="apl"),),
+                    (VIT_APL,), margin=1.0)]),
     "i": ("Any weight from 0.25 to 1.25 beats 0, and it is flat around 0.5 (here: within 1 point)",
-          [step("label_weight", "pos_weight", w, 0.0) for w in (0.25, 0.5, 0.75, 1.0, 1.25)]
-          + [step("label_weight", "pos_weight", w, 0.5, margin=1.0) for w in (0.25, 0.75)]),
+          [Contrast(f"PE + apl: weight {w:g} - 0", (a,), (VIT,)) for w, a in sorted(WEIGHTS.items())]
+          + [Contrast(f"PE + apl: weight {w:g} - 0.5, within 1", (WEIGHTS[w],), (VIT_APL,), margin=1.0) for w in (0.25, 0.75)]),
     "j": ("The training loss of the classes is lower with labels (Figure 7)",
           [gain("supervised_vit", label, pe, "train_class").turned() for pe in ("none", "learned") for label in LABELS]),
     "k": ("More cells in Swin's last stage help with labels, and change nothing without (here: within 1 point)",
-          [step("swin_cells", "swin_merge_last", False, True, pos_label="apl"),
-           step("swin_cells", "swin_merge_last", False, True, margin=1.0, pos_label="none")]),
+          [more_cells("apl"), more_cells("none", 1.0)]),
     "l": ("The position loss rises with the mask ratio (Figure 8); MAE + label > MAE > scratch after fine-tuning (Table 7)",
           [step("mask_ratio", "mask_ratio", high, low, "test_position") for low, high in pairwise(RATIOS)]
           + [over_mae("apl"), over_mae("rpl"), over_scratch()]),

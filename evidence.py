@@ -85,20 +85,23 @@ def checklist(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def section(name: str, result: dict) -> str:
-    """Command, hardware, time, and the table of an experiment."""
+def section(name: str, found: dict[str, dict]) -> str:
+    """Command, hardware, time, and the table of an experiment, with the settings that it shares with others."""
+    result, experiment = found[name], EXPERIMENTS[name]
     machine = f"{', '.join(result['machines']) or 'unknown machine'}; torch {result['versions'].get('torch', '?')}"
     logs = f"logs in [results/{name}](results/{name})"
     said = [f"`python evidence.py run {name} --data DIR` ([recipe](recipes/evidence/{name}.args), {logs}); {machine}; "
             f"{result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."]
     if result["missing"]:
         said.append(f"Not finished: {', '.join(result['missing'])}.")
-    return "\n".join(said) + "\n\n" + table(rows_of(result), EXPERIMENTS[name].columns)
+    shared = {f"{setting} (runs of {a.experiment})": [run["figures"] for run in a.runs(found)]
+              for setting, a in experiment.shared.items() if a.runs(found)}
+    return "\n".join(said) + "\n\n" + table(dict(sorted((rows_of(result) | shared).items())), experiment.columns)
 
 
 def blocks(found: dict[str, dict]) -> dict[str, str]:
     """{mark on the page: what belongs there}."""
-    sections = {name: section(name, found[name]) if name in found else
+    sections = {name: section(name, found) if name in found else
                 f"Not run yet: `python evidence.py run {name} --data DIR` ([recipe](recipes/evidence/{name}.args))."
                 for name in EXPERIMENTS}
     return {"checklist": checklist(found)} | sections

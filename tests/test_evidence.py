@@ -8,6 +8,7 @@ from scipy import stats
 
 import claims
 import evidence
+import main_finetune
 from processes import ROOT
 from util import results
 from util.args import run
@@ -128,6 +129,32 @@ def test_recipes_are_valid_and_hold_what_the_claims_compare(name):
         for side in {a for c in contrasts for a in c.plus + c.minus if a.experiment == name}:
             matching = [p.flags["seed"] for p in points if all(p.flags.get(k) == v for k, v in side.flags)]
             assert sorted(matching) == sorted(seeds), f"{side}: {matching}"
+
+
+@pytest.mark.parametrize("name", [name for name, e in claims.EXPERIMENTS.items() if e.shared])
+def test_what_is_shared_was_trained_alike(name):
+    """Two recipes differ in nothing but the flags that the setting names."""
+    def flags(experiment):
+        words = evidence.recipe(experiment)
+        return vars(main_finetune.get_args_parser().parse_args(words[:words.index("--sweep")]))
+
+    own = flags(name)
+    for setting, other in claims.EXPERIMENTS[name].shared.items():
+        named = dict(part.split() for part in setting.split(", ")) | dict(other.flags)
+        theirs = flags(other.experiment)
+        assert {k for k in own if own[k] != theirs[k]} <= set(named), "not the same training"
+        default = {k: v for k, v in named.items() if k not in dict(other.flags)}
+        assert all(str(theirs[k]) == v for k, v in default.items() if (k, v) != ("pos_weight", "0.0")), "0 is no label"
+
+
+def test_shared_settings_stand_in_the_table():
+    found = {"supervised_vit": {"runs": [{"flags": {"pos_embed": "learned", "pos_label": "apl", "seed": s},
+                                          "figures": {"test_acc1": 40.0 + s}} for s in (0, 1)]},
+             "label_weight": {"runs": [{"flags": {"pos_weight": 0.25, "seed": 0}, "figures": {"test_acc1": 39.0}}],
+                              "machines": [], "versions": {}, "hours": 1.0, "missing": []}}
+    rows = evidence.section("label_weight", found).splitlines()[-2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| pos_weight 0.25", "1"],
+                                                      ["| pos_weight 0.5 (runs of supervised_vit)", "2"]]
 
 
 def test_the_page_says_what_the_files_say():

@@ -122,11 +122,15 @@ class At:
     experiment: str
     flags: tuple[tuple[str, object], ...] = ()
 
+    def runs(self, results: dict[str, dict]) -> list[dict]:
+        return [run for run in results.get(self.experiment, {}).get("runs", [])
+                if all(run["flags"].get(k) == v for k, v in self.flags)]
+
     def per_seed(self, results: dict[str, dict], metric: str) -> dict[int, float]:
         """{seed: figure}; empty where the experiment was not run. ValueError if the flags leave several runs of a seed."""
         found = {}
-        for run in results.get(self.experiment, {}).get("runs", []):
-            if all(run["flags"].get(k) == v for k, v in self.flags) and metric in run["figures"]:
+        for run in self.runs(results):
+            if metric in run["figures"]:
                 seed = run["flags"].get("seed", 0)
                 if seed in found:
                     raise ValueError(f"{self.experiment} has several runs of seed {seed} with {dict(self.flags)}")
