@@ -53,12 +53,17 @@ def collect_experiment(name: str, runs: str, results: str) -> None:
     folder, path = os.path.join(runs, name), os.path.join(results, f"{name}.json")
     found = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
     before = load(results).get(name)
-    if before and all(before[k] == found[k] for k in ("recipe", "flags")):
+    if before and before["flags"] == found["flags"] and but_seeds(before["recipe"]) == but_seeds(found["recipe"]):
         found = merged(before, found)
     os.makedirs(results, exist_ok=True)
     write_json(path, found)
     copy_logs(folder, os.path.join(results, name))
     print(f"{name}: {len(found['runs'])} runs" + (f", missing: {', '.join(found['missing'])}" if found["missing"] else ""))
+
+
+def but_seeds(recipe: str) -> list[str]:
+    """A recipe to which seeds were added still trains its earlier runs as they were trained."""
+    return [word for word in shlex.split(recipe) if not word.startswith("seed=")]
 
 
 def load(results: str) -> dict[str, dict]:

@@ -189,6 +189,13 @@ def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     assert call("run", "mask_ratio", "--data", "D", "--missing", more=["--dry_run"]) == 0
     planned = capfd.readouterr().out
     assert planned.count("python main_pretrain.py") == 14 and point not in planned
+    path, recipe = tmp_path / "results" / "mask_ratio.json", said["recipe"]
+    for before, names in ((recipe.replace("seed=0,1,2", "seed=7"), [point, "seed=7,mask_ratio=0.5"]),
+                          (recipe.replace("--lr 1e-3", "--lr 1e-4"), [point])):  # other seeds of the same, and another training
+        path.write_text(json.dumps(said | {"recipe": before, "runs": [said["runs"][0] | {"name": "seed=7,mask_ratio=0.5"}]}))
+        assert call("collect", "mask_ratio") == 0
+        assert [r["name"] for r in json.loads(path.read_text())["runs"]] == names
+    capfd.readouterr()
     assert call("list") == 0
     assert "mask_ratio         Position loss against mask ratio (Figure 8): 1 runs" in capfd.readouterr().out
     assert call("run", "nothing") == 2 and "no such experiment" in capfd.readouterr().err
