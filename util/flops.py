@@ -7,6 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
+# Attention on a CPU, which torch's own table lacks in some versions, is counted as on a GPU.
+_FUSED, _FUSED_ON_CPU = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"
+_FORMULAS = {getattr(torch.ops.aten, _FUSED_ON_CPU + end): flop_registry[getattr(torch.ops.aten, _FUSED + end)]
+             for end in ("", "_backward")} | flop_registry
+
 
 class FlopCounter(TorchDispatchMode):
     """Counts in `total` the floating-point operations of matrix products, convolutions and attention that run within it.
@@ -31,8 +36,8 @@ class FlopCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         op = getattr(func, "_overloadpacket", None)
         # Backward runs with gradients off; what it runs a second time is a forward pass, with them on.
-        if op in flop_registry and not (self._tracker.is_bw and torch.is_grad_enabled()):
-            flops = flop_registry[op](*args, **kwargs, out_val=out)
+        if op in _FORMULAS and not (self._tracker.is_bw and torch.is_grad_enabled()):
+            flops = _FORMULAS[op](*args, **kwargs, out_val=out)
             if "attention" in str(op) and str(op).endswith("backward"):
                 flops = flops * 4 // 5  # four products make the gradients, the fifth is q k^T once more
             self.total += flops
