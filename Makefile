@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 DEMO_DIR := runs/demo
 MAYBE_NATIVE = $(BIN)/python -m util.native build 2>&1 | head -n 1
 
-.PHONY: demo test native lint clean
+.PHONY: demo test oldest native lint clean
 
 demo: $(VENV)/base
 	@$(MAYBE_NATIVE)
@@ -15,6 +16,17 @@ demo: $(VENV)/base
 test: $(VENV)/test
 	@$(MAYBE_NATIVE)
 	$(BIN)/python -m pytest -q
+
+# The same with the oldest versions that pyproject.toml allows, in an environment of their own.
+oldest: $(OLDEST)/test
+	@$(OLDEST)/bin/python -m util.native build 2>&1 | head -n 1
+	$(OLDEST)/bin/python -m pytest -q
+
+$(OLDEST)/test: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip uv
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install -q --resolution lowest-direct -e ".[test]"
+	@touch $@
 
 # JPEG crops in C: needs a compiler and libjpeg-turbo's headers. Without them everything works, more slowly.
 native: $(VENV)/base
@@ -36,4 +48,4 @@ $(VENV)/test: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/base
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

@@ -334,9 +334,10 @@ def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeyp
 
 def test_decode_16_bit_arrays_and_junk():
     values = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
-    for format in ("PNG", "TIFF", "PPM"):
-        found = decode(encode(Image.fromarray(values), format), 3)
-        assert (found.numpy() == np.round(values / 257)).all(), format
+    files = {format: encode(Image.fromarray(values), format) for format in ("PNG", "TIFF")}
+    files["PGM"] = b"P5\n16 16\n65535\n" + values.astype(">u2").tobytes()
+    for format, data in files.items():
+        assert (decode(data, 3).numpy() == np.round(values / 257)).all(), format
     array = np.random.default_rng(0).integers(0, 256, (6, 7, 5), dtype=np.uint8)
 
     def npy(x):

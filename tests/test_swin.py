@@ -37,12 +37,14 @@ def timms(**kwargs) -> TimmSwin:
     return model
 
 
-@pytest.mark.parametrize("img, chans, window", [((112, 224), 4, 7), ((64, 64), 1, 4)])
+@pytest.mark.parametrize("img, chans, window", [((112, 224), 4, 7), ((96, 192), 3, 6), ((64, 64), 1, 4)])
 def test_unmodified_swin_equals_timms(img, chans, window):
-    """112x224: grids of 28x56, 14x28, 7x14 (shifted along one side only) and, after an odd merging, 4x7."""
+    """112x224: grids of 28x56, 14x28, 7x14 (shifted one way only) and, after an odd merging, 4x7; 96x192: at last 3x6."""
     shared = dict(in_chans=chans, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=window)
     ours = SwinTransformer(img, (4, 4), merge_last=True, pos_embed="none", num_classes=5, head_init_std=0.02, **shared)
     reference = timms(img_size=img, patch_size=4, **shared)
+    if reference.layers[-1].blocks[0].input_resolution[0] < img[0] / 32:
+        pytest.skip("this timm takes an odd grid's half as rounded down, where its own merging pads it")
     shake(ours)
     names = {n: n.replace("head.", "head.fc.") for n in ours.state_dict()}
     missing, extra = reference.load_state_dict({names[n]: p for n, p in ours.state_dict().items()}, strict=False)
