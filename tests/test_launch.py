@@ -77,6 +77,12 @@ def test_what_follows_inherits_model_and_data():
         plan(chain=["--then", "finetune", "--epoch", "3"])
 
 
+def test_what_follows_has_the_seed_of_its_run():
+    points = plan(words=["seed=3,4"], chain=["--then", "finetune", "--then", "linprobe", "--seed", "7"])
+    seeds = [[sweep.parse_main(x.main, x.argv).seed for x in p.then] for p in points]
+    assert seeds == [[3, 7], [4, 7]]
+
+
 def test_what_follows_sere_has_its_encoder():
     p, = sweep.plan("main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs")
     assert sweep.parse_main("main_linprobe", p.then[0].argv).model == "vit_pico_patch8"

@@ -12,7 +12,7 @@ from util.job import Job
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
 # What a follow-up takes over from the pretraining that it follows, unless its own flags say otherwise.
-INHERITED = ("data_path", "input_size", "in_chans", "mean", "std", "device", "num_workers")
+INHERITED = ("data_path", "input_size", "in_chans", "mean", "std", "device", "num_workers", "seed")
 
 
 @dataclass
