@@ -49,10 +49,12 @@ def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, name):
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):
-    before = last(uninterrupted)
+    before, log = last(uninterrupted), uninterrupted / "log.txt"
+    ended = log.stat().st_mtime_ns
     code, text = start(uninterrupted, *RUN)
     assert code == 0 and "Epoch" not in text, text
     assert_same(before, last(uninterrupted))
+    assert log.stat().st_mtime_ns == ended, "which is when the run ended"
 
 
 ONE = ["--epochs", 2, "--pos_label", "apl+rpl", "--lr", "1e-3"]

@@ -55,9 +55,11 @@ class Log:
         path = os.path.join(self.output_dir or "", "log.txt")
         if self.output_dir and dist.is_main() and os.path.exists(path):
             with open(path) as f:
-                kept = [line for line in f if line.strip() and json.loads(line)["epoch"] < epoch]
-            with open(path, "w") as f:
-                f.writelines(kept)
+                lines = f.readlines()
+            kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] < epoch]
+            if len(kept) < len(lines):  # a run that is done keeps the time of its end
+                with open(path, "w") as f:
+                    f.writelines(kept)
 
     def start_epoch(self, epoch: int, epochs: int, first: int, updates: int, images_per_update: int,
                     meters: dict[str, float] | None = None) -> None:
