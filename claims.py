@@ -71,6 +71,11 @@ def label_for_pe(experiment: str, label: str) -> Contrast:
                     (at(experiment, pos_embed="learned", pos_label="none"),))
 
 
+def pe_over_label(experiment: str, label: str) -> Contrast:
+    return Contrast(f"{experiment}: PE alone - {label} without PE", (at(experiment, pos_embed="learned", pos_label="none"),),
+                    (at(experiment, pos_embed="none", pos_label=label),))
+
+
 def pe_beside(experiment: str, label: str) -> Contrast:
     return Contrast(f"{experiment}: PE + {label} - {label} alone", (at(experiment, pos_embed="learned", pos_label=label),),
                     (at(experiment, pos_embed="none", pos_label=label),))
@@ -119,7 +124,8 @@ CHECKLIST = {
     "a": ("ViT without PE: APL beats none (+1.85), RPL beats none (+1.66)",
           [gain(e, label, "none") for e in ("supervised_vit", "cifar10_vit") for label in LABELS]),
     "b": ("ViT: labels alone are at least as good as PE alone (+0.28 / +0.09); on Swin they are not (-0.43 / -0.17)",
-          [label_for_pe(e, label) for e in ("supervised_vit", "cifar10_vit") for label in LABELS]),
+          [label_for_pe(e, label) for e in ("supervised_vit", "cifar10_vit") for label in LABELS]
+          + [pe_over_label("supervised_swin", label) for label in LABELS]),
     "c": ("PE + label beats PE (ViT +1.20 / +1.16, Swin-T +0.19 / +0.61)",
           [gain(e, label) for e in ("supervised_vit", "supervised_swin", "cifar10_vit") for label in LABELS]),
     "d": ("PE + label beats label alone (ViT +0.92 / +1.07, Swin-T +0.62 / +0.78)",
@@ -139,7 +145,8 @@ CHECKLIST = {
           [Contrast(f"PE + apl: weight {w:g} - 0", (a,), (VIT,)) for w, a in sorted(WEIGHTS.items())]
           + [Contrast(f"PE + apl: weight {w:g} - 0.5, within 1", (WEIGHTS[w],), (VIT_APL,), margin=1.0) for w in (0.25, 0.75)]),
     "j": ("The training loss of the classes is lower with labels (Figure 7)",
-          [gain("supervised_vit", label, pe, "train_class").turned() for pe in ("none", "learned") for label in LABELS]),
+          [gain(e, label, pe, "train_class").turned() for e in ("supervised_vit", "supervised_swin")
+           for pe in ("none", "learned") for label in LABELS]),
     "k": ("More cells in Swin's last stage help with labels, and change nothing without (here: within 1 point)",
           [more_cells("apl"), more_cells("none", 1.0)]),
     "l": ("The position loss rises with the mask ratio (Figure 8); MAE + label > MAE > scratch after fine-tuning (Table 7)",
