@@ -59,7 +59,8 @@ int read_header(const uint8_t *data, size_t size, struct header *header) {
             if (!header->frame || length != 6 + 2 * header->components || content[0] != header->components)
                 return UNUSUAL; /* several scans, or nonsense */
             header->scan = at + 2 + length;
-            return DONE;
+            /* The file's last two bytes end the scan; they cannot be the header's own. */
+            return header->scan + 2 <= size ? DONE : UNUSUAL;
         }
         at += 2 + length;
     }

@@ -37,6 +37,8 @@ static int transcode(struct transcoder *t, const uint8_t *data, size_t size) {
     if (t->from.data_precision != 8 || (t->from.num_components != 1 && t->from.num_components != 3))
         return UNUSUAL;
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(&t->from);
+    if (t->failure.base.num_warnings) /* asked now: writing starts by clearing the count */
+        return UNUSUAL;
     jpeg_copy_critical_parameters(&t->from, &t->to);
     int wide = t->from.num_components == 1 ? 1 : t->from.max_h_samp_factor;
     int columns = ((int)t->from.image_width + 8 * wide - 1) / (8 * wide);

@@ -216,6 +216,10 @@ def fuzz(rounds=3000):
     sources = [jpeg(picture((90, 70))), jpeg(picture((90, 70)), restart_marker_blocks=2), jpeg(picture((50, 60), "L")),
                jpeg(picture((90, 70)), progressive=True)]
     sources += [native.add_restart_markers(s) for s in sources]
+    # the scan's header itself ends like a file: there is no scan
+    endless = sources[0][: sources[0].rindex(b"\xff\xda") + 12] + b"\xff\xd9"
+    assert native.crop_jpeg(endless, (0, 0, 70, 90), (16, 16)) is None and native.add_restart_markers(endless) is None
+    assert native.add_restart_markers(sources[0][:-300] + b"\xff\xd9") is None, "half of it would become grey for good"
     rng, read, memory = np.random.default_rng(0), 0, []
     for i in range(rounds):
         data = bytearray(sources[i % len(sources)])
