@@ -81,9 +81,9 @@ def ddp_seconds(layers, forward, backward, optimizer, network, gpus, micro_steps
 
 
 def fsdp_seconds(layers, forward, backward, optimizer, network, gpus, micro_steps=1) -> float:
-    """An update: in each micro-step blocks are gathered twice and gradients scattered once; the optimizer is split."""
+    """An update: in each micro-step blocks are gathered twice, in the last one gradients scattered; the optimizer is split."""
     now = free = 0.0  # when computing is done so far, and when the network is free
-    for _ in range(micro_steps):
+    for micro in range(micro_steps):
         issued = now  # the gather of a layer is issued when the one before it starts to compute
         for layer in layers:
             free = max(free, issued) + network.half(layer.size, gpus)
@@ -96,14 +96,14 @@ def fsdp_seconds(layers, forward, backward, optimizer, network, gpus, micro_step
             if scatter:  # of the layer before, behind the gather that was already issued
                 free = max(free, now) + scatter
             now = issued + backward * layer.share
-            scatter = network.half(layer.size, gpus)
+            scatter = network.half(layer.size, gpus) if micro == micro_steps - 1 else 0.0
         free = max(free, now) + scatter
     return max(now, free) + optimizer / gpus
 
 
 def sent_bytes(size: float, gpus: int, strategy: str, micro_steps: int = 1) -> float:
-    """Bytes that each GPU sends per update: an all-reduce of the gradients, or two gathers and a scatter."""
-    return (gpus - 1) / gpus * size * (2 if strategy == "ddp" else 3 * micro_steps)
+    """Bytes that each GPU sends per update: an all-reduce of the gradients, or two gathers per micro-step and a scatter."""
+    return (gpus - 1) / gpus * size * (2 if strategy == "ddp" else 2 * micro_steps + 1)
 
 
 def plan(batch: int, global_batch: int, gpus: int) -> tuple[int, float]:
