@@ -38,6 +38,16 @@ def test_every_combination_with_its_own_directory_and_types():
     assert [(p.name, p.folder) for p in alone] == [("", "/jobs")]
 
 
+@pytest.mark.parametrize("main, rest, switch, dest, values", [
+    ("main_pretrain", ["--norm-pix-loss"], "norm_pix_loss", "norm_pix_loss", [True, False]),  # as a recipe sets it
+    ("main_sere", [], "norm_last_layer", "norm_last_layer", [True, False]),  # on by default
+    ("main_linprobe", ["--global_pool"], "global_pool", "pool", ["avg", None]),
+])
+def test_switches_are_swept_off_too(main, rest, switch, dest, values):
+    points = sweep.plan(main, rest, [f"{switch}=true,false"], [], "/jobs")
+    assert [getattr(sweep.parse_main(main, p.argv), dest) for p in points] == [p.flags[switch] for p in points] == values
+
+
 def test_flags_that_move_together():
     points = plan(words=["sr_spatial+sr_channel=0+0,0.2+0.5", "pos_label=apl+rpl,none"])
     assert [p.name for p in points] == [f"sr_spatial={s},sr_channel={c},pos_label={label}"
@@ -83,6 +93,17 @@ def test_what_follows_has_the_seed_of_its_run():
     assert seeds == [[3, 7], [4, 7]]
 
 
+def test_what_follows_has_what_it_was_given_be_it_the_default():
+    p, = plan("--input_size", "128", "--patch_size", "32", "--pos_tokens", "full", "--seed", "3", "--output_dir", "elsewhere",
+              chain=["--then", "finetune", "--input_size", "224", "--seed", "0", "--model", "vit_large_patch16",
+                     "--then", "linprobe"])
+    first, second = (sweep.parse_main(x.main, x.argv) for x in p.then)
+    assert (first.input_size, first.seed, first.model) == ([224], 0, "vit_large_patch16")
+    assert (first.patch_size, first.pos_tokens, second.patch_size, second.input_size) == ([32], "full", [32], [128])
+    assert first.finetune == second.finetune == "/jobs/checkpoint-last.pth"
+    assert sweep.parse_main("main_pretrain", p.argv).output_dir == "/jobs", "where the follow-ups look for it"
+
+
 def test_what_follows_sere_has_its_encoder():
     p, = sweep.plan("main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs")
     assert sweep.parse_main("main_linprobe", p.then[0].argv).model == "vit_pico_patch8"
@@ -95,7 +116,7 @@ def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
     assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
-    assert shown.count("python main_linprobe.py --knn --no-pin_mem --input_size 224") == 2
+    assert len(re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown)) == 2
 
 
 def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):

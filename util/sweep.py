@@ -12,7 +12,7 @@ from util.job import Job
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
 # What a follow-up takes over from the pretraining that it follows, unless its own flags say otherwise.
-INHERITED = ("data_path", "input_size", "in_chans", "mean", "std", "device", "num_workers", "seed")
+INHERITED = ("data_path", "input_size", "patch_size", "in_chans", "mean", "std", "pos_tokens", "device", "num_workers", "seed")
 
 
 @dataclass
@@ -43,11 +43,12 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
         flags = {name: value for names, together in zip(swept, values) for name, value in apart(names, together)}
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in flags.items()))
         folder = os.path.join(job_dir, name) if name else job_dir
-        argv = rest + [word for k, v in flags.items() for word in flag_words(main, k, v)]
-        if name or "--output_dir" not in rest:
-            argv = argv + ["--output_dir", folder]
-        args = parse_main(main, argv)
-        parsed = {k: getattr(args, k) for k in flags}
+        argv = rest
+        for flag, value in flags.items():
+            argv = with_flag(main, argv, flag, value)
+        argv = [*argv, "--output_dir", folder]  # in a job directory, as MAE's
+        args, switches = parse_main(main, argv), actions(main)
+        parsed = {k: getattr(args, switches[f"--{k}"].dest) for k in flags}
         points.append(Point(name, parsed, main, argv, folder, follow_ups(args, chain, name, folder)))
     names = [p.name for p in points]
     if len(set(names)) < len(names):
@@ -92,15 +93,30 @@ def parse_main(main: str, argv: list[str]) -> argparse.Namespace:
     return _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main).parse_args(argv)
 
 
-def flag_words(main: str, name: str, value: str) -> list[str]:
-    """--name value as a command line has it; true and false for flags without a value; a list's values by spaces."""
-    actions = Parser(parents=[importlib.import_module(main).get_args_parser()])._option_string_actions
-    action = actions.get(f"--{name}")
-    if action is not None and action.nargs == 0:
-        if value not in ("true", "false"):
-            raise ValueError(f"--sweep {name}: --{name} takes no value; sweep over true,false")
-        return [f"--{name}"] * (value == "true")
-    return [f"--{name}", *shlex.split(value)]
+def given_to(main: str, argv: list[str]) -> set[str]:
+    """The flags (their attributes) that a command line gives, be it to their defaults."""
+    parser = _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def actions(main: str) -> dict[str, argparse.Action]:
+    return Parser(parents=[importlib.import_module(main).get_args_parser()])._option_string_actions
+
+
+def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:
+    """A command line and --name value after it; true and false for flags without a value; a list's values by spaces."""
+    action = actions(main).get(f"--{name}")
+    if action is None or action.nargs != 0:
+        return [*argv, f"--{name}", *shlex.split(value)]
+    if value not in ("true", "false"):
+        raise ValueError(f"--sweep {name}: --{name} takes no value; sweep over true,false")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [*argv, f"--{name}" if value == "true" else f"--no-{name}"]
+    # No word takes such a switch back, so that a recipe's must go.
+    argv = [word for word in argv if word.replace("-", "_") != f"--{name}".replace("-", "_")]
+    return [*argv, f"--{name}"] if value == "true" else argv
 
 
 def follow_ups(args: argparse.Namespace, chain: list[str], run: str, folder: str) -> list[Point]:
@@ -116,17 +132,17 @@ def follow_ups(args: argparse.Namespace, chain: list[str], run: str, folder: str
         if not part or part[0] not in FOLLOW_UPS:
             raise ValueError(f"--then is followed by {' or '.join(FOLLOW_UPS)} and its flags, found "
                              + (" ".join(part) or "nothing"))
-        main, given = FOLLOW_UPS[part[0]], parse_main(FOLLOW_UPS[part[0]], part[1:])
-        default = parse_main(main, [])
-        inherited = {k: getattr(args, k) for k in INHERITED if getattr(given, k) == getattr(default, k)}
-        if given.model == default.model:
+        main = FOLLOW_UPS[part[0]]
+        given, known = given_to(main, part[1:]), vars(parse_main(main, []))
+        inherited = {k: getattr(args, k) for k in INHERITED if k in known and hasattr(args, k) and k not in given}
+        if "model" not in given:
             inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", args.model)
         words = [w for k, v in inherited.items() if v not in (None, "")
                  for w in (f"--{k}", *map(str, v if isinstance(v, (list, tuple)) else [v]))]
         before = sum(p.main == main for p in points)
         name = f"{part[0]}-{before + 1}" if before else part[0]
         out = os.path.join(folder, name)
-        argv = [*part[1:], *words, "--finetune", os.path.join(folder, "checkpoint-last.pth"), "--output_dir", out]
+        argv = [*words, *part[1:], "--finetune", os.path.join(folder, "checkpoint-last.pth"), "--output_dir", out]
         parse_main(main, argv)
         points.append(Point(os.path.join(run, name), {}, main, argv, out))
     return points
