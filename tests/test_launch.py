@@ -216,3 +216,26 @@ def test_requeue_asks_slurm_first(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     slurm.requeue()
     assert asked[-1] == ["scontrol", "requeue", "12_3"], "12 is also the name of the whole array"
+
+
+def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
+    answers = [("squeue", 1, ""), ("squeue", 0, "RUNNING\n"), ("scontrol", 1, ""), ("squeue", 0, "RUNNING\n"), ("scontrol", 0, "")]
+
+    def answer(command, **k):
+        name, code, text = answers.pop(0)
+        assert command[0] == name
+        return subprocess.CompletedProcess(command, code, text, "Socket timed out")
+
+    monkeypatch.setattr(slurm.subprocess, "run", answer)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    slurm.requeue()
+    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and goes on from here\n"
+    answers += 5 * [("squeue", 1, "")]
+    slurm.requeue()
+    assert answers == [] and "unknown to squeue here: not requeued" in capsys.readouterr().out
+    answers += 5 * [("squeue", 0, "RUNNING\n"), ("scontrol", 1, "")]
+    slurm.requeue()
+    assert answers == [] and "Socket timed out; submit the same command again" in capsys.readouterr().out

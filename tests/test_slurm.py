@@ -66,8 +66,13 @@ def note(folder) -> dict:
 
 
 def finished(folder, job: str, seconds: float = 240) -> None:
-    wait(f"{folder} finished", lambda: state(job) and note(folder).get("state") == "finished", seconds)
-    wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 30)
+    def done():
+        known = state(job)
+        assert known not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{known}\n{output(folder)[-5000:]}"
+        return note(folder).get("state") == "finished"
+
+    wait(f"{folder} finished", done, seconds)
+    wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 120)
 
 
 def output(folder) -> str:
@@ -110,12 +115,21 @@ def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
 
 
 def test_a_real_time_out(uninterrupted, tmp_path):
-    """SLURM looks at the clock every 30 s, and warns at the first look."""
-    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 1, step=0.25)
+    """SLURM looks at the clock every 30 s, and warns at the last look that is not too late: here after 30 to 60 s."""
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 2, "--slurm", "signal=USR2@60", step=0.6)
     finished(tmp_path, job, 500)
     text = output(tmp_path)
     assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, text[-3000:]
     assert_equal_runs(uninterrupted, tmp_path)
+
+
+def test_a_warning_before_torch_is_there(tmp_path):
+    """It comes as soon as submitit has loaded the job, and nobody has asked for a stop yet."""
+    job = submit(tmp_path, *RUN, "--epochs", "1")
+    wait("four ranks", lambda: output(tmp_path).count("Loading pickle") == 4)
+    call("scancel", "--signal=USR2", job)
+    finished(tmp_path, job)
+    assert "Caught signal SIGUSR2" in output(tmp_path) and len(log_lines(tmp_path)) == 1
 
 
 @pytest.mark.skipif(not os.environ.get("MAE_PL_TEST_CRASH"), reason="no command that kills a node (MAE_PL_TEST_CRASH)")

@@ -1,4 +1,8 @@
-"""What runs on every rank of a submitted job: a main with its flags, and a note of how it went."""
+"""What runs on every rank of a submitted job: a main with its flags, and a note of how it went.
+
+Nothing here imports torch before the job is called. submitit listens to signals once it has loaded the job: a warning
+that comes before, in the seconds that torch takes, would end the job for good instead of requeueing it.
+"""
 import importlib
 import json
 import os
@@ -8,7 +12,6 @@ import time
 import uuid
 from pathlib import Path
 
-from util import dist
 from util.args import Parser
 
 NOTE = "job.json"
@@ -25,6 +28,8 @@ class Job:
         self.main, self.argv, self.folder = main, argv, folder
 
     def __call__(self) -> int:
+        from util import dist
+
         number = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
         if "SUBMITIT_EXECUTOR" in os.environ:
             import submitit

@@ -36,25 +36,30 @@ def ask(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def requeue() -> None:
+def requeue(tries: int = 5) -> None:
     """Have this job start again, if it is a SLURM job that SLURM itself considers running.
 
     Then it was warned of its time limit or of preemption. A job that is being cancelled, or requeued already, is left
-    alone; so is one that was submitted with --no-requeue, by SLURM itself.
+    alone; so is one that was submitted with --no-requeue, by SLURM itself. A busy controller leaves requests unanswered
+    ("Socket timed out"), so they are made up to `tries` times, for half a minute of the two that the warning leaves.
     """
     job = job_id()
     if not job:
         return
-    state = ask("squeue", "-h", "-j", job, "-o", "%T")
-    if state != "RUNNING":
-        print(f"job {job} is {state or 'unknown to squeue here'}: not requeued by itself", flush=True)
-        return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    # The requeue may end scontrol too, with everything else in the job, and that is no failure.
-    if done.returncode > 0:
-        print(f"scontrol requeue {job}: {done.stderr.strip()}; submit the same command again to go on", flush=True)
-    else:
-        print(f"job {job} is requeued and goes on from here", flush=True)
+    for i in range(tries):
+        time.sleep(2 ** i if i else 0)
+        state = ask("squeue", "-h", "-j", job, "-o", "%T")
+        why = f"job {job} is {state or 'unknown to squeue here'}: not requeued by itself"
+        if state == "RUNNING":
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            # The requeue may end scontrol too, with everything else in the job, and that is no failure.
+            if done.returncode <= 0:
+                why = f"job {job} is requeued and goes on from here"
+                break
+            why = f"scontrol requeue {job}: {done.stderr.strip()}; submit the same command again to go on"
+        elif state or shutil.which("squeue") is None:
+            break
+    print(why, flush=True)
 
 
 @contextlib.contextmanager
