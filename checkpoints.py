@@ -57,6 +57,7 @@ from conversions import (
     timm_outputs,
 )
 from util import checkpoint
+from util.image_index import some_names
 from util.weights import KINDS, SO_VIT, Architecture, architecture, kind_of, parameters
 
 
@@ -74,6 +75,8 @@ def describe(path: str) -> str:
         lines["model"] = args.get("model", f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}")
     if a is not None:
         lines |= describe_architecture(a, args)
+    if state.get("classes"):
+        lines["class names"] = some_names(state["classes"])
     if any(k in weights for k in SO_VIT):
         lines["So-ViT"] = " and ".join(name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT)
                                        if k in weights)
@@ -198,7 +201,8 @@ def write_mae(state, a, source, path, partial):
 def write_safetensors(state, a, source, path, partial):
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in state["model"].items()}, partial, metadata={"args": json.dumps(state["args"])})
+    notes = {k: json.dumps(v) for k, v in state.items() if k != "model"}
+    save_file({k: v.contiguous() for k, v in state["model"].items()}, partial, metadata=notes)
     return reloaded(partial, a), "the model read back", "--finetune, --init_from and --eval --resume take {out}"
 
 
@@ -226,7 +230,7 @@ def write_timm(state, a, source, path, partial):
 
 def write_hf(state, a, source, path, partial):
     heads = models.heads_of(a, state["args"])[:2]
-    name = hf_folder(state["model"], a, heads, bool(state["args"].get("norm_pix_loss")), path, partial)
+    name = hf_folder(state["model"], a, heads, bool(state["args"].get("norm_pix_loss")), path, partial, state.get("classes"))
     extra = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return (hf_outputs(partial, a.decoder_depth > 0, a.classes), f"transformers' {name}",
             f"transformers.{name}.from_pretrained('{{out}}'{extra})")

@@ -77,7 +77,10 @@ def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read(path: str) -> dict:
-    """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind."""
+    """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind.
+
+    A classifier's `classes` come along where a file of this toolkit names them.
+    """
     if os.path.isdir(path):
         state = _read_hf_folder(path)
     else:
@@ -90,7 +93,7 @@ def read(path: str) -> dict:
     weights = {k: v for k, v in weights.items() if not k.startswith(LABEL_HEADS)}
     if "dist_token" in weights:
         raise ValueError(f"{path} has a distillation token, which plain Vision Transformers lack: it cannot be converted")
-    return {"model": weights, "args": dict(state.get("args") or {})}
+    return {"model": weights, "args": dict(state.get("args") or {})} | {k: state[k] for k in ("classes",) if k in state}
 
 
 def _read_hf_folder(folder: str) -> dict:
@@ -189,8 +192,8 @@ def hf_outputs(folder: str, full: bool, classes: int):
 
 
 def hf_folder(weights: dict[str, Tensor], a: Architecture, heads: tuple[int, int], norm_pix_loss: bool, path: str,
-              folder: str) -> str:
-    """Write config.json and model.safetensors of the class that fits; returns its name.
+              folder: str, classes: list[str] | None = None) -> str:
+    """Write config.json and model.safetensors of the class that fits; returns its name. `classes` become its labels.
 
     Raises ValueError for what Hugging Face's classes cannot hold: rectangles in ViTMAE, the mean of the patch tokens
     before a classifier.
@@ -216,7 +219,8 @@ def hf_folder(weights: dict[str, Tensor], a: Architecture, heads: tuple[int, int
                    "decoder_num_attention_heads": heads[1], "decoder_intermediate_size": round(a.decoder_dim * a.mlp_ratio),
                    "mask_ratio": 0.75, "norm_pix_loss": norm_pix_loss}
     if a.classes:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(a.classes)}
+        config["id2label"] = dict(enumerate(classes or (f"LABEL_{i}" for i in range(a.classes))))
+        config["label2id"] = {name: i for i, name in config["id2label"].items()}
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config, f, indent=1)

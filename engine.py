@@ -33,7 +33,7 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     if amp != "auto":
         return amp
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp32"
 
 
@@ -76,6 +76,8 @@ class Run:
         if self.keeper is None or not (dist.is_main() or self.sharded):
             return
         saved = state.to_dict(epoch, self.updates_per_epoch, self.args)
+        if classes := getattr(getattr(self.loader.dataset, "index", None), "classes", None):
+            saved["classes"] = classes  # what the outputs mean
         if not dist.is_main():
             return
         try:
@@ -313,14 +315,21 @@ def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, amp: str = "fp32") -> dict[str, float]:
-    """Means of loss_fn's terms over all images of all ranks, each counted once, and `images`, how many they are.
+    """Means of loss_fn's terms over all readable images of all ranks, each counted once, and `images`, how many they are.
 
-    Batches weigh by their size, or by the term `images` where loss_fn returns one (unreadable images left out).
+    Batches weigh by their size, or by the term `images` where loss_fn returns one.
     """
     model.eval()
     exact = torch.float32 if device.type == "mps" else torch.float64
     sums: dict[str, Tensor] = {}
+    unreadable = 0
     for batch in device_batches(loader, device, mean, std):
+        if bad := set(batch["bad"]):  # black stand-ins
+            keep = torch.tensor([i not in bad for i in batch["index"].tolist()], device=device)
+            batch = {k: v[keep] if torch.is_tensor(v) else v for k, v in batch.items()}
+            unreadable += len(bad)
+            if not keep.any():
+                continue
         with autocast(device, amp):
             loss, terms = loss_fn(model, batch)
         terms = {"loss": loss} | terms
@@ -333,6 +342,8 @@ def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, 
     totals = dist.sum_over_ranks(torch.stack([sums.get(k, zero) for k in names])).tolist()
     out = dict(zip(names, totals))
     count = out.pop("images")
+    if unreadable := sum(dist.gather_objects(unreadable)):
+        dist.say(f"warning: {unreadable} images cannot be decoded and are left out of the evaluation")
     return {k: v / max(count, 1) for k, v in out.items()} | {"images": int(count)}
 
 
@@ -343,16 +354,16 @@ def features(function: Callable[[Tensor], Tensor], loader, *, device, mean, std,
 
     `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the images of all ranks.
     """
-    rows, labels, indices = [], [], []
+    n, x = len(loader.dataset), torch.empty(0)
+    y = torch.zeros(n, dtype=torch.int64, device=device)  # label + 1; 0 is an image of another rank, or none
     for batch in device_batches(loader, device, mean, std):
         with autocast(device, amp):
-            rows.append(function(batch["image"]).float())
-        labels.append(batch["label"])
-        indices.append(batch["index"])
-    parts = [torch.cat(x) for x in (rows, labels, indices)]
+            rows = function(batch["image"]).float()
+        if not len(x):  # in place from the start: for ImageNet a second copy would be gigabytes
+            x = rows.new_zeros(n, rows.shape[1])
+        x[batch["index"]], y[batch["index"]] = rows, batch["label"] + 1
+    width = max(dist.gather_objects(x.shape[-1]))
+    x = x if len(x) else torch.zeros(n, width, device=device)  # fewer images than ranks
     if gather:
-        parts = [dist.gather_rows(x) for x in parts]
-    x, y, index = parts
-    order = index.argsort()
-    order = order[y[order] >= 0]
-    return x[order], y[order]
+        x, y = dist.sum_over_ranks(x), dist.sum_over_ranks(y)
+    return (x, y - 1) if (y > 0).all() else (x[y > 0], y[y > 0] - 1)

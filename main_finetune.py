@@ -15,6 +15,7 @@ import sys
 from util.args import (
     Parser,
     add_data_flags,
+    add_eval_flags,
     add_head_flags,
     add_optim_flags,
     add_position_flags,
@@ -77,8 +78,10 @@ def get_args_parser() -> Parser:
     g.add_argument("--mixup_switch_prob", default=0.5, type=float)
     g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
     g = p.add_argument_group("evaluation")
-    g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
-    g.add_argument("--dist_eval", action="store_true", help=argparse.SUPPRESS)  # MAE's; always exact on all ranks here
+    add_eval_flags(g)
+    g.add_argument("--classes", default="", metavar="PATH",
+                   help="names of the model's outputs, for --eval on some of its classes: a list, or a folder with all of "
+                        "them; not needed for ImageNet's, nor for files that store them")
     g.add_argument("--crop_pct", default=None, type=float, help="centre crop's share of the resized image")
     g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
     return p
@@ -92,16 +95,32 @@ import torch
 import torch.nn.functional as F
 
 import engine
-from models import PretrainedTeacher, build_classifier
+from models import build_classifier, build_teacher, known_classes
 from util import checkpoint, dist, fsdp
 from util.datasets import build_dataset
-from util.image_index import check_same_classes
+from util.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.keeper import Keeper
 from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups, weight_average
 from util.transforms import eval_transform, finetune_transform
+
+
+def check_flags(args) -> None:
+    """ValueError for flags that contradict each other, before anything is read."""
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
+    if args.eval and args.dry_run:
+        raise ValueError("--dry_run plans training, and --eval is none: leave one of them out")
+    if args.classes and not args.eval:
+        raise ValueError("--classes names the outputs of a model for --eval; in training the data's class folders do")
+    if args.distill and "distilled" not in args.model:
+        raise ValueError(f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}")
+    if args.swin_merge_last and not args.model.startswith("swin_"):
+        raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
+    if args.ema and args.strategy == "fsdp":
+        raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
 
 
 def make_criterion(smoothing: float, mixed: bool):
@@ -156,11 +175,16 @@ def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=
     return loss_fn
 
 
-def make_eval_fn(positions: bool, record=None):
-    """Accuracy in percent and loss over the readable images of a batch; `record(batch, logits)` sees each batch."""
+def make_eval_fn(positions: bool, record=None, columns=None):
+    """Accuracy in percent and loss over the readable images of a batch; `record(batch, logits)` sees each batch.
+
+    `columns` are the model's outputs that belong to the labels 0, 1, ..., where these are not all of its outputs in order.
+    """
 
     def eval_fn(model, batch):
         logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
+        if columns is not None:
+            logits = logits[:, columns]  # (B, outputs) -> (B, labels)
         label, valid = batch["label"], batch["label"] >= 0  # -1: an image that cannot be read
         count = valid.sum()
         ranks = (logits > logits.gather(1, label.clamp(min=0)[:, None])).sum(1)  # classes ahead of the right one
@@ -173,16 +197,23 @@ def make_eval_fn(positions: bool, record=None):
     return eval_fn
 
 
-def evaluate(args, model, loader, device, amp, mean, std, positions: bool) -> dict[str, float]:
-    """Exact on any number of ranks; prints MAE's line and what it was measured on."""
-    rows = []
+def evaluate(args, model, loader, device, amp, mean, std, positions: bool, classes: list[str]) -> dict[str, float]:
+    """Exact on any number of ranks; prints MAE's line and what it was measured on.
+
+    `classes` are those of the model's outputs; the data may have some of them, and answers are then among these.
+    """
+    rows, data, columns = [], loader.dataset.index.classes, None
+    if data != classes:
+        dist.say(f"the data have {len(data)} of the model's {len(classes)} classes: its answer is the best of these")
+        number = {name: i for i, name in enumerate(classes)}
+        columns = torch.tensor([number[name] for name in data], device=device)
 
     def record(batch, logits):
         top = logits.float().softmax(-1).max(-1)
         rows.extend(zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist()))
 
-    stats = engine.evaluate(model, make_eval_fn(positions, record if args.predictions else None), loader, device=device,
-                            mean=mean, std=std, amp=amp)
+    eval_fn = make_eval_fn(positions, record if args.predictions else None, columns)
+    stats = engine.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
     dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
              + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
              + f" on {stats['images']} of {len(loader.dataset)} images")
@@ -206,9 +237,6 @@ def build_data(args, size, mean, device):
     crop = args.crop_pct or (224 / 256 if min(size) <= 224 else 1.0)
     dist.say(f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {crop:.3f}, bicubic, classes in the order "
              f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}")
-    if args.nb_classes is not None and args.nb_classes != len(classes):
-        raise ValueError(f"--nb_classes {args.nb_classes}, but {val.index.path} has {len(classes)} class folders in val: "
-                         "leave --nb_classes out, or check the folder")
     if args.eval:
         return None, val_loader
     augment = dict(color_jitter=args.color_jitter, auto_augment=args.aa, hflip=args.hflip, vflip=args.vflip,
@@ -220,7 +248,7 @@ def build_data(args, size, mean, device):
 
 
 def resolve_labels(args, saved: dict | None) -> str:
-    """--pos_label auto: the checkpoint's own when fine-tuning, none from scratch and for evaluation."""
+    """--pos_label auto: the checkpoint's own when fine-tuning or going on, none from scratch and for evaluation."""
     if args.pos_label != "auto":
         return args.pos_label
     if args.eval or saved is None:
@@ -228,7 +256,22 @@ def resolve_labels(args, saved: dict | None) -> str:
     return (saved.get("args") or {}).get("pos_label", "none")
 
 
-def build_model(args, size, num_classes: int, pos_label: str, head: dict):
+def resolve_classes(args, saved: dict | None, start: str, data: ImageIndex) -> list[str]:
+    """The model's classes in the order of its outputs: the data's, or those of the checkpoint that is evaluated."""
+    classes = data.classes
+    if args.eval:
+        classes = known_classes(saved, start, classes, class_names(args.classes) if args.classes else None)
+    elif (saved or {}).get("classes", classes) != classes:
+        raise ValueError(f"{start} was trained on the classes {some_names(saved['classes'])}, the data have "
+                         f"{some_names(classes)}: give the data that it was made with, or another --output_dir")
+    if args.nb_classes not in (None, len(classes)):
+        raise ValueError(f"--nb_classes {args.nb_classes}, but {start if args.eval else data.path} has {len(classes)} "
+                         f"{'outputs' if args.eval else 'class folders'}: leave --nb_classes out, or check the path")
+    return classes
+
+
+def build_model(args, size, num_classes: int, pos_label: str, head: dict, saved: dict | None):
+    before = (saved or {}).get("args") or {}
     options = head_options(args.model, head) | dict(
         img_size=size, in_chans=args.in_chans, num_classes=num_classes, drop_path=args.drop_path, pos_embed=args.pos_embed,
         pos_label=pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
@@ -239,93 +282,83 @@ def build_model(args, size, num_classes: int, pos_label: str, head: dict):
         raise ValueError(f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
                          "embedded one by one, most of them masked, and a token of this embedding sees 33x33 pixels, masked "
                          "ones among them. Leave --finetune out, or take --patch_embed linear")
-    if args.pool:
-        options["pool"] = args.pool
+    if pool := args.pool or (before.get("pool") if args.eval else None):
+        options["pool"] = pool
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     if args.swin_merge_last:
-        if not args.model.startswith("swin_"):
-            raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
         options["merge_last"] = True
     return build_classifier(args.model, **options)
 
 
-def build_teacher(args, size, num_classes: int, mean, std, device: torch.device):
-    """A classifier of ours from --distill_checkpoint, or timm's pretrained one; frozen."""
-    if "distilled" not in args.model:
-        raise ValueError(f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}")
-    if args.distill_checkpoint:
-        saved = checkpoint.load(args.distill_checkpoint)
-        head = resolve_head({}, args.distill, saved, args.distill_checkpoint)
-        teacher = build_classifier(args.distill, img_size=size, in_chans=args.in_chans, num_classes=num_classes,
-                                   **head_options(args.distill, head))
-        checkpoint.load_for_evaluation(teacher, saved, args.distill_checkpoint)
-    else:
-        teacher = PretrainedTeacher(args.distill, num_classes, mean, std)
-    return teacher.to(device).eval().requires_grad_(False)
-
-
-def freeze_all_but(model, blocks: int) -> None:
-    """Train the last `blocks` blocks and the heads (MAE Fig. 9)."""
+def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
+    """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
     for name, p in model.named_parameters():
-        if model.layer_id(name) < model.num_layers - blocks:
+        if name not in keep and model.layer_id(name) < model.num_layers - blocks:
             p.requires_grad_(False)
 
 
 def main(args) -> int:
+    check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = engine.resolve_amp(args.amp, device)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
-    if args.eval and args.dry_run:
-        raise ValueError("--dry_run plans training, and --eval is none: leave one of them out")
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
-    loader, val_loader = build_data(args, size, mean, device)
-    num_classes = len(val_loader.dataset.index.classes)
 
-    # Model: own last checkpoint, --resume, --finetune, scratch
+    # Where to start: own last checkpoint, --resume, --finetune, scratch
     plain = checkpoint.plain_args(args)
     pretrained = checkpoint.load(args.finetune) if args.finetune else None
     resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
     start, saved = resume or ("", None)
-    pos_label = plain["pos_label"] = resolve_labels(args, pretrained)
+
+    # Data: images as the encoder has learned to see them
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
+    plain |= {"mean": list(mean), "std": list(std)}
+    loader, val_loader = build_data(args, size, mean, device)
+
+    # Model
+    classes = resolve_classes(args, saved, start, val_loader.dataset.index)
+    num_classes = len(classes)
+    pos_label = plain["pos_label"] = resolve_labels(args, saved or pretrained)
     head = resolve_head(vars(args), args.model, saved, start)
     plain |= head
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, size, num_classes, pos_label, head).to(device)
+    model = build_model(args, size, num_classes, pos_label, head, saved).to(device)
     if args.eval:
         checkpoint.load_for_evaluation(model, saved, args.resume)
-        dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else ""))
-        evaluate(args, model, val_loader, device, amp, mean, std, positions=pos_label != "none")
+        dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else "")
+                 + checkpoint.other_than_trained(saved, plain))
+        evaluate(args, model, val_loader, device, amp, mean, std, pos_label != "none", classes)
         dist.shutdown()
         return 0
     if saved is not None:
         checkpoint.say_continuing(start, saved, plain)
     elif pretrained is not None:
-        dist.say(f"encoder from {args.finetune}; "
+        dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
                  + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
     else:
         dist.say("starting from scratch")
     if args.partial is not None:
-        freeze_all_but(model, args.partial)
+        new = pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained)
+        freeze_all_but(model, args.partial, keep={"pos_embed"} if new else set())
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.strategy == "fsdp":
-        if args.ema:
-            raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
         fsdp.shard(model, device, amp)
 
     # Loss
     augment, mixed = make_augment(args, num_classes, device)
-    teacher = build_teacher(args, size, num_classes, mean, std, device) if args.distill else None
+    teacher = None
+    if args.distill:
+        teacher = build_teacher(args.distill, args.distill_checkpoint, num_classes=num_classes, img_size=size,
+                                in_chans=args.in_chans, mean=mean, std=std).to(device)
     loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
 
     # Optimizer: layer decay belongs to fine-tuning; from scratch all layers learn alike
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if args.finetune else 1.0,
+    from_encoder = args.finetune or ((saved or {}).get("args") or {}).get("finetune")
+    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if from_encoder else 1.0,
                           model.layer_id, model.num_layers)
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -345,7 +378,7 @@ def main(args) -> int:
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         with fsdp.gathered(ema.module if args.ema else model) as whole:
-            stats = evaluate(args, whole, val_loader, device, amp, mean, std, pos_label != "none")
+            stats = evaluate(args, whole, val_loader, device, amp, mean, std, pos_label != "none", classes)
         if state.best is None or stats["acc1"] > state.best:
             state.best, state.best_epoch = stats["acc1"], epoch
         dist.say(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")

@@ -11,10 +11,13 @@ backbone runs once for all of them.
 --head second_order trains So-ViT's head on the frozen tokens instead, which is no linear probe and is not reported as one.
 """
 import sys
+from argparse import Namespace
 
 from util.args import (
+    SECOND_ORDER_FLAGS,
     Parser,
     add_data_flags,
+    add_eval_flags,
     add_head_flags,
     add_optim_flags,
     add_run_flags,
@@ -35,7 +38,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
     g.add_argument("--pos_embed", default="auto", choices=["auto", "none", "sincos", "learned"],
                    help="auto: as the checkpoint was pretrained")
-    g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default="cls",
+    g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default=None,
                    help="probe the mean of the patch tokens")
     g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="probe the class token (default)")
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
@@ -46,6 +49,7 @@ def get_args_parser() -> Parser:
                    help="factors of the learning rate, a head each; 1 alone is MAE's protocol")
     p.add_argument("--cached", action="store_true", help="compute features once, without augmentation, and train on them")
     p.add_argument("--knn", action="store_true", help="k nearest neighbours instead: k = 10, 20, 100, T = 0.07")
+    add_eval_flags(p)
     add_run_flags(p)
     return p
 
@@ -63,7 +67,7 @@ from layers.second_order import SecondOrderHead
 from models import build_classifier
 from util import checkpoint, dist
 from util.datasets import TensorSamples, build_dataset
-from util.image_index import check_same_classes
+from util.image_index import check_same_classes, some_names
 from util.keeper import Keeper
 from util.knn import knn_accuracy
 from util.loader import eval_loader, train_loader
@@ -118,6 +122,33 @@ def pool_tokens(tokens: Tensor, num_prefix: int, pool: str) -> Tensor:
     return F.layer_norm(mean, mean.shape[-1:])
 
 
+def check_flags(args) -> None:
+    """ValueError for flags that contradict each other, before anything is read."""
+    if not args.finetune:
+        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
+    if args.eval and (args.knn or args.dry_run or not args.resume):
+        raise ValueError("--eval needs --resume FILE, a trained probe beside the encoder of --finetune, and goes with neither "
+                         "--knn nor --dry_run")
+    if args.knn and args.dry_run:
+        raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
+    if args.head == "second_order" and (args.knn or args.cached):
+        raise ValueError("--head second_order reads all tokens while it learns: it goes with neither --knn nor --cached")
+    if args.head != "second_order" and second_order_options(vars(args)):
+        raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
+    if args.strategy == "fsdp":
+        raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
+
+
+def as_trained(args, saved: dict):
+    """The flags with what they leave open as in the probe `saved`, where one is evaluated."""
+    before = saved.get("args") or {}
+    stored = {k: before[k] for k in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS)
+              if k in before and getattr(args, k) in (None, "auto")}
+    if "lr_grid" in before:
+        stored["lr_grid"] = before["lr_grid"]
+    return Namespace(**vars(args) | {"pool": args.pool or "cls"} | {k: v for k, v in stored.items() if v is not None})
+
+
 def pooled(backbone, images: Tensor, pool: str) -> Tensor:
     """Frozen features (B, C) of normalised images."""
     with torch.no_grad():
@@ -151,16 +182,26 @@ def make_eval_fn(features, names: list[str]):
         for name, z in zip(names, logits):
             ahead = (z > z.gather(1, label.clamp(min=0)[:, None])).sum(1)
             out |= {f"acc{k}_{name}": 100.0 * ((ahead < k) & valid).sum() / count.clamp(min=1) for k in (1, 5)}
+            out[f"loss_{name}"] = F.cross_entropy(z.float(), label, ignore_index=-1, reduction="sum") / count.clamp(min=1)
         return torch.zeros((), device=label.device), out | {"images": count}
 
     return eval_fn
 
 
-def load_backbone(args, size, device):
+def evaluate(probe: nn.Module, features, names: list[str], kind: str, loader, where: dict) -> dict[str, float]:
+    """Accuracies of all heads over the validation images; prints MAE's line for the best one. `where` is as engine's."""
+    stats = engine.evaluate(probe, make_eval_fn(features, names), loader, **where)
+    best = max(names, key=lambda name: stats[f"acc1_{name}"])
+    acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
+    dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(loader.dataset)} images; "
+             + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names))
+    out = {"test_loss": stats[f"loss_{best}"], "test_acc1": acc1, "test_acc5": acc5,
+           "n_parameters": sum(p.numel() for p in probe.parameters()) // len(names)}  # MAE's, of one head
+    return out | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
+
+
+def load_backbone(args, state: dict, size, device):
     """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
-    if not args.finetune:
-        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
-    state = checkpoint.load(args.finetune)
     embed = args.pos_embed
     if embed == "auto":  # what the encoder learned with is what it is probed with
         embed = "learned" if "pos_embed" in state["model"] else "none"
@@ -170,23 +211,26 @@ def load_backbone(args, size, device):
     model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, pool=pool, pos_embed=embed,
                              **options)
     note = checkpoint.init_encoder(model, state, args.finetune, "zero")
-    dist.say(f"encoder from {args.finetune}; {note}")
+    dist.say(note)
     return model.to(device).eval().requires_grad_(False)
 
 
 def build_data(args, size, device):
-    """Training loader (augmented unless features are computed once), and validation loader."""
+    """Training loader (augmented unless features are computed once; None for --eval), and validation loader."""
     once = args.knn or args.cached
-    transform = eval_transform(size) if once else pretrain_transform(size, tuple(args.crop_scale))
-    train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
     val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed, evaluation=True)
-    check_same_classes(train.index, val.index)
-    dist.say(f"training on {train.summary()}\nevaluation on {val.summary()}")
+    dist.say(f"evaluation on {val.summary()}")
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders")
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
-    load = eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading)
-    return load, eval_loader(val, **loading)
+    val_loader = eval_loader(val, **loading)
+    if args.eval:
+        return None, val_loader
+    transform = eval_transform(size) if once else pretrain_transform(size, tuple(args.crop_scale))
+    train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
+    check_same_classes(train.index, val.index)
+    dist.say(f"training on {train.summary()}")
+    return eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading), val_loader
 
 
 def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) -> dict[str, float]:
@@ -205,7 +249,8 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
         right = knn_accuracy(queries, own_labels, known, bank_labels, classes)
         counts = dist.sum_over_ranks(torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])).tolist()
         out |= {f"knn{k}_{pool}": 100 * n / counts[-1] for k, n in zip(right, counts)}
-        out[f"effective_rank_{pool}"] = effective_rank(known[:RANK_IMAGES])
+        spread = torch.arange(min(RANK_IMAGES, len(known))) * len(known) // min(RANK_IMAGES, len(known))  # over all classes
+        out[f"effective_rank_{pool}"] = effective_rank(known[spread])
         dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
                  + f"  ({len(bank)} training and {counts[-1]} validation images; effective rank "
                  f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]})")
@@ -228,30 +273,28 @@ def make_optimizer(probe: nn.Module, lr_grid: list[float], lr: float, weight_dec
 
 
 def main(args) -> int:
-    second_order = args.head == "second_order"
-    if second_order and (args.knn or args.cached):
-        raise ValueError("--head second_order reads all tokens while it learns: it goes with neither --knn nor --cached")
-    if second_order_options(vars(args)) and not second_order:
-        raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
+    check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    resume = checkpoint.load_start("" if args.eval or args.knn else args.output_dir, args.resume)
+    args = as_trained(args, resume[1] if args.eval else {})
+    second_order = args.head == "second_order"
     amp = engine.resolve_amp(args.amp, device)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
-    if args.output_dir and not args.dry_run:
+    pretrained = checkpoint.load(args.finetune)
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained)
+    plain = checkpoint.plain_args(args) | {"mean": list(mean), "std": list(std)}
+    if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
-    if args.knn and args.dry_run:
-        raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
-    if args.strategy == "fsdp":
-        raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
     train_loader, val_loader = build_data(args, size, device)
-    num_classes = len(train_loader.dataset.index.classes)
-    backbone = load_backbone(args, size, device)
+    num_classes = len(val_loader.dataset.index.classes)
+    backbone = load_backbone(args, pretrained, size, device)
+    dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}")
     if args.pool == "cls" and not backbone.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
 
     if args.knn:
+        write_record(args.output_dir, plain, {"device": str(device), "amp": amp})
         stats = run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std)
         Log(args.output_dir).write_line(stats | {"epoch": 0})
-        write_record(args.output_dir, checkpoint.plain_args(args), {"device": str(device), "amp": amp})
         dist.shutdown()
         return 0
 
@@ -259,49 +302,57 @@ def main(args) -> int:
         return (pooled_and_patches if second_order else pooled)(backbone, images, args.pool)
 
     if args.cached:
-        train_loader, val_loader = (cache(loader, features, args, device, amp, mean, std, shuffle=loader is train_loader)
+        train_loader, val_loader = (loader and cache(loader, features, args, device, amp, mean, std, loader is train_loader)
                                     for loader in (train_loader, val_loader))
 
         def features(cached):
             return cached
 
-    # Heads and LARS
+    # Heads
+    lr_grid = args.lr_grid
     torch.manual_seed(args.seed)
     if second_order:
-        probe = SecondOrderProbe(backbone.dim, num_classes, len(args.lr_grid), second_order_options(vars(args))).to(device)
+        probe = SecondOrderProbe(backbone.dim, num_classes, len(lr_grid), second_order_options(vars(args))).to(device)
     else:
-        probe = Probe(backbone.dim, num_classes, len(args.lr_grid)).to(device)
-    kind = "second-order probe" if second_order else "linear probe"
+        probe = Probe(backbone.dim, num_classes, len(lr_grid)).to(device)
+    kind, names = "second-order probe" if second_order else "linear probe", [f"lr{scale:g}" for scale in lr_grid]
+
+    where = dict(device=device, mean=mean, std=std, amp=amp)
+    if args.eval:
+        dist.say(f"evaluating {args.resume}{checkpoint.other_than_trained(resume[1], plain, ('model', 'finetune', 'pool'))}")
+        classes = val_loader.dataset.index.classes
+        if resume[1].get("classes", classes) != classes:
+            raise ValueError(f"{args.resume} was trained on the classes {some_names(resume[1]['classes'])}, the data have "
+                             f"{some_names(classes)}")
+        checkpoint.load_strict(probe, resume[1], args.resume)
+        evaluate(probe, features, names, kind, val_loader, where)
+        dist.shutdown()
+        return 0
+
+    # LARS
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    optimizer = make_optimizer(probe, args.lr_grid, lr, args.weight_decay)
+    optimizer = make_optimizer(probe, lr_grid, lr, args.weight_decay)
     dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective "
-             f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in args.lr_grid)}")
-
-    plain = checkpoint.plain_args(args)
-    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
-    names = [f"lr{scale:g}" for scale in args.lr_grid]
+             f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in lr_grid)}")
+    if resume:
+        checkpoint.say_continuing(*resume, plain)
     log = Log(args.output_dir, None if args.dry_run else args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
     keeper = None
     if args.output_dir:
         keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
-        stats = engine.evaluate(probe, make_eval_fn(features, names), val_loader, device=device, mean=mean, std=std, amp=amp)
-        best = max(names, key=lambda name: stats[f"acc1_{name}"])
-        acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
-        if state.best is None or acc1 > state.best:
-            state.best, state.best_epoch = acc1, epoch
-        dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(val_loader.dataset)} "
-                 "images; "
-                 + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names))
-        log.scalars({"perf/test_acc1": acc1, "perf/test_acc5": acc5}, epoch)
-        return {"test_acc1": acc1, "test_acc5": acc5} | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
+        stats = evaluate(probe, features, names, kind, val_loader, where)
+        if state.best is None or stats["test_acc1"] > state.best:
+            state.best, state.best_epoch = stats["test_acc1"], epoch
+        log.scalars({f"perf/{name}": stats[name] for name in ("test_acc1", "test_acc5")}, epoch)
+        return stats
 
     finished = engine.fit(
-        probe, make_loss_fn(features), optimizer, train_loader, epochs=args.epochs, device=device, mean=mean, std=std,
-        log=log, keeper=keeper, args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad, amp=amp, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
+        probe, make_loss_fn(features), optimizer, train_loader, **where, epochs=args.epochs, log=log, keeper=keeper, args=plain,
+        resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
+        max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
     )
     dist.shutdown()

@@ -58,10 +58,10 @@ import engine
 from layers.self_distillation import copy_parameters, momentum_update
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import checkpoint, dist, fsdp
-from util.datasets import build_dataset, collate, some_samples
+from util.datasets import build_dataset
 from util.keeper import Keeper
-from util.loader import device_batches, eval_loader, sample_batches, train_loader
-from util.log import Log
+from util.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
+from util.log import Log, survive_full_disk
 from util.lr_sched import cosine, effective_lr, warmup_cosine
 from util.multicrop import TwoViews
 from util.optim import adamw, param_groups
@@ -193,7 +193,8 @@ def main(args) -> int:
     # Optimizer
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    optimizer = adamw(param_groups(model, args.weight_decay, model.no_weight_decay()), lr, betas=(0.9, 0.95))
+    # As MAE: class and mask token are decayed in pretraining, and MAE's own files continue.
+    optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     dist.say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; {amp} on "
              f"{device}; effective batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, "
              f"lr {lr:.3g}")
@@ -202,10 +203,10 @@ def main(args) -> int:
     plain = checkpoint.plain_args(args)
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None and args.init_from:
-        checkpoint.load_strict(model, checkpoint.load(args.init_from), args.init_from)
+        note = checkpoint.init_from(model, checkpoint.load(args.init_from), args.init_from)
         if teacher is not None:
             copy_parameters(teacher, model)
-        dist.say(f"weights from {args.init_from}, fresh schedule")
+        dist.say(f"weights from {args.init_from}, fresh schedule; {note}")
     elif resume is None:
         dist.say("starting from scratch")
 
@@ -231,8 +232,9 @@ def main(args) -> int:
                 images = next(device_batches([collate(shown)], device, mean, std))
                 panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
                 path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
-                save_png(panel, path)
-                print(f"picture: {path}", flush=True)
+                with survive_full_disk():
+                    save_png(panel, path)
+                    print(f"picture: {path}", flush=True)
                 log.picture("reconstruction", panel, epoch)
         return {f"test_{k}": v for k, v in stats.items()}
 

@@ -8,7 +8,9 @@ import models_mae_pl
 import models_so_vit
 import models_swin
 import models_vit
-from util.checkpoint import describe_mismatch
+from util.args import head_options, resolve_head
+from util.checkpoint import describe_mismatch, load, load_for_evaluation
+from util.image_index import some_names
 from util.weights import Architecture, architecture
 
 MODELS = models_vit.MODELS | models_swin.MODELS | models_so_vit.MODELS
@@ -67,6 +69,45 @@ def heads_of(a: Architecture, args: dict) -> tuple[int, int, bool]:
             decoder_heads = named.decoder_blocks[0].attn.num_heads
     known = bool(build is not None or size or "num_heads" in args)
     return args.get("num_heads", heads), args.get("decoder_heads", decoder_heads), known
+
+
+def known_classes(state: dict, path: str, data: list[str], given: list[str] | None = None) -> list[str]:
+    """Names of a stored classifier's classes in the order of its outputs, for an evaluation on the classes `data`.
+
+    They are the `given` ones, else those stored beside the weights, else ImageNet's where there are 1000 outputs and the
+    data are named like some of them, else the data's own. Raises ValueError where the number of outputs contradicts them
+    or a class of the data is not among them.
+    """
+    known = given or state.get("classes")
+    outputs = len(state["model"].get("head.bias", ())) or None  # of a linear head; others are left to the loading
+    if known is None and outputs == 1000 and len(data) < outputs:
+        from timm.data import ImageNetInfo
+
+        known = ImageNetInfo("imagenet-1k").label_names()
+        known = known if set(data) <= set(known) else None
+    if known is None and all(name.isdigit() for name in data) and sorted(data, key=int) != data:
+        raise ValueError(f"the data's classes are numbers, which folders sort as {some_names(data)}; {path} does not say what "
+                         "its outputs are called: name them by --classes, in their order")
+    if outputs not in (None, len(known or data)):
+        raise ValueError(f"{path} tells {outputs} classes apart, and there are {len(known or data)} "
+                         f"{'given' if given else 'in the data'}: name all, in the order of its outputs, by --classes")
+    if known and (unknown := sorted(set(data) - set(known))):
+        raise ValueError(f"{path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
+                         "other data, or their folders have other names, and --classes gives these in the order of its outputs")
+    return known or data
+
+
+def build_teacher(name: str, file: str, *, num_classes: int, img_size: tuple[int, int], in_chans: int,
+                  mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+    """A frozen classifier for distillation: a model of ours in `file`, or timm's pretrained one where `file` is ''."""
+    if file:
+        saved = load(file)
+        options = head_options(name, resolve_head({}, name, saved, file))
+        teacher = build_classifier(name, img_size=img_size, in_chans=in_chans, num_classes=num_classes, **options)
+        load_for_evaluation(teacher, saved, file)
+    else:
+        teacher = PretrainedTeacher(name, num_classes, mean, std)
+    return teacher.eval().requires_grad_(False)
 
 
 class PretrainedTeacher(nn.Module):

@@ -41,6 +41,8 @@ def sample_noise(keys: Tensor, num_patches: int) -> Tensor:
     A counter-based hash (splitmix64's finaliser) instead of a generator: an image's mask then depends neither on the
     rank, nor on the batch that it is in, nor on what was drawn before.
     """
+    if keys.device.type == "mps":  # has no float64
+        return sample_noise(keys.cpu(), num_patches).float().to(keys.device)
     x = keys[:, None] + torch.arange(1, num_patches + 1, device=keys.device) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # masked: >> is arithmetic on int64

@@ -66,7 +66,8 @@ from layers.positional import relative_labels
 from models import model_of
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from util import charts, checkpoint, report, runs
-from util.datasets import build_dataset, collate, some_samples
+from util.datasets import build_dataset
+from util.loader import collate, some_samples
 from util.pictures import accuracy_map, reconstruction_panel, save_png, unnormalize_patches
 from util.transforms import eval_transform, normalize, unnormalize
 from util.weights import KINDS, kind_of

@@ -18,8 +18,10 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.timing import interleaved, ratio, shown, spread, table
 from util import native, repack
-from util.datasets import DEMO, EpochSampler, ImageDataset, build_loader
+from util.datasets import DEMO, ImageDataset
 from util.image_index import build_index
+from util.loader import build_loader
+from util.samplers import EpochSampler
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
 
 SIZE = 224

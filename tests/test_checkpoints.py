@@ -119,6 +119,28 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
     assert own.keys() - state["model"].keys() == {k for k in own if k.startswith("pos_head.")}
 
 
+@pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny"])
+def test_a_classifier_without_an_encoder_file_starts_another(name):
+    """Swin from one data set to the next; a plain Vision Transformer's head is exported away, and its classifier refused."""
+    torch.manual_seed(0)
+    first, second = (build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7))
+    note = checkpoint.init_encoder(second, {"model": first.state_dict()}, "x.pth", "zero")
+    assert "of a classifier, whose head is left behind" in note and "new: head" in note
+    for k, v in second.state_dict().items():
+        same = torch.equal(v, first.state_dict()[k])
+        assert same or k.startswith("head"), k
+        assert not same or not k.endswith(("head.weight", "fc.weight", "pool.start")), k
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=7)
+    with pytest.raises(ValueError, match="is a fine-tuned classifier, not an encoder"):
+        checkpoint.init_encoder(vit, {"model": vit.state_dict()}, "x.pth", "zero")
+
+
+def test_flags_that_differ_in_form_only_are_no_change():
+    old = {"input_size": 224, "mean": None, "in_chans": 3}  # as MAE stores them
+    assert checkpoint.other_than_trained({"args": old}, {"input_size": [224], "mean": [0.5], "in_chans": 3}) == ""
+    assert "input_size: 224 -> [192]" in checkpoint.other_than_trained({"args": old}, {"input_size": [192], "in_chans": 3})
+
+
 def test_an_unknown_target_stays_unknown(tmp_path, capsys):
     mae = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
     torch.save({"model": mae.state_dict()}, tmp_path / "a.pth")  # MAE's released files have weights alone
@@ -166,6 +188,20 @@ def test_vit_to_hugging_face_and_back(tmp_path, classes):
         assert torch.allclose(theirs, ours(images), atol=1e-4)
     checkpoints.import_file(out, back)
     assert all(torch.equal(v, checkpoint.load(back)["model"][k]) for k, v in ours.state_dict().items())
+
+
+def test_names_of_classes_go_along(tmp_path):
+    ours, names = build_classifier("vit_test", img_size=(32, 32), num_classes=3, pool="cls"), ["owl", "bee", "cat"]
+    file = saved(tmp_path / "a.pth", ours)
+    torch.save(torch.load(file, weights_only=True) | {"classes": names}, file)
+    for to, out in (("safetensors", "b.safetensors"), ("mae", "c.pth"), ("hf", "d")):
+        checkpoints.export(file, str(tmp_path / out), to)
+        if to == "hf":
+            config = transformers.ViTForImageClassification.from_pretrained(tmp_path / out).config
+            assert config.id2label == dict(enumerate(names)) and config.label2id["cat"] == 2
+        else:
+            assert checkpoint.load(str(tmp_path / out))["classes"] == names
+    assert "class names owl, bee, cat" in checkpoints.describe(file)
 
 
 @pytest.mark.parametrize("make,message", [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
 from torchvision.transforms import v2
 
-from util import datasets, image_index, transforms
-from util.datasets import EpochSampler, EvalSampler, ImageDataset, build_dataset, build_loader, sample_seed
+import engine
+from util import datasets, dist, image_index, listing, transforms
+from util.datasets import ImageDataset, build_dataset
 from util.image_index import build_index, check_same_classes
+from util.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
+from util.samplers import EpochSampler, EvalSampler, sample_seed
 from util.transforms import (
     _is_plain_jpeg,
     decode,
@@ -168,8 +172,12 @@ def test_tar_index_is_cached_and_checked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(build_index("train.tar")) == 4 and Path(tar + ".index.npz").exists()
     os.remove(tar + ".index.npz")
-    tmp_path.chmod(0o555)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path(root) / "cache"))
+    tmp_path.chmod(0o555)  # not the user's to write in: the listing goes to the user's cache
     assert len(build_index(tmp_path)) == 4 and not Path(tar + ".index.npz").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(listing, "_tar_members", lambda path: pytest.fail("the tar was listed again"))
+        assert len(build_index(tmp_path)) == 4 and len(list((Path(root) / "cache" / "mae_pl").iterdir())) == 1
     tmp_path.chmod(0o755)
     index = build_index(tmp_path)
     os.truncate(tar, Path(tar).stat().st_size // 2)
@@ -184,7 +192,7 @@ def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place
     age(*folders)
     build_index(tmp_path)
     assert not (tmp_path / ".index").exists()  # small folders are listed every time
-    monkeypatch.setattr(image_index, "CACHE_FOLDERS_ABOVE", 1)
+    monkeypatch.setattr(listing, "CACHE_FOLDERS_ABOVE", 1)
     build_index(tmp_path)
     assert (tmp_path / ".index").is_dir()
     with monkeypatch.context() as patch:
@@ -204,7 +212,7 @@ def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place
 
 def test_index_is_compact():
     names = [f"class{i % 100:03}/image{i:07}.jpg".encode() for i in range(20_000)]
-    index = image_index.ImageIndex("", "", "", image_index._arrays(names))
+    index = image_index.ImageIndex("", "", "", listing.from_names(names))
     arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) / len(names) <= len(names[0]) + 8 + 4
     assert all(len(v) <= 100 for v in vars(index).values() if hasattr(v, "__len__") and not isinstance(v, np.ndarray))
@@ -503,23 +511,66 @@ def test_sample_seed_is_frozen_and_well_mixed():
 
 
 def test_unreadable_images_are_replaced_and_reported(tmp_path):
+    broken = {2, 3, 23}
     dataset = dataset_of(tmp_path, broken=(4, 6, 23), labels=False)  # a/04, a/06 -> 2, 3; b/23 -> 23
-    for i, used, bad in ((1, 1, []), (2, 4, [2, 3]), (3, 4, [3]), (23, 0, [23])):
-        found = dataset[5, i]
-        same(found, dataset[5, used] | dict(bad=bad))
-        assert found["key"] == sample_seed(0, 5, used) and found["image"].any()
-    assert datasets.collate([dataset[i] for i in (1, 2, 3)])["bad"] == [2, 3, 3]
+    for epoch in range(8):
+        for i in (1, 2, 3, 23):
+            tried = [i]
+            while tried[-1] in broken:
+                tried.append(sample_seed(sample_seed(0, epoch, i), 0, len(tried)) % len(dataset))
+            found = dataset[epoch, i]
+            same(found, dataset[epoch, tried[-1]] | dict(bad=tried[:-1]))
+            assert found["key"] == sample_seed(0, epoch, tried[-1]) and found["image"].any()
+    assert len({dataset[epoch, 2]["index"] for epoch in range(8)}) > 4, "not the neighbour, which may be broken as well"
+    assert collate([dataset[i] for i in (1, 2)])["bad"][0] == 2
     evaluation = ImageDataset(build_index(tmp_path), eval_transform(16), evaluation=True)
     found = evaluation[2]
     assert (found["index"], found["label"], found["bad"]) == (2, -1, [2]) and not found["image"].any()
     assert evaluation[1]["label"] == 0 and evaluation[1]["image"].any()
     os.remove(tmp_path / "train" / evaluation.index.name(1))
-    assert dataset[1]["bad"] == [1, 2, 3]  # gone altogether
+    assert dataset[1]["bad"][0] == 1  # gone altogether
     for count in (24, 3):
         shutil.rmtree(tmp_path / "train")
         broken = dataset_of(tmp_path, n=count, broken=range(24))
-        with pytest.raises(ValueError, match=f"{min(count, 20)} images in a row cannot be read.*not a readable image"):
+        with pytest.raises(ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"):
             broken[0]
+
+
+def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "train", ["x/1.png", "x/2.png", "y/3.png"])
+    write(tmp_path / "b" / "train", ["x/1.png", "x/2.png", "y/3.png"])
+    write(tmp_path / "c" / "train", ["x/1.png", "y/2.png", "y/3.png"])  # as many, one of another class
+    a, b, c = (build_dataset(tmp_path / name, "train", eval_transform(16)) for name in "abc")
+    others = []
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, *others])
+    others[:] = [(b.index.digest(), "3 on node2")]
+    check_same_everywhere(a)
+    others[:] = [(c.index.digest(), "3 on node2")]
+    for make in (eval_loader, partial(train_loader, seed=0)):
+        with pytest.raises(ValueError, match=r"the ranks list different images in .*a: 3 on node2, 3 on "):
+            make(a, batch_size=1, num_workers=0, pin_memory=False)
+
+
+def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
+    """Wherever they lie in a batch, one batch of them alone among them; a loss function need not know of it."""
+    dataset = dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7))
+    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
+                         pin_memory=False)
+    whole = [s for s in loader.dataset if not s["bad"]]
+
+    def loss_fn(model, batch):
+        return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
+
+    options = dict(device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    stats = engine.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
+    assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
+    assert stats["loss"] == pytest.approx(np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5)
+    assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
+    assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
+    x, y = engine.features(lambda images: images.flatten(1)[:, :5], loader, **options)
+    assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
+        s["label"] for s in whole]
 
 
 def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
@@ -572,7 +623,9 @@ def test_workers_survive_signals_and_the_process_ends(tmp_path):
     dataset_of(tmp_path, n=64)
     script = f"""
 import multiprocessing, os, signal
-from util.datasets import *
+from util.datasets import build_dataset
+from util.loader import build_loader
+from util.samplers import EpochSampler
 from util.transforms import pretrain_transform
 dataset = build_dataset({str(tmp_path)!r}, "train", pretrain_transform(16))
 batches = iter(build_loader(dataset, EpochSampler(64, batch_size=2), batch_size=2, num_workers=2))

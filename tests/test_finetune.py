@@ -1,5 +1,8 @@
 """Pretrained encoders become classifiers: loading, losses, groups, probes and neighbours."""
+import csv
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from models import build_classifier
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint
 from util.args import parse, run
+from util.image_index import class_names
 from util.knn import knn_accuracy, knn_votes, nearest
 from util.lr_sched import set_lr
 from util.optim import param_groups
 from util.pos_embed import resize_pos_embed, sincos_2d
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
 def call(main, capsys, *flags) -> tuple[int, str]:
@@ -122,6 +127,48 @@ def test_the_positional_embedding_that_comes_back(init):
         assert table.std() == pytest.approx(0.02 if init == "normal" else 0.0, rel=0.15)
 
 
+def test_a_fixed_positional_embedding_is_not_made_zero():
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_embed="sincos")
+    assert "the fixed sine-cosine one" in checkpoint.init_encoder(vit, state, "x.pth", "zero")
+    assert torch.equal(vit.pos_embed.data, sincos_2d(32, (4, 4)))
+
+
+def test_a_new_positional_embedding_is_trained_where_the_encoder_is_frozen(tmp_path, capsys):
+    for pos_embed, learns in (("none", True), ("sincos", False)):  # of the pretraining
+        out = tmp_path / pos_embed
+        file = pretrained(out, capsys, "--pos_embed", pos_embed)
+        code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--partial", 0, "--output_dir", out)
+        assert code == 0, text
+        state = checkpoint.load(str(out / "checkpoint-last.pth"))
+        start = 0 if learns else sincos_2d(32, (4, 4))
+        assert bool((state["model"]["pos_embed"] != start).any()) is learns
+
+
+def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, shapes):
+    """--mean and --std are stored, and taken where none are given; another size is said."""
+    common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir"]
+    stats = ["--mean", 0.9, 0.1, 0.5, "--std", 0.1, 0.2, 0.3]
+    code, text = call(main_finetune, capsys, *common, tmp_path / "ft", *stats, "--aa", "", "--reprob", 0)
+    assert code == 0, text
+    last = str(tmp_path / "ft" / "checkpoint-last.pth")
+    lines = [re.findall(r"\* Acc@1.*", text)[-1:]]
+    for more in ([], stats, ["--mean", 0, 0, 0, "--std", 1, 1, 1]):
+        code, text = call(main_finetune, capsys, *common, tmp_path / "no", "--eval", "--resume", last, *more)
+        assert code == 0 and ("other than in training: mean" in text) == (more not in ([], stats)), text
+        lines.append(re.findall(r"\* Acc@1.*", text))
+    assert lines[0] == lines[1] == lines[2] != lines[3]
+    code, text = call(main_finetune, capsys, *common, tmp_path / "no", "--eval", "--resume", last, "--pos_embed", "none",
+                      "--input_size", 40)
+    assert code == 2 and "does not fit" in text
+    file = pretrained(tmp_path, capsys, *stats)
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--knn", "--input_size", 40,
+                      "--output_dir", tmp_path / "knn")
+    assert code == 0 and "(other than in training: input_size: [32] -> [40])" in text, text
+    record = json.loads((tmp_path / "knn" / "run.json").read_text())["flags"]
+    assert (record["mean"], record["std"]) == ([0.9, 0.1, 0.5], [0.1, 0.2, 0.3])
+
+
 def test_another_grid_is_interpolated_by_size():
     _, state = make_pretrained(pos_embed="sincos", img_size=(32, 48))
     state["args"] |= {"input_size": [32, 48], "patch_size": [8]}
@@ -142,6 +189,21 @@ def test_channels_are_adapted_as_timm_does():
     assert "adapted from 3 to 1 channels" in checkpoint.init_encoder(vit, state, "x.pth", "zero")
     expected = state["model"]["patch_embed.proj.weight"].sum(1, keepdim=True)
     assert torch.allclose(vit.patch_embed.proj.weight, expected)
+
+
+def test_a_folder_that_holds_another_run_says_so(tmp_path, capsys):
+    """MAE's --output_dir has a default, so that this happens."""
+    file = pretrained(tmp_path, capsys)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "pt")
+    assert code == 2 and "is a full pretraining checkpoint" in text and "give another --output_dir" in text
+    run = ["--model", "vit_test", "--output_dir", tmp_path / "ft"]
+    assert call(main_finetune, capsys, *run, "--finetune", file)[0] == 0
+    again = tmp_path / "again.pth"
+    again.write_bytes(Path(file).read_bytes())
+    code, text = call(main_finetune, capsys, *run, "--finetune", again)
+    assert code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+    code, text = call(main_finetune, capsys, *run, "--resume", tmp_path / "ft" / "checkpoint-last.pth", "--epochs", 2)
+    assert code == 0 and "continuing" in text, "layer decay is as it was, though --finetune was not given again"
 
 
 def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
@@ -284,6 +346,111 @@ def test_partial_fine_tuning_trains_the_last_blocks_and_heads():
     assert not any(p.requires_grad for p in vit.blocks.parameters()) and vit.head.weight.requires_grad
 
 
+def folders(root, names, copies=2):
+    """A validation set of noise with these class folders; a later class is brighter."""
+    rng = np.random.default_rng(len(names))
+    for c, name in enumerate(names):
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(copies):
+            Image.fromarray(rng.integers(c, 200 + c, (32, 32, 3), dtype=np.uint8)).save(root / "val" / name / f"{i}.png")
+    return root
+
+
+def answers(file) -> dict[str, tuple[str, float]]:
+    with open(file) as f:
+        return {row["image"]: (row["prediction"], float(row["probability"])) for row in csv.DictReader(f)}
+
+
+def by_hand(model, outputs: list[str], data: list[str], images) -> dict[str, tuple[str, float]]:
+    """The most probable class of `data` for each image, among the outputs that are named like them."""
+    found = {}
+    for path in sorted(images.rglob("*.png")):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
+        x = (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+        with torch.no_grad():
+            logits = model(x[None])[0]
+        p = {name: float(logits[outputs.index(name)].exp()) for name in data}
+        best = max(p, key=p.get)
+        found[str(path.relative_to(images))] = best, p[best] / sum(p.values())
+    return found
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
+    """As ImageNet-A and -R have 200 of ImageNet's classes: the answer is the best of the data's."""
+    known = ["owl", "bee", "cat", "ant", "dog"]  # in an order that is not alphabetical
+    torch.manual_seed(0)
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, head_init_std=1.0).eval()
+    state = {"model": vit.state_dict(), "args": {"model": "vit_test"}} | ({"classes": known} if stored else {})
+    torch.save(state, tmp_path / "c.pth")
+    data = folders(tmp_path / "data", ["bee", "cat", "owl"])
+    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data, "--crop_pct", 1,
+             "--predictions", tmp_path / "p.csv"]
+    code, text = call(main_finetune, capsys, *flags)
+    if not stored:
+        assert code == 2 and "tells 5 classes apart, and there are 3 in the data" in text and "by --classes" in text
+        (tmp_path / "names.txt").write_text("# of the outputs\n" + "\n".join(known) + "\n")
+        code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--nb_classes", 5)
+    assert code == 0 and "3 of the model's 5 classes" in text, text
+    found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, ["bee", "cat", "owl"], data / "val")
+    assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
+    assert all(found[k][1] == pytest.approx(expected[k][1], abs=2e-4) for k in expected)
+    assert float(accuracy(text)[0]) == pytest.approx(100 * np.mean([k.startswith(v[0]) for k, v in expected.items()]), abs=1e-3)
+    folders(tmp_path / "more", ["bee", "elk"])
+    code, text = call(main_finetune, capsys, *flags, "--data_path", tmp_path / "more", *([] if stored else ["--classes", data]))
+    problem = "knows owl, bee, cat, ant, dog, and the data have elk" if stored else "5 classes apart, and there are 3 given"
+    assert code == 2 and problem in text
+
+
+def test_folders_with_numbers_are_not_taken_in_the_order_of_strings(tmp_path, capsys):
+    """ImageNet-V2's folders are called 0 to 999, which sort as 0, 1, 10, 100."""
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=12, head_init_std=1.0)
+    torch.save({"model": vit.state_dict()}, tmp_path / "c.pth")
+    data = folders(tmp_path / "data", [str(i) for i in range(12)])
+    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data]
+    code, text = call(main_finetune, capsys, *flags)
+    assert code == 2 and "which folders sort as 0, 1, 10, 11, 2, ... (12 in all)" in text and "--classes" in text
+    (tmp_path / "names.txt").write_text("\n".join(str(i) for i in range(12)))
+    code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--predictions", tmp_path / "p.csv",
+                      "--crop_pct", 1)
+    expected = by_hand(vit.eval(), [str(i) for i in range(12)], [str(i) for i in range(12)], data / "val")
+    assert code == 0 and {k: v[0] for k, v in answers(tmp_path / "p.csv").items()} == {k: v[0] for k, v in expected.items()}
+
+
+def test_imagenets_names_are_known(tmp_path, capsys):
+    """MAE's released classifiers store no names; a folder of some wnids is evaluated all the same."""
+    from timm.data import ImageNetInfo
+
+    known, data = ImageNetInfo("imagenet-1k").label_names(), ["n01498041", "n01531178", "n12144580"]
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=1000, head_init_std=1.0).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "c.pth")
+    folders(tmp_path / "data", data)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path",
+                      tmp_path / "data", "--crop_pct", 1, "--predictions", tmp_path / "p.csv", "--nb_classes", 1000)
+    assert code == 0 and "3 of the model's 1000 classes" in text, text
+    found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, data, tmp_path / "data" / "val")
+    assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
+
+
+def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
+    common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir", tmp_path / "run"]
+    assert call(main_finetune, capsys, *common)[0] == 0
+    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["classes"] == ["dark", "light"]
+    for split in ("train", "val"):  # as many classes, and others
+        (tmp_path / "data" / split / "light").rename(tmp_path / "data" / split / "bright")
+    code, text = call(main_finetune, capsys, *common, "--epochs", 2)
+    assert code == 2 and "was trained on the classes dark, light, the data have bright, dark" in text
+    code, text = call(main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth")
+    assert code == 2 and "knows dark, light, and the data have bright beyond these" in text
+    code, text = call(main_finetune, capsys, *common, "--classes", tmp_path / "data")
+    assert code == 2 and "--classes names the outputs of a model for --eval" in text
+    listed = tmp_path / "twice.txt"
+    listed.write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="lists classes twice: a"):
+        class_names(listed)
+    assert class_names(tmp_path / "data") == class_names(tmp_path / "data" / "train") == ["bright", "dark"]
+
+
 def test_evaluation_counts_by_hand():
     torch.manual_seed(0)
     logits, label = torch.randn(12, 8), torch.randint(0, 8, (12,))
@@ -318,6 +485,29 @@ def test_cached_features_are_the_backbones(tmp_path, capsys):
         code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir",
                           tmp_path / pool, "--cached", pool, "--epochs", 30, "--blr", 1)
         assert code == 0 and float(accuracy(text)[-1]) > 20, text  # ten classes; the demo scenes differ in colour
+
+
+@pytest.mark.parametrize("head", ["linear", "second_order"])
+def test_a_trained_probe_is_evaluated_again(tmp_path, capsys, head):
+    file = pretrained(tmp_path, capsys)
+    common = ["--model", "vit_test", "--finetune", file]
+    more = ["--so_alpha", 0.1] if head == "second_order" else []
+    code, text = call(main_linprobe, capsys, *common, "--output_dir", tmp_path / "lp", "--lr_grid", 1, 30, "--blr", 1,
+                      "--warmup_epochs", 0, "--global_pool", "--head", head, *more)
+    assert code == 0, text
+    # grid, pooling and head are the probe's own; an --output_dir is neither read nor written
+    code, again = call(main_linprobe, capsys, *common, "--eval", "--resume", tmp_path / "lp" / "checkpoint-last.pth",
+                       "--output_dir", tmp_path / "none")
+    lines = [re.findall(r"\* Acc@1.*", t) for t in (text, again)]
+    line = json.loads((tmp_path / "lp" / "log.txt").read_text().splitlines()[-1])
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"} <= line.keys(), "MAE's"
+    assert line["n_parameters"] == 32 * 10 + 10 or head == "second_order"
+    assert code == 0 and len(lines[1]) == 1 and lines[1] == lines[0][-1:], again
+    assert not (tmp_path / "none").exists()
+    code, text = call(main_linprobe, capsys, *common, "--eval")
+    assert code == 2 and "--eval needs --resume FILE, a trained probe" in text
+    code, text = call(main_linprobe, capsys, *common, "--eval", "--resume", file)
+    assert code == 2 and "is a full pretraining checkpoint" in text
 
 
 def test_probed_features_are_normalised_as_said():

@@ -5,8 +5,9 @@ import torch
 from layers.positional import PositionalHead
 from models_mae_pl import random_masking, sample_noise
 from processes import last, log_lines, start
-from util.datasets import EpochSampler, build_dataset, build_loader
-from util.loader import device_batches
+from util.datasets import build_dataset
+from util.loader import build_loader, device_batches
+from util.samplers import EpochSampler
 from util.transforms import normalize, pretrain_transform
 
 pytestmark = pytest.mark.gpu

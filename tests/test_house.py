@@ -17,15 +17,16 @@ LEVELS = [
     ("models_", 3), ("models", 4), ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
-UTIL_EDGES = {"util.datasets": {"util.image_index", "util.transforms", "util.native", "util.repack"},
+UTIL_EDGES = {"util.image_index": {"util.listing"}, "util.loader": {"util.samplers", "util.transforms"},
+              "util.datasets": {"util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
+                                "util.transforms"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
               "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.results": {"util.job", "util.runs"},
               "util.report": {"util.charts", "util.runs"}, "util.keeper": {"util.checkpoint"}, "util.plan": {"util.flops"},
               "util.state": {"util.checkpoint", "util.fsdp"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
               "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},
-              "util.launch": {"util.args", "util.job", "util.status", "util.sweep"},
-              "util.loader": {"util.datasets", "util.transforms"}}
+              "util.launch": {"util.args", "util.job", "util.status", "util.sweep"}}
 
 
 def name_of(path: Path) -> str:

@@ -1,9 +1,13 @@
 """Wrong input gets an error that says what to do, and loses nothing."""
 import argparse
 import errno
+import importlib
 import io
+import json
+import os
 import pickle
 import re
+import shlex
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,6 +20,9 @@ import main_pretrain
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint, keeper
 from util.args import parse, run
+from util.launch import launch
+from util.log import Log
+from util.pos_embed import resize_pos_embed, sincos_2d
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +74,28 @@ def test_recipes_dashes_and_order_of_flags(tmp_path):
     assert args.output_dir == "with-dash" and args.local_rank == 0 and args.pin_mem is False
 
 
+def test_a_torn_line_of_the_log_does_not_stop_a_run(tmp_path, capsys):
+    """As a full disk or a lost node leaves it."""
+    pretrain(tmp_path, capsys, "--epochs", 2)
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(log.read_text() + '{"train_loss": 0.3')
+    code, text = pretrain(tmp_path, capsys, "--epochs", 3)
+    assert code == 0, text
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_what_is_only_reported_survives_a_full_disk(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(main_pretrain, "save_png", full)
+    code, text = pretrain(tmp_path, capsys, "--picture_epochs", 1)
+    assert code == 0 and text.count("warning: [Errno 28]") == 1 and "picture:" not in text, text
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    Log(str(tmp_path)).write_line({"epoch": 0})
+    assert "warning: [Errno 28]" in capsys.readouterr().out
+
+
 def test_maes_defaults():
     """facebookresearch/mae's pretraining defaults, by its names."""
     args = vars(parse(main_pretrain.get_args_parser(), []))
@@ -76,6 +105,33 @@ def test_maes_defaults():
                     dist_on_itp=False, dist_url="env://")
     assert {k: args[k] for k in expected} == expected
     assert args["pos_embed"] == "none" and args["pos_label"] == "apl" and args["pos_weight"] == 0.5
+
+
+@pytest.mark.parametrize("main,front,flags", [
+    ("main_pretrain", "--nodes 8 --use_volta32", "--batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss "
+     "--mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05"),
+    ("main_finetune", "--nodes 4", "--batch_size 32 --model vit_base_patch16 --finetune F --epochs 100 --blr 5e-4 "
+     "--layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval"),
+    ("main_linprobe", "--nodes 4", "--batch_size 512 --model vit_base_patch16 --cls_token --finetune F --epochs 90 --blr 0.1 "
+     "--weight_decay 0.0 --dist_eval"),
+    ("main_finetune", "", "--eval --resume F --model vit_base_patch16 --batch_size 16 --nb_classes 1000 --global_pool"),
+    ("main_linprobe", "", "--eval --resume F --model vit_base_patch16 --start_epoch 0 --nb_classes 1000 --no_pin_mem"),
+])
+def test_maes_commands(tmp_path, capsys, main, front, flags):
+    """What facebookresearch/mae documents runs here flag by flag, under submitit too."""
+    args = parse(importlib.import_module(main).get_args_parser(), shlex.split(flags))
+    for flag, value in re.findall(r"--(\w+)(?: ([^-]\S*))?", flags):
+        if flag in ("cls_token", "global_pool"):
+            assert args.pool == {"cls_token": "cls", "global_pool": "avg"}[flag]
+        elif flag == "no_pin_mem":
+            assert args.pin_mem is False
+        else:
+            found = getattr(args, flag)
+            assert (found is True) if not value else found == type(found)(value), flag
+    if front:
+        words = shlex.split(f"{front} {flags} --job_dir {tmp_path / 'job'} --data_path D --dry_run")
+        assert launch(main, words) == 0
+        assert "nodes=" + front.split()[1] in capsys.readouterr().out
 
 
 class Code:
@@ -112,6 +168,54 @@ def test_maes_own_files_load(tmp_path):
     state = checkpoint.load(str(path))
     assert state["args"] == {"model": "mae_vit_base_patch16", "lr": 1e-3, "job_dir": "a/b", "norm_pix_loss": True}
     assert state["epoch"] == 799 and state["model"]["w"].sum() == 2
+
+
+def test_maes_own_training_state_continues(tmp_path, capsys):
+    """Moments go to the parameters that they belong to: timm's groups, first what is not decayed, then the rest."""
+    model = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [(name, p) for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
+    decayed = [(name, p) for name, p in trained if p.ndim > 1 and not name.endswith(".bias")]
+    assert {"cls_token", "mask_token"} <= {name for name, _ in decayed}
+    optimizer = torch.optim.AdamW([{"params": [p for _, p in plain], "weight_decay": 0.0},
+                                   {"params": [p for _, p in decayed], "weight_decay": 0.05}], lr=1e-3, betas=(0.9, 0.95))
+    for _, p in trained:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0, "scaler": {},
+                "args": argparse.Namespace(model="mae_test", input_size=32)}, tmp_path / "fb.pth")
+    code, text = pretrain(tmp_path, capsys, "--resume", tmp_path / "fb.pth", "--pos_embed", "sincos", "--pos_label", "none",
+                          "--epochs", 2, "--lr", 0, "--weight_decay", 0.3)
+    assert code == 0, text
+    saved = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))
+    assert [g["weight_decay"] for g in saved["optimizer"]["param_groups"]] == [0.0, 0.3], "the flags of now"
+    state = saved["optimizer"]["state"]
+    assert [tuple(state[i]["exp_avg"].shape) for i in range(len(trained))] == [tuple(p.shape) for _, p in plain + decayed]
+    assert {int(s["step"]) for s in state.values()} == {6}, "one of before, five of now"
+
+
+@pytest.mark.parametrize("before,flags,note", [
+    (["--pos_embed", "sincos", "--pos_label", "none"], ["--pos_embed", "sincos", "--pos_label", "apl"], "new: pos_head"),
+    (["--pos_embed", "sincos"], ["--pos_embed", "sincos", "--input_size", 48], "new: pos_head"),
+    (["--pos_embed", "sincos", "--pos_label", "none"], ["--pos_label", "none"], "its positional embedding is left out"),
+    (["--pos_embed", "learned", "--pos_label", "none"], ["--pos_embed", "learned", "--pos_label", "none", "--input_size", 48],
+     "new: nothing"),
+    ([], ["--sr_spatial", 0.2], "new: sr_spatial"),
+])
+def test_weights_of_another_pretraining_are_a_start(tmp_path, capsys, before, flags, note):
+    assert pretrain(tmp_path, capsys, *before)[0] == 0
+    first = tmp_path / "first.pth"
+    first.write_bytes((tmp_path / "run" / "checkpoint-last.pth").read_bytes())
+    code, text = pretrain(tmp_path, capsys, "--init_from", first, *flags, "--lr", 0, "--output_dir", tmp_path / "second")
+    assert code == 0 and f"fresh schedule; {note}" in text, text
+    a, b = (checkpoint.load(str(f))["model"] for f in (first, tmp_path / "second" / "checkpoint-last.pth"))
+    same = [k for k in b if not k.startswith(("pos_head.", "sr_")) and not k.endswith("pos_embed")]
+    assert same and all(torch.equal(a[k], b[k]) for k in same)
+    if "learned" in flags:
+        assert torch.equal(b["pos_embed"], resize_pos_embed(a["pos_embed"], (4, 4), (6, 6)))
+    elif "pos_embed" in b:
+        n = int(b["pos_embed"].shape[1] - 1) ** 0.5
+        assert torch.equal(b["pos_embed"], sincos_2d(16, (int(n), int(n)))), "of the grid of now"
 
 
 def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, capsys):

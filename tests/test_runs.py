@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from processes import FINETUNE, assert_same, last, log_lines, ranks, start
-from util.datasets import EpochSampler
+from util.samplers import EpochSampler
 
 # 200 images in batches of 24: 8 batches an epoch, in windows of 3, 3 and 2 micro-steps; sampled pairs draw random
 # numbers inside the model.

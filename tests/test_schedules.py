@@ -1,9 +1,10 @@
-"""Learning rates against the written-out rule."""
+"""Learning rates against the written-out rule, and precisions."""
 import math
 
 import pytest
 import torch
 
+import engine
 from util.lr_sched import effective_lr, set_lr, warmup_cosine
 
 
@@ -20,6 +21,15 @@ def test_warmup_then_half_cosine():
 def test_base_rates_scale_with_the_batch():
     assert effective_lr(None, 1.5e-4, 4096) == pytest.approx(2.4e-3)
     assert effective_lr(0.0, 1.5e-4, 4096) == 0.0 and effective_lr(0.3, 1.5e-4, 4096) == 0.3
+
+
+def test_auto_precision_is_bfloat16_only_where_the_gpu_has_it(monkeypatch):
+    """PyTorch counts emulation as support: on a V100 it would be slow."""
+    for native, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native:
+                            n or including_emulation)
+        assert engine.resolve_amp("auto", torch.device("cuda")) == expected
+    assert [engine.resolve_amp(amp, torch.device("cpu")) for amp in ("auto", "fp16")] == ["fp32", "fp16"]
 
 
 def test_groups_keep_their_scale():

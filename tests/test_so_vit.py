@@ -21,7 +21,7 @@ from layers.second_order import (
     largest_singular_value,
     singular_value_power,
 )
-from models import build_classifier
+from models import build_classifier, build_teacher
 from models_so_vit import MODELS
 from processes import FINETUNE, assert_same, last, log_lines, ranks, start
 from test_finetune import accuracy, call, pretrained
@@ -466,10 +466,8 @@ def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatc
 def test_a_teacher_with_a_second_order_head(tmp_path, capsys):
     code, text = call(main_finetune, capsys, "--model", "vit_test", *SECOND_ORDER, "--output_dir", tmp_path)
     assert code == 0, text
-    args = main_finetune.get_args_parser().parse_args(
-        ["--model", "deit_tiny_distilled_patch16", "--distill", "vit_test", "--distill_checkpoint",
-         str(tmp_path / "checkpoint-last.pth")])
-    teacher = main_finetune.build_teacher(args, (32, 32), 10, (0,) * 3, (1,) * 3, torch.device("cpu"))
+    teacher = build_teacher("vit_test", str(tmp_path / "checkpoint-last.pth"), num_classes=10, img_size=(32, 32), in_chans=3,
+                            mean=(0,) * 3, std=(1,) * 3)
     assert torch.equal(teacher.head.pool.start, stored(tmp_path)["model"]["head.pool.start"]) and teacher.head.pool.heads == 2
 
 

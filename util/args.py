@@ -121,7 +121,7 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
 
 
 # --so_* flags and the keywords of layers.second_order.SecondOrderHead.
-_SECOND_ORDER = {"so_dims": "dims", "so_heads": "heads", "so_fusion": "fusion", "so_alpha": "alpha", "so_iters": "iters",
+SECOND_ORDER_FLAGS = {"so_dims": "dims", "so_heads": "heads", "so_fusion": "fusion", "so_alpha": "alpha", "so_iters": "iters",
                  "so_dropout": "dropout"}
 
 
@@ -141,7 +141,7 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
 
 def second_order_options(flags: dict) -> dict:
     """Keywords of SecondOrderHead from those --so_* flags that have a value."""
-    return {keyword: flags[name] for name, keyword in _SECOND_ORDER.items() if flags.get(name) is not None}
+    return {keyword: flags[name] for name, keyword in SECOND_ORDER_FLAGS.items() if flags.get(name) is not None}
 
 
 def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict:
@@ -152,7 +152,7 @@ def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict
     """
     before = (saved or {}).get("args") or {}
     flags = {name: before.get(name) if given.get(name) is None else given[name]
-             for name in ("head", "patch_embed", *_SECOND_ORDER)}
+             for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)}
     if any(name.startswith("head.") for name in (saved or {}).get("model", ())):
         found = "second_order" if "head.pool.start" in saved["model"] else "linear"
         if given.get("head") not in (None, found):
@@ -163,7 +163,7 @@ def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict
     flags["head"] = flags["head"] or ("second_order" if so_vit else "linear")
     flags["patch_embed"] = flags["patch_embed"] or ("conv" if so_vit else None)
     if flags["head"] == "linear" and second_order_options(given):
-        name = next(name for name in _SECOND_ORDER if given.get(name) is not None)
+        name = next(name for name in SECOND_ORDER_FLAGS if given.get(name) is not None)
         raise ValueError(f"--{name} belongs to --head second_order, but the head is linear")
     return flags
 
@@ -220,6 +220,11 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
 
 
+def add_eval_flags(g) -> None:
+    g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
+    g.add_argument("--dist_eval", action="store_true", help=argparse.SUPPRESS)  # MAE's; always exact on all ranks here
+
+
 def pair(values: list[int], flag: str) -> tuple[int, int]:
     """[H] or [H, W] -> (H, W)."""
     if len(values) not in (1, 2) or min(values) < 1:
@@ -227,9 +232,13 @@ def pair(values: list[int], flag: str) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def channel_stats(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: as given, else ImageNet's for 3 channels and their mean for 1."""
+def channel_stats(args: argparse.Namespace, saved: dict | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel: as given, else as the checkpoint `saved` was trained, else ImageNet's for 3 channels and their
+    mean for 1."""
+    before = (saved or {}).get("args") or {}
     default = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}.get(args.in_chans)
+    if before.get("in_chans") == args.in_chans and before.get("mean") and before.get("std"):
+        default = before["mean"], before["std"]
     mean = args.mean or (default and default[0])
     std = args.std or (default and default[1])
     for flag, values in (("--mean", mean), ("--std", std)):

@@ -1,8 +1,8 @@
 """Checkpoints: MAE's dictionary, written atomically, loaded without running code, found again in a fixed order.
 
 A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimizer updates done), `meters` (sums of the
-unfinished epoch), `best`, and named extras. `epoch` is the last finished one, so that MAE's rule "resume at epoch + 1"
-holds for ours too.
+unfinished epoch), `best`, `classes` (their names, in the order of a classifier's outputs), and named extras. `epoch` is
+the last finished one, so that MAE's rule "resume at epoch + 1" holds for ours too.
 """
 import argparse
 import os
@@ -13,7 +13,7 @@ import torch
 from util import dist
 from util.fsdp import cut_like
 from util.pos_embed import resize_pos_embed, sincos_2d
-from util.weights import check_kind, encoder_weights, kind_of, load, numbers, square_grid
+from util.weights import SO_VIT, check_kind, encoder_weights, kind_of, load, numbers, square_grid
 
 LAST = "checkpoint-last.pth"
 
@@ -52,41 +52,52 @@ def describe_mismatch(own: dict, found: dict) -> str:
     return "; ".join(p for p in parts if p)
 
 
-def load_strict(model: torch.nn.Module, state: dict, path: str) -> None:
-    """Load all weights or raise ValueError naming the architectures and the first differences."""
-    own = model.state_dict()
+def load_strict(model: torch.nn.Module, state: dict, path: str, kept: set[str] = frozenset()) -> None:
+    """Load all weights but the `kept` ones, or raise ValueError naming the architectures and the first differences."""
+    own = {k: v for k, v in model.state_dict().items() if k not in kept}
     problem = describe_mismatch(own, state["model"])
     if problem:
-        check_kind(state, path, kind_of({"model": own}))
+        try:
+            check_kind(state, path, kind_of({"model": own}))
+        except ValueError as e:
+            hint = "; if it lies in --output_dir, give another --output_dir: this run would go on from it"
+            raise ValueError(f"{e}{hint if os.path.basename(path) == LAST else ''}") from None
         made_by = (state.get("args") or {}).get("model")
         raise ValueError(
             f"{path} does not fit this model: {problem}. "
             + (f"It was made with --model {made_by}; " if made_by else "")
             + "give the flags it was made with, or another --output_dir"
         )
-    own = model.state_dict()
-    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
+    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()}, strict=not kept)
 
 
 def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init: str) -> str:
     """Load a pretrained encoder into a classifier of the same architecture; returns one line on what was done.
 
-    Decoder and mask token are left behind. A positional embedding of another grid is resized (bicubic, height and
-    width apart); a checkpoint without one leaves `model.pos_embed` at `pos_embed_init`: zero, sincos or normal (0.02).
-    A patch embedding of other channels is adapted as timm does. The label head is taken over where it fits. Raises
-    ValueError for the wrong kind of file and for weights that do not fit.
+    Decoder and mask token are left behind, and of Swin's, So-ViT's and timm's classifiers the head. A positional embedding
+    of another grid is resized (bicubic, height and width apart); a checkpoint without one leaves `model.pos_embed` at
+    `pos_embed_init`: zero, sincos or normal (0.02). A patch embedding of other channels is adapted as timm does. The label
+    head is taken over where it fits. Raises ValueError for the wrong kind of file and for weights that do not fit.
     """
-    if kind_of(state) not in ("pretraining", "self-distillation"):
+    kind, notes = kind_of(state), []
+    own, found = model.state_dict(), encoder_weights(state)
+    if kind == "self-distillation":
+        notes.append("the teacher's weights")
+    elif kind == "classifier" and (any(k in found for k in SO_VIT) or not any(k.startswith("blocks.") for k in found)):
+        # Only of a plain Vision Transformer there are encoders by themselves, which checkpoints.py exports.
+        found = {k: v for k, v in found.items() if not k.startswith("head")}
+        notes.append("of a classifier, whose head is left behind")
+    elif kind != "pretraining":
         check_kind(state, path, "encoder")
-    own = model.state_dict()
-    found = encoder_weights(state)
-    notes = ["the teacher's weights"] if kind_of(state) == "self-distillation" else []
     if "pos_embed" in own:
         if "pos_embed" in found:
             grid = _grid_of(state, found["pos_embed"].shape[1] - 1)
             found["pos_embed"] = resize_pos_embed(found["pos_embed"], grid, model.grid)
             notes.append("positional embedding from the checkpoint"
                          + (f", resized from {grid} to {model.grid}" if grid != model.grid else ""))
+        elif not model.pos_embed.requires_grad:  # nothing could learn it from another start
+            found["pos_embed"] = own["pos_embed"]
+            notes.append("the checkpoint has no positional embedding: the fixed sine-cosine one")
         else:
             found["pos_embed"] = new_pos_embed(model.pos_embed, model.grid, pos_embed_init)
             notes.append(f"the checkpoint has no positional embedding: a new one, {pos_embed_init}")
@@ -110,6 +121,31 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
                          + "; choose the classifier of the same size and patch")
     model.load_state_dict(found, strict=False)
     new = sorted({k.split(".")[0] for k in heads - found.keys()})
+    return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
+
+
+def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
+    """Load a whole pretraining checkpoint into a model with other labels, embedding or image size; one line on what is new.
+
+    Fixed tables are the model's own, a learned one is resized, and heads of labels and relations that the file lacks, or has
+    in another shape, start anew. Raises ValueError for the wrong kind of file and where anything else differs.
+    """
+    own, found = model.state_dict(), dict(state["model"])
+    heads = tuple(k for k in (*own, *found) if k.startswith(("pos_head.", "sr_")))
+    kept = {k for k in heads if k in own and (k not in found or found[k].shape != own[k].shape)}
+    kept |= {name for name, p in model.named_parameters() if name.endswith("pos_embed") and not p.requires_grad}
+    notes = []
+    if "pos_embed" in own and "pos_embed" not in kept:
+        if "pos_embed" in found:
+            grid = _grid_of(state, found["pos_embed"].shape[1] - 1)
+            found["pos_embed"] = resize_pos_embed(found["pos_embed"], grid, model.grid)
+        else:
+            kept.add("pos_embed")
+    elif "pos_embed" in found and "pos_embed" not in own:
+        notes.append("its positional embedding is left out")
+    found = {k: v for k, v in found.items() if k not in kept and not (k not in own and (k in heads or k == "pos_embed"))}
+    load_strict(model, state | {"model": found}, path, kept)
+    new = sorted({k.split(".")[0] for k in kept if k in heads or (k == "pos_embed" and model.pos_embed.requires_grad)})
     return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
 
 
@@ -158,11 +194,15 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
 
 # Flags that may differ between a run and its continuation without changing what is computed.
 HARMLESS = {
-    "data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "init_from", "finetune", "compile",
+    "data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "compile",
     "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "predictions", "eval",
     "dist_backend", "dist_timeout", "dist_url", "dist_on_itp", "local_rank", "world_size", "start_epoch", "max_bad_images",
     "dry_run", "strategy", "grad_checkpointing",
 }
+
+
+# Flags on which it depends what an image is.
+IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
 
 
 def load_start(output_dir: str | None, resume: str) -> tuple[str, dict] | None:
@@ -180,14 +220,26 @@ def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str,
 
 
 def say_continuing(path: str, state: dict, args: dict) -> None:
-    changed = changed_args(state.get("args") or {}, args)
+    old = state.get("args") or {}
+    changed = changed_args(old, args)
     dist.say(f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
+    for name in ("finetune", "init_from"):
+        if args.get(name) and old.get(name, "") != args[name]:
+            dist.say(f"warning: --{name} {args[name]} is not read: the run goes on from its own weights; for a new run give "
+                     "another --output_dir")
+
+
+def other_than_trained(state: dict | None, args: dict, more: tuple[str, ...] = ()) -> str:
+    """Which flags of images, and `more`, an evaluation or a transfer has other than the checkpoint; '' for none."""
+    old = (state or {}).get("args") or {}
+    changed = changed_args({k: v for k, v in old.items() if k in {*IMAGES, *more} and v is not None}, args)
+    return f" (other than in training: {'; '.join(changed)})" if changed else ""
 
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
     """Flags that differ between a checkpoint and this run, as 'name: old -> new'."""
     return [f"{k}: {old[k]} -> {v}" for k, v in sorted(new.items())
-            if k in old and k not in ignore and str(old[k]) != str(v)]
+            if k in old and k not in ignore and str(old[k]) != str(v) and [old[k]] != v]  # MAE's --input_size is one number
 
 
 def plain_args(args: argparse.Namespace) -> dict:

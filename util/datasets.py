@@ -1,42 +1,28 @@
-"""Data sets, samplers and the loader. A sample is `(epoch, index)`, and everything random about it follows from that.
+"""Data sets. A sample is `(epoch, index)`, and everything random about it follows from that.
 
     python -m util.datasets stats PATH     mean and standard deviation per channel
     python -m util.datasets check PATH     list unreadable images; exit code 1 if there are any
     python -m util.datasets repack PATH TARGET [--long_side 500]     shards that are read faster; see util/repack.py
 """
 import argparse
-import atexit
 import contextlib
-import multiprocessing
 import os
 import random
-import signal
-from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist, native
 from util.image_index import ImageIndex, build_index
+from util.loader import build_loader
+from util.samplers import EvalSampler, sample_seed
 from util.transforms import PIL_MODES, decode, eval_transform
 
 DEMO = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "demo")
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")
-MAX_TRIES = 20  # images in a row that cannot be read
-
-
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """The seed in [0, 2**63) of one sample: splitmix64 over the three numbers."""
-    state = 0
-    for value in (seed, epoch, index):
-        state = (state ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+MAX_TRIES = 20  # draws for a sample whose image cannot be read
 
 
 _numpy_bits, _crop_generator = np.random.MT19937(0), torch.Generator()  # seeded for every sample
@@ -72,10 +58,10 @@ class ImageDataset(Dataset):
 
     A sample is a dict: image uint8 (C, H, W), label int (-1 = none), index int, key int (its `sample_seed`), bad
     list[int]. It depends on (seed, epoch, index) only, not on worker or rank. Where image i cannot be read, i goes into
-    `bad` and the sample of the next index stands in for it; with `evaluation=True` the sample keeps its index and
+    `bad` and another sample, drawn by its key, stands in for it; with `evaluation=True` the sample keeps its index and
     becomes a zero image with label -1, so that it can be left out and counted.
 
-    Raises ValueError after 20 unreadable images in a row.
+    Raises ValueError after 20 unreadable draws.
     """
     exact_resume = True
 
@@ -94,7 +80,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item) -> dict:
         epoch, i = item if isinstance(item, tuple) else (0, item)
-        bad, image = [], None
+        bad, image, first = [], None, sample_seed(self.seed, epoch, i)
         while True:
             key, label = sample_seed(self.seed, epoch, i), int(self.index.labels[i])
             try:
@@ -108,10 +94,11 @@ class ImageDataset(Dataset):
                 if self.evaluation:
                     whole, label = torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8), -1
                     break
-                if len(bad) == min(MAX_TRIES, len(self)):
-                    raise ValueError(f"{len(bad)} images in a row cannot be read, the last is {self.index.name(i)} in "
-                                     f"{self.index.path}: {error}") from error
-                i = (i + 1) % len(self)
+                if len(bad) == MAX_TRIES:
+                    raise ValueError(f"{len(bad)} images drawn one after the other cannot be read, the last is "
+                                     f"{self.index.name(i)} in {self.index.path}: {error}") from error
+                # Anywhere: the next ones lie in the same folder, which may be broken as a whole.
+                i = sample_seed(first, 0, len(bad)) % len(self)
         if image is None:
             with _seeded(key):
                 image = self.transform(whole)
@@ -178,76 +165,6 @@ class TensorSamples(Dataset):
         return dict(image=self.features[i], label=int(self.labels[i]), index=i, key=0, bad=[])
 
 
-def collate(samples: list[dict]) -> dict:
-    """Samples -> image uint8 (B, C, H, W) and other views, label, index and key int64 (B,), bad list[int]."""
-    batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
-    return batch | dict(bad=[i for s in samples for i in s["bad"]])
-
-
-def some_samples(dataset, n: int) -> list[dict]:
-    """Up to n samples to show, spread over the data set and the same at every call; a stream's first ones."""
-    n = min(n, len(dataset))
-    return [dataset[i * len(dataset) // n] for i in range(n)] if dataset.exact_resume else list(islice(dataset, n))
-
-
-class EpochSampler(Sampler):
-    """One rank's `(epoch, index)` pairs of one epoch at a time; which epoch, and from where, `set_position` says.
-
-    An epoch's permutation p follows from (seed, epoch). The m-th micro-batch of all ranks together is
-    p[m * G:(m + 1) * G], G = batch_size * world_size, and rank r has its r-th part; so for equal G the batches do not
-    depend on the number of ranks. A tail shorter than G is dropped.
-    """
-
-    def __init__(self, n: int, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 shuffle: bool = True):
-        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
-        self.batches_per_epoch = n // (batch_size * world_size)
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{n} images are fewer than one batch: --batch_size {batch_size} x {world_size} ranks = "
-                             f"{batch_size * world_size}. Lower --batch_size to {n // world_size} or less.")
-        self.set_position(0)
-
-    def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration is `epoch`, from micro-batch `start_batch` of this rank on."""
-        assert 0 <= start_batch <= self.batches_per_epoch, (start_batch, self.batches_per_epoch)
-        self.epoch, self.start_batch = epoch, start_batch
-
-    def __len__(self) -> int:
-        return (self.batches_per_epoch - self.start_batch) * self.batch_size
-
-    def __iter__(self):
-        epoch, own = self.epoch, slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        for m in range(self.start_batch, self.batches_per_epoch):
-            for i in self.global_batch(epoch, m)[own].tolist():
-                yield epoch, i
-
-    def global_batch(self, epoch: int, m: int) -> torch.Tensor:
-        """int64 (G,): the indices of all ranks' m-th micro-batch, in rank order."""
-        size = self.batch_size * self.world_size
-        return _permutation(self.n, self.seed, epoch, self.shuffle)[m * size:(m + 1) * size]
-
-
-@lru_cache(maxsize=1)
-def _permutation(n, seed, epoch, shuffle):
-    if not shuffle:
-        return torch.arange(n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(sample_seed(seed, epoch, -1)))
-
-
-class EvalSampler(Sampler):
-    """rank, rank + world_size, ...: every index exactly once over all ranks, so ranks may differ by one sample."""
-
-    def __init__(self, n: int, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, n, world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self):
-        return iter(self.indices)
-
-
 def build_dataset(data_path, split: str, transform, *, in_chans: int = 3, seed: int = 0, labels: bool = True,
                   evaluation: bool = False) -> Dataset:
     """The data set of `split` at `data_path`: a path as in `build_index`, or None for the embedded demo set.
@@ -278,47 +195,6 @@ def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
                          "form is <reader>/<name>[=<root>]; wds and torch need the root of the data.") from error
     kind = TimmIterableDataset if isinstance(dataset, IterableDataset) else TimmDataset
     return kind(dataset, transform, name=data_path, in_chans=in_chans, seed=seed)
-
-
-class Loader(DataLoader):
-    """A DataLoader whose workers never see the signals that end a run.
-
-    Schedulers and terminals signal every process. The parent decides what follows, and needs its workers until it has
-    saved; so they are started with these signals blocked, which leaves no moment in which one could end a worker.
-    """
-
-    def __iter__(self):
-        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@lru_cache(maxsize=1)  # once
-def _kill_workers_at_exit():
-    """multiprocessing ends daemons by SIGTERM at exit and waits for them: for ever, as it is blocked. So kill first."""
-    def kill():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a worker that crashed
-        for process in multiprocessing.active_children():
-            if process.daemon:
-                process.kill()
-    atexit.register(kill)
-
-
-def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> Loader:
-    """Batches as `collate` makes them, by workers that persist, with one thread each, and leave signals to the parent.
-
-    `sampler` must be None for a stream, whose last, partial batches are dropped.
-    """
-    stream = isinstance(dataset, IterableDataset)
-    if stream and hasattr(dataset.dataset, "set_loader_cfg"):
-        dataset.dataset.set_loader_cfg(num_workers=num_workers)
-    if num_workers > 0:
-        _kill_workers_at_exit()
-    return Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0)
 
 
 def main(argv=None) -> int:
@@ -354,7 +230,11 @@ def main(argv=None) -> int:
         return int(bool(bad))
     total, pixels = torch.zeros(2, args.in_chans, dtype=torch.float64), 0
     for i in range(0, len(index), max(1, len(index) // args.images)):
-        image = decode(index.read(i), args.in_chans).double().div_(255).flatten(1)  # (C, H*W)
+        try:
+            image = decode(index.read(i), args.in_chans).double().div_(255).flatten(1)  # (C, H*W)
+        except (OSError, ValueError) as error:
+            print(f"left out: {index.name(i)} ({error})")
+            continue
         total += torch.stack([image.sum(1), image.square().sum(1)])
         pixels += image.shape[1]
     mean, square = total / pixels

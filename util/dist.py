@@ -59,6 +59,9 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
 
 
+_timeout = timedelta(minutes=30)  # of groups that are made after `init`
+
+
 def init(device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30,
          local_rank: int = -1) -> torch.device:
     """Join the process group that the environment describes, torchrun's or srun's; one process needs none.
@@ -69,6 +72,8 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
     but only in a run of one process: several must not end up on different kinds of device. Raises ValueError where a
     rank finds no device, and RuntimeError where the ranks do not meet within `timeout_minutes`.
     """
+    global _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
     os.environ |= slurm_ranks(os.environ)
     host, ranks = socket.gethostname(), int(os.environ.get("WORLD_SIZE", 1))
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -99,7 +104,7 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
         print(f"{me}, meeting at {meeting}", flush=True)
         try:
             td.init_process_group(
-                backend, timeout=timedelta(minutes=timeout_minutes),
+                backend, timeout=_timeout,
                 device_id=where if backend == "nccl" else None,
             )
         except td.DistError as e:
@@ -160,18 +165,6 @@ def gather_objects(obj) -> list:
     return out
 
 
-def gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks, (n_r, ...) each with its own n_r, one after the other, on every rank."""
-    if world_size() == 1:
-        return x
-    counts = gather_objects(len(x))
-    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=x.device)
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    td.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, counts)])
-
-
 def from_main(value: bool) -> bool:
     """Rank 0's answer, on every rank."""
     return gather_objects(value)[0]
@@ -224,7 +217,7 @@ class StopSignal:
 
     def __init__(self):
         self.received: str | None = None
-        self._group = td.new_group(backend="gloo") if world_size() > 1 else None
+        self._group = td.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
         self._pending: tuple | None = None
         self._previous = {}
 

@@ -39,13 +39,17 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "whole_copy")
 
 
-def whole(state):
-    """A state dict with every sharded tensor gathered, on the CPU; all ranks must call it together."""
+def whole(state, keep: bool = True):
+    """A state dict with every sharded tensor gathered, on the CPU; all ranks must call it together.
+
+    A rank that does not `keep` them gets None in their places: on a node of 8 ranks only one need hold a checkpoint.
+    """
     if hasattr(state, "full_tensor"):
-        return state.full_tensor().cpu()
+        full = state.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(state, dict):
-        return {k: whole(v) for k, v in state.items()}
-    return [whole(v) for v in state] if isinstance(state, list) else state
+        return {k: whole(v, keep) for k, v in state.items()}
+    return [whole(v, keep) for v in state] if isinstance(state, list) else state
 
 
 def cut_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -58,11 +62,23 @@ def cut_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load a whole optimizer state, as `whole` or an optimizer that is not sharded has given it."""
+    """Load a whole optimizer state, as `whole` or an optimizer that is not sharded has given it.
+
+    Rates, decay and the like stay as the flags of now say. Raises ValueError where the groups of parameters differ.
+    """
+    now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    sizes = [[len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        before, after = (", ".join(map(str, s)) for s in sizes)
+        raise ValueError(f"the optimizer was saved with groups of {before} parameters, now there are {after}: give "
+                         "--layer_decay and --partial as they were, or start from the weights alone, by --finetune or "
+                         "--init_from and another --output_dir")
     params = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
     state = {i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
              for i, values in saved["state"].items()}
     optimizer.load_state_dict(saved | {"state": state})
+    for group, flags in zip(optimizer.param_groups, now):
+        group.update(flags)
 
 
 @contextlib.contextmanager

@@ -5,17 +5,22 @@ its memory, because numpy has no per-element reference counts that would copy th
 data set gives the same order, that of torchvision's ImageFolder: class, then folder, then file name.
 """
 import glob
+import hashlib
 import os
-import tarfile
-import time
-import uuid
-import zipfile
 
 import numpy as np
 
-IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".ppm", b".pgm", b".gif", b".npy")
-COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
-CACHE_FOLDERS_ABOVE = 20_000  # images; a smaller folder is listed faster than a cache of it is worth
+from util.listing import (
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    compressed_error,
+    from_names,
+    list_folder,
+    list_tars,
+    load_cache,
+    unpack_names,
+)
+
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
 LAYOUTS = """Layouts that work:
   <data_path>/{train,val}/<class>/*.jpg, as ImageNet
@@ -35,7 +40,7 @@ class ImageIndex:
 
     def __init__(self, path, root, kind, arrays, tars=(), labels=True):
         self.path, self.root, self.kind, self.tars = path, root, kind, list(tars)
-        self.classes = _unpack_names(arrays["classes"]) if labels else []
+        self.classes = unpack_names(arrays["classes"]) if labels else []
         # Loose images beside class folders have no label. They sort first, so leaving them out is a slice.
         self.ignored = int(np.searchsorted(arrays["labels"], 0)) if labels else 0
         first = self.ignored
@@ -76,6 +81,13 @@ class ImageIndex:
             self._files[shard] = open(self.tars[shard], "rb", buffering=0)  # noqa: SIM115 (stays open)
         return self._files[shard]
 
+    def digest(self) -> str:
+        """Of names, order and labels: the same wherever the same images are listed."""
+        found = hashlib.sha256(self._blob)
+        for array in (self._ends, self.labels):
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
+
     def summary(self) -> str:
         """One line: path, number of images and classes, layout."""
         classes = f"{len(self.classes)} classes" if self.classes else "no labels"
@@ -104,11 +116,31 @@ def build_index(data_path, split: str = "train", *, labels: bool = True) -> Imag
     return index
 
 
+def class_names(path) -> list[str]:
+    """Names of classes in the order of a classifier's outputs: a data set's, or those in a text file, one per line.
+
+    Raises ValueError where a path holds neither, and for a name that is listed twice.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path) or path.lower().endswith(".tar"):
+        try:
+            return build_index(path, "val").classes
+        except ValueError:
+            return build_index(path).classes  # training images alone, or a folder of class folders
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file or folder of classes: {path}")
+    with open(path, errors="replace") as file:
+        names = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} lists classes twice: {some_names(twice)}")
+    return names
+
+
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
     """Raise ValueError unless both splits have the same class names: else equal labels would mean different classes."""
     if train.classes == val.classes:
         return
-    only = [_some(sorted(set(a.classes) - set(b.classes))) or "none" for a, b in ((train, val), (val, train))]
+    only = [some_names(sorted(set(a.classes) - set(b.classes))) or "none" for a, b in ((train, val), (val, train))]
     raise ValueError(f"{len(train.classes)} training and {len(val.classes)} validation classes in {train.path} differ; "
                      f"only in training: {only[0]}; only in validation: {only[1]}. Give both the same class folders.")
 
@@ -119,25 +151,25 @@ def _index_folder(path, split, labels):
     root, kind = os.path.join(path, split), "class folders" if labels else "folder"
     if os.path.isdir(root):
         cache = os.path.join(path, ".index", f"{split}.npz")
-        return ImageIndex(path, root, kind, _load(cache, root) or _list_folder(root, cache), labels=labels)
+        return ImageIndex(path, root, kind, load_cache(cache, root) or list_folder(root, cache), labels=labels)
     if os.path.isfile(root + ".tar"):
         return _index_tars(path, f"{split}.tar", [root + ".tar"], root + ".tar.index.npz", labels)
     cache = os.path.join(path, ".index", "root.npz")
-    arrays = _load(cache, path) if split == "train" else None  # before globbing, which would list a flat folder too
+    arrays = load_cache(cache, path) if split == "train" else None  # before globbing, which would list a flat folder too
     if arrays is None:
         if shards := sorted(glob.glob(glob.escape(root) + "-*.tar")):
             return _index_tars(path, f"{len(shards)} tar shards", shards, root + ".index.npz", labels)
         if compressed := [f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)]:
-            raise _compressed(compressed[0])
+            raise compressed_error(compressed[0])
         if split != "train":
             raise _misplaced(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.")
-        arrays = _list_folder(path, cache)
-    _check_not_a_parent(path, _unpack_names(arrays["stamped"]))
+        arrays = list_folder(path, cache)
+    _check_not_a_parent(path, unpack_names(arrays["stamped"]))
     return ImageIndex(path, path, kind, arrays, labels=labels)
 
 
 def _index_tars(path, kind, tars, cache, labels):
-    return ImageIndex(path, os.path.dirname(tars[0]), kind, _tar_arrays(tars, cache), tars, labels)
+    return ImageIndex(path, os.path.dirname(tars[0]), kind, list_tars(tars, cache), tars, labels)
 
 
 def _index_file(path, split, labels):
@@ -145,7 +177,7 @@ def _index_file(path, split, labels):
         raise _misplaced(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
                          f"{split}/ or {split}.tar.")
     if path.lower().endswith(COMPRESSED_SUFFIXES):
-        raise _compressed(path)
+        raise compressed_error(path)
     if path.lower().endswith(".tar"):
         return _index_tars(path, "tar", [path], path + ".index.npz", labels)
     with open(path, "rb") as file:
@@ -162,7 +194,7 @@ def _index_file(path, split, labels):
     first = os.path.join(root, os.fsdecode(names[0]))
     if not os.path.isfile(first):
         raise ValueError(f"the first path in {path} does not exist: {first}. Paths are relative to the list's folder.")
-    return ImageIndex(path, root, "list of paths", _arrays(names, sort=False), labels=False)
+    return ImageIndex(path, root, "list of paths", from_names(names, sort=False), labels=False)
 
 
 def _check(index, split):
@@ -179,7 +211,7 @@ def _check(index, split):
         raise _misplaced(f"no images in {where}" + (f": found {_found(index.root)}." if not index.tars else "."))
     counts = np.bincount(index.labels, minlength=len(index.classes)) if index.classes else []
     if empty := [name for name, count in zip(index.classes, counts) if count == 0]:
-        raise ValueError(f"class folders without images in {where}: {_some(empty)}. Remove or fill them: "
+        raise ValueError(f"class folders without images in {where}: {some_names(empty)}. Remove or fill them: "
                          "an empty folder would still count as a class.")
     if len(index.classes) == 1 and all(index.name(i).count("/") > 1 for i in (0, len(index) // 2, len(index) - 1)):
         raise _misplaced(f"the only class in {where} is {index.classes[0]!r} and its images lie deeper, as in "
@@ -190,7 +222,7 @@ def _check_not_a_parent(path, folders):
     """Refuse a folder that has no train/ of its own but holds whole data sets: it would mix train and val."""
     validation = {"val", "valid", "validation", "test"}
     if other := sorted(f for f in folders if f in validation | {"training"}):
-        raise _misplaced(f"{path} has no train/ but {_some(other)}: found {_found(path)}. Rename the training folder "
+        raise _misplaced(f"{path} has no train/ but {some_names(other)}: found {_found(path)}. Rename the training folder "
                          "to train/, or give it as the path.")
     train, val = ({os.path.dirname(f) for f in folders if os.path.basename(f) in n} for n in ({"train"}, validation))
     if nested := sorted(train & val):
@@ -202,155 +234,16 @@ def _misplaced(message):
     return ValueError(f"{message}\n{LAYOUTS}")
 
 
-def _compressed(path):
-    return ValueError(f"{path} is compressed, so single images cannot be read from it. Unpack it once, for example "
-                      "with `gunzip <file>.tar.gz` or `unzip`, and give the .tar or the folder.")
-
-
 def _found(folder):
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     folders = [e.name for e in entries if e.is_dir()]
     others = [e.name for e in entries if not e.is_dir() and not os.fsencode(e.name).lower().endswith(IMAGE_SUFFIXES)]
     images = len(entries) - len(folders) - len(others)
-    return (f"{len(folders)} folders{': ' * bool(folders)}{_some(folders)} and {images} images"
-            + (f" and {len(others)} other files: {_some(others)}" if others else ""))
+    return (f"{len(folders)} folders{': ' * bool(folders)}{some_names(folders)} and {images} images"
+            + (f" and {len(others)} other files: {some_names(others)}" if others else ""))
 
 
-def _some(names, most=5):
+def some_names(names: list[str], most: int = 5) -> str:
+    """The first of many names, and how many there are."""
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
-
-
-# --- listing and cache ---
-
-def _unpack_names(blob):
-    return [os.fsdecode(n) for n in blob.tobytes().split(b"\0")] if len(blob) else []
-
-
-def _pack_names(names):
-    return np.frombuffer(b"\0".join(names), np.uint8)
-
-
-def _order(name):
-    folder, _, file = name.rpartition(b"/")
-    return folder.partition(b"/")[0], folder, file  # as ImageFolder: not plain path order, nested folders come last
-
-
-def _arrays(names, folders=(), sort=True, **columns):
-    """Names (bytes) -> the arrays of a listing. `folders` adds classes that hold nothing. `columns`: one value each."""
-    order = sorted(range(len(names)), key=lambda i: _order(names[i])) if sort else range(len(names))
-    names = [names[i] for i in order]
-    firsts = [name.partition(b"/")[0] if b"/" in name else None for name in names]
-    classes = sorted({f for f in firsts if f is not None} | set(folders))
-    number = {None: -1} | {name: i for i, name in enumerate(classes)}
-    return dict(
-        names=np.frombuffer(b"".join(names), np.uint8), ends=np.cumsum([len(n) for n in names], dtype=np.int64),
-        labels=np.array([number[f] for f in firsts], np.int32), classes=_pack_names(classes),
-        **{k: np.asarray(v)[np.asarray(order, np.int64)] for k, v in columns.items()})
-
-
-def _list_folder(root, cache):
-    names, folders, stamps, pending = [], [], [], [b""]
-    while pending:
-        prefix = pending.pop()  # b"", b"class/", b"class/deeper/"
-        folder = os.path.join(os.fsencode(root), prefix)
-        folders.append(prefix.rstrip(b"/") or b".")
-        stamps.append(_stamp(folder))  # before listing: a change during it invalidates the cache
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    pending.append(prefix + entry.name + b"/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    names.append(prefix + entry.name)
-    arrays = _arrays(names, {f.partition(b"/")[0] for f in folders[1:]})
-    arrays |= dict(stamped=_pack_names(folders), stamps=np.array(stamps, np.int64))
-    if len(names) > CACHE_FOLDERS_ABOVE:
-        _save(cache, root, arrays)
-    return arrays
-
-
-def _tar_arrays(tars, cache):
-    base = os.path.dirname(os.path.abspath(tars[0]))
-    stamped = _pack_names([os.path.basename(os.fsencode(t)) for t in tars])
-    arrays = _load(cache, base)
-    if arrays is not None and np.array_equal(arrays["stamped"], stamped):
-        return arrays
-    stamps = np.array([_stamp(t) for t in tars], np.int64)
-    names, columns = [], dict(shard=[], offset=[], size=[])
-    for shard, path in enumerate(tars):
-        for name, offset, size in _tar_members(path):
-            names.append(name)
-            for column, value in zip(columns.values(), (shard, offset, size)):
-                column.append(value)
-    arrays = _arrays(names, **{k: np.array(v, np.int32 if k == "shard" else np.int64) for k, v in columns.items()})
-    arrays |= dict(stamped=stamped, stamps=stamps)
-    _save(cache, base, arrays)
-    return arrays
-
-
-def _tar_members(path):
-    """(name, offset, size) of each image in an uncompressed tar; names without a leading `./`."""
-    found, links = {}, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep them all: gigabytes for a large set
-                name = os.fsencode(os.path.normpath(member.name))
-                if name.startswith(b".") or b"/." in name or not name.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                if member.islnk():  # tar stores the second name of a file as a link to the first
-                    links.append((name, os.fsencode(os.path.normpath(member.linkname))))
-                elif member.isreg() and not member.issparse():
-                    found[name] = member.offset_data, member.size
-            end = tar.offset
-    except tarfile.TarError as error:
-        with open(path, "rb") as file:
-            magic = file.read(6)
-        if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")):
-            raise _compressed(path) from error
-        raise ValueError(f"{path} is not a tar, or is damaged or cut off ({error})") from error
-    with open(path, "rb") as file:  # tarfile takes a damaged header for the end of the archive
-        file.seek(end)
-        if file.read(512).strip(b"\0"):
-            raise ValueError(f"{path} is damaged at byte {end}, after {len(found)} images: copy it again")
-    found |= {name: found[target] for name, target in links if target in found}
-    return [(name, *place) for name, place in found.items()]
-
-
-def _stamp(path):
-    status = os.stat(path)
-    return status.st_mtime_ns, status.st_size
-
-
-def _load(cache, base):
-    """The cached arrays if every file or folder that they were made from is unchanged, else None."""
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            arrays = dict(file)
-        stamps = [_stamp(os.path.join(base, name)) for name in _unpack_names(arrays["stamped"])]
-        return arrays if np.array_equal(arrays["stamps"], np.array(stamps, np.int64)) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, from another version or damaged: list again
-
-
-def _save(cache, base, arrays):
-    """Write atomically; a folder that cannot be written means listing again next time, not an error."""
-    if not len(arrays["ends"]) or time.time_ns() - arrays["stamps"][:, 0].max() < 2e9:
-        return  # perhaps still being filled, and file systems round times: a later change could go unseen
-    temporary = f"{cache}.{uuid.uuid4().hex}.tmp"  # many ranks may write at once
-    try:
-        folder = os.path.dirname(os.path.abspath(cache))
-        if not os.stat(folder if os.path.isdir(folder) else os.path.dirname(folder)).st_mode & 0o222:
-            return  # root could write all the same, but the owner closed it
-        if not os.path.isdir(folder):
-            os.mkdir(folder)  # this changes the time of `base` if `base` is its parent
-            if os.path.dirname(folder) == os.path.abspath(base):
-                arrays["stamps"][0] = _stamp(base)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, cache)
-    except OSError:
-        if os.path.exists(temporary):
-            os.remove(temporary)

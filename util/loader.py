@@ -1,17 +1,83 @@
 """Batches for training and evaluation on this rank, and their way to the device."""
+import atexit
+import multiprocessing
+import signal
+import socket
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from util import dist
-from util.datasets import EpochSampler, EvalSampler, build_loader, collate, some_samples
+from util.samplers import EpochSampler, EvalSampler
 from util.transforms import normalize
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> image uint8 (B, C, H, W) and other views, label, index and key int64 (B,), bad list[int]."""
+    batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
+    return batch | dict(bad=[i for s in samples for i in s["bad"]])
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers never see the signals that end a run.
+
+    Schedulers and terminals signal every process. The parent decides what follows, and needs its workers until it has
+    saved; so they are started with these signals blocked, which leaves no moment in which one could end a worker.
+    """
+
+    def __iter__(self):
+        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@lru_cache(maxsize=1)  # once
+def _kill_workers_at_exit():
+    """multiprocessing ends daemons by SIGTERM at exit and waits for them: for ever, as it is blocked. So kill first."""
+    def kill():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a worker that crashed
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+    atexit.register(kill)
+
+
+def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> Loader:
+    """Batches as `collate` makes them, by workers that persist, with one thread each, and leave signals to the parent.
+
+    `sampler` must be None for a stream, whose last, partial batches are dropped.
+    """
+    stream = isinstance(dataset, IterableDataset)
+    if stream and hasattr(dataset.dataset, "set_loader_cfg"):
+        dataset.dataset.set_loader_cfg(num_workers=num_workers)
+    if num_workers > 0:
+        _kill_workers_at_exit()
+    return Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
+                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0)
+
+
+def check_same_everywhere(dataset) -> None:
+    """ValueError on all ranks unless they list the same images: else some would be used twice, others never, or ranks wait
+    for a batch that does not come."""
+    if dist.world_size() == 1 or not hasattr(dataset, "index"):
+        return
+    found = dist.gather_objects((dataset.index.digest(), f"{len(dataset)} on {socket.gethostname()}"))
+    if len({digest for digest, _ in found}) > 1:
+        places = ", ".join(sorted({where for _, where in found}))
+        raise ValueError(f"the ranks list different images in {dataset.index.path}: {places}. Copy the data to the nodes "
+                         "again, or give one copy that all of them see")
 
 
 def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """This rank's shuffled batches, epoch by epoch; a stream keeps its own order."""
     sampler = None
+    check_same_everywhere(dataset)
     if dataset.exact_resume:
         sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
@@ -19,8 +85,15 @@ def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_m
 
 def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """This rank's share of all samples, each once over all ranks."""
+    check_same_everywhere(dataset)
     sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size()) if dataset.exact_resume else None
     return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def some_samples(dataset, n: int) -> list[dict]:
+    """Up to n samples to show, spread over the data set and the same at every call; a stream's first ones."""
+    n = min(n, len(dataset))
+    return [dataset[i * len(dataset) // n] for i in range(n)] if dataset.exact_resume else list(islice(dataset, n))
 
 
 def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:

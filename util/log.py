@@ -3,7 +3,9 @@
 Step metrics stay on the device, unread, until a log point; there they are averaged over ranks in one collective, so
 that nothing waits for the device in between and every rank sees the same numbers.
 """
+import contextlib
 import csv
+import errno
 import json
 import math
 import os
@@ -56,7 +58,7 @@ class Log:
         if self.output_dir and dist.is_main() and os.path.exists(path):
             with open(path) as f:
                 lines = f.readlines()
-            kept = [line for line in lines if line.strip() and json.loads(line)["epoch"] < epoch]
+            kept = [line for line in lines if _epoch_of(line) < epoch]
             if len(kept) < len(lines):  # a run that is done keeps the time of its end
                 with open(path, "w") as f:
                     f.writelines(kept)
@@ -105,7 +107,7 @@ class Log:
         """Read what was noted, on all ranks together; raise NonFiniteLoss on all of them if anything is not finite."""
         if not self._steps:
             return
-        table = dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).double().cpu()  # (steps, metrics)
+        table = dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).cpu().double()  # (steps, metrics)
         for (step, names, _, lr), row in zip(self._steps, table.tolist()):
             values = dict(zip(names, row))
             if not all(map(math.isfinite, row)):
@@ -186,8 +188,27 @@ class Log:
             if self.writer is not None:
                 self.writer.flush()
             if self.output_dir:
-                with open(os.path.join(self.output_dir, "log.txt"), "a") as f:
+                with survive_full_disk(), open(os.path.join(self.output_dir, "log.txt"), "a") as f:
                     f.write(json.dumps(line) + "\n")
+
+
+@contextlib.contextmanager
+def survive_full_disk():
+    """What is only reported must not end a run, on one rank while the others wait: a note instead."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"warning: {e}; training goes on", flush=True)
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of log.txt; infinite for one that a full disk or a lost node has cut off."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError):
+        return math.inf
 
 
 class BadImages:
@@ -213,7 +234,7 @@ class BadImages:
             print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {names[-1]}",
                   flush=True)
             if self.dir:
-                with open(os.path.join(self.dir, "bad_images.txt"), "a") as f:
+                with survive_full_disk(), open(os.path.join(self.dir, "bad_images.txt"), "a") as f:
                     f.writelines(name + "\n" for name in names)
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:

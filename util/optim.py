@@ -18,6 +18,7 @@ def param_groups(
 
     With `layer_decay` below 1 each depth has its own groups, whose `lr_scale` is layer_decay ** (num_layers - depth),
     so that the head learns at the full rate (BEiT, MAE appendix A.1); depths come from `layer_id(parameter name)`.
+    Without it there are two groups, in MAE's order: first what is not decayed.
     """
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
@@ -27,7 +28,7 @@ def param_groups(
         scale = layer_decay ** (num_layers - layer_id(name)) if layer_decay < 1 and layer_id else 1.0
         group = groups.setdefault((scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(p)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda g: g["weight_decay"]) if layer_decay == 1 else list(groups.values())
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel:

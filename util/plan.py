@@ -73,7 +73,7 @@ def measure(step: Callable[[Iterator[dict], FlopCounter | None], float], batches
     synchronize(device)
     seconds = (time.monotonic() - begin) / done
     memory = memory_mb()
-    dims = [d for d in range(samples[0].dim()) if d != 1]
+    dims = [d for d in range(samples[0].dim()) if d != samples[0].dim() - 3]  # (B, C, H, W), or (B, crops, C, H, W)
     std, mean = torch.std_mean(samples[0], dim=dims)
     return Measured(seconds, waited / done, float(counter.total), matmul_rate(device, dtype), memory,
                     mean.tolist(), std.tolist())

@@ -180,7 +180,7 @@ class Contrast:
 
 
 def together(verdicts: list[str]) -> str:
-    """Of a claim with several parts: supported where all are, contradicted where one is, else what is left open."""
+    """Of a claim with several parts: the verdict that all of them have, else how many have which."""
     for word in ("contradicted", "not run", "one seed", "undecided"):
         if word in verdicts:
             parts = [f"{v} {verdicts.count(v)}" for v in dict.fromkeys(verdicts)]

@@ -29,10 +29,12 @@ class TrainState:
         return fsdp.is_sharded(self.model)
 
     def to_dict(self, epoch: int, updates: int, args: dict) -> dict:
-        """The checkpoint; all ranks must call it together where the model is sharded."""
+        """The checkpoint; all ranks must call it together where the model is sharded, and rank 0 gets it."""
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if self.sharded:
+            model, optimizer = (fsdp.whole(x, keep=dist.is_main()) for x in (model, optimizer))
         return {
-            "model": fsdp.whole(self.model.state_dict()) if self.sharded else self.model.state_dict(),
-            "optimizer": fsdp.whole(self.optimizer.state_dict()) if self.sharded else self.optimizer.state_dict(),
+            "model": model, "optimizer": optimizer,
             "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
             "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}

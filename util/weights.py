@@ -90,7 +90,7 @@ def _names_in_pickle(path: str) -> set[str]:
 
 
 def _load_safetensors(path: str) -> dict:
-    """Weights, and the flags that `checkpoints.py export` leaves beside them as JSON."""
+    """Weights, and the flags and names of classes that `checkpoints.py export` leaves beside them as JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,7 +98,7 @@ def _load_safetensors(path: str) -> dict:
             weights, notes = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated or no safetensors file ({e}): use another one") from None
-    return {"model": weights} | ({"args": json.loads(notes["args"])} if "args" in notes else {})
+    return {"model": weights} | {k: json.loads(notes[k]) for k in ("args", "classes") if k in notes}
 
 
 def _unwrap(state: dict, path: str) -> dict:
