@@ -219,7 +219,8 @@ def test_requeue_asks_slurm_first(monkeypatch, capsys):
 
 
 def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
-    answers = [("squeue", 1, ""), ("squeue", 0, "RUNNING\n"), ("scontrol", 1, ""), ("squeue", 0, "RUNNING\n"), ("scontrol", 0, "")]
+    running = ("squeue", 0, "RUNNING\n")
+    answers = [("squeue", 1, ""), running, ("scontrol", 1, ""), running, ("scontrol", 0, "")]
 
     def answer(command, **k):
         name, code, text = answers.pop(0)
@@ -236,6 +237,6 @@ def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
     answers += 5 * [("squeue", 1, "")]
     slurm.requeue()
     assert answers == [] and "unknown to squeue here: not requeued" in capsys.readouterr().out
-    answers += 5 * [("squeue", 0, "RUNNING\n"), ("scontrol", 1, "")]
+    answers += 5 * [running, ("scontrol", 1, "")]
     slurm.requeue()
     assert answers == [] and "Socket timed out; submit the same command again" in capsys.readouterr().out
