@@ -13,9 +13,10 @@ demo: $(VENV)/base
 	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
+# Two workers: the tests on SLURM mostly wait.
 test: $(VENV)/test
 	@$(MAYBE_NATIVE)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # The same with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(OLDEST)/test

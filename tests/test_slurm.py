@@ -17,7 +17,8 @@ import pytest
 
 from processes import ROOT, assert_same, last, log_lines
 
-pytestmark = pytest.mark.slurm
+# One worker runs them all: they share the cluster, and one of them kills a node of it.
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 PYTHON = [sys.executable, "-u"]
 SLOW = [*PYTHON, str(ROOT / "tests" / "slow_pretrain.py")]
 CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "2", "--timeout", "30"]
