@@ -13,10 +13,10 @@ demo: $(VENV)/base
 	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
-# Two workers: the tests on SLURM mostly wait.
+# Two workers, a file each: the tests on SLURM, which come first, mostly wait.
 test: $(VENV)/test
 	@$(MAYBE_NATIVE)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The same with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(OLDEST)/test

@@ -2,6 +2,7 @@
 
 They need `sbatch`, two nodes with two tasks each, and a temporary folder that the nodes share (--basetemp). The node
 that is lost needs two commands more: MAE_PL_TEST_CRASH, which kills the second node, and MAE_PL_TEST_REVIVE.
+One worker must run them all (`--dist loadfile`), as they share the cluster.
 """
 import json
 import os
@@ -17,8 +18,7 @@ import pytest
 
 from processes import ROOT, assert_same, last, log_lines
 
-# One worker runs them all: they share the cluster, and one of them kills a node of it.
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 PYTHON = [sys.executable, "-u"]
 SLOW = [*PYTHON, str(ROOT / "tests" / "slow_pretrain.py")]
 CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "2", "--timeout", "30"]
