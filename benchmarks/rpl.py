@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.step import Step
-from benchmarks.timing import clock_for, interleaved, peak_memory, ratio, shown, spread, table
+from benchmarks.timing import clock_for, freed_memory, interleaved, peak_memory, ratio, shown, spread, table
 from engine import autocast
 from layers.positional import PositionalHead, relative_labels
 from models_mae_pl import MODELS
@@ -51,10 +51,16 @@ def against_naive(amps, batch, rounds, device):
     head = PositionalHead(DIM, GRID, "rpl").to(device)
     calls = {(form, amp): call(f, head, batch, 196, amp, device)
              for amp in amps for form, f in (("obvious", naive), ("swept", swept))}
-    seconds = interleaved(calls, rounds, clock=clock_for(device.type))
-    return [dict(form=form, amp=amp, batch_size=batch, ms=spread([1e3 * t for t in s]), times_obvious=ratio(
-        seconds["obvious", amp], s), peak_mib=peak_memory(calls[form, amp], device.type == "cuda"))
-        for (form, amp), s in seconds.items()]
+    settle = freed_memory(lambda key: key[0] == "swept", calls)
+    seconds = interleaved(calls, rounds, clock=clock_for(device.type), prepare=settle)
+    rows = []
+    for (form, amp), s in seconds.items():
+        settle((form, amp))
+        rows.append(dict(form=form, amp=amp, batch_size=batch, ms=spread([1e3 * t for t in s]),
+                         times_obvious=ratio(seconds["obvious", amp], s),
+                         peak_mib=peak_memory(calls[form, amp], device.type == "cuda")))
+    settle(("swept", amps[0]))  # as in all that follows
+    return rows
 
 
 def memory(amps, batches, device):

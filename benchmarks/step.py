@@ -5,7 +5,8 @@
         --models mae_vit_base_patch16 mae_vit_large_patch16 mae_vit_huge_patch14     on a GPU, with MFU
 
 A step is forward, backward and fused AdamW, for all alike. FLOPs are the model's own (visible patches embedded, masked
-ones predicted), so that work that a peer does beyond them is its loss.
+ones predicted), so that work that a peer does beyond them is its loss. On a CPU our runs keep freed memory (util/allocator.py)
+and the peers' do what glibc does by default; --same_allocator lets them keep it too.
 """
 import argparse
 import itertools
@@ -14,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from benchmarks.timing import interleaved, peak_memory, ratio, shown, spread, table
+from benchmarks.timing import freed_memory, interleaved, peak_memory, ratio, shown, spread, table
 from engine import autocast
 from layers.transformer import patchify
 from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible
@@ -114,6 +115,9 @@ class Step:
 
     def __call__(self):
         self.before()
+        self.parts.append(self.run())
+
+    def run(self):
         used, times = time.process_time(), [time.perf_counter()]
         with autocast(self.images.device, self.amp):
             loss = self.loss_fn(self.images)
@@ -123,7 +127,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         times.append(self.now(True))
-        self.parts.append((time.process_time() - used, *(b - a for a, b in itertools.pairwise(times))))
+        return time.process_time() - used, *(b - a for a, b in itertools.pairwise(times))
 
     def now(self, wait):
         if wait and self.images.is_cuda:
@@ -183,10 +187,12 @@ def matmul_peak(device: torch.device, amp: str, rounds: int = 5) -> float:
     return max(2 * n**3 * repeats / min(interleaved({n: product(n)}, rounds)[n]) for n in sizes)
 
 
-def measure(name, images, amps, rounds, compiled, recomputed, peaks):
-    steps, flops = variants(name, images, amps, compiled, recomputed)
+def measure(name, images, amps, rounds, peaks, same_allocator, **which):
+    steps, flops = variants(name, images, amps, **which)
     cuda, batch = images.device.type == "cuda", len(images)
-    seconds = interleaved(steps, rounds, warmup=3 if cuda else 1)
+    settle = freed_memory(lambda key: cuda or same_allocator or key[0] not in (HF, TIMM),
+                          {key: step.run for key, step in steps.items()})
+    seconds = interleaved(steps, rounds, warmup=3 if cuda else 1, prepare=settle)
     cpu_seconds = {key: [parts[0] for parts in step.parts[-rounds:]] for key, step in steps.items()}
     rows = []
     for (label, amp), s in seconds.items():
@@ -202,6 +208,7 @@ def measure(name, images, amps, rounds, compiled, recomputed, peaks):
                    flops_per_image=flops)
         parts = zip(*(parts[1:] for parts in step.parts[-rounds:]))
         row |= {k: spread(v) for k, v in zip(("forward", "backward", "optimizer"), parts, strict=True)}
+        settle((label, amp))
         row["extra_mib"] = peak_memory(step, cuda)
         for peer, word in ((HF, "transformers"), (TIMM, "timm")):
             row[f"times_{word}"] = ratio(seconds[peer, amp], s)
@@ -222,6 +229,7 @@ def main(argv) -> dict:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also ours under torch.compile")
     parser.add_argument("--grad_checkpointing", action="store_true", help="also ours with blocks recomputed in backward")
+    parser.add_argument("--same_allocator", action="store_true", help="on a CPU the peers keep freed memory too")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     torch.manual_seed(0)
@@ -231,7 +239,8 @@ def main(argv) -> dict:
     for name in args.models:
         L = MODELS[name]().img_size
         images = torch.randn(args.batch_size or (256 if device.type == "cuda" else 16), 3, *L, device=device)
-        rows += measure(name, images, args.amp, args.rounds, args.compile, args.grad_checkpointing, peaks)
+        rows += measure(name, images, args.amp, args.rounds, peaks, compiled=args.compile,
+                        recomputed=args.grad_checkpointing, same_allocator=args.same_allocator)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"{args.rounds} rounds, batch {rows[0]['batch_size']}, median [min..max]; CPU time is of all threads")

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from util.allocator import keep_freed_memory, return_freed_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmup: int = 1,
-                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+                clock: Callable[[], float] = time.perf_counter,
+                prepare: Callable[[str], object] = lambda name: None) -> dict[str, list[float]]:
     """Seconds of every variant in every round.
 
     A round runs all variants once, each time in another order (rotated), so that a slow minute of a shared machine or
@@ -25,18 +28,41 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmu
     Args:
         warmup: unmeasured calls of each variant beforehand.
         clock: `time.perf_counter`, or `time.process_time` for the CPU time of all threads of this process.
+        prepare: called with a variant's name before each of its calls, unmeasured.
     """
     seconds = {name: [] for name in variants}
-    for call in variants.values():
+    for name, call in variants.items():
         for _ in range(warmup):
+            prepare(name)
             call()
     names = list(variants)
     for i in range(rounds):
         for name in names[i % len(names):] + names[:i % len(names)]:
+            prepare(name)
             start = clock()
             variants[name]()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def freed_memory(kept: Callable[[str], bool], calls: dict[str, Callable[[], object]]) -> Callable[[str], None]:
+    """A `prepare` for `interleaved`: variants for which `kept` is true run as our mains do on a CPU, which keep freed
+    memory (util/allocator.py), the others as glibc does by default. After a change a call settles what is held."""
+    now: bool | None = None
+
+    def prepare(name):
+        nonlocal now
+        if kept(name) is not now:
+            now = kept(name)
+            (keep_freed_memory if now else return_freed_memory)()
+            trim()
+            calls[name]()
+    return prepare
+
+
+def trim() -> None:
+    """Give back what was freed but kept."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def clock_for(device_type: str) -> Callable[[], float]:
@@ -65,7 +91,7 @@ def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
 
     def kib(name):
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the call takes
+    trim()  # what was freed but kept would hide what the call takes
     reset.write_text("5")  # VmHWM starts again
     before = kib("VmRSS:")
     call()

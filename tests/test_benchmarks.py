@@ -24,6 +24,19 @@ def test_interleaved_rotates_the_order_and_charges_each_its_own():
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
 
 
+def test_freed_memory_is_switched_with_a_call_in_between(monkeypatch):
+    calls, switches = [], []
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: switches.append("keep"))
+    monkeypatch.setattr(timing, "return_freed_memory", lambda: switches.append("return"))
+    monkeypatch.setattr(timing, "trim", lambda: switches.append("trim"))
+    variants = {name: lambda name=name: calls.append(name) for name in ("ours", "apl", "peer")}
+    unmeasured = {name: lambda name=name: calls.append(f"({name})") for name in variants}
+    settle = timing.freed_memory(lambda name: name != "peer", unmeasured)
+    timing.interleaved(variants, 1, prepare=settle)
+    assert calls == ["(ours)", "ours", "apl", "(peer)", "peer", "(ours)", "ours", "apl", "(peer)", "peer"]
+    assert switches == ["keep", "trim", "return", "trim"] * 2
+
+
 def test_ratio_is_formed_within_rounds():
     found = timing.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 3.0])
     assert found == dict(median=2.0, min=1.0, max=4.0)

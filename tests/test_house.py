@@ -11,13 +11,14 @@ OURS = sorted(
     p for folder in (".", "layers", "util", "benchmarks") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
-    ("benchmarks.timing", 0), ("benchmarks.step", 6), ("benchmarks.", 8),
+    ("benchmarks.timing", 2), ("benchmarks.step", 6), ("benchmarks.", 8),
     ("submitit_", 7), ("main_", 6), ("visualize", 6), ("checkpoints", 6), ("evidence", 6), ("claims", 5),
     ("engine", 5), ("conversions", 5),
     ("models_", 3), ("models", 4), ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
 ]
 # Within util: who may import whom beside util.dist.
-UTIL_EDGES = {"util.image_index": {"util.listing"}, "util.loader": {"util.samplers", "util.transforms"},
+UTIL_EDGES = {"util.dist": {"util.allocator"}, "util.image_index": {"util.listing"},
+              "util.loader": {"util.allocator", "util.samplers", "util.transforms"},
               "util.datasets": {"util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
                                 "util.transforms"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},

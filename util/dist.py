@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as td
 
+from util.allocator import keep_freed_memory
+
 
 def is_initialized() -> bool:
     return td.is_available() and td.is_initialized()
@@ -96,6 +98,8 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    elif where.type == "cpu":
+        keep_freed_memory()
     if ranks > 1:
         backend = backend or ("nccl" if where.type == "cuda" else "gloo")
         me = f"rank {os.environ['RANK']} of {ranks}: host {host}, device {where}, {backend}"

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from util import dist
+from util.allocator import return_freed_memory
 from util.samplers import EpochSampler, EvalSampler
 from util.transforms import normalize
 
@@ -59,7 +60,8 @@ def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin
     if num_workers > 0:
         _kill_workers_at_exit()
     return Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0)
+                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0,
+                  worker_init_fn=return_freed_memory)
 
 
 def check_same_everywhere(dataset) -> None:
