@@ -21,13 +21,13 @@ TOP1 = Column("top-1 %", "test_acc1")
 CLASS_LOSS = Column("training class loss", "train_class", digits=3)
 PLACE = (Column("position loss", "test_position", digits=3), Column("position accuracy %", "test_position_acc", 100))
 SUPERVISED = (TOP1, CLASS_LOSS, *PLACE)
-FINETUNED = (Column("fine-tuned %", "finetune/test_acc1"), Column("with APL %", "finetune-2/test_acc1"))
+FINETUNED, WITH_APL = Column("fine-tuned %", "finetune/test_acc1"), Column("with APL %", "finetune-2/test_acc1")
 PROBED = (Column("linear probe %", "linprobe-2/test_acc1"), Column("kNN, mean token %", "linprobe/knn20_avg"),
           Column("kNN, class token %", "linprobe/knn20_cls"))
 RANKS = (Column("effective rank, mean token", "linprobe/effective_rank_avg", digits=1),
          Column("class token", "linprobe/effective_rank_cls", digits=1))
 PIXEL = Column("pixel loss", "test_pixel", digits=3)
-MAE = (PIXEL, *PLACE, *FINETUNED, *PROBED)
+MAE = (PIXEL, *PLACE, FINETUNED, WITH_APL, *PROBED)
 
 FINETUNE, PRETRAIN, SERE = "main_finetune", "main_pretrain", "main_sere"
 VIT, VIT_APL = (at("supervised_vit", pos_embed="learned", pos_label=label) for label in ("none", "apl"))
@@ -56,7 +56,7 @@ EXPERIMENTS = {
     "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
     "sere_ibot_sr": Experiment(SERE, "iBOT + self-relations (SERE)", (*PROBED, *RANKS)),
     "cifar10_vit": Experiment(FINETUNE, "Supervised ViT on CIFAR-10", SUPERVISED, "cifar10"),
-    "cifar10_mae": Experiment(PRETRAIN, "Masked autoencoders on CIFAR-10", MAE, "cifar10"),
+    "cifar10_mae": Experiment(PRETRAIN, "Masked autoencoders on CIFAR-10", (PIXEL, *PLACE, FINETUNED, *PROBED), "cifar10"),
 }
 
 
@@ -101,15 +101,19 @@ def more_cells(label: str, margin: float | None = None) -> Contrast:
                     margin=margin)
 
 
-def over_scratch() -> Contrast:
-    return Contrast("MAE (PE), fine-tuned with PE - scratch", (at("mae", pos_embed="sincos", pos_label="none"),),
-                    (at("mae_scratch", pos_label="none"),), "finetune/test_acc1", minus_metric="test_acc1")
+def masked(experiment: str, label: str) -> tuple[At]:
+    """Pretrained with a label instead of PE; with neither label, plain MAE."""
+    return (at(experiment, pos_embed="sincos" if label == "none" else "none", pos_label=label),)
 
 
-def over_mae(label: str) -> Contrast:
-    return Contrast(f"MAE + {label}, fine-tuned with PE + APL - MAE (PE), fine-tuned with PE",
-                    (at("mae", pos_embed="none", pos_label=label),), (at("mae", pos_embed="sincos", pos_label="none"),),
-                    "finetune-2/test_acc1", minus_metric="finetune/test_acc1")
+def over_scratch(experiment: str, scratch: At) -> Contrast:
+    return Contrast(f"{experiment}: MAE (PE), fine-tuned with PE - scratch with PE", masked(experiment, "none"), (scratch,),
+                    "finetune/test_acc1", minus_metric="test_acc1")
+
+
+def over_mae(experiment: str, label: str, then: str, metric: str) -> Contrast:
+    return Contrast(f"{experiment}: MAE + {label}, fine-tuned with PE + {then} - MAE (PE), fine-tuned with PE",
+                    masked(experiment, label), masked(experiment, "none"), metric, minus_metric="finetune/test_acc1")
 
 
 WEIGHTS = {0.5: VIT_APL} | {w: at("label_weight", pos_weight=w) for w in (0.25, 0.75, 1.0, 1.25)}
@@ -149,7 +153,10 @@ CHECKLIST = {
           [more_cells("apl"), more_cells("none", 1.0)]),
     "l": ("The position loss rises with the mask ratio (Figure 8); MAE + label > MAE > scratch after fine-tuning (Table 7)",
           [step("mask_ratio", "mask_ratio", high, low, "test_position") for low, high in pairwise(RATIOS)]
-          + [over_mae("apl"), over_mae("rpl"), over_scratch()]),
+          + [over_mae("mae", label, "apl", "finetune-2/test_acc1") for label in LABELS]
+          + [over_scratch("mae", at("mae_scratch", pos_label="none"))]
+          + [over_mae("cifar10_mae", label, label, "finetune/test_acc1") for label in LABELS]
+          + [over_scratch("cifar10_mae", at("cifar10_vit", pos_embed="learned", pos_label="none"))]),
     "m": ("Ours: a PE gives the position away (its accuracy is higher with PE); half tokens do as well as full ones, "
           "drawn pairs as well as all",
           [step("supervised_vit", "pos_embed", "learned", "none", "test_position_acc", pos_label="apl"),

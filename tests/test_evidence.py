@@ -106,11 +106,14 @@ def test_collecting_takes_last_epochs_and_what_follows(tmp_path):
 
 
 def test_results_of_the_same_flags_are_put_together():
-    def result(names, hours, machine, missing=()):
+    def result(names, hours, machine, missing=(), torch="2.11"):
         return {"runs": [{"name": n, "figures": {"x": hours}} for n in names], "missing": list(missing), "hours": hours,
-                "machines": [machine]}
+                "machines": [machine], "versions": {"torch": torch}}
 
-    both = results.merged(result("ab", 2.0, "M"), result("bc", 1.0, "N", missing="ad"))
+    both = results.merged(result("ab", 2.0, "M"), result("bc", 1.0, "N", missing="ad", torch="2.12"))
+    assert both["versions"] == {"torch": "2.11, 2.12"}
+    assert results.merged(both, result("b", 1.0, "N", torch="2.12"))["versions"] == both["versions"]
+    assert results.merged(result("b", 1.0, "M"), result("b", 1.0, "M", torch="2.12"))["versions"] == {"torch": "2.12"}
     assert [(r["name"], r["figures"]["x"]) for r in both["runs"]] == [("a", 2.0), ("b", 1.0), ("c", 1.0)]
     assert both["missing"] == ["d"] and both["machines"] == ["M", "N"] and both["hours"] == 3.0
     assert results.merged(result("b", 2.0, "M"), result("b", 1.0, "M"))["hours"] == 1.0
@@ -145,6 +148,19 @@ def test_what_is_shared_was_trained_alike(name):
         assert {k for k in own if own[k] != theirs[k]} <= set(named), "not the same training"
         default = {k: v for k, v in named.items() if k not in dict(other.flags)}
         assert all(str(theirs[k]) == v for k, v in default.items() if (k, v) != ("pos_weight", "0.0")), "0 is no label"
+
+
+@pytest.mark.parametrize("pretrained, scratch", [("mae", "mae_scratch"), ("cifar10_mae", "cifar10_vit")])
+def test_training_from_scratch_is_the_fine_tuning_without_an_encoder(pretrained, scratch):
+    words, parser = evidence.recipe(pretrained), main_finetune.get_args_parser()
+    then = words[words.index("--then") + 2:]
+    given = then[:then.index("--then")]
+    tuned = vars(parser.parse_args(given))
+    from_scratch = evidence.recipe(scratch)
+    from_scratch = vars(parser.parse_args(from_scratch[:from_scratch.index("--sweep")]))
+    names = {word.removeprefix("--") for word in given if word.startswith("--")} - {"pos_label"}
+    assert {"lr", "epochs", "warmup_epochs", "batch_size", "crop_scale"} <= names
+    assert {k: tuned[k] for k in names} == {k: from_scratch[k] for k in names}
 
 
 def test_shared_settings_stand_in_the_table():

@@ -55,10 +55,13 @@ def merged(before: dict, found: dict) -> dict:
     """Results with what earlier ones of the same flags have beyond them."""
     own = {run["name"] for run in found["runs"]}
     kept = [run for run in before["runs"] if run["name"] not in own]
+    earlier = before["versions"] if kept else {}
     return found | {
         "runs": sorted(kept + found["runs"], key=lambda run: run["name"]),
         "missing": [name for name in found["missing"] if name not in {run["name"] for run in kept}],
         "machines": sorted({*before["machines"], *found["machines"]}),
+        "versions": {name: ", ".join(sorted({*earlier.get(name, version).split(", "), version}))
+                     for name, version in found["versions"].items()},
         "hours": round(found["hours"] + (before["hours"] if kept else 0.0), 2),
     }
 
