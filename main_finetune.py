@@ -97,6 +97,7 @@ import torch.nn.functional as F
 import engine
 from models import build_classifier, build_teacher, known_classes
 from util import checkpoint, dist, fsdp
+from util.accuracy import classification
 from util.datasets import build_dataset
 from util.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.keeper import Keeper
@@ -185,14 +186,10 @@ def make_eval_fn(positions: bool, record=None, columns=None):
         logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
         if columns is not None:
             logits = logits[:, columns]  # (B, outputs) -> (B, labels)
-        label, valid = batch["label"], batch["label"] >= 0  # -1: an image that cannot be read
-        count = valid.sum()
-        ranks = (logits > logits.gather(1, label.clamp(min=0)[:, None])).sum(1)  # classes ahead of the right one
-        loss = F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum") / count.clamp(min=1)
-        acc = {f"acc{k}": 100.0 * ((ranks < k) & valid).sum() / count.clamp(min=1) for k in (1, 5)}
         if record is not None:
             record(batch, logits)
-        return loss, acc | terms | {"images": count}
+        loss, stats = classification(logits, batch["label"])
+        return loss, terms | stats
 
     return eval_fn
 
@@ -291,6 +288,15 @@ def build_model(args, size, num_classes: int, pos_label: str, head: dict, saved:
     return build_classifier(args.model, **options)
 
 
+def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
+    """The encoder of --finetune, or none; one line says which."""
+    if pretrained is None:
+        dist.say("starting from scratch")
+        return
+    dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
+             + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
+
+
 def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
     """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
     for name, p in model.named_parameters():
@@ -333,11 +339,8 @@ def main(args) -> int:
         return 0
     if saved is not None:
         checkpoint.say_continuing(start, saved, plain)
-    elif pretrained is not None:
-        dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
-                 + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
     else:
-        dist.say("starting from scratch")
+        start_weights(args, model, pretrained, plain)
     if args.partial is not None:
         new = pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained)
         freeze_all_but(model, args.partial, keep={"pos_embed"} if new else set())

@@ -60,12 +60,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import engine
-from layers.second_order import SecondOrderHead
+from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from models import build_classifier
 from util import checkpoint, dist
+from util.accuracy import classification
 from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes, some_names
 from util.keeper import Keeper
@@ -73,53 +74,10 @@ from util.knn import knn_accuracy
 from util.loader import eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
+from util.optim import lars
 from util.plan import write_record
 from util.spectrum import RANK_IMAGES, effective_rank
 from util.transforms import eval_transform, pretrain_transform
-
-
-class Probe(nn.Module):
-    """Linear classifiers on standardised features (B, C), one per learning rate -> logits (heads, B, classes).
-
-    MAE's names `head.0` (BatchNorm statistics) and `head.<i>` (a linear layer each, from 1).
-    """
-
-    def __init__(self, dim: int, num_classes: int, heads: int):
-        super().__init__()
-        self.head = nn.ModuleList([nn.BatchNorm1d(dim, affine=False, eps=1e-6)])
-        for _ in range(heads):
-            linear = nn.Linear(dim, num_classes)
-            nn.init.trunc_normal_(linear.weight, std=0.01)
-            nn.init.zeros_(linear.bias)
-            self.head.append(linear)
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.head[0](features.float())
-        return torch.stack([linear(x) for linear in self.head[1:]])
-
-
-class SecondOrderProbe(nn.Module):
-    """Second-order heads on frozen tokens (B, 1 + N, C), one per learning rate -> logits (heads, B, classes).
-
-    The first token is the feature that is fused with the second-order one: it is standardised by `head.0`, as in `Probe`.
-    """
-
-    def __init__(self, dim: int, num_classes: int, heads: int, options: dict):
-        super().__init__()
-        self.head = nn.ModuleList([nn.BatchNorm1d(dim, affine=False, eps=1e-6)])
-        self.head.extend(SecondOrderHead(dim, dim, num_classes, 0.01, **options) for _ in range(heads))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        feature, patches = self.head[0](tokens[:, 0].float()), tokens[:, 1:].float()
-        return torch.stack([head(patches, feature) for head in self.head[1:]])
-
-
-def pool_tokens(tokens: Tensor, num_prefix: int, pool: str) -> Tensor:
-    """Tokens (B, prefix + N, C) -> (B, C): the class token, or the patch tokens' mean, normalised without parameters."""
-    if pool == "cls":
-        return tokens[:, 0]
-    mean = tokens[:, num_prefix:].mean(1)
-    return F.layer_norm(mean, mean.shape[-1:])
 
 
 def check_flags(args) -> None:
@@ -149,20 +107,6 @@ def as_trained(args, saved: dict):
     return Namespace(**vars(args) | {"pool": args.pool or "cls"} | {k: v for k, v in stored.items() if v is not None})
 
 
-def pooled(backbone, images: Tensor, pool: str) -> Tensor:
-    """Frozen features (B, C) of normalised images."""
-    with torch.no_grad():
-        return pool_tokens(backbone.forward_features(images), backbone.num_prefix, pool)
-
-
-def pooled_and_patches(backbone, images: Tensor, pool: str) -> Tensor:
-    """Frozen tokens (B, 1 + N, C) of normalised images: the pooled feature, then the patch tokens after the final norm."""
-    with torch.no_grad():
-        tokens = backbone.forward_features(images)
-        feature = pool_tokens(tokens, backbone.num_prefix, pool)
-        return torch.cat([feature[:, None], backbone.label_tokens(tokens)], dim=1)
-
-
 def make_loss_fn(features):
     """Sum over heads: their gradients do not meet. `loss_head` is the lowest loss among them."""
 
@@ -176,14 +120,11 @@ def make_loss_fn(features):
 
 def make_eval_fn(features, names: list[str]):
     def eval_fn(model, batch):
-        logits = model(features(batch["image"]))
-        label, valid = batch["label"], batch["label"] >= 0
-        count, out = valid.sum(), {}
-        for name, z in zip(names, logits):
-            ahead = (z > z.gather(1, label.clamp(min=0)[:, None])).sum(1)
-            out |= {f"acc{k}_{name}": 100.0 * ((ahead < k) & valid).sum() / count.clamp(min=1) for k in (1, 5)}
-            out[f"loss_{name}"] = F.cross_entropy(z.float(), label, ignore_index=-1, reduction="sum") / count.clamp(min=1)
-        return torch.zeros((), device=label.device), out | {"images": count}
+        out = {}
+        for name, logits in zip(names, model(features(batch["image"]))):
+            loss, stats = classification(logits, batch["label"])
+            out |= {f"acc{k}_{name}": stats[f"acc{k}"] for k in (1, 5)} | {f"loss_{name}": loss, "images": stats["images"]}
+        return torch.zeros((), device=batch["label"].device), out
 
     return eval_fn
 
@@ -257,21 +198,6 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
     return out
 
 
-def make_optimizer(probe: nn.Module, lr_grid: list[float], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """LARS as MAE has it: matrices move by 0.001 of their norm times the rate, biases by plain momentum; two groups a head."""
-    from timm.optim import Lars  # timm takes seconds to import
-
-    groups = []
-    for head, scale in zip(probe.head[1:], lr_grid):
-        for matrix in (True, False):
-            groups.append({
-                "params": [p for p in head.parameters() if (p.ndim > 1) == matrix], "lr_scale": scale,
-                "weight_decay": weight_decay if matrix else 0.0,
-                "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
-            })
-    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
-
-
 def main(args) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
@@ -332,7 +258,7 @@ def main(args) -> int:
     # LARS
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
-    optimizer = make_optimizer(probe, lr_grid, lr, args.weight_decay)
+    optimizer = lars(probe.head[1:], lr_grid, lr, args.weight_decay)
     dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective "
              f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in lr_grid)}")
     if resume:

@@ -11,10 +11,12 @@ import torch
 
 import engine
 from benchmarks.timing import clock_for, interleaved, peak_memory, ratio, shown, spread, table
-from main_linprobe import Probe, make_loss_fn, pooled
+from layers.probe import Probe, pooled
+from main_linprobe import make_loss_fn
 from models import build_classifier
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.knn import nearest
+from util.optim import lars
 from util.transforms import normalize
 
 GRID = (0.1, 0.3, 1.0, 3.0, 10.0)  # main_linprobe.py's
@@ -57,11 +59,8 @@ def extraction(backbone, batches, amp, rounds, device) -> dict:
 
 def probe_step(heads, features, batches, classes, amp, device, width):
     """Training steps of a probe, as main_linprobe.py takes them."""
-    from timm.optim import Lars
-
     probe = Probe(width, classes, heads).to(device)
-    optimizer = Lars([{"params": list(linear.parameters())} for linear in probe.head[1:]], lr=0.1, momentum=0.9,
-                     trust_coeff=0.001)
+    optimizer = lars(probe.head[1:], [1.0] * heads, 0.1, 0.0)
     loss_fn = make_loss_fn(features)
 
     def step():

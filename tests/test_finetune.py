@@ -14,6 +14,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
+from layers.probe import Probe, pooled
 from models import build_classifier
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint
@@ -21,7 +22,7 @@ from util.args import parse, run
 from util.image_index import class_names
 from util.knn import knn_accuracy, knn_votes, nearest
 from util.lr_sched import set_lr
-from util.optim import param_groups
+from util.optim import lars, param_groups
 from util.pos_embed import resize_pos_embed, sincos_2d
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -515,10 +516,10 @@ def test_probed_features_are_normalised_as_said():
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls").eval()
     images = torch.randn(3, 3, 32, 32)
     tokens = vit.forward_features(images)
-    assert torch.equal(main_linprobe.pooled(vit, images, "cls"), tokens[:, 0])
+    assert torch.equal(pooled(vit, images, "cls"), tokens[:, 0])
     mean = tokens[:, 1:].mean(1)
     by_hand = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    assert torch.allclose(main_linprobe.pooled(vit, images, "avg"), by_hand, atol=1e-5)
+    assert torch.allclose(pooled(vit, images, "avg"), by_hand, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunks", [(1000, 1000), (3, 7), (50, 1)])
@@ -549,8 +550,8 @@ def test_more_neighbours_than_images():
 def test_the_probes_lars_is_maes(weight_decay):
     """Matrices by trust ratio, 0.001 |w| / |g|, with decay or without; biases neither decayed nor adapted; momentum 0.9."""
     torch.manual_seed(0)
-    probe = main_linprobe.Probe(6, 3, 2)
-    optimizer = main_linprobe.make_optimizer(probe, [0.5, 2.0], 4.0, weight_decay)
+    probe = Probe(6, 3, 2)
+    optimizer = lars(probe.head[1:], [0.5, 2.0], 4.0, weight_decay)
     set_lr(optimizer, 4.0)
     expected = {p: p.detach().clone() for p in probe.parameters()}
     velocity = {p: torch.zeros_like(p) for p in probe.parameters()}

@@ -14,6 +14,7 @@ import main_finetune
 import main_linprobe
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from layers.conv_embed import ConvTokenEmbed
+from layers.probe import SecondOrderProbe, pooled_and_patches
 from layers.second_order import (
     SecondOrderHead,
     SecondOrderPooling,
@@ -492,9 +493,9 @@ def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
 def test_the_probe_reads_frozen_tokens_after_the_norm():
     vit = shaken(build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls")).eval()
     x = torch.randn(2, 3, 32, 32)
-    tokens = main_linprobe.pooled_and_patches(vit, x, "cls")
+    tokens = pooled_and_patches(vit, x, "cls")
     assert torch.equal(tokens, vit.forward_features(x)) and not tokens.requires_grad
-    probe = main_linprobe.SecondOrderProbe(32, 5, 2, {"dims": (6, 4)}).eval()
+    probe = SecondOrderProbe(32, 5, 2, {"dims": (6, 4)}).eval()
     feature = probe.head[0](tokens[:, 0])
     assert torch.equal(probe(tokens), torch.stack([h(tokens[:, 1:], feature) for h in probe.head[1:]]))
 

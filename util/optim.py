@@ -1,5 +1,5 @@
-"""AdamW, its parameter groups, layer-wise learning rates, and a moving average of the weights."""
-from collections.abc import Callable
+"""AdamW and LARS, parameter groups, layer-wise learning rates, and a moving average of the weights."""
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -53,6 +53,24 @@ def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.op
     """AdamW in its fused form (one kernel over all parameters; CPU and CUDA have it), else PyTorch's default."""
     devices = {p.device.type for g in groups for p in g["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=devices <= {"cpu", "cuda"})
+
+
+def lars(heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """LARS over heads that learn side by side, each at its factor of the rate; two groups a head.
+
+    As MAE has it: matrices move by 0.001 of their norm times the rate, biases by plain momentum.
+    """
+    from timm.optim import Lars  # timm takes seconds to import
+
+    groups = []
+    for head, scale in zip(heads, lr_grid):
+        for matrix in (True, False):
+            groups.append({
+                "params": [p for p in head.parameters() if (p.ndim > 1) == matrix], "lr_scale": scale,
+                "weight_decay": weight_decay if matrix else 0.0,
+                "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
+            })
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 
 def clip_each(params: list[nn.Parameter], max_norm: float) -> None:
