@@ -15,6 +15,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -86,8 +87,15 @@ def checklist(found: dict[str, dict]) -> str:
                 parts.append(f"{contrast.what}: **{plus_minus(difference, digits)}** ({len(difference.values)}), {verdict}")
         left = {a.experiment for c, v in zip(contrasts, verdicts) if v == "not run" for a in c.plus + c.minus} - set(found)
         parts += [f"not run: {', '.join(sorted(left))}"] if left else []
-        lines.append(f"| {letter} | {claim} | **{together(verdicts)}** | {'<br>'.join(parts)} |")
+        used = dict.fromkeys(a.experiment for c in contrasts for a in c.plus + c.minus)
+        links = ", ".join(f"[{name}](#{anchor(EXPERIMENTS[name].title)})" for name in used)
+        lines.append(f"| {letter} | {claim}. Runs: {links} | **{together(verdicts)}** | {'<br>'.join(parts)} |")
     return "\n".join(lines)
+
+
+def anchor(title: str) -> str:
+    """Of the heading on the page, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def section(name: str, found: dict[str, dict]) -> str:

@@ -1,5 +1,6 @@
 """Experiments say what their runs say: pairs by seed, intervals, verdicts, and a page that follows from the files."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -177,6 +178,10 @@ def test_the_page_says_what_the_files_say():
     """RESULTS.md is what `evidence.py write` makes of results/."""
     page = (ROOT / "RESULTS.md").read_text()
     assert evidence.filled(page, evidence.blocks(evidence.load(str(ROOT / "results")))) == page
+    headings = {evidence.anchor(line.removeprefix("### ")) for line in page.splitlines() if line.startswith("### ")}
+    assert evidence.anchor("DeiT (Table 5's shape)") == "deit-table-5s-shape"
+    linked = set(re.findall(r"\]\(#([^)]+)\)", page))
+    assert len(linked) >= 15 and linked <= headings
     with pytest.raises(ValueError, match="one place <!-- nothing -->"):
         evidence.filled(page, {"nothing": ""})
 
