@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Pairs whose logits exist at one time. On a 14x14 grid that is about 190 MB in float32 on a GPU, which wants large
-# kernels; a CPU is faster where a chunk (6 MB) stays near its cache (benchmarks/README.md).
-PAIRS_PER_CHUNK = {"cpu": 2_048, "cuda": 65_536}
+# kernels; a CPU is faster where a chunk (8 MB) stays near its cache, and holds all 49 x 49 pairs of an MAE's image
+# (benchmarks/README.md).
+PAIRS_PER_CHUNK = {"cpu": 2_560, "cuda": 65_536}
 
 
 def offset_codes(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
