@@ -1,4 +1,4 @@
-"""The one training loop, and evaluation. A main supplies ``loss_fn(model, batch) -> (loss, {name: scalar tensor})``.
+"""The one training loop. A main supplies ``loss_fn(model, batch) -> (loss, {name: scalar tensor})``.
 
 Randomness: data order is a function of (seed, epoch), a sample's augmentation and mask of (seed, epoch, index), all
 other draws of (seed, step, rank). No generator state is stored, and a run may stop and go on at any step.
@@ -13,28 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from util import dist, fsdp, plan, slurm
+from util.amp import AMP, autocast
 from util.flops import FlopCounter, peak_flops
 from util.keeper import Keeper
 from util.loader import device_batches
 from util.log import BadImages, Log, NonFiniteLoss, peak_memory_mb, write_replay
 from util.lr_sched import set_lr
 from util.state import TrainState, apply_gradients, seed_step
-
-AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """The context in which a forward pass runs at precision fp32, bf16 or fp16."""
-    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
-
-
-def resolve_amp(amp: str, device: torch.device) -> str:
-    """The precision that --amp auto means on a device: bf16 on GPUs that have it, else fp16; fp32 on the CPU."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
 
 
 @dataclass(frozen=True)
@@ -311,59 +296,3 @@ def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable
         if not run.sharded:
             run.save(state, epoch - 1)
         raise
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, amp: str = "fp32") -> dict[str, float]:
-    """Means of loss_fn's terms over all readable images of all ranks, each counted once, and `images`, how many they are.
-
-    Batches weigh by their size, or by the term `images` where loss_fn returns one.
-    """
-    model.eval()
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums: dict[str, Tensor] = {}
-    unreadable = 0
-    for batch in device_batches(loader, device, mean, std):
-        if bad := set(batch["bad"]):  # black stand-ins
-            keep = torch.tensor([i not in bad for i in batch["index"].tolist()], device=device)
-            batch = {k: v[keep] if torch.is_tensor(v) else v for k, v in batch.items()}
-            unreadable += len(bad)
-            if not keep.any():
-                continue
-        with autocast(device, amp):
-            loss, terms = loss_fn(model, batch)
-        terms = {"loss": loss} | terms
-        n = terms.pop("images", torch.tensor(len(batch["image"]), device=device)).to(exact)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0) + value.to(exact) * n
-        sums["images"] = sums.get("images", 0) + n
-    names = sorted(set().union(*dist.gather_objects(set(sums))))  # a rank may have no images at all
-    zero = torch.zeros((), dtype=exact, device=device)
-    totals = dist.sum_over_ranks(torch.stack([sums.get(k, zero) for k in names])).tolist()
-    out = dict(zip(names, totals))
-    count = out.pop("images")
-    if unreadable := sum(dist.gather_objects(unreadable)):
-        dist.say(f"warning: {unreadable} images cannot be decoded and are left out of the evaluation")
-    return {k: v / max(count, 1) for k, v in out.items()} | {"images": int(count)}
-
-
-@torch.no_grad()
-def features(function: Callable[[Tensor], Tensor], loader, *, device, mean, std, amp: str = "fp32",
-             gather: bool = True) -> tuple[Tensor, Tensor]:
-    """Features (n, d) and labels (n,) of all readable images, in the data set's order, on `device`.
-
-    `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the images of all ranks.
-    """
-    n, x = len(loader.dataset), torch.empty(0)
-    y = torch.zeros(n, dtype=torch.int64, device=device)  # label + 1; 0 is an image of another rank, or none
-    for batch in device_batches(loader, device, mean, std):
-        with autocast(device, amp):
-            rows = function(batch["image"]).float()
-        if not len(x):  # in place from the start: for ImageNet a second copy would be gigabytes
-            x = rows.new_zeros(n, rows.shape[1])
-        x[batch["index"]], y[batch["index"]] = rows, batch["label"] + 1
-    width = max(dist.gather_objects(x.shape[-1]))
-    x = x if len(x) else torch.zeros(n, width, device=device)  # fewer images than ranks
-    if gather:
-        x, y = dist.sum_over_ranks(x), dist.sum_over_ranks(y)
-    return (x, y - 1) if (y > 0).all() else (x[y > 0], y[y > 0] - 1)

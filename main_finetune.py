@@ -9,11 +9,11 @@ Eq. 6). Labels stay the cells of the grid after augmentation; mixup and cutmix m
 
 Exit codes: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
 """
-import argparse
 import sys
 
 from util.args import (
     Parser,
+    add_augment_flags,
     add_data_flags,
     add_eval_flags,
     add_head_flags,
@@ -60,23 +60,7 @@ def get_args_parser() -> Parser:
                    help="teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint")
     g.add_argument("--distill_checkpoint", default="", 
                    help="a checkpoint of main_finetune.py; timm's pretrained weights if not given")
-    g = p.add_argument_group("augmentation")
-    g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
-    g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
-    g.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
-    g.add_argument("--hflip", default=0.5, type=float)
-    g.add_argument("--vflip", default=0.0, type=float)
-    g.add_argument("--reprob", default=0.25, type=float, help="chance of random erasing")
-    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
-    g.add_argument("--recount", default=1, type=int)
-    g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
-    g.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    g.add_argument("--mixup", default=0.0, type=float, help="mixup alpha; 0 is off")
-    g.add_argument("--cutmix", default=0.0, type=float, help="cutmix alpha; 0 is off")
-    g.add_argument("--cutmix_minmax", default=None, type=float, nargs=2)
-    g.add_argument("--mixup_prob", default=1.0, type=float)
-    g.add_argument("--mixup_switch_prob", default=0.5, type=float)
-    g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    add_augment_flags(p)
     g = p.add_argument_group("evaluation")
     add_eval_flags(g)
     g.add_argument("--classes", default="", metavar="PATH",
@@ -92,12 +76,11 @@ if __name__ == "__main__":
     ARGS = parse(get_args_parser())
 
 import torch
-import torch.nn.functional as F
 
 import engine
 from models import build_classifier, build_teacher, known_classes
-from util import checkpoint, dist, fsdp
-from util.accuracy import classification
+from util import checkpoint, dist, evaluation, fsdp
+from util.amp import resolve_amp
 from util.datasets import build_dataset
 from util.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.keeper import Keeper
@@ -105,6 +88,7 @@ from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups, weight_average
+from util.supervised import make_augment, make_criterion, make_eval_fn, make_loss_fn
 from util.transforms import eval_transform, finetune_transform
 
 
@@ -124,76 +108,6 @@ def check_flags(args) -> None:
         raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
 
 
-def make_criterion(smoothing: float, mixed: bool):
-    """Cross-entropy with class indices and label smoothing, or with the soft targets that mixup makes."""
-    return lambda logits, target: F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mixed else smoothing)
-
-
-def make_augment(args, num_classes: int, device: torch.device):
-    """What happens to a batch on the device: random erasing, then mixup or cutmix -> (images, targets), and `mixed`."""
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
-
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob > 0 else None
-    mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-        if args.batch_size % 2:
-            raise ValueError(f"mixup and cutmix need an even --batch_size, found {args.batch_size}")
-        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                      label_smoothing=args.smoothing, num_classes=num_classes)
-
-    def augment(images, labels):
-        if erase is not None:
-            images = erase(images)
-        return mixup(images, labels) if mixup is not None else (images, labels)
-
-    return augment, mixup is not None
-
-
-def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=None):
-    def loss_fn(model, batch):
-        x, target = augment(batch["image"], batch["label"])
-        terms = {}
-        if teacher is None:
-            out = model(x, positions=pos_label != "none")
-        else:
-            out = model(x, positions=pos_label != "none", distillation=True)
-        logits, positions = out if pos_label != "none" else (out, {})
-        if teacher is not None:
-            # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns the teacher's answer.
-            logits, from_teacher = logits
-            with torch.no_grad():
-                answer = teacher(x).argmax(-1)
-            terms["distill"] = F.cross_entropy(from_teacher.float(), answer)
-            terms["class"] = criterion(logits, target)
-            loss = (terms["class"] + terms["distill"]) / 2
-        else:
-            loss = terms["class"] = criterion(logits, target)
-        if positions:
-            loss = loss + pos_weight * positions["position"]
-        return loss, terms | positions
-
-    return loss_fn
-
-
-def make_eval_fn(positions: bool, record=None, columns=None):
-    """Accuracy in percent and loss over the readable images of a batch; `record(batch, logits)` sees each batch.
-
-    `columns` are the model's outputs that belong to the labels 0, 1, ..., where these are not all of its outputs in order.
-    """
-
-    def eval_fn(model, batch):
-        logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
-        if columns is not None:
-            logits = logits[:, columns]  # (B, outputs) -> (B, labels)
-        if record is not None:
-            record(batch, logits)
-        loss, stats = classification(logits, batch["label"])
-        return loss, terms | stats
-
-    return eval_fn
-
-
 def evaluate(args, model, loader, device, amp, mean, std, positions: bool, classes: list[str]) -> dict[str, float]:
     """Exact on any number of ranks; prints MAE's line and what it was measured on.
 
@@ -210,7 +124,7 @@ def evaluate(args, model, loader, device, amp, mean, std, positions: bool, class
         rows.extend(zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist()))
 
     eval_fn = make_eval_fn(positions, record if args.predictions else None, columns)
-    stats = engine.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
+    stats = evaluation.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
     dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
              + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
              + f" on {stats['images']} of {len(loader.dataset)} images")
@@ -304,10 +218,23 @@ def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
             p.requires_grad_(False)
 
 
+def new_parameters(pretrained: dict | None) -> set[str]:
+    """What a pretrained encoder does not bring: its positional embedding, where it had none."""
+    return {"pos_embed"} if pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained) else set()
+
+
+def build_optimizer(args, model, saved: dict | None, batch: int) -> torch.optim.Optimizer:
+    """AdamW for an effective batch. Layer decay belongs to fine-tuning; from scratch all layers learn alike."""
+    from_encoder = args.finetune or ((saved or {}).get("args") or {}).get("finetune")
+    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if from_encoder else 1.0,
+                          model.layer_id, model.num_layers)
+    return adamw(groups, effective_lr(args.lr, args.blr, batch), betas=(0.9, 0.999))
+
+
 def main(args) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = engine.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
 
@@ -342,8 +269,7 @@ def main(args) -> int:
     else:
         start_weights(args, model, pretrained, plain)
     if args.partial is not None:
-        new = pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained)
-        freeze_all_but(model, args.partial, keep={"pos_embed"} if new else set())
+        freeze_all_but(model, args.partial, keep=new_parameters(pretrained))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.strategy == "fsdp":
@@ -351,19 +277,14 @@ def main(args) -> int:
 
     # Loss
     augment, mixed = make_augment(args, num_classes, device)
-    teacher = None
-    if args.distill:
-        teacher = build_teacher(args.distill, args.distill_checkpoint, num_classes=num_classes, img_size=size,
-                                in_chans=args.in_chans, mean=mean, std=std).to(device)
+    teacher = build_teacher(args.distill, args.distill_checkpoint, num_classes=num_classes, img_size=size,
+                            in_chans=args.in_chans, mean=mean, std=std).to(device) if args.distill else None
     loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
 
-    # Optimizer: layer decay belongs to fine-tuning; from scratch all layers learn alike
+    # Optimizer and what is kept
     batch = args.batch_size * args.accum_iter * dist.world_size()
-    lr = effective_lr(args.lr, args.blr, batch)
-    from_encoder = args.finetune or ((saved or {}).get("args") or {}).get("finetune")
-    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if from_encoder else 1.0,
-                          model.layer_id, model.num_layers)
-    optimizer = adamw(groups, lr, betas=(0.9, 0.999))
+    optimizer = build_optimizer(args, model, saved, batch)
+    lr = optimizer.defaults["lr"]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "
              f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; {amp} on {device}; effective batch "
@@ -373,11 +294,8 @@ def main(args) -> int:
     if args.ema:
         ema = weight_average(model, args.ema)
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
-    log_dir = None if args.dry_run else args.log_dir or args.output_dir
-    log = Log(args.output_dir, log_dir, args.print_freq, model.chance(), loss_tag="loss")
-    keeper = None
-    if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    log = Log.of(args, model.chance(), loss_tag="loss")
+    keeper = Keeper.of(args)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         with fsdp.gathered(ema.module if args.ema else model) as whole:

@@ -65,8 +65,9 @@ from torch import nn
 import engine
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from models import build_classifier
-from util import checkpoint, dist
+from util import checkpoint, dist, evaluation
 from util.accuracy import classification
+from util.amp import resolve_amp
 from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes, some_names
 from util.keeper import Keeper
@@ -131,7 +132,7 @@ def make_eval_fn(features, names: list[str]):
 
 def evaluate(probe: nn.Module, features, names: list[str], kind: str, loader, where: dict) -> dict[str, float]:
     """Accuracies of all heads over the validation images; prints MAE's line for the best one. `where` is as engine's."""
-    stats = engine.evaluate(probe, make_eval_fn(features, names), loader, **where)
+    stats = evaluation.evaluate(probe, make_eval_fn(features, names), loader, **where)
     best = max(names, key=lambda name: stats[f"acc1_{name}"])
     acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
     dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(loader.dataset)} images; "
@@ -183,8 +184,8 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
         return torch.cat([pool_tokens(tokens, backbone.num_prefix, pool) for pool in pools], dim=1)
 
     options = dict(device=device, mean=mean, std=std, amp=amp)
-    bank, bank_labels = engine.features(features, train_loader, **options)
-    own, own_labels = engine.features(features, val_loader, gather=False, **options)
+    bank, bank_labels = evaluation.features(features, train_loader, **options)
+    own, own_labels = evaluation.features(features, val_loader, gather=False, **options)
     classes, out = len(train_loader.dataset.index.classes), {}
     for pool, queries, known in zip(pools, own.chunk(len(pools), 1), bank.chunk(len(pools), 1)):
         right = knn_accuracy(queries, own_labels, known, bank_labels, classes)
@@ -204,7 +205,7 @@ def main(args) -> int:
     resume = checkpoint.load_start("" if args.eval or args.knn else args.output_dir, args.resume)
     args = as_trained(args, resume[1] if args.eval else {})
     second_order = args.head == "second_order"
-    amp = engine.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
     pretrained = checkpoint.load(args.finetune)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained)
     plain = checkpoint.plain_args(args) | {"mean": list(mean), "std": list(std)}
@@ -263,10 +264,8 @@ def main(args) -> int:
              f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in lr_grid)}")
     if resume:
         checkpoint.say_continuing(*resume, plain)
-    log = Log(args.output_dir, None if args.dry_run else args.log_dir or args.output_dir, args.print_freq, loss_tag="loss")
-    keeper = None
-    if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    log = Log.of(args, loss_tag="loss")
+    keeper = Keeper.of(args)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         stats = evaluate(probe, features, names, kind, val_loader, where)
@@ -287,7 +286,7 @@ def main(args) -> int:
 
 def cache(loader, features, args, device, amp, mean, std, shuffle: bool):
     """A loader over features that are computed once, instead of images."""
-    x, y = engine.features(features, loader, device=device, mean=mean, std=std, amp=amp)
+    x, y = evaluation.features(features, loader, device=device, mean=mean, std=std, amp=amp)
     samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
     loading = dict(batch_size=args.batch_size, num_workers=0, pin_memory=False)
     return train_loader(samples, seed=args.seed, **loading) if shuffle else eval_loader(samples, **loading)

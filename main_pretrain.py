@@ -57,7 +57,8 @@ import torch
 import engine
 from layers.self_distillation import copy_parameters, momentum_update
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
-from util import checkpoint, dist, fsdp
+from util import checkpoint, dist, evaluation, fsdp
+from util.amp import autocast, resolve_amp
 from util.datasets import build_dataset
 from util.keeper import Keeper
 from util.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
@@ -116,8 +117,8 @@ def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum
 
 
 def evaluate(model, loss_fn, loader, chance: dict[str, float], **options) -> dict[str, float]:
-    """The losses on the validation images, printed beside the level of guessing; `options` are engine.evaluate's."""
-    stats = engine.evaluate(model, loss_fn, loader, **options)
+    """The losses on the validation images, printed beside the level of guessing; `options` are evaluation.evaluate's."""
+    stats = evaluation.evaluate(model, loss_fn, loader, **options)
     images = stats.pop("images")
     dist.say(f"* {images} val images  " + "  ".join(
         f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
@@ -164,7 +165,7 @@ def build_data(args, size, device, two_views: bool):
 
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = engine.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
@@ -210,10 +211,8 @@ def main(args) -> int:
     elif resume is None:
         dist.say("starting from scratch")
 
-    log = Log(args.output_dir, None if args.dry_run else args.log_dir or args.output_dir, args.print_freq, chance)
-    keeper = None
-    if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    log = Log.of(args, chance)
+    keeper = Keeper.of(args)
     shown_set = (val_loader or loader).dataset
     shown = some_samples(shown_set, 4)
 
@@ -226,7 +225,7 @@ def main(args) -> int:
                 stats = evaluate(whole, eval_loss_fn, val_loader, chance, device=device, mean=mean, std=std, amp=amp)
             if teacher is not None:
                 batches = device_batches(sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, mean, std)
-                with engine.autocast(device, amp):
+                with autocast(device, amp):
                     stats |= log_ranks(whole, batches, log, epoch)
             if dist.is_main() and args.output_dir:
                 images = next(device_batches([collate(shown)], device, mean, std))

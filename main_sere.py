@@ -69,6 +69,7 @@ import engine
 from layers.self_distillation import copy_parameters, momentum_update
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import checkpoint, dist
+from util.amp import autocast, resolve_amp
 from util.datasets import build_dataset
 from util.keeper import Keeper
 from util.loader import device_batches, sample_batches, train_loader
@@ -144,7 +145,7 @@ def chance_levels(model: SereStudent, args) -> dict[str, float]:
 
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = engine.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
@@ -188,11 +189,8 @@ def main(args) -> int:
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None:
         dist.say("starting from scratch")
-    log_dir = None if args.dry_run else args.log_dir or args.output_dir
-    log = Log(args.output_dir, log_dir, args.print_freq, chance_levels(model, args))
-    keeper = None
-    if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+    log = Log.of(args, chance_levels(model, args))
+    keeper = Keeper.of(args)
 
     def before_update(done: float) -> None:
         now.update(schedule(done))
@@ -210,7 +208,7 @@ def main(args) -> int:
         if not dist.is_main():
             return {}
         batches = device_batches(sample_batches(shown, RANK_IMAGES, args.batch_size), device, mean, std)
-        with engine.autocast(device, amp):
+        with autocast(device, amp):
             return {f"test_{k}": v for k, v in log_ranks(teacher, batches, log, epoch).items()}
 
     finished = engine.fit(

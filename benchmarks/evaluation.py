@@ -9,11 +9,12 @@ import argparse
 
 import torch
 
-import engine
 from benchmarks.timing import clock_for, interleaved, peak_memory, ratio, shown, spread, table
 from layers.probe import Probe, pooled
 from main_linprobe import make_loss_fn
 from models import build_classifier
+from util import evaluation
+from util.amp import autocast, resolve_amp
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.knn import nearest
 from util.optim import lars
@@ -36,18 +37,18 @@ def sync(device):
 
 
 def extraction(backbone, batches, amp, rounds, device) -> dict:
-    """engine.features (copy, normalise, forward, collect, order) against the forward pass on images that are there."""
+    """evaluation.features (copy, normalise, forward, collect, order) against the forward pass on images that are there."""
     ready = [normalize(b["image"].to(device), IMAGENET_MEAN, IMAGENET_STD) for b in batches]
 
     @torch.no_grad()
     def bare():
         for images in ready:
-            with engine.autocast(device, amp):
+            with autocast(device, amp):
                 pooled(backbone, images, "cls")
         sync(device)
 
     def whole():
-        engine.features(lambda x: pooled(backbone, x, "cls"), batches, device=device, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        evaluation.features(lambda x: pooled(backbone, x, "cls"), batches, device=device, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                         amp=amp)
         sync(device)
     seconds = interleaved({"forward": bare, "features": whole}, rounds, clock=clock_for(device.type))
@@ -65,7 +66,7 @@ def probe_step(heads, features, batches, classes, amp, device, width):
 
     def step():
         for batch in batches:
-            with engine.autocast(device, amp):
+            with autocast(device, amp):
                 loss, _ = loss_fn(probe, batch)
             loss.backward()
             optimizer.step()
@@ -116,7 +117,7 @@ def main(argv) -> dict:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    amp = engine.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
     torch.manual_seed(0)
     backbone = build_classifier(args.model, num_classes=0, pool="cls").to(device).eval().requires_grad_(False)
     batches = in_memory(args.batches, args.batch_size, args.classes)
@@ -127,7 +128,7 @@ def main(argv) -> dict:
     print(f"{args.model}, {amp}, {args.batches} batches of {args.batch_size}, {args.rounds} rounds, median [min..max]; "
           "wall time on a GPU and for kNN, else CPU time of all threads")
     print(table([{"feature extraction": "forward alone", "img/s": shown(found["forward"], 1), "share": ""},
-                 {"feature extraction": "engine.features", "img/s": shown(found["features"], 1),
+                 {"feature extraction": "evaluation.features", "img/s": shown(found["features"], 1),
                   "share": shown(found["share"])}]))
     print()
     print(table([{f"probes, {args.classes} classes": kind, "one rate, s": shown(r["one"]),

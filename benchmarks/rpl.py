@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from benchmarks.step import Step
 from benchmarks.timing import clock_for, freed_memory, interleaved, peak_memory, ratio, shown, spread, table
-from engine import autocast
 from layers.positional import PositionalHead, relative_labels
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
+from util.amp import autocast
 
 GRID, DIM, VISIBLE = (14, 14), 768, 49
 

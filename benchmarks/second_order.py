@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine import autocast, resolve_amp
 from models import build_classifier
+from util.amp import autocast, resolve_amp
 from util.optim import adamw, param_groups
 
 # Name -> keywords of SecondOrderHead, None for the linear head. Widths of So-ViT-7/10, So-ViT-14, and SoT-Small's heads.

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import freed_memory, interleaved, peak_memory, ratio, shown, spread, table
-from engine import autocast
 from layers.transformer import patchify
 from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible
+from util.amp import autocast
 from util.optim import adamw, param_groups
 
 MASK_RATIO = 0.75

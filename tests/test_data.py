@@ -21,8 +21,7 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
 from torchvision.transforms import v2
 
-import engine
-from util import datasets, dist, image_index, listing, transforms
+from util import datasets, dist, evaluation, image_index, listing, transforms
 from util.datasets import ImageDataset, build_dataset
 from util.image_index import build_index, check_same_classes
 from util.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
@@ -563,12 +562,12 @@ def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
         return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
 
     options = dict(device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
-    stats = engine.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
+    stats = evaluation.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
     assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
     assert stats["loss"] == pytest.approx(np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5)
     assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
     assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
-    x, y = engine.features(lambda images: images.flatten(1)[:, :5], loader, **options)
+    x, y = evaluation.features(lambda images: images.flatten(1)[:, :5], loader, **options)
     assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
         s["label"] for s in whole]
 

@@ -17,7 +17,7 @@ import tiny  # noqa: F401 (registers mae_test and vit_test)
 from layers.probe import Probe, pooled
 from models import build_classifier
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from util import checkpoint
+from util import checkpoint, supervised
 from util.args import parse, run
 from util.image_index import class_names
 from util.knn import knn_accuracy, knn_votes, nearest
@@ -247,12 +247,12 @@ def test_mixup_mixes_class_targets_only():
     torch.manual_seed(0)
     np.random.seed(0)
     args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
-    augment, mixed = main_finetune.make_augment(args, 5, torch.device("cpu"))
+    augment, mixed = supervised.make_augment(args, 5, torch.device("cpu"))
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
     seen = {}
     vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))
-    criterion = main_finetune.make_criterion(0.1, mixed)
-    loss_fn = main_finetune.make_loss_fn(augment, criterion, "apl", 0.25)
+    criterion = supervised.make_criterion(0.1, mixed)
+    loss_fn = supervised.make_loss_fn(augment, criterion, "apl", 0.25)
     batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0, 1, 2, 3])}
     np.random.seed(3)
     loss, terms = loss_fn(vit, batch)
@@ -272,9 +272,9 @@ def test_distillation_learns_the_teachers_answer():
     student = DistilledVisionTransformer(img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5)
     for head in (student.head, student.head_dist):
         torch.nn.init.normal_(head.weight)
-    criterion = main_finetune.make_criterion(0.0, False)
+    criterion = supervised.make_criterion(0.0, False)
     answers = torch.tensor([4, 0, 2])
-    loss_fn = main_finetune.make_loss_fn(lambda x, y: (x, y), criterion, "none", 0.5,
+    loss_fn = supervised.make_loss_fn(lambda x, y: (x, y), criterion, "none", 0.5,
                                          teacher=lambda x: F.one_hot(answers, 5).float())
     batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([1, 2, 3])}
     loss, terms = loss_fn(student, batch)
@@ -456,7 +456,7 @@ def test_evaluation_counts_by_hand():
     torch.manual_seed(0)
     logits, label = torch.randn(12, 8), torch.randint(0, 8, (12,))
     label[3] = -1  # unreadable
-    loss, terms = main_finetune.make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
+    loss, terms = supervised.make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
     keep = label >= 0
     top5 = logits.topk(5, dim=1).indices
     assert terms["images"] == 11

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-import engine
+from util.amp import resolve_amp
 from util.lr_sched import effective_lr, set_lr, warmup_cosine
 
 
@@ -28,8 +28,8 @@ def test_auto_precision_is_bfloat16_only_where_the_gpu_has_it(monkeypatch):
     for native, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native:
                             n or including_emulation)
-        assert engine.resolve_amp("auto", torch.device("cuda")) == expected
-    assert [engine.resolve_amp(amp, torch.device("cpu")) for amp in ("auto", "fp16")] == ["fp32", "fp16"]
+        assert resolve_amp("auto", torch.device("cuda")) == expected
+    assert [resolve_amp(amp, torch.device("cpu")) for amp in ("auto", "fp16")] == ["fp32", "fp16"]
 
 
 def test_groups_keep_their_scale():

@@ -191,6 +191,27 @@ def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, chann
     g.add_argument("--ema_momentum", default=0.996, type=float, help="where the teacher's momentum starts; it ends at 1")
 
 
+def add_augment_flags(p: argparse.ArgumentParser) -> None:
+    """Of supervised training, as MAE and timm name them."""
+    g = p.add_argument_group("augmentation")
+    g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
+    g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
+    g.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
+    g.add_argument("--hflip", default=0.5, type=float)
+    g.add_argument("--vflip", default=0.0, type=float)
+    g.add_argument("--reprob", default=0.25, type=float, help="chance of random erasing")
+    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
+    g.add_argument("--recount", default=1, type=int)
+    g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
+    g.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    g.add_argument("--mixup", default=0.0, type=float, help="mixup alpha; 0 is off")
+    g.add_argument("--cutmix", default=0.0, type=float, help="cutmix alpha; 0 is off")
+    g.add_argument("--cutmix_minmax", default=None, type=float, nargs=2)
+    g.add_argument("--mixup_prob", default=1.0, type=float)
+    g.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+
+
 def add_run_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("run")
     g.add_argument("--output_dir", default="./output_dir", help="checkpoints, log.txt; a run in it is continued")
