@@ -78,7 +78,7 @@ if __name__ == "__main__":
 import torch
 
 import engine
-from models import build_classifier, build_teacher, known_classes
+from models import build_classifier, build_teacher, freeze_all_but, known_classes
 from util import checkpoint, dist, evaluation, fsdp
 from util.amp import resolve_amp
 from util.datasets import build_dataset
@@ -88,7 +88,7 @@ from util.loader import eval_loader, train_loader
 from util.log import Log, write_predictions
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups, weight_average
-from util.supervised import make_augment, make_criterion, make_eval_fn, make_loss_fn
+from util.supervised import make_criterion, make_eval_fn, make_loss_fn
 from util.transforms import eval_transform, finetune_transform
 
 
@@ -106,6 +106,27 @@ def check_flags(args) -> None:
         raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
     if args.ema and args.strategy == "fsdp":
         raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
+
+
+def make_augment(args, num_classes: int, device: torch.device):
+    """What happens to a batch on the device: random erasing, then mixup or cutmix -> (images, targets), and `mixed`."""
+    from timm.data import Mixup
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob > 0 else None
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        if args.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even --batch_size, found {args.batch_size}")
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                      label_smoothing=args.smoothing, num_classes=num_classes)
+
+    def augment(images, labels):
+        if erase is not None:
+            images = erase(images)
+        return mixup(images, labels) if mixup is not None else (images, labels)
+
+    return augment, mixup is not None
 
 
 def evaluate(args, model, loader, device, amp, mean, std, positions: bool, classes: list[str]) -> dict[str, float]:
@@ -211,13 +232,6 @@ def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
              + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
 
 
-def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
-    """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
-    for name, p in model.named_parameters():
-        if name not in keep and model.layer_id(name) < model.num_layers - blocks:
-            p.requires_grad_(False)
-
-
 def new_parameters(pretrained: dict | None) -> set[str]:
     """What a pretrained encoder does not bring: its positional embedding, where it had none."""
     return {"pos_embed"} if pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained) else set()
@@ -294,8 +308,11 @@ def main(args) -> int:
     if args.ema:
         ema = weight_average(model, args.ema)
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
-    log = Log.of(args, model.chance(), loss_tag="loss")
-    keeper = Keeper.of(args)
+    log_dir = None if args.dry_run else args.log_dir or args.output_dir
+    log = Log(args.output_dir, log_dir, args.print_freq, model.chance(), loss_tag="loss")
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         with fsdp.gathered(ema.module if args.ema else model) as whole:

@@ -264,8 +264,11 @@ def main(args) -> int:
              f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in lr_grid)}")
     if resume:
         checkpoint.say_continuing(*resume, plain)
-    log = Log.of(args, loss_tag="loss")
-    keeper = Keeper.of(args)
+    log_dir = None if args.dry_run else args.log_dir or args.output_dir
+    log = Log(args.output_dir, log_dir, args.print_freq, loss_tag="loss")
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         stats = evaluate(probe, features, names, kind, val_loader, where)

@@ -211,8 +211,11 @@ def main(args) -> int:
     elif resume is None:
         dist.say("starting from scratch")
 
-    log = Log.of(args, chance)
-    keeper = Keeper.of(args)
+    log_dir = None if args.dry_run else args.log_dir or args.output_dir
+    log = Log(args.output_dir, log_dir, args.print_freq, chance)
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
     shown_set = (val_loader or loader).dataset
     shown = some_samples(shown_set, 4)
 

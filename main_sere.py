@@ -189,8 +189,11 @@ def main(args) -> int:
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None:
         dist.say("starting from scratch")
-    log = Log.of(args, chance_levels(model, args))
-    keeper = Keeper.of(args)
+    log_dir = None if args.dry_run else args.log_dir or args.output_dir
+    log = Log(args.output_dir, log_dir, args.print_freq, chance_levels(model, args))
+    keeper = None
+    if args.output_dir:
+        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
 
     def before_update(done: float) -> None:
         now.update(schedule(done))

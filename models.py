@@ -135,3 +135,10 @@ class PretrainedTeacher(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x * self.scale + self.shift)
+
+
+def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
+    """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
+    for name, p in model.named_parameters():
+        if name not in keep and model.layer_id(name) < model.num_layers - blocks:
+            p.requires_grad_(False)

@@ -15,7 +15,7 @@ import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from layers.probe import Probe, pooled
-from models import build_classifier
+from models import build_classifier, freeze_all_but
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint, supervised
 from util.args import parse, run
@@ -247,7 +247,7 @@ def test_mixup_mixes_class_targets_only():
     torch.manual_seed(0)
     np.random.seed(0)
     args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
-    augment, mixed = supervised.make_augment(args, 5, torch.device("cpu"))
+    augment, mixed = main_finetune.make_augment(args, 5, torch.device("cpu"))
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
     seen = {}
     vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))
@@ -339,11 +339,11 @@ def test_layer_decay_groups_equal_timms():
 
 def test_partial_fine_tuning_trains_the_last_blocks_and_heads():
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
-    main_finetune.freeze_all_but(vit, 1)
+    freeze_all_but(vit, 1)
     trained = {n.split(".")[0] + ("." + n.split(".")[1] if n.startswith("blocks") else "")
                for n, p in vit.named_parameters() if p.requires_grad}
     assert trained == {"blocks.1", "fc_norm", "head", "pos_head"}
-    main_finetune.freeze_all_but(vit, 0)
+    freeze_all_but(vit, 0)
     assert not any(p.requires_grad for p in vit.blocks.parameters()) and vit.head.weight.requires_grad
 
 

@@ -31,13 +31,6 @@ class Keeper:
         self.me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                    "job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
-    @classmethod
-    def of(cls, args) -> "Keeper | None":
-        """As the flags of a main say; None without --output_dir."""
-        if not args.output_dir:
-            return None
-        return cls(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
-
     def claim(self) -> None:
         """Become the folder's owner and remove what killed runs have left half written."""
         os.makedirs(self.dir, exist_ok=True)

@@ -52,12 +52,6 @@ class Log:
         self._wait = 0.0
         self._total_wait = self._total_seconds = 0.0
 
-    @classmethod
-    def of(cls, args, chance: dict[str, float] | None = None, loss_tag: str = "train_loss") -> "Log":
-        """As the flags of a main say; --dry_run writes nothing for TensorBoard."""
-        log_dir = None if args.dry_run else args.log_dir or args.output_dir
-        return cls(args.output_dir, log_dir, args.print_freq, chance, loss_tag)
-
     def truncate(self, epoch: int) -> None:
         """Drop the lines of log.txt from `epoch` on: a resumed run writes them again."""
         path = os.path.join(self.output_dir or "", "log.txt")

@@ -1,4 +1,4 @@
-"""Supervised training of a batch: erasing and mixing on the device, the loss with positional labels and a teacher, accuracy."""
+"""The supervised loss, with positional labels and a teacher, and its evaluation."""
 import torch
 import torch.nn.functional as F
 
@@ -10,28 +10,12 @@ def make_criterion(smoothing: float, mixed: bool):
     return lambda logits, target: F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mixed else smoothing)
 
 
-def make_augment(args, num_classes: int, device: torch.device):
-    """What happens to a batch on the device: random erasing, then mixup or cutmix -> (images, targets), and `mixed`."""
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
-
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob > 0 else None
-    mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-        if args.batch_size % 2:
-            raise ValueError(f"mixup and cutmix need an even --batch_size, found {args.batch_size}")
-        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                      label_smoothing=args.smoothing, num_classes=num_classes)
-
-    def augment(images, labels):
-        if erase is not None:
-            images = erase(images)
-        return mixup(images, labels) if mixup is not None else (images, labels)
-
-    return augment, mixup is not None
-
-
 def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=None):
+    """L_class + pos_weight * L_position (Zhang et al. 2023, Eq. 6) of a batch after `augment(images, labels)`.
+
+    With a `teacher`, a classifier, L_class is the mean of the class token's loss and the distillation token's.
+    """
+
     def loss_fn(model, batch):
         x, target = augment(batch["image"], batch["label"])
         terms = {}
