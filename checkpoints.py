@@ -80,6 +80,8 @@ def describe(path: str) -> str:
     if any(k in weights for k in SO_VIT):
         lines["So-ViT"] = " and ".join(name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT)
                                        if k in weights)
+    if "ema" in state:
+        lines["average"] = "a moving average of the weights, which is what evaluation and export take"
     if "epoch" in state:
         steps = f" (step {state['step']})" if "step" in state else ""
         lines["epoch"] = f"{state['epoch']}{steps}{', with optimizer' if 'optimizer' in state else ''}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from util import checkpoint
-from util.weights import LABEL_HEADS, Architecture, encoder_weights, kind_of
+from util.weights import LABEL_HEADS, Architecture, encoder_weights, evaluated_weights, kind_of
 
 LIMIT = 1e-4  # largest difference between two models' outputs
 DECODER = ("decoder_", "mask_token")
@@ -77,7 +77,8 @@ def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read(path: str) -> dict:
-    """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind.
+    """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind, and weights of
+    which there is a moving average.
 
     A classifier's `classes` come along where a file of this toolkit names them.
     """
@@ -89,7 +90,7 @@ def read(path: str) -> dict:
         raise ValueError(f"{path}: give its folder, where config.json tells the number of heads")
     if kind_of(state) == "dino":
         state = {"model": {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}}
-    weights = encoder_weights(state) if kind_of(state) == "self-distillation" else state["model"]
+    weights = encoder_weights(state) if kind_of(state) == "self-distillation" else evaluated_weights(state)
     weights = {k: v for k, v in weights.items() if not k.startswith(LABEL_HEADS)}
     if "dist_token" in weights:
         raise ValueError(f"{path} has a distillation token, which plain Vision Transformers lack: it cannot be converted")

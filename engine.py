@@ -4,7 +4,6 @@ Randomness: data order is a function of (seed, epoch), a sample's augmentation a
 other draws of (seed, step, rank). No generator state is stored, and a run may stop and go on at any step.
 """
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -53,7 +52,9 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        return math.ceil(self.batches_per_epoch / self.accum_iter)
+        # Whole ones: batches that do not fill an update are dropped, as are images that do not fill a batch. So the number
+        # depends on the effective batch alone, however ranks and micro-batches share it.
+        return self.batches_per_epoch // self.accum_iter
 
     def save(self, state: TrainState, epoch: int, numbered: int | None = None, best: bool = False,
              must: bool = False) -> None:
@@ -87,19 +88,19 @@ class Run:
         dist.barrier()
 
 
-def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window: int,
+def train_one_update(run: Run, state: TrainState, stream: Iterator[dict],
                      counter: FlopCounter | None = None) -> tuple[dict, float]:
-    """One optimizer step over `window` micro-batches: mean metrics, and seconds spent waiting for data."""
+    """One optimizer step over `accum_iter` micro-batches: mean metrics, and seconds spent waiting for data."""
     sums: dict[str, Tensor] = {}
     waited = 0.0
-    for micro in range(window):
+    for micro in range(run.accum_iter):
         before = time.monotonic()
         batch = next(stream)
         waited += time.monotonic() - before
         run.bad_images.add(batch.get("bad", ()))
         seed_step(run.seed, state.step * run.accum_iter + micro)
         # Gradients cross the network once per update, with the last micro-batch.
-        local = micro < window - 1
+        local = micro < run.accum_iter - 1
         if run.sharded:
             state.model.set_requires_gradient_sync(not local)
         # Only here: what prepares data may start processes, which would count for ever.
@@ -107,9 +108,9 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict], window
         with counted, run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext():
             with autocast(run.device, run.amp):
                 loss, terms = run.loss_fn(run.wrapped, batch)
-            state.scaler.scale(loss / window).backward()
+            state.scaler.scale(loss / run.accum_iter).backward()
         for name, value in ({"loss": loss} | terms).items():
-            value = value.detach() / window
+            value = value.detach() / run.accum_iter
             sums[name] = sums[name] + value if name in sums else value
     sums["grad_norm"] = apply_gradients(state, run.clip_grad, run.before_step)
     if run.after_step is not None:
@@ -133,22 +134,21 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     run.wrapped.train()
     stream = device_batches(run.loader, run.device, run.mean, run.std)
     for u in range(first, updates):
-        done = epoch + u * run.accum_iter / run.batches_per_epoch
+        done = epoch + u / updates
         lr = run.lr_at(done)
         set_lr(state.optimizer, lr)
         if run.before_update is not None:
             run.before_update(done)
-        window = min(run.accum_iter, run.batches_per_epoch - u * run.accum_iter)  # an epoch's last may be shorter
         counter = FlopCounter() if run.log.wants_flops else None
         try:
-            metrics, waited = train_one_update(run, state, stream, window, counter)
+            metrics, waited = train_one_update(run, state, stream, counter)
         except StopIteration:  # a stream shorter than it said
             state.optimizer.zero_grad(set_to_none=True)
             state.step = (epoch + 1) * updates
             run.log.flush()
             break
         if counter is not None:
-            run.log.image_flops = counter.total / (window * run.loader.batch_size)
+            run.log.image_flops = counter.total / (run.accum_iter * run.loader.batch_size)
         run.log.step(state.step - 1, metrics, lr, waited)
         stopping = run.stop.agreed()
         save_now = run.keeper is not None and run.keeper.step_due(state.step)
@@ -246,7 +246,8 @@ def fit(
             log.end_epoch(_finish_epoch(run, state, epoch, after_epoch))
             state.meters = {}
             last, best = epoch + 1 == epochs, state.best_epoch == epoch
-            if keeper is not None and (last or best or keeper.keeps(epoch) or run.time_to_save()):
+            due = keeper is not None and (keeper.keeps(epoch) or keeper.step_due(state.step) or run.time_to_save())
+            if keeper is not None and (last or best or due):
                 run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
     return True
 
@@ -274,7 +275,7 @@ def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
     run.wrapped.train()
     if run.before_update is not None:
         run.before_update(step / updates)
-    measured = plan.measure(lambda stream, counter: train_one_update(run, state, stream, run.accum_iter, counter)[1], batches,
+    measured = plan.measure(lambda stream, counter: train_one_update(run, state, stream, counter)[1], batches,
                             run.device, AMP[run.amp] or torch.float32, peak_memory_mb)
     if run.keeper is not None:
         kept = len({e for e in range(epochs) if run.keeper.keeps(e)} | {epochs - 1})

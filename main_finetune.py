@@ -254,9 +254,10 @@ def main(args) -> int:
 
     # Where to start: own last checkpoint, --resume, --finetune, scratch
     plain = checkpoint.plain_args(args)
-    pretrained = checkpoint.load(args.finetune) if args.finetune else None
     resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
     start, saved = resume or ("", None)
+    # A run that goes on has its weights; which of its parameters were new (--partial) only the encoder's file tells.
+    pretrained = checkpoint.load(args.finetune) if args.finetune and (saved is None or args.partial is not None) else None
 
     # Data: images as the encoder has learned to see them
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)

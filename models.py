@@ -11,7 +11,7 @@ import models_vit
 from util.args import head_options, resolve_head
 from util.checkpoint import describe_mismatch, load, load_for_evaluation
 from util.image_index import some_names
-from util.weights import Architecture, architecture
+from util.weights import Architecture, architecture, evaluated_weights
 
 MODELS = models_vit.MODELS | models_swin.MODELS | models_so_vit.MODELS
 
@@ -50,10 +50,11 @@ def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | mod
     else:
         kind = models_vit.DistilledVisionTransformer if "dist_token" in state["model"] else models_vit.VisionTransformer
         model = kind(**options, num_classes=a.classes, pool=a.pool)
-    problem = describe_mismatch(model.state_dict(), state["model"])
+    weights = evaluated_weights(state)
+    problem = describe_mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} holds no plain Vision Transformer, it differs in its parts: {problem}")
-    model.load_state_dict(state["model"])
+    model.load_state_dict(weights)
     return model.eval()
 
 

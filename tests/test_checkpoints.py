@@ -290,6 +290,21 @@ def test_of_student_and_teacher_the_teacher_is_exported(tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("to, name", [("mae", "m.pth"), ("safetensors", "s.safetensors"), ("encoder", "e.pth")])
+def test_of_a_moving_average_and_its_weights_the_average_is_exported_and_drawn(tmp_path, to, name):
+    raw, average = (randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=5)) for _ in range(2))
+    for p in average.parameters():
+        p.data.mul_(0.5)
+    ema = {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in average.state_dict().items()}
+    path = str(tmp_path / "run.pth")
+    torch.save({"model": raw.state_dict(), "ema": ema, "args": {"model": "vit_test", "input_size": [32]}, "epoch": 3}, path)
+    assert checkpoints.export(path, str(tmp_path / name), to) < 1e-5
+    weights, expected = checkpoint.load(str(tmp_path / name))["model"], average.state_dict()
+    assert all(torch.equal(v, expected[f"fc_{k}" if k.startswith("norm.") else k]) for k, v in weights.items())
+    assert all(torch.equal(v, expected[k]) for k, v in model_of(checkpoint.load(path), path).state_dict().items())
+    assert "a moving average" in checkpoints.describe(path)
+
+
 # -- inspect -----------------------------------------------------------------------------------------------------------
 def test_inspect_says_what_a_file_is_and_what_takes_it(tmp_path):
     mae = MODELS["mae_test"](img_size=(32, 48), pos_label="apl+rpl")

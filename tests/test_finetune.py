@@ -18,6 +18,7 @@ from layers.probe import Probe, pooled
 from models import build_classifier, freeze_all_but
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from util import checkpoint, supervised
+from util.accuracy import classification
 from util.args import parse, run
 from util.image_index import class_names
 from util.knn import knn_accuracy, knn_votes, nearest
@@ -203,6 +204,8 @@ def test_a_folder_that_holds_another_run_says_so(tmp_path, capsys):
     again.write_bytes(Path(file).read_bytes())
     code, text = call(main_finetune, capsys, *run, "--finetune", again)
     assert code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+    again.unlink()
+    assert call(main_finetune, capsys, *run, "--finetune", again)[0] == 0, "nor is it missed"
     code, text = call(main_finetune, capsys, *run, "--resume", tmp_path / "ft" / "checkpoint-last.pth", "--epochs", 2)
     assert code == 0 and "continuing" in text, "layer decay is as it was, though --finetune was not given again"
 
@@ -463,6 +466,21 @@ def test_evaluation_counts_by_hand():
     assert terms["acc1"].item() == pytest.approx(100 * (logits.argmax(1) == label)[keep].float().mean().item(), rel=1e-5)
     assert terms["acc5"].item() == pytest.approx(100 * (top5 == label[:, None]).any(1)[keep].float().mean().item(), rel=1e-5)
     assert loss.item() == pytest.approx(F.cross_entropy(logits[keep], label[keep]).item(), rel=1e-5)
+
+
+def test_equal_logits_are_no_right_answers_for_every_class():
+    """bf16 has few numbers: answers are argmax's, whose order is the classes'; a model that gives nan is never right."""
+    torch.manual_seed(0)
+    logits, label = torch.randint(0, 3, (500, 8)).bfloat16(), torch.randint(0, 8, (500,))
+    acc1 = classification(logits, label)[1]["acc1"].item()
+    assert acc1 == pytest.approx(100 * logits.argmax(1).eq(label).float().mean().item())
+    assert acc1 < 100 * (logits == logits.amax(1, keepdim=True)).gather(1, label[:, None]).float().mean() - 20, "many ties"
+    assert classification(torch.zeros(8, 8), torch.arange(8))[1]["acc5"].item() == 62.5
+    broken = torch.full((8, 8), float("nan"))
+    assert [classification(broken, torch.arange(8))[1][k].item() for k in ("acc1", "acc5")] == [0, 0]
+    broken = torch.eye(8)
+    broken[:, 0] = float("nan")
+    assert classification(broken, torch.arange(8))[1]["acc1"].item() == 0
 
 
 def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):

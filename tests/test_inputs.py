@@ -10,15 +10,16 @@ import re
 import shlex
 import tarfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 
 import pytest
 import torch
 from PIL import Image
 
 import main_pretrain
+import main_sere
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from util import checkpoint, keeper
+from util import checkpoint, fsdp, keeper
 from util.args import parse, run
 from util.launch import launch
 from util.log import Log
@@ -70,8 +71,23 @@ def test_recipes_dashes_and_order_of_flags(tmp_path):
     args = parse(main_pretrain.get_args_parser(), [f"@{recipe}", "--epochs", "9", "--batch-size=5", "--no-pin-mem"])
     assert (args.epochs, args.mask_ratio, args.input_size, args.output_dir) == (9, 0.6, [96, 128], "a b")
     assert args.batch_size == 5 and args.pin_mem is False
+    for no in ("--no-norm_last_layer", "--no-norm-last-layer", "--no_norm_last_layer"):  # argparse's own name mixes the two
+        assert parse(main_sere.get_args_parser(), [no]).norm_last_layer is False
     args = parse(main_pretrain.get_args_parser(), ["--output_dir", "with-dash", "--local-rank", "0", "--no_pin_mem"])
     assert args.output_dir == "with-dash" and args.local_rank == 0 and args.pin_mem is False
+
+
+def test_maes_optimizer_goes_on_where_the_fused_one_keeps_its_steps():
+    """MAE's AdamW keeps each parameter's number of steps on the CPU, the fused one beside the parameter."""
+    model = torch.nn.Linear(2, 2)
+    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(2)).sum().backward()
+    theirs.step()
+    ours = torch.optim.AdamW(model.to("meta").parameters(), lr=2e-3)
+    ours.param_groups[0]["fused"] = True  # the meta device, in place of a GPU, has no fused step
+    fsdp.load_optimizer(ours, theirs.state_dict())
+    assert all(s["step"].device.type == "meta" for s in ours.state.values())
+    assert ours.param_groups[0]["fused"] is True and ours.param_groups[0]["lr"] == 2e-3
 
 
 def test_a_torn_line_of_the_log_does_not_stop_a_run(tmp_path, capsys):
@@ -160,11 +176,14 @@ def test_checkpoints_that_must_not_load(tmp_path, capsys):
         checkpoint.load(str(path))
 
 
-def test_maes_own_files_load(tmp_path):
+@pytest.mark.parametrize("home", ["pathlib", "pathlib._local"])  # where Python until 3.12, and 3.13, has the classes
+def test_maes_own_files_load(tmp_path, monkeypatch, home):
     """MAE pickles an argparse.Namespace, its submitit runs with a PosixPath inside."""
     path = tmp_path / "fb.pth"
     args = argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3, job_dir=Path("a") / "b", norm_pix_loss=True)
     torch.save({"model": {"w": torch.ones(2)}, "args": args, "epoch": 799}, path)
+    for c in (PosixPath, PurePosixPath, Path):
+        monkeypatch.setattr(c, "__module__", home)
     state = checkpoint.load(str(path))
     assert state["args"] == {"model": "mae_vit_base_patch16", "lr": 1e-3, "job_dir": "a/b", "norm_pix_loss": True}
     assert state["epoch"] == 799 and state["model"]["w"].sum() == 2

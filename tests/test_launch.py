@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ from processes import ROOT, environment, log_lines
 from util import slurm, sweep
 from util.job import Job, read_note
 from util.launch import launch
-from util.status import state_of, status
+from util.status import last_line, state_of, status
 
 TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
               "--batch_size", "100", "--warmup_epochs", "0", "--picture_epochs", "1000"]
@@ -117,6 +118,41 @@ def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
     assert len(re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown)) == 2
+
+
+def test_flags_behind_a_recipe_are_the_mains_not_its_last_follow_ups(tmp_path, capsys):
+    recipe = tmp_path / "all.args"
+    recipe.write_text("--model mae_vit_pico_patch8 --epochs 4\n--then finetune --epochs 2\n")
+    assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}", "--epochs", "7",
+                                    "--data_path", "D", "--then", "linprobe", "--epochs", "3"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    assert [w[1] for w in shown] == ["main_pretrain.py", "main_finetune.py", "main_linprobe.py"]
+    last = [[w[i + 1] for i, word in enumerate(w) if word == "--epochs"][-1] for w in shown]
+    assert last == ["7", "2", "3"] and all("D" in w for w in shown)
+    with pytest.raises(SystemExit):
+        launch("main_pretrain", ["--dry_run", "--then=linprobe"])
+    assert "--then takes words" in capsys.readouterr().err
+
+
+def test_switched_off_for_the_main(tmp_path, capsys):
+    assert launch("main_sere", ["--dry_run", "--cluster", "local", "--job_dir", "J", "--no-norm_last_layer"]) == 0
+    assert "--no-norm_last_layer" in capsys.readouterr().out
+
+
+def test_a_check_is_made_whenever_it_is_asked_for_and_is_no_run(tmp_path):
+    command = ["--cluster", "debug", "--job_dir", tmp_path, *TINY_MODEL, "--sweep", "seed=0,1", "--then", "linprobe", "--knn"]
+    for _ in range(2):
+        code, text = front("--check", *command)
+        assert code == 0 and "200 images" in text and "not run again" not in text, text
+        time.sleep(1)  # its folder is named by the second
+    assert len(list(tmp_path.glob("check-*"))) == 2 and not (tmp_path / "jobs.json").exists()
+
+
+def test_status_beside_a_line_that_is_being_written(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.5}\n{"train_lo')
+    assert last_line(tmp_path) == {"epoch": 0, "train_loss": 0.5}
+    (tmp_path / "log.txt").write_text('{"train_lo')
+    assert last_line(tmp_path) == {}
 
 
 def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):

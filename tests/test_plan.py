@@ -35,7 +35,7 @@ def test_the_plan_of_a_pretraining(tmp_path, capsys):
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir()), "nothing is written"
     parameters = sum(p.numel() for p in MODELS["mae_test"](img_size=(32, 32)).parameters())
-    for part in ("200 images", "effective batch 40 x 2 x 1 = 80", "3 per epoch, 80 images each; 9 to go of 3 x 3",
+    for part in ("200 images", "effective batch 40 x 2 x 1 = 80", "2 per epoch, 80 images each; 6 to go of 3 x 2",
                  f"model        {parameters / 1e6:.2f} M parameters", "step 0: there is no checkpoint to continue",
                  "2 numbered checkpoints of"):
         assert part in text, text
@@ -48,7 +48,7 @@ def test_the_plan_of_a_pretraining(tmp_path, capsys):
     assert call(main_pretrain, *flags, "--dry_run") == 0
     text = capsys.readouterr().out
     assert everything_below(tmp_path) == before, "nothing is touched"
-    assert "6 to go of 3 x 3" in text and "checkpoint-last.pth at step 3" in text
+    assert "4 to go of 3 x 2" in text and "checkpoint-last.pth at step 2" in text
     foretold = float(re.search(r"numbered checkpoints of ([\d.]+) MB", text)[1])
     assert foretold == pytest.approx(size, abs=0.15), "the checkpoint is as large as foretold"
 

@@ -239,7 +239,7 @@ def test_check(tmp_path):
     front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
     text = call(*front, *CLUSTER, "--job_dir", tmp_path / "%j", "--device", "cpu", "--check")
     folder = tmp_path / re.search(r"job (\d+)", text)[1]
-    text = wait("four ranks", lambda: (t := output(folder)).count("200 images") == 4 and t)
+    text = wait("four ranks", lambda: (t := "".join(map(output, folder.glob("check-*")))).count("200 images") == 4 and t)
     assert [p.name for p in tmp_path.glob("[!.]*")] == [folder.name], "%j is the job's number"
     assert "is shared by all 4 ranks" in text and re.search(r"all-reduce over 4 ranks: .* GB/s", text)
     assert {"node1", "node2"} == set(re.findall(r"^rank \d: (\w+), cpu", text, re.M)) or not shutil.which("sinfo")

@@ -46,8 +46,9 @@ class Parser(argparse.ArgumentParser):
         if not re.match(r"--[A-Za-z]", arg):
             return arg
         name, eq, value = arg.partition("=")
-        known = name if name in self._option_string_actions else name.replace("-", "_").replace("__", "--", 1)
-        return known + eq + value
+        words = name[2:].replace("-", "_")
+        spellings = (name, f"--{words}", f"--no-{words.removeprefix('no_')}")  # the last of argparse.BooleanOptionalAction
+        return next((s for s in spellings if s in self._option_string_actions), name) + eq + value
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         out, unknown = self.parse_known_args(args, namespace)

@@ -13,7 +13,7 @@ import torch
 from util import dist
 from util.fsdp import cut_like
 from util.pos_embed import resize_pos_embed, sincos_2d
-from util.weights import SO_VIT, check_kind, encoder_weights, kind_of, load, numbers, square_grid
+from util.weights import SO_VIT, check_kind, encoder_weights, evaluated_weights, kind_of, load, numbers, square_grid
 
 LAST = "checkpoint-last.pth"
 
@@ -152,11 +152,8 @@ def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
 def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
     """Load a fine-tuned classifier, its moving average where there is one; label heads stay behind if not asked for."""
     check_kind(state, path, "classifier")
-    weights = state["model"]
-    if "ema" in state:
-        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
     own = model.state_dict()
-    weights = {k: v for k, v in weights.items() if k in own or not k.startswith("pos_head.")}
+    weights = {k: v for k, v in evaluated_weights(state).items() if k in own or not k.startswith("pos_head.")}
     load_strict(model, state | {"model": weights}, path)
 
 

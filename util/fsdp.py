@@ -76,9 +76,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     params = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
     state = {i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
              for i, values in saved["state"].items()}
-    optimizer.load_state_dict(saved | {"state": state})
-    for group, flags in zip(optimizer.param_groups, now):
-        group.update(flags)
+    # Now's flags before loading, which follows `fused` to where it keeps `step`: MAE's files were not made by fused AdamW.
+    groups = [before | flags for before, flags in zip(saved["param_groups"], now)]
+    optimizer.load_state_dict(saved | {"state": state, "param_groups": groups})
 
 
 @contextlib.contextmanager

@@ -53,12 +53,7 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
 
 def launch(main: str, argv: list[str] | None = None) -> int:
     """What submitit_*.py do: parse the cluster's flags and the main's, submit -> exit code."""
-    argv = Parser(add_help=False).with_recipes(sys.argv[1:] if argv is None else argv)
-    if "--then" in argv and "--status" not in argv:
-        first = argv.index("--then")
-        argv, chain = argv[:first], argv[first:]
-    else:
-        chain = []
+    argv, chain = with_chain(sys.argv[1:] if argv is None else argv)
     module = importlib.import_module(main)
     everything = Parser(parents=[module.get_args_parser()], conflict_handler="resolve",
                         description=f"{main}.py on a cluster, through submitit")
@@ -70,13 +65,36 @@ def launch(main: str, argv: list[str] | None = None) -> int:
     return run(lambda opts: submit(main, opts, rest, chain), opts)
 
 
+def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line with its recipes as (flags of the cluster and of the main, --then and all that belongs to it).
+
+    A recipe that ends in --then keeps that to itself: flags that the command line gives behind the recipe are the main's.
+    """
+    parser = Parser(add_help=False)
+    if "--status" in argv:  # which the rest of the command that submitted the runs does not change
+        return argv[argv.index("--status"):][:2], []
+    words, chain = [], []
+    for i, word in enumerate(argv):
+        if word.startswith("--then="):
+            parser.error(f"{word}: --then takes words, --then {word.partition('=')[2]} ...")
+        if word == "--then":
+            return words, chain + parser.with_recipes(argv[i:])
+        expanded = parser.with_recipes([word])
+        first = expanded.index("--then") if "--then" in expanded else len(expanded)
+        words += expanded[:first]
+        chain += expanded[first:]
+    return words, chain
+
+
 def submit(main: str, opts, rest: list[str], chain: list[str]) -> int:
     if opts.status:
         print(status(Path(opts.status)))
         return 0
-    if opts.check:
-        main, rest, opts.sweep = "util.slurm", check_flags(main, rest), []
-    job_dir = os.path.abspath(opts.job_dir.replace("%t", time.strftime("%Y%m%d-%H%M%S")))
+    now = time.strftime("%Y%m%d-%H%M%S")
+    job_dir = os.path.abspath(opts.job_dir.replace("%t", now))
+    if opts.check:  # a job of its own: it is no run of this folder, and is made again whenever it is asked for
+        main, rest, chain, opts.sweep, opts.only = "util.slurm", check_flags(main, rest), [], [], []
+        job_dir = os.path.join(job_dir, f"check-{now}")
     points = plan(main, rest, opts.sweep, chain, job_dir)
     if opts.only:
         unknown = set(opts.only) - {p.name for p in points}

@@ -249,11 +249,10 @@ def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: i
     if not dist.is_main() or not output_dir or not hasattr(sampler, "global_batch"):
         return
     first = (error.step - epoch * updates) * accum_iter
-    last = min(first + accum_iter, getattr(sampler, "batches_per_epoch", first))
     replay = {
         "step": error.step, "epoch": epoch, "seed": seed, "world_size": dist.world_size(),
         "values": {k: str(v) for k, v in error.values.items()},
-        "micro_batches": [[int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, last)],
+        "micro_batches": [[int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, first + accum_iter)],
         "how": "the same command resumes from checkpoint-last.pth and reaches the same step with the same data, "
                "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
     }

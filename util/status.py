@@ -1,4 +1,5 @@
 """What has become of submitted runs: their notes, their logs, and what SLURM says."""
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,10 +16,12 @@ def job_ids(job_dir: Path) -> dict[str, list[str]]:
 
 
 def last_line(folder: Path) -> dict:
-    """The last epoch's line of log.txt, {} before there is one."""
+    """The last epoch's line of log.txt, {} before there is one. A line that is being written, or was cut off, is none."""
     path = folder / "log.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(line)
+    return {}
 
 
 def queue(ids: list[str]) -> dict[str, str]:

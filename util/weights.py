@@ -46,7 +46,9 @@ def load(path: str) -> dict:
         raise ValueError(f"{path} is empty: the run that wrote it was cut off; use another checkpoint")
     if path.endswith(".safetensors"):
         return _load_safetensors(path)
-    allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path]
+    # Python 3.13 moved pathlib's classes; files name them as the Python that wrote them did.
+    paths = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)
+    allowed = [argparse.Namespace, *((c, f"{home}.{c.__name__}") for c in paths for home in ("pathlib", "pathlib._local"))]
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,10 +132,17 @@ def kind_of(state: dict) -> str:
     return "dino" if any(k.startswith("backbone.") for k in keys) else "unknown"
 
 
+def evaluated_weights(state: dict) -> dict:
+    """The weights that a checkpoint is evaluated with: their moving average where the run kept one."""
+    if "ema" not in state:
+        return state["model"]
+    return {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+
+
 def encoder_weights(state: dict) -> dict:
     """The weights of a pretrained encoder in a checkpoint: of self-distillation the teacher's, which is what its authors
     evaluate; pixel decoder, prototypes, relation heads and mask token stay behind."""
-    weights = state["teacher"] if kind_of(state) == "self-distillation" and "teacher" in state else state["model"]
+    weights = state["teacher"] if kind_of(state) == "self-distillation" and "teacher" in state else evaluated_weights(state)
     return {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "ibot_head.", "sr_"))}
 
 
