@@ -179,13 +179,15 @@ def build_data(args, size, mean, device):
     return train_loader(train, seed=args.seed, **loading), val_loader
 
 
-def resolve_labels(args, saved: dict | None) -> str:
-    """--pos_label auto: the checkpoint's own when fine-tuning or going on, none from scratch and for evaluation."""
-    if args.pos_label != "auto":
-        return args.pos_label
-    if args.eval or saved is None:
-        return "none"
-    return (saved.get("args") or {}).get("pos_label", "none")
+def resolve_labels(args, saved: dict | None) -> dict[str, str]:
+    """--pos_label auto: the checkpoint's own when fine-tuning or going on, none from scratch and for evaluation.
+
+    --pos_tokens, if not given, are the checkpoint's as well: its label head has learned from these.
+    """
+    before = (saved or {}).get("args") or {}
+    label = "none" if args.eval else before.get("pos_label", "none")
+    return {"pos_label": label if args.pos_label == "auto" else args.pos_label,
+            "pos_tokens": args.pos_tokens or before.get("pos_tokens") or "half"}
 
 
 def resolve_classes(args, saved: dict | None, start: str, data: ImageIndex) -> list[str]:
@@ -202,15 +204,15 @@ def resolve_classes(args, saved: dict | None, start: str, data: ImageIndex) -> l
     return classes
 
 
-def build_model(args, size, num_classes: int, pos_label: str, head: dict, saved: dict | None):
+def build_model(args, size, num_classes: int, labels: dict, head: dict, saved: dict | None, pretrained: dict | None):
     before = (saved or {}).get("args") or {}
     options = head_options(args.model, head) | dict(
         img_size=size, in_chans=args.in_chans, num_classes=num_classes, drop_path=args.drop_path, pos_embed=args.pos_embed,
-        pos_label=pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
+        rpl_pairs=args.rpl_pairs, **labels,
         # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
         head_init_std=2e-5 if args.finetune else 0.02,
     )
-    if args.finetune and head["patch_embed"] == "conv":
+    if pretrained is not None and head["patch_embed"] == "conv" and "patch_embed.stem.0.weight" not in pretrained["model"]:
         raise ValueError(f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
                          "embedded one by one, most of them masked, and a token of this embedding sees 33x33 pixels, masked "
                          "ones among them. Leave --finetune out, or take --patch_embed linear")
@@ -233,8 +235,8 @@ def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
 
 
 def new_parameters(pretrained: dict | None) -> set[str]:
-    """What a pretrained encoder does not bring: its positional embedding, where it had none."""
-    return {"pos_embed"} if pretrained is not None and "pos_embed" not in checkpoint.encoder_weights(pretrained) else set()
+    """What a pretrained encoder does not bring: a positional embedding, where it had none, and DeiT's second token."""
+    return {"pos_embed", "dist_token"} - checkpoint.encoder_weights(pretrained).keys() if pretrained is not None else set()
 
 
 def build_optimizer(args, model, saved: dict | None, batch: int) -> torch.optim.Optimizer:
@@ -267,11 +269,12 @@ def main(args) -> int:
     # Model
     classes = resolve_classes(args, saved, start, val_loader.dataset.index)
     num_classes = len(classes)
-    pos_label = plain["pos_label"] = resolve_labels(args, saved or pretrained)
+    labels = resolve_labels(args, saved or pretrained)
+    pos_label = labels["pos_label"]
     head = resolve_head(vars(args), args.model, saved, start)
-    plain |= head
+    plain |= labels | head
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, size, num_classes, pos_label, head, saved).to(device)
+    model = build_model(args, size, num_classes, labels, head, saved, pretrained).to(device)
     if args.eval:
         checkpoint.load_for_evaluation(model, saved, args.resume)
         dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else "")
@@ -292,8 +295,8 @@ def main(args) -> int:
 
     # Loss
     augment, mixed = make_augment(args, num_classes, device)
-    teacher = build_teacher(args.distill, args.distill_checkpoint, num_classes=num_classes, img_size=size,
-                            in_chans=args.in_chans, mean=mean, std=std).to(device) if args.distill else None
+    teacher = build_teacher(args.distill, args.distill_checkpoint, classes=classes, img_size=size, in_chans=args.in_chans,
+                            mean=mean, std=std).to(device) if args.distill else None
     loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
 
     # Optimizer and what is kept

@@ -64,7 +64,7 @@ from torch import nn
 
 import engine
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
-from models import build_classifier
+from models import build_classifier, trained_options
 from util import checkpoint, dist, evaluation
 from util.accuracy import classification
 from util.amp import resolve_amp
@@ -144,14 +144,17 @@ def evaluate(probe: nn.Module, features, names: list[str], kind: str, loader, wh
 
 def load_backbone(args, state: dict, size, device):
     """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
-    embed = args.pos_embed
-    if embed == "auto":  # what the encoder learned with is what it is probed with
-        embed = "learned" if "pos_embed" in state["model"] else "none"
-    options = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
-    # Pooling by class token keeps the encoder's final norm, for the patch tokens too.
-    pool = "avg" if args.model.startswith(("swin", "timm/")) else "cls"
-    model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, pool=pool, pos_embed=embed,
-                             **options)
+    if args.model.startswith(("swin", "timm/")):
+        options = trained_options(state.get("args") or {})  # how they embed positions, and what they pool, is their own
+    else:
+        # What the encoder learned with is what it is probed with. Pooling by class token keeps its final norm, for the
+        # patch tokens too.
+        options = {"pos_embed": "learned" if "pos_embed" in state["model"] else "none", "pool": "cls"}
+    if args.pos_embed != "auto":
+        options["pos_embed"] = args.pos_embed
+    if args.patch_size:
+        options["patch_size"] = pair(args.patch_size, "--patch_size")
+    model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, **options)
     note = checkpoint.init_encoder(model, state, args.finetune, "zero")
     dist.say(note)
     return model.to(device).eval().requires_grad_(False)

@@ -8,7 +8,7 @@ import models_mae_pl
 import models_so_vit
 import models_swin
 import models_vit
-from util.args import head_options, resolve_head
+from util.args import head_options, pair, resolve_head
 from util.checkpoint import describe_mismatch, load, load_for_evaluation
 from util.image_index import some_names
 from util.weights import Architecture, architecture, evaluated_weights
@@ -98,39 +98,61 @@ def known_classes(state: dict, path: str, data: list[str], given: list[str] | No
     return known or data
 
 
-def build_teacher(name: str, file: str, *, num_classes: int, img_size: tuple[int, int], in_chans: int,
+def trained_options(flags: dict) -> dict:
+    """Keywords of a classifier's builder that a checkpoint's stored flags name and its weights depend on."""
+    options = {k: flags[k] for k in ("pos_embed", "pool") if flags.get(k) is not None}
+    if flags.get("patch_size"):
+        options["patch_size"] = pair(flags["patch_size"], "patch_size")
+    if flags.get("swin_merge_last"):
+        options["merge_last"] = True
+    return options
+
+
+def build_teacher(name: str, file: str, *, classes: list[str], img_size: tuple[int, int], in_chans: int,
                   mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """A frozen classifier for distillation: a model of ours in `file`, or timm's pretrained one where `file` is ''."""
+    """A frozen classifier for distillation: a model of ours in `file`, or timm's pretrained one where `file` is ''.
+
+    It takes images that were normalised with the student's `mean` and `std`, whatever its own are. Raises ValueError where
+    its classes are not the data's, in their order.
+    """
     if file:
         saved = load(file)
-        options = head_options(name, resolve_head({}, name, saved, file))
-        teacher = build_classifier(name, img_size=img_size, in_chans=in_chans, num_classes=num_classes, **options)
+        flags = saved.get("args") or {}
+        if saved.get("classes", classes) != classes:
+            raise ValueError(f"--distill_checkpoint {file} knows the classes {some_names(saved['classes'])}, the data have "
+                             f"{some_names(classes)}: fine-tune a teacher on them")
+        options = head_options(name, resolve_head({}, name, saved, file)) | trained_options(flags)
+        teacher = build_classifier(name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options)
         load_for_evaluation(teacher, saved, file)
+        own = flags.get("mean") or mean, flags.get("std") or std
     else:
-        teacher = PretrainedTeacher(name, num_classes, mean, std)
-    return teacher.eval().requires_grad_(False)
+        teacher = pretrained_teacher(name, len(classes))
+        own = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
+    return Renormalized(teacher, (mean, std), own).eval().requires_grad_(False)
 
 
-class PretrainedTeacher(nn.Module):
-    """A timm model with its published weights, for images that were normalised with our mean and std -> logits.
+def pretrained_teacher(name: str, num_classes: int) -> nn.Module:
+    """A timm model with its published weights; ValueError where there are none, or its classes are not as many."""
+    import timm
 
-    Raises ValueError where its classes are not as many as the data's; the weights come from timm's hub.
-    """
+    try:
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=True)
+    except Exception as e:  # an unknown name, no weights, no network: many types, one remedy
+        raise ValueError(f"--distill {name}: timm cannot give its pretrained weights ({e}); train a teacher with "
+                         "main_finetune.py and give it with --distill_checkpoint") from e
+    if model.num_classes != num_classes:
+        raise ValueError(f"--distill {name} knows {model.num_classes} classes, the data have {num_classes}: "
+                         "fine-tune a teacher on them and give it with --distill_checkpoint")
+    return model
 
-    def __init__(self, name: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]):
+
+class Renormalized(nn.Module):
+    """A model for images that were normalised with another (mean, std) than its own."""
+
+    def __init__(self, model: nn.Module, given: tuple, own: tuple):
         super().__init__()
-        import timm
-
-        try:
-            self.model = timm.create_model(name.removeprefix("timm/"), pretrained=True)
-        except Exception as e:  # an unknown name, no weights, no network: many types, one remedy
-            raise ValueError(f"--distill {name}: timm cannot give its pretrained weights ({e}); train a teacher with "
-                             "main_finetune.py and give it with --distill_checkpoint") from e
-        if self.model.num_classes != num_classes:
-            raise ValueError(f"--distill {name} knows {self.model.num_classes} classes, the data have {num_classes}: "
-                             "fine-tune a teacher on them and give it with --distill_checkpoint")
-        own_mean, own_std = (torch.tensor(self.model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
-        mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+        self.model = model
+        (mean, std), (own_mean, own_std) = ([torch.tensor(x)[:, None, None] for x in stats] for stats in (given, own))
         self.register_buffer("scale", std / own_std)  # (C, 1, 1)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 

@@ -205,7 +205,8 @@ def _create(name: str, required: dict, optional: dict) -> nn.Module:
             if unknown[1] in required:
                 flag = _FLAGS.get(unknown[1], unknown[1])
                 given = required[unknown[1]]
-                raise ValueError(f"timm/{name} takes no {flag}, found {given!r}: leave it out") from None
+                remedy = "give 0" if flag == "--drop_path" else "leave it out"
+                raise ValueError(f"timm/{name} takes no {flag}, found {given!r}: {remedy}") from None
             del optional[unknown[1]]
         except (AssertionError, ValueError) as e:  # sizes that the architecture cannot take
             raise ValueError(f"timm/{name} cannot be built with {required | optional}: {e or type(e).__name__}") from e

@@ -137,6 +137,7 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     return loss, right, d_pre.sum(2, dtype=acc), d_pre.sum(1, dtype=acc), dw, db
 
 
+@torch.compiler.disable  # its loop over chunks would be unrolled into the graph: thousands of nodes, minutes of compiling
 def pair_loss(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, grid, query_ids: Tensor, key_ids: Tensor):
     """Mean cross-entropy of gelu(q_i + k_j) W^T + b against the offset labels of all pairs (Eq. 9), and accuracy.
 

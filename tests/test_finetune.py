@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models import adapt_input_conv
 
 import main_finetune
 import main_linprobe
 import main_pretrain
-import tiny  # noqa: F401 (registers mae_test and vit_test)
+import tiny  # registers mae_test and vit_test
 from layers.probe import Probe, pooled
-from models import build_classifier, freeze_all_but
+from models import build_classifier, build_teacher, freeze_all_but
 from models_mae_pl import MODELS, MaskedAutoencoderViT
+from models_vit import DistilledVisionTransformer
 from util import checkpoint, supervised
 from util.accuracy import classification
 from util.args import parse, run
@@ -185,6 +187,59 @@ def test_another_grid_is_interpolated_by_size():
         assert torch.allclose(vit.pos_embed[0, 1:, c].reshape(5, 7), one, atol=1e-6)
 
 
+@pytest.mark.parametrize("old, new", [(3, 1), (3, 3), (3, 5), (1, 3), (1, 4), (4, 1), (4, 3), (2, 7)])
+def test_other_channels_answer_the_same_to_grey_images(old, new):
+    weight = torch.randn(2, old, 4, 4)
+    adapted = checkpoint.adapt_channels(weight, new)
+    assert adapted.shape == (2, new, 4, 4)
+    if old == 3:
+        assert torch.allclose(adapted, adapt_input_conv(new, weight)), "timm's"
+    elif new == 1 or new % old == 0:
+        grey = torch.randn(1, 1, 4, 4)
+        assert torch.allclose(F.conv2d(grey.expand(-1, new, -1, -1), adapted), F.conv2d(grey.expand(-1, old, -1, -1), weight),
+                              atol=1e-5)
+
+
+def test_a_label_head_goes_on_whole_or_starts_anew():
+    """Hidden layers behind one that does not fit have learned from other features; a classifier may be of another grid."""
+    mae = MODELS["mae_test"](img_size=(32, 32), pos_label="apl+rpl", pos_tokens="full")
+    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    for tokens, size, kept in (("half", 32, ()), ("full", 48, ("fc1.", "fc2.")), ("full", 32, ("fc1.", "fc2.", "classifier."))):
+        vit = build_classifier("vit_test", img_size=(size, size), num_classes=5, pos_label="apl+rpl", pos_tokens=tokens)
+        before = {k: v.clone() for k, v in vit.state_dict().items()}
+        checkpoint.init_encoder(vit, state, "x.pth", "zero")
+        for k, v in vit.state_dict().items():
+            if k.startswith("pos_head."):
+                expected = state["model"] if k.split(".", 2)[2].startswith(kept) else before
+                assert torch.equal(v, expected[k]), k
+
+
+def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
+    code, text = call(main_pretrain, capsys, "--model", "mae_test", "--pos_label", "rpl", "--pos_tokens", "full",
+                      "--mask_ratio", 0.5, "--output_dir", tmp_path / "pt")
+    assert code == 0, text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", tmp_path / "pt" / "checkpoint-last.pth",
+                      "--output_dir", tmp_path / "ft")
+    assert code == 0 and "pos_head" not in re.search(r"; new: (.*)", text)[1], text
+    assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth"))["args"]["pos_tokens"] == "full"
+
+
+@pytest.mark.parametrize("pos_embed", ["none", "sincos"])
+def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
+    mae = MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed)
+    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    deit = DistilledVisionTransformer(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
+    checkpoint.init_encoder(deit, state, "x.pth", "zero")
+    if pos_embed == "sincos":
+        own, theirs = deit.pos_embed[0], mae.pos_embed[0]
+        assert torch.equal(own[0], theirs[0]) and torch.equal(own[2:], theirs[1:]) and not own[1].any()
+    new = {"dist_token"} | ({"pos_embed"} if pos_embed == "none" else set())
+    assert main_finetune.new_parameters(state) >= new
+    freeze_all_but(deit, 0, main_finetune.new_parameters(state))
+    learning = {n for n, p in deit.named_parameters() if p.requires_grad}
+    assert new <= learning and "cls_token" not in learning and ("pos_embed" in learning) == ("pos_embed" in new)
+
+
 def test_channels_are_adapted_as_timm_does():
     _, state = make_pretrained()
     vit = build_classifier("vit_test", img_size=(32, 32), in_chans=1, num_classes=5)
@@ -290,7 +345,6 @@ def test_distillation_learns_the_teachers_answer():
 def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
     import timm
 
-    from models import PretrainedTeacher
 
     class Fake(torch.nn.Module):
         num_classes, pretrained_cfg = 5, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
@@ -302,12 +356,13 @@ def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: Fake())
     pixels, mean, std = torch.rand(2, 3, 4, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     shape = (3, 1, 1)
-    teacher = PretrainedTeacher("timm/x", 5, mean, std)
+    options = dict(img_size=(4, 4), in_chans=3, mean=mean, std=std)
+    teacher = build_teacher("timm/x", "", classes=list("abcde"), **options)
     out = teacher((pixels - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape))
     expected = (pixels - torch.tensor((0.5, 0.4, 0.3)).reshape(shape)) / torch.tensor((0.2, 0.25, 0.5)).reshape(shape)
     assert torch.allclose(out, expected, atol=1e-5)
     with pytest.raises(ValueError, match="knows 5 classes, the data have 7"):
-        PretrainedTeacher("timm/x", 7, mean, std)
+        build_teacher("timm/x", "", classes=list("abcdefg"), **options)
 
 
 def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
@@ -319,6 +374,25 @@ def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
     code, text = call(main_finetune, capsys, "--model", "deit_tiny_distilled_patch16", *flags, "--pos_label", "apl",
                       "--output_dir", tmp_path / "b")
     assert code == 0 and "distill:" in text and "position:" in text, text
+
+
+def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
+    """Its own classes, pooling, embedding and normalisation, none of which the student's flags say."""
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--cls_token", "--pos_embed", "none", "--mean", 0.5, 0.4,
+                      0.3, "--std", 0.2, 0.3, 0.4, "--output_dir", tmp_path)
+    assert code == 0, text
+    file = tmp_path / "checkpoint-last.pth"
+    saved = checkpoint.load(str(file))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    options = dict(img_size=(32, 32), in_chans=3, mean=mean, std=std)
+    teacher = build_teacher("vit_test", str(file), classes=saved["classes"], **options)
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=10, pool="cls", pos_embed="none").eval()
+    model.load_state_dict(saved["model"])
+    pixels = torch.rand(2, 3, 32, 32)
+    by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
+    assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
+    with pytest.raises(ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"):
+        build_teacher("vit_test", str(file), classes=saved["classes"][::-1], **options)
 
 
 def test_layer_decay_groups_equal_timms():
@@ -481,6 +555,15 @@ def test_equal_logits_are_no_right_answers_for_every_class():
     broken = torch.eye(8)
     broken[:, 0] = float("nan")
     assert classification(broken, torch.arange(8))[1]["acc1"].item() == 0
+
+
+@pytest.mark.parametrize("name", ["swin_pico", "timm/vit_tiny_patch16_224", "timm/resnet10t"])
+def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(name):
+    model = build_classifier(name, img_size=(64, 64), num_classes=5).eval()
+    state = {"model": model.state_dict(), "args": {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None}}
+    args = parse(main_linprobe.get_args_parser(), ["--model", name, "--finetune", "x.pth"])
+    backbone, images = main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")), torch.randn(2, 3, 64, 64)
+    assert torch.equal(backbone.forward_features(images), model.forward_features(images))
 
 
 def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):

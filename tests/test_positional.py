@@ -275,3 +275,18 @@ def test_bad_arguments_name_the_flag():
         PositionalHead(16, (2, 2), "apl", "third")
     with pytest.raises(ValueError, match="do not belong together"):
         PositionalHead(16, (2, 2), "apl")(torch.randn(1, 3, 16), torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_compiling_does_not_unroll_the_sweep(batch):
+    """4 images are 64 chunks; unrolled, the batch of a GPU would be thousands of nodes and minutes of compiling."""
+    head, nodes = PositionalHead(16, (14, 14), "rpl"), []
+
+    def count(graph, inputs):
+        nodes.append(sum(len(part.graph.nodes) for part in graph.modules() if isinstance(part, torch.fx.GraphModule)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(batch, 196, 16)
+    assert torch.allclose(torch.compile(head, backend=count)(x)["position"], head(x)["position"])
+    assert 0 < sum(nodes) < 60, nodes

@@ -450,6 +450,18 @@ def test_conv_embedding_and_masking_do_not_meet(tmp_path, capsys):
         assert code == 2 and "--patch_embed conv cannot start from" in text and "sees 33x33 pixels, masked ones" in text, text
 
 
+def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch):
+    import models
+
+    monkeypatch.setitem(models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs))
+    flags = ["--model", "so_vit_7", "--epochs", 1]
+    code, text = call(main_finetune, capsys, *flags, "--output_dir", tmp_path / "a")
+    assert code == 0, text
+    code, text = call(main_finetune, capsys, *flags, "--finetune", tmp_path / "a" / "checkpoint-last.pth",
+                      "--output_dir", tmp_path / "b")
+    assert code == 0 and "of a classifier, whose head is left behind" in text, text
+
+
 def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatch):
     import models
 
@@ -467,8 +479,8 @@ def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatc
 def test_a_teacher_with_a_second_order_head(tmp_path, capsys):
     code, text = call(main_finetune, capsys, "--model", "vit_test", *SECOND_ORDER, "--output_dir", tmp_path)
     assert code == 0, text
-    teacher = build_teacher("vit_test", str(tmp_path / "checkpoint-last.pth"), num_classes=10, img_size=(32, 32), in_chans=3,
-                            mean=(0,) * 3, std=(1,) * 3)
+    teacher = build_teacher("vit_test", str(tmp_path / "checkpoint-last.pth"), classes=stored(tmp_path)["classes"],
+                            img_size=(32, 32), in_chans=3, mean=(0.0,) * 3, std=(1.0,) * 3).model
     assert torch.equal(teacher.head.pool.start, stored(tmp_path)["model"]["head.pool.start"]) and teacher.head.pool.heads == 2
 
 

@@ -117,7 +117,8 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
     else:
         g.add_argument("--pos_label", default=pos_label, choices=labels, help="label loss")
     g.add_argument("--pos_weight", default=0.5, type=float, help="weight of the label loss (the paper's lambda)")
-    g.add_argument("--pos_tokens", default="half", choices=["half", "full"], help="channels that the label head reads")
+    g.add_argument("--pos_tokens", default=None if pos_label == "auto" else "half", choices=["half", "full"],
+                   help="channels that the label head reads" + "; the checkpoint's own, else half" * (pos_label == "auto"))
     g.add_argument("--rpl_pairs", default=0, type=int, metavar="N", help="RPL partners per query and step; 0 = all pairs")
 
 

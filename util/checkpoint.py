@@ -91,8 +91,12 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
         check_kind(state, path, "encoder")
     if "pos_embed" in own:
         if "pos_embed" in found:
-            grid = _grid_of(state, found["pos_embed"].shape[1] - 1)
-            found["pos_embed"] = resize_pos_embed(found["pos_embed"], grid, model.grid)
+            prefix = 1 + ("dist_token" in found)
+            grid = _grid_of(state, found["pos_embed"].shape[1] - prefix)
+            table = resize_pos_embed(found["pos_embed"], grid, model.grid)
+            # DeiT's second token is new, and so is its place, which patches come after.
+            more = table.new_zeros(1, max(0, own["pos_embed"].shape[1] - table.shape[1]), table.shape[2])
+            found["pos_embed"] = torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1)
             notes.append("positional embedding from the checkpoint"
                          + (f", resized from {grid} to {model.grid}" if grid != model.grid else ""))
         elif not model.pos_embed.requires_grad:  # nothing could learn it from another start
@@ -101,14 +105,14 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
         else:
             found["pos_embed"] = new_pos_embed(model.pos_embed, model.grid, pos_embed_init)
             notes.append(f"the checkpoint has no positional embedding: a new one, {pos_embed_init}")
-    weight = found.get("patch_embed.proj.weight")
+    first = next((k for k in ("patch_embed.stem.0.weight", "patch_embed.proj.weight") if k in found), "")
+    weight = found.get(first)
     if weight is not None and weight.shape[1] != model.in_chans:
-        from timm.models import adapt_input_conv
-
-        found["patch_embed.proj.weight"] = adapt_input_conv(model.in_chans, weight)
+        found[first] = adapt_channels(weight, model.in_chans)
         notes.append(f"patch embedding adapted from {weight.shape[1]} to {model.in_chans} channels")
     heads = {k for k in own if k.startswith(("head", "fc_norm.", "pos_head.", "dist_token"))}
-    found = {k: v for k, v in found.items() if k not in heads or v.shape == own[k].shape}
+    anew = misfits(own, found, heads)
+    found = {k: v for k, v in found.items() if k not in anew}
     if "fc_norm.weight" in own and any(k.startswith("pos_head.") for k in found.keys() & own.keys()):
         # MAE starts a new norm after the mean; a label head that goes on needs the norm that it has learned with.
         found |= {f"fc_{k}": v for k, v in found.items() if k.startswith("norm.")}
@@ -124,6 +128,27 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
     return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
 
 
+def misfits(own: dict, found: dict, heads: set[str]) -> set[str]:
+    """Of the parameters `heads` those that start anew: not in the file, or of another shape there.
+
+    Where a hidden layer of a label head does, all of that head does: its other layers have learned behind it.
+    """
+    anew = {k for k in heads if k not in found or found[k].shape != own[k].shape}
+    labels = tuple(k.partition("fc")[0] for k in anew if k.startswith("pos_head.") and ".fc" in k)
+    return anew | {k for k in heads if k.startswith(labels)}
+
+
+def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """A patch embedding (C, c, ph, pw) for another number of channels, which answers the same to grey images.
+
+    timm's rule for 3 channels, for any number: for one channel the sum, for more the old ones in turn, scaled.
+    """
+    old = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(channels) % old] * (old / channels)
+
+
 def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
     """Load a whole pretraining checkpoint into a model with other labels, embedding or image size; one line on what is new.
 
@@ -132,7 +157,7 @@ def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
     """
     own, found = model.state_dict(), dict(state["model"])
     heads = tuple(k for k in (*own, *found) if k.startswith(("pos_head.", "sr_")))
-    kept = {k for k in heads if k in own and (k not in found or found[k].shape != own[k].shape)}
+    kept = misfits(own, found, {k for k in heads if k in own})
     kept |= {name for name, p in model.named_parameters() if name.endswith("pos_embed") and not p.requires_grad}
     notes = []
     if "pos_embed" in own and "pos_embed" not in kept:
