@@ -50,11 +50,17 @@ def run_experiment(name: str, data: str, runs: str, max_parallel: int, known: se
 
 
 def collect_experiment(name: str, runs: str, results: str) -> None:
-    """results/NAME.json, and the logs of its runs in results/NAME; runs of the same flags that it has already are kept."""
+    """results/NAME.json, and the logs of its runs in results/NAME; runs of the same flags that it has already are kept.
+
+    ValueError where it has runs of other flags: these would be lost, or stand beside others in one table.
+    """
     folder, path = os.path.join(runs, name), os.path.join(results, f"{name}.json")
     found = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
     before = load(results).get(name)
-    if before and before["flags"] == found["flags"] and but_seeds(before["recipe"]) == but_seeds(found["recipe"]):
+    if before and (before["flags"] != found["flags"] or but_seeds(before["recipe"]) != but_seeds(found["recipe"])):
+        raise ValueError(f"{path} holds {len(before['runs'])} runs of other flags ({before['flags']}) than those in {folder}: "
+                         f"keep both by `collect {name} --results ELSEWHERE`, or delete it and {path.removesuffix('.json')}")
+    if before:
         found = merged(before, found)
     os.makedirs(results, exist_ok=True)
     write_json(path, found)
@@ -163,6 +169,8 @@ def main(args, more: list[str]) -> int:
         return 0  # nothing to collect, or not yet
     if args.command in ("run", "collect"):
         for name in args.names:
+            if args.missing and not os.path.isdir(os.path.join(args.runs, name)):
+                continue  # nothing of it was missing
             collect_experiment(name, args.runs, args.results)
         return 0
     found = load(args.results)

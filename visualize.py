@@ -8,11 +8,14 @@
     python visualize.py sweep DIR OUT.png            # a metric against the flag that was swept, and OUT.md, its table
     python visualize.py report DIR [OUT.html]        # all of a run or a sweep in one page that needs no other file
 
-FILE is a checkpoint of this toolkit's or MAE's; the images are --data_path's, the embedded demo's if not given.
+FILE holds a masked autoencoder, a ViT or a DeiT, of this toolkit's or MAE's; the images are --data_path's, the embedded
+demo's if not given.
 """
 import argparse
 import os
 import sys
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 from util.args import Parser, channel_stats, run
@@ -96,9 +99,8 @@ def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
     except ValueError:
         dataset = build_dataset(data_path, "train", transform, **options)
     samples = [s for s in some_samples(dataset, max(first, n)) if not s["bad"]]
-    front = samples[:: max(1, len(samples) // first)][:first]
-    shown = {s["index"] for s in front}
-    samples = front + [s for s in samples if s["index"] not in shown]
+    front = range(0, len(samples), max(1, len(samples) // first))[:first]  # places, as a stream's samples have no index
+    samples = [samples[i] for i in front] + [s for i, s in enumerate(samples) if i not in front]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
     ends = [first, *range(first + BATCH, len(samples) + BATCH, BATCH)]
@@ -248,9 +250,19 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
 
 
 def read_runs(folders: list[str]) -> list[runs.RunRecord]:
-    """Of each folder the run, or, where it is a sweep, all of its runs, the seeds of a setting as one point."""
-    return [record for folder in folders
-            for record in (runs.read_sweep(folder)[0] if runs.is_sweep(folder) else [runs.read_run(folder)])]
+    """Of each folder the run, or, where it is a sweep, all of its runs, the seeds of a setting as one point.
+
+    Where two folders have a point of the same name, what tells their paths apart comes before it.
+    """
+    found = [runs.read_sweep(f)[0] if runs.is_sweep(f) else [runs.read_run(f)] for f in folders]
+    paths = [os.path.abspath(f) for f in folders]
+    times = Counter(point for records in found for point in {r.point for r in records})
+    out = []
+    for path, records in zip(paths, found):
+        own = os.path.relpath(path, os.path.commonpath(paths))
+        names = {r.point: own if r.point == os.path.basename(path) else f"{own}: {r.point}" for r in records}
+        out += [r if times[r.point] == 1 else replace(r, point=names[r.point]) for r in records]
+    return out
 
 
 def main(args) -> int:

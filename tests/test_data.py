@@ -11,6 +11,7 @@ import tarfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from torchvision import transforms as tv
 from torchvision.transforms import v2
 
 from util import datasets, dist, evaluation, image_index, listing, transforms
+from util.args import run
 from util.datasets import ImageDataset, build_dataset
 from util.image_index import build_index, check_same_classes
 from util.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
+from util.log import BadImages, write_predictions
 from util.samplers import EpochSampler, EvalSampler, sample_seed
 from util.transforms import (
     _is_plain_jpeg,
@@ -700,5 +703,41 @@ def test_command_line(tmp_path, capsys):
     write(tmp_path / "bad", ORDER, broken=["b/2.jpg"])
     assert datasets.main(["check", str(tmp_path / "bad"), "--num_workers", "0"]) == 1
     assert "unreadable: b/2.jpg\n1 of 8 images" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        datasets.main(["check", str(tmp_path / "nowhere")])
+    for argv, said in ((["check", str(tmp_path / "nowhere")], "no such file or folder"),
+                       (["stats", "hfds/x"], "timm's readers"),
+                       (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
+                       (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths")):
+        assert datasets.main(argv) == 2 and said in capsys.readouterr().err
+    assert datasets.main(["stats", str(tmp_path / "good"), "--images", "0"]) == 0
+
+
+def test_names_that_are_no_text(tmp_path, capfd):
+    """Latin-1 from old archives: such a file can be read, listed, predicted and named where it is broken."""
+    write(tmp_path / "a", ORDER)
+    folder = os.fsencode(tmp_path / "a") + b"/b"
+    os.rename(folder + b"/2.jpg", folder + b"/caf\xe9.jpg")
+    index = build_index(tmp_path / "a", labels=False)
+    i = next(i for i in range(len(index)) if "\udce9" in index.name(i))
+    bad = BadImages(ImageDataset(index, None), str(tmp_path), 1.0)
+    bad.add([i])
+
+    def call(args):
+        bad.check()
+        return 0
+
+    with open(tmp_path / "out.txt", "w", encoding="utf-8") as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert run(call, None) == 0
+    assert (tmp_path / "bad_images.txt").read_bytes() == b"b/caf\xe9.jpg\n"
+    assert "caf\\udce9.jpg" in (tmp_path / "out.txt").read_text()
+    write_predictions(str(tmp_path / "p.csv"), [(i, -1, 0, 0.5)], SimpleNamespace(name=index.name, classes=["x"]))
+    assert b"caf\xe9.jpg,unreadable" in (tmp_path / "p.csv").read_bytes()
+
+
+def test_absolute_names_in_a_tar_are_as_others(tmp_path):
+    """As `tar -P` stores them; the first folder below the root is the class."""
+    root = write(tmp_path / "src", NAMES)
+    pack(tmp_path / "train.tar", root, NAMES, prefix="/")
+    pack(tmp_path / "plain.tar", root, NAMES)
+    one, other = (build_index(tmp_path / f"{name}.tar") for name in ("train", "plain"))
+    assert one.classes == other.classes and [one.name(i) for i in range(8)] == [other.name(i) for i in range(8)]

@@ -211,13 +211,20 @@ def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     planned = capfd.readouterr().out
     assert planned.count("python main_pretrain.py") == 14 and point not in planned
     path, recipe = tmp_path / "results" / "mask_ratio.json", said["recipe"]
-    for before, names in ((recipe.replace("seed=0,1,2", "seed=7"), [point, "seed=7,mask_ratio=0.5"]),
-                          (recipe.replace("--lr 1e-3", "--lr 1e-4"), [point])):  # other seeds of the same, and another training
-        path.write_text(json.dumps(said | {"recipe": before, "runs": [said["runs"][0] | {"name": "seed=7,mask_ratio=0.5"}]}))
-        assert call("collect", "mask_ratio") == 0
-        assert [r["name"] for r in json.loads(path.read_text())["runs"]] == names
-    capfd.readouterr()
+    other = [said["runs"][0] | {"name": "seed=7,mask_ratio=0.5"}]
+    path.write_text(json.dumps(said | {"recipe": recipe.replace("seed=0,1,2", "seed=7"), "runs": other}))
+    assert call("collect", "mask_ratio") == 0
+    assert [r["name"] for r in json.loads(path.read_text())["runs"]] == [point, "seed=7,mask_ratio=0.5"]
+    for another in ({"recipe": recipe.replace("--lr 1e-3", "--lr 1e-4")}, {"flags": said["flags"] + " --epochs 9"}):
+        text = json.dumps(said | another | {"runs": other})
+        path.write_text(text)
+        assert call("collect", "mask_ratio") == 2 and "holds 1 runs of other flags" in capfd.readouterr().err
+        assert path.read_text() == text, "another training is not lost"
     assert call("list") == 0
     assert "mask_ratio         Position loss against mask ratio (Figure 8): 1 runs" in capfd.readouterr().out
+    whole = json.loads((ROOT / "results" / "mae_tokens.json").read_text())
+    (tmp_path / "results" / "mae_tokens.json").write_text(json.dumps(whole))
+    assert call("run", "mae_tokens", "--data", "D", "--missing") == 0, "nothing is missing, nothing was run"
+    assert json.loads((tmp_path / "results" / "mae_tokens.json").read_text()) == whole
     assert call("run", "nothing") == 2 and "no such experiment" in capfd.readouterr().err
     assert call("run", "mae") == 2 and "--data DIR" in capfd.readouterr().err

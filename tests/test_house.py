@@ -20,7 +20,7 @@ LEVELS = [
 UTIL_EDGES = {"util.dist": {"util.allocator"}, "util.image_index": {"util.listing"},
               "util.loader": {"util.allocator", "util.samplers", "util.transforms"},
               "util.evaluation": {"util.amp", "util.loader"}, "util.supervised": {"util.accuracy"},
-              "util.datasets": {"util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
+              "util.datasets": {"util.args", "util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
                                 "util.transforms"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},

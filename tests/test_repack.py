@@ -147,10 +147,21 @@ def test_command_line(tmp_path, capsys):
     assert datasets.main(["repack", path, str(tmp_path / "target"), "--workers", "0", "--long_side", "50"]) == 0
     assert "9 images, no labels (1 tar shards)" in capsys.readouterr().out
     for wrong in (["repack", path], ["stats", path, path], ["repack", path, str(tmp_path / "target"), "--workers", "0"]):
-        with pytest.raises(SystemExit) as error:
-            datasets.main(wrong)
-        assert error.value.code == 2
+        assert datasets.main(wrong) == 2
     assert "long_side 50 -> None" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
+    path, _ = source(tmp_path)
+    folder = tmp_path / "folder" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(picture()))
+    (folder / "2.jpg").symlink_to("gone.jpg")
+    with pytest.raises(ValueError, match=r"1 files cannot be opened: .*a/2.jpg: mend them"):
+        repack.repack(str(tmp_path / "folder"), str(tmp_path / "target"))
+    assert not (tmp_path / "target").exists()
+    (folder / "2.jpg").unlink()
+    assert sum(repack.repack(str(tmp_path / "folder"), str(tmp_path / "target")).values()) == 1
 
 
 def test_a_pixel_that_changed_is_noticed(monkeypatch):

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,6 +226,25 @@ def test_what_follows_a_run_counts_for_its_point(tmp_path):
     assert len(records) == 2 and runs.metrics_of(records)[0] == "finetune/test_acc1"
     (rows,) = runs.aggregate(records, "pos_weight", "finetune/test_acc1").values()
     assert [row.mean for row in rows] == [20.0, 20.5] and records[0].last("test_position") == 3.0
+
+
+def test_runs_of_the_same_name_in_two_folders_are_two_points(tmp_path):
+    for experiment in ("a", "b"):
+        for name in ("finetune", "probe" + experiment):
+            (tmp_path / experiment / name).mkdir(parents=True)
+            (tmp_path / experiment / name / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0, "test_acc1": 2.0}\n')
+    single = visualize.read_runs([str(tmp_path / e / "finetune") for e in "ab"])
+    assert [r.point for r in single] == ["a/finetune", "b/finetune"]
+    swept = visualize.read_runs([str(tmp_path / e) for e in "ab"])
+    assert {r.point for r in swept} == {"a: finetune", "b: finetune", "probea", "probeb"}
+    assert [r.point for r in visualize.read_runs([str(tmp_path / "a")])] == ["finetune", "probea"]
+
+
+def test_more_points_than_colours_can_be_told_apart(sweep):
+    record = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0"))
+    figure = charts.curves([replace(record, point=str(i)) for i in range(20)])
+    looks = {(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()}
+    assert len(looks) == 20
 
 
 def test_curves_show_the_log_and_chance(sweep):

@@ -66,6 +66,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         return main(args)
     except (ValueError, OSError) as e:

@@ -17,6 +17,7 @@ from util.runs import Aggregate, RunRecord
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BEHIND = "#B0B0B0"
+MARKERS = ("", "^", "s", "x", "D")  # of the first seven points, the next seven, ...
 NOT_CURVES = {"epoch", "grad_norm", "img_per_s", "data_wait", "mfu", "n_parameters", "lr", "loss"}
 
 
@@ -34,8 +35,9 @@ def curves(runs: list[RunRecord], references: Sequence[RunRecord] = ()) -> Figur
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     points = list(dict.fromkeys(run.point for run in runs))  # seeds of a point share a colour
-    colours = {point: COLOURS[i % len(COLOURS)] for i, point in enumerate(points)}
-    labels = [Line2D([], [], color=colours[point]) for point in points]
+    looks = {point: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+             for i, point in enumerate(points)}
+    labels = [Line2D([], [], markersize=4, **looks[point]) for point in points]
     if references:
         names_behind = list(dict.fromkeys(run.point for run in references))
         points = [*points, "reference: " + (names_behind[0] if len(names_behind) == 1 else f"{len(names_behind)} settings")]
@@ -46,8 +48,10 @@ def curves(runs: list[RunRecord], references: Sequence[RunRecord] = ()) -> Figur
             for prefix, style in (("train_", "-"), ("test_", "--")):
                 line = [(epoch["epoch"] + 1, epoch[prefix + name]) for epoch in run.log if prefix + name in epoch]
                 if line:
-                    axes.plot(*zip(*line), style, color=BEHIND if behind else colours[run.point],
-                              marker="." if len(line) < 15 else "", linewidth=1.0 if behind else 1.2)
+                    look = {"color": BEHIND, "marker": ""} if behind else dict(looks[run.point])
+                    look["marker"] = look["marker"] or ("." if len(line) < 15 else "")
+                    axes.plot(*zip(*line), style, **look, markevery=max(1, len(line) // 15), linewidth=1.0 if behind else 1.2,
+                              markersize=4 if look["marker"] != "." else None)
         for level in sorted({line[f"chance_{name}"] for run in runs for line in run.log if f"chance_{name}" in line}):
             axes.axhline(level, color="grey", linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

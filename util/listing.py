@@ -88,18 +88,22 @@ def _pack_names(names):
     return np.frombuffer(b"\0".join(names), np.uint8)
 
 
+def _member_name(name):
+    return os.fsencode(os.path.normpath(name).lstrip("/"))
+
+
 def _tar_members(path):
-    """(name, offset, size) of each image in an uncompressed tar; names without a leading `./`."""
+    """(name, offset, size) of each image in an uncompressed tar; names without a leading `./` or, from `tar -P`, `/`."""
     found, links = {}, []
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep them all: gigabytes for a large set
-                name = os.fsencode(os.path.normpath(member.name))
+                name = _member_name(member.name)
                 if name.startswith(b".") or b"/." in name or not name.lower().endswith(IMAGE_SUFFIXES):
                     continue
                 if member.islnk():  # tar stores the second name of a file as a link to the first
-                    links.append((name, os.fsencode(os.path.normpath(member.linkname))))
+                    links.append((name, _member_name(member.linkname)))
                 elif member.isreg() and not member.issparse():
                     found[name] = member.offset_data, member.size
             end = tar.offset

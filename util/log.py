@@ -234,7 +234,8 @@ class BadImages:
             print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {names[-1]}",
                   flush=True)
             if self.dir:
-                with survive_full_disk(), open(os.path.join(self.dir, "bad_images.txt"), "a") as f:
+                with survive_full_disk(), open(os.path.join(self.dir, "bad_images.txt"), "a",
+                                              errors="surrogateescape") as f:
                     f.writelines(name + "\n" for name in names)
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
@@ -264,7 +265,7 @@ def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: i
 
 def write_predictions(path: str, rows: list[tuple[int, int, int, float]], index) -> None:
     """A CSV line per image: name, label, prediction (class names), probability; rows as (image, label, class, p)."""
-    with open(path, "w", newline="") as f:
+    with open(path, "w", newline="", errors="surrogateescape") as f:  # names of files may be no text
         out = csv.writer(f)
         out.writerow(["image", "label", "prediction", "probability", "correct"])
         for i, label, predicted, p in rows:

@@ -48,6 +48,7 @@ def repack(source: str, target: str, *, split: str = "train", long_side: int | N
     # What decides the shards' content; a resumed call must agree in all of it.
     settings = dict(source=os.path.abspath(source), split=split, images=len(index), names=_digest(index), long_side=long_side,
                     quality=quality if long_side else None, shard_images=shard_images)
+    _check_files(index)
     folder = _claim(target, split, settings)
     shards = -(-len(index) // shard_images)
     finals = [os.path.join(target, f"{split}-{k:05d}.tar") for k in range(shards)]
@@ -149,6 +150,19 @@ def _add(tar, name, data):
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def _check_files(index):
+    """ValueError that lists the files of a folder that are not there or not ours to read, before any shard is begun.
+
+    Taking them out later changes the settings, and with them all shards.
+    """
+    if index.tars:
+        return
+    paths = (os.path.join(index.root, index.name(i)) for i in range(len(index)))
+    if bad := [path for path in paths if not os.access(path, os.R_OK)]:
+        raise ValueError(f"{len(bad)} files cannot be opened: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}: mend "
+                         "them, or take them away")
 
 
 def _names(index) -> Iterator[bytes]:

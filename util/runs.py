@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 
 # Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank"}  # never what is swept
+MOST_SWEPT = 4
+_PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank", "print_freq",
+           "predictions", "save_every_epochs", "save_minutes", "save_steps", "keep", "picture_epochs"}  # never what is swept
 PREFERRED = ("finetune/test_acc1", "linprobe/test_acc1", "test_acc1", "test_position", "test_position_acc", "test_pixel",
              "train_position", "train_position_acc", "train_pixel", "train_loss")
 
@@ -94,11 +96,14 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
         planned = [point["name"] for point in plan.get("points", [])]
         names = [flag for together in plan.get("sweep", {}) for flag in together.split("+")]
         swept = list(dict.fromkeys([*names, *(k for p in plan.get("points", []) for k in p["flags"])]))
-    if not swept:
+    guessed = not swept
+    if guessed:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
     own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
     alone = os.path.basename(os.path.normpath(folder))  # where seeds are all that differs
+    if guessed and len(swept) > MOST_SWEPT:  # runs that happen to lie together: their names say more
+        return [replace(r, flags=f) for r, f in zip(runs, own)], swept, []
     runs = [replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name)) for r, f in zip(runs, own)]
     return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
 
