@@ -41,7 +41,7 @@ EXPERIMENTS = {
     "supervised_deit": Experiment(FINETUNE, "DeiT (Table 5's shape)", SUPERVISED),
     "supervised_nest": Experiment(FINETUNE, "NesT (Table 5's shape)", SUPERVISED),
     "mae": Experiment(PRETRAIN, "Masked autoencoders (Table 7's shape)", MAE),
-    "mae_long": Experiment(PRETRAIN, "Masked autoencoders, four times as long", (PIXEL, *PLACE, FINETUNED, *PROBED)),
+    "mae_long": Experiment(PRETRAIN, "Masked autoencoders, four times as long", MAE),
     "mae_scratch": Experiment(FINETUNE, "The same fine-tuning from scratch", SUPERVISED),
     "mask_ratio": Experiment(PRETRAIN, "Position loss against mask ratio (Figure 8)", (PIXEL, *PLACE)),
     "mae_tokens": Experiment(PRETRAIN, "Positional embedding and width of the label's token", (PIXEL, *PLACE)),
@@ -117,6 +117,14 @@ def over_mae(experiment: str, label: str, then: str, metric: str) -> Contrast:
                     masked(experiment, label), masked(experiment, "none"), metric, minus_metric="finetune/test_acc1")
 
 
+def pretrained_label(experiment: str, pos_embed: str) -> Contrast:
+    """What APL gives in pretraining alone, over an encoder with or without PE: all are fine-tuned with PE + APL."""
+    other = "MAE (PE)" if pos_embed == "sincos" else "neither in pretraining"
+    return Contrast(f"{experiment}: MAE + apl - {other}, both fine-tuned with PE + apl", masked(experiment, "apl"),
+                    (at(experiment, pos_embed=pos_embed, pos_label="none"),), "finetune/test_acc1",
+                    minus_metric="finetune-2/test_acc1")
+
+
 WEIGHTS = {0.5: VIT_APL} | {w: at("label_weight", pos_weight=w) for w in (0.25, 0.75, 1.0, 1.25)}
 RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 LABELS = ("apl", "rpl")
@@ -157,7 +165,7 @@ CHECKLIST = {
           + [over_mae("mae", label, "apl", "finetune-2/test_acc1") for label in LABELS]
           + [over_scratch("mae", at("mae_scratch", pos_label="none"))]
           + [over_mae("mae_long", label, label, "finetune/test_acc1") for label in LABELS]
-          + [over_scratch("mae_long", VIT)]
+          + [pretrained_label("mae_long", pe) for pe in ("none", "sincos")] + [over_scratch("mae_long", VIT)]
           + [over_mae("cifar10_mae", label, label, "finetune/test_acc1") for label in LABELS]
           + [over_scratch("cifar10_mae", at("cifar10_vit", pos_embed="learned", pos_label="none"))]),
     "m": ("Ours: a PE gives the position away (its accuracy is higher with PE); half tokens do as well as full ones, "

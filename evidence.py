@@ -1,7 +1,7 @@
 """The claims of the positional-label paper, tested: experiments over seeds, their figures, and what they say.
 
     python evidence.py list                                          # experiments, what was run, claims and verdicts
-    python evidence.py run supervised_vit mae --data DIR             # DIR/mini_imagenet20/{train,val}.tar, DIR/cifar10/...
+    python evidence.py run supervised_vit mae --data DIR --results OWN  # DIR/mini_imagenet20/{train,val}.tar, DIR/cifar10/...
     python evidence.py run mae --data DIR --missing                  # what results/mae.json lacks, be it from another machine
     python evidence.py collect supervised_vit                        # runs/evidence/NAME -> results/NAME.json and logs
     python evidence.py write                                         # results/ -> the tables and verdicts in RESULTS.md
@@ -9,7 +9,8 @@
 An experiment is a recipe, recipes/evidence/NAME.args: flags of a main, a --sweep over seeds and settings, and what follows.
 `run` gives it to the launcher that clusters use, here with --cluster local; what is finished is not run again. Flags after
 -- go to the launcher and the main: `-- --cluster slurm --ngpus 1 --device cuda`, `-- --epochs 20 --model vit_small_patch8`;
-under SLURM `collect` once the jobs are done.
+under SLURM `collect` once the jobs are done. results/ has ours, with the flags that they were run with (--device cpu); runs
+of other flags are not mixed with them: --results OWN is a folder for yours.
 """
 import argparse
 import glob
@@ -21,7 +22,7 @@ import sys
 
 from claims import CHECKLIST, EXPERIMENTS
 from util.args import Parser, run
-from util.results import collect, copy_logs, merged, plus_minus, rows_of, table, together, write_json
+from util.results import as_noted, collect, copy_logs, merged, plus_minus, rows_of, table, together, write_json
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -31,41 +32,69 @@ def recipe(name: str) -> list[str]:
     return Parser(add_help=False).with_recipes([f"@{path}"])
 
 
-def run_experiment(name: str, data: str, runs: str, max_parallel: int, known: set[str], more: list[str]) -> int:
-    """Give the recipe to the launcher, but for the points that are `known` -> its exit code."""
-    from util.launch import launch
+def launcher_words(name: str, data: str, runs: str, max_parallel: int, before: dict | None, missing: bool,
+                   more: list[str]) -> list[str]:
+    """The recipe for the launcher; with `missing` without the points that `before` has, and [] where it has all of them."""
     from util.sweep import plan
+
+    words = recipe(name)
+    swept, end = words.index("--sweep"), words.index("--then") if "--then" in words else len(words)
+    flags = ["--cluster", "local", "--max_parallel", str(max_parallel), "--job_dir", os.path.join(runs, name),
+             "--data_path", os.path.join(data, EXPERIMENTS[name].data)]
+    if before and missing:
+        known = {run["name"] for run in before["runs"]}
+        points = plan(EXPERIMENTS[name].main, words[:swept], words[swept + 1:end], [], runs)
+        wanted = [p.name for p in points if p.name not in known]
+        if not wanted:
+            return []
+        flags += ["--only", *wanted]
+    return words[:end] + flags + more + words[end:]
+
+
+def main_flags(words: list[str]) -> str:
+    """Of the launcher's words the main's flags, as results note them."""
+    from util.launch import add_cluster_flags, with_chain
+
+    cluster = Parser(add_help=False)
+    add_cluster_flags(cluster)
+    return as_noted(cluster.parse_known_args(with_chain(words)[0])[1])
+
+
+def run_experiments(launched: dict[str, list[str]], max_parallel: int) -> list[str]:
+    """Give {experiment: words} to the launcher, one after the other -> those that failed."""
+    from util.launch import launch
 
     # Runs side by side on a CPU share its cores; more threads than cores are slower than one after the other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max_parallel)))
-    words, main = recipe(name), EXPERIMENTS[name].main
-    swept, end = words.index("--sweep"), words.index("--then") if "--then" in words else len(words)
-    wanted = [p.name for p in plan(main, words[:swept], words[swept + 1:end], [], runs) if p.name not in known]
-    if not wanted:
-        print(f"{name}: results/{name}.json has all runs")
-        return 0
-    flags = ["--cluster", "local", "--max_parallel", str(max_parallel), "--job_dir", os.path.join(runs, name),
-             "--data_path", os.path.join(data, EXPERIMENTS[name].data)]
-    return launch(main, words[:end] + flags + (["--only", *wanted] if known else []) + more + words[end:])
+    return [name for name, words in launched.items() if launch(EXPERIMENTS[name].main, words)]
 
 
 def collect_experiment(name: str, runs: str, results: str) -> None:
     """results/NAME.json, and the logs of its runs in results/NAME; runs of the same flags that it has already are kept.
 
-    ValueError where it has runs of other flags: these would be lost, or stand beside others in one table.
+    ValueError where it has runs of other flags.
     """
     folder, path = os.path.join(runs, name), os.path.join(results, f"{name}.json")
     found = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
     before = load(results).get(name)
-    if before and (before["flags"] != found["flags"] or but_seeds(before["recipe"]) != but_seeds(found["recipe"])):
-        raise ValueError(f"{path} holds {len(before['runs'])} runs of other flags ({before['flags']}) than those in {folder}: "
-                         f"keep both by `collect {name} --results ELSEWHERE`, or delete it and {path.removesuffix('.json')}")
+    check_same_flags(path, before, found["flags"], found["recipe"])
     if before:
         found = merged(before, found)
     os.makedirs(results, exist_ok=True)
     write_json(path, found)
     copy_logs(folder, os.path.join(results, name))
     print(f"{name}: {len(found['runs'])} runs" + (f", missing: {', '.join(found['missing'])}" if found["missing"] else ""))
+
+
+def check_same_flags(path: str, before: dict | None, flags: str, recipe: str) -> None:
+    """ValueError where results have runs of other flags: these would be lost, or stand beside the new ones in one table."""
+    if not before or (before["flags"] == flags and but_seeds(before["recipe"]) == but_seeds(recipe)):
+        return
+    parts = [f" {f} {shlex.join(but_seeds(r))}".split(" --")[1:]
+             for f, r in ((before["flags"], before["recipe"]), (flags, recipe))]
+    old, new = (" ".join(f"--{w}" for w in dict.fromkeys(a) if w not in b) or "nothing" for a, b in (parts, parts[::-1]))
+    raise ValueError(f"{path} has {len(before['runs'])} runs of other flags (there alone: {old}; here alone: {new}): give "
+                     f"--results DIR, or its flags after --, or delete it and the logs in {path.removesuffix('.json')}")
 
 
 def but_seeds(recipe: str) -> list[str]:
@@ -109,7 +138,7 @@ def section(name: str, found: dict[str, dict]) -> str:
     result, experiment = found[name], EXPERIMENTS[name]
     machine = f"{', '.join(result['machines']) or 'unknown machine'}; torch {result['versions'].get('torch', '?')}"
     logs = f"logs in [results/{name}](results/{name})"
-    said = [f"`python evidence.py run {name} --data DIR` ([recipe](recipes/evidence/{name}.args), {logs}); {machine}; "
+    said = [f"`python evidence.py run {name} --data DIR --results OWN` ([recipe](recipes/evidence/{name}.args), {logs}); {machine}; "
             f"{result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."]
     if result["missing"]:
         said.append(f"Not finished: {', '.join(result['missing'])}.")
@@ -158,19 +187,23 @@ def main(args, more: list[str]) -> int:
     if args.command == "run":
         if not args.data:
             raise ValueError("--data DIR: the folder that holds mini_imagenet20 and cifar10")
-        before = load(args.results) if args.missing else {}
-        known = {name: {run["name"] for run in result["runs"]} for name, result in before.items()}
-        failed = [name for name in args.names
-                  if run_experiment(name, args.data, args.runs, args.max_parallel, known.get(name, set()), more)]
-        if failed:
+        found, launched = load(args.results), {}
+        for name in args.names:
+            words = launcher_words(name, args.data, args.runs, args.max_parallel, found.get(name), args.missing, more)
+            if not words:
+                print(f"{name}: results/{name}.json has all runs")
+                continue
+            launched[name] = words
+            if "--dry_run" not in more:  # before hours of training, not after them
+                path = os.path.join(args.results, f"{name}.json")
+                check_same_flags(path, found.get(name), main_flags(words), shlex.join(recipe(name)))
+        if failed := run_experiments(launched, args.max_parallel):
             print(f"failed: {', '.join(failed)}; the logs are named above", file=sys.stderr)
             return 1
-    if args.command == "run" and ("--dry_run" in more or "slurm" in more):
-        return 0  # nothing to collect, or not yet
+        if "--dry_run" in more or "slurm" in more:
+            return 0  # nothing to collect, or not yet
     if args.command in ("run", "collect"):
-        for name in args.names:
-            if args.missing and not os.path.isdir(os.path.join(args.runs, name)):
-                continue  # nothing of it was missing
+        for name in launched if args.command == "run" else args.names:
             collect_experiment(name, args.runs, args.results)
         return 0
     found = load(args.results)

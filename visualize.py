@@ -256,10 +256,11 @@ def read_runs(folders: list[str]) -> list[runs.RunRecord]:
     """
     found = [runs.read_sweep(f)[0] if runs.is_sweep(f) else [runs.read_run(f)] for f in folders]
     paths = [os.path.abspath(f) for f in folders]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     times = Counter(point for records in found for point in {r.point for r in records})
     out = []
     for path, records in zip(paths, found):
-        own = os.path.relpath(path, os.path.commonpath(paths))
+        own = os.path.relpath(path, above)
         names = {r.point: own if r.point == os.path.basename(path) else f"{own}: {r.point}" for r in records}
         out += [r if times[r.point] == 1 else replace(r, point=names[r.point]) for r in records]
     return out

@@ -186,6 +186,28 @@ def test_the_page_says_what_the_files_say():
         evidence.filled(page, {"nothing": ""})
 
 
+def test_results_of_other_flags_are_refused_before_anything_runs(tmp_path, monkeypatch, capfd):
+    launched, collected = [], []
+    monkeypatch.setattr("util.launch.launch", lambda main, words: launched.append(words) or 0)
+    monkeypatch.setattr(evidence, "collect_experiment", lambda name, *folders: collected.append(name))
+    for name in ("mae", "mae_tokens"):
+        shutil.copy(ROOT / "results" / f"{name}.json", tmp_path)
+
+    def call(*argv, more):
+        argv = ["run", *argv, "--data", "D", "--results", str(tmp_path)]
+        return run(lambda args: evidence.main(args, more), evidence.get_args_parser().parse_args(argv))
+
+    assert call("mask_ratio", "mae", more=["--ngpus", "0", "--epochs", "9"]) == 2
+    said = capfd.readouterr().err
+    assert "mae.json has 12 runs of other flags (there alone: --device cpu; here alone: --epochs 9)" in said
+    assert not launched and not collected, "not even what comes first"
+    assert call("mae", more=["--epochs", "9", "--dry_run"]) == 0 and len(launched) == 1, "which writes nothing"
+    more = ["--ngpus", "0", "--device", "cpu"]
+    assert call("mask_ratio", "mae", more=more) == 0 and len(launched) == 3 and collected == ["mask_ratio", "mae"]
+    assert call("mae_tokens", "mask_ratio", "--missing", more=more) == 0
+    assert len(launched) == 4 and collected[2:] == ["mask_ratio"], "nothing of mae_tokens is missing: it has no runs to collect"
+
+
 def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     data = tmp_path / "data" / "mini_imagenet20"
     data.mkdir(parents=True)
@@ -218,7 +240,7 @@ def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     for another in ({"recipe": recipe.replace("--lr 1e-3", "--lr 1e-4")}, {"flags": said["flags"] + " --epochs 9"}):
         text = json.dumps(said | another | {"runs": other})
         path.write_text(text)
-        assert call("collect", "mask_ratio") == 2 and "holds 1 runs of other flags" in capfd.readouterr().err
+        assert call("collect", "mask_ratio") == 2 and "has 1 runs of other flags" in capfd.readouterr().err
         assert path.read_text() == text, "another training is not lost"
     assert call("list") == 0
     assert "mask_ratio         Position loss against mask ratio (Figure 8): 1 runs" in capfd.readouterr().out

@@ -146,9 +146,12 @@ def test_command_line(tmp_path, capsys):
     path, _ = source(tmp_path)
     assert datasets.main(["repack", path, str(tmp_path / "target"), "--workers", "0", "--long_side", "50"]) == 0
     assert "9 images, no labels (1 tar shards)" in capsys.readouterr().out
-    for wrong in (["repack", path], ["stats", path, path], ["repack", path, str(tmp_path / "target"), "--workers", "0"]):
+    file = os.path.join(path, "train", "a", "0.jpg")
+    for wrong in (["repack", path], ["stats", path, path], ["repack", path, file],
+                  ["repack", path, str(tmp_path / "target"), "--workers", "0"]):
         assert datasets.main(wrong) == 2
-    assert "long_side 50 -> None" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "long_side 50 -> None" in said and f"Not a directory: '{file}" in said
 
 
 def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
@@ -157,11 +160,23 @@ def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
     folder.mkdir(parents=True)
     (folder / "1.jpg").write_bytes(jpeg(picture()))
     (folder / "2.jpg").symlink_to("gone.jpg")
-    with pytest.raises(ValueError, match=r"1 files cannot be opened: .*a/2.jpg: mend them"):
+    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: mend or remove them"):
         repack.repack(str(tmp_path / "folder"), str(tmp_path / "target"))
     assert not (tmp_path / "target").exists()
     (folder / "2.jpg").unlink()
     assert sum(repack.repack(str(tmp_path / "folder"), str(tmp_path / "target")).values()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_said_in_a_line(tmp_path, monkeypatch, capsys, workers):
+    path, _ = source(tmp_path)
+    monkeypatch.setattr(repack, "_check_files", lambda index: None)
+    (tmp_path / "source" / "train" / "b" / "0.jpg").unlink()
+    (tmp_path / "source" / "train" / "b" / "0.jpg").symlink_to("gone.jpg")
+    assert datasets.main(["repack", path, str(tmp_path / "target"), "--workers", str(workers)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: b/0.jpg cannot be read: [Errno 2] No such file")]
+    assert "Traceback" not in "".join(line for line in lines if "MAE_PL_TRACEBACK" not in line)
 
 
 def test_a_pixel_that_changed_is_noticed(monkeypatch):

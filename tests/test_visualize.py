@@ -124,6 +124,17 @@ def test_attention_is_that_of_the_model():
         assert torch.allclose(attn.proj(mixed.flatten(1)), out[:, 0], atol=1e-5)
 
 
+def test_all_samples_of_a_stream_are_used(constant_answer, monkeypatch):
+    """They have no index of their own."""
+    model, _ = constant_answer
+    samples = [{"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
+               for i in range(7)]
+    monkeypatch.setattr(visualize, "build_dataset", lambda *args, **options: None)
+    monkeypatch.setattr(visualize, "some_samples", lambda dataset, n: samples[:n])
+    batches, _ = visualize.load_images(model, {}, "wds/x", first=2, n=7)
+    assert [keys.tolist() for _, keys in batches] == [[0, 3], [1, 2, 4, 5, 6]]
+
+
 @pytest.mark.parametrize("command", ["positions", "attention", "reconstruct"])
 def test_pictures_of_every_kind_are_drawn(constant_answer, tmp_path, command):
     out = tmp_path / "new" / f"{command}.png"
@@ -205,6 +216,20 @@ def test_flags_come_from_checkpoints_where_a_sweep_left_no_notes(tmp_path):
     assert [r.flags for r in records] == [{"mask_ratio": 0.25}, {"mask_ratio": 0.75}]
 
 
+def test_runs_that_only_lie_together_are_told_apart_by_their_names(tmp_path):
+    """Six flags differ, and nothing says that they were swept."""
+    for i, name in enumerate(("first", "second")):
+        make_run(tmp_path / "s" / name, [2.0 + i], **{f"flag{k}": i for k in range(6)}, seed=i)
+    records, swept, missing = runs.read_sweep(str(tmp_path / "s"))
+    assert [r.point for r in records] == ["first", "second"] and (swept, missing) == (["run"], [])
+    assert call("sweep", tmp_path / "s", tmp_path / "s.png", "--metric", "test_position") == 0
+    assert "| first | 2.0000 | one seed | 2.0000 |\n| second | 3.0000 |" in (tmp_path / "s.md").read_text()
+    assert report.page(str(tmp_path / "s")).count("<th>run</th>") == 1 + len(runs.metrics_of(records)), "not twice in a table"
+    for name in ("first", "second"):  # what a sweep has noted is what was swept, however much
+        (tmp_path / "s" / name / "flags.json").write_text(json.dumps({f"flag{k}": name for k in range(6)}))
+    assert runs.read_sweep(str(tmp_path / "s"))[1] == [f"flag{k}" for k in range(6)]
+
+
 def test_other_swept_flags_make_lines_of_their_own(tmp_path):
     for weight in (0.0, 1.0):
         for label in ("apl", "rpl"):
@@ -237,6 +262,8 @@ def test_runs_of_the_same_name_in_two_folders_are_two_points(tmp_path):
     assert [r.point for r in single] == ["a/finetune", "b/finetune"]
     swept = visualize.read_runs([str(tmp_path / e) for e in "ab"])
     assert {r.point for r in swept} == {"a: finetune", "b: finetune", "probea", "probeb"}
+    inside = visualize.read_runs([str(tmp_path / "a"), str(tmp_path / "a" / "finetune")])
+    assert [r.point for r in inside] == ["a: finetune", "probea", "a/finetune"]
     assert [r.point for r in visualize.read_runs([str(tmp_path / "a")])] == ["finetune", "probea"]
 
 
@@ -245,6 +272,13 @@ def test_more_points_than_colours_can_be_told_apart(sweep):
     figure = charts.curves([replace(record, point=str(i)) for i in range(20)])
     looks = {(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()}
     assert len(looks) == 20
+
+
+def test_long_names_below_a_chart_do_not_overlap():
+    for names, rotation in ((["apl", "rpl"], 0), ([f"a_long_name_{i}" for i in range(9)], 90)):
+        rows = [runs.Aggregate(name, (1.0,)) for name in names]
+        labels = charts.sweep({"": rows}, "run", "test_acc1", None).axes[0].get_xticklabels()
+        assert [(label.get_text(), label.get_rotation()) for label in labels] == [(name, rotation) for name in names]
 
 
 def test_curves_show_the_log_and_chance(sweep):

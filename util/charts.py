@@ -82,7 +82,8 @@ def sweep(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: fl
         for at, row in zip(x, rows):
             axes.plot([at] * len(row.values), row.values, ".", color=colour, alpha=0.5)
     if not numeric:
-        axes.set_xticks(list(place.values()), [str(x) for x in ticks])
+        names = [str(x) for x in ticks]
+        axes.set_xticks(list(place.values()), names, rotation=90 if len("".join(names)) > 50 else 0)  # they would overlap
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.4g}")
     _plain(axes, f"{metric} in the last epoch", flag)

@@ -174,10 +174,14 @@ def build_dataset(data_path, split: str, transform, *, in_chans: int = 3, seed: 
     epoch only: their `exact_resume` is False. Every data set has `summary()`, one line.
     """
     data_path = os.fspath(data_path or DEMO)
-    if data_path.split("/")[0].lower() in READERS and not os.path.exists(data_path):
+    if _is_timms(data_path):
         return _timm_dataset(data_path, split, transform, in_chans, seed, evaluation)
     index = build_index(data_path, split, labels=labels)
     return ImageDataset(index, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
+
+
+def _is_timms(data_path):
+    return data_path.partition("/")[0].lower() in READERS and not os.path.exists(data_path)
 
 
 def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
@@ -214,7 +218,7 @@ def get_args_parser() -> Parser:
 def command(args) -> int:
     if (args.command == "repack") != (args.target is not None):
         raise ValueError("repack takes two paths, and the others one")
-    if args.path.partition("/")[0] in READERS:
+    if _is_timms(args.path):
         raise ValueError(f"{args.command} reads folders, tars and lists of files, not timm's readers ({args.path})")
     if args.command == "repack":
         from util.repack import repack
@@ -236,8 +240,10 @@ def command(args) -> int:
 
 def stats(index: ImageIndex, in_chans: int, images: int) -> int:
     """Print --mean and --std of about `images` images of an index, spread over it; ValueError where none can be read."""
+    if images < 1:
+        raise ValueError(f"--images {images}: give at least 1")
     total, pixels = torch.zeros(2, in_chans, dtype=torch.float64), 0
-    for i in range(0, len(index), max(1, len(index) // max(1, images))):
+    for i in range(0, len(index), max(1, len(index) // images)):
         try:
             image = decode(index.read(i), in_chans).double().div_(255).flatten(1)  # (C, H*W)
         except (OSError, ValueError) as error:

@@ -112,7 +112,7 @@ def build_index(data_path, split: str = "train", *, labels: bool = True) -> Imag
     if not os.path.exists(path):
         raise _misplaced(f"no such file or folder: {path}")
     index = _index_folder(path, split, labels) if os.path.isdir(path) else _index_file(path, split, labels)
-    _check(index, split)
+    _check(index, split, labels)
     return index
 
 
@@ -197,7 +197,7 @@ def _index_file(path, split, labels):
     return ImageIndex(path, root, "list of paths", from_names(names, sort=False), labels=False)
 
 
-def _check(index, split):
+def _check(index, split, labels):
     """Refuse an index that is empty, or whose labels cannot be meant."""
     where = index.root if not index.tars else index.tars[0] + " and its fellow shards" * (len(index.tars) > 1)
     if len(index) == 0 and index.ignored and split != "train":
@@ -209,6 +209,8 @@ def _check(index, split):
         raise _misplaced(f"{where} holds {index.ignored} loose images and no class folders, so they have no labels.")
     if len(index) == 0:
         raise _misplaced(f"no images in {where}" + (f": found {_found(index.root)}." if not index.tars else "."))
+    if labels and not index.classes:  # noted by an earlier version, which took the class of /a/1.jpg for ""
+        raise ValueError(f"the listing of {where} has {len(index)} images and no classes: delete the .index.npz beside it")
     counts = np.bincount(index.labels, minlength=len(index.classes)) if index.classes else []
     if empty := [name for name, count in zip(index.classes, counts) if count == 0]:
         raise ValueError(f"class folders without images in {where}: {some_names(empty)}. Remove or fill them: "

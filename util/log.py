@@ -231,11 +231,11 @@ class BadImages:
         self.known |= new
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
-            print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {names[-1]}",
-                  flush=True)
+            latest = os.fsencode(names[-1]).decode(errors="backslashreplace")  # names of files may be no text
+            print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {latest}", flush=True)
             if self.dir:
-                with survive_full_disk(), open(os.path.join(self.dir, "bad_images.txt"), "a",
-                                              errors="surrogateescape") as f:
+                path = os.path.join(self.dir, "bad_images.txt")
+                with survive_full_disk(), open(path, "a", errors="surrogateescape") as f:
                     f.writelines(name + "\n" for name in names)
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util import native
-from util.image_index import ImageIndex, build_index
+from util.image_index import ImageIndex, build_index, some_names
 from util.transforms import decode
 
 SHARD_IMAGES = 5000
@@ -63,7 +63,7 @@ def repack(source: str, target: str, *, split: str = "train", long_side: int | N
         for k in wanted:
             with _shard(parts[k]) as tar:
                 for _ in range(k * shard_images, min((k + 1) * shard_images, len(index))):
-                    name, data, way, size = next(converted)
+                    name, data, way, size = _next(converted)
                     _add(tar, name, data)
                     counts[way] += 1
                     bad += [name] if way == UNREADABLE else []
@@ -135,6 +135,14 @@ def _unchanged(sample):
     return sample
 
 
+def _next(converted):
+    """The next image; a worker's error without its traceback, which the loader puts into the message."""
+    try:
+        return next(converted)
+    except ValueError as error:
+        raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from error
+
+
 @contextlib.contextmanager
 def _shard(path):
     """A tar to write to, which is at `path` whole or not at all."""
@@ -153,16 +161,15 @@ def _add(tar, name, data):
 
 
 def _check_files(index):
-    """ValueError that lists the files of a folder that are not there or not ours to read, before any shard is begun.
+    """ValueError that lists the files that are not there or not ours to read, before any shard is begun.
 
-    Taking them out later changes the settings, and with them all shards.
+    Later, to remove one would change the list of names, and no finished shard would be taken over.
     """
     if index.tars:
         return
     paths = (os.path.join(index.root, index.name(i)) for i in range(len(index)))
     if bad := [path for path in paths if not os.access(path, os.R_OK)]:
-        raise ValueError(f"{len(bad)} files cannot be opened: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}: mend "
-                         "them, or take them away")
+        raise ValueError(f"{len(bad)} of {len(index)} files cannot be opened: {some_names(bad)}: mend or remove them")
 
 
 def _names(index) -> Iterator[bytes]:

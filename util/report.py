@@ -73,6 +73,7 @@ def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
     """A row per run: what was swept, and the figures of its last epoch."""
     names = [m for m in dict.fromkeys(k for run in runs for k in run.log[-1])
              if m.startswith(("train_", "test_")) or m in ("img_per_s", "mfu")]
+    swept = [k for k in swept if k != "run"]  # the names, which are there in any case
     lines = ["| run | " + " | ".join([*swept, "epochs", *names]) + " |", "|"]
     for run in runs:
         values = [f"{run.log[-1][m]:.4g}" if m in run.log[-1] else "" for m in names]

@@ -36,7 +36,7 @@ def collect(folder: str) -> dict:
     records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
     plan = json.loads(_read(os.path.join(folder, "sweep.json")) or "{}")
     return {
-        "flags": shlex.join(_without_places(plan.get("flags", []))),
+        "flags": as_noted(plan.get("flags", [])),
         "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run)} for run in runs],
         "missing": missing,
         "machines": sorted({device for record in records for device in record.get("devices", [])}),
@@ -46,9 +46,9 @@ def collect(folder: str) -> dict:
     }
 
 
-def _without_places(words: list[str]) -> list[str]:
+def as_noted(words: list[str]) -> str:
     """Flags but for where the data lie, which is no part of what was done."""
-    return [w for i, w in enumerate(words) if "--data_path" not in (w, words[i - 1] if i else "")]
+    return shlex.join(w for i, w in enumerate(words) if "--data_path" not in (w, words[i - 1] if i else ""))
 
 
 def merged(before: dict, found: dict) -> dict:

@@ -85,7 +85,10 @@ def _subruns(folder):
 
 
 def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
-    """(runs with the swept flags only, the names of these flags, names of points that have no figures yet)."""
+    """(runs with the swept flags only, the names of these flags, names of points that have no figures yet).
+
+    Where nothing says what was swept and more than MOST_SWEPT flags differ, the one flag is `run`, the folder's name.
+    """
     runs = [read_run(os.path.join(folder, name)) for name in _subruns(folder)]
     if not runs:
         raise ValueError(f"{folder} holds no runs: a sweep is a folder of folders with a log.txt each")
@@ -96,14 +99,14 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
         planned = [point["name"] for point in plan.get("points", [])]
         names = [flag for together in plan.get("sweep", {}) for flag in together.split("+")]
         swept = list(dict.fromkeys([*names, *(k for p in plan.get("points", []) for k in p["flags"])]))
-    guessed = not swept
-    if guessed:
+    if not swept:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
+        noted = any(os.path.isfile(os.path.join(run.folder, "flags.json")) for run in runs)
+        if len(swept) > MOST_SWEPT and not noted:  # runs that happen to lie together: their names say more than 40 flags
+            return [replace(run, flags={"run": run.name}) for run in runs], ["run"], []
     own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
     alone = os.path.basename(os.path.normpath(folder))  # where seeds are all that differs
-    if guessed and len(swept) > MOST_SWEPT:  # runs that happen to lie together: their names say more
-        return [replace(r, flags=f) for r, f in zip(runs, own)], swept, []
     runs = [replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name)) for r, f in zip(runs, own)]
     return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
 
