@@ -138,8 +138,8 @@ def section(name: str, found: dict[str, dict]) -> str:
     result, experiment = found[name], EXPERIMENTS[name]
     machine = f"{', '.join(result['machines']) or 'unknown machine'}; torch {result['versions'].get('torch', '?')}"
     logs = f"logs in [results/{name}](results/{name})"
-    said = [f"`python evidence.py run {name} --data DIR --results OWN` ([recipe](recipes/evidence/{name}.args), {logs}); {machine}; "
-            f"{result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."]
+    said = [f"`python evidence.py run {name} --data DIR --results OWN` ([recipe](recipes/evidence/{name}.args), {logs}); "
+            f"{machine}; {result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."]
     if result["missing"]:
         said.append(f"Not finished: {', '.join(result['missing'])}.")
     shared = {f"{setting} (runs of {a.experiment})": [run["figures"] for run in a.runs(found)]
