@@ -205,8 +205,8 @@ def fit(
     wrapped = dist.data_parallel(model, device) if dist.world_size() > 1 and not sharded else model
     run = Run(
         torch.compile(wrapped) if compile_model else wrapped, sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
-        dist.StopSignal(), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {}, seed, accum_iter,
-        clip_grad, amp, after_step, before_update, before_step,
+        dist.StopSignal(slurm.requeue_at_the_limit), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {},
+        seed, accum_iter, clip_grad, amp, after_step, before_update, before_step,
     )
     updates = run.updates_per_epoch
     if accum_iter > run.batches_per_epoch:

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -276,3 +277,26 @@ def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
     answers += 5 * [running, ("scontrol", 1, "")]
     slurm.requeue()
     assert answers == [] and "Socket timed out; submit the same command again" in capsys.readouterr().out
+
+
+def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch, capsys):
+    waits, answers = [], ["", "UNLIMITED", "1-00:00:20", "1:00:20", "1:20", "0:31", "0:30", "RUNNING"]
+    monkeypatch.setattr(slurm, "ask", lambda *command: answers.pop(0))
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", ""))
+
+    class Left(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return self.is_set()
+
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    slurm.requeue_at_the_limit(Left())
+    assert waits == [], "there is no job"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    slurm.requeue_at_the_limit(Left())
+    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and goes on from here\n"
+    stopped = Left()
+    stopped.set()
+    slurm.requeue_at_the_limit(stopped)
+    assert capsys.readouterr().out == ""

@@ -2,11 +2,13 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from processes import FINETUNE, assert_same, last, log_lines, ranks, start
+from processes import FINETUNE, ROOT, assert_same, last, log_lines, ranks, start
 from util.samplers import EpochSampler
 
 # 200 images in batches of 20: 10 batches an epoch, in three updates of 3 and one that is left out; sampled pairs draw
@@ -118,6 +120,29 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(one_process, tmp_path)
     results = ranks(2, tmp_path, *ONE, "--batch_size", 24)
     assert [c for c, _ in results] == [0, 0], results
     assert_same(last(one_process), last(tmp_path), exact=False)
+
+
+STUCK = """
+import os, signal, threading, time, torch
+from util.dist import StopSignal
+
+def wait_in_a_collective():
+    torch.futures.Future().wait()  # in C++, where no handler of Python's runs
+
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+threading.Timer(2.5, os._exit, (3,)).start()
+with StopSignal(patience=60):
+    pass  # was left in time
+with StopSignal(lambda left: print("left:", left.is_set(), flush=True), patience=0.5):
+    wait_in_a_collective()
+"""
+
+
+def test_a_rank_that_does_not_stop_says_where_it_is():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 3
+    assert "rank 0 has not stopped within 0.5 s of SIGUSR2" in done.stderr and done.stderr.count("not stopped") == 1
+    assert "in wait_in_a_collective" in done.stderr and done.stdout == "left: False\n", done.stderr
 
 
 def test_nan_on_one_rank_stops_both_and_leaves_a_replay_file(tmp_path):

@@ -37,9 +37,9 @@ def call(*command, check: bool = True, **env) -> str:
     return done.stdout + done.stderr
 
 
-def submit(folder, *flags, front=SLOW, step: float = 0.0) -> str:
+def submit(folder, *flags, front=SLOW, step: float = 0.0, hang: int = -1) -> str:
     """-> the job's number."""
-    text = call(*front, *CLUSTER, "--job_dir", folder, *flags, TEST_STEP=str(step))
+    text = call(*front, *CLUSTER, "--job_dir", folder, *flags, TEST_STEP=str(step), TEST_HANG=str(hang))
     return re.search(r"job (\d+)", text)[1]
 
 
@@ -69,15 +69,24 @@ def note(folder) -> dict:
 def finished(folder, job: str, seconds: float = 240) -> None:
     def done():
         known = state(job)
-        assert known not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{known}\n{output(folder)[-5000:]}"
+        assert known not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{known}\n{ends(folder)}"
         return note(folder).get("state") == "finished"
 
     wait(f"{folder} finished", done, seconds)
     wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 120)
 
 
+def outputs(folder) -> list[str]:
+    return [p.read_text() for p in sorted(Path(folder).glob("submitit/*/*_log.out"))]
+
+
 def output(folder) -> str:
-    return "\n".join(p.read_text() for p in sorted(Path(folder).glob("submitit/*/*_log.out")))
+    return "\n".join(outputs(folder))
+
+
+def ends(folder) -> str:
+    """What each rank has said last."""
+    return "\n".join(text[-3000:] for text in outputs(folder))
 
 
 def reach(folder, step: int) -> None:
@@ -120,8 +129,19 @@ def test_a_real_time_out(uninterrupted, tmp_path):
     job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 2, "--slurm", "signal=USR2@60", step=0.6)
     finished(tmp_path, job, 500)
     text = output(tmp_path)
-    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, text[-3000:]
+    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, ends(tmp_path)
     assert_equal_runs(uninterrupted, tmp_path)
+
+
+def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
+    """One rank waits for ever, and the others for it, in collectives where no handler of Python's runs."""
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 7, "--timeout", 2,
+                 "--slurm", "signal=USR2@60", hang=24)
+    finished(tmp_path, job, 300)
+    assert_equal_runs(uninterrupted, tmp_path)
+    text = output(tmp_path)
+    assert f"job {job} is requeued" in text and text.count("has not stopped within 45 s of SIGUSR2") == 4, ends(tmp_path)
+    assert "slow_pretrain.py" in text and "torch.futures.Future().wait()" in text, "the culprit's line"
 
 
 def test_a_warning_before_torch_is_there(tmp_path):

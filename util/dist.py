@@ -4,9 +4,12 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
+import traceback
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
@@ -217,25 +220,52 @@ class StopSignal:
     `agreed()` is called once per step on every rank and is True on all of them at the same step once any was asked.
     The flag travels by an asynchronous all-reduce between hosts that is read one step later, so that neither the
     device nor the step waits for it. A second SIGINT interrupts at once, for people at a terminal.
+
+    A process that has not left `with` within `patience` seconds of a signal writes to stderr where it is: schedulers end
+    a job that hangs without a word. Then it calls `when_stuck(left)`, in a thread; `left` is set when it does leave.
     """
 
-    def __init__(self):
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, when_stuck: Callable[[threading.Event], None] | None = None, patience: float = 45):
         self.received: str | None = None
+        self.when_stuck, self.patience = when_stuck, patience
         self._group = td.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
         self._pending: tuple | None = None
         self._previous = {}
+        self._left = threading.Event()
 
     def __enter__(self):
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            try:
-                self._previous[s] = signal.signal(s, self._handle)
-            except ValueError:  # not in the main thread: the caller handles signals
-                return self
+        if threading.current_thread() is not threading.main_thread():
+            return self  # the caller handles signals
+        self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        # Python runs handlers in the main thread, and not while that waits in a collective. This pipe hears at once.
+        heard, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(heard,), daemon=True).start()
         return self
 
     def __exit__(self, *exc):
+        if not self._previous:
+            return
         for s, handler in self._previous.items():
             signal.signal(s, handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._left.set()
+        os.write(self._wakeup, b"\0")  # closing it would not do: data workers have inherited it
+        os.close(self._wakeup)
+
+    def _watch(self, heard: int) -> None:
+        main = threading.main_thread().ident
+        while (numbers := os.read(heard, 64)) and 0 not in numbers:
+            asked = [s for s in self.SIGNALS if s in numbers]
+            if asked and not self._left.wait(self.patience):
+                print(f"rank {rank()} has not stopped within {self.patience:g} s of {asked[0].name}. It is in\n"
+                      + "".join(traceback.format_stack(sys._current_frames()[main])), file=sys.stderr, flush=True)
+                if self.when_stuck is not None:
+                    self.when_stuck(self._left)
+        os.close(heard)
 
     def _handle(self, number, frame):
         if number == signal.SIGINT and self.received == "SIGINT":

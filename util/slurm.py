@@ -1,14 +1,16 @@
-"""Living under SLURM: requeueing a stopped job, outliving a lost node, and a check of the cluster.
+"""Living under SLURM: requeueing a job that stops or hangs, outliving a lost node, and a check of the cluster.
 
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.slurm check --output_dir DIR --data_path DIR
 """
 import contextlib
 import os
+import re
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -60,6 +62,28 @@ def requeue(tries: int = 5) -> None:
         elif state or shutil.which("squeue") is None:
             break
     print(why, flush=True)
+
+
+def time_left(job: str) -> float | None:
+    """Seconds until SLURM ends the job; None where it does not say, or never will."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", ask("squeue", "-h", "-j", job, "-o", "%L"))
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(x or 0) for x in found.groups())
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
+
+
+def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
+    """Have a job that hangs start again from its last save, `margin` seconds before its time limit would end it for good.
+
+    Of a long evaluation nobody can tell that it does not hang, and it has lost its job as well. Rank 0 asks, until the
+    event says that it has stopped by itself.
+    """
+    while dist.is_main() and job_id() and not left.wait(3):
+        seconds = time_left(job_id())
+        if seconds is not None and seconds <= margin:
+            requeue()
+            return
 
 
 @contextlib.contextmanager
