@@ -58,7 +58,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help="evaluate a moving average of the weights")
     g.add_argument("--distill", default="", metavar="MODEL",
                    help="teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint")
-    g.add_argument("--distill_checkpoint", default="", 
+    g.add_argument("--distill_checkpoint", default="",
                    help="a checkpoint of main_finetune.py; timm's pretrained weights if not given")
     add_augment_flags(p)
     g = p.add_argument_group("evaluation")
@@ -79,17 +79,21 @@ import torch
 
 import engine
 from models import build_classifier, build_teacher, freeze_all_but, known_classes
-from util import checkpoint, dist, evaluation, fsdp
+from util import checkpoint, dist, fsdp
 from util.amp import resolve_amp
 from util.datasets import build_dataset
 from util.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.keeper import Keeper
 from util.loader import eval_loader, train_loader
-from util.log import Log, write_predictions
+from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
 from util.optim import adamw, param_groups, weight_average
-from util.supervised import make_criterion, make_eval_fn, make_loss_fn
+from util.supervised import evaluate, make_augment, make_criterion, make_loss_fn
 from util.transforms import eval_transform, finetune_transform
+
+# What make_augment takes of the flags.
+BATCH_FLAGS = ("batch_size", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+               "mixup_switch_prob", "mixup_mode", "smoothing")
 
 
 def check_flags(args) -> None:
@@ -106,54 +110,6 @@ def check_flags(args) -> None:
         raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
     if args.ema and args.strategy == "fsdp":
         raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
-
-
-def make_augment(args, num_classes: int, device: torch.device):
-    """What happens to a batch on the device: random erasing, then mixup or cutmix -> (images, targets), and `mixed`."""
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
-
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob > 0 else None
-    mixup = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-        if args.batch_size % 2:
-            raise ValueError(f"mixup and cutmix need an even --batch_size, found {args.batch_size}")
-        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                      label_smoothing=args.smoothing, num_classes=num_classes)
-
-    def augment(images, labels):
-        if erase is not None:
-            images = erase(images)
-        return mixup(images, labels) if mixup is not None else (images, labels)
-
-    return augment, mixup is not None
-
-
-def evaluate(args, model, loader, device, amp, mean, std, positions: bool, classes: list[str]) -> dict[str, float]:
-    """Exact on any number of ranks; prints MAE's line and what it was measured on.
-
-    `classes` are those of the model's outputs; the data may have some of them, and answers are then among these.
-    """
-    rows, data, columns = [], loader.dataset.index.classes, None
-    if data != classes:
-        dist.say(f"the data have {len(data)} of the model's {len(classes)} classes: its answer is the best of these")
-        number = {name: i for i, name in enumerate(classes)}
-        columns = torch.tensor([number[name] for name in data], device=device)
-
-    def record(batch, logits):
-        top = logits.float().softmax(-1).max(-1)
-        rows.extend(zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist()))
-
-    eval_fn = make_eval_fn(positions, record if args.predictions else None, columns)
-    stats = evaluation.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
-    dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
-             + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
-             + f" on {stats['images']} of {len(loader.dataset)} images")
-    if args.predictions:
-        all_rows = sorted(row for rows in dist.gather_objects(rows) for row in rows)
-        if dist.is_main():
-            write_predictions(args.predictions, all_rows, loader.dataset.index)
-    return stats
 
 
 def build_data(args, size, mean, device):
@@ -234,11 +190,6 @@ def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
              + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
 
 
-def new_parameters(pretrained: dict | None) -> set[str]:
-    """What a pretrained encoder does not bring: a positional embedding, where it had none, and DeiT's second token."""
-    return {"pos_embed", "dist_token"} - checkpoint.encoder_weights(pretrained).keys() if pretrained is not None else set()
-
-
 def build_optimizer(args, model, saved: dict | None, batch: int) -> torch.optim.Optimizer:
     """AdamW for an effective batch. Layer decay belongs to fine-tuning; from scratch all layers learn alike."""
     from_encoder = args.finetune or ((saved or {}).get("args") or {}).get("finetune")
@@ -275,11 +226,12 @@ def main(args) -> int:
     plain |= labels | head
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args, size, num_classes, labels, head, saved, pretrained).to(device)
+    evaluation = dict(positions=pos_label != "none", device=device, mean=mean, std=std, amp=amp, predictions=args.predictions)
     if args.eval:
         checkpoint.load_for_evaluation(model, saved, args.resume)
         dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else "")
                  + checkpoint.other_than_trained(saved, plain))
-        evaluate(args, model, val_loader, device, amp, mean, std, pos_label != "none", classes)
+        evaluate(model, val_loader, classes, **evaluation)
         dist.shutdown()
         return 0
     if saved is not None:
@@ -287,14 +239,14 @@ def main(args) -> int:
     else:
         start_weights(args, model, pretrained, plain)
     if args.partial is not None:
-        freeze_all_but(model, args.partial, keep=new_parameters(pretrained))
+        freeze_all_but(model, args.partial, keep=checkpoint.new_parameters(pretrained))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.strategy == "fsdp":
         fsdp.shard(model, device, amp)
 
     # Loss
-    augment, mixed = make_augment(args, num_classes, device)
+    augment, mixed = make_augment(num_classes, device, **{name: getattr(args, name) for name in BATCH_FLAGS})
     teacher = build_teacher(args.distill, args.distill_checkpoint, classes=classes, img_size=size, in_chans=args.in_chans,
                             mean=mean, std=std).to(device) if args.distill else None
     loss_fn = make_loss_fn(augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher)
@@ -320,7 +272,7 @@ def main(args) -> int:
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         with fsdp.gathered(ema.module if args.ema else model) as whole:
-            stats = evaluate(args, whole, val_loader, device, amp, mean, std, pos_label != "none", classes)
+            stats = evaluate(whole, val_loader, classes, **evaluation)
         if state.best is None or stats["acc1"] > state.best:
             state.best, state.best_epoch = stats["acc1"], epoch
         dist.say(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")

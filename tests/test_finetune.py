@@ -234,8 +234,8 @@ def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
         own, theirs = deit.pos_embed[0], mae.pos_embed[0]
         assert torch.equal(own[0], theirs[0]) and torch.equal(own[2:], theirs[1:]) and not own[1].any()
     new = {"dist_token"} | ({"pos_embed"} if pos_embed == "none" else set())
-    assert main_finetune.new_parameters(state) >= new
-    freeze_all_but(deit, 0, main_finetune.new_parameters(state))
+    assert checkpoint.new_parameters(state) >= new
+    freeze_all_but(deit, 0, checkpoint.new_parameters(state))
     learning = {n for n, p in deit.named_parameters() if p.requires_grad}
     assert new <= learning and "cls_token" not in learning and ("pos_embed" in learning) == ("pos_embed" in new)
 
@@ -305,7 +305,8 @@ def test_mixup_mixes_class_targets_only():
     torch.manual_seed(0)
     np.random.seed(0)
     args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
-    augment, mixed = main_finetune.make_augment(args, 5, torch.device("cpu"))
+    flags = {name: getattr(args, name) for name in main_finetune.BATCH_FLAGS}
+    augment, mixed = supervised.make_augment(5, torch.device("cpu"), **flags)
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
     seen = {}
     vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))

@@ -19,7 +19,8 @@ LEVELS = [
 # Within util: who may import whom beside util.dist.
 UTIL_EDGES = {"util.dist": {"util.allocator"}, "util.image_index": {"util.listing"},
               "util.loader": {"util.allocator", "util.samplers", "util.transforms"},
-              "util.evaluation": {"util.amp", "util.loader"}, "util.supervised": {"util.accuracy"},
+              "util.evaluation": {"util.amp", "util.loader"},
+              "util.supervised": {"util.accuracy", "util.evaluation", "util.log"},
               "util.datasets": {"util.args", "util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
                                 "util.transforms"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},

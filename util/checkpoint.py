@@ -174,6 +174,11 @@ def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
     return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
 
 
+def new_parameters(pretrained: dict | None) -> set[str]:
+    """What a pretrained encoder does not bring: a positional embedding, where it had none, and DeiT's second token."""
+    return {"pos_embed", "dist_token"} - encoder_weights(pretrained).keys() if pretrained is not None else set()
+
+
 def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
     """Load a fine-tuned classifier, its moving average where there is one; label heads stay behind if not asked for."""
     check_kind(state, path, "classifier")
