@@ -203,8 +203,14 @@ def main(args, more: list[str]) -> int:
         if "--dry_run" in more or "slurm" in more:
             return 0  # nothing to collect, or not yet
     if args.command in ("run", "collect"):
+        refused = []
         for name in launched if args.command == "run" else args.names:
-            collect_experiment(name, args.runs, args.results)
+            try:
+                collect_experiment(name, args.runs, args.results)
+            except (ValueError, OSError) as e:  # the others are collected all the same
+                refused.append(f"{name}: {e}")
+        if refused:
+            raise ValueError("\n".join(refused))
         return 0
     found = load(args.results)
     if args.command == "list":

@@ -267,6 +267,9 @@ def read_runs(folders: list[str]) -> list[runs.RunRecord]:
 
 
 def main(args) -> int:
+    for name in ("images", "measure"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")
     if args.command == "reconstruct":
         save_png(reconstruct(args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss), args.out)
     elif args.command == "positions":

@@ -235,7 +235,7 @@ def test_an_experiment_runs_and_is_written_down(tmp_path, capfd):
     path, recipe = tmp_path / "results" / "mask_ratio.json", said["recipe"]
     other = [said["runs"][0] | {"name": "seed=7,mask_ratio=0.5"}]
     path.write_text(json.dumps(said | {"recipe": recipe.replace("seed=0,1,2", "seed=7"), "runs": other}))
-    assert call("collect", "mask_ratio") == 0
+    assert call("collect", "mae_tokens", "mask_ratio") == 2 and "mae_tokens: " in capfd.readouterr().err, "it has no runs"
     assert [r["name"] for r in json.loads(path.read_text())["runs"]] == [point, "seed=7,mask_ratio=0.5"]
     for another in ({"recipe": recipe.replace("--lr 1e-3", "--lr 1e-4")}, {"flags": said["flags"] + " --epochs 9"}):
         text = json.dumps(said | another | {"runs": other})

@@ -149,7 +149,8 @@ def test_wrong_files_are_refused(tmp_path, capsys):
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "w.pth")
     for argv, message in ((["positions", plain], "has no label head"), (["reconstruct", vit], "has no decoder"),
                           (["attention", tmp_path / "w.pth"], "which cannot be drawn"),
-                          (["attention", plain, "--data_path", tmp_path / "none"], "none")):
+                          (["attention", plain, "--data_path", tmp_path / "none"], "none"),
+                          (["attention", plain, "--images", 0], "--images 0: there must be at least 1")):
         assert call(argv[0], argv[1], tmp_path / "o.png", *argv[2:]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
