@@ -136,7 +136,7 @@ def test_a_real_time_out(uninterrupted, tmp_path):
 def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
     """One rank waits for ever, and the others for it, in collectives where no handler of Python's runs."""
     job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 7, "--timeout", 2,
-                 "--slurm", "signal=USR2@60", hang=24)
+                 "--slurm", "signal=USR2@60", hang=9)
     finished(tmp_path, job, 300)
     assert_equal_runs(uninterrupted, tmp_path)
     text = output(tmp_path)
