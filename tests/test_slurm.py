@@ -50,7 +50,7 @@ def wait(what: str, done, seconds: float = 180):
         if found:
             return found
         time.sleep(0.3)
-    raise AssertionError(f"not within {seconds} s: {what}\n{call('squeue', check=False)}")
+    raise TimeoutError(f"not within {seconds} s: {what}\n{call('squeue', check=False)}")
 
 
 def state(job: str) -> str:
@@ -72,7 +72,12 @@ def finished(folder, job: str, seconds: float = 240) -> None:
         assert known not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{known}\n{ends(folder)}"
         return note(folder).get("state") == "finished"
 
-    wait(f"{folder} finished", done, seconds)
+    try:
+        wait(f"{folder} finished", done, seconds)
+    except TimeoutError as e:
+        call("scancel", "--signal=USR2", job, check=False)
+        time.sleep(60)  # ranks that hang say where they are after 45 s
+        raise AssertionError(f"{e}\n{ends(folder)}") from None
     wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 120)
 
 
