@@ -104,6 +104,8 @@ def _read_hf_folder(folder: str) -> dict:
         raise ValueError(f"{folder} is no folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}")
     with open(files[0]) as f:
         config = json.load(f)
+    if not {"image_size", "num_attention_heads"} <= config.keys():
+        raise ValueError(f"{folder} holds no Vision Transformer: it is of type {config.get('model_type')}")
     size = config["image_size"]
     args = {"input_size": size if isinstance(size, list) else [size], "num_heads": config["num_attention_heads"],
             "layer_norm_eps": config.get("layer_norm_eps", 1e-12)}
@@ -134,6 +136,7 @@ def largest_difference(ours, theirs, full: bool) -> float:
 @contextlib.contextmanager
 def appears_whole(out: str, path: str):
     """Yields a name beside `out` to write to; what is there becomes `out` unless an error comes."""
+    out = out.rstrip("/")
     if os.path.isdir(out) or (os.path.exists(out) and os.path.samefile(out, path)):
         raise ValueError(f"{out} exists: choose another name")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)

@@ -127,9 +127,6 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     if run.loader.dataset.exact_resume:
         run.loader.sampler.set_position(epoch, first * run.accum_iter)
     else:
-        if first:
-            dist.say("the data are a stream: the unfinished epoch starts again")
-        state.step, first = epoch * updates, 0
         run.loader.dataset.set_epoch(epoch)
     run.wrapped.train()
     stream = device_batches(run.loader, run.device, run.mean, run.std)
@@ -215,7 +212,7 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainState(model, optimizer, scaler, extras=extras or {})
     if resume is not None:
-        state.load_dict(resume[1], resume[0], updates)
+        state.load_dict(resume[1], resume[0], updates, loader.dataset.exact_resume)
         resume[1].clear()  # as large as the state itself, and the caller holds it to the end
     started = f"continues {resume[0]} at step {state.step}" if resume else "step 0: there is no checkpoint to continue"
     if dry_run:

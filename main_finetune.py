@@ -12,6 +12,8 @@ Exit codes: 0 done, 75 stopped by a signal with the state saved (the same comman
 import sys
 
 from util.args import (
+    BELOW_ONE,
+    SHARE,
     Parser,
     add_augment_flags,
     add_data_flags,
@@ -20,8 +22,10 @@ from util.args import (
     add_optim_flags,
     add_position_flags,
     add_run_flags,
+    ascending,
     channel_stats,
     head_options,
+    number,
     pair,
     parse,
     resolve_head,
@@ -35,7 +39,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, so_vit_*, or timm/NAME")
     g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
     g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
-    g.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
     g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default=None,
                    help="classify the mean of the patch tokens (default, but for DeiT, So-ViT and under second order)")
     g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="classify the class token")
@@ -53,7 +57,7 @@ def get_args_parser() -> Parser:
     add_run_flags(p)
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
-    g.add_argument("--layer_decay", default=0.75, type=float, help="learning rate factor per layer, from the top down")
+    g.add_argument("--layer_decay", default=0.75, type=SHARE, help="learning rate factor per layer, from the top down")
     g.add_argument("--partial", default=None, type=int, metavar="K", help="train the last K blocks and the heads only")
     g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help="evaluate a moving average of the weights")
     g.add_argument("--distill", default="", metavar="MODEL",
@@ -66,7 +70,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--classes", default="", metavar="PATH",
                    help="names of the model's outputs, for --eval on some of its classes: a list, or a folder with all of "
                         "them; not needed for ImageNet's, nor for files that store them")
-    g.add_argument("--crop_pct", default=None, type=float, help="centre crop's share of the resized image")
+    g.add_argument("--crop_pct", default=None, type=number(0.05, kind=float), help="centre crop's share of the resized image")
     g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
     return p
 
@@ -128,7 +132,7 @@ def build_data(args, size, mean, device):
     if args.eval:
         return None, val_loader
     augment = dict(color_jitter=args.color_jitter, auto_augment=args.aa, hflip=args.hflip, vflip=args.vflip,
-                   crop_scale=tuple(args.crop_scale), mean=mean)
+                   crop_scale=ascending(args.crop_scale, "--crop_scale"), mean=mean)
     train = build_dataset(args.data_path, "train", finetune_transform(size, in_chans=args.in_chans, **augment), **common)
     check_same_classes(train.index, val.index)
     dist.say(f"training on {train.summary()}")
@@ -190,10 +194,9 @@ def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
              + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
 
 
-def build_optimizer(args, model, saved: dict | None, batch: int) -> torch.optim.Optimizer:
+def build_optimizer(args, model, batch: int) -> torch.optim.Optimizer:
     """AdamW for an effective batch. Layer decay belongs to fine-tuning; from scratch all layers learn alike."""
-    from_encoder = args.finetune or ((saved or {}).get("args") or {}).get("finetune")
-    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if from_encoder else 1.0,
+    groups = param_groups(model, args.weight_decay, model.no_weight_decay(), args.layer_decay if args.finetune else 1.0,
                           model.layer_id, model.num_layers)
     return adamw(groups, effective_lr(args.lr, args.blr, batch), betas=(0.9, 0.999))
 
@@ -209,8 +212,13 @@ def main(args) -> int:
     plain = checkpoint.plain_args(args)
     resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
     start, saved = resume or ("", None)
+    before = (saved or {}).get("args") or {}
+    args.finetune = args.finetune or before.get("finetune", "")  # layer decay and what is trained depend on it
+    plain |= {"finetune": args.finetune}
     # A run that goes on has its weights; which of its parameters were new (--partial) only the encoder's file tells.
     pretrained = checkpoint.load(args.finetune) if args.finetune and (saved is None or args.partial is not None) else None
+    if pretrained is not None:
+        pretrained.pop("optimizer", None)  # twice the weights, and for nothing
 
     # Data: images as the encoder has learned to see them
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
@@ -240,6 +248,7 @@ def main(args) -> int:
         start_weights(args, model, pretrained, plain)
     if args.partial is not None:
         freeze_all_but(model, args.partial, keep=checkpoint.new_parameters(pretrained))
+    pretrained = None  # its memory is needed
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.strategy == "fsdp":
@@ -253,7 +262,7 @@ def main(args) -> int:
 
     # Optimizer and what is kept
     batch = args.batch_size * args.accum_iter * dist.world_size()
-    optimizer = build_optimizer(args, model, saved, batch)
+    optimizer = build_optimizer(args, model, batch)
     lr = optimizer.defaults["lr"]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "

@@ -10,6 +10,7 @@ backbone runs once for all of them.
 
 --head second_order trains So-ViT's head on the frozen tokens instead, which is no linear probe and is not reported as one.
 """
+import math
 import sys
 from argparse import Namespace
 
@@ -21,6 +22,7 @@ from util.args import (
     add_head_flags,
     add_optim_flags,
     add_run_flags,
+    ascending,
     channel_stats,
     pair,
     parse,
@@ -80,6 +82,8 @@ from util.plan import write_record
 from util.spectrum import RANK_IMAGES, effective_rank
 from util.transforms import eval_transform, pretrain_transform
 
+LOST = 100
+
 
 def check_flags(args) -> None:
     """ValueError for flags that contradict each other, before anything is read."""
@@ -96,6 +100,8 @@ def check_flags(args) -> None:
         raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
     if args.strategy == "fsdp":
         raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
+    if args.compile:
+        raise ValueError("--compile compiles what is trained, and a probe trains linear heads only: leave it out")
 
 
 def as_trained(args, saved: dict):
@@ -109,12 +115,17 @@ def as_trained(args, saved: dict):
 
 
 def make_loss_fn(features):
-    """Sum over heads: their gradients do not meet. `loss_head` is the lowest loss among them."""
+    """Sum over heads: their gradients do not meet. `loss_head` is the lowest loss among them.
+
+    A step of LARS grows with the weights, not with the gradient, so that a head at too high a rate grows without end. One
+    that is LOST times worse than guessing learns no more, and cannot end the others with what is not a number.
+    """
 
     def loss_fn(model, batch):
         logits = model(features(batch["image"]))  # (heads, B, classes)
-        losses = [F.cross_entropy(z, batch["label"]) for z in logits]
-        return sum(losses), {"loss_head": torch.stack(losses).min().detach()}
+        losses = torch.stack([F.cross_entropy(z, batch["label"]) for z in logits])
+        learns = losses.detach() < LOST * math.log(logits.shape[-1])
+        return losses.where(learns, 0.0).sum(), {"loss_head": losses.detach().min()}
 
     return loss_fn
 
@@ -150,6 +161,8 @@ def load_backbone(args, state: dict, size, device):
         # What the encoder learned with is what it is probed with. Pooling by class token keeps its final norm, for the
         # patch tokens too.
         options = {"pos_embed": "learned" if "pos_embed" in state["model"] else "none", "pool": "cls"}
+        if embed := (state.get("args") or {}).get("patch_embed"):
+            options["patch_embed"] = embed
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
     if args.patch_size:
@@ -171,7 +184,7 @@ def build_data(args, size, device):
     val_loader = eval_loader(val, **loading)
     if args.eval:
         return None, val_loader
-    transform = eval_transform(size) if once else pretrain_transform(size, tuple(args.crop_scale))
+    transform = eval_transform(size) if once else pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"))
     train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
     check_same_classes(train.index, val.index)
     dist.say(f"training on {train.summary()}")
@@ -210,6 +223,7 @@ def main(args) -> int:
     second_order = args.head == "second_order"
     amp = resolve_amp(args.amp, device)
     pretrained = checkpoint.load(args.finetune)
+    pretrained.pop("optimizer", None)  # twice the weights, and for nothing
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained)
     plain = checkpoint.plain_args(args) | {"mean": list(mean), "std": list(std)}
     if args.output_dir and not (args.eval or args.dry_run):
@@ -218,6 +232,7 @@ def main(args) -> int:
     num_classes = len(val_loader.dataset.index.classes)
     backbone = load_backbone(args, pretrained, size, device)
     dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}")
+    pretrained = None  # its memory is needed
     if args.pool == "cls" and not backbone.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
 

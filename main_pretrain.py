@@ -9,12 +9,14 @@ import os
 import sys
 
 from util.args import (
+    SHARE,
     Parser,
     add_data_flags,
     add_optim_flags,
     add_position_flags,
     add_run_flags,
     add_self_relation_flags,
+    ascending,
     channel_stats,
     pair,
     parse,
@@ -38,7 +40,7 @@ def get_args_parser() -> Parser:
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="area of the random crop, as a share of the image")
-    p.add_argument("--hflip", default=0.5, type=float, help="chance of a left-right flip")
+    p.add_argument("--hflip", default=0.5, type=SHARE, help="chance of a left-right flip")
     p.add_argument("--dct_scaling", action="store_true",
                    help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels")
     add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
@@ -60,6 +62,7 @@ from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_
 from util import checkpoint, dist, evaluation, fsdp
 from util.amp import autocast, resolve_amp
 from util.datasets import build_dataset
+from util.image_index import NoSplit
 from util.keeper import Keeper
 from util.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
 from util.log import Log, survive_full_disk
@@ -148,16 +151,22 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
 def build_data(args, size, device, two_views: bool):
     """Training loader, and validation loader or None."""
     data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
-    augment = TwoViews(size, tuple(args.crop_scale), args.hflip)
+    if two_views and args.dct_scaling:
+        raise ValueError("--dct_scaling crops one view and does not go with --sr_views two: leave one of them out")
+    augment = TwoViews(size, ascending(args.crop_scale, "--crop_scale"), args.hflip)
     if not two_views:
-        augment = pretrain_transform(size, tuple(args.crop_scale), args.hflip, dct_scaling=args.dct_scaling)
+        augment = pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"), args.hflip, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **data)
     dist.say(train.summary())
     loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
                           pin_memory=args.pin_mem and device.type == "cuda")
     try:
         val = build_dataset(args.data_path, "val", eval_transform(size), evaluation=True, **data)
-    except ValueError:
+    except NoSplit:
+        val = None
+    if len(set(dist.gather_objects(val is None))) > 1:
+        raise ValueError(f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes again")
+    if val is None:
         dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
         return loader, None
     return loader, eval_loader(val, batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)

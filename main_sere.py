@@ -11,12 +11,14 @@ import argparse
 import sys
 
 from util.args import (
+    BELOW_ONE,
     Parser,
     add_data_flags,
     add_optim_flags,
     add_run_flags,
     add_self_relation_flags,
     channel_stats,
+    number,
     pair,
     parse,
     run,
@@ -29,8 +31,8 @@ def get_args_parser() -> Parser:
     g.add_argument("--model", default="sere_vit_small_patch16", help="a name in models_sere.MODELS")
     g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
     g.add_argument("--pos_embed", default="learned", choices=["none", "sincos", "learned"], help="encoder's embedding")
-    g.add_argument("--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
-    g.add_argument("--out_dim", default=8192, type=int, help="prototypes, shared by class tokens and patches")
+    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the student's last block")
+    g.add_argument("--out_dim", default=8192, type=number(2), help="prototypes, shared by class tokens and patches")
     g.add_argument("--norm_last_layer", default=True, action=argparse.BooleanOptionalAction,
                    help="prototypes of unit length; else each has a learned scale")
     g = p.add_argument_group("losses")
@@ -42,7 +44,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
     add_data_flags(p)
     p.add_argument("--local_size", default=[96], type=int, nargs="+", metavar=("H", "W"), help="size of local crops, H [W]")
-    p.add_argument("--local_crops_number", default=10, type=int, help="local crops per image; 0 for none")
+    p.add_argument("--local_crops_number", default=10, type=number(0), help="local crops per image; 0 for none")
     p.add_argument("--global_crops_scale", default=[0.4, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="area of the two global crops, as a share of the image")
     p.add_argument("--local_crops_scale", default=[0.05, 0.4], type=float, nargs=2, metavar=("MIN", "MAX"))

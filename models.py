@@ -50,7 +50,7 @@ def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | mod
     else:
         kind = models_vit.DistilledVisionTransformer if "dist_token" in state["model"] else models_vit.VisionTransformer
         model = kind(**options, num_classes=a.classes, pool=a.pool)
-    weights = evaluated_weights(state)
+    weights = {k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")}  # heads of SERE's teacher task
     problem = describe_mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} holds no plain Vision Transformer, it differs in its parts: {problem}")
@@ -128,7 +128,13 @@ def build_teacher(name: str, file: str, *, classes: list[str], img_size: tuple[i
     else:
         teacher = pretrained_teacher(name, len(classes))
         own = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
-    return Renormalized(teacher, (mean, std), own).eval().requires_grad_(False)
+    teacher = Renormalized(teacher, (mean, std), own).eval().requires_grad_(False)
+    try:
+        teacher(torch.zeros(1, in_chans, *img_size))
+    except (AssertionError, RuntimeError) as e:
+        size = f"{in_chans}x{img_size[0]}x{img_size[1]}"
+        raise ValueError(f"--distill {name} does not take images of {size}: {e}") from e
+    return teacher
 
 
 def pretrained_teacher(name: str, num_classes: int) -> nn.Module:
@@ -165,3 +171,6 @@ def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
     for name, p in model.named_parameters():
         if name not in keep and model.layer_id(name) < model.num_layers - blocks:
             p.requires_grad_(False)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
+            m.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # its statistics stay as well

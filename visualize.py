@@ -70,6 +70,7 @@ from models import model_of
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from util import charts, checkpoint, report, runs
 from util.datasets import build_dataset
+from util.image_index import NoSplit
 from util.loader import collate, some_samples
 from util.pictures import accuracy_map, reconstruction_panel, save_png, unnormalize_patches
 from util.transforms import eval_transform, normalize, unnormalize
@@ -96,7 +97,7 @@ def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
     transform = eval_transform(tuple(model.img_size))
     try:
         dataset = build_dataset(data_path, "val", transform, **options)
-    except ValueError:
+    except NoSplit:
         dataset = build_dataset(data_path, "train", transform, **options)
     samples = [s for s in some_samples(dataset, max(first, n)) if not s["bad"]]
     front = range(0, len(samples), max(1, len(samples) // first))[:first]  # places, as a stream's samples have no index
@@ -240,7 +241,10 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
     flag = flag or next((f for f in swept if f != "seed"), "seed")
     if flag not in swept:
         raise ValueError(f"--flag {flag} was not swept in {folder}; there are {', '.join(swept) or 'no differences'}")
-    metric = runs.metrics_of(records, [metric] if metric else None)[0]
+    found = runs.metrics_of(records, [metric] if metric else None)
+    if not found:
+        raise ValueError(f"no run in {folder} has a usual figure: name one by --metric")
+    metric = found[0]
     groups, chance = runs.aggregate(records, flag, metric), report.chance_of(records, metric)
     table = runs.sweep_table(groups, flag, metric, chance)
     charts.save(charts.sweep(groups, flag, metric, chance), out)

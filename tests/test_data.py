@@ -575,6 +575,15 @@ def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
         s["label"] for s in whole]
 
 
+def test_an_evaluation_on_nothing_says_so(tmp_path):
+    dataset = dataset_of(tmp_path, n=4, broken=(0, 1, 2, 3))
+    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
+                         pin_memory=False)
+    with pytest.raises(ValueError, match="none of the 4 images to evaluate on can be decoded"):
+        evaluation.evaluate(torch.nn.Flatten(), lambda model, batch: (torch.zeros(()), {}), loader,
+                            device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
 def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
     def fail(image):
         raise ValueError("a bug")

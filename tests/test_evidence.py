@@ -118,6 +118,9 @@ def test_results_of_the_same_flags_are_put_together():
     assert [(r["name"], r["figures"]["x"]) for r in both["runs"]] == [("a", 2.0), ("b", 1.0), ("c", 1.0)]
     assert both["missing"] == ["d"] and both["machines"] == ["M", "N"] and both["hours"] == 3.0
     assert results.merged(result("b", 2.0, "M"), result("b", 1.0, "M"))["hours"] == 1.0
+    before, found = result("ab", 2.0, "M"), result("b", 1.0, "M")
+    before["runs"][1]["hours"] = found["runs"][0]["hours"] = 1.0
+    assert results.merged(before, found)["hours"] == 2.0, "the same run collected again"
 
 
 @pytest.mark.parametrize("name", claims.EXPERIMENTS)

@@ -582,6 +582,42 @@ def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
     assert "head.0.weight" not in heads["alone"], "standardisation has no parameters"
 
 
+def test_a_head_that_is_lost_does_not_end_the_others():
+    """At 64 times the usual rate LARS lets a head grow without end."""
+    torch.manual_seed(0)
+    probe = Probe(6, 4, 2)
+    with torch.no_grad():
+        probe.head[2].weight.mul_(1e20)
+    batch = {"image": torch.randn(8, 6), "label": torch.arange(8) % 4}
+    loss, terms = main_linprobe.make_loss_fn(lambda x: x)(probe, batch)
+    loss.backward()
+    alone = torch.nn.functional.cross_entropy(probe(batch["image"])[0], batch["label"])
+    assert loss == alone == terms["loss_head"] and (probe.head[2].weight.grad == 0).all()
+    assert probe.head[1].weight.grad.abs().sum() > 0
+
+
+def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsys):
+    """The encoder's file is no flag of its own any more, and layer decay stays."""
+    file = pretrained(tmp_path, capsys)
+    first = ["--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "a"]
+    assert call(main_finetune, capsys, *first)[0] == 0
+    then = ["--model", "vit_test", "--resume", tmp_path / "a" / "checkpoint-last.pth", "--output_dir", tmp_path / "b"]
+    for epochs in (2, 3):
+        code, text = call(main_finetune, capsys, *then, "--epochs", epochs)
+        assert code == 0 and f"Epoch: [{epochs - 1}]" in text, text
+    groups = [len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth"))["optimizer"]["param_groups"]) for x in "ab"]
+    assert groups[0] == groups[1] > 2
+
+
+def test_batch_statistics_of_frozen_layers_stay():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
+    freeze_all_but(model, 1)
+    model.train()
+    model(torch.randn(5, 3))
+    assert (model[0].running_mean == 0).all() and (model[2].running_mean != 0).all()
+
+
 def test_cached_features_are_the_backbones(tmp_path, capsys):
     file = pretrained(tmp_path, capsys)
     for pool in ("--cls_token", "--global_pool"):

@@ -27,9 +27,11 @@ UTIL_EDGES = {"util.dist": {"util.allocator"}, "util.image_index": {"util.listin
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
               "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.results": {"util.job", "util.runs"},
               "util.report": {"util.charts", "util.runs"}, "util.keeper": {"util.checkpoint"}, "util.plan": {"util.flops"},
-              "util.state": {"util.checkpoint", "util.fsdp"}, "util.slurm": {"util.args", "util.datasets", "util.transforms"},
+              "util.state": {"util.checkpoint", "util.fsdp"},
+              "util.slurm": {"util.args", "util.datasets", "util.loader", "util.transforms"},
               "util.job": {"util.args"}, "util.status": {"util.job", "util.slurm"}, "util.sweep": {"util.args", "util.job"},
-              "util.launch": {"util.args", "util.job", "util.status", "util.sweep"}}
+              "util.launch": {"util.args", "util.job", "util.slurm", "util.status", "util.sweep"},
+              "util.log": {"util.board"}}
 
 
 def name_of(path: Path) -> str:

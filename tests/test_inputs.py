@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path, PosixPath, PurePosixPath
@@ -19,7 +20,8 @@ from PIL import Image
 import main_pretrain
 import main_sere
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from util import checkpoint, fsdp, keeper
+from processes import ROOT
+from util import checkpoint, dist, fsdp, keeper
 from util.args import parse, run
 from util.launch import launch
 from util.log import Log
@@ -54,6 +56,12 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
     (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
     (["--data_path", "nowhere"], "nowhere"),
     (["--resume", "missing.pth"], "no checkpoint at missing.pth"),
+    (["--batch_size", 0], "argument --batch_size: 0 is not 1 or more"),
+    (["--clip_grad", -1], "argument --clip_grad: -1 is not 0 or more"),
+    (["--crop_scale", 1, 0.2], "--crop_scale takes the smallest and the largest share of an image"),
+    (["--hflip", 1.5], "argument --hflip: 1.5 is not from 0 to 1"),
+    (["--device", "toaster"], "--device toaster"),
+    (["--dct_scaling", "--sr_spatial", 1, "--sr_views", "two"], "--dct_scaling crops one view"),
     (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
     (["--batch", 8], "unknown flag --batch"),
     (["@no_such.args"], "there is no recipe no_such.args"),
@@ -110,6 +118,37 @@ def test_what_is_only_reported_survives_a_full_disk(tmp_path, capsys, monkeypatc
     (tmp_path / "log.txt").symlink_to("/dev/full")
     Log(str(tmp_path)).write_line({"epoch": 0})
     assert "warning: [Errno 28]" in capsys.readouterr().out
+
+
+def test_a_full_disk_under_tensorboard_does_not_end_a_run(tmp_path, capsys, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("add_scalar", "add_image", "flush"):
+        monkeypatch.setattr(SummaryWriter, name, full)
+    code, text = pretrain(tmp_path, capsys, "--picture_epochs", 1)
+    assert code == 0 and text.count("nothing more is written for TensorBoard") == 1, text
+    assert (tmp_path / "run" / "checkpoint-0.pth").exists()
+
+
+def test_only_a_val_set_that_is_not_there_is_done_without(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "data" / "demo", data)
+    with open(data / "val.tar", "r+b") as f:
+        f.truncate(30_000)
+    code, text = pretrain(tmp_path, capsys, "--data_path", data)
+    assert code == 2 and "val.tar" in text and not (tmp_path / "run" / "log.txt").exists(), text
+    (data / "val.tar").unlink()
+    monkeypatch.setattr(dist, "gather_objects", lambda obj: [obj, not obj] if obj is True else [obj])
+    code, text = pretrain(tmp_path, capsys, "--data_path", data)
+    assert code == 2 and "some ranks find val images" in text, text
+
+
+def test_an_error_in_a_data_worker_is_one_line(tmp_path, capsys):
+    code, text = pretrain(tmp_path, capsys, "--in_chans", 2, "--mean", .5, .5, "--std", .5, .5, "--num_workers", 1)
+    assert code == 2 and "Traceback" not in text.partition("error: ")[2], text
 
 
 def test_maes_defaults():
@@ -368,3 +407,11 @@ def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeyp
     assert Stream.epochs == [0, 1] and text.count("Epoch: [1]") == 3, "four batches were promised, three came"
     code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
     assert code == 0 and Stream.epochs == [0, 1, 2], text
+    # A stop in the middle of the last epoch: what it had learned there, and its averages, are given up.
+    last = tmp_path / "run" / "checkpoint-last.pth"
+    stopped = checkpoint.load(str(last))
+    torch.save(stopped | {"step": 10, "meters": {"loss": 900.0, "steps": 2}, "epoch": 1}, last)
+    code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
+    assert code == 0 and "the unfinished epoch starts again" in text and text.count("Epoch: [2]") == 3, text
+    assert "Epoch: [2]  [1/4]" in text and "[5/4]" not in text
+    assert [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()][-1]["train_loss"] < 9

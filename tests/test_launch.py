@@ -1,5 +1,6 @@
 """The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from processes import ROOT, environment, log_lines
 from util import slurm, sweep
 from util.job import Job, read_note
-from util.launch import launch
+from util.launch import launch, say_stale
 from util.status import last_line, state_of, status
 
 TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
@@ -300,3 +301,59 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
     stopped.set()
     slurm.requeue_at_the_limit(stopped)
     assert capsys.readouterr().out == ""
+
+
+def test_a_preview_is_asked_for_anywhere(tmp_path, capsys):
+    """At the end of a command it would be the last follow-up's flag, and all would be submitted."""
+    flags = [*TINY_MODEL, "--job_dir", str(tmp_path / "jobs"), "--sweep", "seed=0,1", "--then", "linprobe", "--knn"]
+    assert launch("main_pretrain", [*flags, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("python main_linprobe.py") == 2 and "#SBATCH" in text and not (tmp_path / "jobs").exists()
+
+
+def test_nothing_is_submitted_while_slurm_does_not_answer(tmp_path, monkeypatch, capfd):
+    """What runs already would be submitted again."""
+    (tmp_path / "jobs.json").write_text(json.dumps({"": ["7"]}))
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 1, "", "timed out"))
+    assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(tmp_path)]) == 2
+    assert "SLURM does not answer squeue (timed out)" in capfd.readouterr().err
+
+
+def test_what_was_submitted_is_noted_before_slurm_refuses_more(tmp_path, monkeypatch, capfd):
+    """A limit of jobs, say: the same command again then submits the rest alone."""
+    bin_, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_.mkdir()
+    sbatch = (f"echo x >> {calls}\nn=$(wc -l < {calls})\n[ $n -le 2 ] || {{ echo QOSMaxSubmit >&2; exit 1; }}\n"
+              "echo Submitted batch job $n")
+    for name, text in (("sbatch", sbatch), ("squeue", ""), ("srun", ""), ("scontrol", "")):
+        (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_), prepend=":")
+    folder = tmp_path / "jobs"
+    assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(folder), "--sweep", "seed=0", "--then", "linprobe", "--knn",
+                                    "--then", "linprobe"]) == 2
+    assert "SLURM refuses the job: " in (told := capfd.readouterr().err) and "QOSMaxSubmit" in told
+    assert list(json.loads((folder / "jobs.json").read_text())) == ["seed=0", "seed=0/linprobe"]
+
+
+def test_a_local_run_that_was_killed_is_noted_as_failed(tmp_path):
+    job = Job("main_pretrain", [], str(tmp_path))
+    assert job.ended("1") == "lost"
+    job.note(state="running", starts=1)
+    assert job.ended("1") == "failed" and "killed" in read_note(str(tmp_path))["error"]
+    job.note(state="finished")
+    assert job.ended("1") == "finished"
+
+
+def test_what_was_done_on_an_earlier_checkpoint_is_named(tmp_path, capsys):
+    points = sweep.plan("main_pretrain", TINY_MODEL, [], ["--then", "linprobe", "--knn"], str(tmp_path))
+    then = points[0].then[0]
+    (tmp_path / "checkpoint-last.pth").touch()
+    for job in (points[0].job(), then.job()):
+        job.note(state="finished", main=job.main, argv=job.argv)
+    say_stale(points)
+    assert capsys.readouterr().out == ""
+    os.utime(tmp_path / "checkpoint-last.pth", (time.time() + 9, time.time() + 9))
+    say_stale(points)
+    assert f"{then.folder}: done on an earlier checkpoint" in capsys.readouterr().out

@@ -74,3 +74,21 @@ def test_whole_and_gathered_leave_plain_models_alone():
     assert fsdp.whole({"a": [1, {"b": model.weight}]}) == {"a": [1, {"b": model.weight}]}
     with fsdp.gathered(model) as same:
         assert same is model
+
+
+def test_blocks_within_blocks_are_sharded_first(monkeypatch):
+    """As FSDP wants it; of timm's models MobileViT's have such."""
+    class InnerBlock(torch.nn.Module):
+        pass
+
+    class OuterBlock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = InnerBlock()
+
+    seen, model = [], torch.nn.Sequential(OuterBlock())
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh: seen.append(type(module).__name__) or module)
+    monkeypatch.setattr("torch.distributed.init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(fsdp.dist, "world_size", lambda: 2)
+    fsdp.shard(model, torch.device("cpu"), "fp32")
+    assert seen == ["InnerBlock", "OuterBlock", "Sequential"]

@@ -143,6 +143,13 @@ def test_pictures_of_every_kind_are_drawn(constant_answer, tmp_path, command):
     assert min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
+def test_relation_heads_are_no_part_of_what_is_drawn(constant_answer, tmp_path):
+    state = torch.load(constant_answer[1], weights_only=True)
+    state["model"]["sr_spatial.norm.weight"] = torch.ones(4)
+    torch.save(state, tmp_path / "sr.pth")
+    assert call("reconstruct", tmp_path / "sr.pth", tmp_path / "o.png", "--images", 1) == 0
+
+
 def test_wrong_files_are_refused(tmp_path, capsys):
     plain = saved(tmp_path / "p.pth", MODELS["mae_test"](img_size=(32, 32), pos_label="none"))
     vit = saved(tmp_path / "v.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2))

@@ -59,23 +59,47 @@ class Parser(argparse.ArgumentParser):
         return out
 
 
+def number(least: float, most: float = float("inf"), kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a number from `least` to `most`."""
+    def read(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"from {least} to {most}" if most < float("inf") else
+                                                                  f"{least} or more"))
+        return value
+
+    read.__name__ = kind.__name__  # argparse's "invalid int value"
+    return read
+
+
+COUNT, SHARE = number(1), number(0, 1, float)
+BELOW_ONE = number(0, 0.999, float)
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse with a main's parser (made with add_help=False, so that submitit can use it as a parent) and --help."""
     return Parser(parents=[parser], description=parser.description).parse_args(argv)
 
 
-def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
+def accept_odd_names() -> None:
+    """Names of files may be no text, and are printed all the same."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
+    accept_odd_names()
     try:
         return main(args)
     except (ValueError, OSError) as e:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
-        frame = traceback.extract_tb(e.__traceback__)[-1]
-        print(f"error: {e}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
+        frame, told = traceback.extract_tb(e.__traceback__)[-1], str(e)
+        if "Original Traceback" in told:  # of a data worker: its last line is the error
+            told = told.strip().rpartition("\n")[2].partition(": ")[2]
+        print(f"error: {told}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
               "the traceback)", file=sys.stderr, flush=True)
         return 2
 
@@ -87,27 +111,27 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
     g.add_argument("--in_chans", default=3, type=int, help="image channels")
     g.add_argument("--mean", default=None, type=float, nargs="+", help="per channel, of values in [0, 1]; ImageNet's for 3")
     g.add_argument("--std", default=None, type=float, nargs="+", help="per channel, of values in [0, 1]; ImageNet's for 3")
-    g.add_argument("--num_workers", default=num_workers, type=int, help="data loading processes per rank")
+    g.add_argument("--num_workers", default=num_workers, type=number(0), help="data loading processes per rank")
     g.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
                    help="page-locked host memory for faster copies to a GPU")
     g.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
-    g.add_argument("--max_bad_images", default=0.01, type=float, help="stop above this share of undecodable images")
+    g.add_argument("--max_bad_images", default=0.01, type=SHARE, help="stop above this share of undecodable images")
 
 
 def add_optim_flags(p: argparse.ArgumentParser, *, batch_size: int, epochs: int, blr: float, min_lr: float,
                     weight_decay: float, warmup_epochs: int, clip_grad: float | None = None,
                     clip_help: str = "largest gradient norm; none by default") -> None:
     g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", default=batch_size, type=int, help="images per rank and micro-step")
+    g.add_argument("--batch_size", default=batch_size, type=COUNT, help="images per rank and micro-step")
     g.add_argument("--epochs", default=epochs, type=int)
-    g.add_argument("--accum_iter", default=1, type=int, help="micro-steps per optimizer step")
+    g.add_argument("--accum_iter", default=1, type=COUNT, help="micro-steps per optimizer step")
     g.add_argument("--weight_decay", default=weight_decay, type=float)
     g.add_argument("--lr", default=None, type=float, help="absolute learning rate; overrides --blr")
     g.add_argument("--blr", default=blr, type=float,
                    help="base learning rate: lr = blr * batch_size * accum_iter * ranks / 256")
     g.add_argument("--min_lr", default=min_lr, type=float, help="where the cosine ends")
     g.add_argument("--warmup_epochs", default=warmup_epochs, type=float)
-    g.add_argument("--clip_grad", default=clip_grad, type=float, help=clip_help)
+    g.add_argument("--clip_grad", default=clip_grad, type=number(0, kind=float), help=clip_help)
 
 
 def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
@@ -122,7 +146,7 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
     g.add_argument("--pos_weight", default=0.5, type=float, help="weight of the label loss (the paper's lambda)")
     g.add_argument("--pos_tokens", default=None if pos_label == "auto" else "half", choices=["half", "full"],
                    help="channels that the label head reads" + "; the checkpoint's own, else half" * (pos_label == "auto"))
-    g.add_argument("--rpl_pairs", default=0, type=int, metavar="N", help="RPL partners per query and step; 0 = all pairs")
+    g.add_argument("--rpl_pairs", default=0, type=number(0), metavar="N", help="RPL partners per query and step; 0 = all pairs")
 
 
 # --so_* flags and the keywords of layers.second_order.SecondOrderHead.
@@ -202,18 +226,18 @@ def add_augment_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
     g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
     g.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
-    g.add_argument("--hflip", default=0.5, type=float)
-    g.add_argument("--vflip", default=0.0, type=float)
-    g.add_argument("--reprob", default=0.25, type=float, help="chance of random erasing")
+    g.add_argument("--hflip", default=0.5, type=SHARE)
+    g.add_argument("--vflip", default=0.0, type=SHARE)
+    g.add_argument("--reprob", default=0.25, type=SHARE, help="chance of random erasing")
     g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
-    g.add_argument("--recount", default=1, type=int)
+    g.add_argument("--recount", default=1, type=COUNT)
     g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
-    g.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    g.add_argument("--mixup", default=0.0, type=float, help="mixup alpha; 0 is off")
-    g.add_argument("--cutmix", default=0.0, type=float, help="cutmix alpha; 0 is off")
+    g.add_argument("--smoothing", default=0.1, type=SHARE, help="label smoothing")
+    g.add_argument("--mixup", default=0.0, type=number(0, kind=float), help="mixup alpha; 0 is off")
+    g.add_argument("--cutmix", default=0.0, type=number(0, kind=float), help="cutmix alpha; 0 is off")
     g.add_argument("--cutmix_minmax", default=None, type=float, nargs=2)
-    g.add_argument("--mixup_prob", default=1.0, type=float)
-    g.add_argument("--mixup_switch_prob", default=0.5, type=float)
+    g.add_argument("--mixup_prob", default=1.0, type=SHARE)
+    g.add_argument("--mixup_switch_prob", default=0.5, type=SHARE)
     g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
 
 
@@ -227,18 +251,18 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
                    help="auto: bf16 on GPUs that have it, else fp16; fp32 on the CPU")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--save_every_epochs", default=20, type=int, help="numbered checkpoint every N epochs")
-    g.add_argument("--save_minutes", default=30, type=float, help="refresh checkpoint-last.pth that often")
-    g.add_argument("--save_steps", default=0, type=int, help="refresh checkpoint-last.pth every N updates")
-    g.add_argument("--keep", default=0, type=int, help="numbered checkpoints to keep, the newest; 0 = all")
+    g.add_argument("--save_every_epochs", default=20, type=number(0), help="numbered checkpoint every N epochs")
+    g.add_argument("--save_minutes", default=30, type=number(0, kind=float), help="refresh checkpoint-last.pth that often")
+    g.add_argument("--save_steps", default=0, type=number(0), help="refresh checkpoint-last.pth every N updates")
+    g.add_argument("--keep", default=0, type=number(0), help="numbered checkpoints to keep, the newest; 0 = all")
     g.add_argument("--dry_run", action="store_true",
                    help="measure a few steps, print data, speed, memory, hours, disk and where it would start, write nothing")
-    g.add_argument("--print_freq", default=20, type=int, help="updates between log points")
+    g.add_argument("--print_freq", default=20, type=COUNT, help="updates between log points")
     g = p.add_argument_group("ranks (torchrun sets them)")
     g.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"],
                    help="fsdp spreads parameters and optimizer state over the ranks, for models that do not fit")
     g.add_argument("--dist_backend", default=None, help="nccl on GPUs, gloo elsewhere")
-    g.add_argument("--dist_timeout", default=30, type=float, help="minutes that a rank waits for the others")
+    g.add_argument("--dist_timeout", default=30, type=number(0, kind=float), help="minutes that a rank waits for the others")
     g.add_argument("--local_rank", default=-1, type=int, help="set by older launchers")
     for name in ("--world_size", "--start_epoch"):  # MAE's, read from the environment or the checkpoint here
         g.add_argument(name, default=None, type=int, help=argparse.SUPPRESS)
@@ -256,6 +280,14 @@ def pair(values: list[int], flag: str) -> tuple[int, int]:
     if len(values) not in (1, 2) or min(values) < 1:
         raise ValueError(f"{flag} takes one or two positive numbers, H [W], found {' '.join(map(str, values))}")
     return values[0], values[-1]
+
+
+def ascending(values: list[float], flag: str) -> tuple[float, float]:
+    """[MIN, MAX] shares of an image, as a tuple."""
+    if not 0 < values[0] <= values[1] <= 1:
+        raise ValueError(f"{flag} takes the smallest and the largest share of an image, from above 0 to 1, found "
+                         f"{values[0]:g} {values[1]:g}")
+    return values[0], values[1]
 
 
 def channel_stats(args: argparse.Namespace, saved: dict | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist, native
 from util.args import Parser, run
-from util.image_index import ImageIndex, build_index
+from util.image_index import ImageIndex, NoSplit, build_index
 from util.loader import build_loader
 from util.samplers import EvalSampler, sample_seed
 from util.transforms import PIL_MODES, decode, eval_transform
@@ -195,7 +195,8 @@ def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
     except ImportError as error:
         raise ValueError(f"{data_path} needs a package that is not installed: pip install {error.name}") from error
     except Exception as error:
-        raise ValueError(f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
+        kind = NoSplit if split == "val" else ValueError
+        raise kind(f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
                          "form is <reader>/<name>[=<root>]; wds and torch need the root of the data.") from error
     kind = TimmIterableDataset if isinstance(dataset, IterableDataset) else TimmDataset
     return kind(dataset, transform, name=data_path, in_chans=in_chans, seed=seed)

@@ -97,7 +97,10 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
             raise ValueError(f"local rank {local_rank} has no GPU: {visible} are visible on {host}; start as many processes "
                              "per node as GPUs")
     else:
-        where = torch.device(device)
+        try:
+            where = torch.device(device)
+        except RuntimeError as e:
+            raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from e
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -222,12 +225,13 @@ class StopSignal:
     device nor the step waits for it. A second SIGINT interrupts at once, for people at a terminal.
 
     A process that has not left `with` within `patience` seconds of a signal writes to stderr where it is: schedulers end
-    a job that hangs without a word. Then it calls `when_stuck(left)`, in a thread; `left` is set when it does leave.
+    a job that hangs without a word. Then, but for SIGINT, it calls `when_stuck(left)`, in a thread; `left` is set when it
+    does leave.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self, when_stuck: Callable[[threading.Event], None] | None = None, patience: float = 45):
+    def __init__(self, when_stuck: Callable[[threading.Event], None] | None = None, patience: float = 25):
         self.received: str | None = None
         self.when_stuck, self.patience = when_stuck, patience
         self._group = td.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
@@ -243,7 +247,8 @@ class StopSignal:
         heard, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(heard,), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(heard,), daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *exc):
@@ -255,6 +260,7 @@ class StopSignal:
         self._left.set()
         os.write(self._wakeup, b"\0")  # closing it would not do: data workers have inherited it
         os.close(self._wakeup)
+        self._watcher.join(5)  # its last breath may free the process group, which must not be while Python ends
 
     def _watch(self, heard: int) -> None:
         main = threading.main_thread().ident
@@ -263,7 +269,7 @@ class StopSignal:
             if asked and not self._left.wait(self.patience):
                 print(f"rank {rank()} has not stopped within {self.patience:g} s of {asked[0].name}. It is in\n"
                       + "".join(traceback.format_stack(sys._current_frames()[main])), file=sys.stderr, flush=True)
-                if self.when_stuck is not None:
+                if self.when_stuck is not None and asked != [signal.SIGINT]:  # that is a person, who wants it to end
                     self.when_stuck(self._left)
         os.close(heard)
 

@@ -34,6 +34,9 @@ def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, 
             sums[name] = sums.get(name, 0) + value.to(exact) * n
         sums["images"] = sums.get("images", 0) + n
     names = sorted(set().union(*dist.gather_objects(set(sums))))  # a rank may have no images at all
+    if not names:
+        raise ValueError(f"none of the {len(loader.dataset)} images to evaluate on can be decoded: "
+                         "python -m util.datasets check lists them")
     zero = torch.zeros((), dtype=exact, device=device)
     totals = dist.sum_over_ranks(torch.stack([sums.get(k, zero) for k in names])).tolist()
     out = dict(zip(names, totals))

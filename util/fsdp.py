@@ -29,7 +29,7 @@ def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
 
     model.whole_copy = [copy.deepcopy(model).cpu().requires_grad_(False)]  # in a list: no part of the model; see `gathered`
     mesh = torch.distributed.init_device_mesh(device.type, (dist.world_size(),))
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # blocks within blocks first
         if type(module).__name__.endswith("Block"):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)

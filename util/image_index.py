@@ -29,6 +29,10 @@ LAYOUTS = """Layouts that work:
   for training without labels also a folder of images, nested or not, or a text file of paths, one per line"""
 
 
+class NoSplit(ValueError):
+    """The data are there, but not this split of them."""
+
+
 class ImageIndex:
     """Names, labels and bytes of n images; built by `build_index`.
 
@@ -162,7 +166,7 @@ def _index_folder(path, split, labels):
         if compressed := [f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)]:
             raise compressed_error(compressed[0])
         if split != "train":
-            raise _misplaced(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.")
+            raise NoSplit(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.\n{LAYOUTS}")
         arrays = list_folder(path, cache)
     _check_not_a_parent(path, unpack_names(arrays["stamped"]))
     return ImageIndex(path, path, kind, arrays, labels=labels)
@@ -174,8 +178,8 @@ def _index_tars(path, kind, tars, cache, labels):
 
 def _index_file(path, split, labels):
     if split != "train":
-        raise _misplaced(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
-                         f"{split}/ or {split}.tar.")
+        raise NoSplit(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
+                      f"{split}/ or {split}.tar.\n{LAYOUTS}")
     if path.lower().endswith(COMPRESSED_SUFFIXES):
         raise compressed_error(path)
     if path.lower().endswith(".tar"):

@@ -12,7 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
-from util.args import Parser
+from util.args import Parser, accept_odd_names
 
 NOTE = "job.json"
 
@@ -30,6 +30,7 @@ class Job:
     def __call__(self) -> int:
         from util import dist
 
+        accept_odd_names()
         number = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
         if "SUBMITIT_EXECUTOR" in os.environ:
             import submitit
@@ -73,6 +74,15 @@ class Job:
         partial = Path(self.folder, f"{NOTE}.{uuid.uuid4().hex}")
         partial.write_text(json.dumps(state, indent=1))
         os.replace(partial, Path(self.folder, NOTE))
+
+    def ended(self, number: str) -> str:
+        """The state of a job that has ended, one word; where it was killed and could not say so, it is noted as failed."""
+        job = Job(self.main, self.argv, self.folder.replace("%j", number))
+        note = read_note(job.folder)
+        if note.get("state") == "running":
+            note |= {"state": "failed", "error": "ended without a word: killed, by hand or for its memory"}
+            job.note(**note)
+        return note.get("state", "lost")
 
     def finished_before(self) -> bool:
         """Whether this very job, with these flags, has been done."""

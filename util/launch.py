@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+from util import slurm
 from util.args import Parser, run
-from util.job import read_note
 from util.status import job_ids, queue, status
-from util.sweep import Point, parse_main, parse_sweep, plan
+from util.sweep import Point, check_flags, parse_main, parse_sweep, plan
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 def add_cluster_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("cluster")
     g.add_argument("--job_dir", default="jobs/%t", help="shared folder of logs and checkpoints; a run in it is continued; "
@@ -69,6 +71,7 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
     """A command line with its recipes as (flags of the cluster and of the main, --then and all that belongs to it).
 
     A recipe that ends in --then keeps that to itself: flags that the command line gives behind the recipe are the main's.
+    --dry_run is the launcher's wherever it stands: at the end of a command it asks for a preview of all of it.
     """
     parser = Parser(add_help=False)
     if "--status" in argv:  # which the rest of the command that submitted the runs does not change
@@ -78,7 +81,9 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
         if word.startswith("--then="):
             parser.error(f"{word}: --then takes words, --then {word.partition('=')[2]} ...")
         if word == "--then":
-            return words, chain + parser.with_recipes(argv[i:])
+            chain += parser.with_recipes(argv[i:])
+            asked = [w for w in chain if w in ("--dry_run", "--dry-run")]
+            return words + asked, [w for w in chain if w not in asked]
         expanded = parser.with_recipes([word])
         first = expanded.index("--then") if "--then" in expanded else len(expanded)
         words += expanded[:first]
@@ -101,30 +106,22 @@ def submit(main: str, opts, rest: list[str], chain: list[str]) -> int:
         if unknown:
             raise ValueError(f"--only {' '.join(sorted(unknown))}: no such point; there are {' '.join(p.name for p in points)}")
         points = [p for p in points if p.name in opts.only]
-    check_folder(job_dir, opts)
+    if opts.cluster == "slurm":
+        slurm.check_shared(job_dir)
     if opts.dry_run:
         return show(points, opts, job_dir)
     write_plan(points, opts, rest, job_dir)
+    say_stale(points)
     return {"slurm": to_slurm, "local": run_locally, "debug": run_here}[opts.cluster](points, opts, job_dir)
 
 
-def check_flags(main: str, rest: list[str]) -> list[str]:
-    """Of a main's flags those that the check of the cluster has too."""
-    args = parse_main(main, rest)
-    return [w for k in ("data_path", "device") if getattr(args, k) for w in (f"--{k}", str(getattr(args, k)))]
-
-
-def check_folder(job_dir: str, opts) -> None:
-    """ValueError if the nodes of a cluster cannot share `job_dir` because it lies in this machine's memory."""
-    if opts.cluster != "slurm" or not os.path.exists("/proc/mounts"):
-        return
-    with open("/proc/mounts") as f:
-        mounts = [(line.split()[1], line.split()[2]) for line in f]
-    inside = [m for m in mounts if os.path.commonpath([m[0], os.path.realpath(job_dir)]) == m[0]]
-    where, kind = max(inside, key=lambda m: len(m[0]), default=("", ""))
-    if kind in ("tmpfs", "ramfs"):
-        raise ValueError(f"--job_dir {job_dir} lies in this machine's memory ({kind} at {where}), which no node sees: choose a "
-                         "folder that all nodes mount")
+def say_stale(points: list[Point]) -> None:
+    """Name the follow-ups that were done on an earlier state of their run: they are kept as they are."""
+    for p in points:
+        last, again = Path(p.folder, "checkpoint-last.pth"), not p.job().finished_before()
+        for each in (each for each in p.then if each.job().finished_before() and last.exists()):
+            if again or last.stat().st_mtime > Path(each.folder, "job.json").stat().st_mtime:
+                print(f"{each.folder}: done on an earlier checkpoint of the run; remove that folder to have it done anew")
 
 
 def write_plan(points: list[Point], opts, rest: list[str], job_dir: str) -> None:
@@ -192,7 +189,7 @@ def slurm_executor(points: list[Point], opts, job_dir: str, preview: bool = Fals
 def to_slurm(points: list[Point], opts, job_dir: str) -> int:
     """Submit what is neither done nor queued: one array, and the follow-ups behind their points."""
     submitted = job_ids(Path(job_dir))
-    queued = queue([ids[-1] for ids in submitted.values()])
+    queued = queue([ids[-1] for ids in submitted.values()], must=True)  # else what runs would be submitted again
     wanted = []
     for p in points:
         state = "queued" if submitted.get(p.name, [""])[-1] in queued else p.job().finished_before() and "finished"
@@ -201,7 +198,7 @@ def to_slurm(points: list[Point], opts, job_dir: str) -> int:
         else:
             wanted.append(p)
     executor = slurm_executor(wanted or points, opts, job_dir)
-    with executor.batch():
+    with slurm.refusals(), executor.batch():
         jobs = [executor.submit(p.job()) for p in wanted]
     for p, job in zip(wanted, jobs):
         submitted.setdefault(p.name, []).append(job.job_id)
@@ -218,7 +215,6 @@ def to_slurm(points: list[Point], opts, job_dir: str) -> int:
                 print(f"{each.name}: finished, not submitted again")
             else:
                 submit_after(submitted[p.name][-1] if p in wanted or waiting else "", each, opts, job_dir, submitted)
-    note_jobs(Path(job_dir), submitted)
     print(f"status: python {os.path.basename(sys.argv[0])} --status {job_dir}")
     return 0
 
@@ -229,8 +225,10 @@ def submit_after(before: str, p: Point, opts, job_dir: str, submitted: dict[str,
     if before:
         extra = executor.parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
         executor.update_parameters(dependency=f"afterok:{before}", additional_parameters=extra)
-    job = executor.submit(p.job())
+    with slurm.refusals():
+        job = executor.submit(p.job())
     submitted.setdefault(p.name, []).append(job.job_id)
+    note_jobs(Path(job_dir), submitted)  # at once: SLURM may refuse the next
     print(f"{p.name}: job {job.job_id}" + (f" after {before}" if before else "") + f", log {job.paths.stdout}")
 
 
@@ -286,7 +284,7 @@ def run_locally(points: list[Point], opts, job_dir: str) -> int:
         for i, busy in enumerate(slots):
             if busy is not None and busy[2].done():
                 point, rest, job = busy
-                slots[i], state = None, read_note(point.folder.replace("%j", job.job_id)).get("state", "lost")
+                slots[i], state = None, point.job().ended(job.job_id)
                 print(f"{point.folder}: {state}", flush=True)
                 failed += state != "finished"
                 if state == "finished":

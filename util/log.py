@@ -16,6 +16,7 @@ import time
 import torch
 
 from util import dist
+from util.board import Board
 
 
 class NonFiniteLoss(RuntimeError):
@@ -28,7 +29,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Log:
-    """Collects step metrics and writes them out; `writer` is TensorBoard's SummaryWriter on rank 0, or None.
+    """Collects step metrics and writes them out; `board` is TensorBoard's on rank 0, or None.
 
     `chance` holds the level of guessing for metrics that have one; it is printed beside them and written to log.txt.
     `meters` are the sums of the unfinished epoch: a checkpoint takes them along, so that an interrupted epoch reports
@@ -40,11 +41,8 @@ class Log:
                  chance: dict[str, float] | None = None, loss_tag: str = "train_loss"):
         self.output_dir, self.print_freq, self.chance = output_dir, print_freq, chance or {}
         self.loss_tag = loss_tag  # MAE's TensorBoard names differ: train_loss in pretraining, loss in fine-tuning
-        self.writer = self._bar = None
-        if dist.is_main() and log_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(log_dir)
+        self._bar = None
+        self.board = Board(log_dir) if dist.is_main() and log_dir else None
         self.peak_flops: float | None = None
         self.image_flops: float | None = None
         self.meters: dict[str, float] = {}
@@ -134,14 +132,14 @@ class Log:
         eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
         terms = [f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
                  for k, v in last.items()]
-        if self.writer is not None:
+        if self.board is not None:
             x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
-            self.writer.add_scalar(self.loss_tag, last["loss"], x)
-            self.writer.add_scalar("lr", lr, x)
+            self.board.scalar(self.loss_tag, last["loss"], x)
+            self.board.scalar("lr", lr, x)
             for name in last.keys() - {"loss"}:
-                self.writer.add_scalar(f"train/{name}", last[name], x)
+                self.board.scalar(f"train/{name}", last[name], x)
             for name, value in speed.items():
-                self.writer.add_scalar(f"speed/{name}", value, x)
+                self.board.scalar(f"speed/{name}", value, x)
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}")
@@ -158,14 +156,14 @@ class Log:
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
-        if self.writer is not None:
+        if self.board is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, (epoch + 1) * 1000)
+                self.board.scalar(name, value, (epoch + 1) * 1000)
 
     def picture(self, name: str, image, epoch: int) -> None:
         """Show a (H, W, 3) uint8 picture in TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, (epoch + 1) * 1000, dataformats="HWC")
+        if self.board is not None:
+            self.board.image(name, image, (epoch + 1) * 1000)
 
     def averages(self) -> dict[str, float]:
         """Means over the updates of the epoch so far."""
@@ -185,8 +183,8 @@ class Log:
     def write_line(self, line: dict[str, float]) -> None:
         """Append one JSON object to log.txt."""
         if dist.is_main():
-            if self.writer is not None:
-                self.writer.flush()
+            if self.board is not None:
+                self.board.flush()
             if self.output_dir:
                 with survive_full_disk(), open(os.path.join(self.output_dir, "log.txt"), "a") as f:
                     f.write(json.dumps(line) + "\n")
@@ -235,8 +233,10 @@ class BadImages:
             print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {latest}", flush=True)
             if self.dir:
                 path = os.path.join(self.dir, "bad_images.txt")
-                with survive_full_disk(), open(path, "a", errors="surrogateescape") as f:
-                    f.writelines(name + "\n" for name in names)
+                with survive_full_disk(), open(path, "a+", errors="surrogateescape") as f:
+                    f.seek(0)
+                    listed = set(f.read().splitlines())  # before a restart
+                    f.writelines(name + "\n" for name in names if name not in listed)
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
             where = os.path.join(self.dir or "", "bad_images.txt")
@@ -258,9 +258,9 @@ def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: i
                "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
     }
     path = os.path.join(output_dir, f"replay-step{error.step}.json")
-    with open(path, "w") as f:
+    with survive_full_disk(), open(path, "w") as f:
         json.dump(replay, f, indent=1)
-    print(f"wrote {path}", flush=True)
+        print(f"wrote {path}", flush=True)
 
 
 def write_predictions(path: str, rows: list[tuple[int, int, int, float]], index) -> None:

@@ -35,14 +35,15 @@ def collect(folder: str) -> dict:
         raise ValueError(f"no run in {folder} is finished: there is nothing to collect")
     records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
     plan = json.loads(_read(os.path.join(folder, "sweep.json")) or "{}")
+    hours = [sum(_seconds(os.path.join(run.folder, sub)) for sub in ["", *_folders(run.folder)]) / 3600 for run in runs]
     return {
         "flags": as_noted(plan.get("flags", [])),
-        "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run)} for run in runs],
+        "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run), "hours": round(h, 4)}
+                 for run, h in zip(runs, hours)],
         "missing": missing,
         "machines": sorted({device for record in records for device in record.get("devices", [])}),
         "versions": records[-1].get("versions", {}),
-        "hours": round(sum(_seconds(os.path.join(run.folder, sub)) for run in runs
-                           for sub in ["", *_folders(run.folder)]) / 3600, 2),
+        "hours": round(sum(hours), 2),
     }
 
 
@@ -56,13 +57,15 @@ def merged(before: dict, found: dict) -> dict:
     own = {run["name"] for run in found["runs"]}
     kept = [run for run in before["runs"] if run["name"] not in own]
     earlier = before["versions"] if kept else {}
+    # Of runs that are collected again the hours count once.
+    again = sum(run.get("hours", 0.0) for run in before["runs"] if run["name"] in own)
     return found | {
         "runs": sorted(kept + found["runs"], key=lambda run: run["name"]),
         "missing": [name for name in found["missing"] if name not in {run["name"] for run in kept}],
         "machines": sorted({*before["machines"], *found["machines"]}),
         "versions": {name: ", ".join(sorted({*earlier.get(name, version).split(", "), version}))
                      for name, version in found["versions"].items()},
-        "hours": round(found["hours"] + (before["hours"] if kept else 0.0), 2),
+        "hours": round(found["hours"] + (before["hours"] - again if kept else 0.0), 2),
     }
 
 
@@ -98,7 +101,7 @@ def _folders(folder: str) -> list[str]:
 
 
 def _seconds(folder: str) -> float:
-    """From the first to the last sign of life that a run left; 0 where one is missing."""
+    """From the first to the last sign of life of a run's last start; 0 where one is missing."""
     record, log = os.path.join(folder, "run.json"), os.path.join(folder, "log.txt")
     if not (os.path.isfile(record) and os.path.isfile(log)):
         return 0.0

@@ -14,7 +14,7 @@ MOST_SWEPT = 4
 _PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank", "print_freq",
            "predictions", "save_every_epochs", "save_minutes", "save_steps", "keep", "picture_epochs"}  # never what is swept
 PREFERRED = ("finetune/test_acc1", "linprobe/test_acc1", "test_acc1", "test_position", "test_position_acc", "test_pixel",
-             "train_position", "train_position_acc", "train_pixel", "train_loss")
+             "knn20_cls", "knn20_avg", "train_position", "train_position_acc", "train_pixel", "train_loss")
 
 
 @dataclass(frozen=True)

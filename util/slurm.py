@@ -30,12 +30,38 @@ def job_id(environ=os.environ) -> str:
     return environ.get("SLURM_JOB_ID", "")
 
 
-def ask(*command: str) -> str:
-    """Output of a SLURM command, '' where it is not installed or fails."""
+def ask(*command: str, must: bool = False) -> str:
+    """Output of a SLURM command, '' where it is not installed or fails; with `must` a failure is a ValueError."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and must:
+        raise ValueError(f"SLURM does not answer {command[0]} ({done.stderr.strip()}): try again")
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What sbatch refuses becomes a ValueError with its words."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        yield
+    except FailedJobError as e:
+        raise ValueError(f"SLURM refuses the job: {' '.join(str(e).split())}") from e
+
+
+def check_shared(job_dir: str) -> None:
+    """ValueError if the nodes of a cluster cannot share `job_dir` because it lies in this machine's memory."""
+    if not os.path.exists("/proc/mounts"):
+        return
+    with open("/proc/mounts") as f:
+        mounts = [(line.split()[1], line.split()[2]) for line in f]
+    inside = [m for m in mounts if os.path.commonpath([m[0], os.path.realpath(job_dir)]) == m[0]]
+    where, kind = max(inside, key=lambda m: len(m[0]), default=("", ""))
+    if kind in ("tmpfs", "ramfs"):
+        raise ValueError(f"--job_dir {job_dir} lies in this machine's memory ({kind} at {where}), which no node sees: choose a "
+                         "folder that all nodes mount")
 
 
 def requeue(tries: int = 5) -> None:
@@ -145,13 +171,13 @@ def time_all_reduce(numbers: int, device: torch.device, repeats: int = 5) -> flo
 def read_some(data_path: str, images: int = 16) -> str:
     """How fast this rank reads images, in words; the words start with ERROR if it cannot."""
     from util.datasets import build_dataset
+    from util.loader import some_samples
     from util.transforms import eval_transform
 
     try:
         data = build_dataset(data_path, "train", eval_transform((224, 224)), labels=False)
         before = time.perf_counter()
-        for i in range(images):
-            data[(0, i * len(data) // images)]
+        images = len(some_samples(data, images))
         return f"{data.summary()}: {1e3 * (time.perf_counter() - before) / images:.1f} ms an image"
     except (ValueError, OSError) as e:
         return f"ERROR {e}"

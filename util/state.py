@@ -39,8 +39,8 @@ class TrainState:
             "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}
 
-    def load_dict(self, saved: dict, path: str, updates: int) -> None:
-        """Continue from a checkpoint; MAE's own files and other batch sizes continue at an epoch's start."""
+    def load_dict(self, saved: dict, path: str, updates: int, exact: bool = True) -> None:
+        """Continue from a checkpoint; MAE's own files, other batch sizes and streams (not `exact`) at an epoch's start."""
         load_strict(self.model, saved, path)
         if "optimizer" not in saved:
             raise ValueError(f"{path} has weights only, no optimizer: start from it with --init_from, not --resume")
@@ -56,6 +56,9 @@ class TrainState:
             self.step, self.meters = saved["step"], saved.get("meters", {})
         elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
             dist.say("the number of steps per epoch has changed: the unfinished epoch starts again")
+        if not exact and self.step % updates:
+            dist.say("the data are a stream: the unfinished epoch starts again")
+            self.step, self.meters = self.step - self.step % updates, {}
 
 
 def seed_step(seed: int, micro_step: int) -> None:

@@ -24,9 +24,9 @@ def last_line(folder: Path) -> dict:
     return {}
 
 
-def queue(ids: list[str]) -> dict[str, str]:
-    """Job -> SLURM's state of it, for those that it has not ended yet."""
-    lines = ask("squeue", "-h", "-r", "-o", "%i %T", "--me").splitlines() if ids else []
+def queue(ids: list[str], must: bool = False) -> dict[str, str]:
+    """Job -> SLURM's state of it, for those that it has not ended yet; with `must` a ValueError where SLURM does not say."""
+    lines = ask("squeue", "-h", "-r", "-o", "%i %T", "--me", must=must).splitlines() if ids else []
     return {k: v for k, v in map(str.split, lines) if k in set(ids)}
 
 

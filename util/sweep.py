@@ -93,6 +93,12 @@ def parse_main(main: str, argv: list[str]) -> argparse.Namespace:
     return _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main).parse_args(argv)
 
 
+def check_flags(main: str, rest: list[str]) -> list[str]:
+    """Of a main's flags those that the check of the cluster has too."""
+    args = parse_main(main, rest)
+    return [w for k in ("data_path", "device") if getattr(args, k) for w in (f"--{k}", str(getattr(args, k)))]
+
+
 def given_to(main: str, argv: list[str]) -> set[str]:
     """The flags (their attributes) that a command line gives, be it to their defaults."""
     parser = _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main)
