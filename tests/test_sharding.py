@@ -92,3 +92,12 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
     monkeypatch.setattr(fsdp.dist, "world_size", lambda: 2)
     fsdp.shard(model, torch.device("cpu"), "fp32")
     assert seen == ["InnerBlock", "OuterBlock", "Sequential"]
+
+
+@pytest.mark.parametrize("sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "give --layer_decay")])
+def test_another_optimizers_groups_are_refused(sizes, message):
+    def optimizer(*sizes):
+        return torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1)) for _ in range(n)]} for n in sizes])
+
+    with pytest.raises(ValueError, match=message):
+        fsdp.load_optimizer(optimizer(1, 3), optimizer(*sizes).state_dict())

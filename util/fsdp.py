@@ -70,6 +70,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     sizes = [[len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         before, after = (", ".join(map(str, s)) for s in sizes)
+        if sorted(sizes[0]) == sorted(sizes[1]):
+            raise ValueError(f"the optimizer was saved with the same groups in another order ({before}; now {after}), as MAE's "
+                             "own fine-tuning with --global_pool has them: such a run can be evaluated, not continued")
         raise ValueError(f"the optimizer was saved with groups of {before} parameters, now there are {after}: give "
                          "--layer_decay and --partial as they were, or start from the weights alone, by --finetune or "
                          "--init_from and another --output_dir")
