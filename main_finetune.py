@@ -9,6 +9,7 @@ Eq. 6). Labels stay the cells of the grid after augmentation; mixup and cutmix m
 
 Exit codes: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
 """
+import os
 import sys
 
 from util.args import (
@@ -112,6 +113,8 @@ def check_flags(args) -> None:
         raise ValueError(f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}")
     if args.swin_merge_last and not args.model.startswith("swin_"):
         raise ValueError(f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}")
+    if args.predictions and not os.path.isdir(os.path.dirname(os.path.abspath(args.predictions))):
+        raise ValueError(f"--predictions {args.predictions}: there is no such folder")
     if args.ema and args.strategy == "fsdp":
         raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
 

@@ -609,6 +609,12 @@ def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsy
     assert groups[0] == groups[1] > 2
 
 
+def test_a_folder_for_predictions_is_asked_for_before_the_training(tmp_path, capsys):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--output_dir", tmp_path / "a", "--predictions",
+                      tmp_path / "none" / "p.csv")
+    assert code == 2 and "there is no such folder" in text and not (tmp_path / "a").exists()
+
+
 def test_batch_statistics_of_frozen_layers_stay():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
