@@ -217,11 +217,13 @@ def main(args) -> int:
     start, saved = resume or ("", None)
     before = (saved or {}).get("args") or {}
     args.finetune = args.finetune or before.get("finetune", "")  # layer decay and what is trained depend on it
-    plain |= {"finetune": args.finetune}
-    # A run that goes on has its weights; which of its parameters were new (--partial) only the encoder's file tells.
-    pretrained = checkpoint.load(args.finetune) if args.finetune and (saved is None or args.partial is not None) else None
-    if pretrained is not None:
+    new = before.get("new_parameters")  # which stay trained with --partial; the encoder's file tells, where it is read
+    pretrained = None
+    if args.finetune and (saved is None or (args.partial is not None and new is None)):
+        pretrained = checkpoint.load(args.finetune)
         pretrained.pop("optimizer", None)  # twice the weights, and for nothing
+    new = sorted(checkpoint.new_parameters(pretrained)) if new is None else new
+    plain |= {"finetune": args.finetune, "new_parameters": new}
 
     # Data: images as the encoder has learned to see them
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
@@ -250,7 +252,7 @@ def main(args) -> int:
     else:
         start_weights(args, model, pretrained, plain)
     if args.partial is not None:
-        freeze_all_but(model, args.partial, keep=checkpoint.new_parameters(pretrained))
+        freeze_all_but(model, args.partial, keep=set(new))
     pretrained = None  # its memory is needed
     if args.grad_checkpointing:
         model.set_grad_checkpointing()

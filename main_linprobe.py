@@ -82,7 +82,7 @@ from util.plan import write_record
 from util.spectrum import RANK_IMAGES, effective_rank
 from util.transforms import eval_transform, pretrain_transform
 
-LOST = 100
+LOST = 100  # times the loss of guessing
 
 
 def check_flags(args) -> None:
@@ -125,7 +125,7 @@ def make_loss_fn(features):
         logits = model(features(batch["image"]))  # (heads, B, classes)
         losses = torch.stack([F.cross_entropy(z, batch["label"]) for z in logits])
         learns = losses.detach() < LOST * math.log(logits.shape[-1])
-        return losses.where(learns, 0.0).sum(), {"loss_head": losses.detach().min()}
+        return losses.where(learns, 0.0).sum(), {"loss_head": losses.detach().where(learns, math.inf).min()}
 
     return loss_fn
 

@@ -153,9 +153,8 @@ def build_data(args, size, device, two_views: bool):
     data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
     if two_views and args.dct_scaling:
         raise ValueError("--dct_scaling crops one view and does not go with --sr_views two: leave one of them out")
-    augment = TwoViews(size, ascending(args.crop_scale, "--crop_scale"), args.hflip)
-    if not two_views:
-        augment = pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"), args.hflip, dct_scaling=args.dct_scaling)
+    crop = size, ascending(args.crop_scale, "--crop_scale"), args.hflip
+    augment = TwoViews(*crop) if two_views else pretrain_transform(*crop, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **data)
     dist.say(train.summary())
     loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,

@@ -17,6 +17,7 @@ from util.args import (
     add_optim_flags,
     add_run_flags,
     add_self_relation_flags,
+    ascending,
     channel_stats,
     number,
     pair,
@@ -168,7 +169,8 @@ def main(args) -> int:
 
     # Data
     crops = MultiCrop(size, pair(args.local_size, "--local_size"), args.local_crops_number, model.grid,
-                      global_scale=tuple(args.global_crops_scale), local_scale=tuple(args.local_crops_scale),
+                      global_scale=ascending(args.global_crops_scale, "--global_crops_scale"),
+                      local_scale=ascending(args.local_crops_scale, "--local_crops_scale"),
                       mask_ratios=ranges)
     data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
     train = build_dataset(args.data_path, "train", crops, **data)

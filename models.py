@@ -50,7 +50,7 @@ def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | mod
     else:
         kind = models_vit.DistilledVisionTransformer if "dist_token" in state["model"] else models_vit.VisionTransformer
         model = kind(**options, num_classes=a.classes, pool=a.pool)
-    weights = {k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")}  # heads of SERE's teacher task
+    weights = {k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")}  # SERE's relation heads
     problem = describe_mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} holds no plain Vision Transformer, it differs in its parts: {problem}")
@@ -168,9 +168,12 @@ class Renormalized(nn.Module):
 
 def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
     """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
+    def frozen(name: str) -> bool:
+        return name not in keep and model.layer_id(name) < model.num_layers - blocks
+
     for name, p in model.named_parameters():
-        if name not in keep and model.layer_id(name) < model.num_layers - blocks:
+        if frozen(name):
             p.requires_grad_(False)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and frozen(f"{name}.running_mean"):
             m.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # its statistics stay as well

@@ -616,7 +616,7 @@ def test_a_folder_for_predictions_is_asked_for_before_the_training(tmp_path, cap
 
 
 def test_batch_statistics_of_frozen_layers_stay():
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False))
     model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
     freeze_all_but(model, 1)
     model.train()

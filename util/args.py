@@ -98,7 +98,7 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
             raise
         frame, told = traceback.extract_tb(e.__traceback__)[-1], str(e)
         if "Original Traceback" in told:  # of a data worker: its last line is the error
-            told = told.strip().rpartition("\n")[2].partition(": ")[2]
+            told = told.strip().rpartition("\n")[2].partition(": ")[2] or told
         print(f"error: {told}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
               "the traceback)", file=sys.stderr, flush=True)
         return 2

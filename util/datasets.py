@@ -197,7 +197,7 @@ def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
     except Exception as error:
         kind = NoSplit if split == "val" else ValueError
         raise kind(f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
-                         "form is <reader>/<name>[=<root>]; wds and torch need the root of the data.") from error
+                   "form is <reader>/<name>[=<root>]; wds and torch need the root of the data.") from error
     kind = TimmIterableDataset if isinstance(dataset, IterableDataset) else TimmDataset
     return kind(dataset, transform, name=data_path, in_chans=in_chans, seed=seed)
 

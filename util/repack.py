@@ -63,7 +63,7 @@ def repack(source: str, target: str, *, split: str = "train", long_side: int | N
         for k in wanted:
             with _shard(parts[k]) as tar:
                 for _ in range(k * shard_images, min((k + 1) * shard_images, len(index))):
-                    name, data, way, size = _next(converted)
+                    name, data, way, size = next(converted)
                     _add(tar, name, data)
                     counts[way] += 1
                     bad += [name] if way == UNREADABLE else []
@@ -133,14 +133,6 @@ class _Converted(Dataset):
 
 def _unchanged(sample):
     return sample
-
-
-def _next(converted):
-    """The next image; a worker's error without its traceback, which the loader puts into the message."""
-    try:
-        return next(converted)
-    except ValueError as error:
-        raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from error
 
 
 @contextlib.contextmanager
