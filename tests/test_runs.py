@@ -131,7 +131,12 @@ def wait_in_a_collective():
 
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
 threading.Timer(2.5, os._exit, (3,)).start()
-with StopSignal(patience=60):
+class SlowlyWatched(StopSignal):
+    def _watch(self, heard):
+        super()._watch(heard)
+        time.sleep(0.3)
+
+with SlowlyWatched(patience=60):
     pass  # was left in time
 assert not [t for t in threading.enumerate() if "_watch" in t.name], "it would end while Python does, with the process group"
 with StopSignal(lambda left: print("left:", left.is_set(), flush=True), patience=0.5):
