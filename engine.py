@@ -180,7 +180,7 @@ def fit(
     accum_iter: int = 1,
     clip_grad: float | None = None,
     amp: str = "fp32",
-    compile_model: bool = False,
+    compile_mode: str | None = None,
     max_bad_images: float = 0.01,
     after_step: Callable[[int], None] | None = None,
     after_epoch: Callable[[int, TrainState], dict[str, float]] | None = None,
@@ -194,14 +194,16 @@ def fit(
     `lr_at(epochs done, fractional) -> learning rate`. `before_update(epochs done)` runs before each update, which is where
     other schedules are set; `before_step()` when its gradients are complete and clipped; `after_step(step)` after it.
     `after_epoch(epoch, state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside
-    the model. With `dry_run` a few steps are measured, the plan of the whole run is printed, and nothing is written.
+    the model. `compile_mode` is a mode of torch.compile, None for a model that is not compiled. With `dry_run` a few
+    steps are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
     NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
     """
     sharded = fsdp.is_sharded(model)
     wrapped = dist.data_parallel(model, device) if dist.world_size() > 1 and not sharded else model
     run = Run(
-        torch.compile(wrapped) if compile_model else wrapped, sharded, loss_fn, loader, lr_at, device, mean, std, log, keeper,
+        torch.compile(wrapped, mode=compile_mode) if compile_mode else wrapped, sharded, loss_fn, loader, lr_at, device,
+        mean, std, log, keeper,
         dist.StopSignal(slurm.requeue_at_the_limit), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {},
         seed, accum_iter, clip_grad, amp, after_step, before_update, before_step,
     )
@@ -225,7 +227,7 @@ def fit(
     if first_epoch >= epochs:
         dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
     else:
-        log.peak_flops = peak_flops(model, device, AMP[amp] or torch.float32, compile_model)
+        log.peak_flops = peak_flops(model, device, AMP[amp] or torch.float32, compile_mode)
     if first_epoch < epochs and keeper is not None and dist.is_main():
         keeper.claim()
         plan.write_record(keeper.dir, run.args, _resolved(run, state, started))

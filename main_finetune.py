@@ -25,6 +25,7 @@ from util.args import (
     add_run_flags,
     ascending,
     channel_stats,
+    compile_mode,
     head_options,
     number,
     pair,
@@ -86,13 +87,14 @@ import engine
 from models import build_classifier, build_teacher, freeze_all_but, known_classes
 from util import checkpoint, dist, fsdp
 from util.amp import resolve_amp
+from util.cache import cached
 from util.datasets import build_dataset
 from util.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.keeper import Keeper
 from util.loader import eval_loader, train_loader
 from util.log import Log
 from util.lr_sched import effective_lr, warmup_cosine
-from util.optim import adamw, param_groups, weight_average
+from util.optim import WeightAverage, adamw, param_groups
 from util.supervised import evaluate, make_augment, make_criterion, make_loss_fn
 from util.transforms import eval_transform, finetune_transform
 
@@ -127,7 +129,7 @@ def build_data(args, size, mean, device):
         raise ValueError(f"--data_path {args.data_path}: timm's readers serve pretraining only; a classifier needs class "
                          "folders or tars")
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
-    val_loader = eval_loader(val, **loading)
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, device)
     classes = val.index.classes
     crop = args.crop_pct or (224 / 256 if min(size) <= 224 else 1.0)
     dist.say(f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {crop:.3f}, bicubic, classes in the order "
@@ -139,7 +141,7 @@ def build_data(args, size, mean, device):
     train = build_dataset(args.data_path, "train", finetune_transform(size, in_chans=args.in_chans, **augment), **common)
     check_same_classes(train.index, val.index)
     dist.say(f"training on {train.summary()}")
-    return train_loader(train, seed=args.seed, **loading), val_loader
+    return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device), val_loader
 
 
 def resolve_labels(args, saved: dict | None) -> dict[str, str]:
@@ -276,7 +278,7 @@ def main(args) -> int:
 
     extras, after_step = {}, None
     if args.ema:
-        ema = weight_average(model, args.ema)
+        ema = WeightAverage(model, args.ema)
         extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
     log_dir = None if args.dry_run else args.log_dir or args.output_dir
     log = Log(args.output_dir, log_dir, args.print_freq, model.chance(), loss_tag="loss")
@@ -297,7 +299,7 @@ def main(args) -> int:
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_model=args.compile, max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
+        compile_mode=compile_mode(args), max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
         extras=extras, dry_run=args.dry_run,
     )
     dist.shutdown()

@@ -70,6 +70,7 @@ from models import build_classifier, trained_options
 from util import checkpoint, dist, evaluation
 from util.accuracy import classification
 from util.amp import resolve_amp
+from util.cache import cached
 from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes, some_names
 from util.keeper import Keeper
@@ -123,7 +124,7 @@ def make_loss_fn(features):
 
     def loss_fn(model, batch):
         logits = model(features(batch["image"]))  # (heads, B, classes)
-        losses = torch.stack([F.cross_entropy(z, batch["label"]) for z in logits])
+        losses = torch.stack([F.cross_entropy(z.float(), batch["label"]) for z in logits])
         learns = losses.detach() < LOST * math.log(logits.shape[-1])
         return losses.where(learns, 0.0).sum(), {"loss_head": losses.detach().where(learns, math.inf).min()}
 
@@ -181,14 +182,15 @@ def build_data(args, size, device):
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders")
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
-    val_loader = eval_loader(val, **loading)
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, device)
     if args.eval:
         return None, val_loader
     transform = eval_transform(size) if once else pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"))
     train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
     check_same_classes(train.index, val.index)
     dist.say(f"training on {train.summary()}")
-    return eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading), val_loader
+    loader = eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading)
+    return cached(loader, args.cache_data, device), val_loader
 
 
 def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) -> dict[str, float]:

@@ -18,6 +18,7 @@ from util.args import (
     add_self_relation_flags,
     ascending,
     channel_stats,
+    compile_mode,
     pair,
     parse,
     run,
@@ -57,10 +58,11 @@ if __name__ == "__main__":
 import torch
 
 import engine
-from layers.self_distillation import copy_parameters, momentum_update
+from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import checkpoint, dist, evaluation, fsdp
 from util.amp import autocast, resolve_amp
+from util.cache import cached
 from util.datasets import build_dataset
 from util.image_index import NoSplit
 from util.keeper import Keeper
@@ -113,10 +115,10 @@ def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float, teacher
 
 def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum: float, epochs: int) -> dict:
     """What `engine.fit` needs to keep a teacher: its average moves after each update, ever slower."""
-    now = {}
+    now, update = {}, MomentumUpdate(teacher, model)
     return dict(
         before_update=lambda done: now.update(momentum=cosine(done, start=momentum, end=1.0, total=epochs)),
-        after_step=lambda step: momentum_update(teacher, model, now["momentum"]), extras={"teacher": teacher})
+        after_step=lambda step: update(now["momentum"]), extras={"teacher": teacher})
 
 
 def evaluate(model, loss_fn, loader, chance: dict[str, float], **options) -> dict[str, float]:
@@ -157,8 +159,9 @@ def build_data(args, size, device, two_views: bool):
     augment = TwoViews(*crop) if two_views else pretrain_transform(*crop, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **data)
     dist.say(train.summary())
-    loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
-                          pin_memory=args.pin_mem and device.type == "cuda")
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers,
+                   pin_memory=args.pin_mem and device.type == "cuda")
+    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device)
     try:
         val = build_dataset(args.data_path, "val", eval_transform(size), evaluation=True, **data)
     except NoSplit:
@@ -168,7 +171,7 @@ def build_data(args, size, device, two_views: bool):
     if val is None:
         dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
         return loader, None
-    return loader, eval_loader(val, batch_size=args.batch_size, num_workers=min(args.num_workers, 2), pin_memory=False)
+    return loader, cached(eval_loader(val, **loading), args.cache_data, device)
 
 
 def main(args) -> int:
@@ -252,7 +255,7 @@ def main(args) -> int:
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_model=args.compile, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
+        compile_mode=compile_mode(args), max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
         **(follow_model(teacher, model, args.ema_momentum, args.epochs) if teacher is not None else {}),
     )
     dist.shutdown()

@@ -19,6 +19,7 @@ from util.args import (
     add_self_relation_flags,
     ascending,
     channel_stats,
+    compile_mode,
     number,
     pair,
     parse,
@@ -69,10 +70,11 @@ from collections.abc import Callable
 import torch
 
 import engine
-from layers.self_distillation import copy_parameters, momentum_update
+from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import checkpoint, dist
 from util.amp import autocast, resolve_amp
+from util.cache import cached
 from util.datasets import build_dataset
 from util.keeper import Keeper
 from util.loader import device_batches, sample_batches, train_loader
@@ -159,6 +161,7 @@ def main(args) -> int:
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args).to(device)
     teacher = copy_parameters(SereTeacher(model).to(device), model)
+    move_teacher = MomentumUpdate(teacher, model)
     centres = make_centres(args.out_dim).to(device)
     now, schedule = {}, schedules(args)
     ranges = mask_ranges(args)
@@ -177,6 +180,7 @@ def main(args) -> int:
     dist.say(train.summary())
     loader = train_loader(train, batch_size=args.batch_size, seed=args.seed, num_workers=args.num_workers,
                           pin_memory=args.pin_mem and device.type == "cuda")
+    loader = cached(loader, args.cache_data, device)
     shown = build_dataset(args.data_path, "train", eval_transform(size), **data)
 
     # Optimizer
@@ -221,9 +225,9 @@ def main(args) -> int:
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, amp=amp, compile_model=args.compile,
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, amp=amp, compile_mode=compile_mode(args),
         max_bad_images=args.max_bad_images, before_update=before_update, before_step=before_step,
-        after_step=lambda step: momentum_update(teacher, model, now["momentum"]), after_epoch=after_epoch,
+        after_step=lambda step: move_teacher(now["momentum"]), after_epoch=after_epoch,
         extras={"teacher": teacher, "centres": centres}, dry_run=args.dry_run,
     )
     dist.shutdown()

@@ -127,7 +127,9 @@ class MaskedAutoencoderViT(ViTBackbone):
         if self.pos_embed is not None:
             x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
             cls = cls + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1+n, C)
+        # Under autocast the product above is bf16. The class token is float32, and so becomes what they are joined to:
+        # every encoder has a float32 residual stream, with and without a positional embedding.
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1+n, C)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:

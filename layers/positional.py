@@ -6,6 +6,7 @@ ordered pair of tokens is classified into its 2-D offset. Cells are numbered row
 Shapes: B batch, n tokens given (all of the grid, or the visible ones), D width, h w the grid, L = h*w cells.
 """
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +82,14 @@ class _SweptPairLoss(torch.autograd.Function):
         right = torch.zeros((), device=q.device, dtype=torch.int64)
         grads = [torch.zeros_like(t, dtype=_accumulator(t.dtype)) for t in (q, k, weight, bias)] if with_grad else []
         pairs = PAIRS_PER_CHUNK["cpu" if q.device.type == "cpu" else "cuda"]
-        images = max(1, pairs // (n * m))
+        images = images_per_chunk(B, max(1, pairs // (n * m)), even=q.is_cuda)
+        run_chunk = _chunk_on_cuda if q.is_cuda else _pair_chunk
         rows = n if n * m <= pairs else max(1, pairs // m)
         for i in range(0, B, images):
             for r in range(0, n, rows):
                 part = slice(i, i + images), slice(r, r + rows)
                 label = query_codes[part][:, :, None] - key_codes[part[0]][:, None, :] + centre
-                chunk = _pair_chunk(q[part], k[part[0]], weight, bias, label.flatten(), with_grad)
+                chunk = run_chunk(q[part], k[part[0]], weight, bias, label.flatten(), with_grad)
                 loss += chunk[0]
                 right += chunk[1]
                 if with_grad:
@@ -125,7 +127,10 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     if not with_grad:
         return loss, right
     d_logits = logits.div_(z)  # softmax
-    d_logits.scatter_add_(1, label[:, None], d_logits.new_full((len(label), 1), -1.0))
+    if torch.compiler.is_compiling():  # a comparison fuses with what is around it, a scatter does not
+        d_logits = d_logits - (torch.arange(logits.shape[1], device=logits.device) == label[:, None]).to(logits.dtype)
+    else:
+        d_logits.scatter_add_(1, label[:, None], d_logits.new_full((len(label), 1), -1.0))
     db = d_logits.sum(0)
     d_logits = d_logits.to(g.dtype)
     dw = d_logits.t() @ g
@@ -135,6 +140,37 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     d_pre = torch.ops.aten.gelu_backward(d_g, pre).reshape(b, r, m, hidden)
     acc = _accumulator(q.dtype)
     return loss, right, d_pre.sum(2, dtype=acc), d_pre.sum(1, dtype=acc), dw, db
+
+
+def images_per_chunk(batch: int, most: int, even: bool) -> int:
+    """Images whose pairs make a chunk, at most `most`. With `even` it is the largest number that divides the batch, unless
+    that is less than half of `most`: chunks of one shape are compiled once."""
+    most = min(most, batch)
+    if not even:
+        return most
+    divisor = next(i for i in range(most, 0, -1) if batch % i == 0)
+    return divisor if 2 * divisor >= most else most
+
+
+_compiled_chunk = None  # made at the first call on CUDA; False where compiling has failed
+
+
+def _chunk_on_cuda(*args):
+    """`_pair_chunk`, compiled: its pointwise work and its reductions fuse, so that the float32 logits of a chunk never
+    reach the device's memory. The loop over chunks stays Python. Where nothing can be compiled, a warning, and eager."""
+    global _compiled_chunk
+    if _compiled_chunk is None:
+        _compiled_chunk = torch.compile(_pair_chunk, dynamic=False)
+    if _compiled_chunk:
+        try:
+            return _compiled_chunk(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C compiler, no Triton: many types
+            _compiled_chunk = False
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"relative labels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=2)
+    return _pair_chunk(*args)
 
 
 @torch.compiler.disable  # its loop over chunks would be unrolled into the graph: thousands of nodes, minutes of compiling

@@ -82,7 +82,7 @@ def view_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def class_loss(logits: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
     """Class tokens of all views, (B, V, K), against the teacher's, (B, T, K) (DINO, Eq. 3)."""
-    return view_cross_entropy(logits / temperature, target)
+    return view_cross_entropy(logits.float() / temperature, target)
 
 
 def patch_loss(logits: Tensor, target: Tensor, masked: Tensor, temperature: float = 0.1) -> Tensor:
@@ -92,15 +92,24 @@ def patch_loss(logits: Tensor, target: Tensor, masked: Tensor, temperature: floa
     return ((error * masked).sum(1) / masked.sum(1).clamp(min=1)).mean()
 
 
-@torch.no_grad()
-def momentum_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for the teacher's parameters, by name."""
-    source = dict(student.named_parameters())
-    names, averages = zip(*teacher.named_parameters())
-    torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - momentum)
+class MomentumUpdate:
+    """Moves a teacher towards its student: `update(momentum)` sets every parameter of the teacher to
+    momentum * teacher + (1 - momentum) * student.
+
+    The parameters are paired by name, once: make it when both modules are on their device.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module):
+        source = dict(student.named_parameters())
+        names, averages = zip(*teacher.named_parameters())
+        self.averages, self.sources = list(averages), [source[name] for name in names]
+
+    @torch.no_grad()
+    def __call__(self, momentum: float) -> None:
+        torch._foreach_lerp_(self.averages, self.sources, 1 - momentum)
 
 
 def copy_parameters(teacher: nn.Module, student: nn.Module) -> nn.Module:
     """The teacher with the student's parameters, by name, none of which it trains."""
-    momentum_update(teacher, student, 0.0)
+    MomentumUpdate(teacher, student)(0.0)
     return teacher.requires_grad_(False)

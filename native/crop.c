@@ -128,3 +128,28 @@ int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *o
     free(job);
     return status;
 }
+
+/* The same of decoded pixels: planes (3, height, width). */
+int native_crop_pixels(const uint8_t *planes, int image_height, int image_width, const int32_t *box,
+                       uint8_t *out, int out_width, int out_height, int flags) {
+    int x = box[0], y = box[1], width = box[2], height = box[3];
+    if (x < 0 || y < 0 || width < 1 || height < 1 || width > image_width - x || height > image_height - y ||
+        out_width < 1 || out_height < 1)
+        return UNUSUAL;
+    struct box whole = { 0, 0, width, height };
+    struct resizer *resizer = resizer_new(whole, width, height, out_width, out_height, flags);
+    if (!resizer)
+        return NO_MEMORY;
+    size_t plane = (size_t)image_width * image_height;
+    for (int i = 0; i < height; i++) {
+        const uint8_t *red = planes + (size_t)(y + i) * image_width + x;
+        const uint8_t *green = red + plane, *blue = green + plane;
+        uint8_t *row = resizer_input(resizer, i);
+        for (int k = 0; k < width; k++)
+            row[4 * k] = red[k], row[4 * k + 1] = green[k], row[4 * k + 2] = blue[k];
+        resizer_row(resizer, i);
+    }
+    resizer_finish(resizer, out);
+    resizer_free(resizer);
+    return DONE;
+}

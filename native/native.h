@@ -48,5 +48,7 @@ int entropy_attach(struct entropy **entropy, j_decompress_ptr codec, const uint8
 void entropy_free(struct entropy *entropy);
 
 int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *out, int out_width, int out_height, int flags);
+int native_crop_pixels(const uint8_t *planes, int image_height, int image_width, const int32_t *box,
+                       uint8_t *out, int out_width, int out_height, int flags);
 
 #endif

@@ -22,8 +22,9 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
 from torchvision.transforms import v2
 
+import main_pretrain
 from util import datasets, dist, evaluation, image_index, listing, transforms
-from util.args import run
+from util.args import parse, run
 from util.datasets import ImageDataset, build_dataset
 from util.image_index import build_index, check_same_classes
 from util.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
@@ -397,7 +398,7 @@ def test_boxes_and_flips_are_torchvisions(height, width):
         torch.manual_seed(seed)
         box = theirs.make_params([torch.empty(1, height, width)])
         flips = [torch.rand(1).item() < p for p in (0.3, 0.6)]
-        found = ours.draw(height, width, torch.Generator().manual_seed(seed))
+        found = ours.draw(height, width, seed)
         assert found == (box["top"], box["left"], box["height"], box["width"], *flips)
         torch.manual_seed(seed)
         assert ours.draw(height, width) == found
@@ -438,6 +439,72 @@ def test_finetune_transform_is_timms(mode, mean):
     for seed in range(60):  # the highest magnitude posterises to 0 bits, which new versions of Pillow refuse
         with datasets._seeded(seed):
             assert hardest(decode(encode(image), len(mean))).shape == (len(mean), 16, 16)
+
+
+def timms_draws(height, width, key, monkeypatch, **options):
+    """top, left, height, width, flipped left-right, upside down: what timm's transform does to an image of that size."""
+    transform = timm.data.create_transform(8, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
+                                           interpolation="bicubic", **options)
+    boxes, marked = [], np.zeros((8, 8, 3), np.uint8)
+    marked[0, 0] = 255
+    with monkeypatch.context() as patch:
+        patch.setattr(timm.data.transforms.F, "resized_crop",
+                      lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked))
+        with datasets._seeded(key):
+            found = np.asarray(transform(Image.new("RGB", (width, height))))
+    row, column = np.argwhere(found.max(-1) if found.shape[-1] == 3 else found.max(0))[0]
+    return *boxes[0], bool(column), bool(row)
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (72, 72), (10, 400), (400, 10), (50, 199)])
+def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
+    """Also where no crop fits. An existing run must go on with the crops that it has begun with."""
+    options = dict(scale=(0.08, 1.0), hflip=0.3, vflip=0.6)
+    ours = finetune_transform(8, auto_augment="", crop_scale=options["scale"], hflip=0.3, vflip=0.6)
+    keys = [sample_seed(0, epoch, 5) for epoch in range(50)]
+    found = [ours.draw(height, width, key) for key in keys]
+    assert found == [timms_draws(height, width, key, monkeypatch, **options) for key in keys]
+    with datasets._seeded(keys[0]):
+        assert ours.draw(height, width) == found[0], "by the global generators, too"
+    assert len({flips for *_, flips in found}) == 2
+
+
+def through_pil(image, size, **options):
+    """Fine-tuning's transform as it was: by a PIL image."""
+    return timm.data.create_transform(size, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
+                                      interpolation="bicubic", **options)(v2.functional.to_pil_image(image))
+
+
+@pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "JPEG")])
+def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
+    """Up to the rounding of the two ways to resize; a wrong crop, flip or filter is far below 50 dB."""
+    channels, keys = {"RGB": 3, "L": 1}[mode], [sample_seed(2, epoch, 0) for epoch in range(30)]
+    data = encode(picture(4, size=(97, 81), mode=mode), format)
+    (tmp_path / "x.jpg").write_bytes(data)
+    transform = finetune_transform((24, 32), in_chans=channels, auto_augment=None, vflip=0.5)
+    dataset = ImageDataset(build_index(tmp_path, labels=False), transform, in_chans=channels, seed=2)
+    errors = []
+    for epoch, key in enumerate(keys):
+        with datasets._seeded(key):
+            expected = np.asarray(through_pil(decode(data, channels), (24, 32), vflip=0.5))
+        found = dataset[epoch, 0]["image"].numpy()
+        assert found.shape == expected.shape == (channels, 24, 32) and found.dtype == np.uint8
+        errors.append(((found.astype(float) - expected) ** 2).mean())
+    assert 10 * np.log10(255**2 / np.max(errors)) >= 50, errors
+
+
+def test_color_jitter_and_other_filters_still_go_through_timm():
+    image = decode(encode(picture(4)))
+    for options in (dict(color_jitter=0.4), dict(interpolation="bilinear"), dict(auto_augment="rand-m9-mstd0.5-inc1")):
+        transform = finetune_transform(16, **dict(auto_augment="") | options)
+        assert not hasattr(transform, "crop_jpeg") and not hasattr(transform, "window")
+        reference = timm.data.create_transform(
+            16, is_training=True, use_prefetcher=True,
+            **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options)
+        with datasets._seeded(7):
+            expected = reference(v2.functional.to_pil_image(image))
+        with datasets._seeded(7):
+            assert torch.equal(transform(image), expected)
 
 
 def test_finetune_transform_of_other_channel_counts():
@@ -649,6 +716,15 @@ raise SystemExit(5)  # with the workers still running
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout.strip()) == (5, "40") and "Error" not in done.stderr, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_validation_during_pretraining_loads_as_fast_as_training(tmp_path):
+    write(tmp_path, [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)] + ["train/b/1.png", "val/b/1.png"])
+    args = parse(main_pretrain.get_args_parser(), ["--data_path", str(tmp_path), "--batch_size", "2", "--num_workers", "5"])
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        loaders = main_pretrain.build_data(args, (16, 16), torch.device(device), two_views=False)
+        assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == [(5, pinned)] * 2
 
 
 # --- other sources, command line ---

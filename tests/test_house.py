@@ -23,6 +23,7 @@ UTIL_EDGES = {"util.dist": {"util.allocator"}, "util.image_index": {"util.listin
               "util.supervised": {"util.accuracy", "util.evaluation", "util.log"},
               "util.datasets": {"util.args", "util.image_index", "util.loader", "util.native", "util.repack", "util.samplers",
                                 "util.transforms"},
+              "util.cache": {"util.datasets", "util.image_index", "util.loader", "util.transforms"},
               "util.repack": {"util.image_index", "util.transforms", "util.native"},
               "util.transforms": {"util.native"}, "util.checkpoint": {"util.fsdp", "util.pos_embed", "util.weights"},
               "util.runs": {"util.weights"}, "util.charts": {"util.runs"}, "util.results": {"util.job", "util.runs"},

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run of this file by itself
 
 from util import native
-from util.datasets import ImageDataset, build_dataset
+from util.datasets import ImageDataset, _seeded, build_dataset
 from util.image_index import build_index
-from util.transforms import decode, pretrain_transform
+from util.transforms import decode, finetune_transform, pretrain_transform
 
 ROOT = Path(__file__).resolve().parents[1]
 SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere torch rounds in its own way
@@ -80,6 +81,21 @@ def test_crops_equal_torchvisions(library, size, mode, options):
                 assert torch.equal(native.crop_jpeg(part, box, out, flags), found.flip(dims))
 
 
+@pytest.mark.parametrize("size", [(97, 61), (61, 130), (16, 16), (1, 7)])
+def test_crops_of_decoded_pixels_have_the_same_bits(library, size):
+    data = jpeg(picture(size))
+    whole = decode(data)
+    for i, box in enumerate(boxes(*size[::-1])):
+        out = ((24, 24), (7, 33), (40, 5))[i % 3]
+        flags = (0, native.FLIP_X, native.FLIP_Y, native.FLIP_X | native.FLIP_Y)[i % 4]
+        found = native.crop_pixels(whole, box, out, flags)
+        assert torch.equal(found, native.crop_jpeg(data, box, out, flags))
+        assert torch.equal(found, native.crop_pixels(whole.contiguous(), box, out, flags | native.PORTABLE))
+    for box in ((-1, 0, 1, 1), (0, 0, size[1] + 1, 1), (0, size[0], 1, 1), (0, 0, 0, 1)):
+        with pytest.raises(AssertionError):
+            native.crop_pixels(whole, box, (8, 8))
+
+
 def psnr(a, b):
     return 10 * np.log10(255**2 / max(((a.astype(float) - b) ** 2).mean(), 1e-9))
 
@@ -132,7 +148,7 @@ def test_the_transform_hands_its_switch_on(library):
     data, outputs = jpeg(picture((640, 480))), []
     for scaling in (False, True):
         crop = pretrain_transform(16, (0.9, 1.0), dct_scaling=scaling)
-        outputs.append(crop.crop_jpeg(data, torch.Generator().manual_seed(0)))
+        outputs.append(crop.crop_jpeg(data, 0))
     assert not torch.equal(*outputs) and (outputs[0].int() - outputs[1].int()).abs().max() < 40
 
 
@@ -157,14 +173,16 @@ def odd_files():
     return files
 
 
-def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch):
+@pytest.mark.parametrize("transform", [pretrain_transform((24, 20), vflip=0.5),
+                                       finetune_transform((24, 20), auto_augment="", vflip=0.5)])
+def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, transform):
     """Every kind of file, damaged ones too: same crop, same flip, same pixels, same list of bad images."""
     folder = tmp_path / "train"
     folder.mkdir()
     files = odd_files()
     for name, data in files.items():
         (folder / f"{name}.jpg").write_bytes(data)
-    dataset = build_dataset(tmp_path, "train", pretrain_transform((24, 20), vflip=0.5), labels=False, seed=3)
+    dataset = build_dataset(tmp_path, "train", transform, labels=False, seed=3)
     assert dataset.summary().endswith("; JPEGs by the native library")
     names = [dataset.index.name(i).partition(".")[0] for i in range(len(dataset))]
     state = torch.get_rng_state()
@@ -179,6 +197,38 @@ def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch):
         assert {k: v for k, v in a.items() if k != "image"} == {k: v for k, v in b.items() if k != "image"}
         assert_same_pixels(a["image"], b["image"])
     assert {names[i] for sample in slow for i in sample["bad"]} == {"truncated", "cut", "empty"}
+
+
+@pytest.mark.parametrize("transform", [pretrain_transform(24, vflip=0.5), finetune_transform(24, auto_augment="", vflip=0.5)])
+def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform):
+    data = jpeg(picture())
+    whole = decode(data)
+    for key in range(20):
+        *box, x, y = transform.draw(61, 97, key)
+        expected = native.crop_jpeg(data, box, (24, 24), x * native.FLIP_X | y * native.FLIP_Y)
+        assert torch.equal(transform.crop_jpeg(data, key), expected) and torch.equal(transform(whole, key), expected)
+
+
+def check_finetuning_against_pil(files, size, least):
+    """Of the path that has no PIL image, against the one through PIL that it replaces; in dB, of all pixels together."""
+    fast = finetune_transform(size, auto_augment="")
+    slow = create_transform(size, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
+                            interpolation="bicubic")
+    pairs = []
+    for key, data in enumerate(files):
+        with _seeded(key):
+            expected = np.asarray(slow(F.to_pil_image(decode(data))))
+        pairs.append((fast.crop_jpeg(data, key).numpy(), expected))
+    assert psnr(*(np.stack(side) for side in zip(*pairs))) >= least
+
+
+def test_fine_tuning_on_photos_equals_pil(library, real_data):
+    with tarfile.open(real_data / "photos.tar") as tar:
+        photos = [tar.extractfile(m).read() for m in tar.getmembers()[::8]]
+    check_finetuning_against_pil(photos, 224, 50)
+    with tarfile.open(real_data / "mini_imagenet20" / "val.tar") as tar:
+        small = [tar.extractfile(m).read() for m in tar.getmembers()[::40]]
+    check_finetuning_against_pil(small, 64, 50)
 
 
 def test_other_channel_counts_and_transforms_decode_in_general(library, tmp_path):

@@ -99,6 +99,18 @@ def test_operations_are_counted_and_time_is_shared_out():
     assert m.utilisation == m.flops / m.seconds / m.peak_flops and m.peak_flops > 1e8
 
 
+def test_the_plan_reports_images_as_they_are_before_mixup():
+    """timm's Mixup and random erasing change a batch in place."""
+    def step(stream, counter):
+        next(stream)["image"].mul_(0.5)
+        return 0.0
+
+    def batches(epoch):
+        yield {"image": torch.full((8, 1, 8, 8), 3.0)}
+
+    assert plan.measure(step, batches, torch.device("cpu"), torch.float32, lambda: 7.0).sample_mean == [3.0]
+
+
 def test_sizes_on_the_disk():
     optimizer = {"state": {0: [torch.zeros(2**17, dtype=torch.float64)]}}
     assert plan.size_mb({"model": {"w": torch.zeros(2**18)}, "optimizer": optimizer, "epoch": 3}) == 2.0

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers.self_distillation import Centre, ProjectionHead, class_loss, momentum_update, patch_loss, view_cross_entropy
+from layers.self_distillation import Centre, MomentumUpdate, ProjectionHead, class_loss, patch_loss, view_cross_entropy
 from layers.self_relation import (
     RelationHead,
     cell_centres,
@@ -149,7 +149,7 @@ def test_relation_heads_standardise_by_their_batch_and_share_names():
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     with torch.no_grad():
         student.norm.weight.add_(1.0)
-    momentum_update(teacher, student, 0.9)
+    MomentumUpdate(teacher, student)(0.9)
     assert torch.allclose(teacher.norm.weight, before["norm.weight"] + 0.1) and set(before) < set(student.state_dict())
 
 

@@ -27,7 +27,7 @@ from models_so_vit import MODELS
 from processes import FINETUNE, assert_same, last, log_lines, ranks, start
 from test_finetune import accuracy, call, pretrained
 from util import checkpoint
-from util.optim import param_groups, weight_average
+from util.optim import WeightAverage, param_groups
 
 torch.manual_seed(0)
 
@@ -523,7 +523,7 @@ class Counted(nn.Module):
 
 def test_the_average_takes_batch_statistics_along_and_leaves_integers_alone():
     live = Counted()
-    ema, by_hand = weight_average(live, 0.9), None
+    ema, by_hand = WeightAverage(live, 0.9), None
     for step in range(30):
         live.train()
         live.norm(matrices(8, 3, dtype=torch.float32) * (step + 1))

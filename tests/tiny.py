@@ -2,6 +2,7 @@
 
     python tests/tiny.py main_pretrain --model mae_test ...
 
+TEST_SYNC=error makes every update after the first two fail where it waits for the GPU.
 TEST_NAN="rank:call" poisons the loss of one rank in one call; TEST_SIGNAL="rank:call:SIGKILL" sends a signal there: in
 the middle of a step, and at a place that does not depend on how fast the machine is.
 """
@@ -61,8 +62,30 @@ def disturb(main, nan: str | None, kill: str | None) -> None:
     main.make_loss_fn = make_loss_fn
 
 
+def forbid_waiting(mode: str) -> None:
+    """From the third update on, whatever waits for the device is an error (or what else set_sync_debug_mode takes).
+
+    The first two may wait: they make handles and constants.
+    """
+    import engine
+
+    plain, updates = engine.train_one_update, []
+
+    def watched(*args):
+        updates.append(1)
+        torch.cuda.set_sync_debug_mode(mode if len(updates) > 2 else "default")
+        try:
+            return plain(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.train_one_update = watched
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if mode := os.environ.get("TEST_SYNC"):
+        forbid_waiting(mode)
     main = importlib.import_module(sys.argv[1])
     disturb(main, os.environ.get("TEST_NAN"), os.environ.get("TEST_SIGNAL"))
     sys.exit(run(main.main, parse(main.get_args_parser(), sys.argv[2:])))

@@ -73,6 +73,7 @@ def number(least: float, most: float = float("inf"), kind: type = int) -> Callab
 
 
 COUNT, SHARE = number(1), number(0, 1, float)
+COMPILE_MODES = "default", "max-autotune-no-cudagraphs", "reduce-overhead"
 BELOW_ONE = number(0, 0.999, float)
 
 
@@ -115,6 +116,10 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
     g.add_argument("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
                    help="page-locked host memory for faster copies to a GPU")
     g.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
+    g.add_argument("--cache_data", default="none", choices=["none", "memory", "device"],
+                   help="decode each image once and keep it; every rank keeps the whole set. memory: samples "
+                        "have the same bits as with none. device: crops are made there, a value may be one grey "
+                        "level off where images shrink a lot, and fine-tuning needs --aa ''")
     g.add_argument("--max_bad_images", default=0.01, type=SHARE, help="stop above this share of undecodable images")
 
 
@@ -251,6 +256,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
                    help="auto: bf16 on GPUs that have it, else fp16; fp32 on the CPU")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--compile_mode", default="default", choices=COMPILE_MODES,
+                   help="torch.compile's mode; one that is not the default switches --compile on")
     g.add_argument("--save_every_epochs", default=20, type=number(0), help="numbered checkpoint every N epochs")
     g.add_argument("--save_minutes", default=30, type=number(0, kind=float), help="refresh checkpoint-last.pth that often")
     g.add_argument("--save_steps", default=0, type=number(0), help="refresh checkpoint-last.pth every N updates")
@@ -268,6 +275,18 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
         g.add_argument(name, default=None, type=int, help=argparse.SUPPRESS)
     g.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)
     g.add_argument("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
+
+
+def compile_mode(args: argparse.Namespace) -> str | None:
+    """The mode in which --compile and --compile_mode compile the model, None for not at all.
+
+    ValueError where CUDA graphs, whose outputs the next call overwrites, meet an update of several calls.
+    """
+    if args.compile_mode == "reduce-overhead" and args.accum_iter > 1:
+        raise ValueError(f"--compile_mode reduce-overhead replays CUDA graphs, which overwrite the results of the batch "
+                         f"before, and --accum_iter {args.accum_iter} still needs them: take --compile_mode default, or "
+                         "--accum_iter 1")
+    return args.compile_mode if args.compile or args.compile_mode != "default" else None
 
 
 def add_eval_flags(g) -> None:

@@ -7,6 +7,7 @@
 import contextlib
 import os
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ READERS = ("hfds", "hfids", "wds", "tfds", "torch")
 MAX_TRIES = 20  # draws for a sample whose image cannot be read
 
 
-_numpy_bits, _crop_generator = np.random.MT19937(0), torch.Generator()  # seeded for every sample
+_numpy_bits = np.random.MT19937(0)  # seeded for every sample
 
 
 @contextlib.contextmanager
@@ -62,12 +63,17 @@ class ImageDataset(Dataset):
     becomes a zero image with label -1, so that it can be left out and counted.
 
     Raises ValueError after 20 unreadable draws.
+
+    Attributes:
+        pixels: None, or a cache of decoded images, from which samples are then made: `pixels[i]` is image i,
+            or raises ValueError; see util/cache.py.
     """
     exact_resume = True
 
     def __init__(self, index: ImageIndex, transform, *, in_chans: int = 3, seed: int = 0, evaluation: bool = False):
         self.index, self.transform, self.in_chans = index, transform, in_chans
         self.seed, self.evaluation = seed, evaluation
+        self.pixels = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -76,33 +82,47 @@ class ImageDataset(Dataset):
         return self.index.summary() + (f"; {native.describe()}" if self._crops_jpegs() else "")
 
     def _crops_jpegs(self):
-        return self.in_chans == 3 and hasattr(self.transform, "crop_jpeg")
+        return self.pixels is None and self.in_chans == 3 and hasattr(self.transform, "crop_jpeg")
 
     def __getitem__(self, item) -> dict:
+        found, sample = self.resolve(item, self._load)
+        image, whole = found or (None, torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8))
+        if image is None and hasattr(self.transform, "crop_jpeg"):
+            image = self.transform(whole, sample["key"])  # draws from generators of its own
+        elif image is None:
+            with _seeded(sample["key"]):
+                image = self.transform(whole)
+        return views(image) | sample
+
+    def _load(self, i, key):
+        """(transformed image i, None) where the transform reads files itself, else (None, whole image)."""
+        if self.pixels is not None:
+            return None, self.pixels[i]
+        data = self.index.read(i)
+        image = self.transform.crop_jpeg(data, key) if self._crops_jpegs() else None
+        return image, decode(data, self.in_chans) if image is None else None
+
+    def resolve(self, item, load: Callable) -> tuple:
+        """What `load(i, key)` returns for the image of the sample `item`, and the sample's other fields.
+
+        `load` raises OSError or ValueError for an image that cannot be read. In evaluation the result is then
+        None, in training that of a stand-in.
+        """
         epoch, i = item if isinstance(item, tuple) else (0, item)
-        bad, image, first = [], None, sample_seed(self.seed, epoch, i)
+        bad, first = [], sample_seed(self.seed, epoch, i)
         while True:
             key, label = sample_seed(self.seed, epoch, i), int(self.index.labels[i])
             try:
-                data = self.index.read(i)
-                if self._crops_jpegs():  # draws from a generator of its own: seeding the global ones takes longer
-                    image = self.transform.crop_jpeg(data, _crop_generator.manual_seed(key))
-                whole = decode(data, self.in_chans) if image is None else None
-                break
+                return load(i, key), dict(label=label, index=i, key=key, bad=bad)
             except (OSError, ValueError) as error:
                 bad.append(i)
                 if self.evaluation:
-                    whole, label = torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8), -1
-                    break
+                    return None, dict(label=-1, index=i, key=key, bad=bad)
                 if len(bad) == MAX_TRIES:
                     raise ValueError(f"{len(bad)} images drawn one after the other cannot be read, the last is "
                                      f"{self.index.name(i)} in {self.index.path}: {error}") from error
                 # Anywhere: the next ones lie in the same folder, which may be broken as a whole.
                 i = sample_seed(first, 0, len(bad)) % len(self)
-        if image is None:
-            with _seeded(key):
-                image = self.transform(whole)
-        return views(image) | dict(label=label, index=i, key=key, bad=bad)
 
 
 class TimmDataset(Dataset):

@@ -104,6 +104,7 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cudnn.benchmark = True  # patch embeddings and stems are convolutions of a few fixed shapes
     elif where.type == "cpu":
         keep_freed_memory()
     if ranks > 1:

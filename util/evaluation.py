@@ -17,27 +17,27 @@ def evaluate(model: nn.Module, loss_fn: Callable, loader, *, device, mean, std, 
     """
     model.eval()
     exact = torch.float32 if device.type == "mps" else torch.float64
+    zero = torch.zeros((), dtype=exact, device=device)
     sums: dict[str, Tensor] = {}
     unreadable = 0
     for batch in device_batches(loader, device, mean, std):
         if bad := set(batch["bad"]):  # black stand-ins
-            keep = torch.tensor([i not in bad for i in batch["index"].tolist()], device=device)
+            keep = [at for at, i in enumerate(batch["index"].tolist()) if i not in bad]
             batch = {k: v[keep] if torch.is_tensor(v) else v for k, v in batch.items()}
             unreadable += len(bad)
-            if not keep.any():
+            if not keep:
                 continue
         with autocast(device, amp):
             loss, terms = loss_fn(model, batch)
         terms = {"loss": loss} | terms
-        n = terms.pop("images", torch.tensor(len(batch["image"]), device=device)).to(exact)
+        n = terms.pop("images", len(batch["image"]))  # a number, not a tensor: making one waits for the device
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.to(exact) * n
-        sums["images"] = sums.get("images", 0) + n
+        sums["images"] = sums.get("images", zero) + n
     names = sorted(set().union(*dist.gather_objects(set(sums))))  # a rank may have no images at all
     if not names:
         raise ValueError(f"none of the {len(loader.dataset)} images to evaluate on can be decoded: "
                          "python -m util.datasets check lists them")
-    zero = torch.zeros((), dtype=exact, device=device)
     totals = dist.sum_over_ranks(torch.stack([sums.get(k, zero) for k in names])).tolist()
     out = dict(zip(names, totals))
     count = out.pop("images")

@@ -20,7 +20,7 @@ def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
 
     Call it before the optimizer is made: parameters become new objects. Raises ValueError where it cannot work.
     """
-    if dist.world_size() == 1:
+    if not dist.is_initialized():
         raise ValueError("--strategy fsdp spreads a model over ranks, but there is one process only: start several "
                          "(torchrun, srun), or leave --strategy at ddp")
     if amp == "fp16":

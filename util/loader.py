@@ -104,10 +104,20 @@ def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:
     return [collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
 
+@lru_cache(maxsize=8)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches are copied to a device: one for the whole run.
+
+    The caching allocator keeps freed blocks for the stream that they were allocated on. A new stream in every epoch
+    would leave a batch or two behind each time.
+    """
+    return torch.cuda.Stream(device)
+
+
 def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
     """Batches with uint8 views (`image`, ...) normalised to float32 on the device; on CUDA the next one is copied while one
     is used."""
-    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copy_stream = _copy_stream(device) if device.type == "cuda" else None
 
     def move(batch: dict) -> dict:
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -118,9 +128,13 @@ def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterato
         for batch in loader:
             yield move(batch)
         return
-    ready = None
-    for batch in loader:
+    ready, batches = None, iter(loader)
+    while True:
         with torch.cuda.stream(copy_stream):
+            # In this stream, as a loader may make its batches on the device; `move` must come after that.
+            batch = next(batches, None)
+            if batch is None:
+                break
             coming = move(batch)
         if ready is not None:
             yield ready

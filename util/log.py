@@ -148,11 +148,12 @@ class Log:
             self._bar.close()
             self._bar = None
         width = len(str(self.updates))
+        reserved = f" (reserved {mb:.0f})" if (mb := reserved_memory_mb()) else ""
         print(f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
               + "  ".join(terms)
               + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
               + f"  img/s: {rate:.1f}" + (f" (mfu {speed['mfu']:.0f}%)" if "mfu" in speed else "")
-              + f"  max mem: {peak_memory_mb():.0f}", flush=True)
+              + f"  max mem: {peak_memory_mb():.0f}" + reserved, flush=True)
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
@@ -278,6 +279,13 @@ def duration(seconds: float) -> str:
     seconds = int(seconds)
     days, rest = divmod(seconds, 86400)
     return (f"{days} day{'s' * (days > 1)}, " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+
+
+def reserved_memory_mb() -> float:
+    """Most memory that CUDA's allocator has held, free blocks included, which other processes cannot have; 0 without CUDA."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 2**20
+    return 0.0
 
 
 def peak_memory_mb() -> float:

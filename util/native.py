@@ -66,6 +66,7 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     found.native_size.argtypes = [ctypes.c_char_p, size, pointer]
     found.native_crop.argtypes = [ctypes.c_char_p, size, pointer, pointer, number, number, number]
+    found.native_crop_pixels.argtypes = [pointer, number, number, pointer, pointer, number, number, number]
     found.native_add_restarts.argtypes = [ctypes.c_char_p, size, pointer, size, pointer]
     return found, "JPEGs by the native library"
 
@@ -106,6 +107,25 @@ def crop_jpeg(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int]
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for a crop of {width} x {height} pixels")
     return None if status else out
+
+
+def crop_pixels(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int],
+                flags: int = 0) -> torch.Tensor:
+    """The same of a decoded image, uint8 (3, H, W) -> uint8 (3, *size), with the bits that its file gives.
+
+    `box` must lie in the image. `flags` are FLIP_X and FLIP_Y, and PORTABLE for tests.
+    """
+    top, left, height, width = box
+    image = image.contiguous()
+    assert image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3, (image.dtype, image.shape)
+    out = torch.empty((3, *size), dtype=torch.uint8)
+    ints = (ctypes.c_int32 * 4)(left, top, width, height)
+    status = library().native_crop_pixels(image.data_ptr(), *image.shape[1:], ints, out.data_ptr(),
+                                          size[1], size[0], flags)
+    if status == NO_MEMORY:
+        raise MemoryError(f"no memory for a crop of {width} x {height} pixels")
+    assert status == 0, (box, image.shape)
+    return out
 
 
 def add_restart_markers(data: bytes) -> bytes | None:

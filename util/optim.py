@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 def param_groups(
@@ -31,22 +31,34 @@ def param_groups(
     return sorted(groups.values(), key=lambda g: g["weight_decay"]) if layer_decay == 1 else list(groups.values())
 
 
-def weight_average(model: nn.Module, decay: float) -> AveragedModel:
+class WeightAverage(AveragedModel):
     """Exponential moving average of parameters and of batch statistics, over the same window; other buffers are copied.
 
     Statistics belong to the weights that they were taken with: the live model's are not those of the average. Integers
     (counters, index tables) must not be averaged: rounding would lower them.
+
+    The state dict is torch's AveragedModel's. Its own update copies the counter of updates to the device each time, and
+    waits for that.
     """
-    lerp = get_ema_multi_avg_fn(decay)
 
-    def update(averages, current, count) -> None:  # one call per device and dtype
-        if averages[0].is_floating_point():
-            lerp(averages, current, count)
-        else:
-            for a, c in zip(averages, current):
-                a.copy_(c)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """average = decay * average + (1 - decay) * model; the first update copies the model."""
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        current = [*model.parameters(), *model.buffers()]
+        pairs = list(zip(averages, current, strict=True))
+        first = int(self.n_averaged) == 0  # a counter on the CPU
+        blended = [] if first else [pair for pair in pairs if pair[0].is_floating_point()]
+        copied = pairs if first else [pair for pair in pairs if not pair[0].is_floating_point()]
+        for average, value in copied:
+            average.copy_(value)
+        if blended:
+            torch._foreach_lerp_(*map(list, zip(*blended)), 1 - self.decay)
+        self.n_averaged += 1
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -76,5 +88,6 @@ def lars(heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_dec
 def clip_each(params: list[nn.Parameter], max_norm: float) -> None:
     """Shrink every parameter's gradient to a norm of at most `max_norm`, each by itself (DINO), without host sync."""
     grads = [p.grad for p in params if p.grad is not None]
-    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, factors)
+    norms = torch.stack(torch._foreach_norm(grads))  # (number of parameters,)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, factors.unbind())

@@ -50,7 +50,8 @@ def measure(step: Callable[[Iterator[dict], FlopCounter | None], float], batches
         while True:
             for batch in batches(epoch):
                 if not samples:
-                    samples.append(batch["image"].detach().float())
+                    # A copy: mixup and random erasing change the batch in place.
+                    samples.append(batch["image"].detach().float().clone())
                 yield batch
             epoch += 1
 

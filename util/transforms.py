@@ -5,12 +5,13 @@ the loader's workers. Sizes are (H, W). Transforms take and return uint8 (C, H, 
 """
 import io
 import math
+import random
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -86,11 +87,78 @@ def _decode_npy(data, in_chans):
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-class pretrain_transform:  # used as a function, like the next two; a class so that it also takes undecoded JPEGs
+class Window(NamedTuple):
+    """Which part of an image a transform shows, for an image that is resampled elsewhere.
+
+    The box (top, left, height, width) is resized to (full_height, full_width). The result is the part of that
+    which starts at (row, column) and has the transform's size. It is then flipped where the flags are 1.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    full_height: int
+    full_width: int
+    row: int = 0
+    column: int = 0
+    flip_x: int = 0
+    flip_y: int = 0
+
+
+# Seeded for every sample: that takes less time than to seed the global generators and to give them back.
+_torch_draws, _python_draws = torch.Generator(), random.Random()
+
+
+class _RandomCrop:
+    """A random resized crop (bicubic, antialiased) and flips. Subclasses draw the box.
+
+    Called with a uint8 image (C, H, W). `crop_jpeg` takes a file's bytes instead, draws the same, and decodes
+    only what the crop needs. `key` seeds the draws; without one they come from the global generators.
+    """
+
+    def __init__(self, input_size, scale, ratio, flips: tuple[float, float], dct_scaling: bool = False):
+        self.size, self.scale, self.ratio = _pair(input_size), tuple(scale), tuple(ratio)
+        self.flips, self.dct_scaling = flips, dct_scaling
+
+    def draw(self, height: int, width: int, key: int | None = None) -> tuple[int, int, int, int, bool, bool]:
+        """top, left, height, width of the crop, and whether to flip it left-right and upside down."""
+        generator = None if key is None else _torch_draws.manual_seed(key)
+        box = self._draw_box(height, width, key, generator) or self._largest_box(height, width)
+        return *box, *(p > 0 and torch.rand(1, generator=generator).item() < p for p in self.flips)
+
+    def _largest_box(self, height, width):
+        """For images in which no drawn crop fits: the largest with an allowed aspect ratio, in the middle."""
+        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def window(self, height: int, width: int, key: int | None = None) -> Window:
+        """The same draws, for an image that is resampled elsewhere."""
+        *box, x, y = self.draw(height, width, key)
+        return Window(*box, *self.size, flip_x=int(x), flip_y=int(y))
+
+    def __call__(self, image: torch.Tensor, key: int | None = None) -> torch.Tensor:
+        *box, x, y = self.draw(*image.shape[-2:], key)
+        if image.shape[0] == 3 and native.library():
+            return native.crop_pixels(image, box, self.size, x * native.FLIP_X | y * native.FLIP_Y)
+        image = F.resized_crop(image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC,
+                               antialias=True)
+        return image.flip([d for d, flipped in ((-1, x), (-2, y)) if flipped]) if x or y else image
+
+    def crop_jpeg(self, data: bytes, key: int | None = None) -> torch.Tensor | None:
+        """The same of a file's bytes, as RGB; None without the native library and for unusual JPEGs."""
+        size = native.library() and native.jpeg_size(data)
+        if not size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 1 << 32):
+            return None
+        *box, x, y = self.draw(*size, key)
+        return native.crop_jpeg(data, box, self.size, x * native.FLIP_X | y * native.FLIP_Y
+                                | self.dct_scaling * native.DCT_SCALING)
+
+
+class pretrain_transform(_RandomCrop):  # used as a function; a class so that it also takes undecoded JPEGs
     """MAE's pretraining augmentation: random resized crop (bicubic, antialiased) and flips.
 
-    The crops are torchvision's for the same seed; the pixels equal its PIL pipeline's up to rounding. Called with a uint8
-    image (C, H, W), or by `crop_jpeg` with a file's bytes, which draws the same and decodes only what the crop needs.
+    The crops are torchvision's for the same seed; the pixels equal its PIL pipeline's up to rounding.
 
     Args:
         dct_scaling: let `crop_jpeg` decode at 1/2, 1/4, 1/8 where the crop is at least that much larger than the result:
@@ -99,20 +167,11 @@ class pretrain_transform:  # used as a function, like the next two; a class so t
 
     def __init__(self, input_size, crop_scale=(0.2, 1.0), hflip: float = 0.5, vflip: float = 0.0, *,
                  dct_scaling: bool = False):
-        self.size, self.hflip, self.vflip, self.dct_scaling = _pair(input_size), hflip, vflip, dct_scaling
-        self.scale, self.ratio = tuple(crop_scale), (3 / 4, 4 / 3)
+        super().__init__(input_size, crop_scale, (3 / 4, 4 / 3), (hflip, vflip), dct_scaling)
         self.log_ratio = torch.log(torch.tensor(self.ratio)).tolist()
 
-    def draw(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int, bool, bool]:
-        """top, left, height, width of the crop, and whether to flip it left-right and upside down.
-
-        As torchvision's RandomResizedCrop and flips draw them from the same state; which take no generator of one's own.
-        """
-        top, left, h, w = self._draw_box(height, width, generator)
-        flips = [p > 0 and torch.rand(1, generator=generator).item() < p for p in (self.hflip, self.vflip)]
-        return top, left, h, w, *flips
-
-    def _draw_box(self, height, width, generator):
+    def _draw_box(self, height, width, key, generator):
+        """As torchvision's RandomResizedCrop draws it; that one takes no generator of one's own."""
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*self.scale, generator=generator).item()
             aspect = torch.empty(1).uniform_(*self.log_ratio, generator=generator).exp_().item()
@@ -120,54 +179,46 @@ class pretrain_transform:  # used as a function, like the next two; a class so t
             if 0 < w <= width and 0 < h <= height:
                 top = torch.randint(height - h + 1, (1,), generator=generator).item()
                 return top, torch.randint(width - w + 1, (1,), generator=generator).item(), h, w
-        # no such crop fits: the largest one with an allowed aspect ratio, in the middle
-        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        *box, x, y = self.draw(*image.shape[-2:])
-        image = F.resized_crop(image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        return image.flip([d for d, flipped in ((-1, x), (-2, y)) if flipped]) if x or y else image
-
-    def crop_jpeg(self, data: bytes, generator: torch.Generator | None = None) -> torch.Tensor | None:
-        """The same of undecoded bytes, as RGB; None where `decode` is needed: no native library, or no plain JPEG."""
-        size = native.library() and native.jpeg_size(data)
-        if not size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 1 << 32):
-            return None
-        *box, x, y = self.draw(*size, generator)
-        return native.crop_jpeg(data, box, self.size, x * native.FLIP_X | y * native.FLIP_Y
-                                | self.dct_scaling * native.DCT_SCALING)
+        return None
 
 
-def eval_transform(input_size, crop_pct: float | None = None) -> v2.Compose:
+class eval_transform:  # used as a function; a class so that it can say which window it shows
     """MAE's evaluation transform: resize (bicubic, antialiased) to cover input_size / crop_pct, then crop the centre.
 
     crop_pct: default 224/256 for a shorter side up to 224, else 1. For squares this is torchvision's Resize of the
     shorter side, equal to its PIL pipeline up to rounding; a rectangle is covered with the aspect ratio kept.
     """
-    height, width = _pair(input_size)
-    crop_pct = crop_pct or (224 / 256 if min(height, width) <= 224 else 1.0)
-    return v2.Compose([_ResizeToCover((int(height / crop_pct), int(width / crop_pct))), v2.CenterCrop((height, width))])
 
+    def __init__(self, input_size, crop_pct: float | None = None):
+        self.size = _pair(input_size)
+        crop_pct = crop_pct or (224 / 256 if min(self.size) <= 224 else 1.0)
+        self.cover = tuple(int(side / crop_pct) for side in self.size)
 
-class _ResizeToCover(nn.Module):
-    """Resize with the aspect ratio kept so that neither side is below `size`, and one equals it."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def forward(self, image):
-        (h, w), (height, width) = self.size, image.shape[-2:]
+    def window(self, height: int, width: int, key: int | None = None) -> Window:
+        """The centre of the whole image at a size of which no side is below `cover`, and one equals it."""
+        h, w = self.cover
         if h * width >= w * height:  # the height needs the larger factor
-            size = h, max(w, h * width // height)  # rounds down, as torchvision
+            full = h, max(w, h * width // height)  # rounds down, as torchvision
         else:
-            size = max(h, w * height // width), w
-        return F.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+            full = max(h, w * height // width), w
+        # As torchvision's center_crop, which rounds half a pixel to even.
+        row, column = (round((a - b) / 2) for a, b in zip(full, self.size))
+        return Window(0, 0, height, width, *full, row, column)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        full = self.window(*image.shape[-2:])[4:6]
+        image = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        return F.center_crop(image, self.size)
 
 
-class finetune_transform:  # used as a function, like the two above; a class so that it can be pickled for workers
+def finetune_transform(input_size, *, in_chans: int = 3, color_jitter: float | None = None,
+                       auto_augment: str | None = "rand-m9-mstd0.5-inc1", hflip: float = 0.5,
+                       vflip: float = 0.0, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3),
+                       interpolation: str = "bicubic", mean=IMAGENET_MEAN):
     """timm's training augmentation on a uint8 (in_chans, H, W) image; random erasing follows on the device.
+
+    Without auto_augment and color_jitter only a bicubic crop and flips remain, which need no PIL image. The
+    transform then also takes undecoded JPEGs, as pretrain_transform does. It draws what timm draws.
 
     Args:
         color_jitter: strength; without effect where auto_augment is on, as in timm.
@@ -175,32 +226,57 @@ class finetune_transform:  # used as a function, like the two above; a class so 
         crop_scale, crop_ratio: ranges of the crop's share of the area and of its aspect ratio.
         mean: per channel, in [0, 1]: the colour that fills the corners after a rotation or a shift.
 
-    Other than 1 or 3 channels get the geometric part only; asking for colour changes there raises ValueError.
+    Other than 1 or 3 channels get the geometric part only, by torchvision's draws. Asking for colour changes
+    there raises ValueError.
     """
+    pil = in_chans in (1, 3)
+    if not pil and (auto_augment or color_jitter):
+        raise ValueError(f"auto_augment={auto_augment!r}, color_jitter={color_jitter} work on 1 or 3 "
+                         f"channels, not on {in_chans}: turn both off (--aa '' and no --color_jitter)")
+    crop = dict(scale=tuple(crop_scale), ratio=tuple(crop_ratio))
+    if not pil:
+        kind = v2.InterpolationMode(interpolation)
+        crop = v2.RandomResizedCrop(_pair(input_size), **crop, interpolation=kind, antialias=True)
+        return v2.Compose([crop, *_flips(hflip, vflip)])
+    if interpolation == "bicubic" and not auto_augment and not color_jitter:
+        return _TimmCrop(input_size, **crop, flips=(hflip, vflip))
+    mean = tuple(mean) if len(mean) == in_chans else (sum(mean) / len(mean),) * in_chans
+    return _TimmAugment(_pair(input_size), **crop, hflip=hflip, vflip=vflip, color_jitter=color_jitter,
+                        auto_augment=auto_augment or None, interpolation=interpolation, mean=mean)
 
-    def __init__(self, input_size, *, in_chans: int = 3, color_jitter: float | None = None,
-                 auto_augment: str | None = "rand-m9-mstd0.5-inc1", hflip: float = 0.5, vflip: float = 0.0,
-                 crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), interpolation: str = "bicubic", mean=IMAGENET_MEAN):
-        self.pil = in_chans in (1, 3)
-        if not self.pil and (auto_augment or color_jitter):
-            raise ValueError(f"auto_augment={auto_augment!r}, color_jitter={color_jitter} work on 1 or 3 channels, not "
-                             f"on {in_chans}: turn both off (--aa '' and no --color_jitter)")
-        if not self.pil:
-            crop = v2.RandomResizedCrop(_pair(input_size), tuple(crop_scale), tuple(crop_ratio),
-                                        v2.InterpolationMode(interpolation), antialias=True)
-            self.transform = v2.Compose([crop, *_flips(hflip, vflip)])
-            return
+
+class _TimmCrop(_RandomCrop):
+    """timm's random crop and flips without its PIL images."""
+
+    def _draw_box(self, height, width, key, generator):
+        """As timm's RandomResizedCropAndInterpolation, which uses Python's generator; flips use torch's."""
+        draws = random
+        if key is not None:
+            draws = _python_draws
+            draws.seed(key)
+        low, high = (math.log(r) for r in self.ratio)
+        for _ in range(10):
+            area = draws.uniform(*self.scale) * (height * width)
+            aspect = math.exp(draws.uniform(low, high))
+            h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            # timm lets a crop without rows or columns pass, on images of a few pixels, and then fails.
+            if 0 < w <= width and 0 < h <= height:
+                top = draws.randint(0, height - h)
+                return top, draws.randint(0, width - w), h, w
+        return None
+
+
+class _TimmAugment:  # used as a function; a class so that it can be pickled for workers
+    """What timm's `create_transform` makes, on a uint8 (C, H, W) image by way of PIL's."""
+
+    def __init__(self, size, **options):
         from timm.data import auto_augment as timm_ops  # slow to import, and pretraining does not need it
         from timm.data import create_transform
         timm_ops.NAME_TO_OP |= {name: _posterize for name in ("Posterize", "PosterizeIncreasing")}
-        mean = tuple(mean) if len(mean) == in_chans else (sum(mean) / len(mean),) * in_chans
-        self.transform = create_transform(
-            _pair(input_size), is_training=True, use_prefetcher=True, scale=tuple(crop_scale), ratio=tuple(crop_ratio),
-            hflip=hflip, vflip=vflip, color_jitter=color_jitter, auto_augment=auto_augment or None,
-            interpolation=interpolation, mean=mean)
+        self.transform = create_transform(size, is_training=True, use_prefetcher=True, **options)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return self.transform(F.to_pil_image(image) if self.pil else image)
+        return self.transform(F.to_pil_image(image))
 
 
 def _posterize(image, bits_to_keep, **_):

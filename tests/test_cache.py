@@ -1,0 +1,369 @@
+"""Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import main_sere
+import tiny  # noqa: F401 (registers the models)
+from processes import assert_same, last, log_lines
+from util import cache, dist
+from util.args import parse, run
+from util.cache import Pixels, cached, resample
+from util.datasets import ImageDataset, TimmDataset, build_dataset
+from util.image_index import ImageIndex, build_index
+from util.loader import build_loader, device_batches, eval_loader, train_loader
+from util.multicrop import TwoViews
+from util.samplers import EpochSampler
+from util.transforms import decode, eval_transform, finetune_transform, pretrain_transform
+
+CPU = torch.device("cpu")
+# Elsewhere torch resizes with other rounding than PIL and the native library do; see test_native.py.
+SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+LOADING = dict(batch_size=4, num_workers=0, pin_memory=False)
+BROKEN = 3, 8
+
+
+def encoded(seed, size, format="JPEG", mode="RGB"):
+    noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """12 images of several sizes and formats in two classes; two of them cannot be read."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(12):
+        path = root / "train" / "ab"[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        format, mode = [("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "L")][i % 3]
+        path.write_bytes(encoded(i, (40 + 5 * (i % 4), 60 - 7 * (i % 3)), format, mode))
+    index = build_index(root)
+    for i in BROKEN:
+        (root / "train" / index.name(i)).write_bytes(b"junk")
+    return root
+
+
+def samples(folder, transform, where, *, evaluation=False, epochs=(0, 3), **kwargs) -> list[dict]:
+    """All batches of two epochs, each of the data set."""
+    dataset = build_dataset(folder, "train", transform, seed=5, evaluation=evaluation, **kwargs)
+    loader = eval_loader(dataset, **LOADING) if evaluation else train_loader(dataset, seed=5, **LOADING)
+    loader = cached(loader, where, CPU)
+    found = []
+    for epoch in epochs:
+        if not evaluation:
+            loader.sampler.set_position(epoch)
+        found += list(loader)
+    return found
+
+
+def compare(found, expected, most=0) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys() and a["bad"] == b["bad"]
+        for name in a.keys() - {"bad"}:
+            assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+            assert (a[name].double() - b[name].double()).abs().max() <= most * (name == "image"), name
+
+
+TRAINING = {
+    "pretrain": pretrain_transform((24, 20), vflip=0.5),
+    "small crops": pretrain_transform(40, (0.05, 0.3)),
+    "finetune": finetune_transform((20, 24), auto_augment="", vflip=0.5),
+}
+MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
+EVALUATION = {"eval": eval_transform(24), "tall": eval_transform((40, 16), crop_pct=0.8),
+              "whole": eval_transform(20, crop_pct=1.0)}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", [*TRAINING, *MORE, *EVALUATION])
+def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monkeypatch, name, native):
+    if native:
+        request.getfixturevalue("library")
+    else:
+        monkeypatch.setattr("util.native.LIBRARY", tmp_path / "absent.so")
+    transform, evaluation = (TRAINING | MORE | EVALUATION)[name], name in EVALUATION
+    expected = samples(folder, transform, "none", evaluation=evaluation)
+    assert sum(len(batch["bad"]) for batch in expected) >= 2 * len(BROKEN)
+    compare(samples(folder, transform, "memory", evaluation=evaluation), expected)
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *EVALUATION])
+def test_samples_of_the_device_are_the_same(library, folder, name):
+    """Bit for bit where images shrink little, as here; so are labels, keys, stand-ins and black images."""
+    transform, evaluation = (TRAINING | EVALUATION)[name], name in EVALUATION
+    expected = samples(folder, transform, "none", evaluation=evaluation)
+    found = samples(folder, transform, "device", evaluation=evaluation)
+    compare(found, expected, most=0 if SAME_BITS or not evaluation else 2)
+    assert any(batch["image"].any() for batch in found)
+    if evaluation:
+        black = [batch["image"][batch["index"] == i] for batch in found for i in BROKEN]
+        assert sum(map(len, black)) == 4 and not any(image.any() for image in black)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 20)])
+def test_large_reductions_on_the_device_differ_by_a_grey_level_at_most(library, tmp_path, size):
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(i, (400 + 60 * (i % 2), 300)))
+    index, different, values = build_index(tmp_path, labels=False), 0, 0
+    for transform in (pretrain_transform(size, (0.5, 1.0)), eval_transform(size)):
+        dataset = ImageDataset(index, transform)
+        loader = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
+        found, = loader
+        expected = torch.stack([dataset[i]["image"] for i in range(6)])
+        difference = (found["image"].int() - expected.int()).abs()
+        assert difference.max() <= (1 if SAME_BITS else 2)
+        different, values = different + int((difference > 0).sum()), values + difference.numel()
+    assert different <= 1e-3 * values or not SAME_BITS, (different, values)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_channel_counts_on_the_device(tmp_path, channels):
+    for i in range(4):
+        array = np.random.default_rng(i).integers(0, 256, (5, 6, channels), dtype=np.uint8)
+        array = array.repeat(8, 0).repeat(8, 1)
+        np.save(tmp_path / f"{i}.npy", array)
+    found, expected = (samples(tmp_path, pretrain_transform(30), where, in_chans=channels, labels=False)
+                       for where in ("device", "none"))
+    compare(found, expected, most=2)
+
+
+def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch):
+    dataset = ImageDataset(build_index(folder), pretrain_transform((24, 20), vflip=0.5), seed=2)
+    loader = cached(build_loader(dataset, [(4, i) for i in range(12)], batch_size=12), "device", CPU)
+    (whole,), (windows,) = loader, loader.windows
+    for chunk in (1, 40_000):  # of one image, and of a few
+        monkeypatch.setattr(cache, "CHUNK", chunk)
+        again = resample(loader.images, whole["index"], windows["window"], (24, 20))
+        assert torch.equal(again, whole["image"])
+    alone = cached(build_loader(dataset, [(4, 7)], batch_size=1), "device", CPU)
+    assert torch.equal(next(iter(alone))["image"][0], whole["image"][7])
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    next(iter(alone))
+    assert torch.get_float32_matmul_precision() == "high", "as it was before"
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("where", ["memory", "device"])
+def test_files_are_decoded_once_and_workers_make_the_same(folder, where, monkeypatch, capsys):
+    expected = samples(folder, TRAINING["pretrain"], "none")
+    dataset = build_dataset(folder, "train", TRAINING["pretrain"], seed=5)
+    loader = cached(train_loader(dataset, seed=5, batch_size=4, num_workers=2, pin_memory=False), where, CPU)
+    said = capsys.readouterr().out
+    readable = [decode(dataset.index.read(i)) for i in range(12) if i not in BROKEN]
+    assert "12 images decoded in 0." in said and "MB in memory; 2 cannot be read" in said
+    pixels = sum(image.numel() for image in readable)
+    assert where == "device" or dataset.pixels.nbytes == pixels
+    monkeypatch.setattr(ImageIndex, "read", lambda *args: pytest.fail("a file was read again"))
+    found = []
+    for epoch in (0, 3):
+        loader.sampler.set_position(epoch)
+        found += list(loader)
+    compare(found, expected)
+    assert len(loader) == 3 and loader.batch_size == 4 and loader.dataset is dataset
+
+
+def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
+    dataset = build_dataset(folder, "train", TRAINING["pretrain"])
+    loader = cached(train_loader(dataset, seed=0, **LOADING), "device", CPU)
+    seen = []
+    monkeypatch.setattr("util.loader.normalize", lambda images, mean, std: seen.append(images) or images)
+    made = []
+    monkeypatch.setattr(cache, "resample", lambda *args: made.append(resample(*args)) or made[-1])
+    assert len(list(device_batches(loader, CPU, (0.5,), (0.5,)))) == 3
+    assert [image.data_ptr() for image in seen] == [image.data_ptr() for image in made]
+
+
+def test_images_lie_in_several_tensors(folder, monkeypatch):
+    """Each as large as SLAB or its image; what is read does not depend on it."""
+    index = build_index(folder)
+    whole = Pixels(index, 3)
+    monkeypatch.setattr(cache, "SLAB", 9000)
+    parts = Pixels(index, 3, threads=3)
+    assert len(whole.slabs) == 1 and len(parts.slabs) > 4
+    for i in range(12):
+        if i in BROKEN:
+            with pytest.raises(ValueError, match="not a readable image"):
+                parts[i]
+        else:
+            assert torch.equal(parts[i], whole[i]) and torch.equal(whole[i], decode(index.read(i)))
+
+
+# --- what is refused ---
+
+def test_what_cannot_be_cached_is_refused_with_advice(folder):
+    def loader(transform, **kwargs):
+        return train_loader(build_dataset(folder, "train", transform, **kwargs), seed=0, **LOADING)
+
+    for transform in MORE.values():
+        with pytest.raises(ValueError, match=r"give --cache_data memory, or .*--aa ''.*--sr_views same"):
+            cached(loader(transform), "device", CPU)
+    padded = build_loader(build_dataset(folder, "train", eval_transform(16, 1.2)), range(12), batch_size=4)
+    with pytest.raises(ValueError, match=r"give --crop_pct 1 or less, or --cache_data memory"):
+        cached(padded, "device", CPU)
+    for where in ("memory", "device"):
+        with pytest.raises(ValueError, match=r"--dct_scaling decodes a file anew .* leave one of them out"):
+            cached(loader(pretrain_transform(16, dct_scaling=True)), where, CPU)
+        timms = TimmDataset([0] * 8, pretrain_transform(16), name="hfds/x")
+        with pytest.raises(ValueError, match=r"hfds/x: 8 images .*not from timm's readers: give .*none"):
+            cached(train_loader(timms, seed=0, **LOADING), where, CPU)
+        assert cached(train_loader(timms, seed=0, **LOADING), "none", CPU)
+
+
+def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
+    index = build_index(folder)
+    readable = [decode(index.read(i)) for i in range(12) if i not in BROKEN]
+    memory = sum(image.numel() for image in readable) / len(readable) * 12
+    padded = 12 * 3 * max(image.shape[1] for image in readable) * max(image.shape[2] for image in readable)
+    for device, needed in ((None, memory), (CPU, memory + padded)):
+        for room in (needed + 1, needed - 1):
+            monkeypatch.setattr(cache, "available_memory", lambda room=room: room)
+            if room > needed:
+                Pixels(index, 3, device=device)
+                continue
+            with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
+                Pixels(index, 3, device=device)
+    monkeypatch.setattr(cache, "available_memory", lambda: memory + 1)
+    for room in (padded + 1, padded - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
+        if room > padded:
+            Pixels(index, 3, device=torch.device("cuda"))
+            continue
+        with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
+            Pixels(index, 3, device=torch.device("cuda"))
+    # Two ranks share a host; on both the set must be refused, or one would wait for the other.
+    monkeypatch.setattr(cache, "available_memory", lambda: 1.5 * memory)
+    Pixels(index, 3)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
+    with pytest.raises(ValueError, match="by all its ranks"):
+        Pixels(index, 3)
+    small = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
+    with pytest.raises(ValueError, match="on elsewhere"):
+        Pixels(index, 3)
+
+
+def test_available_memory_is_what_is_left(tmp_path, monkeypatch):
+    found = cache.available_memory()
+    assert 1e6 < found < 1e14
+    opened = open
+
+    def limited(path, *args, **kwargs):
+        texts = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/memory.max": limit,
+                 "/sys/fs/cgroup/job/memory.current": "700000\n",
+                 "/sys/fs/cgroup/job/memory.stat": "anon 600000\ninactive_file 100000\n"}
+        return io.StringIO(texts[path]) if path in texts else opened(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", limited)
+    limit = "1000000\n"
+    assert cache.available_memory() == 400_000
+    limit = "max\n"
+    assert cache.available_memory() > 1e6
+
+
+# --- whole runs ---
+
+SMALL = ["--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--device", "cpu"]
+
+
+def call(main, *flags) -> int:
+    return run(main.main, parse(main.get_args_parser(), [*SMALL, *map(str, flags)]))
+
+
+class Killed(BaseException):
+    """Which nothing catches."""
+
+
+def test_a_killed_run_on_the_device_resumes_with_the_same_bits(tmp_path, monkeypatch, capsys):
+    """Here the device is the CPU. It also ends with the bits of a run without a cache."""
+    flags = ["--model", "mae_test", "--epochs", 2, "--picture_epochs", 1000, "--save_steps", 1, "--lr", 1e-2]
+    device = ["--cache_data", "device"]
+    make_loss_fn, calls = main_pretrain.make_loss_fn, []
+
+    def killing(*args):
+        loss_fn = make_loss_fn(*args)
+
+        def killed(model, batch):
+            calls.append(batch)
+            if len(calls) == 8:  # the third of five updates of the second epoch
+                raise Killed
+            return loss_fn(model, batch)
+
+        return killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(main_pretrain, "make_loss_fn", killing)
+        call(main_pretrain, *flags, *device, "--output_dir", tmp_path / "parts")
+    assert last(tmp_path / "parts")["step"] == 7
+    assert call(main_pretrain, *flags, *device, "--num_workers", 1, "--output_dir", tmp_path / "parts") == 0
+    assert "continuing" in capsys.readouterr().out
+    assert call(main_pretrain, *flags, *device, "--output_dir", tmp_path / "whole") == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+    assert call(main_pretrain, *flags, "--output_dir", tmp_path / "none") == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "none"), exact=SAME_BITS)
+
+
+def test_ranks_share_the_samples_and_not_the_cache(folder):
+    dataset = ImageDataset(build_index(folder), TRAINING["pretrain"], seed=5)
+    loaders = []
+    for size, rank, ranks in ((6, 0, 1), (3, 0, 2), (3, 1, 2)):
+        sampler = EpochSampler(12, batch_size=size, rank=rank, world_size=ranks, seed=5)
+        loaders.append(cached(build_loader(dataset, sampler, batch_size=size), "device", CPU))
+    for whole, first, second in zip(*loaders, strict=True):
+        for name in ("image", "label", "index", "key"):
+            assert torch.equal(torch.cat([first[name], second[name]]), whole[name]), name
+    assert [len(loader.images) for loader in loaders] == [12, 12, 12]
+
+
+def test_every_main_takes_a_cache(tmp_path, capsys):
+    """From memory each ends with the bits of a run without one; main_sere refuses the device."""
+    flags = dict(
+        pretrain=["--model", "mae_test", "--picture_epochs", 1],
+        finetune=["--model", "vit_test"],
+        linprobe=["--model", "vit_test", "--finetune", tmp_path / "pretrain-none" / "checkpoint-last.pth"],
+        sere=["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32])
+    mains = dict(pretrain=main_pretrain, finetune=main_finetune, linprobe=main_linprobe, sere=main_sere)
+    for name, main in mains.items():
+        for where in ("none", "memory"):
+            out = tmp_path / f"{name}-{where}"
+            assert call(main, *flags[name], "--output_dir", out, "--cache_data", where) == 0
+        assert_same(last(tmp_path / f"{name}-none"), last(tmp_path / f"{name}-memory"))
+        capsys.readouterr()
+    refused = ["--cache_data", "device", "--output_dir", tmp_path / "device"]
+    for name in ("finetune", "sere"):
+        assert call(mains[name], *flags[name], *refused) == 2
+        assert "give --cache_data memory" in capsys.readouterr().err
+    two = ["--sr_spatial", 0.2, "--sr_views", "two"]
+    assert call(main_pretrain, *flags["pretrain"], *two, *refused) == 2
+    assert "--sr_views same" in capsys.readouterr().err
+    for more in ([], ["--eval", "--resume", tmp_path / "device" / "checkpoint-last.pth"]):
+        assert call(main_finetune, *flags["finetune"], "--aa", "", *refused, *more) == 0, "as advised"
+    for more in ([], ["--knn"]):
+        out = tmp_path / f"probe{len(more)}"
+        assert call(main_linprobe, *flags["linprobe"], *refused[:2], *more, "--output_dir", out) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_resamples_to_the_same_bits(folder):
+    """Also where the run allows TF32, whose products would not be exact."""
+    torch.set_float32_matmul_precision("high")
+    cuda = torch.device("cuda")
+    for transform, evaluation in ((TRAINING["pretrain"], False), (EVALUATION["tall"], True)):
+        dataset = build_dataset(folder, "train", transform, evaluation=evaluation)
+        batches = []
+        for device in (CPU, cuda):
+            loader = build_loader(dataset, range(12), batch_size=5)
+            batches.append(list(device_batches(cached(loader, "device", device), cuda, (0.5,), (0.5,))))
+        for a, b in zip(*batches, strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["key"], b["key"])
