@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 DEMO_DIR := runs/demo
 MAYBE_NATIVE = $(BIN)/python -m util.native build 2>&1 | head -n 1
 
-.PHONY: demo test oldest native lint clean
+.PHONY: demo test oldest native gpu lint clean
 
 demo: $(VENV)/base
 	@$(MAYBE_NATIVE)
@@ -32,6 +32,11 @@ $(OLDEST)/test: pyproject.toml
 # JPEG crops in C: needs a compiler and libjpeg-turbo's headers. Without them everything works, more slowly.
 native: $(VENV)/base
 	$(BIN)/python -m util.native build
+
+# All measurements and checks on one GPU; results go to runs/gpu. CAPS and LIMIT: see benchmarks/gpu.sh.
+gpu: $(VENV)/test
+	@$(MAYBE_NATIVE)
+	CAPS=$${CAPS:-10} PY=$(BIN)/python bash benchmarks/gpu.sh
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

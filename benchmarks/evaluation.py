@@ -9,7 +9,19 @@ import argparse
 
 import torch
 
-from benchmarks.timing import clock_for, interleaved, peak_memory, ratio, shown, spread, table
+from benchmarks.timing import (
+    Record,
+    choose_device,
+    clock_for,
+    interleaved,
+    peak_memory,
+    ratio,
+    shown,
+    spread,
+    table,
+    unless_out_of_memory,
+    wait_for,
+)
 from layers.probe import Probe, pooled
 from main_linprobe import make_loss_fn
 from models import build_classifier
@@ -24,16 +36,19 @@ GRID = (0.1, 0.3, 1.0, 3.0, 10.0)  # main_linprobe.py's
 GOALS = 50_000, 1_281_167  # queries and bank of ImageNet-1K
 
 
-def in_memory(batches: int, batch_size: int, classes: int) -> list[dict]:
+class InMemory(list):
+    """Batches that are there, in place of a loader."""
+
+    @property
+    def dataset(self):
+        return range(sum(len(batch["index"]) for batch in self))
+
+
+def in_memory(batches: int, batch_size: int, classes: int) -> InMemory:
     generator = torch.Generator().manual_seed(0)
-    return [dict(image=torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator),
-                 label=torch.randint(classes, (batch_size,), generator=generator),
-                 index=torch.arange(i * batch_size, (i + 1) * batch_size)) for i in range(batches)]
-
-
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return InMemory(dict(image=torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator),
+                         label=torch.randint(classes, (batch_size,), generator=generator),
+                         index=torch.arange(i * batch_size, (i + 1) * batch_size)) for i in range(batches))
 
 
 def extraction(backbone, batches, amp, rounds, device) -> dict:
@@ -45,12 +60,12 @@ def extraction(backbone, batches, amp, rounds, device) -> dict:
         for images in ready:
             with autocast(device, amp):
                 pooled(backbone, images, "cls")
-        sync(device)
+        wait_for(device)
 
     def whole():
         evaluation.features(lambda x: pooled(backbone, x, "cls"), batches, device=device, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                         amp=amp)
-        sync(device)
+        wait_for(device)
     seconds = interleaved({"forward": bare, "features": whole}, rounds, clock=clock_for(device.type))
     images = sum(len(b["image"]) for b in batches)
     return dict(forward=spread([images / t for t in seconds["forward"]]),
@@ -71,7 +86,7 @@ def probe_step(heads, features, batches, classes, amp, device, width):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sync(device)
+        wait_for(device)
     return step
 
 
@@ -95,7 +110,7 @@ def neighbours(queries, bank, width, rounds, device) -> dict:
 
     def call():
         nearest(q, b, 100)
-        sync(device)
+        wait_for(device)
     seconds = spread(interleaved({"": call}, rounds)[""])
     factor = GOALS[0] * GOALS[1] / (queries * bank)
     peak = peak_memory(call, device.type == "cuda")
@@ -104,7 +119,7 @@ def neighbours(queries, bank, width, rounds, device) -> dict:
         imagenet_gib=(sum(GOALS) * width * 4 + GOALS[0] * 100 * 12) / 2**30 + peak / 1024)
 
 
-def main(argv) -> dict:
+def main(argv, record: Record | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="run.py evaluation", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="vit_base_patch16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -116,26 +131,41 @@ def main(argv) -> dict:
     parser.add_argument("--bank", type=int, default=131_072)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device, record = choose_device(args.device), record or Record()
     amp = resolve_amp(args.amp, device)
     torch.manual_seed(0)
     backbone = build_classifier(args.model, num_classes=0, pool="cls").to(device).eval().requires_grad_(False)
     batches = in_memory(args.batches, args.batch_size, args.classes)
-    results = dict(extraction=extraction(backbone, batches, amp, args.rounds, device),
-                   probing=probing(backbone, batches, args.classes, amp, args.rounds, device),
-                   neighbours=neighbours(args.queries, args.bank, backbone.dim, min(args.rounds, 3), device))
-    found = results["extraction"]
     print(f"{args.model}, {amp}, {args.batches} batches of {args.batch_size}, {args.rounds} rounds, median [min..max]; "
           "wall time on a GPU and for kNN, else CPU time of all threads")
+    parts = dict(
+        extraction=lambda: extraction(backbone, batches, amp, args.rounds, device),
+        probing=lambda: probing(backbone, batches, args.classes, amp, args.rounds, device),
+        neighbours=lambda: neighbours(args.queries, args.bank, backbone.dim, min(args.rounds, 3), device))
+    show = dict(extraction=show_extraction, probing=lambda found: show_probing(found, args.classes),
+                neighbours=show_neighbours)
+    for name, measure in parts.items():
+        record.set(name, unless_out_of_memory(measure))
+        if "error" in record.results[name]:
+            print(f"{name}: {record.results[name]['error']}")
+        else:
+            show[name](record.results[name])
+        print(flush=True)
+    return record.results
+
+
+def show_extraction(found):
     print(table([{"feature extraction": "forward alone", "img/s": shown(found["forward"], 1), "share": ""},
                  {"feature extraction": "evaluation.features", "img/s": shown(found["features"], 1),
                   "share": shown(found["share"])}]))
-    print()
-    print(table([{f"probes, {args.classes} classes": kind, "one rate, s": shown(r["one"]),
-                  f"{len(GRID)} rates, s": shown(r["grid"]), "ratio": shown(r["ratio"])}
-                 for kind, r in results["probing"].items()]))
-    knn = results["neighbours"]
-    print(f"\nkNN, k = 100: {knn['queries']} x {knn['bank']} in {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB beside "
+
+
+def show_probing(found, classes):
+    print(table([{f"probes, {classes} classes": kind, "one rate, s": shown(r["one"]),
+                  f"{len(GRID)} rates, s": shown(r["grid"]), "ratio": shown(r["ratio"])} for kind, r in found.items()]))
+
+
+def show_neighbours(knn):
+    print(f"kNN, k = 100: {knn['queries']} x {knn['bank']} in {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB beside "
           f"{knn['features_mib']:.0f} MiB of features; {GOALS[0]} x {GOALS[1]}, extrapolated: "
           f"{knn['imagenet_minutes']:.1f} minutes, {knn['imagenet_gib']:.1f} GiB")
-    return results

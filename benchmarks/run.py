@@ -3,13 +3,13 @@
     python benchmarks/run.py --list
     python benchmarks/run.py data --json data.json [its own flags; `data --help` lists them]
 
-A benchmark is a module `benchmarks/NAME.py` with `main(argv) -> dict`: it prints a table and returns what it measured,
-as plain values. `--json FILE` writes that together with the machine, the versions and the commit.
+A benchmark is a module `benchmarks/NAME.py` with `main(argv, record) -> dict`: it prints a table and returns what it
+measured, as plain values. `--json FILE` writes that together with the machine, the versions and the commit. The file is
+written anew after every row: a run that is killed leaves all rows that it had measured.
 """
 import argparse
 import ast
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 if sys.path[0] == str(HERE):  # run as a script: the modules here (data, step, ...) must not hide installed packages
     sys.path[0] = str(HERE.parent)
 
-from benchmarks.timing import machine
+from benchmarks.timing import Record, machine
 
 
 def available() -> dict[str, str]:
@@ -47,10 +47,11 @@ def main(argv=None) -> int:
         return 0 if {"-h", "--help"} & set(rest) else 2
     if args.name not in names:
         parser.exit(2, f"no benchmark {args.name!r}: there are {', '.join(names)}\n")
-    results = importlib.import_module(f"benchmarks.{args.name}").main(rest)
+    benchmark = importlib.import_module(f"benchmarks.{args.name}")
+    record = Record(args.json, dict(benchmark=args.name, arguments=rest, **machine()))
+    benchmark.main(rest, record)
+    record.write()
     if args.json:
-        record = dict(benchmark=args.name, arguments=rest, **machine(), results=results)
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 0
 

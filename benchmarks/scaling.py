@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.step import OURS, block_macs
-from benchmarks.timing import table
+from benchmarks.timing import Record, table
 from models_mae_pl import MODELS, num_visible
 
 IMAGENET, GPUS_PER_NODE = 1_281_167, 8
@@ -131,7 +131,7 @@ def simulate(name, per_image, forward_share, batch, optimizer, network, gpus, st
 def measured(path: str, name: str, amp: str) -> tuple[float, int, float, float]:
     """(seconds of forward and backward per image, batch, optimizer seconds, forward's share) from step.py's JSON."""
     rows = json.loads(Path(path).read_text())["results"]["rows"]
-    rows = [r for r in rows if (r["model"], r["variant"], r["amp"]) == (name, OURS, amp)]
+    rows = [r for r in rows if (r["model"], r["variant"], r["amp"]) == (name, OURS, amp) and "error" not in r]
     if not rows:
         raise SystemExit(f"{path} has no {OURS!r} of {name} in {amp}: choose --model and --amp")
     row = rows[0]
@@ -140,7 +140,7 @@ def measured(path: str, name: str, amp: str) -> tuple[float, int, float, float]:
     return whole / row["batch_size"], row["batch_size"], optimizer, forward / (forward + backward)
 
 
-def main(argv) -> dict:
+def main(argv, record: Record | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="run.py scaling", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="mae_vit_base_patch16", choices=MODELS, metavar="MODEL")
     parser.add_argument("--step_json", help="what step.py measured; or:")
@@ -173,4 +173,7 @@ def main(argv) -> dict:
                   "data cores": round(r["data_cores"]), "GB sent per GPU and update": f"{r['sent_gb']:.2f}",
                   "hours, 400 epochs": f"{r['hours_400']:.1f}", "hours, 1600 epochs": f"{r['hours_1600']:.1f}"}
                  for r in rows]))
-    return dict(rows=rows, per_image=per_image, optimizer=optimizer, network=vars(network))
+    record = record or Record()
+    record.results |= dict(rows=rows, per_image=per_image, optimizer=optimizer, network=vars(network))
+    record.write()
+    return record.results

@@ -1,6 +1,6 @@
 """What the second-order head costs: time and memory of a training step against the linear head on the same backbone.
 
-    python benchmarks/second_order.py --device cuda --amp bf16 --batch_size 128 --json OUT.json
+    python benchmarks/run.py second_order --device cuda --amp bf16 --batch_size 128
 
 Steps of all heads take turns, so that what else runs on the machine hits them alike; medians of wall time, on a single
 CPU thread (OMP_NUM_THREADS=1) of processor time. "head" is the head's own forward and backward pass on fixed tokens: on
@@ -8,17 +8,14 @@ a noisy machine its share of the step says more than the difference of two steps
 backward, each storage counted once, and weights, gradients and AdamW's state; on a GPU also the allocator's peak.
 """
 import argparse
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.timing import Record, choose_device, unless_out_of_memory, wait_for
 from models import build_classifier
 from util.amp import autocast, resolve_amp
 from util.optim import adamw, param_groups
@@ -28,7 +25,8 @@ HEADS = {"linear": None, "48x24": {}, "64x48": {"dims": (64, 48)}, "6 x 24x24": 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="run.py second_order", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="vit_small_patch16")
     p.add_argument("--input_size", default=224, type=int)
     p.add_argument("--batch_size", default=128, type=int)
@@ -36,7 +34,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", default=10, type=int, help="timed steps of each head, after two that are not")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    p.add_argument("--json", default="", metavar="FILE", help="write the figures there")
     return p
 
 
@@ -45,7 +42,8 @@ class Step:
 
     def __init__(self, args, second_order: dict | None):
         torch.manual_seed(0)
-        self.device, self.amp = torch.device(args.device), resolve_amp(args.amp, torch.device(args.device))
+        self.device = choose_device(args.device)
+        self.amp = resolve_amp(args.amp, self.device)
         self.model = build_classifier(args.model, img_size=(args.input_size,) * 2, num_classes=args.classes, pool="cls",
                                       head_init_std=0.02, second_order=second_order).to(self.device)
         self.optimizer = adamw(param_groups(self.model, 0.05), 1e-4, (0.9, 0.999))
@@ -76,15 +74,11 @@ class Step:
         # One thread on a CPU is timed by the processor's time, which other processes do not lengthen.
         alone = self.device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if alone else time.perf_counter
-        self._wait()
+        wait_for(self.device)
         start = clock()
         work()
-        self._wait()
+        wait_for(self.device)
         return clock() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
         """MiB: kept for backward, weights with gradients and AdamW's moments, and on a GPU the peak of a step."""
@@ -108,9 +102,24 @@ class Step:
         return out
 
 
-def measure(args) -> dict[str, dict]:
-    """{head: {parameters, kept_mib, weights_mib, [peak_mib], step_ms, head_ms, and the ranges of both}}."""
-    rows = {name: Step(args, options).memory() for name, options in HEADS.items()}  # one model at a time
+def measure(args, record: Record) -> dict[str, dict]:
+    """{head: {parameters, kept_mib, weights_mib, [peak_mib], step_ms, head_ms, and the ranges of both}}.
+
+    Where all heads at once do not fit into memory there are no times, as these are taken in turns.
+    """
+    rows = {}
+    for name, options in HEADS.items():  # one model at a time
+        rows[name] = unless_out_of_memory(lambda options=options: Step(args, options).memory())
+        record.set("heads", rows)
+    times = unless_out_of_memory(lambda: measure_times(args))
+    for name, row in rows.items():
+        row |= times.get(name, times)
+    record.set("heads", rows)
+    return rows
+
+
+def measure_times(args) -> dict[str, dict]:
+    """The rows' times, of all heads in turns, and their numbers of parameters."""
     steps = {name: Step(args, options) for name, options in HEADS.items()}
     times = {name: {"step": [], "head": []} for name in HEADS}
     for i in range(args.steps + 2):
@@ -119,8 +128,9 @@ def measure(args) -> dict[str, dict]:
                 seconds = step.seconds(work)
                 if i >= 2:
                     times[name][what].append(1e3 * seconds)
-    for name, row in rows.items():
-        row["parameters"] = sum(p.numel() for p in steps[name].model.parameters())
+    rows = {}
+    for name in HEADS:
+        row = rows[name] = {"parameters": sum(p.numel() for p in steps[name].model.parameters())}
         for what, values in times[name].items():
             row |= {f"{what}_ms": statistics.median(values), f"{what}_ms_range": [min(values), max(values)]}
     return rows
@@ -128,6 +138,8 @@ def measure(args) -> dict[str, dict]:
 
 def table(rows: dict[str, dict]) -> str:
     """Times in ms (median), what a head adds to the linear head's step, and memory in MiB."""
+    if any("error" in row for row in rows.values()):
+        return "\n".join(f"{name:>12} {row}" for name, row in rows.items())
     base, memory = rows["linear"], "peak_mib" if "peak_mib" in rows["linear"] else "kept_mib"
     lines = [f"{'head':>12} {'M params':>9} {'step':>9} {'added':>7} {'head':>8} {'added':>7} {memory:>9} {'added':>7} "
              f"{'weights':>8}"]
@@ -139,23 +151,10 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def run(args) -> dict:
-    """Measure, print the table; returns the figures with what they were measured on."""
-    rows = measure(args)
+def main(argv, record: Record | None = None) -> dict:
+    args, record = get_args_parser().parse_args(argv), record or Record()
+    rows = measure(args, record)
     where = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
     print(f"{args.model}, {args.input_size} px, batch {args.batch_size}, {args.amp} on {where}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}\n{table(rows)}")
-    return {"args": vars(args), "device": where, "torch": torch.__version__, "threads": torch.get_num_threads(), "heads": rows}
-
-
-def main() -> None:
-    args = get_args_parser().parse_args()
-    out = run(args)
-    if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
-    else:
-        print(json.dumps(out))
-
-
-if __name__ == "__main__":
-    main()
+    return record.results

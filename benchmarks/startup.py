@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import ROOT, spread, table
+from benchmarks.timing import ROOT, Record, spread, table
 from util.datasets import ImageDataset
 from util.image_index import build_index
 from util.transforms import normalize
@@ -74,14 +74,15 @@ def worker_mib(index, workers, touched):
     return statistics.median(private)
 
 
-def main(argv) -> dict:
+def main(argv, record: Record | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="run.py startup", description=__doc__.partition("\n")[0])
     parser.add_argument("--files", type=int, default=1_300_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", help="where to generate the files (default: the system's temporary folder)")
-    args = parser.parse_args(argv)
-    results = dict(help=help_seconds(args.rounds))
+    args, record = parser.parse_args(argv), record or Record()
+    record.set("help", help_seconds(args.rounds))
+    results = record.results
     print(table([dict(command=f"{k} --help", **{"s, median": v["median"], "min": v["min"], "max": v["max"]})
                  for k, v in results["help"].items()]))
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -92,9 +93,11 @@ def main(argv) -> dict:
         cache = sum(p.stat().st_size for p in Path(folder, ".index").iterdir()) / 2**20
         index = build_index(folder)
         small = build_index(str(ROOT / "data" / "demo"))
-        workers = {k: worker_mib(i, 2, 20_000) for k, i in (("demo set", small), ("listing", index))}
         results |= dict(files=first[2], first_start_s=first[0], second_start_s=spread([s for s, _, _ in again]),
-                        index_mib=again[0][1], cache_mib=cache, worker_private_mib=workers)
+                        index_mib=again[0][1], cache_mib=cache)
+        record.write()
+        workers = {k: worker_mib(i, 2, 20_000) for k, i in (("demo set", small), ("listing", index))}
+        record.set("worker_private_mib", workers)
     second = results["second_start_s"]
     print(f"\n{first[2]} files: first start {first[0]:.2f} s, from the cache {second['median']:.2f} s "
           f"[{second['min']:.2f}..{second['max']:.2f}]; cache {cache:.0f} MiB, in memory {again[0][1]:.0f} MiB")

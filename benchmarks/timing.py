@@ -1,7 +1,8 @@
-"""What every benchmark needs: interleaved timing, medians with spread, peak memory, a table, and the machine it ran on."""
+"""What every benchmark needs: interleaved timing, medians with spread, peak memory, a record on disk, a table, the machine."""
 import ctypes
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -15,6 +16,74 @@ from util.allocator import keep_freed_memory, return_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+
+
+class Record:
+    """What a benchmark has measured so far. With a path, the file holds it after every row, whatever ends the process.
+
+    `results` is what a benchmark's `main` returns: lists of rows and single values, by name.
+    """
+
+    def __init__(self, path: str | None = None, head: dict | None = None):
+        self.path = path
+        self.head = head or {}
+        self.results: dict[str, object] = {}
+
+    def add(self, section: str, row: dict) -> None:
+        """Append a row to the list of that name."""
+        self.results.setdefault(section, []).append(row)
+        self.write()
+
+    def set(self, name: str, value: object) -> None:
+        self.results[name] = value
+        self.write()
+
+    def write(self) -> None:
+        if not self.path:
+            return
+        partial = f"{self.path}.partial"  # replaced as a whole: a process that is killed here leaves the file before
+        Path(partial).write_text(json.dumps(self.head | dict(results=self.results), indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
+    """What `measure` returns, or {"error": "out of memory"} where the GPU's did not suffice.
+
+    Memory that it held is given back either way. So `measure` must create its model, and its caller must not keep it.
+    """
+    import torch
+    try:
+        found = measure()
+    except torch.OutOfMemoryError:
+        found = dict(error="out of memory")
+    free_gpu_memory()
+    return found
+
+
+def free_gpu_memory() -> None:
+    """Give back what nothing refers to any more; code that was compiled is forgotten, as it may refer to its model."""
+    import torch
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wait_for(device) -> None:
+    """Until the device has done what it was given; a CPU always has."""
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose_device(name: str):
+    """The device, with the precision of float32 products that training sets there (`util.dist.init`), for peers too."""
+    import torch
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmup: int = 1,
@@ -109,8 +178,16 @@ def ratio(baseline: list[float], other: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(baseline, other, strict=True)])
 
 
-def shown(values: dict[str, float], digits: int = 2) -> str:
-    """`median [min..max]` of what `spread` and `ratio` return."""
+def ratio_of_medians(baseline: list[float], other: list[float]) -> dict[str, float]:
+    """The same where rounds were not interleaved: medians, and the extremes that the two spreads allow."""
+    return dict(median=statistics.median(baseline) / statistics.median(other), min=min(baseline) / max(other),
+                max=max(baseline) / min(other))
+
+
+def shown(values: dict[str, float] | None, digits: int = 2) -> str:
+    """`median [min..max]` of what `spread` and `ratio` return; nothing for None."""
+    if values is None:
+        return ""
     return "{median:.{d}f} [{min:.{d}f}..{max:.{d}f}]".format(d=digits, **values)
 
 
