@@ -4,6 +4,7 @@ A job directory holds `submitit/` (scripts and logs), `jobs.json` (what was subm
 each point has a directory of its own there, named after its flags, and `sweep.json` names them all.
 """
 import argparse
+import fcntl
 import importlib
 import json
 import os
@@ -132,11 +133,13 @@ def write_plan(points: list[Point], opts, rest: list[str], job_dir: str) -> None
         os.makedirs(p.folder, exist_ok=True)
         Path(p.folder, "flags.json").write_text(json.dumps(p.flags))
     path = Path(job_dir, "sweep.json")
-    known = json.loads(path.read_text())["points"] if path.exists() else []
     new = [{"name": p.name, "flags": p.flags} for p in points]
-    kept = [k for k in known if k["name"] not in {n["name"] for n in new}]
-    path.write_text(json.dumps({"main": points[0].main, "flags": rest, "sweep": parse_sweep(opts.sweep), "points": kept + new},
-                               indent=1))
+    with open(Path(job_dir, ".sweep.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # launchers that share a folder start side by side
+        known = json.loads(path.read_text())["points"] if path.exists() else []
+        kept = [k for k in known if k["name"] not in {n["name"] for n in new}]
+        path.write_text(json.dumps({"main": points[0].main, "flags": rest, "sweep": parse_sweep(opts.sweep),
+                                    "points": kept + new}, indent=1))
 
 
 def sbatch_options(points: list[Point], opts) -> dict:
