@@ -86,7 +86,7 @@ import torch
 import engine
 from models import build_classifier, build_teacher, freeze_all_but, known_classes
 from util import checkpoint, dist, fsdp
-from util.amp import resolve_amp
+from util.amp import described, resolve_amp
 from util.cache import cached
 from util.datasets import build_dataset
 from util.image_index import ImageIndex, check_same_classes, class_names, some_names
@@ -244,7 +244,8 @@ def main(args) -> int:
     evaluation = dict(positions=pos_label != "none", device=device, mean=mean, std=std, amp=amp, predictions=args.predictions)
     if args.eval:
         checkpoint.load_for_evaluation(model, saved, args.resume)
-        dist.say(f"evaluating {args.resume} in {amp}" + (", the moving average of its weights" if "ema" in saved else "")
+        average = ", the moving average of its weights" if "ema" in saved else ""
+        dist.say(f"evaluating {args.resume} in {described(amp, device)}{average}"
                  + checkpoint.other_than_trained(saved, plain))
         evaluate(model, val_loader, classes, **evaluation)
         dist.shutdown()
@@ -273,8 +274,9 @@ def main(args) -> int:
     lr = optimizer.defaults["lr"]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dist.say(f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "
-             f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; {amp} on {device}; effective batch "
-             f"{args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, lr {lr:.3g}")
+             f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; "
+             f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
+             f"{dist.world_size()} = {batch}, lr {lr:.3g}")
 
     extras, after_step = {}, None
     if args.ema:

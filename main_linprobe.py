@@ -69,7 +69,7 @@ from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_an
 from models import build_classifier, trained_options
 from util import checkpoint, dist, evaluation
 from util.accuracy import classification
-from util.amp import resolve_amp
+from util.amp import described, products, resolve_amp
 from util.cache import cached
 from util.datasets import TensorSamples, build_dataset
 from util.image_index import check_same_classes, some_names
@@ -213,7 +213,8 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
         out[f"effective_rank_{pool}"] = effective_rank(known[spread])
         dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
                  + f"  ({len(bank)} training and {counts[-1]} validation images; effective rank "
-                 f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]})")
+                 f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]}; features in {described(amp, device)}, "
+                 f"similarities in {products(device)})")
     return out
 
 
@@ -280,8 +281,9 @@ def main(args) -> int:
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
     optimizer = lars(probe.head[1:], lr_grid, lr, args.weight_decay)
-    dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; {amp} on {device}; effective "
-             f"batch {batch}, lr {lr:.3g} x {', '.join(f'{s:g}' for s in lr_grid)}")
+    dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; "
+             f"{described(amp, device)} on {device}; effective batch {batch}, lr {lr:.3g} x "
+             f"{', '.join(f'{s:g}' for s in lr_grid)}")
     if resume:
         checkpoint.say_continuing(*resume, plain)
     log_dir = None if args.dry_run else args.log_dir or args.output_dir

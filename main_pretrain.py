@@ -61,7 +61,7 @@ import engine
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import checkpoint, dist, evaluation, fsdp
-from util.amp import autocast, resolve_amp
+from util.amp import autocast, described, resolve_amp
 from util.cache import cached
 from util.datasets import build_dataset
 from util.image_index import NoSplit
@@ -207,9 +207,9 @@ def main(args) -> int:
     lr = effective_lr(args.lr, args.blr, batch)
     # As MAE: class and mask token are decayed in pretraining, and MAE's own files continue.
     optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
-    dist.say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; {amp} on "
-             f"{device}; effective batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, "
-             f"lr {lr:.3g}")
+    dist.say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; "
+             f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
+             f"{dist.world_size()} = {batch}, lr {lr:.3g}")
 
     # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
     plain = checkpoint.plain_args(args)

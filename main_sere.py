@@ -73,7 +73,7 @@ import engine
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import checkpoint, dist
-from util.amp import autocast, resolve_amp
+from util.amp import autocast, described, resolve_amp
 from util.cache import cached
 from util.datasets import build_dataset
 from util.keeper import Keeper
@@ -190,8 +190,9 @@ def main(args) -> int:
     decayed = [i for i, group in enumerate(groups) if group["weight_decay"]]
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     trained = [p for group in groups for p in group["params"]]
-    dist.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M trained parameters; {amp} on {device}; effective "
-             f"batch {args.batch_size} x {args.accum_iter} x {dist.world_size()} = {batch}, lr {lr:.3g}")
+    dist.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M trained parameters; "
+             f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
+             f"{dist.world_size()} = {batch}, lr {lr:.3g}")
 
     plain = checkpoint.plain_args(args)
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)

@@ -150,6 +150,21 @@ def test_a_check_is_made_whenever_it_is_asked_for_and_is_no_run(tmp_path):
     assert len(list(tmp_path.glob("check-*"))) == 2 and not (tmp_path / "jobs.json").exists()
 
 
+def test_in_this_process_runs_need_no_submitit_and_share_a_folder(tmp_path):
+    """Two launchers at once, each with points of its own, where importing submitit fails."""
+    (tmp_path / "without" / "submitit").mkdir(parents=True)
+    (tmp_path / "without" / "submitit" / "__init__.py").write_text("raise ImportError('not installed')")
+    path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "submitit_pretrain.py", "--cluster", "debug", "--job_dir", str(tmp_path / "jobs"), *TINY_MODEL]
+    both = [subprocess.Popen([*command, "--sweep", f"seed={seed}"], cwd=ROOT, env=environment(PYTHONPATH=path),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for seed in (0, 1)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    points = json.loads((tmp_path / "jobs" / "sweep.json").read_text())["points"]
+    assert sorted(point["name"] for point in points) == ["seed=0", "seed=1"]
+    assert all((tmp_path / "jobs" / name / "checkpoint-last.pth").exists() for name in ("seed=0", "seed=1"))
+
+
 def test_status_beside_a_line_that_is_being_written(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.5}\n{"train_lo')
     assert last_line(tmp_path) == {"epoch": 0, "train_loss": 0.5}

@@ -10,6 +10,7 @@ from models_mae_pl import MODELS as MAE
 from models_mae_pl import random_masking
 from models_sere import MODELS as SERE
 from models_sere import SereTeacher, make_centres
+from util.amp import described
 from util.multicrop import MultiCrop
 
 SMALL = dict(img_size=(32, 32), patch_size=(8, 8))
@@ -97,3 +98,18 @@ def test_logits_are_float32_before_the_temperature(loss):
     found, expected = ((class_loss(x, target) if loss == "class" else patch_loss(x, target, masked))
                        for x in (logits, logits.float()))
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device, amp, precision, expected", [
+    ("cuda", "fp32", "high", "fp32 with TF32 products"),
+    ("cuda", "fp32", "highest", "fp32"),
+    ("cuda", "bf16", "high", "bf16"),
+    ("cpu", "fp32", "high", "fp32"),
+])
+def test_the_output_names_tf32(device, amp, precision, expected):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert described(amp, torch.device(device)) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
