@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "supervised_nest": Experiment(FINETUNE, "NesT (Table 5's shape)", SUPERVISED),
     "mae": Experiment(PRETRAIN, "Masked autoencoders (Table 7's shape)", MAE),
     "mae_long": Experiment(PRETRAIN, "Masked autoencoders, four times as long", MAE),
+    "mae_wide": Experiment(PRETRAIN, "Masked autoencoders at ViT-Ti's width, on a GPU", (PIXEL, *PLACE, FINETUNED, *PROBED)),
     "mae_scratch": Experiment(FINETUNE, "The same fine-tuning from scratch", SUPERVISED),
     "mask_ratio": Experiment(PRETRAIN, "Position loss against mask ratio (Figure 8)", (PIXEL, *PLACE)),
     "mae_tokens": Experiment(PRETRAIN, "Positional embedding and width of the label's token", (PIXEL, *PLACE)),
@@ -165,6 +166,7 @@ CHECKLIST = {
           + [over_mae("mae", label, "apl", "finetune-2/test_acc1") for label in LABELS]
           + [over_scratch("mae", at("mae_scratch", pos_label="none"))]
           + [over_mae("mae_long", label, label, "finetune/test_acc1") for label in LABELS]
+          + [over_mae("mae_wide", "apl", "apl", "finetune/test_acc1")]
           + [pretrained_label("mae_long", pe) for pe in ("none", "sincos")] + [over_scratch("mae_long", VIT)]
           + [over_mae("cifar10_mae", label, label, "finetune/test_acc1") for label in LABELS]
           + [over_scratch("cifar10_mae", at("cifar10_vit", pos_embed="learned", pos_label="none"))]),
