@@ -89,6 +89,7 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
     seen, model = [], torch.nn.Sequential(OuterBlock())
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh: seen.append(type(module).__name__) or module)
     monkeypatch.setattr("torch.distributed.init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(fsdp.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(fsdp.dist, "world_size", lambda: 2)
     fsdp.shard(model, torch.device("cpu"), "fp32")
     assert seen == ["InnerBlock", "OuterBlock", "Sequential"]
