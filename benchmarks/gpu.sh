@@ -7,11 +7,20 @@
 #   LIMIT=385 bash benchmarks/gpu.sh env check ...        at most so many seconds for all; later stages are left out
 #   TINY=1 PY=.venv/bin/python bash benchmarks/gpu.sh     a rehearsal on a CPU, with tiny models
 #
+# On an H200 with 16 cores all stages take about 14 minutes. learn takes 4 to 5 for what is asked, and 9 for all. Measured
+# there: large 47 s without its compiled model, small 60 without CUDA graphs, rpl 34, e2e 18. base took more than 120. The
+# rest is estimated: a process takes 12 s to start, and 35 s to compile a model of size S or B. Two calls fit into 13
+# minutes. The first one begins with what has not been measured there yet:
+#
+#   LIMIT=385 QUICK= bash benchmarks/gpu.sh check huge launches data eval small base_apl e2e_compiled
+#   LIMIT=345 QUICK= bash benchmarks/gpu.sh learn
+#
 # Variables: OUT is the folder of the results (runs/gpu), PY the Python, CAPS multiplies the time limits of the stages
-# (for a GPU slower than an H100), BATCH is the batch size (256), DATA a folder with photos.tar (JPEGs in an uncompressed
+# (for a GPU slower than an H200), BATCH is the batch size (256), DATA a folder with photos.tar (JPEGs in an uncompressed
 # tar; the demo's images without it) and, for learn, mini_imagenet20/{train,val}.tar (.gpu).
-# QUICK= (empty) leaves out the compiled ViT-L, which takes a minute to compile.
-# Results: log.txt, table.md, {small,base,large,huge,rpl,data}.json; learn.tgz.
+# QUICK= (empty) leaves out the compiled ViT-L, which takes a minute to compile, and the second half of learn.
+# Results: log.txt, table.md, {launches,small,base,base_apl,large,huge,rpl}.json; learn.tgz. What data and eval measured
+# is in the table, and as JSON in the log.
 #
 # On a machine that has no compiler: copy the checkout, DATA, and the native library, which another machine with the same
 # processor architecture builds so that it finds a copy of libjpeg beside it:
@@ -25,11 +34,16 @@ PY=${PY:-python3}; DATA=${DATA:-.gpu}; TINY=${TINY:-}; BATCH=${BATCH:-256}; CAPS
 OUT=${OUT:-runs/gpu}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd)
 DEV=cuda; [ -n "$TINY" ] && DEV=cpu
 PHOTOS=$DATA/photos.tar; [ -e "$PHOTOS" ] || PHOTOS=data/demo/train.tar
-WORK=$(mktemp -d); trap 'rm -rf "$WORK"' EXIT
+WORK=$(mktemp -d); GROUP=; trap 'end_group; rm -rf "$WORK"' EXIT
 BEGIN=$(date +%s); LOG=$OUT/log.txt
 CORES=$(env -u OMP_NUM_THREADS nproc)  # nproc prints OMP_NUM_THREADS where that is set
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
 pick() { if [ -n "$TINY" ]; then echo "$2"; else echo "$1"; fi; }  # GPU'S REHEARSAL'S
+
+# `timeout` leads a process group of its own, and ends with the command that it started. The command's children may go on
+# after that: a main saves a checkpoint first, and workers of loaders block the signal. They would write to WORK while it
+# is removed, and take time from the next stage. So the rest of the group is killed.
+end_group() { [ -z "$GROUP" ] || kill -KILL -- "-$GROUP" 2> /dev/null; GROUP=; }
 
 stage() {  # NAME SECONDS COMMAND...: output goes to the log, its last lines are shown; then the table is made anew
     local name=$1 cap rc at left
@@ -37,11 +51,13 @@ stage() {  # NAME SECONDS COMMAND...: output goes to the log, its last lines are
     [ "$left" -lt 10 ] && { echo "== $name: left out, $left s are left" | tee -a "$LOG"; return; }
     [ "$cap" -gt "$left" ] && cap=$left
     echo "== $name: begins at $((at - BEGIN)) s, cap $cap s: $*" | tee -a "$LOG"
-    timeout -k 5 "$cap" "$@" > "$WORK/$name.log" 2>&1; rc=$?
+    timeout -k 5 "$cap" "$@" > "$WORK/$name.log" 2>&1 & GROUP=$!
+    wait "$GROUP"; rc=$?
+    end_group
     cat "$WORK/$name.log" >> "$LOG"; tail -n 25 "$WORK/$name.log" | cut -c1-220
     echo "== $name: rc $rc after $(($(date +%s) - at)) s" | tee -a "$LOG"
     rm -f "$OUT"/*.partial
-    $PY -m benchmarks.gpu_table "$OUT" "$WORK/eval.json" 2>&1 | tee -a "$LOG"
+    $PY -m benchmarks.gpu_table "$OUT" "$WORK/data.json" "$WORK/eval.json" 2>&1 | tee -a "$LOG"
 }
 
 run_env() {
@@ -61,25 +77,39 @@ measure() {  # STAGE SECONDS ROUNDS MODEL VARIANT...: a model in its own process
         --batch_size "$(pick "$BATCH" 2)" --models "$(pick "$model" mae_vit_pico_patch8)" --variants "$@"
 }
 # Compiled variants come last: compiling takes longest. In a rehearsal only `small` compiles.
-run_small() { measure small 60 5 mae_vit_small_patch16 mae apl transformers timm compiled; }
+run_small() { measure small 130 5 mae_vit_small_patch16 mae apl transformers timm graphs $(pick compiled ""); }
 run_base() {
-    measure base 120 5 mae_vit_base_patch16 mae apl transformers timm rpl8 rpl $(pick "compiled compiled-apl" "")
+    measure base 160 5 mae_vit_base_patch16 mae apl transformers timm rpl8 rpl $(pick "compiled compiled-apl" "")
 }
+run_base_apl() { measure base_apl 80 5 mae_vit_base_patch16 apl $(pick compiled-apl ""); }  # the last of run_base alone
 run_large() { measure large 120 3 mae_vit_large_patch16 mae apl transformers timm rpl8 $(pick "${QUICK-compiled}" ""); }
-run_huge() { measure huge 65 3 mae_vit_huge_patch14 mae transformers recomputed apl timm; }
+run_huge() { measure huge 100 3 mae_vit_huge_patch14 mae transformers recomputed apl timm; }
+
+run_launches() {
+    stage launches 170 env OMP_NUM_THREADS="$(pick "$CORES" 1)" $PY benchmarks/run.py launches --device $DEV \
+        --amp "$(pick bf16 fp32)" --repeats "$(pick 20 1)" --batch_size "$(pick "$BATCH" 2)" \
+        --models $(pick "mae_vit_small_patch16 mae_vit_tiny_patch8" "mae_vit_nano_patch8 mae_vit_pico_patch8") \
+        --variants mae transformers $(pick "compiled graphs" "") --variants mae $(pick graphs "") \
+        --json "$OUT/launches.json"
+}
 
 run_rpl() {
     stage rpl 60 $PY benchmarks/run.py rpl --device $DEV --amp "$(pick bf16 fp32)" --rounds "$(pick 5 1)" \
         --json "$OUT/rpl.json" --naive_batch "$(pick 16 1)" --batch_sizes $(pick "128 256" 1) --step_batch "$(pick 128 1)"
 }
+to_log() {  # NAME: what it measured, as one line; a file of its own would be one more to carry
+    [ ! -e "$WORK/$1.json" ] || { tr -d '\n' < "$WORK/$1.json"; echo; } >> "$LOG"
+}
 run_data() {
     stage data 45 $PY benchmarks/run.py data --device $DEV --data_path "$PHOTOS" --rounds 1 --batches "$(pick 64 1)" \
-        --images "$(pick 200 20)" --batch_size "$(pick 128 10)" --num_workers "$(pick "$CORES" 1)" --json "$OUT/data.json"
+        --images "$(pick 200 20)" --batch_size "$(pick 128 10)" --num_workers "$(pick "$CORES" 1)" --json "$WORK/data.json"
+    to_log data
 }
 run_eval() {
     stage eval 30 $PY benchmarks/run.py evaluation --device $DEV --rounds "$(pick 3 1)" --json "$WORK/eval.json" \
         --model "$(pick vit_base_patch16 vit_tiny_patch16)" --batch_size "$(pick 256 4)" --batches "$(pick 8 1)" \
         --queries "$(pick 10000 100)" --bank "$(pick 1281167 1000)"
+    to_log eval
 }
 e2e() {  # NAME SECONDS FLAGS...: JPEGs from disk, decoded, to the training step; what `--dry_run` measures
     local name=$1 cap=$2; shift 2
@@ -116,7 +146,9 @@ run_learn() {
         tar -czf "$OUT/learn.tgz" -T -)
 }
 
-[ $# -gt 0 ] || set -- env check small base large huge rpl data eval e2e e2e_compiled
+[ $# -gt 0 ] || set -- env check huge launches data eval small base e2e_compiled large rpl e2e
+GPU=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null) || GPU="no GPU"
+echo "== machine: ${GPU%%$'\n'*}, $CORES cores" >> "$LOG"
 for name in "$@"; do "run_$name"; done
 [ -e "$OUT/table.md" ] && cat "$OUT/table.md"
 echo "== all: $(($(date +%s) - BEGIN)) s; results are in $OUT" | tee -a "$LOG"

@@ -35,8 +35,11 @@ def gib(row, name) -> str:
     return f"{row[name] / 1024:.2f}"
 
 
-def heading(record) -> list[str]:
-    """What was measured on."""
+def heading(records, log: str) -> list[str]:
+    """What was measured on: from the records, those of a GPU first; else the name of the machine in the log."""
+    if not records:
+        return [f"# {name}" for name in re.findall(r"^== machine: (.+)", log, re.MULTILINE)[-1:]]
+    record = max(records, key=lambda r: r["machine"]["gpu"] is not None)
     machine, versions = record["machine"], record["versions"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [f"# {machine['gpu'] or machine['cpu']}", "",
@@ -80,6 +83,38 @@ def step_lines(rows) -> list[dict[str, str]]:
             line["compile s"] = f"{row['compile_s']:.1f}"
         lines.append(line)
     return lines
+
+
+def launches_section(found) -> list[str]:
+    """What a step costs the host beside what it costs the device."""
+    lines, kernels = [], []
+    for results in found:
+        if "launch_us" in results:
+            lines += ["", f"A bare launch takes the host {shown(results['launch_us'])} us."]
+        if "rows" in results:
+            lines += ["", table([launches_line(row) for row in results["rows"]])]
+        for row in results.get("rows", []):
+            if row.get("longest"):
+                kernels += ["", f"{row['model']}, {row['variant']}, the kernels that take longest:", "",
+                            *(f"- {k['ms']:.2f} ms in {k['times']}: `{k['name']}`" for k in row["longest"])]
+    if not lines:
+        return []
+    return ["## Launches", *lines, *kernels]
+
+
+def launches_line(row) -> dict[str, str]:
+    line = dict(model=row["model"], pixels=row["pixels"], variant=row["variant"], amp=row["amp"], batch=row["batch_size"])
+    line["launches"] = row.get("error") or row.get("launches", "")
+    line["kernels"] = row.get("kernels", "")
+    line["issued by the host, ms"] = shown(row.get("host_ms"))
+    line["device busy, ms"] = ""
+    if "busy_ms" in row:
+        line["device busy, ms"] = f"{row['busy_ms']:.2f}"
+    line["step, ms"] = shown(row.get("step_ms"))
+    line["host us/launch"] = ""
+    if "us_per_launch" in row:
+        line["host us/launch"] = f"{row['us_per_launch']:.1f}"
+    return line
 
 
 def rpl_section(found) -> list[str]:
@@ -139,20 +174,27 @@ def evaluation_section(found) -> list[str]:
     return ["## Evaluation", "", *lines]
 
 
+PLAN = {"images/s": r"  speed +(\S+) images/s", "waiting for data, %": r"  speed .* (\S+) % of it waiting",
+        "utilisation, %": r"  utilisation +(\S+) %", "memory, MB": r"  memory +(\S+) MB"}
+
+
 def end_to_end_section(log: str) -> list[str]:
-    """What `main_pretrain.py --dry_run` printed, by stage."""
+    """The plan that `main_pretrain.py --dry_run` printed, a line for each stage; its last line where it has none."""
     lines = []
     for name, output in re.findall(r"^== (e2e\S*): begins[^\n]*\n(.*?)^== \1: rc", log, re.MULTILINE | re.DOTALL):
-        plan = [line for line in output.splitlines() if line.startswith("  ")] or output.splitlines()[-3:]
-        lines += ["", f"{name}:", "", "```", *plan, "```"]
+        figures = {column: "".join(re.findall(pattern, output)[:1]) for column, pattern in PLAN.items()}
+        if not any(figures.values()):
+            figures["images/s"] = "no plan: " + " ".join(output.splitlines()[-1:])[:100]
+        lines.append(dict(stage=name) | figures)
     if not lines:
         return []
-    return ["## From JPEGs to the step", *lines]
+    return ["## From JPEGs to the step", "", table(lines)]
 
 
 def page(records: list[dict], log: str) -> str:
-    sections = [heading(records[0])] if records else []
+    sections = [heading(records, log)]
     sections.append(step_section(results_of(records, "step")))
+    sections.append(launches_section(results_of(records, "launches")))
     sections.append(rpl_section(results_of(records, "rpl")))
     sections.append(data_section(results_of(records, "data")))
     sections.append(evaluation_section(results_of(records, "evaluation")))

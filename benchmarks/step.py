@@ -46,12 +46,14 @@ from util.optim import adamw, param_groups
 MASK_RATIO = 0.75
 OURS, COMPILED, HF, TIMM = "ours, MAE", "ours, MAE, compiled", "transformers ViTMAE", "timm blocks, usual flow"
 LABELS = {"mae": OURS, "apl": "ours, MAE + APL", "rpl8": "ours, MAE + RPL, 8 pairs", "rpl": "ours, MAE + RPL, all pairs",
-          "compiled": COMPILED, "compiled-apl": "ours, MAE + APL, compiled", "recomputed": "ours, MAE, --grad_checkpointing",
+          "compiled": COMPILED, "graphs": "ours, MAE, compiled, CUDA graphs",
+          "compiled-apl": "ours, MAE + APL, compiled", "recomputed": "ours, MAE, --grad_checkpointing",
           "transformers": HF, "timm": TIMM}
 MAE, APL = dict(pos_embed="sincos", pos_label="none"), dict(pos_embed="none", pos_label="apl")
 RPL = dict(pos_embed="none", pos_label="rpl")
 FLAGS = {"mae": MAE, "apl": APL, "rpl8": RPL | dict(rpl_pairs=8), "rpl": RPL, "compiled": MAE, "compiled-apl": APL,
-         "recomputed": MAE}
+         "graphs": MAE, "recomputed": MAE}
+COMPILE_MODES = {"compiled": "default", "compiled-apl": "default", "graphs": "reduce-overhead"}  # of torch.compile
 
 
 def block_macs(tokens: int, width: int) -> int:
@@ -177,10 +179,11 @@ def our_loss(model):
     return loss
 
 
-def build(variant, name, device):
-    """(model, function of images that gives its loss). Weights are drawn on the device."""
+def build(variant, name, images):
+    """(model for such images, function of images that gives its loss). Weights are drawn on their device."""
+    device = images.device
     with torch.device(device):
-        ours = MODELS[name](norm_pix_loss=True, **FLAGS.get(variant, MAE))
+        ours = MODELS[name](img_size=tuple(images.shape[-2:]), norm_pix_loss=True, **FLAGS.get(variant, MAE))
         if variant == "transformers":
             hf = transformers_mae(ours).to(device)
             return hf, lambda images: hf(images).loss
@@ -190,7 +193,9 @@ def build(variant, name, device):
     ours.to(device)
     if variant == "recomputed":
         ours.set_grad_checkpointing()
-    return ours, our_loss(torch.compile(ours) if variant.startswith("compiled") else ours)
+    if variant in COMPILE_MODES:
+        return ours, our_loss(torch.compile(ours, mode=COMPILE_MODES[variant]))
+    return ours, our_loss(ours)
 
 
 def built(name, keys, images, steps):
@@ -198,7 +203,7 @@ def built(name, keys, images, steps):
     found, models = {}, {}
     for variant, amp in keys:
         if variant not in models:
-            model, loss_fn = build(variant, name, images.device)
+            model, loss_fn = build(variant, name, images)
             models[variant] = model, loss_fn, adamw(param_groups(model, 0.05), 1e-4, betas=(0.9, 0.95))
         model, loss_fn, optimizer = models[variant]
         found[variant, amp] = Step(model, loss_fn, images, amp, optimizer, steps)
@@ -219,7 +224,7 @@ def measure(name, keys, images, flops, plan) -> dict:
     """{"rows": a row for each (variant, amp) in `keys`}: these are interleaved. See `unless_out_of_memory`."""
     cuda, batch = images.is_cuda, len(images)
     steps = built(name, keys, images, plan.steps)
-    first = {key: step.whole_seconds() for key, step in steps.items() if key[0].startswith("compiled")}
+    first = {key: step.whole_seconds() for key, step in steps.items() if key[0] in COMPILE_MODES}
     settle = freed_memory(lambda key: cuda or plan.same_allocator or key[0] in FLAGS,
                           {key: step.run for key, step in steps.items()})
     warmup = 3 if cuda and plan.steps < 3 else 1  # rounds
@@ -249,6 +254,11 @@ def measure(name, keys, images, flops, plan) -> dict:
     return dict(rows=rows)
 
 
+def does_not_compile(error: Exception) -> dict[str, str]:
+    """What a row says instead of figures: the compiler's first line."""
+    return dict(error=f"does not compile: {str(error).strip().splitlines()[0][:200]}")
+
+
 def measured_or_error(name, keys, images, flops, plan) -> list[dict]:
     """The rows of `measure`; where that fails for memory or in the compiler, rows that say so."""
     if images.is_cuda:
@@ -257,7 +267,7 @@ def measured_or_error(name, keys, images, flops, plan) -> list[dict]:
     try:
         found = unless_out_of_memory(lambda: measure(name, keys, images, flops, plan))
     except torch._dynamo.exc.TorchDynamoException as e:  # no compiler on this machine, for example
-        found = dict(error=f"does not compile: {str(e).strip().splitlines()[0][:200]}")
+        found = does_not_compile(e)
     if "rows" in found:
         return found["rows"]
     return [dict(model=name, variant=LABELS[variant], amp=amp, batch_size=len(images), **found) for variant, amp in keys]

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.self_distillation import MomentumUpdate, copy_parameters
-from util import evaluation, flops, loader
+from util import evaluation, flops, loader, log
 from util.args import compile_mode
 from util.optim import WeightAverage, clip_each
 
@@ -153,3 +153,15 @@ def test_graphs_do_not_go_with_accumulation():
 def test_utilisation_is_left_out_where_products_cannot_be_counted(mode, counted, monkeypatch):
     monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 1e9)
     assert flops.peak_flops(small_model(), torch.device("cpu"), torch.float32, mode) == (1e9 if counted else None)
+
+
+@pytest.mark.parametrize("reserved, shown", [(512.4, "(reserved 512)"), (0.0, "")])
+def test_a_log_point_shows_what_the_allocator_holds(reserved, shown, monkeypatch, capsys):
+    """More than what tensors take: a leak of the allocator's does not show in that. Without CUDA there is no such figure."""
+    monkeypatch.setattr(log, "reserved_memory_mb", lambda: reserved)
+    run = log.Log(None)
+    run.start_epoch(0, 1, 0, 1, 8)
+    run.step(0, {"loss": torch.tensor(1.0)}, 0.1, 0.0)
+    run.flush()
+    line = capsys.readouterr().out.rstrip()
+    assert line.rpartition("max mem: ")[2].partition(" ")[2] == shown
