@@ -208,6 +208,7 @@ def build_optimizer(args, model, batch: int) -> torch.optim.Optimizer:
 
 def main(args) -> int:
     check_flags(args)
+    compiling = compile_mode(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
     if args.output_dir and not (args.eval or args.dry_run):
@@ -301,7 +302,7 @@ def main(args) -> int:
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_mode=compile_mode(args), max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
+        compile_mode=compiling, max_bad_images=args.max_bad_images, after_step=after_step, after_epoch=after_epoch,
         extras=extras, dry_run=args.dry_run,
     )
     dist.shutdown()

@@ -24,6 +24,7 @@ from util.args import (
     add_run_flags,
     ascending,
     channel_stats,
+    compile_mode,
     pair,
     parse,
     run,
@@ -101,8 +102,9 @@ def check_flags(args) -> None:
         raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
     if args.strategy == "fsdp":
         raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
-    if args.compile:
-        raise ValueError("--compile compiles what is trained, and a probe trains linear heads only: leave it out")
+    if compile_mode(args):
+        raise ValueError("--compile and --compile_mode compile what is trained, and a probe trains linear heads only: leave "
+                         "them out")
 
 
 def as_trained(args, saved: dict):

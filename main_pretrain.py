@@ -177,6 +177,7 @@ def build_data(args, size, device, two_views: bool):
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
+    compiling = compile_mode(args)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
@@ -255,7 +256,7 @@ def main(args) -> int:
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
         args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_mode=compile_mode(args), max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
+        compile_mode=compiling, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
         **(follow_model(teacher, model, args.ema_momentum, args.epochs) if teacher is not None else {}),
     )
     dist.shutdown()

@@ -151,6 +151,7 @@ def chance_levels(model: SereStudent, args) -> dict[str, float]:
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
+    compiling = compile_mode(args)
     size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
@@ -226,7 +227,7 @@ def main(args) -> int:
     finished = engine.fit(
         model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
         lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, amp=amp, compile_mode=compile_mode(args),
+        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, amp=amp, compile_mode=compiling,
         max_bad_images=args.max_bad_images, before_update=before_update, before_step=before_step,
         after_step=lambda step: move_teacher(now["momentum"]), after_epoch=after_epoch,
         extras={"teacher": teacher, "centres": centres}, dry_run=args.dry_run,

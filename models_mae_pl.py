@@ -128,7 +128,7 @@ class MaskedAutoencoderViT(ViTBackbone):
             x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
             cls = cls + self.pos_embed[:, :1]
         # Under autocast the product above is bf16. The class token is float32, and so becomes what they are joined to:
-        # every encoder has a float32 residual stream, with and without a positional embedding.
+        # ViT encoders have a float32 residual stream, with and without a positional embedding.
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1+n, C)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 

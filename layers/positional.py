@@ -148,29 +148,33 @@ def images_per_chunk(batch: int, most: int, even: bool) -> int:
     most = min(most, batch)
     if not even:
         return most
-    divisor = next(i for i in range(most, 0, -1) if batch % i == 0)
+    divisor = next((i for i in range(most, 0, -1) if batch % i == 0), 1)
     return divisor if 2 * divisor >= most else most
 
 
 _compiled_chunk = None  # made at the first call on CUDA; False where compiling has failed
 
 
-def _chunk_on_cuda(*args):
-    """`_pair_chunk`, compiled: its pointwise work and its reductions fuse, so that the float32 logits of a chunk never
-    reach the device's memory. The loop over chunks stays Python. Where nothing can be compiled, a warning, and eager."""
+def _chunk_on_cuda(q, k, weight, bias, label, with_grad):
+    """`_pair_chunk`, compiled: its pointwise work and its reductions fuse, so that a float32 copy of bf16 logits never
+    reaches the device's memory. The loop over chunks stays Python.
+
+    Chunks without gradients are those of evaluation, of many shapes, each of which would be compiled: they stay eager.
+    Where nothing can be compiled, a warning, and eager.
+    """
     global _compiled_chunk
-    if _compiled_chunk is None:
+    if with_grad and _compiled_chunk is None:
         _compiled_chunk = torch.compile(_pair_chunk, dynamic=False)
-    if _compiled_chunk:
+    if with_grad and _compiled_chunk:
         try:
-            return _compiled_chunk(*args)
+            return _compiled_chunk(q, k, weight, bias, label, with_grad)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, no Triton: many types
             _compiled_chunk = False
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"relative labels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=2)
-    return _pair_chunk(*args)
+    return _pair_chunk(q, k, weight, bias, label, with_grad)
 
 
 @torch.compiler.disable  # its loop over chunks would be unrolled into the graph: thousands of nodes, minutes of compiling

@@ -1,5 +1,6 @@
 """Positional labels against slow, obvious forms."""
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -290,3 +291,56 @@ def test_compiling_does_not_unroll_the_sweep(batch):
     x = torch.randn(batch, 196, 16)
     assert torch.allclose(torch.compile(head, backend=count)(x)["position"], head(x)["position"])
     assert 0 < sum(nodes) < 60, nodes
+
+
+@pytest.mark.parametrize("batch, most, even, expected", [
+    (256, 27, True, 16), (128, 27, True, 16), (60, 27, True, 20), (7, 4, True, 4), (6, 27, True, 6), (256, 27, False, 27),
+    (5, 27, False, 5)])
+def test_images_of_a_chunk(batch, most, even, expected):
+    """The largest divisor of the batch, so that all chunks have one shape; where it is small, a rest is better."""
+    assert positional.images_per_chunk(batch, most, even) == expected
+
+
+@pytest.fixture
+def nothing_compiled():
+    positional._compiled_chunk = None
+    yield
+    positional._compiled_chunk = None
+
+
+def chunk_of(dtype=torch.float64):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 8, dtype=dtype), torch.randn(2, 6, 8, dtype=dtype)
+    return q, k, torch.randn(16, 8, dtype=dtype), torch.randn(16, dtype=dtype), torch.randint(16, (60,))
+
+
+def test_the_traced_chunk_equals_the_eager_one(nothing_compiled, monkeypatch):
+    """It subtracts the right answers by a comparison, where the eager one scatters."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled(function, dynamic=dynamic, backend=backend))
+    found, expected = positional._chunk_on_cuda(*chunk_of(), True), positional._pair_chunk(*chunk_of(), True)
+    assert len(graphs) == 1 and not any("scatter" in name for name in graphs[0])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+    positional._chunk_on_cuda(*chunk_of(), False)
+    assert len(graphs) == 1, "chunks without gradients are not compiled"
+
+
+def test_where_nothing_compiles_the_sweep_warns_once_and_goes_on(nothing_compiled, monkeypatch):
+    def compiled(function, dynamic):
+        def fail(*args):
+            raise RuntimeError("no C compiler")
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.warns(UserWarning, match="no C compiler"):
+        found = positional._chunk_on_cuda(*chunk_of(), True)
+    assert torch.equal(found[0], positional._pair_chunk(*chunk_of(), True)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        positional._chunk_on_cuda(*chunk_of(), True)

@@ -284,7 +284,7 @@ def compile_mode(args: argparse.Namespace) -> str | None:
     """
     if args.compile_mode == "reduce-overhead" and args.accum_iter > 1:
         raise ValueError(f"--compile_mode reduce-overhead replays CUDA graphs, which overwrite the results of the batch "
-                         f"before, and --accum_iter {args.accum_iter} still needs them: take --compile_mode default, or "
+                         f"before, and --accum_iter {args.accum_iter} still needs them: give --compile alone, or "
                          "--accum_iter 1")
     return args.compile_mode if args.compile or args.compile_mode != "default" else None
 

@@ -4,6 +4,7 @@ A job directory holds `submitit/` (scripts and logs), `jobs.json` (what was subm
 each point has a directory of its own there, named after its flags, and `sweep.json` names them all.
 """
 import argparse
+import contextlib
 import fcntl
 import importlib
 import json
@@ -11,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from util import slurm
@@ -125,6 +127,16 @@ def say_stale(points: list[Point]) -> None:
                 print(f"{each.folder}: done on an earlier checkpoint of the run; remove that folder to have it done anew")
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time; for launchers that start side by side in one folder. Some file systems have no locks:
+    there it does nothing."""
+    with open(path, "w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_plan(points: list[Point], opts, rest: list[str], job_dir: str) -> None:
     """sweep.json, and flags.json of each point, for --status and for plots."""
     if not any(p.name for p in points):
@@ -134,12 +146,13 @@ def write_plan(points: list[Point], opts, rest: list[str], job_dir: str) -> None
         Path(p.folder, "flags.json").write_text(json.dumps(p.flags))
     path = Path(job_dir, "sweep.json")
     new = [{"name": p.name, "flags": p.flags} for p in points]
-    with open(Path(job_dir, ".sweep.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # launchers that share a folder start side by side
+    with locked(Path(job_dir, ".sweep.lock")):
         known = json.loads(path.read_text())["points"] if path.exists() else []
         kept = [k for k in known if k["name"] not in {n["name"] for n in new}]
-        path.write_text(json.dumps({"main": points[0].main, "flags": rest, "sweep": parse_sweep(opts.sweep),
-                                    "points": kept + new}, indent=1))
+        partial = path.with_suffix(".partial")  # a reader finds the old file or the new one, and never half of one
+        partial.write_text(json.dumps({"main": points[0].main, "flags": rest, "sweep": parse_sweep(opts.sweep),
+                                       "points": kept + new}, indent=1))
+        os.replace(partial, path)
 
 
 def sbatch_options(points: list[Point], opts) -> dict:
