@@ -68,7 +68,8 @@ from util.flops import matmul_rate
 d = torch.device('$DEV')
 print({str(t): round(matmul_rate(d, t) / 1e12, 2) for t in (torch.float32, torch.bfloat16)}, 'TFLOP/s')\""
 }
-run_check() { stage check 150 $PY -m pytest -q -rP --show-capture=stdout -p no:cacheprovider $(pick "-n 8" "") tests/test_gpu.py; }
+run_check() { stage check 150 env $(pick "" MAE_PL_REHEARSE=1) $PY -m pytest -q -rP --show-capture=stdout -p no:cacheprovider \
+    $(pick "-n 8" "") tests/test_gpu.py; }
 
 measure() {  # STAGE SECONDS ROUNDS MODEL VARIANT...: a model in its own process
     local name=$1 cap=$2 rounds=$3 model=$4; shift 4
