@@ -7,6 +7,7 @@
 #endif
 
 #define MARGIN 2 /* pixels around the crop: libjpeg's chroma upsampling treats the edge of what it decodes differently */
+#define LARGEST (1 << 26) /* pixels of a side, as in util/native.py */
 
 static void escape(j_common_ptr codec) { longjmp(((struct failure *)codec->err)->escape, 1); }
 
@@ -97,6 +98,14 @@ static int decode(struct job *job, const uint8_t *data, size_t size, const struc
     return DONE;
 }
 
+/* Whether the box lies in the image, and whether sizes in bytes, of filters too, fit into an int. */
+static int possible(const int32_t *box, int image_width, int image_height, int out_width, int out_height) {
+    int x = box[0], y = box[1], width = box[2], height = box[3];
+    return image_width <= LARGEST && image_height <= LARGEST && out_width >= 1 && out_width <= LARGEST &&
+           out_height >= 1 && out_height <= LARGEST && x >= 0 && y >= 0 && width >= 1 && height >= 1 &&
+           width <= image_width - x && height <= image_height - y;
+}
+
 /* The crop `box` = left, top, width, height of a JPEG, resized by an antialiased bicubic filter and flipped.
  * out: (3, out_height, out_width). Thread-safe; keeps nothing between calls. */
 int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *out, int out_width, int out_height,
@@ -104,10 +113,9 @@ int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *o
     struct header header;
     if (read_header(data, size, &header) != DONE)
         return UNUSUAL;
-    int x = box[0], y = box[1], width = box[2], height = box[3];
-    if (x < 0 || y < 0 || width < 1 || height < 1 || width > header.width - x || height > header.height - y ||
-        out_width < 1 || out_height < 1)
+    if (!possible(box, header.width, header.height, out_width, out_height))
         return UNUSUAL;
+    int x = box[0], y = box[1], width = box[2], height = box[3];
     int shrink = 1;
     while (flags & DCT_SCALING && shrink < 8 && width >= 2 * shrink * out_width && height >= 2 * shrink * out_height)
         shrink *= 2;
@@ -132,10 +140,9 @@ int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *o
 /* The same of decoded pixels: planes (3, height, width). */
 int native_crop_pixels(const uint8_t *planes, int image_height, int image_width, const int32_t *box,
                        uint8_t *out, int out_width, int out_height, int flags) {
-    int x = box[0], y = box[1], width = box[2], height = box[3];
-    if (x < 0 || y < 0 || width < 1 || height < 1 || width > image_width - x || height > image_height - y ||
-        out_width < 1 || out_height < 1)
+    if (!possible(box, image_width, image_height, out_width, out_height))
         return UNUSUAL;
+    int x = box[0], y = box[1], width = box[2], height = box[3];
     struct box whole = { 0, 0, width, height };
     struct resizer *resizer = resizer_new(whole, width, height, out_width, out_height, flags);
     if (!resizer)

@@ -1,11 +1,16 @@
 """Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
 import io
+import os
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import main_linprobe
@@ -147,11 +152,102 @@ def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch
         assert torch.equal(again, whole["image"])
     alone = cached(build_loader(dataset, [(4, 7)], batch_size=1), "device", CPU)
     assert torch.equal(next(iter(alone))["image"][0], whole["image"][7])
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    next(iter(alone))
-    assert torch.get_float32_matmul_precision() == "high", "as it was before"
-    torch.set_float32_matmul_precision(precision)
+
+
+def test_products_are_exact_where_the_run_allows_tf32(folder, monkeypatch):
+    dataset = ImageDataset(build_index(folder), TRAINING["pretrain"])
+    loader = cached(build_loader(dataset, [0], batch_size=1), "device", CPU)
+    make, inside = cache._resample, []
+
+    def recorded(*args):
+        inside.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return make(*args)
+
+    monkeypatch.setattr(cache, "_resample", recorded)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            next(iter(loader))
+        assert inside == [("highest", False)]
+        assert torch.get_float32_matmul_precision() == "high", "as it was before"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_of_which_no_image_can_be_read_are_black(tmp_path, size):
+    """The last batch, here; with one image a batch, also others."""
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(b"junk" if i in (1, 3, 4, 5) else encoded(i, (40, 30), "PNG"))
+    dataset = ImageDataset(build_index(tmp_path, labels=False), eval_transform(24), evaluation=True)
+    expected = list(build_loader(dataset, range(6), batch_size=size))
+    found = list(cached(build_loader(dataset, range(6), batch_size=size), "device", CPU))
+    compare(found, expected, most=0 if SAME_BITS else 2)
+    assert not found[-1]["image"].any() and found[-1]["label"].tolist() == [-1] * size
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.alive, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, tensor.untyped_storage())
+        return made
+
+    def _add(self, tensor, storage):
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.tensors:
+            self.tensors[place] = 0
+            self.alive += size
+            self.most = max(self.most, self.alive)
+        self.tensors[place] += 1  # views share a place
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place, size):
+        self.tensors[place] -= 1
+        if not self.tensors[place]:
+            del self.tensors[place]
+            self.alive -= size
+
+
+@pytest.mark.parametrize("long, short, channels, size",
+                         [(2000, 8, 3, 32), (2000, 8, 1, 8), (300, 300, 3, 24)])
+def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short, channels, size):
+    """Also with an elongated image, of which the filter has many positions; one image takes what it needs."""
+    transform = eval_transform(size)
+    shapes = [(size, size)] * 11 + [(short, long)]
+    images = torch.zeros(12, channels, max(short, size), long, dtype=torch.uint8)
+    images.random_(generator=torch.Generator().manual_seed(0))
+    rows, windows = torch.arange(12), torch.tensor([transform.window(*shape) for shape in shapes])
+    monkeypatch.setattr(cache, "CHUNK", 1)
+    with Peak() as one:
+        expected = resample(images, rows[-1:], windows[-1:], transform.size)
+    assert one.most < 4 * 2**20
+    monkeypatch.setattr(cache, "CHUNK", 2**20)
+    with Peak() as peak:
+        found = resample(images, rows, windows, transform.size)
+    assert 2**20 < peak.most < 4 * 2**20 + 2 * found.nbytes, peak.most  # floats, and the results on top
+    assert torch.equal(found[-1:], expected)
+
+
+def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
+    """The largest weight is one of all positions, of which the centre crop shows few."""
+    sizes = [(2000, 8), (32, 32), (8, 700), (300, 40), (33, 31), (90, 200)]
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, size, "PNG"))
+    index = build_index(tmp_path, labels=False)
+    for transform in (eval_transform(32), pretrain_transform(32, (0.5, 1.0))):
+        dataset = ImageDataset(index, transform)
+        found, = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
+        expected = torch.stack([dataset[i]["image"] for i in range(6)])
+        assert (found["image"].int() - expected.int()).abs().max() <= (1 if SAME_BITS else 2)
 
 
 @pytest.mark.parametrize("where", ["memory", "device"])
@@ -197,6 +293,41 @@ def test_images_lie_in_several_tensors(folder, monkeypatch):
                 parts[i]
         else:
             assert torch.equal(parts[i], whole[i]) and torch.equal(whole[i], decode(index.read(i)))
+
+
+def test_few_decoded_images_wait(folder, monkeypatch):
+    """Threads that decode faster than images are kept must not fill the memory."""
+    made, kept, waiting = [], [], []
+    keep, decoded = Pixels._keep, cache.decode
+
+    def slow(self, i, image, free):
+        time.sleep(0.05)
+        waiting.append(len(made) - len(kept))
+        kept.append(i)
+        return keep(self, i, image, free)
+
+    monkeypatch.setattr(cache, "PROBED", 0)
+    monkeypatch.setattr(cache, "decode", lambda *args: made.append(args) or decoded(*args))
+    monkeypatch.setattr(Pixels, "_keep", slow)
+    pixels = Pixels(build_index(folder), 3, threads=2)
+    assert kept == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
+    assert max(waiting) <= 5  # two for each thread, and the one that is kept
+    with ThreadPoolExecutor(2) as pool:
+        assert list(cache.in_order(pool, str, range(9), 3)) == list("012345678")
+
+
+def test_images_go_to_the_device_in_parts(folder, monkeypatch):
+    """Of COPIED bytes, or of one image; what arrives does not depend on it."""
+    index, sizes, zeros = build_index(folder), [], torch.zeros
+    pixels = Pixels(index, 3)
+    whole = cache.padded_images(pixels, index, CPU)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
+    for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
+        monkeypatch.setattr(cache, "COPIED", copied)
+        sizes.clear()
+        assert torch.equal(cache.padded_images(pixels, index, CPU), whole)
+        parts = [shape[0] for shape, in sizes[1:]]
+        assert sum(parts) == 12 and max(parts) == images
 
 
 # --- what is refused ---
@@ -253,22 +384,70 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
         Pixels(index, 3)
 
 
-def test_available_memory_is_what_is_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_path, monkeypatch, device):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, (300, 200) if i == 5 else (32, 32), "PNG"))
+    index, device = build_index(tmp_path, labels=False), torch.device(device)
+    monkeypatch.setattr(cache, "PROBED", 2)  # images 0 and 4
+    padded = 8 * 3 * 300 * 200
+    monkeypatch.setattr(cache, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
+    pixels = Pixels(index, 3, device=device)
+    message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
+    with pytest.raises(ValueError, match=message):
+        cache.padded_images(pixels, index, device)
+    # The height and the width may be those of two images.
+    (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
+    index = build_index(tmp_path, labels=False)
+    with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
+        cache.padded_images(Pixels(index, 3, device=device), index, device)
+    # All ranks refuse where one of them lacks the memory.
+    monkeypatch.setattr(cache, "available_memory", lambda: 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))
+    other = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, other])
+    with pytest.raises(ValueError, match="on elsewhere"):
+        cache.padded_images(pixels, index, device)
+
+
+def test_available_memory_is_what_is_left(tmp_path):
     found = cache.available_memory()
     assert 1e6 < found < 1e14
-    opened = open
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
 
-    def limited(path, *args, **kwargs):
-        texts = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/memory.max": limit,
-                 "/sys/fs/cgroup/job/memory.current": "700000\n",
-                 "/sys/fs/cgroup/job/memory.stat": "anon 600000\ninactive_file 100000\n"}
-        return io.StringIO(texts[path]) if path in texts else opened(path, *args, **kwargs)
+    def write(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
-    monkeypatch.setattr("builtins.open", limited)
-    limit = "1000000\n"
-    assert cache.available_memory() == 400_000
-    limit = "max\n"
-    assert cache.available_memory() > 1e6
+    def group(name, limit, used, inactive=0):
+        write(groups / name / "memory.max", f"{limit}\n")
+        write(groups / name / "memory.current", f"{used}\n")
+        write(groups / name / "memory.stat", f"anon {used - inactive}\ninactive_file {inactive}\n")
+
+    def left():
+        return cache.available_memory(str(proc), str(groups))
+
+    assert left() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "macOS has no /proc"
+    write(proc / "meminfo", "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
+    assert left() == 2_048_000
+    write(proc / "self" / "cgroup", "1:memory:/old\n0::/job/step/task\n")
+    assert left() == 2_048_000, "no files of groups"
+    group("job/step/task", 1_000_000, 700_000, 100_000)
+    assert left() == 400_000
+    # SLURM limits the job, or its step, and not the task in it.
+    group("job/step/task", "max", 700_000)
+    assert left() == 2_048_000
+    group("job", 900_000, 800_000, 50_000)
+    assert left() == 150_000
+    group("job/step", 800_000, 750_000)
+    assert left() == 50_000
+    group("job/step/task", 900_000, 700_000)
+    assert left() == 50_000, "the smallest counts, not the nearest"
+    group("", 750_000, 740_000)
+    assert left() == 10_000, "a container's own root"
+    write(proc / "self" / "cgroup", "0::/\n")
+    assert left() == 10_000
 
 
 # --- whole runs ---

@@ -1,5 +1,6 @@
 """The native library: the same bits as torchvision and PIL's decoder give, for every kind of file; see test_data.py."""
 import contextlib
+import ctypes
 import io
 import os
 import shutil
@@ -91,9 +92,47 @@ def test_crops_of_decoded_pixels_have_the_same_bits(library, size):
         found = native.crop_pixels(whole, box, out, flags)
         assert torch.equal(found, native.crop_jpeg(data, box, out, flags))
         assert torch.equal(found, native.crop_pixels(whole.contiguous(), box, out, flags | native.PORTABLE))
-    for box in ((-1, 0, 1, 1), (0, 0, size[1] + 1, 1), (0, size[0], 1, 1), (0, 0, 0, 1)):
-        with pytest.raises(AssertionError):
+    for box in ((-1, 0, 1, 1), (0, 0, size[1] + 1, 1), (0, size[0], 1, 1), (0, 0, 0, 1), (2**32, 0, 1, 1),
+                (0, 0, 2**32 + 1, 1), (0, -(2**32), 1, 1)):
+        with pytest.raises(ValueError, match=r"the box .* (is impossible|does not lie in an image of)"):
             native.crop_pixels(whole, box, (8, 8))
+    strided = torch.stack([whole, whole], dim=-1)[..., 0]
+    assert torch.equal(native.crop_pixels(strided, (0, 0, *size[::-1]), (8, 8)),
+                       native.crop_pixels(whole, (0, 0, *size[::-1]), (8, 8)))
+
+
+@pytest.mark.parametrize("image", [
+    torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), torch.zeros(3, 8, 8),
+    torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8),
+    torch.zeros(3, 3, 8, 8, dtype=torch.uint8)])
+def test_tensors_that_are_no_decoded_image_are_refused(library, image):
+    with pytest.raises(ValueError, match=r"found .* on (meta|cpu); expected uint8 \(3, H, W\) on the CPU"):
+        native.crop_pixels(image, (0, 0, 5, 5), (4, 4))
+
+
+def test_sizes_that_do_not_fit_into_32_bit_are_refused(library):
+    """Before anything is allocated in Python; in C, those of which sizes in bytes would not fit."""
+    data = jpeg(picture((40, 30)))
+    whole = decode(data)
+    for size in ((2**32 + 8, 8), (8, 2**26 + 1), (0, 8), (8, -1)):
+        for crop, source in ((native.crop_pixels, whole), (native.crop_jpeg, data)):
+            with pytest.raises(ValueError, match="is impossible: a side has 1 to 67108864 pixels"):
+                crop(source, (0, 0, 5, 5), size)
+    for crop, source in ((native.crop_pixels, whole), (native.crop_jpeg, data)):
+        with pytest.raises(TypeError):
+            crop(source, (0.5, 0, 5, 5), (8, 8))
+    many = 2**26 + 1
+    with pytest.raises(ValueError, match="more than 67108864 pixels"):
+        native.crop_pixels(torch.zeros(1, dtype=torch.uint8).expand(3, 1, many), (0, 0, 1, 5), (1, 1))
+    planes, out = torch.zeros(3 * many, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    box = (ctypes.c_int32 * 4)(0, 0, 1, 1)
+    crop = native.library().native_crop_pixels
+    assert crop(planes.data_ptr(), 1, many - 1, box, out.data_ptr(), 8, 8, 0) == 0
+    for sides in ((1, many), (many, 1)):
+        assert crop(planes.data_ptr(), *sides, box, out.data_ptr(), 8, 8, 0) == 1
+    for sides in ((1, many), (many, 1)):
+        assert crop(planes.data_ptr(), 1, 1, box, out.data_ptr(), *sides, 0) == 1
+        assert native.library().native_crop(data, len(data), box, out.data_ptr(), *sides, 0) == 1
 
 
 def psnr(a, b):
@@ -246,8 +285,11 @@ def test_an_image_that_pil_would_call_a_bomb(library, monkeypatch):
 
 def test_impossible_boxes_are_refused(library):
     data = jpeg(picture((40, 30)))
-    for box in ((-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 31, 5), (0, 36, 5, 5), (0, 0, 0, 5), (2**31 - 1, 0, 2**31 - 1, 1)):
+    for box in ((0, 0, 31, 5), (0, 36, 5, 5), (0, 2**26, 5, 5), (2**26, 0, 2**26, 1)):
         assert native.crop_jpeg(data, box, (8, 8)) is None
+    for box in ((-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 0, 5), (2**31 - 1, 0, 2**31 - 1, 1), (2**32, 0, 5, 5)):
+        with pytest.raises(ValueError, match="is impossible"):
+            native.crop_jpeg(data, box, (8, 8))
     assert native.crop_jpeg(data, (0, 0, 30, 40), (8, 8)) is not None
 
 

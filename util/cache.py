@@ -10,7 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,7 +27,10 @@ from util.transforms import decode
 
 SLAB = 1 << 28  # bytes of one of the tensors that hold decoded images
 PROBED = 64  # images that are decoded to estimate the size of all
-CHUNK = 1 << 26  # floats that `resample` holds at a time: 256 MiB
+COPIED = 1 << 26  # bytes that go to the device at a time, or those of one padded image
+# Floats (256 MiB) that `resample` holds at most while it makes a part of its result, or those of one image.
+CHUNK = 1 << 26
+HELD = 16  # floats that `Axis.weights` holds for each of its exact weights
 MB = 1e6
 
 
@@ -87,12 +91,13 @@ class Pixels:
         read = Reader(index, in_chans)
         # Threads are enough: decoders and file systems work without the interpreter's lock.
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            check_room(index, list(pool.map(read, spread(len(index), PROBED))), device)
+            probed = [shape for shape in pool.map(read.shape, spread(len(index), PROBED)) if shape]
+            memory = len(index) * sum(shape.numel() for shape in probed) / max(1, len(probed))
+            padded = len(index) * math.prod(map(max, zip(*probed))) if device is not None and probed else 0
+            check_room(index, memory, padded, device)
             free = 0  # bytes at the end of the last slab
-            for first in range(0, len(index), 512):  # a map over all would hold all results at once
-                span = range(first, min(first + 512, len(index)))
-                for i, image in zip(span, pool.map(read, span)):
-                    free = self._keep(i, image, free)
+            for i, image in enumerate(in_order(pool, read, range(len(index)), 2 * max(1, threads))):
+                free = self._keep(i, image, free)
         seconds = time.monotonic() - begin
         unreadable = f"; {len(self.errors)} cannot be read" if self.errors else ""
         dist.say(f"{index.path}: {len(index)} images decoded in {seconds:.1f} s, {self.nbytes / MB:.0f} MB "
@@ -145,6 +150,22 @@ class Reader:
         except (OSError, ValueError) as error:
             return error
 
+    def shape(self, i: int) -> torch.Size | None:
+        """Of image i; None where it cannot be read."""
+        image = self(i)
+        return None if isinstance(image, Exception) else image.shape
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """`function` of each item. The pool is up to `ahead` items ahead; its own `map` holds all results."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
 
 def spread(n: int, most: int) -> list[int]:
     """Up to `most` numbers below n, at equal distances."""
@@ -161,51 +182,78 @@ class Need(NamedTuple):
     gpu_left: float
 
 
-def check_room(index: ImageIndex, images: list, device: torch.device | None) -> None:
-    """ValueError on all ranks where the images of an index, by the size of a few, do not fit somewhere."""
-    shapes = [image.shape for image in images if not isinstance(image, Exception)]
-    memory = len(index) * sum(shape.numel() for shape in shapes) / max(1, len(shapes))
-    padded = 0.0
-    if device is not None and shapes:
-        padded = len(index) * float(np.prod(np.max(shapes, axis=0)))
+def check_room(index: ImageIndex, memory: float, padded: float, device: torch.device | None,
+               largest: str = "the largest") -> None:
+    """ValueError on all ranks where the images of an index do not fit somewhere.
+
+    Args:
+        memory: bytes that they still take in the memory of the host.
+        padded: bytes that they take on the device, where all have the size of the largest.
+        largest: what the message calls that one.
+    """
     need = Need(socket.gethostname(), memory + padded, available_memory(), 0.0, 0.0)
     if device is not None and device.type == "cuda":
         need = need._replace(memory=memory, gpu=padded, gpu_left=torch.cuda.mem_get_info(device)[0])
     ranks = dist.gather_objects(need)
+    images = f"the {len(index)} decoded images of {index.path}"
     for host in {rank.host for rank in ranks}:
         wanted = sum(rank.memory for rank in ranks if rank.host == host)
         left = min(rank.memory_left for rank in ranks if rank.host == host)
         if wanted > left:
+            extra, instead = "", "none"
+            if need.memory > memory:
+                extra, instead = f", padded to {largest},", "memory, or none"
             raise ValueError(
-                f"the {len(index)} decoded images of {index.path} would take about {wanted / MB:.0f} MB on "
-                f"{host}, by all its ranks, and {left / MB:.0f} MB are left: give --cache_data none, or "
-                "smaller images (python -m util.datasets repack PATH TARGET --long_side N)")
+                f"{images}{extra} would take about {wanted / MB:.0f} MB on {host}, by all its ranks, and "
+                f"{left / MB:.0f} MB are left: give --cache_data {instead}, or smaller images "
+                "(python -m util.datasets repack PATH TARGET --long_side N)")
     for rank in ranks:
         if rank.gpu > rank.gpu_left:
             raise ValueError(
-                f"the {len(index)} decoded images of {index.path}, padded to the largest, would take about "
-                f"{rank.gpu / MB:.0f} MB on a GPU of {rank.host}, which has {rank.gpu_left / MB:.0f} MB "
-                "left: give --cache_data memory, or none")
+                f"{images}, padded to {largest}, would take about {rank.gpu / MB:.0f} MB on a GPU of "
+                f"{rank.host}, which has {rank.gpu_left / MB:.0f} MB left: give --cache_data memory, or none")
 
 
-def available_memory() -> float:
-    """Bytes that this process can still take: what the machine has left, or its control group."""
-    with open("/proc/meminfo") as file:
-        machine = next(1024 * float(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+def available_memory(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> float:
+    """Bytes that this process can still take: what the machine has left, or a control group that it is in.
+
+    Control groups count in their version 2 only. A machine that does not say what is left, as macOS, counts
+    with all of its memory.
+
+    Args:
+        proc, groups: where the system shows its processes, and its control groups.
+    """
+    left = [_machine_memory(proc)]
+    with contextlib.suppress(OSError, StopIteration):  # no control groups of version 2
+        group = next(line[3:] for line in _lines(proc, "self/cgroup") if line.startswith("0::"))
+        parts = group.strip("/").split("/")
+        # Limits of all parents hold: SLURM sets one for the job, and the process is in one of its steps.
+        for depth in range(len(parts) + 1):
+            with contextlib.suppress(OSError, ValueError, StopIteration):  # the root has no limit
+                left.append(_group_memory(os.path.join(groups, *parts[:depth])))
+    return min(left)
+
+
+def _machine_memory(proc):
     try:
-        with open("/proc/self/cgroup") as file:
-            group = next(line.strip()[3:].lstrip("/") for line in file if line.startswith("0::"))
-        folder = os.path.join("/sys/fs/cgroup", group)
-        with open(os.path.join(folder, "memory.max")) as file:
-            limit = float(file.read())
-        with open(os.path.join(folder, "memory.current")) as file:
-            used = float(file.read())
-        with open(os.path.join(folder, "memory.stat")) as file:
-            # Cached files count as used, and are dropped when memory is short.
-            dropped = next(float(line.split()[1]) for line in file if line.startswith("inactive_file"))
-    except (OSError, ValueError, StopIteration):  # no control groups of version 2, or "max": no limit
-        return machine
-    return min(machine, limit - used + dropped)
+        return next(1024 * float(line.split()[1]) for line in _lines(proc, "meminfo")
+                    if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _group_memory(folder):
+    """What a control group has left. ValueError for "max", which is no limit."""
+    limit, used = (float(_lines(folder, name)[0]) for name in ("memory.max", "memory.current"))
+    # Cached files count as used, and are dropped when memory is short.
+    dropped = next(float(line.split()[1]) for line in _lines(folder, "memory.stat")
+                   if line.startswith("inactive_file"))
+    return limit - used + dropped
+
+
+def _lines(folder, name):
+    with open(os.path.join(folder, name)) as file:
+        return file.read().splitlines()
 
 
 # --- on the device ---
@@ -232,7 +280,7 @@ class DeviceLoader:
         self.sampler = loader.sampler
         self.batch_size = loader.batch_size
         pixels = Pixels(dataset.index, dataset.in_chans, loader.num_workers, device)
-        self.images = padded_images(pixels, device)
+        self.images = padded_images(pixels, dataset.index, device)
         dist.say(f"{dataset.index.path}: {self.images.nbytes / MB:.0f} MB on {device}")
         windows = Windows(dataset, pixels.place[:, 2:].copy(), pixels.errors)
         self.windows = build_loader(windows, loader.sampler, batch_size=loader.batch_size,
@@ -248,17 +296,26 @@ class DeviceLoader:
             yield {"image": resample(self.images, batch["index"], windows, size)} | batch
 
 
-def padded_images(pixels: Pixels, device: torch.device) -> torch.Tensor:
-    """uint8 (n, C, H, W) on the device; zero beyond an image's own size, and where it cannot be read."""
-    height, width = pixels.place[:, 2:].max(axis=0).clip(min=1).tolist()
-    images = torch.zeros(len(pixels), pixels.in_chans, height, width, dtype=torch.uint8, device=device)
-    for first in range(0, len(pixels), 256):  # a copy for many images
-        part = torch.zeros(images[first : first + 256].shape, dtype=torch.uint8)
+def padded_images(pixels: Pixels, index: ImageIndex, device: torch.device) -> torch.Tensor:
+    """uint8 (n, C, H, W) on the device; zero beyond an image's own size, and where it cannot be read.
+
+    Raises ValueError, on all ranks together, where that does not fit. `index` names the images.
+    """
+    sizes = pixels.place[:, 2:]
+    shape = pixels.in_chans, *sizes.max(axis=0).clip(min=1).tolist()
+    # What was probed to estimate the size need not have been the largest, and one large image enlarges all.
+    largest = " and ".join(f"{index.name(i)} ({sizes[i, 0]} x {sizes[i, 1]} pixels)"
+                           for i in sorted(set(sizes.argmax(axis=0).tolist())))
+    check_room(index, 0.0, float(len(pixels) * math.prod(shape)), device, largest)
+    images = torch.zeros(len(pixels), *shape, dtype=torch.uint8, device=device)
+    count = max(1, COPIED // math.prod(shape))
+    for first in range(0, len(pixels), count):  # a copy for many images
+        part = torch.zeros(images[first : first + count].shape, dtype=torch.uint8)
         for i, room in enumerate(part, first):
             if i not in pixels.errors:
                 image = pixels[i]
                 room[:, : image.shape[1], : image.shape[2]] = image
-        images[first : first + 256] = part.to(device)
+        images[first : first + count] = part.to(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # batches are made on another stream than this one
     return images
@@ -309,8 +366,10 @@ def resample(images: torch.Tensor, rows: torch.Tensor, windows: torch.Tensor,
     channels, height, width = images.shape[1:]
     h, w = size
     values = height * width + height * w + height * h + h * w  # of one channel, on the way
-    chunk = max(1, CHUNK // (2 * channels * values + height * h + width * w))
-    most = windows[:, 4:6].amax(0).tolist()
+    dense = height * h + width * w  # weights
+    exact = HELD * (h * taps(h, height) + w * taps(w, width))  # what they are made of
+    chunk = max(1, CHUNK // (2 * channels * values + dense + exact))
+    most = windows[:, 4:6].amax(0).clamp(min=1).tolist()  # 0 where no image of a batch can be read
     rows = rows.to(images.device, non_blocking=True)
     windows = windows.to(images.device, non_blocking=True)
     done = []
@@ -369,29 +428,45 @@ class Axis(NamedTuple):
         Returns integers as float32 (B, out, size), and the value of one unit of them, float32 (B, 1, 1).
         """
         device = self.start.device
+        count = taps(out, size)
+        i = torch.arange(out, device=device)[None]
+        i = torch.where(self.flip[:, None] > 0, out - 1 - i, i) + self.first[:, None]  # (B, out)
+        w, j = self._exact(i, count)
+        largest = w.amax((1, 2), keepdim=True)
+        if self.most > out:
+            # Positions that are not shown count, too. A long image has many: as many as are shown at a time.
+            for first in range(0, self.most, out):
+                i = torch.arange(first, min(first + out, self.most), device=device)[None]
+                largest = largest.maximum(self._exact(i, count)[0].amax((1, 2), keepdim=True))
+        # As many bits as let the largest weight of all positions fit into an int16. Halves go away from 0.
+        bits = ((2**15 - 0.5) / largest.clamp_(min=1e-6)).log2_().floor_().clamp_(max=22)
+        steps = torch.bitwise_left_shift(1, bits.long()).to(w.dtype)  # exp2 need not be exact on every device
+        w = (w * steps).abs().add_(0.5).floor_().copysign_(w).float()
+        j += self.start[:, None, None]
+        # Positions outside of the box have weight 0, so it does not matter where that is added.
+        dense = torch.zeros(len(j), out, size, device=device).scatter_add_(2, j.clamp_(0, size - 1), w)
+        return dense, steps.reciprocal_().float()
+
+    def _exact(self, i, count):
+        """Weights of the positions i, (1 or B, n), before they are integers, and what they are weights of.
+
+        Both are (B, n, count). The sources are relative to `start`.
+        """
         # float64 gives the same integers as torchvision's kernel, which also rounds float64.
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        i = torch.arange(self.most, device=device)[None]  # (1, most)
+        kind = torch.float32 if i.device.type == "mps" else torch.float64
         scale = (self.length.to(kind) / self.full.clamp(min=1))[:, None]  # (B, 1)
         stretch = scale.clamp(min=1)  # the filter is wider where the image shrinks
-        centre = (i + 0.5) * scale  # (B, most), relative to `start`
+        centre = (i + 0.5) * scale  # (B, n), relative to `start`
         begin = (centre - 2 * stretch + 0.5).floor_().long()
-        taps = 2 * math.ceil(2 * max(1.0, size / out)) + 1  # as `full` is at least `out`
-        j = begin[..., None] + torch.arange(taps, device=device)  # (B, most, taps)
+        j = begin[..., None] + torch.arange(count, device=i.device)  # (B, n, count)
         # Keys' cubic with a = -0.5. It is 0 from a distance of 2 on.
         d = ((j - centre[..., None] + 0.5) / stretch[..., None]).abs_().clamp_(max=2)
         w = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
         w *= (j >= 0) & (j < self.length[:, None, None]) & (i < self.full[:, None])[..., None]
         w /= w.sum(-1, keepdim=True).clamp_(min=1e-6)
-        # As many bits as let the largest weight of all positions fit into an int16. Halves go away from 0.
-        bits = ((2**15 - 0.5) / w.amax((1, 2), keepdim=True).clamp_(min=1e-6)).log2_().floor_().clamp_(max=22)
-        steps = torch.bitwise_left_shift(1, bits.long()).to(kind)  # exp2 need not be exact on every device
-        w = (w * steps).abs().add_(0.5).floor_().copysign_(w).float()
-        order = torch.arange(out, device=device)[None]
-        order = torch.where(self.flip[:, None] > 0, out - 1 - order, order) + self.first[:, None]  # (B, out)
-        order = order[..., None].expand(-1, -1, taps)
-        w = w.gather(1, order)  # (B, most, taps) -> (B, out, taps)
-        j = j.gather(1, order) + self.start[:, None, None]
-        # Positions outside of the box have weight 0, so it does not matter where that is added.
-        dense = torch.zeros(len(j), out, size, device=device).scatter_add_(2, j.clamp_(0, size - 1), w)
-        return dense, steps.reciprocal_().float()
+        return w, j
+
+
+def taps(out: int, size: int) -> int:
+    """The most of `size` source positions that count in one of `out` results, as `full` is at least `out`."""
+    return 2 * math.ceil(2 * max(1.0, size / out)) + 1

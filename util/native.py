@@ -8,6 +8,7 @@ was not built, torchvision gives the same crops, with the same pixels up to roun
 import argparse
 import ctypes
 import hashlib
+import operator
 import os
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ LIBRARY = FOLDER / "libmaepl.so"
 BUILD = "python -m util.native build"
 FLIP_X, FLIP_Y, DCT_SCALING, PORTABLE, LIBJPEGS_ENTROPY = 1, 2, 4, 8, 16
 NO_MEMORY = 2
+LARGEST = 1 << 26  # pixels of a side, as in native/crop.c
 
 
 def source_id() -> str:
@@ -98,9 +100,10 @@ def crop_jpeg(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int]
         flags: FLIP_X, FLIP_Y; DCT_SCALING decodes at 1/2, 1/4 or 1/8 where the crop is at least as many times larger
             than the result, which is faster and no longer exact; PORTABLE is for tests: no processor-specific code.
 
-    None for a file that needs the general decoder: damaged, or neither grey nor YCbCr.
+    None for a file that needs the general decoder: damaged, or neither grey nor YCbCr. None also where the
+    box does not lie in the image. ValueError for a box or a size that no image can have.
     """
-    top, left, height, width = box
+    (top, left, height, width), size = _sides(box, size)
     out = torch.empty((3, *size), dtype=torch.uint8)
     status = library().native_crop(data, len(data), (ctypes.c_int32 * 4)(left, top, width, height), out.data_ptr(),
                                    size[1], size[0], flags)
@@ -113,19 +116,36 @@ def crop_pixels(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple
                 flags: int = 0) -> torch.Tensor:
     """The same of a decoded image, uint8 (3, H, W) -> uint8 (3, *size), with the bits that its file gives.
 
-    `box` must lie in the image. `flags` are FLIP_X and FLIP_Y, and PORTABLE for tests.
+    `flags` are FLIP_X and FLIP_Y, and PORTABLE for tests. ValueError for another kind of tensor, and for a
+    box that does not lie in the image.
     """
-    top, left, height, width = box
-    image = image.contiguous()
-    assert image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3, (image.dtype, image.shape)
+    if (image.device.type != "cpu" or image.layout != torch.strided or image.dtype != torch.uint8
+            or image.dim() != 3 or len(image) != 3):
+        raise ValueError(f"found {image.dtype} {tuple(image.shape)}, {image.layout}, on {image.device}; "
+                         "expected uint8 (3, H, W) on the CPU")
+    (top, left, height, width), size = _sides(box, size)
+    if max(image.shape) > LARGEST or top + height > image.shape[1] or left + width > image.shape[2]:
+        raise ValueError(f"the box {top, left, height, width} does not lie in an image of "
+                         f"{tuple(image.shape[1:])}, or a side of that has more than {LARGEST} pixels")
+    image = image.contiguous()  # C reads row after row
     out = torch.empty((3, *size), dtype=torch.uint8)
     ints = (ctypes.c_int32 * 4)(left, top, width, height)
     status = library().native_crop_pixels(image.data_ptr(), *image.shape[1:], ints, out.data_ptr(),
                                           size[1], size[0], flags)
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for a crop of {width} x {height} pixels")
-    assert status == 0, (box, image.shape)
+    if status:
+        raise ValueError(f"the library refuses the box {box} of an image of {tuple(image.shape)}")
     return out
+
+
+def _sides(box, size):
+    """The same as Python's integers. ValueError for impossible ones, of which ctypes would keep 32 bit."""
+    (top, left, height, width), (h, w) = (tuple(map(operator.index, numbers)) for numbers in (box, size))
+    if min(top, left) < 0 or min(height, width, h, w) < 1 or max(top, left, height, width, h, w) > LARGEST:
+        raise ValueError(f"the box {top, left, height, width}, resized to {h, w}, is impossible: a side has "
+                         f"1 to {LARGEST} pixels, and the top left corner is not negative")
+    return (top, left, height, width), (h, w)
 
 
 def add_restart_markers(data: bytes) -> bytes | None:

@@ -1,7 +1,8 @@
 """Bytes -> uint8 images -> augmented uint8 images -> normalised batches on the device.
 
 Images stay uint8 (C, H, W) until they are on the device: a quarter of the bytes between processes, and no float work in
-the loader's workers. Sizes are (H, W). Transforms take and return uint8 (C, H, W) and draw from the global generators.
+the loader's workers. Sizes are (H, W). Transforms take and return uint8 (C, H, W). They draw from the global
+generators. A random crop that gets a key draws from a generator of its own, which the key seeds.
 """
 import io
 import math
