@@ -47,7 +47,7 @@ end_group() { [ -z "$GROUP" ] || kill -KILL -- "-$GROUP" 2> /dev/null; GROUP=; }
 
 stage() {  # NAME SECONDS COMMAND...: output goes to the log, its last lines are shown; then the table is made anew
     local name=$1 cap rc at left
-    cap=$(pick "$(($2 * CAPS))" 600); shift 2; at=$(date +%s); left=$((LIMIT - at + BEGIN))
+    cap=$(pick "$(($2 * CAPS))" 2400); shift 2; at=$(date +%s); left=$((LIMIT - at + BEGIN))
     [ "$left" -lt 10 ] && { echo "== $name: left out, $left s are left" | tee -a "$LOG"; return; }
     [ "$cap" -gt "$left" ] && cap=$left
     echo "== $name: begins at $((at - BEGIN)) s, cap $cap s: $*" | tee -a "$LOG"
