@@ -237,6 +237,16 @@ def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short
     assert torch.equal(found[-1:], expected)
 
 
+def test_the_largest_weight_is_that_of_all_positions():
+    """Here one in the middle. The first four are smaller, and so are the last four, which are shown."""
+    start, length, full, flip, first = (torch.tensor([value]) for value in (0, 27, 14, 0, 10))
+    part, part_unit = cache.Axis(start, length, full, first, flip, 14).weights(4, 27)
+    whole, unit = cache.Axis(start, length, full, start, flip, 14).weights(14, 27)
+    ends, middle = torch.cat([whole[:, :4], whole[:, 10:]]).max() * unit, whole.max() * unit
+    assert ends < 0.5 < middle, "so that without it the weights would get one bit more"
+    assert part_unit == unit and (part - whole[:, 10:]).abs().max() <= 1
+
+
 def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
     """The largest weight is one of all positions, of which the centre crop shows few."""
     sizes = [(2000, 8), (32, 32), (8, 700), (300, 40), (33, 31), (90, 200)]

@@ -369,7 +369,7 @@ def resample(images: torch.Tensor, rows: torch.Tensor, windows: torch.Tensor,
     dense = height * h + width * w  # weights
     exact = HELD * (h * taps(h, height) + w * taps(w, width))  # what they are made of
     chunk = max(1, CHUNK // (2 * channels * values + dense + exact))
-    most = windows[:, 4:6].amax(0).clamp(min=1).tolist()  # 0 where no image of a batch can be read
+    most = windows[:, 4:6].amax(0).tolist()  # 0 where no image of the batch can be read
     rows = rows.to(images.device, non_blocking=True)
     windows = windows.to(images.device, non_blocking=True)
     done = []
