@@ -11,7 +11,7 @@ OURS = sorted(
     p for folder in (".", "layers", "util", "benchmarks") for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 # Level of each module; an import must go to a lower level. util has its own order: everything may use util.dist.
 LEVELS = [
-    ("benchmarks.timing", 2), ("benchmarks.step", 6), ("benchmarks.", 8),
+    ("benchmarks.timing", 2), ("benchmarks.gpu_table", 3), ("benchmarks.step", 6), ("benchmarks.", 8),
     ("submitit_", 7), ("main_", 6), ("visualize", 6), ("checkpoints", 6), ("evidence", 6), ("claims", 5),
     ("engine", 5), ("conversions", 5),
     ("models_", 3), ("models", 4), ("layers.", 2), ("util.dist", 0), ("util.pos_embed", 0), ("util.", 1),
