@@ -150,7 +150,7 @@ def section(name: str, found: dict[str, dict]) -> str:
 def blocks(found: dict[str, dict]) -> dict[str, str]:
     """{mark on the page: what belongs there}."""
     sections = {name: section(name, found) if name in found else
-                f"Not run yet: `python evidence.py run {name} --data DIR` ([recipe](recipes/evidence/{name}.args))."
+                f"No finished runs yet: `python evidence.py run {name} --data DIR` ([recipe](recipes/evidence/{name}.args))."
                 for name in EXPERIMENTS}
     return {"checklist": checklist(found)} | sections
 

@@ -15,7 +15,8 @@
 #   LIMIT=385 QUICK= bash benchmarks/gpu.sh check huge launches data eval small base_apl e2e_compiled
 #   LIMIT=345 QUICK= bash benchmarks/gpu.sh learn
 #
-# Variables: OUT is the folder of the results (runs/gpu), PY the Python, CAPS multiplies the time limits of the stages
+# Variables: OUT is the folder of the results (runs/gpu, of a rehearsal runs/gpu-rehearsal), PY the Python (with the packages of
+# `pip install -e .[test]`), CAPS multiplies the time limits of the stages
 # (for a GPU slower than an H200), BATCH is the batch size (256), DATA a folder with photos.tar (JPEGs in an uncompressed
 # tar; the demo's images without it) and, for learn, mini_imagenet20/{train,val}.tar (.gpu).
 # QUICK= (empty) leaves out the compiled ViT-L, which takes a minute to compile, and the second half of learn.
@@ -31,8 +32,12 @@
 set -u
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}; DATA=${DATA:-.gpu}; TINY=${TINY:-}; BATCH=${BATCH:-256}; CAPS=${CAPS:-1}; LIMIT=${LIMIT:-36000}
-OUT=${OUT:-runs/gpu}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd)
+OUT=${OUT:-runs/gpu$(if [ -n "$TINY" ]; then echo -rehearsal; fi)}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd)
 DEV=cuda; [ -n "$TINY" ] && DEV=cpu
+if [ -z "$TINY" ] && ! $PY -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "error: $PY finds no GPU (torch.cuda.is_available() is false). A rehearsal on the CPU: TINY=1 PY=$PY bash $0" >&2
+    exit 1
+fi
 PHOTOS=$DATA/photos.tar; [ -e "$PHOTOS" ] || PHOTOS=data/demo/train.tar
 WORK=$(mktemp -d); GROUP=; trap 'end_group; rm -rf "$WORK"' EXIT
 BEGIN=$(date +%s); LOG=$OUT/log.txt

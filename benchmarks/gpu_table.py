@@ -55,9 +55,16 @@ def step_section(found) -> list[str]:
         return []
     rank = {name: i for i, name in enumerate(ORDER)}
     lines.sort(key=lambda line: rank.get(line["model"].rpartition("_")[0], len(rank)))  # stable: variants keep their order
-    peaks = {amp: peak for results in found for amp, peak in results.get("matmul_peak", {}).items()}
-    rates = ", ".join(f"{amp} {peak / 1e12:.4g} TFLOP/s" for amp, peak in peaks.items())
-    return ["## Training step", "", f"MFU is against a large F.linear, measured here: {rates}.", "", table(lines)]
+    rates = "; ".join(rate for results in found for rate in rates_of(results))
+    text = (f"MFU is against a large F.linear, measured in the process of each model: {rates}. A step's parts are timed by "
+            "themselves, with a wait after each, and add up to more than the step.")
+    return ["## Training step", "", text, "", table(lines)]
+
+
+def rates_of(results) -> list[str]:
+    """The measured rates of products in one process, as text for each precision."""
+    models = ", ".join(dict.fromkeys(row["model"] for row in results.get("rows", [])))
+    return [f"{models} {amp} {peak / 1e12:.4g} TFLOP/s" for amp, peak in results.get("matmul_peak", {}).items()]
 
 
 def step_lines(rows) -> list[dict[str, str]]:
