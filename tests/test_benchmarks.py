@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic and front; nothing is timed here."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -277,3 +278,12 @@ def test_a_table_without_records_names_the_machine_of_the_log(tmp_path):
     (tmp_path / "log.txt").write_text("== machine: GPU X, 16 cores\n== e2e: begins at 3 s\nno\n== e2e: rc 1 after 9 s\n")
     gpu_table.write_page(str(tmp_path), [])
     assert (tmp_path / "table.md").read_text().startswith("# GPU X, 16 cores\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_script_for_gpus_says_that_there_is_none(tmp_path):
+    environment = os.environ | {"PY": sys.executable, "OUT": str(tmp_path)}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "finds no GPU" in done.stderr and "TINY=1" in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
+import contextlib
 import io
 import os
 import time
@@ -556,3 +557,11 @@ def test_a_gpu_resamples_to_the_same_bits(folder):
             batches.append(list(device_batches(cached(loader, "device", device), cuda, (0.5,), (0.5,))))
         for a, b in zip(*batches, strict=True):
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["key"], b["key"])
+
+
+@pytest.mark.parametrize("flags, refused", [
+    ([], True), (["--color_jitter", "0.4", "--aa", ""], True), (["--aa", ""], False), (["--eval", "--resume", "F"], False)])
+def test_fine_tuning_refuses_its_augmentation_before_it_reads_anything(flags, refused):
+    args = main_finetune.get_args_parser().parse_args(["--cache_data", "device", *flags])
+    with pytest.raises(ValueError, match="--aa ''") if refused else contextlib.nullcontext():
+        main_finetune.check_flags(args)
