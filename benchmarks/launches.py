@@ -4,9 +4,11 @@
     python benchmarks/run.py launches --models mae_vit_base_patch16 --variants mae compiled graphs
     python benchmarks/run.py launches --variants mae compiled --variants mae       a list for each of the models
 
-A step is that of `step`. The host issues a step to an idle device, once without and once with the wait for its end. So a
-step whose kernels take less than the host takes to issue them is bound by the host. Launches and kernels are counted by
-torch's profiler. It stays attached to the device afterwards and may slow launches down. So all variants are timed first.
+A step is that of `step`. The host issues it to an idle device. Two times are taken: when the host has issued it, and when the
+device has done it. A step whose kernels take less time than the host takes to issue them is bound by the host. Launches and
+kernels are counted by torch's profiler. It stays attached to the device afterwards and may slow launches down. So all
+variants are timed first.
+
 On a CPU, which has no launches, operators that run a kernel are counted instead, views and allocations left out; those
 of compiled code are not seen.
 """
