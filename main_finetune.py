@@ -119,7 +119,7 @@ def check_flags(args) -> None:
         raise ValueError(f"--predictions {args.predictions}: there is no such folder")
     if not args.eval and args.cache_data == "device" and (args.aa or args.color_jitter):
         raise ValueError("--cache_data device cuts one crop of an image and flips it, and RandAugment and colour jitter do "
-                         "more: give --aa '' and no --color_jitter, or --cache_data memory")
+                         "more: give --cache_data memory, or --aa '' without --color_jitter")
     if args.ema and args.strategy == "fsdp":
         raise ValueError("--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them")
 
