@@ -1,11 +1,14 @@
 """The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -250,6 +253,26 @@ def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
         job()
     assert read_note(tmp_path)["state"] == "failed" and read_note(tmp_path)["error"] == "ValueError: no such data"
     assert status(tmp_path).splitlines()[1].split()[:2] == [".", "failed"]
+
+
+def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
+    """While Python shuts down it has no handlers: a warning of the time limit would kill a job whose run is done."""
+    import submitit
+
+    import main_linprobe
+
+    warnings = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
+    try:
+        for executor, code, ignored in (("local", 0, False), ("slurm", 75, False), ("slurm", 0, True)):
+            monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+            monkeypatch.setattr(main_linprobe, "main", lambda args, code=code: code)
+            with contextlib.suppress(SystemExit):
+                Job("main_linprobe", [], str(tmp_path))()
+            assert all((signal.getsignal(number) == signal.SIG_IGN) == ignored for number in warnings), (executor, code)
+    finally:
+        for number, handler in warnings.items():
+            signal.signal(number, handler)
 
 
 def test_requeue_asks_slurm_first(monkeypatch, capsys):

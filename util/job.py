@@ -6,6 +6,7 @@ that comes before, in the seconds that torch takes, would end the job for good i
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -61,6 +62,11 @@ class Job:
             self.note(**read_note(self.folder) | {"state": "finished" if code == 0 else "stopped"})
         if code != 0:
             sys.exit(code)  # no result: submitit waits for the requeued job's
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            # The run is done. Without this a warning of the time limit that comes while Python shuts down, when handlers
+            # are gone, kills the process, and SLURM calls the job failed.
+            for warning in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(warning, signal.SIG_IGN)
         return code
 
     def checkpoint(self, *args):
