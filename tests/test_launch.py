@@ -1,5 +1,7 @@
 """The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import pytest
 from processes import ROOT, environment, log_lines
 from util import slurm, sweep
 from util.job import Job, read_note
-from util.launch import launch, say_stale
+from util.launch import launch, locked, say_stale
 from util.status import last_line, state_of, status
 
 TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
@@ -166,6 +168,21 @@ def test_in_this_process_runs_need_no_submitit_and_share_a_folder(tmp_path):
     points = json.loads((tmp_path / "jobs" / "sweep.json").read_text())["points"]
     assert sorted(point["name"] for point in points) == ["seed=0", "seed=1"]
     assert all((tmp_path / "jobs" / name / "checkpoint-last.pth").exists() for name in ("seed=0", "seed=1"))
+
+
+def test_a_locked_folder_keeps_others_out(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    with locked(path), open(path, "w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path, "w") as other:  # free again
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with locked(path):
+        pass
 
 
 def test_status_beside_a_line_that_is_being_written(tmp_path):

@@ -257,7 +257,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
                    help="auto: bf16 on GPUs that have it, else fp16; fp32 on the CPU")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--compile_mode", default="default", choices=COMPILE_MODES,
-                   help="torch.compile's mode; one that is not the default switches --compile on")
+                   help="mode of torch.compile; any but default implies --compile")
     g.add_argument("--save_every_epochs", default=20, type=number(0), help="numbered checkpoint every N epochs")
     g.add_argument("--save_minutes", default=30, type=number(0, kind=float), help="refresh checkpoint-last.pth that often")
     g.add_argument("--save_steps", default=0, type=number(0), help="refresh checkpoint-last.pth every N updates")

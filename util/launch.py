@@ -129,8 +129,10 @@ def say_stale(points: list[Point]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process at a time; for launchers that start side by side in one folder. Some file systems have no locks:
-    there it does nothing."""
+    """Let one process at a time into the block: launchers may start side by side in one folder.
+
+    It does nothing on file systems without locks.
+    """
     with open(path, "w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
