@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 DEMO_DIR := runs/demo
-MAYBE_NATIVE = $(BIN)/python -m util.native build 2>&1 | head -n 1
+MAYBE_NATIVE = $(BIN)/python -m util.data.native build 2>&1 | head -n 1
 
 .PHONY: demo test oldest native gpu lint clean
 
@@ -20,7 +20,7 @@ test: $(VENV)/test
 
 # The same with the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(OLDEST)/test
-	@$(OLDEST)/bin/python -m util.native build 2>&1 | head -n 1
+	@$(OLDEST)/bin/python -m util.data.native build 2>&1 | head -n 1
 	$(OLDEST)/bin/python -m pytest -q
 
 $(OLDEST)/test: pyproject.toml
@@ -31,7 +31,7 @@ $(OLDEST)/test: pyproject.toml
 
 # JPEG crops in C: needs a compiler and libjpeg-turbo's headers. Without them everything works, more slowly.
 native: $(VENV)/base
-	$(BIN)/python -m util.native build
+	$(BIN)/python -m util.data.native build
 
 # All measurements and checks on one GPU; results go to runs/gpu. CAPS and LIMIT: see benchmarks/gpu.sh.
 gpu: $(VENV)/test

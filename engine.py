@@ -11,14 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from util import dist, fsdp, plan, slurm
-from util.amp import AMP, autocast
-from util.flops import FlopCounter, peak_flops
-from util.keeper import Keeper
-from util.loader import device_batches
-from util.log import BadImages, Log, NonFiniteLoss, peak_memory_mb, write_replay
-from util.lr_sched import set_lr
-from util.state import TrainState, apply_gradients, seed_step
+from util import dist
+from util.cluster import slurm
+from util.data.loading.loader import device_batches
+from util.dist import fsdp
+from util.run import plan
+from util.run.flops import FlopCounter, peak_flops
+from util.run.guards import BadImages, NonFiniteLoss, write_replay
+from util.run.keeper import Keeper
+from util.run.log import Log, peak_memory_mb
+from util.train.amp import AMP, autocast
+from util.train.lr_sched import set_lr
+from util.train.state import TrainState, apply_gradients, seed_step
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ Exit codes: 0 done, 75 stopped by a signal with the state saved (the same comman
 import os
 import sys
 
-from util.args import (
-    BELOW_ONE,
-    SHARE,
-    Parser,
+from util.flags.groups import (
     add_augment_flags,
     add_data_flags,
     add_eval_flags,
@@ -27,12 +24,10 @@ from util.args import (
     channel_stats,
     compile_mode,
     head_options,
-    number,
     pair,
-    parse,
     resolve_head,
-    run,
 )
+from util.flags.parser import BELOW_ONE, SHARE, Parser, number, parse, run
 
 
 def get_args_parser() -> Parser:
@@ -84,19 +79,22 @@ if __name__ == "__main__":
 import torch
 
 import engine
-from models import build_classifier, build_teacher, freeze_all_but, known_classes
-from util import checkpoint, dist, fsdp
-from util.amp import described, resolve_amp
-from util.cache import cached
-from util.datasets import build_dataset
-from util.image_index import ImageIndex, check_same_classes, class_names, some_names
-from util.keeper import Keeper
-from util.loader import eval_loader, train_loader
-from util.log import Log
-from util.lr_sched import effective_lr, warmup_cosine
-from util.optim import WeightAverage, adamw, param_groups
-from util.supervised import evaluate, make_augment, make_criterion, make_loss_fn
-from util.transforms import eval_transform, finetune_transform
+from backbones.registry import build_classifier, freeze_all_but, known_classes
+from backbones.teacher import build_teacher
+from util import dist
+from util.data.datasets import build_dataset
+from util.data.loading.cache import cached
+from util.data.loading.loader import eval_loader, train_loader
+from util.data.sources.image_index import ImageIndex, check_same_classes, class_names, some_names
+from util.data.transforms import eval_transform, finetune_transform
+from util.dist import fsdp
+from util.evaluate.supervised import evaluate, make_augment, make_criterion, make_loss_fn
+from util.run.keeper import Keeper
+from util.run.log import Log
+from util.train.amp import described, resolve_amp
+from util.train.lr_sched import effective_lr, warmup_cosine
+from util.train.optim import WeightAverage, adamw, param_groups
+from util.weights import checkpoint, transfer
 
 # What make_augment takes of the flags.
 BATCH_FLAGS = ("batch_size", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
@@ -199,7 +197,7 @@ def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
         dist.say("starting from scratch")
         return
     dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
-             + checkpoint.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
+             + transfer.init_encoder(model, pretrained, args.finetune, args.pos_embed_init))
 
 
 def build_optimizer(args, model, batch: int) -> torch.optim.Optimizer:
@@ -228,7 +226,7 @@ def main(args) -> int:
     if args.finetune and (saved is None or (args.partial is not None and new is None)):
         pretrained = checkpoint.load(args.finetune)
         pretrained.pop("optimizer", None)  # twice the weights, and for nothing
-    new = sorted(checkpoint.new_parameters(pretrained)) if new is None else new
+    new = sorted(transfer.new_parameters(pretrained)) if new is None else new
     plain |= {"finetune": args.finetune, "new_parameters": new}
 
     # Data: images as the encoder has learned to see them

@@ -14,9 +14,8 @@ import math
 import sys
 from argparse import Namespace
 
-from util.args import (
+from util.flags.groups import (
     SECOND_ORDER_FLAGS,
-    Parser,
     add_data_flags,
     add_eval_flags,
     add_head_flags,
@@ -26,10 +25,9 @@ from util.args import (
     channel_stats,
     compile_mode,
     pair,
-    parse,
-    run,
     second_order_options,
 )
+from util.flags.parser import Parser, parse, run
 
 
 def get_args_parser() -> Parser:
@@ -66,23 +64,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import engine
+from backbones.registry import build_classifier, trained_options
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
-from models import build_classifier, trained_options
-from util import checkpoint, dist, evaluation
-from util.accuracy import classification
-from util.amp import described, products, resolve_amp
-from util.cache import cached
-from util.datasets import TensorSamples, build_dataset
-from util.image_index import check_same_classes, some_names
-from util.keeper import Keeper
-from util.knn import knn_accuracy
-from util.loader import eval_loader, train_loader
-from util.log import Log
-from util.lr_sched import effective_lr, warmup_cosine
-from util.optim import lars
-from util.plan import write_record
-from util.spectrum import RANK_IMAGES, effective_rank
-from util.transforms import eval_transform, pretrain_transform
+from util import dist
+from util.data.datasets import TensorSamples, build_dataset
+from util.data.loading.cache import cached
+from util.data.loading.loader import eval_loader, train_loader
+from util.data.sources.image_index import check_same_classes, some_names
+from util.data.transforms import eval_transform, pretrain_transform
+from util.evaluate import evaluation
+from util.evaluate.accuracy import classification
+from util.evaluate.knn import knn_accuracy
+from util.evaluate.spectrum import RANK_IMAGES, effective_rank
+from util.run.keeper import Keeper
+from util.run.log import Log
+from util.run.plan import write_record
+from util.train.amp import described, products, resolve_amp
+from util.train.lr_sched import effective_lr, warmup_cosine
+from util.train.optim import lars
+from util.weights import checkpoint, transfer
 
 LOST = 100  # times the loss of guessing
 
@@ -171,7 +171,7 @@ def load_backbone(args, state: dict, size, device):
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, **options)
-    note = checkpoint.init_encoder(model, state, args.finetune, "zero")
+    note = transfer.init_encoder(model, state, args.finetune, "zero")
     dist.say(note)
     return model.to(device).eval().requires_grad_(False)
 

@@ -8,9 +8,7 @@ Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the 
 import os
 import sys
 
-from util.args import (
-    SHARE,
-    Parser,
+from util.flags.groups import (
     add_data_flags,
     add_optim_flags,
     add_position_flags,
@@ -20,9 +18,8 @@ from util.args import (
     channel_stats,
     compile_mode,
     pair,
-    parse,
-    run,
 )
+from util.flags.parser import SHARE, Parser, parse, run
 
 
 def get_args_parser() -> Parser:
@@ -60,20 +57,24 @@ import torch
 import engine
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
-from util import checkpoint, dist, evaluation, fsdp
-from util.amp import autocast, described, resolve_amp
-from util.cache import cached
-from util.datasets import build_dataset
-from util.image_index import NoSplit
-from util.keeper import Keeper
-from util.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
-from util.log import Log, survive_full_disk
-from util.lr_sched import cosine, effective_lr, warmup_cosine
-from util.multicrop import TwoViews
-from util.optim import adamw, param_groups
-from util.pictures import reconstruction_panel, save_png, unnormalize_patches
-from util.spectrum import RANK_IMAGES, log_ranks
-from util.transforms import eval_transform, pretrain_transform, unnormalize
+from util import dist
+from util.data.datasets import build_dataset
+from util.data.loading.cache import cached
+from util.data.loading.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
+from util.data.multicrop import TwoViews
+from util.data.sources.image_index import NoSplit
+from util.data.transforms import eval_transform, pretrain_transform, unnormalize
+from util.dist import fsdp
+from util.evaluate import evaluation
+from util.evaluate.spectrum import RANK_IMAGES, log_ranks
+from util.report.panels import reconstruction_panel, save_png, unnormalize_patches
+from util.run.guards import survive_full_disk
+from util.run.keeper import Keeper
+from util.run.log import Log
+from util.train.amp import autocast, described, resolve_amp
+from util.train.lr_sched import cosine, effective_lr, warmup_cosine
+from util.train.optim import adamw, param_groups
+from util.weights import checkpoint, transfer
 
 
 def build_model(args) -> MaskedAutoencoderViT:
@@ -216,7 +217,7 @@ def main(args) -> int:
     plain = checkpoint.plain_args(args)
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None and args.init_from:
-        note = checkpoint.init_from(model, checkpoint.load(args.init_from), args.init_from)
+        note = transfer.init_from(model, checkpoint.load(args.init_from), args.init_from)
         if teacher is not None:
             copy_parameters(teacher, model)
         dist.say(f"weights from {args.init_from}, fresh schedule; {note}")

@@ -10,9 +10,7 @@ Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the 
 import argparse
 import sys
 
-from util.args import (
-    BELOW_ONE,
-    Parser,
+from util.flags.groups import (
     add_data_flags,
     add_optim_flags,
     add_run_flags,
@@ -20,11 +18,9 @@ from util.args import (
     ascending,
     channel_stats,
     compile_mode,
-    number,
     pair,
-    parse,
-    run,
 )
+from util.flags.parser import BELOW_ONE, Parser, number, parse, run
 
 
 def get_args_parser() -> Parser:
@@ -72,18 +68,19 @@ import torch
 import engine
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
-from util import checkpoint, dist
-from util.amp import autocast, described, resolve_amp
-from util.cache import cached
-from util.datasets import build_dataset
-from util.keeper import Keeper
-from util.loader import device_batches, sample_batches, train_loader
-from util.log import Log
-from util.lr_sched import cosine, effective_lr, ramp, warmup_cosine
-from util.multicrop import MultiCrop
-from util.optim import adamw, clip_each, param_groups
-from util.spectrum import RANK_IMAGES, log_ranks
-from util.transforms import eval_transform
+from util import dist
+from util.data.datasets import build_dataset
+from util.data.loading.cache import cached
+from util.data.loading.loader import device_batches, sample_batches, train_loader
+from util.data.multicrop import MultiCrop
+from util.data.transforms import eval_transform
+from util.evaluate.spectrum import RANK_IMAGES, log_ranks
+from util.run.keeper import Keeper
+from util.run.log import Log
+from util.train.amp import autocast, described, resolve_amp
+from util.train.lr_sched import cosine, effective_lr, ramp, warmup_cosine
+from util.train.optim import adamw, clip_each, param_groups
+from util.weights import checkpoint
 
 
 def build_model(args) -> SereStudent:

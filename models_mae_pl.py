@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from layers.pos_embed import sincos_2d
 from layers.positional import PositionalHead
 from layers.self_relation import RelationHead, cells_elsewhere, channel_loss, sample_tokens, spatial_loss, valid_mean
 from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, run_blocks, unpatchify
 from layers.vit import ViTBackbone
-from util.pos_embed import sincos_2d
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

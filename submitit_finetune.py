@@ -4,7 +4,7 @@
 """
 import sys
 
-from util.launch import launch
+from util.cluster.launch import launch
 
 if __name__ == "__main__":
     sys.exit(launch("main_finetune"))

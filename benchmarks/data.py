@@ -20,12 +20,13 @@ from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
 from benchmarks.timing import Record, choose_device, interleaved, ratio, shown, spread, table, wait_for
-from util import native, repack
-from util.datasets import DEMO, ImageDataset
-from util.image_index import build_index
-from util.loader import build_loader, device_batches
-from util.samplers import EpochSampler
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
+from util.data import native
+from util.data.datasets import DEMO, ImageDataset
+from util.data.loading.loader import build_loader, device_batches
+from util.data.loading.samplers import EpochSampler
+from util.data.sources import repack
+from util.data.sources.image_index import build_index
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
 
 SIZE = 224
 BASELINE = "torchvision ImageFolder + PIL, float32"
@@ -135,7 +136,7 @@ def loader_rows(wall, cpu, images):
 
 
 def onto_device(dataset, rounds, batches, batch_size, workers, device):
-    """Images per second in each round, of batches that are normalised on the device (util.loader.device_batches)."""
+    """Images per second in each round, of batches that are normalised on the device (loader.device_batches)."""
     rates = []
     for _ in range(rounds):
         sampler = shuffled(dataset, batches, batch_size, workers)

@@ -9,6 +9,7 @@ import argparse
 
 import torch
 
+from backbones.registry import build_classifier
 from benchmarks.timing import (
     Record,
     choose_device,
@@ -24,13 +25,12 @@ from benchmarks.timing import (
 )
 from layers.probe import Probe, pooled
 from main_linprobe import make_loss_fn
-from models import build_classifier
-from util import evaluation
-from util.amp import autocast, resolve_amp
-from util.args import IMAGENET_MEAN, IMAGENET_STD
-from util.knn import nearest
-from util.optim import lars
-from util.transforms import normalize
+from util.data.transforms import normalize
+from util.evaluate import evaluation
+from util.evaluate.knn import nearest
+from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
+from util.train.amp import autocast, resolve_amp
+from util.train.optim import lars
 
 GRID = (0.1, 0.3, 1.0, 3.0, 10.0)  # main_linprobe.py's
 GOALS = 50_000, 1_281_167  # queries and bank of ImageNet-1K

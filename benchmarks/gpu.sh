@@ -25,10 +25,10 @@
 #
 # On a machine that has no compiler: copy the checkout, DATA, and the native library, which another machine with the same
 # processor architecture builds so that it finds a copy of libjpeg beside it:
-#   LDFLAGS='-Wl,-rpath,$ORIGIN' python -m util.native build
-#   cp -L /usr/lib/x86_64-linux-gnu/libjpeg.so.62 native/
-# git ignores native/*.so*: native/libmaepl.so and native/libjpeg.so.62 must be copied by name. Without them images are
-# decoded more slowly. torch.compile needs a C compiler; without one, rows of compiled models say so.
+#   LDFLAGS='-Wl,-rpath,$ORIGIN' python -m util.data.native build
+#   cp -L /usr/lib/x86_64-linux-gnu/libjpeg.so.62 util/data/native/
+# git ignores *.so: util/data/native/libmaepl.so and util/data/native/libjpeg.so.62 must be copied by name. Without them
+# images are decoded more slowly. torch.compile needs a C compiler; without one, rows of compiled models say so.
 set -u
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}; DATA=${DATA:-.gpu}; TINY=${TINY:-}; BATCH=${BATCH:-256}; CAPS=${CAPS:-1}; LIMIT=${LIMIT:-36000}
@@ -67,7 +67,7 @@ stage() {  # NAME SECONDS COMMAND...: output goes to the log, its last lines are
 
 run_env() {
     stage env 30 bash -c "uname -m; ldd --version | head -1; gcc --version | head -1; echo $CORES cores; df -h /dev/shm | tail -1
-        nvidia-smi | head -15; ls -l native/*.so*; $PY -m util.native status
+        nvidia-smi | head -15; ls -l util/data/native/*.so*; $PY -m util.data.native status
         $PY -c \"import torch, torchvision, timm; print(torch.__version__, torchvision.__version__, timm.__version__)
 from util.flops import matmul_rate
 d = torch.device('$DEV')
@@ -130,7 +130,7 @@ e2e() {  # NAME SECONDS FLAGS...: JPEGs from disk, decoded, to the training step
 run_e2e() { e2e e2e 40; }
 run_e2e_compiled() { e2e e2e_compiled 60 --compile; }
 
-# The experiment of recipes/evidence/mae_wide.args, which says what is asked. Small models leave a GPU idle between kernels, so
+# The experiment of evidence/recipes/mae_wide.args, which says what is asked. Small models leave a GPU idle between kernels, so
 # that several runs go side by side: first what is asked, then what explains it, as far as time goes.
 learn() {  # SEED PE+LABEL
     $PY submitit_pretrain.py --cluster debug --job_dir "$WORK/mae_wide" @"$WORK/learn.args" --device $DEV \
@@ -146,7 +146,7 @@ run_learn() {
     export -f learn side_by_side
     export PY DATA DEV WORK SEEDS
     SEEDS=$(pick "0 1 2" 0)
-    cp recipes/evidence/mae_wide.args "$WORK/learn.args"
+    cp evidence/recipes/mae_wide.args "$WORK/learn.args"
     [ -z "$TINY" ] || sed -i 's/epochs [0-9]*/epochs 1/g; s/vit_tiny/vit_pico/; s/--batch_size 256/--batch_size 100/g' "$WORK/learn.args"
     stage learn 600 bash -c "side_by_side none+apl sincos+none; $(pick "${QUICK-side_by_side none+none none+rpl}" "")"
     (cd "$WORK" && find mae_wide learn-*.log -name '*.json' -o -name '*.txt' -o -name 'learn-*.log' |

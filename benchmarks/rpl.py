@@ -29,7 +29,7 @@ from benchmarks.timing import (
 from layers.positional import PositionalHead, relative_labels
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
-from util.amp import autocast
+from util.train.amp import autocast
 
 GRID, DIM, VISIBLE = (14, 14), 768, 49
 

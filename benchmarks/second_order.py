@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+from backbones.registry import build_classifier
 from benchmarks.timing import Record, choose_device, unless_out_of_memory, wait_for
-from models import build_classifier
-from util.amp import autocast, resolve_amp
-from util.optim import adamw, param_groups
+from util.train.amp import autocast, resolve_amp
+from util.train.optim import adamw, param_groups
 
 # Name -> keywords of SecondOrderHead, None for the linear head. Widths of So-ViT-7/10, So-ViT-14, and SoT-Small's heads.
 HEADS = {"linear": None, "48x24": {}, "64x48": {"dims": (64, 48)}, "6 x 24x24": {"dims": (24, 24), "heads": 6}}

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import ROOT, Record, spread, table
-from util.datasets import ImageDataset
-from util.image_index import build_index
-from util.transforms import normalize
+from util.data.datasets import ImageDataset
+from util.data.sources.image_index import build_index
+from util.data.transforms import normalize
 
 
 def help_seconds(rounds):

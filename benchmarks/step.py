@@ -9,7 +9,7 @@ A step is forward, backward and fused AdamW, for all alike. FLOPs are the MAE's 
 ones predicted, no labels), so that work that another variant does beyond them lowers its MFU.
 
 On a CPU variants are interleaved, round by round, as other work may run there; ratios are formed within a round. Our
-runs keep freed memory (util/allocator.py) and the peers' do what glibc does by default; --same_allocator lets them keep it
+runs keep freed memory (util/dist/allocator.py) and the peers' do what glibc does by default; --same_allocator lets them keep it
 too. On a GPU (and with --one_by_one) a variant is built, measured and freed before the next one is built, so that large
 models fit and peak memory is a variant's own; ratios are those of the medians. There a round is several steps without
 a wait between them: the host runs ahead, as in training. Peers run with the TF32 setting of our training.
@@ -39,9 +39,9 @@ from benchmarks.timing import (
 )
 from layers.transformer import patchify
 from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible
-from util.amp import AMP, autocast
-from util.flops import matmul_rate
-from util.optim import adamw, param_groups
+from util.run.flops import matmul_rate
+from util.train.amp import AMP, autocast
+from util.train.optim import adamw, param_groups
 
 MASK_RATIO = 0.75
 OURS, COMPILED, HF, TIMM = "ours, MAE", "ours, MAE, compiled", "transformers ViTMAE", "timm blocks, usual flow"

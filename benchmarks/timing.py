@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from util.allocator import keep_freed_memory, return_freed_memory
+from util.dist.allocator import keep_freed_memory, return_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
@@ -116,7 +116,7 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmu
 
 def freed_memory(kept: Callable[[str], bool], calls: dict[str, Callable[[], object]]) -> Callable[[str], None]:
     """A `prepare` for `interleaved`: variants for which `kept` is true run as our mains do on a CPU, which keep freed
-    memory (util/allocator.py), the others as glibc does by default. After a change a call settles what is held."""
+    memory (util/dist/allocator.py), the others as glibc does by default. After a change a call settles what is held."""
     now: bool | None = None
 
     def prepare(name):

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from layers.conv_embed import ConvTokenEmbed
+from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_blocks
-from util.pos_embed import resize_pos_embed, sincos_2d
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}

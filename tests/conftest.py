@@ -30,7 +30,7 @@ def cluster_is_up() -> bool:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """The native library, built from the sources for these tests; what a user has built is left alone."""
-    from util import native
+    from util.data import native
 
     path = tmp_path_factory.mktemp("native") / "libmaepl.so"
     try:
@@ -45,7 +45,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.fixture
 def library(built, monkeypatch):
     """Everything decodes by the native library; without this fixture it depends on what the checkout holds."""
-    from util import native
+    from util.data import native
 
     monkeypatch.setattr(native, "LIBRARY", built)
     assert native.library(), native.describe()

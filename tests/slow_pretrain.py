@@ -36,8 +36,8 @@ def main(args) -> int:
 if __name__ == "__main__":
     import sys
 
-    from util.args import parse, run
-    from util.launch import launch
+    from util.cluster.launch import launch
+    from util.flags.parser import parse, run
 
     if "--direct" in sys.argv:  # as srun and torchrun start a main
         sys.argv.remove("--direct")

@@ -15,12 +15,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import models
 import models_mae_pl
 import models_sere
+from backbones import registry as models
 from models_vit import VisionTransformer
 from util import dist
-from util.args import parse, run
+from util.flags.parser import parse, run
 
 ENCODER = dict(patch_size=(8, 8), dim=32, depth=2, num_heads=2)
 

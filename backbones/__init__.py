@@ -1,0 +1,1 @@
+"""Classifiers by name: Vision Transformers, Swin, So-ViT, and timm's models."""

@@ -1,0 +1,568 @@
+"""Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
+import contextlib
+import io
+import os
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import main_sere
+import tiny  # noqa: F401 (registers the models)
+from processes import assert_same, last, log_lines
+from util import dist
+from util.data.datasets import ImageDataset, TimmDataset, build_dataset
+from util.data.loading import cache
+from util.data.loading.cache import Pixels, cached, resample
+from util.data.loading.loader import build_loader, device_batches, eval_loader, train_loader
+from util.data.loading.samplers import EpochSampler
+from util.data.multicrop import TwoViews
+from util.data.sources.image_index import ImageIndex, build_index
+from util.data.transforms import decode, eval_transform, finetune_transform, pretrain_transform
+from util.flags.parser import parse, run
+
+CPU = torch.device("cpu")
+# Elsewhere torch resizes with other rounding than PIL and the native library do; see test_native.py.
+SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+LOADING = dict(batch_size=4, num_workers=0, pin_memory=False)
+BROKEN = 3, 8
+
+
+def encoded(seed, size, format="JPEG", mode="RGB"):
+    noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """12 images of several sizes and formats in two classes; two of them cannot be read."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(12):
+        path = root / "train" / "ab"[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        format, mode = [("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "L")][i % 3]
+        path.write_bytes(encoded(i, (40 + 5 * (i % 4), 60 - 7 * (i % 3)), format, mode))
+    index = build_index(root)
+    for i in BROKEN:
+        (root / "train" / index.name(i)).write_bytes(b"junk")
+    return root
+
+
+def samples(folder, transform, where, *, evaluation=False, epochs=(0, 3), **kwargs) -> list[dict]:
+    """All batches of two epochs, each of the data set."""
+    dataset = build_dataset(folder, "train", transform, seed=5, evaluation=evaluation, **kwargs)
+    loader = eval_loader(dataset, **LOADING) if evaluation else train_loader(dataset, seed=5, **LOADING)
+    loader = cached(loader, where, CPU)
+    found = []
+    for epoch in epochs:
+        if not evaluation:
+            loader.sampler.set_position(epoch)
+        found += list(loader)
+    return found
+
+
+def compare(found, expected, most=0) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys() and a["bad"] == b["bad"]
+        for name in a.keys() - {"bad"}:
+            assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+            assert (a[name].double() - b[name].double()).abs().max() <= most * (name == "image"), name
+
+
+TRAINING = {
+    "pretrain": pretrain_transform((24, 20), vflip=0.5),
+    "small crops": pretrain_transform(40, (0.05, 0.3)),
+    "finetune": finetune_transform((20, 24), auto_augment="", vflip=0.5),
+}
+MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
+EVALUATION = {"eval": eval_transform(24), "tall": eval_transform((40, 16), crop_pct=0.8),
+              "whole": eval_transform(20, crop_pct=1.0)}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", [*TRAINING, *MORE, *EVALUATION])
+def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monkeypatch, name, native):
+    if native:
+        request.getfixturevalue("library")
+    else:
+        monkeypatch.setattr("util.data.native.LIBRARY", tmp_path / "absent.so")
+    transform, evaluation = (TRAINING | MORE | EVALUATION)[name], name in EVALUATION
+    expected = samples(folder, transform, "none", evaluation=evaluation)
+    assert sum(len(batch["bad"]) for batch in expected) >= 2 * len(BROKEN)
+    compare(samples(folder, transform, "memory", evaluation=evaluation), expected)
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *EVALUATION])
+def test_samples_of_the_device_are_the_same(library, folder, name):
+    """Bit for bit where images shrink little, as here; so are labels, keys, stand-ins and black images."""
+    transform, evaluation = (TRAINING | EVALUATION)[name], name in EVALUATION
+    expected = samples(folder, transform, "none", evaluation=evaluation)
+    found = samples(folder, transform, "device", evaluation=evaluation)
+    compare(found, expected, most=0 if SAME_BITS or not evaluation else 2)
+    assert any(batch["image"].any() for batch in found)
+    if evaluation:
+        black = [batch["image"][batch["index"] == i] for batch in found for i in BROKEN]
+        assert sum(map(len, black)) == 4 and not any(image.any() for image in black)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 20)])
+def test_large_reductions_on_the_device_differ_by_a_grey_level_at_most(library, tmp_path, size):
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(i, (400 + 60 * (i % 2), 300)))
+    index, different, values = build_index(tmp_path, labels=False), 0, 0
+    for transform in (pretrain_transform(size, (0.5, 1.0)), eval_transform(size)):
+        dataset = ImageDataset(index, transform)
+        loader = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
+        found, = loader
+        expected = torch.stack([dataset[i]["image"] for i in range(6)])
+        difference = (found["image"].int() - expected.int()).abs()
+        assert difference.max() <= (1 if SAME_BITS else 2)
+        different, values = different + int((difference > 0).sum()), values + difference.numel()
+    assert different <= 1e-3 * values or not SAME_BITS, (different, values)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_channel_counts_on_the_device(tmp_path, channels):
+    for i in range(4):
+        array = np.random.default_rng(i).integers(0, 256, (5, 6, channels), dtype=np.uint8)
+        array = array.repeat(8, 0).repeat(8, 1)
+        np.save(tmp_path / f"{i}.npy", array)
+    found, expected = (samples(tmp_path, pretrain_transform(30), where, in_chans=channels, labels=False)
+                       for where in ("device", "none"))
+    compare(found, expected, most=2)
+
+
+def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch):
+    dataset = ImageDataset(build_index(folder), pretrain_transform((24, 20), vflip=0.5), seed=2)
+    loader = cached(build_loader(dataset, [(4, i) for i in range(12)], batch_size=12), "device", CPU)
+    (whole,), (windows,) = loader, loader.windows
+    for chunk in (1, 40_000):  # of one image, and of a few
+        monkeypatch.setattr(cache, "CHUNK", chunk)
+        again = resample(loader.images, whole["index"], windows["window"], (24, 20))
+        assert torch.equal(again, whole["image"])
+    alone = cached(build_loader(dataset, [(4, 7)], batch_size=1), "device", CPU)
+    assert torch.equal(next(iter(alone))["image"][0], whole["image"][7])
+
+
+def test_products_are_exact_where_the_run_allows_tf32(folder, monkeypatch):
+    dataset = ImageDataset(build_index(folder), TRAINING["pretrain"])
+    loader = cached(build_loader(dataset, [0], batch_size=1), "device", CPU)
+    make, inside = cache._resample, []
+
+    def recorded(*args):
+        inside.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return make(*args)
+
+    monkeypatch.setattr(cache, "_resample", recorded)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            next(iter(loader))
+        assert inside == [("highest", False)]
+        assert torch.get_float32_matmul_precision() == "high", "as it was before"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batches_of_which_no_image_can_be_read_are_black(tmp_path, size):
+    """The last batch, here; with one image a batch, also others."""
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(b"junk" if i in (1, 3, 4, 5) else encoded(i, (40, 30), "PNG"))
+    dataset = ImageDataset(build_index(tmp_path, labels=False), eval_transform(24), evaluation=True)
+    expected = list(build_loader(dataset, range(6), batch_size=size))
+    found = list(cached(build_loader(dataset, range(6), batch_size=size), "device", CPU))
+    compare(found, expected, most=0 if SAME_BITS else 2)
+    assert not found[-1]["image"].any() and found[-1]["label"].tolist() == [-1] * size
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.alive, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, tensor.untyped_storage())
+        return made
+
+    def _add(self, tensor, storage):
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.tensors:
+            self.tensors[place] = 0
+            self.alive += size
+            self.most = max(self.most, self.alive)
+        self.tensors[place] += 1  # views share a place
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place, size):
+        self.tensors[place] -= 1
+        if not self.tensors[place]:
+            del self.tensors[place]
+            self.alive -= size
+
+
+@pytest.mark.parametrize("long, short, channels, size",
+                         [(2000, 8, 3, 32), (2000, 8, 1, 8), (300, 300, 3, 24)])
+def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short, channels, size):
+    """Also with an elongated image, of which the filter has many positions; one image takes what it needs."""
+    transform = eval_transform(size)
+    shapes = [(size, size)] * 11 + [(short, long)]
+    images = torch.zeros(12, channels, max(short, size), long, dtype=torch.uint8)
+    images.random_(generator=torch.Generator().manual_seed(0))
+    rows, windows = torch.arange(12), torch.tensor([transform.window(*shape) for shape in shapes])
+    monkeypatch.setattr(cache, "CHUNK", 1)
+    with Peak() as one:
+        expected = resample(images, rows[-1:], windows[-1:], transform.size)
+    assert one.most < 4 * 2**20
+    monkeypatch.setattr(cache, "CHUNK", 2**20)
+    with Peak() as peak:
+        found = resample(images, rows, windows, transform.size)
+    assert 2**20 < peak.most < 4 * 2**20 + 2 * found.nbytes, peak.most  # floats, and the results on top
+    assert torch.equal(found[-1:], expected)
+
+
+def test_the_largest_weight_is_that_of_all_positions():
+    """Here one in the middle. The first four are smaller, and so are the last four, which are shown."""
+    start, length, full, flip, first = (torch.tensor([value]) for value in (0, 27, 14, 0, 10))
+    part, part_unit = cache.Axis(start, length, full, first, flip, 14).weights(4, 27)
+    whole, unit = cache.Axis(start, length, full, start, flip, 14).weights(14, 27)
+    ends, middle = torch.cat([whole[:, :4], whole[:, 10:]]).max() * unit, whole.max() * unit
+    assert ends < 0.5 < middle, "so that without it the weights would get one bit more"
+    assert part_unit == unit and (part - whole[:, 10:]).abs().max() <= 1
+
+
+def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
+    """The largest weight is one of all positions, of which the centre crop shows few."""
+    sizes = [(2000, 8), (32, 32), (8, 700), (300, 40), (33, 31), (90, 200)]
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, size, "PNG"))
+    index = build_index(tmp_path, labels=False)
+    for transform in (eval_transform(32), pretrain_transform(32, (0.5, 1.0))):
+        dataset = ImageDataset(index, transform)
+        found, = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
+        expected = torch.stack([dataset[i]["image"] for i in range(6)])
+        assert (found["image"].int() - expected.int()).abs().max() <= (1 if SAME_BITS else 2)
+
+
+@pytest.mark.parametrize("where", ["memory", "device"])
+def test_files_are_decoded_once_and_workers_make_the_same(folder, where, monkeypatch, capsys):
+    expected = samples(folder, TRAINING["pretrain"], "none")
+    dataset = build_dataset(folder, "train", TRAINING["pretrain"], seed=5)
+    loader = cached(train_loader(dataset, seed=5, batch_size=4, num_workers=2, pin_memory=False), where, CPU)
+    said = capsys.readouterr().out
+    readable = [decode(dataset.index.read(i)) for i in range(12) if i not in BROKEN]
+    assert "12 images decoded in 0." in said and "MB in memory; 2 cannot be read" in said
+    pixels = sum(image.numel() for image in readable)
+    assert where == "device" or dataset.pixels.nbytes == pixels
+    monkeypatch.setattr(ImageIndex, "read", lambda *args: pytest.fail("a file was read again"))
+    found = []
+    for epoch in (0, 3):
+        loader.sampler.set_position(epoch)
+        found += list(loader)
+    compare(found, expected)
+    assert len(loader) == 3 and loader.batch_size == 4 and loader.dataset is dataset
+
+
+def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
+    dataset = build_dataset(folder, "train", TRAINING["pretrain"])
+    loader = cached(train_loader(dataset, seed=0, **LOADING), "device", CPU)
+    seen = []
+    monkeypatch.setattr("util.data.loading.loader.normalize", lambda images, mean, std: seen.append(images) or images)
+    made = []
+    monkeypatch.setattr(cache, "resample", lambda *args: made.append(resample(*args)) or made[-1])
+    assert len(list(device_batches(loader, CPU, (0.5,), (0.5,)))) == 3
+    assert [image.data_ptr() for image in seen] == [image.data_ptr() for image in made]
+
+
+def test_images_lie_in_several_tensors(folder, monkeypatch):
+    """Each as large as SLAB or its image; what is read does not depend on it."""
+    index = build_index(folder)
+    whole = Pixels(index, 3)
+    monkeypatch.setattr(cache, "SLAB", 9000)
+    parts = Pixels(index, 3, threads=3)
+    assert len(whole.slabs) == 1 and len(parts.slabs) > 4
+    for i in range(12):
+        if i in BROKEN:
+            with pytest.raises(ValueError, match="not a readable image"):
+                parts[i]
+        else:
+            assert torch.equal(parts[i], whole[i]) and torch.equal(whole[i], decode(index.read(i)))
+
+
+def test_few_decoded_images_wait(folder, monkeypatch):
+    """Threads that decode faster than images are kept must not fill the memory."""
+    made, kept, waiting = [], [], []
+    keep, decoded = Pixels._keep, cache.decode
+
+    def slow(self, i, image, free):
+        time.sleep(0.05)
+        waiting.append(len(made) - len(kept))
+        kept.append(i)
+        return keep(self, i, image, free)
+
+    monkeypatch.setattr(cache, "PROBED", 0)
+    monkeypatch.setattr(cache, "decode", lambda *args: made.append(args) or decoded(*args))
+    monkeypatch.setattr(Pixels, "_keep", slow)
+    pixels = Pixels(build_index(folder), 3, threads=2)
+    assert kept == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
+    assert max(waiting) <= 5  # two for each thread, and the one that is kept
+    with ThreadPoolExecutor(2) as pool:
+        assert list(cache.in_order(pool, str, range(9), 3)) == list("012345678")
+
+
+def test_images_go_to_the_device_in_parts(folder, monkeypatch):
+    """Of COPIED bytes, or of one image; what arrives does not depend on it."""
+    index, sizes, zeros = build_index(folder), [], torch.zeros
+    pixels = Pixels(index, 3)
+    whole = cache.padded_images(pixels, index, CPU)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
+    for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
+        monkeypatch.setattr(cache, "COPIED", copied)
+        sizes.clear()
+        assert torch.equal(cache.padded_images(pixels, index, CPU), whole)
+        parts = [shape[0] for shape, in sizes[1:]]
+        assert sum(parts) == 12 and max(parts) == images
+
+
+# --- what is refused ---
+
+def test_what_cannot_be_cached_is_refused_with_advice(folder):
+    def loader(transform, **kwargs):
+        return train_loader(build_dataset(folder, "train", transform, **kwargs), seed=0, **LOADING)
+
+    for transform in MORE.values():
+        with pytest.raises(ValueError, match=r"give --cache_data memory, or .*--aa ''.*--sr_views same"):
+            cached(loader(transform), "device", CPU)
+    padded = build_loader(build_dataset(folder, "train", eval_transform(16, 1.2)), range(12), batch_size=4)
+    with pytest.raises(ValueError, match=r"give --crop_pct 1 or less, or --cache_data memory"):
+        cached(padded, "device", CPU)
+    for where in ("memory", "device"):
+        with pytest.raises(ValueError, match=r"--dct_scaling decodes a file anew .* leave one of them out"):
+            cached(loader(pretrain_transform(16, dct_scaling=True)), where, CPU)
+        timms = TimmDataset([0] * 8, pretrain_transform(16), name="hfds/x")
+        with pytest.raises(ValueError, match=r"hfds/x: 8 images .*not from timm's readers: give .*none"):
+            cached(train_loader(timms, seed=0, **LOADING), where, CPU)
+        assert cached(train_loader(timms, seed=0, **LOADING), "none", CPU)
+
+
+def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
+    index = build_index(folder)
+    readable = [decode(index.read(i)) for i in range(12) if i not in BROKEN]
+    memory = sum(image.numel() for image in readable) / len(readable) * 12
+    padded = 12 * 3 * max(image.shape[1] for image in readable) * max(image.shape[2] for image in readable)
+    for device, needed in ((None, memory), (CPU, memory + padded)):
+        for room in (needed + 1, needed - 1):
+            monkeypatch.setattr(cache, "available_memory", lambda room=room: room)
+            if room > needed:
+                Pixels(index, 3, device=device)
+                continue
+            with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
+                Pixels(index, 3, device=device)
+    monkeypatch.setattr(cache, "available_memory", lambda: memory + 1)
+    for room in (padded + 1, padded - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
+        if room > padded:
+            Pixels(index, 3, device=torch.device("cuda"))
+            continue
+        with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
+            Pixels(index, 3, device=torch.device("cuda"))
+    # Two ranks share a host; on both the set must be refused, or one would wait for the other.
+    monkeypatch.setattr(cache, "available_memory", lambda: 1.5 * memory)
+    Pixels(index, 3)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
+    with pytest.raises(ValueError, match="by all its ranks"):
+        Pixels(index, 3)
+    small = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
+    with pytest.raises(ValueError, match="on elsewhere"):
+        Pixels(index, 3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_path, monkeypatch, device):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, (300, 200) if i == 5 else (32, 32), "PNG"))
+    index, device = build_index(tmp_path, labels=False), torch.device(device)
+    monkeypatch.setattr(cache, "PROBED", 2)  # images 0 and 4
+    padded = 8 * 3 * 300 * 200
+    monkeypatch.setattr(cache, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
+    pixels = Pixels(index, 3, device=device)
+    message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
+    with pytest.raises(ValueError, match=message):
+        cache.padded_images(pixels, index, device)
+    # The height and the width may be those of two images.
+    (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
+    index = build_index(tmp_path, labels=False)
+    with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
+        cache.padded_images(Pixels(index, 3, device=device), index, device)
+    # All ranks refuse where one of them lacks the memory.
+    monkeypatch.setattr(cache, "available_memory", lambda: 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))
+    other = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, other])
+    with pytest.raises(ValueError, match="on elsewhere"):
+        cache.padded_images(pixels, index, device)
+
+
+def test_available_memory_is_what_is_left(tmp_path):
+    found = cache.available_memory()
+    assert 1e6 < found < 1e14
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+
+    def write(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def group(name, limit, used, inactive=0):
+        write(groups / name / "memory.max", f"{limit}\n")
+        write(groups / name / "memory.current", f"{used}\n")
+        write(groups / name / "memory.stat", f"anon {used - inactive}\ninactive_file {inactive}\n")
+
+    def left():
+        return cache.available_memory(str(proc), str(groups))
+
+    assert left() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "macOS has no /proc"
+    write(proc / "meminfo", "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
+    assert left() == 2_048_000
+    write(proc / "self" / "cgroup", "1:memory:/old\n0::/job/step/task\n")
+    assert left() == 2_048_000, "no files of groups"
+    group("job/step/task", 1_000_000, 700_000, 100_000)
+    assert left() == 400_000
+    # SLURM limits the job, or its step, and not the task in it.
+    group("job/step/task", "max", 700_000)
+    assert left() == 2_048_000
+    group("job", 900_000, 800_000, 50_000)
+    assert left() == 150_000
+    group("job/step", 800_000, 750_000)
+    assert left() == 50_000
+    group("job/step/task", 900_000, 700_000)
+    assert left() == 50_000, "the smallest counts, not the nearest"
+    group("", 750_000, 740_000)
+    assert left() == 10_000, "a container's own root"
+    write(proc / "self" / "cgroup", "0::/\n")
+    assert left() == 10_000
+
+
+# --- whole runs ---
+
+SMALL = ["--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--device", "cpu"]
+
+
+def call(main, *flags) -> int:
+    return run(main.main, parse(main.get_args_parser(), [*SMALL, *map(str, flags)]))
+
+
+class Killed(BaseException):
+    """Which nothing catches."""
+
+
+def test_a_killed_run_on_the_device_resumes_with_the_same_bits(tmp_path, monkeypatch, capsys):
+    """Here the device is the CPU. It also ends with the bits of a run without a cache."""
+    flags = ["--model", "mae_test", "--epochs", 2, "--picture_epochs", 1000, "--save_steps", 1, "--lr", 1e-2]
+    device = ["--cache_data", "device"]
+    make_loss_fn, calls = main_pretrain.make_loss_fn, []
+
+    def killing(*args):
+        loss_fn = make_loss_fn(*args)
+
+        def killed(model, batch):
+            calls.append(batch)
+            if len(calls) == 8:  # the third of five updates of the second epoch
+                raise Killed
+            return loss_fn(model, batch)
+
+        return killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(main_pretrain, "make_loss_fn", killing)
+        call(main_pretrain, *flags, *device, "--output_dir", tmp_path / "parts")
+    assert last(tmp_path / "parts")["step"] == 7
+    assert call(main_pretrain, *flags, *device, "--num_workers", 1, "--output_dir", tmp_path / "parts") == 0
+    assert "continuing" in capsys.readouterr().out
+    assert call(main_pretrain, *flags, *device, "--output_dir", tmp_path / "whole") == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+    assert call(main_pretrain, *flags, "--output_dir", tmp_path / "none") == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "none"), exact=SAME_BITS)
+
+
+def test_ranks_share_the_samples_and_not_the_cache(folder):
+    dataset = ImageDataset(build_index(folder), TRAINING["pretrain"], seed=5)
+    loaders = []
+    for size, rank, ranks in ((6, 0, 1), (3, 0, 2), (3, 1, 2)):
+        sampler = EpochSampler(12, batch_size=size, rank=rank, world_size=ranks, seed=5)
+        loaders.append(cached(build_loader(dataset, sampler, batch_size=size), "device", CPU))
+    for whole, first, second in zip(*loaders, strict=True):
+        for name in ("image", "label", "index", "key"):
+            assert torch.equal(torch.cat([first[name], second[name]]), whole[name]), name
+    assert [len(loader.images) for loader in loaders] == [12, 12, 12]
+
+
+def test_every_main_takes_a_cache(tmp_path, capsys):
+    """From memory each ends with the bits of a run without one; main_sere refuses the device."""
+    flags = dict(
+        pretrain=["--model", "mae_test", "--picture_epochs", 1],
+        finetune=["--model", "vit_test"],
+        linprobe=["--model", "vit_test", "--finetune", tmp_path / "pretrain-none" / "checkpoint-last.pth"],
+        sere=["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32])
+    mains = dict(pretrain=main_pretrain, finetune=main_finetune, linprobe=main_linprobe, sere=main_sere)
+    for name, main in mains.items():
+        for where in ("none", "memory"):
+            out = tmp_path / f"{name}-{where}"
+            assert call(main, *flags[name], "--output_dir", out, "--cache_data", where) == 0
+        assert_same(last(tmp_path / f"{name}-none"), last(tmp_path / f"{name}-memory"))
+        capsys.readouterr()
+    refused = ["--cache_data", "device", "--output_dir", tmp_path / "device"]
+    for name in ("finetune", "sere"):
+        assert call(mains[name], *flags[name], *refused) == 2
+        assert "give --cache_data memory" in capsys.readouterr().err
+    two = ["--sr_spatial", 0.2, "--sr_views", "two"]
+    assert call(main_pretrain, *flags["pretrain"], *two, *refused) == 2
+    assert "--sr_views same" in capsys.readouterr().err
+    for more in ([], ["--eval", "--resume", tmp_path / "device" / "checkpoint-last.pth"]):
+        assert call(main_finetune, *flags["finetune"], "--aa", "", *refused, *more) == 0, "as advised"
+    for more in ([], ["--knn"]):
+        out = tmp_path / f"probe{len(more)}"
+        assert call(main_linprobe, *flags["linprobe"], *refused[:2], *more, "--output_dir", out) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_resamples_to_the_same_bits(folder):
+    """Also where the run allows TF32, whose products would not be exact."""
+    torch.set_float32_matmul_precision("high")
+    cuda = torch.device("cuda")
+    for transform, evaluation in ((TRAINING["pretrain"], False), (EVALUATION["tall"], True)):
+        dataset = build_dataset(folder, "train", transform, evaluation=evaluation)
+        batches = []
+        for device in (CPU, cuda):
+            loader = build_loader(dataset, range(12), batch_size=5)
+            batches.append(list(device_batches(cached(loader, "device", device), cuda, (0.5,), (0.5,))))
+        for a, b in zip(*batches, strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["key"], b["key"])
+
+
+@pytest.mark.parametrize("flags, refused", [
+    ([], True), (["--color_jitter", "0.4", "--aa", ""], True), (["--aa", ""], False), (["--eval", "--resume", "F"], False)])
+def test_fine_tuning_refuses_its_augmentation_before_it_reads_anything(flags, refused):
+    args = main_finetune.get_args_parser().parse_args(["--cache_data", "device", *flags])
+    with pytest.raises(ValueError, match="--aa ''") if refused else contextlib.nullcontext():
+        main_finetune.check_flags(args)

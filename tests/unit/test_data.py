@@ -1,0 +1,851 @@
+"""Images in, batches out: listings, decoding, augmentation, samplers, loader. Images are generated; real if present."""
+import io
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from torchvision import datasets as tv_datasets
+from torchvision import transforms as tv
+from torchvision.transforms import v2
+
+import main_pretrain
+from util import dist
+from util.data import __main__ as commands
+from util.data import datasets, transforms
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
+from util.data.loading.samplers import EpochSampler, EvalSampler, sample_seed
+from util.data.sources import image_index, listing
+from util.data.sources.image_index import build_index, check_same_classes
+from util.data.transforms import (
+    _is_plain_jpeg,
+    decode,
+    eval_transform,
+    finetune_transform,
+    normalize,
+    pretrain_transform,
+    unnormalize,
+)
+from util.evaluate import evaluation
+from util.flags.parser import parse, run
+from util.run.guards import BadImages
+from util.run.log import write_predictions
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "data"
+NAMES = ["b/2.jpg", "a-b/1.jpg", "a/z.JPG", "a/x/1.png", "a/x-y/0.jpg", "a/10.jpeg", "b/1.webp", "a/9.jpg"]
+ORDER = ["a/10.jpeg", "a/9.jpg", "a/z.JPG", "a/x/1.png", "a/x-y/0.jpg", "a-b/1.jpg", "b/1.webp", "b/2.jpg"]
+
+
+def picture(seed=0, size=(48, 40), mode="RGB"):
+    """A smooth random image of (W, H), in which one pixel of shift is visible."""
+    channels = len(mode) if mode != "L" else 1
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 12, channels), dtype=np.uint8)
+    return Image.fromarray(noise.squeeze(), mode if channels < 3 else None).resize(size, Image.Resampling.BICUBIC)
+
+
+def encode(image, format="PNG", **kwargs):
+    file = io.BytesIO()
+    image.save(file, format, **kwargs)
+    return file.getvalue()
+
+
+def write(root, names, broken=()):
+    for i, name in enumerate(names):
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        format = Image.registered_extensions()[path.suffix.lower()]
+        data = encode(picture(i, size=(40 + i % 7, 36 + i % 5)), format)
+        path.write_bytes(b"junk" if name in broken else data)
+    return str(root)
+
+
+def pack(tar, root, names, prefix="./"):
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as file:
+        for name in names:
+            file.add(Path(root, name), prefix + name)
+    return str(tar)
+
+
+def age(*paths):
+    """Make paths look older than the caches' guard against files that are still being written."""
+    for path in paths:
+        os.utime(path, (time.time() - 60,) * 2)
+
+
+def names_of(index):
+    return [index.name(i) for i in range(len(index))]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+
+
+# --- the index ---
+
+def test_order_and_labels_equal_image_folder(tmp_path):
+    root = write(tmp_path / "train", [*NAMES, "loose.png", ".hidden/1.jpg", "a/.z.jpg"])
+    Path(root, "a", "notes.txt").write_text("no image")
+    index = build_index(tmp_path, "train")
+    shutil.rmtree(Path(root, ".hidden"))
+    os.remove(Path(root, "a", ".z.jpg"))
+    reference = tv_datasets.ImageFolder(root, is_valid_file=lambda p: not p.endswith("txt"))
+    assert names_of(index) == [os.path.relpath(p, root) for p, _ in reference.samples] == ORDER
+    assert index.labels.tolist() == [label for _, label in reference.samples]
+    assert index.classes == reference.classes == ["a", "a-b", "b"]
+    assert index.summary() == (
+        f"{tmp_path}: 8 images, 3 classes (class folders; 1 images outside class folders are ignored)")
+    assert [index.read(i) for i in range(8)] == [Path(p).read_bytes() for p, _ in reference.samples]
+
+
+@pytest.mark.parametrize("transform", [pretrain_transform(24), finetune_transform((16, 24)), eval_transform(16)])
+def test_every_layout_gives_the_same_samples(tmp_path, transform):
+    names = [*NAMES, "loose.png", "a/.hidden.jpg", ".hidden/1.jpg"]
+    root = write(tmp_path / "folder" / "train", names)
+    shutil.copytree(root, tmp_path / "bare")
+    for i, (folder, part) in enumerate({"tar/train.tar": names, "x.tar": names[::-1], "shards/train-0.tar": names[::2],
+                                        "shards/train-1.tar": names[1::2]}.items()):
+        Path(tmp_path, folder).parent.mkdir(exist_ok=True)
+        pack(tmp_path / folder, root, part, prefix=("./", "")[i % 2])
+    Path(root, "list.txt").write_text("# images\n\n" + "\n".join(["loose.png", *ORDER]) + "\r\n")
+    for labels in (True, False):
+        expected = build_dataset(tmp_path / "folder", "train", transform, seed=3, labels=labels)
+        assert names_of(expected.index) == ["loose.png"] * (not labels) + ORDER
+        for layout in ("bare", "tar", "x.tar", "shards") + ("folder/train/list.txt",) * (not labels):
+            found = build_dataset(tmp_path / layout, "train", transform, seed=3, labels=labels)
+            assert names_of(found.index) == names_of(expected.index), layout
+            for i in range(len(found)):
+                same(found[2, i], expected[2, i])
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real images are not beside the repository")
+def test_real_tar_equals_real_folder(tmp_path):
+    with tarfile.open(REAL / "mini_imagenet20" / "val.tar") as tar:
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4
+        tar.extractall(tmp_path / "val", members=tar.getmembers()[:300], **safely)
+        pack(tmp_path / "val.tar", tmp_path / "val", [m.name for m in tar.getmembers()[:300]], prefix="")
+    index = build_index(tmp_path, "val")
+    (tmp_path / "val").rename(tmp_path / "moved")
+    tar_index = build_index(tmp_path, "val")
+    assert (index.kind, tar_index.kind) == ("class folders", "val.tar")
+    assert names_of(index) == names_of(tar_index) and index.classes == tar_index.classes and len(index.classes) == 20
+    (tmp_path / "moved").rename(tmp_path / "val")
+    a, b = (ImageDataset(x, pretrain_transform(64)) for x in (index, tar_index))
+    for i in range(0, 300, 7):
+        same(a[5, i], b[5, i])
+    os.symlink(REAL / "photos.tar", tmp_path / "photos.tar")  # so that nothing is written beside the real one
+    photos = build_index(tmp_path / "photos.tar", labels=False)
+    data = photos.read(100)
+    assert (decode(data, 3).numpy() == np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)).all()
+
+
+def test_tar_index_is_cached_and_checked(tmp_path, monkeypatch):
+    root = write(tmp_path / "src", NAMES)
+    tar = pack(tmp_path / "train.tar", root, NAMES)
+    build_index(tmp_path)
+    assert not Path(tar + ".index.npz").exists()  # just written: its time cannot be trusted yet
+    age(tar)
+    first = build_index(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3  # no temporary files
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("the tar was indexed again"))
+        second = build_index(tmp_path)
+        assert names_of(second) == names_of(first) == ORDER and second.read(5) == first.read(5)
+        assert np.array_equal(first.labels, second.labels) and second.classes == first.classes
+    with np.load(tar + ".index.npz", allow_pickle=False) as arrays:
+        assert all(a.dtype.kind in "iu" for a in arrays.values())
+    pack(tar, root, NAMES[:4])
+    assert names_of(build_index(tmp_path)) == [n for n in ORDER if n in NAMES[:4]]
+    age(tar)
+    build_index(tmp_path)
+    os.truncate(tar + ".index.npz", 300)
+    assert len(build_index(tmp_path)) == 4
+    os.remove(tar + ".index.npz")
+    monkeypatch.chdir(tmp_path)
+    assert len(build_index("train.tar")) == 4 and Path(tar + ".index.npz").exists()
+    os.remove(tar + ".index.npz")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path(root) / "cache"))
+    tmp_path.chmod(0o555)  # not the user's to write in: the listing goes to the user's cache
+    assert len(build_index(tmp_path)) == 4 and not Path(tar + ".index.npz").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(listing, "_tar_members", lambda path: pytest.fail("the tar was listed again"))
+        assert len(build_index(tmp_path)) == 4 and len(list((Path(root) / "cache" / "mae_pl").iterdir())) == 1
+    tmp_path.chmod(0o755)
+    index = build_index(tmp_path)
+    os.truncate(tar, Path(tar).stat().st_size // 2)
+    with pytest.raises(OSError, match="ends inside"):
+        [index.read(i) for i in range(4)]
+
+
+@pytest.mark.parametrize("place", ["train", "."])
+def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place):
+    write(tmp_path / place, ORDER[3:])
+    folders = [p for p in [tmp_path / place, *(tmp_path / place).rglob("*")] if p.is_dir()]
+    age(*folders)
+    build_index(tmp_path)
+    assert not (tmp_path / ".index").exists()  # small folders are listed every time
+    monkeypatch.setattr(listing, "CACHE_FOLDERS_ABOVE", 1)
+    build_index(tmp_path)
+    assert (tmp_path / ".index").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda *a: pytest.fail("the folder was listed again"))
+        assert names_of(build_index(tmp_path)) == ORDER[3:]
+        assert set(build_index(tmp_path, labels=False).labels) == {-1}
+        patch.chdir(tmp_path.parent)  # and the same by a relative path
+        assert names_of(build_index(tmp_path.name)) == ORDER[3:]
+    write(tmp_path / place, ["a/x/0.jpg"])  # in a nested folder
+    assert names_of(build_index(tmp_path)) == ["a/x/0.jpg", *ORDER[3:]]
+    write(tmp_path / "whole", ["train/a/1.jpg", "val/a/1.jpg"])  # a bad layout stays bad when its listing is cached
+    age(tmp_path, *folders, *(tmp_path / "whole").rglob("*"), tmp_path / "whole")
+    for _ in range(2 if place == "." else 0):
+        with pytest.raises(ValueError, match="Did you mean"):
+            build_index(tmp_path)
+
+
+def test_index_is_compact():
+    names = [f"class{i % 100:03}/image{i:07}.jpg".encode() for i in range(20_000)]
+    index = image_index.ImageIndex("", "", "", listing.from_names(names))
+    arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
+    assert sum(a.nbytes for a in arrays) / len(names) <= len(names[0]) + 8 + 4
+    assert all(len(v) <= 100 for v in vars(index).values() if hasattr(v, "__len__") and not isinstance(v, np.ndarray))
+    assert index.name(19_999) == "class099/image0019999.jpg" and index.labels[200] == 1
+
+
+def test_more_shards_than_open_files_and_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_index, "MAX_OPEN_TARS", 2)
+    root = write(tmp_path / "src", ORDER)
+    os.link(Path(root, "a/9.jpg"), Path(root, "b/9.jpg"))
+    for i in range(4):
+        pack(tmp_path / f"train-{i}.tar", root, ORDER[2 * i:2 * i + 2] + (["a/9.jpg", "b/9.jpg"] if i == 3 else []))
+    index = build_index(tmp_path)
+    index.read(0)
+    index = pickle.loads(pickle.dumps(index))  # as for a spawned worker, with a file open
+    assert "b/9.jpg" in names_of(index)
+    for i in [*range(len(index))] * 2:
+        assert index.read(i) == Path(root, index.name(i)).read_bytes()
+    assert len(index._files) == 2
+
+
+def compressed(path):
+    (path / "train.tar.gz").write_bytes(b"\x1f\x8b")
+    return path, {}
+
+
+def disguised(path):
+    with tarfile.open(path / "train.tar", "w:gz") as tar:
+        tar.add(write(path / "src", NAMES))
+    return path, {}
+
+
+def damaged(path, change):
+    tar = Path(pack(path / "train.tar", write(path / "src", NAMES), NAMES, prefix=""))
+    data = bytearray(tar.read_bytes())
+    change(data, data.find(NAMES[4].encode()))  # where the fifth member's header starts
+    tar.write_bytes(data)
+    return path, {}
+
+
+def cut_in_header(path):
+    return damaged(path, lambda data, at: data.__delitem__(slice(at + 100, None)))
+
+
+def cut_in_data(path):
+    return damaged(path, lambda data, at: data.__delitem__(slice(at + 600, None)))
+
+
+def overwritten(path):
+    return damaged(path, lambda data, at: data.__setitem__(slice(at, at + 512), b"x" * 512))
+
+
+def text(path, content):
+    (path / "list.txt").write_bytes(content)
+    return path / "list.txt"
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: (p / "nowhere", {}), "no such file or folder: .*nowhere\n"),
+    (lambda p: (p, {}), "no images in .*: found 0 folders and 0 images"),
+    (lambda p: (write(p, ["train/x.txt.jpg"]) and p, {}), "holds 1 loose images and no class folders"),
+    (lambda p: (write(p, ["val/1.jpg", "val/2.jpg"]), dict(split="val")), "2 loose images .*val/<class>/.*valprep"),
+    (lambda p: (write(p, ["train/a/1.jpg"]), dict(split="val")), "no val/, val.tar or.*found 1 folders: train and 0"),
+    (lambda p: (write(p, ["val/a/1.jpg", "x/1.jpg"]), {}), "no train/ but val: found 2 folders: val, x and 0 images"),
+    (lambda p: (write(p, ["i/train/a/1.jpg", "i/val/a/1.jpg"]), dict(labels=False)), "Did you mean .*/i, which holds"),
+    (lambda p: (write(p, ["in/x/a/1.jpg", "in/x/b/1.jpg"]), {}), "the only class .* 'in'.*one folder too deep"),
+    (lambda p: ([write(p, ["a/1.jpg"]), *((p / x).mkdir() for x in "bc")][0], {}), "folders without images.*: b, c"),
+    (lambda p: ([(p / x).mkdir() for x in "abc"] and p, dict(labels=False)), "found 3 folders: a, b, c and 0 images"),
+    (compressed, "train.tar.gz is compressed.*gunzip"),
+    (disguised, "train.tar is compressed"),
+    (cut_in_data, "damaged or cut off .unexpected end of data"),
+    (cut_in_header, "is damaged at byte \\d+, after 4 images"),
+    (overwritten, "is damaged at byte \\d+, after 4 images"),
+    (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose images"),
+    (lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")), "serves for training only"),
+    (lambda p: (text(p, b"a.jpg\n"), dict(labels=False)), "the first path in .* does not exist"),
+    (lambda p: (text(p, b"a.jpg\n"), {}), "a list of 1 paths, which has no labels"),
+    (lambda p: (text(p, b"# none\n"), dict(labels=False)), "lists no images"),
+    (lambda p: (text(p, b"\xff\xd8\0"), dict(labels=False)), "is not a folder, a .tar or a text file"),
+])
+def test_bad_layouts_are_named(tmp_path, make, message):
+    path, kwargs = make(tmp_path)
+    with pytest.raises(ValueError) as error:
+        build_index(path, **kwargs)
+    assert re.search(message, str(error.value), re.DOTALL), error.value
+
+
+def test_class_names_must_agree(tmp_path):
+    write(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"])
+    train, val = (build_index(tmp_path, s) for s in ("train", "val"))
+    check_same_classes(train, train)
+    with pytest.raises(ValueError, match="only in training: b; only in validation: c"):
+        check_same_classes(train, val)
+
+
+# --- decoding ---
+
+@pytest.mark.parametrize("format, mode, options", [
+    ("JPEG", "RGB", {}), ("JPEG", "RGB", dict(progressive=True)), ("JPEG", "L", {}), ("JPEG", "CMYK", {}),
+    ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "L", {}), ("PNG", "P", dict(transparency=bytes(range(256)))),
+    ("WEBP", "RGB", dict(lossless=True)), ("BMP", "RGB", {}), ("TIFF", "RGB", {}), ("GIF", "P", {}), ("PPM", "RGB", {}),
+])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.filterwarnings("error:.*ransparency")
+def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeypatch):
+    if not torchvision:
+        monkeypatch.setattr(transforms, "decode_jpeg", None)
+    image = picture(1, mode="RGBA").convert(mode) if mode != "P" else picture(1).quantize(256)
+    data = encode(image, format, **options)
+    expected = Image.open(io.BytesIO(data))
+    if channels == 1 and format == "JPEG" and mode == "RGB":
+        expected.draft("L", None)  # the file's own luma; RGB and back is not the same
+    if mode == "P" and format == "PNG":
+        expected = expected.convert("RGBA")
+    expected = np.asarray(expected.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])).reshape(40, 48, channels)
+    found = decode(data, channels)
+    assert found.dtype == torch.uint8 and (found.numpy() == expected.transpose(2, 0, 1)).all()
+    assert _is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
+    for part in (0.5, 0.9):
+        with pytest.raises(ValueError, match="not a readable image"):
+            decode(data[:int(len(data) * part)], channels)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    with pytest.raises(ValueError, match="decompression bomb"):  # torchvision has no such limit
+        decode(data, channels)
+
+
+def test_decode_16_bit_arrays_and_junk():
+    values = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
+    files = {format: encode(Image.fromarray(values), format) for format in ("PNG", "TIFF")}
+    files["PGM"] = b"P5\n16 16\n65535\n" + values.astype(">u2").tobytes()
+    for format, data in files.items():
+        assert (decode(data, 3).numpy() == np.round(values / 257)).all(), format
+    array = np.random.default_rng(0).integers(0, 256, (6, 7, 5), dtype=np.uint8)
+
+    def npy(x):
+        file = io.BytesIO()
+        np.save(file, x, allow_pickle=True)
+        return file.getvalue()
+    assert (decode(npy(array), 5).numpy() == array.transpose(2, 0, 1)).all()
+    assert (decode(npy(array[..., 0]), 1).numpy() == array[None, ..., 0]).all()
+    for data, channels, message in [
+        (npy(array), 3, "found uint8 .*expected uint8 .H, W, 3."), (npy(array.astype(float)), 5, "float64"),
+        (npy(np.array([{}, 1])), 1, "allow_pickle"), (npy(array)[:-1], 5, "not a readable"), (b"", 3, "0 bytes"),
+        (b"<html>", 3, "<htm"), (encode(picture()), 5, "5 channels are read from .npy"),
+        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1, "floating-point"),
+        (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), 1, "70000"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode(data, channels)
+
+
+# --- transforms ---
+
+@pytest.mark.parametrize("size, scale", [(32, (0.2, 1.0)), ((20, 50), (0.05, 0.5))])
+def test_pretrain_transform_is_torchvisions_on_pil(size, scale):
+    image = picture(2, size=(97, 61))
+    tensor = decode(encode(image))
+    reference = tv.Compose([
+        tv.RandomResizedCrop(size, scale, interpolation=tv.InterpolationMode.BICUBIC), tv.RandomHorizontalFlip(0.3),
+        tv.RandomVerticalFlip(0.6), tv.PILToTensor()])
+    transform = pretrain_transform(size, scale, hflip=0.3, vflip=0.6)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = reference(image).int()
+        torch.manual_seed(seed)
+        found = transform(tensor)
+        assert found.dtype == torch.uint8 and (found.int() - expected).abs().max() <= 2  # a pixel of shift gives > 20
+        torch.manual_seed(seed)
+        box = tv.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+        torch.manual_seed(seed)
+        assert box == transform.draw(*tensor.shape[-2:])[:4]
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (10, 400), (400, 10), (1, 1), (3, 4), (50, 199)])
+def test_boxes_and_flips_are_torchvisions(height, width):
+    """Also where no crop of the wanted area and aspect ratio fits into the image."""
+    ours, theirs = pretrain_transform(8, hflip=0.3, vflip=0.6), v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        box = theirs.make_params([torch.empty(1, height, width)])
+        flips = [torch.rand(1).item() < p for p in (0.3, 0.6)]
+        found = ours.draw(height, width, seed)
+        assert found == (box["top"], box["left"], box["height"], box["width"], *flips)
+        torch.manual_seed(seed)
+        assert ours.draw(height, width) == found
+
+
+@pytest.mark.parametrize("source", [(97, 61), (61, 97), (40, 40)])
+@pytest.mark.parametrize("size, crop_pct", [(32, None), (48, 0.9), (256, None)])
+def test_eval_transform_is_torchvisions_on_pil(source, size, crop_pct):
+    image = picture(3, size=source)
+    resize = int(size / (crop_pct or (224 / 256 if size <= 224 else 1)))
+    reference = tv.Compose([tv.Resize(resize, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()])
+    assert (eval_transform(size, crop_pct)(decode(encode(image))).int() - reference(image).int()).abs().max() <= 2
+
+
+def test_eval_transform_covers_rectangles():
+    ramp = np.stack(np.broadcast_arrays(np.arange(200)[None], np.arange(100)[:, None], 0), -1).astype(np.uint8)
+    found = eval_transform((32, 96), crop_pct=1.0)(torch.from_numpy(ramp).permute(2, 0, 1))
+    assert found.shape == (3, 32, 96)
+    # (100, 200) -> (48, 96), the middle 32 rows: the whole width, a third of the height is cut, and nothing is padded
+    assert found[0, 5, 0] <= 1 and found[0, 5, -1] >= 198
+    assert abs(int(found[1, 0, 0]) - 17) <= 1 and abs(int(found[1, -1, 0]) - 82) <= 1
+
+
+@pytest.mark.parametrize("mode, mean", [("RGB", (0.4, 0.5, 0.6)), ("L", (0.5,))])
+def test_finetune_transform_is_timms(mode, mean):
+    image = picture(4, size=(60, 50), mode=mode)
+    transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, vflip=0.2)
+    reference = timm.data.create_transform(
+        (24, 32), is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=None,
+        interpolation="bicubic", vflip=0.2, mean=mean)
+    outputs = []
+    for seed in range(10):
+        for f, x in ((reference, image), (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean)))):
+            with datasets._seeded(seed):
+                outputs.append(f(x))
+        assert torch.equal(outputs[-1], outputs[-2]) and outputs[-1].dtype == torch.uint8
+    hardest = finetune_transform(16, in_chans=len(mean), mean=mean, auto_augment="rand-m10-n6-inc1")
+    for seed in range(60):  # the highest magnitude posterises to 0 bits, which new versions of Pillow refuse
+        with datasets._seeded(seed):
+            assert hardest(decode(encode(image), len(mean))).shape == (len(mean), 16, 16)
+
+
+def timms_draws(height, width, key, monkeypatch, **options):
+    """top, left, height, width, flipped left-right, upside down: what timm's transform does to an image of that size."""
+    transform = timm.data.create_transform(8, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
+                                           interpolation="bicubic", **options)
+    boxes, marked = [], np.zeros((8, 8, 3), np.uint8)
+    marked[0, 0] = 255
+    with monkeypatch.context() as patch:
+        patch.setattr(timm.data.transforms.F, "resized_crop",
+                      lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked))
+        with datasets._seeded(key):
+            found = np.asarray(transform(Image.new("RGB", (width, height))))
+    row, column = np.argwhere(found.max(-1) if found.shape[-1] == 3 else found.max(0))[0]
+    return *boxes[0], bool(column), bool(row)
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (72, 72), (10, 400), (400, 10), (50, 199)])
+def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
+    """Also where no crop fits. An existing run must go on with the crops that it has begun with."""
+    options = dict(scale=(0.08, 1.0), hflip=0.3, vflip=0.6)
+    ours = finetune_transform(8, auto_augment="", crop_scale=options["scale"], hflip=0.3, vflip=0.6)
+    keys = [sample_seed(0, epoch, 5) for epoch in range(50)]
+    found = [ours.draw(height, width, key) for key in keys]
+    assert found == [timms_draws(height, width, key, monkeypatch, **options) for key in keys]
+    with datasets._seeded(keys[0]):
+        assert ours.draw(height, width) == found[0], "by the global generators, too"
+    assert len({flips for *_, flips in found}) == 2
+
+
+def through_pil(image, size, **options):
+    """Fine-tuning's transform as it was: by a PIL image."""
+    return timm.data.create_transform(size, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
+                                      interpolation="bicubic", **options)(v2.functional.to_pil_image(image))
+
+
+@pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "JPEG")])
+def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
+    """Up to the rounding of the two ways to resize; a wrong crop, flip or filter is far below 50 dB."""
+    channels, keys = {"RGB": 3, "L": 1}[mode], [sample_seed(2, epoch, 0) for epoch in range(30)]
+    data = encode(picture(4, size=(97, 81), mode=mode), format)
+    (tmp_path / "x.jpg").write_bytes(data)
+    transform = finetune_transform((24, 32), in_chans=channels, auto_augment=None, vflip=0.5)
+    dataset = ImageDataset(build_index(tmp_path, labels=False), transform, in_chans=channels, seed=2)
+    errors = []
+    for epoch, key in enumerate(keys):
+        with datasets._seeded(key):
+            expected = np.asarray(through_pil(decode(data, channels), (24, 32), vflip=0.5))
+        found = dataset[epoch, 0]["image"].numpy()
+        assert found.shape == expected.shape == (channels, 24, 32) and found.dtype == np.uint8
+        errors.append(((found.astype(float) - expected) ** 2).mean())
+    assert 10 * np.log10(255**2 / np.max(errors)) >= 50, errors
+
+
+def test_color_jitter_and_other_filters_still_go_through_timm():
+    image = decode(encode(picture(4)))
+    for options in (dict(color_jitter=0.4), dict(interpolation="bilinear"), dict(auto_augment="rand-m9-mstd0.5-inc1")):
+        transform = finetune_transform(16, **dict(auto_augment="") | options)
+        assert not hasattr(transform, "crop_jpeg") and not hasattr(transform, "window")
+        reference = timm.data.create_transform(
+            16, is_training=True, use_prefetcher=True,
+            **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options)
+        with datasets._seeded(7):
+            expected = reference(v2.functional.to_pil_image(image))
+        with datasets._seeded(7):
+            assert torch.equal(transform(image), expected)
+
+
+def test_finetune_transform_of_other_channel_counts():
+    for kwargs in ({}, dict(auto_augment="", color_jitter=0.4)):
+        with pytest.raises(ValueError, match="work on 1 or 3 channels, not on 5"):
+            finetune_transform(16, in_chans=5, **kwargs)
+    image = torch.randint(0, 256, (5, 40, 30), dtype=torch.uint8)
+    torch.manual_seed(0)
+    found = finetune_transform(16, in_chans=5, auto_augment=None, crop_scale=(0.2, 1))(image)
+    torch.manual_seed(0)
+    assert torch.equal(found, pretrain_transform(16)(image))
+
+
+def test_normalize():
+    images, mean, std = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8), (0.4, 0.5, 0.6), [0.2, 0.3, 0.25]
+    found = normalize(images, mean, std)
+    torch.testing.assert_close(found, tv.functional.normalize(images / 255, mean, std))
+    assert torch.equal(unnormalize(found, mean, std), images)
+    assert unnormalize(torch.tensor([[[9.0]], [[-9.0]]]), (0.5,), (0.5,)).flatten().tolist() == [255, 0]
+    with pytest.raises(ValueError, match="images have 3"):
+        normalize(images, (0.5, 0.5), std)
+
+
+# --- samples and samplers ---
+
+def dataset_of(tmp_path, n=24, broken=(), **kwargs):
+    names = [f"{'ab'[i % 2]}/{i:02}.jpg" for i in range(n)]
+    write(tmp_path / "train", names, broken={n for n in names if int(n[2:4]) in broken})
+    return build_dataset(tmp_path, "train", kwargs.pop("transform", pretrain_transform(16)), **kwargs)
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(tmp_path):
+    dataset = dataset_of(tmp_path, seed=7, transform=finetune_transform(16))
+    sampler = EpochSampler(24, batch_size=5, rank=0, world_size=1, seed=7)
+    expected = {(e, i): dataset[e, i] for e in (1, 0) for i in reversed(range(24))}
+    for workers in (0, 2):
+        loader = build_loader(dataset, sampler, batch_size=5, num_workers=workers)
+        for epoch in (0, 1):
+            sampler.set_position(epoch)
+            for m, batch in enumerate(loader):
+                assert torch.equal(batch["index"], sampler.global_batch(epoch, m)) and batch["bad"] == []
+                for j, i in enumerate(batch["index"].tolist()):
+                    same({k: batch[k][j] for k in ("image", "label", "key")},
+                         {k: torch.as_tensor(expected[epoch, i][k]) for k in ("image", "label", "key")})
+                    assert batch["key"][j] == sample_seed(7, epoch, i) and batch["label"][j] == dataset.index.labels[i]
+            assert m == 3
+    assert not torch.equal(expected[0, 3]["image"], expected[1, 3]["image"])
+    same(dataset[3], expected[0, 3])
+
+
+def test_loading_leaves_the_global_generators_alone(tmp_path):
+    dataset = dataset_of(tmp_path, transform=lambda x: x + random.randrange(99) + np.random.randint(99))
+    draws = []
+    for load in (False, True):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        for _ in range(3):
+            if load:
+                dataset[1, 2]
+            draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    assert draws[:3] == draws[3:]
+    random.seed(2), np.random.seed(2)
+    assert torch.equal(dataset[1, 2]["image"], dataset[1, 2]["image"])  # random and numpy.random are seeded too
+
+
+def test_sample_seed_is_frozen_and_well_mixed():
+    frozen = [1279368494785126216, 1700482428262628912, 7510213797696614745]  # a change would break every resume
+    assert [sample_seed(0, 0, 0), sample_seed(0, 0, 1), sample_seed(1, 2, 3)] == frozen
+    seeds = [sample_seed(s, e, i) for s in range(5) for e in range(20) for i in range(100)]
+    assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**63
+    bits = np.array([[s >> b & 1 for b in range(63)] for s in seeds])
+    assert abs(bits.mean(0) - 0.5).max() < 0.03  # 6 sigma
+    assert abs(np.corrcoef(bits.T) - np.eye(63)).max() < 0.06
+
+
+def test_unreadable_images_are_replaced_and_reported(tmp_path):
+    broken = {2, 3, 23}
+    dataset = dataset_of(tmp_path, broken=(4, 6, 23), labels=False)  # a/04, a/06 -> 2, 3; b/23 -> 23
+    for epoch in range(8):
+        for i in (1, 2, 3, 23):
+            tried = [i]
+            while tried[-1] in broken:
+                tried.append(sample_seed(sample_seed(0, epoch, i), 0, len(tried)) % len(dataset))
+            found = dataset[epoch, i]
+            same(found, dataset[epoch, tried[-1]] | dict(bad=tried[:-1]))
+            assert found["key"] == sample_seed(0, epoch, tried[-1]) and found["image"].any()
+    assert len({dataset[epoch, 2]["index"] for epoch in range(8)}) > 4, "not the neighbour, which may be broken as well"
+    assert collate([dataset[i] for i in (1, 2)])["bad"][0] == 2
+    evaluation = ImageDataset(build_index(tmp_path), eval_transform(16), evaluation=True)
+    found = evaluation[2]
+    assert (found["index"], found["label"], found["bad"]) == (2, -1, [2]) and not found["image"].any()
+    assert evaluation[1]["label"] == 0 and evaluation[1]["image"].any()
+    os.remove(tmp_path / "train" / evaluation.index.name(1))
+    assert dataset[1]["bad"][0] == 1  # gone altogether
+    for count in (24, 3):
+        shutil.rmtree(tmp_path / "train")
+        broken = dataset_of(tmp_path, n=count, broken=range(24))
+        with pytest.raises(ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"):
+            broken[0]
+
+
+def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "train", ["x/1.png", "x/2.png", "y/3.png"])
+    write(tmp_path / "b" / "train", ["x/1.png", "x/2.png", "y/3.png"])
+    write(tmp_path / "c" / "train", ["x/1.png", "y/2.png", "y/3.png"])  # as many, one of another class
+    a, b, c = (build_dataset(tmp_path / name, "train", eval_transform(16)) for name in "abc")
+    others = []
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, *others])
+    others[:] = [(b.index.digest(), "3 on node2")]
+    check_same_everywhere(a)
+    others[:] = [(c.index.digest(), "3 on node2")]
+    for make in (eval_loader, partial(train_loader, seed=0)):
+        with pytest.raises(ValueError, match=r"the ranks list different images in .*a: 3 on node2, 3 on "):
+            make(a, batch_size=1, num_workers=0, pin_memory=False)
+
+
+def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
+    """Wherever they lie in a batch, one batch of them alone among them; a loss function need not know of it."""
+    dataset = dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7))
+    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
+                         pin_memory=False)
+    whole = [s for s in loader.dataset if not s["bad"]]
+
+    def loss_fn(model, batch):
+        return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
+
+    options = dict(device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    stats = evaluation.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
+    assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
+    assert stats["loss"] == pytest.approx(np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5)
+    assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
+    assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
+    x, y = evaluation.features(lambda images: images.flatten(1)[:, :5], loader, **options)
+    assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
+        s["label"] for s in whole]
+
+
+def test_an_evaluation_on_nothing_says_so(tmp_path):
+    dataset = dataset_of(tmp_path, n=4, broken=(0, 1, 2, 3))
+    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
+                         pin_memory=False)
+    with pytest.raises(ValueError, match="none of the 4 images to evaluate on can be decoded"):
+        evaluation.evaluate(torch.nn.Flatten(), lambda model, batch: (torch.zeros(()), {}), loader,
+                            device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
+    def fail(image):
+        raise ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        dataset_of(tmp_path, n=2, transform=fail)[0]
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 6), (2, 3), (3, 2)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_epoch_sampler_by_brute_force(world_size, batch_size, shuffle):
+    n, total = 23, 6
+    ranks = [EpochSampler(n, batch_size=batch_size, rank=r, world_size=world_size, seed=5, shuffle=shuffle)
+             for r in range(world_size)]
+    reference = EpochSampler(n, batch_size=total, seed=5, shuffle=shuffle)  # one rank with the same global batch
+    seen = []
+    for epoch in (0, 1, 3):
+        for s in (reference, *ranks):
+            s.set_position(epoch)
+        items = list(reference)
+        assert {e for e, _ in items} == {epoch}
+        order = [i for _, i in items]
+        assert len(set(order)) == len(order) == n // total * total and set(order) <= set(range(n))
+        own = [[i for _, i in s] for s in ranks]
+        for m in range(n // total):
+            union = [i for o in own for i in o[m * batch_size:(m + 1) * batch_size]]
+            assert union == order[m * total:(m + 1) * total] == ranks[0].global_batch(epoch, m).tolist()
+        assert [len(s) for s in ranks] == [len(o) for o in own]
+        for s, o in zip(ranks, own):
+            s.set_position(epoch, 2)
+            assert [i for _, i in s] == o[2 * batch_size:] and len(s) == len(o) - 2 * batch_size
+        seen.append(order)
+    assert (seen[0] != seen[1] != seen[2] != seen[0]) if shuffle else seen[0] == list(range(18))
+    other = EpochSampler(n, batch_size=total, seed=6)
+    assert [i for _, i in other] != seen[0]
+    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: --batch_size 3 x 2 ranks = 6"):
+        EpochSampler(5, batch_size=3, rank=0, world_size=2, seed=0)
+
+
+def test_eval_sampler_sees_every_image_once():
+    for n, world_size in ((10, 3), (2, 4), (7, 1)):
+        parts = [EvalSampler(n, r, world_size) for r in range(world_size)]
+        assert sorted(i for p in parts for i in p) == list(range(n)) and sum(map(len, parts)) == n
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_workers_survive_signals_and_the_process_ends(tmp_path):
+    """A worker must outlive the signals that a scheduler sends to all, and still not keep its parent from exiting."""
+    dataset_of(tmp_path, n=64)
+    script = f"""
+import multiprocessing, os, signal
+from util.data.datasets import build_dataset
+from util.data.loading.loader import build_loader
+from util.data.loading.samplers import EpochSampler
+from util.data.transforms import pretrain_transform
+dataset = build_dataset({str(tmp_path)!r}, "train", pretrain_transform(16))
+batches = iter(build_loader(dataset, EpochSampler(64, batch_size=2), batch_size=2, num_workers=2))
+next(batches)
+for worker in multiprocessing.active_children():
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, name)
+print(sum(len(b["index"]) for _, b in zip(range(20), batches)))
+raise SystemExit(5)  # with the workers still running
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (5, "40") and "Error" not in done.stderr, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_validation_during_pretraining_loads_as_fast_as_training(tmp_path):
+    write(tmp_path, [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)] + ["train/b/1.png", "val/b/1.png"])
+    args = parse(main_pretrain.get_args_parser(), ["--data_path", str(tmp_path), "--batch_size", "2", "--num_workers", "5"])
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        loaders = main_pretrain.build_data(args, (16, 16), torch.device(device), two_views=False)
+        assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == [(5, pinned)] * 2
+
+
+# --- other sources, command line ---
+
+def test_demo_set_is_the_default(tmp_path, monkeypatch):
+    root = write(tmp_path / "src", NAMES)
+    pack(tmp_path / "train.tar", root, NAMES)
+    assert Path(datasets.DEMO) == ROOT / "data" / "demo"
+    monkeypatch.setattr(datasets, "DEMO", str(tmp_path))
+    assert len(build_dataset(None, "train", None)) == len(build_dataset("", "train", None)) == 8
+
+
+def test_timm_readers(tmp_path, monkeypatch):
+    root = write(tmp_path / "src", ORDER)
+    ours = build_dataset(root, "train", pretrain_transform(16), seed=2)
+    theirs = build_dataset(f"torch/image_folder={root}", "train", pretrain_transform(16), seed=2)
+    assert theirs.exact_resume and theirs.summary() == f"torch/image_folder={root}: 8 images (read by timm)"
+    for i in range(8):
+        if not ORDER[i].endswith("10.jpeg"):
+            same(theirs[1, i], ours[1, i])
+
+    class Stream(torch.utils.data.IterableDataset):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            return ((picture(i), i) for i in range(6))
+    calls = []
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: calls.append((a, k)) or Stream())
+    stream = build_dataset("wds/x=/shards", "val", pretrain_transform(16), evaluation=True)
+    assert calls[0][0] == ("wds/x",) and calls[0][1]["root"] == "/shards" and calls[0][1]["split"] == "validation"
+    assert not stream.exact_resume and "a run resumes at whole epochs only" in stream.summary()
+    loader = build_loader(stream, None, batch_size=4)
+    first, again = next(iter(loader)), next(iter(loader))
+    stream.set_epoch(1)
+    later = next(iter(loader))
+    assert stream.dataset.epoch == 1 and first["label"].tolist() == [0, 1, 2, 3] and len(list(loader)) == 1
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
+
+    def missing(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+    monkeypatch.setattr(timm.data, "create_dataset", missing)
+    with pytest.raises(ValueError, match="hfds/x needs a package that is not installed: pip install datasets"):
+        build_dataset("hfds/x", "train", None)
+    with pytest.raises(ValueError, match="1 or 3 channels, not 5"):
+        build_dataset("hfds/x", "train", None, in_chans=5)
+
+
+def test_command_line(tmp_path, capsys):
+    write(tmp_path / "good", ORDER)
+    images = [decode(Path(tmp_path, "good", n).read_bytes()).double().flatten(1) / 255 for n in ORDER]
+    pixels = torch.cat(images, 1)
+    assert commands.main(["stats", str(tmp_path / "good")]) == 0
+    numbers = [float(w) for w in capsys.readouterr().out.split("\n")[1].split() if w[0] == "0"]
+    expected = torch.cat([pixels.mean(1), pixels.std(1, correction=0)])
+    torch.testing.assert_close(torch.tensor(numbers).double(), expected, atol=1e-4, rtol=0)
+    assert commands.main(["check", str(tmp_path / "good"), "--num_workers", "0"]) == 0
+    write(tmp_path / "bad", ORDER, broken=["b/2.jpg"])
+    assert commands.main(["check", str(tmp_path / "bad"), "--num_workers", "0"]) == 1
+    assert "unreadable: b/2.jpg\n1 of 8 images" in capsys.readouterr().out
+    for argv, said in ((["check", str(tmp_path / "nowhere")], "no such file or folder"),
+                       (["stats", "hfds/x"], "timm's readers"),
+                       (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
+                       (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
+                       (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths")):
+        assert commands.main(argv) == 2 and said in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(tmp_path, capfd):
+    """Latin-1 from old archives: such a file can be read, listed, predicted and named where it is broken."""
+    write(tmp_path / "a", ORDER)
+    folder = os.fsencode(tmp_path / "a") + b"/b"
+    os.rename(folder + b"/2.jpg", folder + b"/caf\xe9.jpg")
+    index = build_index(tmp_path / "a", labels=False)
+    i = next(i for i in range(len(index)) if "\udce9" in index.name(i))
+    bad = BadImages(ImageDataset(index, None), str(tmp_path), 1.0)
+    bad.add([i])
+
+    with open(tmp_path / "out.txt", "w", encoding="utf-8") as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        bad.check()  # in a job, which no `run` has prepared
+        assert run(lambda args: print(index.name(i)) or 0, None) == 0
+    assert (tmp_path / "bad_images.txt").read_bytes() == b"b/caf\xe9.jpg\n"
+    said = (tmp_path / "out.txt").read_text()
+    assert "the latest: b/caf\\xe9.jpg\n" in said and said.endswith("\nb/caf\\udce9.jpg\n")
+    write_predictions(str(tmp_path / "p.csv"), [(i, -1, 0, 0.5)], SimpleNamespace(name=index.name, classes=["x"]))
+    assert b"caf\xe9.jpg,unreadable" in (tmp_path / "p.csv").read_bytes()
+
+
+def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
+    """As `tar -P` stores them; the first folder below the root is the class."""
+    def pack_absolute(tar, prefix):  # `tarfile.add` would take the slash off
+        with tarfile.open(tar, "w") as file:
+            for name in NAMES:
+                member = file.gettarinfo(Path(root, name))
+                member.name = prefix + name
+                with open(Path(root, name), "rb") as data:
+                    file.addfile(member, data)
+            member = tarfile.TarInfo(prefix + "b/link.jpg")
+            member.type, member.linkname = tarfile.LNKTYPE, prefix + "b/2.jpg"
+            file.addfile(member)
+        return tar
+
+    root = write(tmp_path / "src", NAMES)
+    plain = build_index(pack(tmp_path / "plain.tar", root, NAMES))
+    path = pack_absolute(tmp_path / "train.tar", "/")
+    found = build_index(path)
+    assert found.classes == plain.classes and sorted(names_of(found)) == sorted([*names_of(plain), "b/link.jpg"])
+    with pytest.raises(ValueError, match=r"the only class in .* is 'data' and its images lie deeper"):
+        build_index(pack_absolute(tmp_path / "deep.tar", "/data/"))
+    age(path)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(listing, "_member_name", lambda name: os.fsencode(os.path.normpath(name)))
+        build_index(path, labels=False)  # leaves a listing with the class ""
+    with pytest.raises(ValueError, match=r"9 images and no classes: delete the \.index\.npz beside it"):
+        build_index(path)

@@ -1,0 +1,716 @@
+"""Pretrained encoders become classifiers: loading, losses, groups, probes and neighbours."""
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models import adapt_input_conv
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import tiny  # registers mae_test and vit_test
+from backbones.registry import build_classifier, freeze_all_but
+from backbones.teacher import build_teacher
+from commands import accuracy, call, pretrained
+from layers.pos_embed import resize_pos_embed, sincos_2d
+from layers.probe import Probe, pooled
+from models_mae_pl import MODELS, MaskedAutoencoderViT
+from models_vit import DistilledVisionTransformer
+from util.data.sources.image_index import class_names
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.evaluate import supervised
+from util.evaluate.accuracy import classification
+from util.evaluate.knn import knn_accuracy, knn_votes, nearest
+from util.flags.parser import parse
+from util.train.lr_sched import set_lr
+from util.train.optim import lars, param_groups
+from util.weights import checkpoint, transfer
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Two classes that a linear model can tell apart, as PNGs with 1, 3 or 4 channels."""
+    def make(mode: str, size=(28, 42)):
+        rng = np.random.default_rng(0)
+        for split, n in (("train", 20), ("val", 10)):
+            for c, name in enumerate(("dark", "light")):
+                folder = tmp_path / "data" / split / name
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    pixels = rng.integers(100 * c, 100 * c + 120, (*size, len(mode)), dtype=np.uint8)
+                    Image.fromarray(pixels.squeeze(), mode).save(folder / f"{i}.png")
+        return tmp_path / "data"
+    return make
+
+
+@pytest.mark.parametrize("mode,patch,size", [("L", 8, (16, 24)), ("RGBA", 14, (28, 42)), ("RGB", 8, (24, 16))])
+def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(tmp_path, capsys, shapes, mode, patch, size):
+    common = ["--data_path", shapes(mode), "--input_size", *size, "--patch_size", patch, "--in_chans", len(mode),
+              "--batch_size", 8]
+    if mode == "RGBA":
+        common += ["--mean", *[0.5] * 4, "--std", *[0.25] * 4]
+    checkpoint_file = pretrained(tmp_path, capsys, *common)
+    augment = ["--aa", "", "--reprob", 0]
+    code, text = call(main_finetune, capsys, "--model", "vit_test", *common, *augment, "--finetune", checkpoint_file,
+                      "--output_dir", tmp_path / "ft", "--epochs", 6, "--lr", 3e-3, "--warmup_epochs", 1)
+    assert code == 0 and "labels apl" in text and "a new one, zero" in text, text
+    assert float(accuracy(text)[-1]) == 100, "two plain classes are learned"
+    code, evaluated = call(main_finetune, capsys, "--model", "vit_test", *common, "--eval", "--resume",
+                           tmp_path / "ft" / "checkpoint-last.pth")
+    assert code == 0 and accuracy(evaluated) == accuracy(text)[-1:]
+    code, probed = call(main_linprobe, capsys, "--model", "vit_test", *common, "--finetune", checkpoint_file, "--knn",
+                        "--output_dir", tmp_path / "knn")
+    assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images" in probed
+
+
+def make_pretrained(**kwargs) -> tuple[MaskedAutoencoderViT, dict]:
+    torch.manual_seed(1)
+    model = MODELS["mae_test"](**({"img_size": (32, 32)} | kwargs))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.02)
+    return model, {"model": model.state_dict(), "args": {"model": "mae_test"}}
+
+
+@pytest.mark.parametrize("pool", ["avg", "cls"])
+def test_the_encoder_is_taken_over(pool):
+    mae, state = make_pretrained(pos_label="apl")
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pool=pool, pos_label="apl")
+    note = transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert "a new one, zero" in note and vit.pos_embed.abs().sum() == 0 and vit.pos_embed.requires_grad
+    images, cells = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1)
+    expected = mae.forward_encoder(images, cells)  # without an embedding, as pretrained
+    tokens = vit.forward_features(images)
+    assert torch.allclose(tokens if pool == "cls" else vit.fc_norm(tokens), expected, atol=1e-5)
+    # the label head goes on where it was
+    position = vit(images, positions=True)[1]["position"]
+    assert torch.allclose(position, mae.pos_head(expected[:, 1:], cells)["position"], atol=1e-5)
+    for name, p in vit.named_parameters():
+        if name in state["model"]:
+            assert torch.equal(p, state["model"][name]), name
+
+
+def test_a_new_norm_is_maes_where_no_label_head_goes_on():
+    _, state = make_pretrained(pos_label="apl")
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    assert "new: fc_norm, head" in transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert (vit.fc_norm.weight == 1).all() and (vit.fc_norm.bias == 0).all()
+
+
+@pytest.mark.parametrize("init", ["zero", "sincos", "normal"])
+def test_the_positional_embedding_that_comes_back(init):
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    transfer.init_encoder(vit, state, "x.pth", init)
+    table = vit.pos_embed.detach()
+    if init == "sincos":
+        assert torch.equal(table, sincos_2d(32, (4, 4)))
+    else:
+        assert table.std() == pytest.approx(0.02 if init == "normal" else 0.0, rel=0.15)
+
+
+def test_a_fixed_positional_embedding_is_not_made_zero():
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_embed="sincos")
+    assert "the fixed sine-cosine one" in transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert torch.equal(vit.pos_embed.data, sincos_2d(32, (4, 4)))
+
+
+def test_a_new_positional_embedding_is_trained_where_the_encoder_is_frozen(tmp_path, capsys):
+    for pos_embed, learns in (("none", True), ("sincos", False)):  # of the pretraining
+        out = tmp_path / pos_embed
+        file = pretrained(out, capsys, "--pos_embed", pos_embed)
+        code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--partial", 0, "--output_dir", out)
+        assert code == 0, text
+        state = checkpoint.load(str(out / "checkpoint-last.pth"))
+        start = 0 if learns else sincos_2d(32, (4, 4))
+        assert bool((state["model"]["pos_embed"] != start).any()) is learns
+
+
+def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, shapes):
+    """--mean and --std are stored, and taken where none are given; another size is said."""
+    common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir"]
+    stats = ["--mean", 0.9, 0.1, 0.5, "--std", 0.1, 0.2, 0.3]
+    code, text = call(main_finetune, capsys, *common, tmp_path / "ft", *stats, "--aa", "", "--reprob", 0)
+    assert code == 0, text
+    last = str(tmp_path / "ft" / "checkpoint-last.pth")
+    lines = [re.findall(r"\* Acc@1.*", text)[-1:]]
+    for more in ([], stats, ["--mean", 0, 0, 0, "--std", 1, 1, 1]):
+        code, text = call(main_finetune, capsys, *common, tmp_path / "no", "--eval", "--resume", last, *more)
+        assert code == 0 and ("other than in training: mean" in text) == (more not in ([], stats)), text
+        lines.append(re.findall(r"\* Acc@1.*", text))
+    assert lines[0] == lines[1] == lines[2] != lines[3]
+    code, text = call(main_finetune, capsys, *common, tmp_path / "no", "--eval", "--resume", last, "--pos_embed", "none",
+                      "--input_size", 40)
+    assert code == 2 and "does not fit" in text
+    file = pretrained(tmp_path, capsys, *stats)
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--knn", "--input_size", 40,
+                      "--output_dir", tmp_path / "knn")
+    assert code == 0 and "(other than in training: input_size: [32] -> [40])" in text, text
+    record = json.loads((tmp_path / "knn" / "run.json").read_text())["flags"]
+    assert (record["mean"], record["std"]) == ([0.9, 0.1, 0.5], [0.1, 0.2, 0.3])
+
+
+def test_another_grid_is_interpolated_by_size():
+    _, state = make_pretrained(pos_embed="sincos", img_size=(32, 48))
+    state["args"] |= {"input_size": [32, 48], "patch_size": [8]}
+    vit = build_classifier("vit_test", img_size=(40, 56), num_classes=5)
+    note = transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert "resized from (4, 6) to (5, 7)" in note
+    assert torch.equal(vit.pos_embed.data, resize_pos_embed(sincos_2d(32, (4, 6)), (4, 6), (5, 7)))
+    # against the obvious form, one channel at a time
+    cells = sincos_2d(32, (4, 6))[0, 1:].reshape(4, 6, 32)
+    for c in (0, 9, 31):
+        one = F.interpolate(cells[None, None, :, :, c], size=(5, 7), mode="bicubic")[0, 0]
+        assert torch.allclose(vit.pos_embed[0, 1:, c].reshape(5, 7), one, atol=1e-6)
+
+
+@pytest.mark.parametrize("old, new", [(3, 1), (3, 3), (3, 5), (1, 3), (1, 4), (4, 1), (4, 3), (2, 7)])
+def test_other_channels_answer_the_same_to_grey_images(old, new):
+    weight = torch.randn(2, old, 4, 4)
+    adapted = transfer.adapt_channels(weight, new)
+    assert adapted.shape == (2, new, 4, 4)
+    if old == 3:
+        assert torch.allclose(adapted, adapt_input_conv(new, weight)), "timm's"
+    elif new == 1 or new % old == 0:
+        grey = torch.randn(1, 1, 4, 4)
+        assert torch.allclose(F.conv2d(grey.expand(-1, new, -1, -1), adapted), F.conv2d(grey.expand(-1, old, -1, -1), weight),
+                              atol=1e-5)
+
+
+def test_a_label_head_goes_on_whole_or_starts_anew():
+    """Hidden layers behind one that does not fit have learned from other features; a classifier may be of another grid."""
+    mae = MODELS["mae_test"](img_size=(32, 32), pos_label="apl+rpl", pos_tokens="full")
+    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    for tokens, size, kept in (("half", 32, ()), ("full", 48, ("fc1.", "fc2.")), ("full", 32, ("fc1.", "fc2.", "classifier."))):
+        vit = build_classifier("vit_test", img_size=(size, size), num_classes=5, pos_label="apl+rpl", pos_tokens=tokens)
+        before = {k: v.clone() for k, v in vit.state_dict().items()}
+        transfer.init_encoder(vit, state, "x.pth", "zero")
+        for k, v in vit.state_dict().items():
+            if k.startswith("pos_head."):
+                expected = state["model"] if k.split(".", 2)[2].startswith(kept) else before
+                assert torch.equal(v, expected[k]), k
+
+
+def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
+    code, text = call(main_pretrain, capsys, "--model", "mae_test", "--pos_label", "rpl", "--pos_tokens", "full",
+                      "--mask_ratio", 0.5, "--output_dir", tmp_path / "pt")
+    assert code == 0, text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", tmp_path / "pt" / "checkpoint-last.pth",
+                      "--output_dir", tmp_path / "ft")
+    assert code == 0 and "pos_head" not in re.search(r"; new: (.*)", text)[1], text
+    assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth"))["args"]["pos_tokens"] == "full"
+
+
+@pytest.mark.parametrize("pos_embed", ["none", "sincos"])
+def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
+    mae = MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed)
+    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    deit = DistilledVisionTransformer(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
+    transfer.init_encoder(deit, state, "x.pth", "zero")
+    if pos_embed == "sincos":
+        own, theirs = deit.pos_embed[0], mae.pos_embed[0]
+        assert torch.equal(own[0], theirs[0]) and torch.equal(own[2:], theirs[1:]) and not own[1].any()
+    new = {"dist_token"} | ({"pos_embed"} if pos_embed == "none" else set())
+    assert transfer.new_parameters(state) >= new
+    freeze_all_but(deit, 0, transfer.new_parameters(state))
+    learning = {n for n, p in deit.named_parameters() if p.requires_grad}
+    assert new <= learning and "cls_token" not in learning and ("pos_embed" in learning) == ("pos_embed" in new)
+
+
+def test_channels_are_adapted_as_timm_does():
+    _, state = make_pretrained()
+    vit = build_classifier("vit_test", img_size=(32, 32), in_chans=1, num_classes=5)
+    assert "adapted from 3 to 1 channels" in transfer.init_encoder(vit, state, "x.pth", "zero")
+    expected = state["model"]["patch_embed.proj.weight"].sum(1, keepdim=True)
+    assert torch.allclose(vit.patch_embed.proj.weight, expected)
+
+
+def test_a_folder_that_holds_another_run_says_so(tmp_path, capsys):
+    """MAE's --output_dir has a default, so that this happens."""
+    file = pretrained(tmp_path, capsys)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "pt")
+    assert code == 2 and "is a full pretraining checkpoint" in text and "give another --output_dir" in text
+    run = ["--model", "vit_test", "--output_dir", tmp_path / "ft"]
+    assert call(main_finetune, capsys, *run, "--finetune", file)[0] == 0
+    again = tmp_path / "again.pth"
+    again.write_bytes(Path(file).read_bytes())
+    code, text = call(main_finetune, capsys, *run, "--finetune", again)
+    assert code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+    again.unlink()
+    assert call(main_finetune, capsys, *run, "--finetune", again)[0] == 0, "nor is it missed"
+    code, text = call(main_finetune, capsys, *run, "--resume", tmp_path / "ft" / "checkpoint-last.pth", "--epochs", 2)
+    assert code == 0 and "continuing" in text, "layer decay is as it was, though --finetune was not given again"
+
+
+def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    classifier, path = {"model": vit.state_dict()}, str(tmp_path / "c.pth")
+    torch.save(classifier, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "a")
+    assert code == 2 and "is a fine-tuned classifier" in text and "--resume" in text
+    _, state = make_pretrained()
+    torch.save(state, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", path)
+    assert code == 2 and "it is for main_pretrain.py --resume or --init_from; main_finetune.py and" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_tiny_patch8", "--finetune", path, "--output_dir", tmp_path / "b")
+    assert code == 2 and "does not fit --model" in text and "made with --model mae_test" in text
+    torch.save({"model": {"conv1.weight": torch.ones(1)}}, path)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "c")
+    assert code == 2 and "no command here knows (it has conv1.weight)" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval")
+    assert code == 2 and "--eval needs --resume" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--nb_classes", 12, "--output_dir", tmp_path / "d")
+    assert code == 2 and "--nb_classes 12, but" in text and "has 10 class folders" in text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--mixup", 0.8, "--batch_size", 25, "--output_dir",
+                      tmp_path / "e")
+    assert code == 2 and "even --batch_size" in text
+
+
+@pytest.mark.parametrize("pos_embed,pos_label", [("none", "none"), ("learned", "none"), ("none", "apl"), ("none", "rpl"),
+                                                 ("learned", "apl"), ("sincos", "rpl"), ("none", "apl+rpl")])
+def test_embedding_and_labels_are_independent(tmp_path, capsys, pos_embed, pos_label):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--pos_embed", pos_embed, "--pos_label", pos_label,
+                      "--output_dir", tmp_path)
+    assert code == 0, text
+    keys = checkpoint.load(str(tmp_path / "checkpoint-last.pth"))["model"].keys()
+    assert ("pos_embed" in keys) == (pos_embed != "none")
+    assert {k.split(".")[1] for k in keys if k.startswith("pos_head.")} == set(pos_label.split("+")) - {"none"}
+    assert ("position_acc" in text) == (pos_label != "none")
+
+
+def test_mixup_mixes_class_targets_only():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
+    flags = {name: getattr(args, name) for name in main_finetune.BATCH_FLAGS}
+    augment, mixed = supervised.make_augment(5, torch.device("cpu"), **flags)
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
+    seen = {}
+    vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))
+    criterion = supervised.make_criterion(0.1, mixed)
+    loss_fn = supervised.make_loss_fn(augment, criterion, "apl", 0.25)
+    batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0, 1, 2, 3])}
+    np.random.seed(3)
+    loss, terms = loss_fn(vit, batch)
+    assert len(seen["inputs"]) == 1, "no cells are given: all of them in order, nothing mixed"
+    np.random.seed(3)
+    x, target = augment(batch["image"].clone(), batch["label"])
+    assert ((target > 0.02) & (target < 0.9)).any(), "the draw mixes"
+    by_hand = -(target * vit(x).log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(terms["class"], by_hand, atol=1e-5)
+    assert torch.allclose(loss, terms["class"] + 0.25 * terms["position"])
+
+
+def test_distillation_learns_the_teachers_answer():
+    from models_vit import DistilledVisionTransformer
+
+    torch.manual_seed(0)
+    student = DistilledVisionTransformer(img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5)
+    for head in (student.head, student.head_dist):
+        torch.nn.init.normal_(head.weight)
+    criterion = supervised.make_criterion(0.0, False)
+    answers = torch.tensor([4, 0, 2])
+    loss_fn = supervised.make_loss_fn(lambda x, y: (x, y), criterion, "none", 0.5,
+                                         teacher=lambda x: F.one_hot(answers, 5).float())
+    batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([1, 2, 3])}
+    loss, terms = loss_fn(student, batch)
+    own, distilled = student(batch["image"], distillation=True)
+    assert torch.allclose(terms["class"], F.cross_entropy(own, batch["label"]))
+    assert torch.allclose(terms["distill"], F.cross_entropy(distilled, answers))
+    assert torch.allclose(loss, (terms["class"] + terms["distill"]) / 2)
+
+
+def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
+    import timm
+
+
+    class Fake(torch.nn.Module):
+        num_classes, pretrained_cfg = 5, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
+
+        def forward(self, x):
+            self.seen = x
+            return x
+
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: Fake())
+    pixels, mean, std = torch.rand(2, 3, 4, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    shape = (3, 1, 1)
+    options = dict(img_size=(4, 4), in_chans=3, mean=mean, std=std)
+    teacher = build_teacher("timm/x", "", classes=list("abcde"), **options)
+    out = teacher((pixels - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape))
+    expected = (pixels - torch.tensor((0.5, 0.4, 0.3)).reshape(shape)) / torch.tensor((0.2, 0.25, 0.5)).reshape(shape)
+    assert torch.allclose(out, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="knows 5 classes, the data have 7"):
+        build_teacher("timm/x", "", classes=list("abcdefg"), **options)
+
+
+def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--output_dir", tmp_path / "teacher")
+    assert code == 0, text
+    flags = ["--distill", "vit_test", "--distill_checkpoint", tmp_path / "teacher" / "checkpoint-last.pth"]
+    code, text = call(main_finetune, capsys, "--model", "vit_test", *flags, "--output_dir", tmp_path / "a")
+    assert code == 2 and "needs a model with a distillation token" in text
+    code, text = call(main_finetune, capsys, "--model", "deit_tiny_distilled_patch16", *flags, "--pos_label", "apl",
+                      "--output_dir", tmp_path / "b")
+    assert code == 0 and "distill:" in text and "position:" in text, text
+
+
+def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
+    """Its own classes, pooling, embedding and normalisation, none of which the student's flags say."""
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--cls_token", "--pos_embed", "none", "--mean", 0.5, 0.4,
+                      0.3, "--std", 0.2, 0.3, 0.4, "--output_dir", tmp_path)
+    assert code == 0, text
+    file = tmp_path / "checkpoint-last.pth"
+    saved = checkpoint.load(str(file))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    options = dict(img_size=(32, 32), in_chans=3, mean=mean, std=std)
+    teacher = build_teacher("vit_test", str(file), classes=saved["classes"], **options)
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=10, pool="cls", pos_embed="none").eval()
+    model.load_state_dict(saved["model"])
+    pixels = torch.rand(2, 3, 32, 32)
+    by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
+    assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
+    with pytest.raises(ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"):
+        build_teacher("vit_test", str(file), classes=saved["classes"][::-1], **options)
+
+
+def test_layer_decay_groups_equal_timms():
+    timm_optim = pytest.importorskip("timm.optim")
+    timm = pytest.importorskip("timm")
+    ours = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="none")
+    theirs = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                               num_classes=5, global_pool="avg")
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    expected = {names[id(p)]: (g["lr_scale"], g["weight_decay"])
+                for g in timm_optim.param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.75,
+                                                             no_weight_decay_list=theirs.no_weight_decay())
+                for p in g["params"]}
+    names = {id(p): n for n, p in ours.named_parameters()}
+    groups = param_groups(ours, 0.05, ours.no_weight_decay(), 0.75, ours.layer_id, ours.num_layers)
+    found = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name] == pytest.approx(expected[name]), name
+
+
+def test_partial_fine_tuning_trains_the_last_blocks_and_heads():
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
+    freeze_all_but(vit, 1)
+    trained = {n.split(".")[0] + ("." + n.split(".")[1] if n.startswith("blocks") else "")
+               for n, p in vit.named_parameters() if p.requires_grad}
+    assert trained == {"blocks.1", "fc_norm", "head", "pos_head"}
+    freeze_all_but(vit, 0)
+    assert not any(p.requires_grad for p in vit.blocks.parameters()) and vit.head.weight.requires_grad
+
+
+def folders(root, names, copies=2):
+    """A validation set of noise with these class folders; a later class is brighter."""
+    rng = np.random.default_rng(len(names))
+    for c, name in enumerate(names):
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(copies):
+            Image.fromarray(rng.integers(c, 200 + c, (32, 32, 3), dtype=np.uint8)).save(root / "val" / name / f"{i}.png")
+    return root
+
+
+def answers(file) -> dict[str, tuple[str, float]]:
+    with open(file) as f:
+        return {row["image"]: (row["prediction"], float(row["probability"])) for row in csv.DictReader(f)}
+
+
+def by_hand(model, outputs: list[str], data: list[str], images) -> dict[str, tuple[str, float]]:
+    """The most probable class of `data` for each image, among the outputs that are named like them."""
+    found = {}
+    for path in sorted(images.rglob("*.png")):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
+        x = (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+        with torch.no_grad():
+            logits = model(x[None])[0]
+        p = {name: float(logits[outputs.index(name)].exp()) for name in data}
+        best = max(p, key=p.get)
+        found[str(path.relative_to(images))] = best, p[best] / sum(p.values())
+    return found
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
+    """As ImageNet-A and -R have 200 of ImageNet's classes: the answer is the best of the data's."""
+    known = ["owl", "bee", "cat", "ant", "dog"]  # in an order that is not alphabetical
+    torch.manual_seed(0)
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, head_init_std=1.0).eval()
+    state = {"model": vit.state_dict(), "args": {"model": "vit_test"}} | ({"classes": known} if stored else {})
+    torch.save(state, tmp_path / "c.pth")
+    data = folders(tmp_path / "data", ["bee", "cat", "owl"])
+    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data, "--crop_pct", 1,
+             "--predictions", tmp_path / "p.csv"]
+    code, text = call(main_finetune, capsys, *flags)
+    if not stored:
+        assert code == 2 and "tells 5 classes apart, and there are 3 in the data" in text and "by --classes" in text
+        (tmp_path / "names.txt").write_text("# of the outputs\n" + "\n".join(known) + "\n")
+        code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--nb_classes", 5)
+    assert code == 0 and "3 of the model's 5 classes" in text, text
+    found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, ["bee", "cat", "owl"], data / "val")
+    assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
+    assert all(found[k][1] == pytest.approx(expected[k][1], abs=2e-4) for k in expected)
+    assert float(accuracy(text)[0]) == pytest.approx(100 * np.mean([k.startswith(v[0]) for k, v in expected.items()]), abs=1e-3)
+    folders(tmp_path / "more", ["bee", "elk"])
+    code, text = call(main_finetune, capsys, *flags, "--data_path", tmp_path / "more", *([] if stored else ["--classes", data]))
+    problem = "knows owl, bee, cat, ant, dog, and the data have elk" if stored else "5 classes apart, and there are 3 given"
+    assert code == 2 and problem in text
+
+
+def test_folders_with_numbers_are_not_taken_in_the_order_of_strings(tmp_path, capsys):
+    """ImageNet-V2's folders are called 0 to 999, which sort as 0, 1, 10, 100."""
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=12, head_init_std=1.0)
+    torch.save({"model": vit.state_dict()}, tmp_path / "c.pth")
+    data = folders(tmp_path / "data", [str(i) for i in range(12)])
+    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data]
+    code, text = call(main_finetune, capsys, *flags)
+    assert code == 2 and "which folders sort as 0, 1, 10, 11, 2, ... (12 in all)" in text and "--classes" in text
+    (tmp_path / "names.txt").write_text("\n".join(str(i) for i in range(12)))
+    code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--predictions", tmp_path / "p.csv",
+                      "--crop_pct", 1)
+    expected = by_hand(vit.eval(), [str(i) for i in range(12)], [str(i) for i in range(12)], data / "val")
+    assert code == 0 and {k: v[0] for k, v in answers(tmp_path / "p.csv").items()} == {k: v[0] for k, v in expected.items()}
+
+
+def test_imagenets_names_are_known(tmp_path, capsys):
+    """MAE's released classifiers store no names; a folder of some wnids is evaluated all the same."""
+    from timm.data import ImageNetInfo
+
+    known, data = ImageNetInfo("imagenet-1k").label_names(), ["n01498041", "n01531178", "n12144580"]
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=1000, head_init_std=1.0).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "c.pth")
+    folders(tmp_path / "data", data)
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path",
+                      tmp_path / "data", "--crop_pct", 1, "--predictions", tmp_path / "p.csv", "--nb_classes", 1000)
+    assert code == 0 and "3 of the model's 1000 classes" in text, text
+    found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, data, tmp_path / "data" / "val")
+    assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
+
+
+def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
+    common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir", tmp_path / "run"]
+    assert call(main_finetune, capsys, *common)[0] == 0
+    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["classes"] == ["dark", "light"]
+    for split in ("train", "val"):  # as many classes, and others
+        (tmp_path / "data" / split / "light").rename(tmp_path / "data" / split / "bright")
+    code, text = call(main_finetune, capsys, *common, "--epochs", 2)
+    assert code == 2 and "was trained on the classes dark, light, the data have bright, dark" in text
+    code, text = call(main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth")
+    assert code == 2 and "knows dark, light, and the data have bright beyond these" in text
+    code, text = call(main_finetune, capsys, *common, "--classes", tmp_path / "data")
+    assert code == 2 and "--classes names the outputs of a model for --eval" in text
+    listed = tmp_path / "twice.txt"
+    listed.write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="lists classes twice: a"):
+        class_names(listed)
+    assert class_names(tmp_path / "data") == class_names(tmp_path / "data" / "train") == ["bright", "dark"]
+
+
+def test_evaluation_counts_by_hand():
+    torch.manual_seed(0)
+    logits, label = torch.randn(12, 8), torch.randint(0, 8, (12,))
+    label[3] = -1  # unreadable
+    loss, terms = supervised.make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
+    keep = label >= 0
+    top5 = logits.topk(5, dim=1).indices
+    assert terms["images"] == 11
+    assert terms["acc1"].item() == pytest.approx(100 * (logits.argmax(1) == label)[keep].float().mean().item(), rel=1e-5)
+    assert terms["acc5"].item() == pytest.approx(100 * (top5 == label[:, None]).any(1)[keep].float().mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[keep], label[keep]).item(), rel=1e-5)
+
+
+def test_equal_logits_are_no_right_answers_for_every_class():
+    """bf16 has few numbers: answers are argmax's, whose order is the classes'; a model that gives nan is never right."""
+    torch.manual_seed(0)
+    logits, label = torch.randint(0, 3, (500, 8)).bfloat16(), torch.randint(0, 8, (500,))
+    acc1 = classification(logits, label)[1]["acc1"].item()
+    assert acc1 == pytest.approx(100 * logits.argmax(1).eq(label).float().mean().item())
+    assert acc1 < 100 * (logits == logits.amax(1, keepdim=True)).gather(1, label[:, None]).float().mean() - 20, "many ties"
+    assert classification(torch.zeros(8, 8), torch.arange(8))[1]["acc5"].item() == 62.5
+    broken = torch.full((8, 8), float("nan"))
+    assert [classification(broken, torch.arange(8))[1][k].item() for k in ("acc1", "acc5")] == [0, 0]
+    broken = torch.eye(8)
+    broken[:, 0] = float("nan")
+    assert classification(broken, torch.arange(8))[1]["acc1"].item() == 0
+
+
+@pytest.mark.parametrize("name", ["swin_pico", "timm/vit_tiny_patch16_224", "timm/resnet10t"])
+def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(name):
+    model = build_classifier(name, img_size=(64, 64), num_classes=5).eval()
+    state = {"model": model.state_dict(), "args": {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None}}
+    args = parse(main_linprobe.get_args_parser(), ["--model", name, "--finetune", "x.pth"])
+    backbone, images = main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")), torch.randn(2, 3, 64, 64)
+    assert torch.equal(backbone.forward_features(images), model.forward_features(images))
+
+
+def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
+    """A head trained in the grid equals the same head trained alone."""
+    file = pretrained(tmp_path, capsys)
+    heads = {}
+    for name, grid in (("alone", [1]), ("first", [1, 5])):
+        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / name,
+                          "--lr_grid", *grid, "--epochs", 2, "--warmup_epochs", 0, "--blr", 1)
+        assert code == 0, text
+        heads[name] = checkpoint.load(str(tmp_path / name / "checkpoint-last.pth"))["model"]
+    assert torch.equal(heads["alone"]["head.1.weight"], heads["first"]["head.1.weight"])
+    assert not torch.equal(heads["first"]["head.1.weight"], heads["first"]["head.2.weight"])
+    assert heads["alone"]["head.0.running_mean"].abs().sum() > 0
+    assert "head.0.weight" not in heads["alone"], "standardisation has no parameters"
+
+
+def test_a_head_that_is_lost_does_not_end_the_others():
+    """At 64 times the usual rate LARS lets a head grow without end."""
+    torch.manual_seed(0)
+    probe = Probe(6, 4, 2)
+    with torch.no_grad():
+        probe.head[2].weight.mul_(1e20)
+    batch = {"image": torch.randn(8, 6), "label": torch.arange(8) % 4}
+    loss, terms = main_linprobe.make_loss_fn(lambda x: x)(probe, batch)
+    loss.backward()
+    alone = torch.nn.functional.cross_entropy(probe(batch["image"])[0], batch["label"])
+    assert loss == alone == terms["loss_head"] and (probe.head[2].weight.grad == 0).all()
+    assert probe.head[1].weight.grad.abs().sum() > 0
+
+
+def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsys):
+    """The encoder's file is no flag of its own any more, and layer decay stays."""
+    file = pretrained(tmp_path, capsys)
+    first = ["--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "a"]
+    assert call(main_finetune, capsys, *first)[0] == 0
+    then = ["--model", "vit_test", "--resume", tmp_path / "a" / "checkpoint-last.pth", "--output_dir", tmp_path / "b"]
+    for epochs in (2, 3):
+        code, text = call(main_finetune, capsys, *then, "--epochs", epochs)
+        assert code == 0 and f"Epoch: [{epochs - 1}]" in text, text
+    groups = [len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth"))["optimizer"]["param_groups"]) for x in "ab"]
+    assert groups[0] == groups[1] > 2
+
+
+def test_a_folder_for_predictions_is_asked_for_before_the_training(tmp_path, capsys):
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--output_dir", tmp_path / "a", "--predictions",
+                      tmp_path / "none" / "p.csv")
+    assert code == 2 and "there is no such folder" in text and not (tmp_path / "a").exists()
+
+
+def test_batch_statistics_of_frozen_layers_stay():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False))
+    model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
+    freeze_all_but(model, 1)
+    model.train()
+    model(torch.randn(5, 3))
+    assert (model[0].running_mean == 0).all() and (model[2].running_mean != 0).all()
+
+
+def test_cached_features_are_the_backbones(tmp_path, capsys):
+    file = pretrained(tmp_path, capsys)
+    for pool in ("--cls_token", "--global_pool"):
+        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir",
+                          tmp_path / pool, "--cached", pool, "--epochs", 30, "--blr", 1)
+        assert code == 0 and float(accuracy(text)[-1]) > 20, text  # ten classes; the demo scenes differ in colour
+
+
+@pytest.mark.parametrize("head", ["linear", "second_order"])
+def test_a_trained_probe_is_evaluated_again(tmp_path, capsys, head):
+    file = pretrained(tmp_path, capsys)
+    common = ["--model", "vit_test", "--finetune", file]
+    more = ["--so_alpha", 0.1] if head == "second_order" else []
+    code, text = call(main_linprobe, capsys, *common, "--output_dir", tmp_path / "lp", "--lr_grid", 1, 30, "--blr", 1,
+                      "--warmup_epochs", 0, "--global_pool", "--head", head, *more)
+    assert code == 0, text
+    # grid, pooling and head are the probe's own; an --output_dir is neither read nor written
+    code, again = call(main_linprobe, capsys, *common, "--eval", "--resume", tmp_path / "lp" / "checkpoint-last.pth",
+                       "--output_dir", tmp_path / "none")
+    lines = [re.findall(r"\* Acc@1.*", t) for t in (text, again)]
+    line = json.loads((tmp_path / "lp" / "log.txt").read_text().splitlines()[-1])
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"} <= line.keys(), "MAE's"
+    assert line["n_parameters"] == 32 * 10 + 10 or head == "second_order"
+    assert code == 0 and len(lines[1]) == 1 and lines[1] == lines[0][-1:], again
+    assert not (tmp_path / "none").exists()
+    code, text = call(main_linprobe, capsys, *common, "--eval")
+    assert code == 2 and "--eval needs --resume FILE, a trained probe" in text
+    code, text = call(main_linprobe, capsys, *common, "--eval", "--resume", file)
+    assert code == 2 and "is a full pretraining checkpoint" in text
+
+
+def test_probed_features_are_normalised_as_said():
+    torch.manual_seed(0)
+    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls").eval()
+    images = torch.randn(3, 3, 32, 32)
+    tokens = vit.forward_features(images)
+    assert torch.equal(pooled(vit, images, "cls"), tokens[:, 0])
+    mean = tokens[:, 1:].mean(1)
+    by_hand = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(pooled(vit, images, "avg"), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1000, 1000), (3, 7), (50, 1)])
+def test_nearest_neighbours_against_scikit_learn(chunks):
+    neighbours = pytest.importorskip("sklearn.neighbors")
+    rng = np.random.default_rng(0)
+    bank, queries = rng.normal(size=(200, 8)), rng.normal(size=(37, 8))
+    labels = rng.integers(0, 4, 200)
+    model = neighbours.KNeighborsClassifier(
+        n_neighbors=10, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)).fit(bank, labels)
+    similarity, index = nearest(torch.tensor(queries), torch.tensor(bank), 10, *chunks)
+    distance, expected = model.kneighbors(queries)
+    assert np.array_equal(index.numpy(), expected)
+    assert np.allclose(similarity.numpy(), 1 - distance, atol=1e-5)
+    votes = knn_votes(similarity, torch.tensor(labels)[index], 10, 4)
+    assert np.allclose((votes / votes.sum(1, keepdim=True)).numpy(), model.predict_proba(queries), atol=1e-4)
+    truth = rng.integers(0, 4, 37)
+    right = knn_accuracy(torch.tensor(queries), torch.tensor(truth), torch.tensor(bank), torch.tensor(labels), 4, ks=(10,))
+    assert right[10] == (model.predict(queries) == truth).sum()
+
+
+def test_more_neighbours_than_images():
+    similarity, index = nearest(torch.eye(3), torch.eye(3), 20)
+    assert similarity.shape == (3, 3) and index[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_probes_lars_is_maes(weight_decay):
+    """Matrices by trust ratio, 0.001 |w| / |g|, with decay or without; biases neither decayed nor adapted; momentum 0.9."""
+    torch.manual_seed(0)
+    probe = Probe(6, 3, 2)
+    optimizer = lars(probe.head[1:], [0.5, 2.0], 4.0, weight_decay)
+    set_lr(optimizer, 4.0)
+    expected = {p: p.detach().clone() for p in probe.parameters()}
+    velocity = {p: torch.zeros_like(p) for p in probe.parameters()}
+    for _ in range(3):
+        for head, scale in zip(probe.head[1:], (0.5, 2.0)):
+            for p in head.parameters():
+                p.grad = torch.randn_like(p)
+                step, w = p.grad.clone(), expected[p]
+                if p.ndim > 1:
+                    # timm's ratio has |g| + decay |w| below, MAE's |g + decay w|: equal without decay.
+                    ratio = 0.001 * w.norm() / (step.norm() + weight_decay * w.norm())
+                    step = ratio * (step + weight_decay * w)
+                velocity[p] = 0.9 * velocity[p] + step
+                expected[p] = w - 4.0 * scale * velocity[p]
+        optimizer.step()
+    for p, w in expected.items():
+        assert torch.allclose(p, w, atol=1e-6), (p.shape, (p - w).abs().max())
+
+
+def test_the_probe_uses_timms_lars(tmp_path, capsys, monkeypatch):
+    lars = pytest.importorskip("timm.optim")
+    made = []
+
+    class Spy(lars.Lars):
+        def __init__(self, groups, **kwargs):
+            made.append(kwargs | {"scales": [g["lr_scale"] for g in groups]})
+            super().__init__(groups, **kwargs)
+
+    monkeypatch.setattr(lars, "Lars", Spy)
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", pretrained(tmp_path, capsys),
+                      "--output_dir", tmp_path / "lp")
+    assert code == 0, text
+    assert made == [dict(lr=0.1 * 40 / 256, momentum=0.9, trust_coeff=0.001,
+                         scales=[0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0, 3.0, 10.0, 10.0])]

@@ -1,0 +1,112 @@
+"""Who may write into a run's folder, and that a stop at an epoch's end loses nothing."""
+import json
+
+import pytest
+import torch
+
+from processes import assert_same, last, log_lines, start
+from util import dist
+from util.run.keeper import OWNER, Keeper
+
+
+def keeper(folder, monkeypatch, job=None, restart=None):
+    for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restart)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    return Keeper(str(folder))
+
+
+def value(folder) -> int:
+    return last(folder)["model"]["x"].item()
+
+
+def state(x: int) -> dict:
+    return {"model": {"x": torch.tensor(x)}}
+
+
+def test_a_later_run_takes_the_folder_over(tmp_path, monkeypatch):
+    first, second = keeper(tmp_path, monkeypatch), keeper(tmp_path, monkeypatch)
+    first.claim()
+    first.save(state(1))
+    second.claim()
+    with pytest.raises(ValueError, match=r"belongs to a run that was started on .*, after this one"):
+        first.save(state(2))
+    assert value(tmp_path) == 1
+    second.save(state(3))
+    assert value(tmp_path) == 3
+
+
+def test_of_one_job_the_higher_restart_owns_the_folder_whichever_comes_last(tmp_path, monkeypatch):
+    lost, requeued = keeper(tmp_path, monkeypatch, 7), keeper(tmp_path, monkeypatch, 7, 1)
+    requeued.claim()
+    with pytest.raises(ValueError, match="job 7, restart 1"):
+        lost.claim()
+    requeued.save(state(1))
+    with pytest.raises(ValueError, match="job 7, restart 1"):
+        lost.save(state(2))
+    assert value(tmp_path) == 1
+    # Even if the lost one's claim has slipped in between.
+    (tmp_path / OWNER).write_text(json.dumps(lost.me))
+    requeued.save(state(3))
+    assert value(tmp_path) == 3
+
+
+def test_another_job_takes_over_and_leftovers_go(tmp_path, monkeypatch):
+    old, new = keeper(tmp_path, monkeypatch, 7, 3), keeper(tmp_path, monkeypatch, 8)
+    old.claim()
+    (tmp_path / "checkpoint-last.pth.partial-abc").write_bytes(b"half")
+    new.claim()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [OWNER]
+    with pytest.raises(ValueError, match="job 8, restart 0"):
+        old.save(state(1))
+
+
+def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path):
+    """Evaluation may last longer than the time between a scheduler's warning and its kill."""
+    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+    code, text = start(tmp_path / "whole", *flags)
+    assert code == 0, text
+    code, text = start(tmp_path / "parts", *flags, TEST_SIGNAL="0:3:SIGUSR2")  # 4 steps an epoch: in its last
+    assert code == 75 and "val images" not in text, text
+    assert last(tmp_path / "parts")["step"] == 4 and not (tmp_path / "parts" / "log.txt").exists()
+    code, text = start(tmp_path / "parts", *flags)
+    assert code == 0 and text.count("val images") == 2, text
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+
+
+def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):
+    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "pictures").write_text("a file where the folder should be")
+    code, text = start(tmp_path / "parts", *flags)
+    assert code == 2 and last(tmp_path / "parts")["step"] == 4, text
+    (tmp_path / "parts" / "pictures").unlink()
+    assert start(tmp_path / "parts", *flags)[0] == 0
+    assert start(tmp_path / "whole", *flags)[0] == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+NODELISTS = {"node1": "node1", "node[1-4,7],gpu2": "node1", "gpu-a[003-010]": "gpu-a003", "a1,b2": "a1",
+             "r[1-2]n[03,05]": "r1n03", "n[5]": "n5"}
+
+
+@pytest.mark.parametrize("nodelist", NODELISTS)
+def test_first_host(nodelist):
+    assert dist.first_host(nodelist) == NODELISTS[nodelist]
+
+
+def test_ranks_of_an_srun_step():
+    step = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+            "SLURM_STEP_NODELIST": "n[1-2]"}
+    found = dist.slurm_ranks(step)
+    port = found.pop("MASTER_PORT")
+    assert found == {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}
+    assert 10000 <= int(port) < 30000
+    ports = {port} | {dist.slurm_ranks(step | other)["MASTER_PORT"] for other in (
+        {"SLURM_JOB_ID": "6"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})}
+    assert len(ports) == 4, "each job, step and restart meets at its own port"
+    assert dist.slurm_ranks(step | {"RANK": "0"}) == {}, "torchrun within srun has the last word"
+    batch = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert dist.slurm_ranks(batch) == {} == dist.slurm_ranks({}), "a batch script is one process"

@@ -1,0 +1,196 @@
+"""Shards from images: nothing lost, or bounded; continued where it was stopped. Images are generated."""
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_native import assert_same_pixels, jpeg, picture
+
+from util.data import __main__ as commands
+from util.data import native
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.sources import repack
+from util.data.sources.image_index import build_index
+from util.data.transforms import decode, pretrain_transform
+
+pytestmark = pytest.mark.usefixtures("library")
+
+
+@pytest.fixture(autouse=True)
+def impatient(request, monkeypatch):
+    if "workers" not in request.fixturenames:
+        monkeypatch.setattr(repack, "SETTLE_SECONDS", 0.0)
+
+
+def source(tmp_path):
+    """Two classes of JPEGs of several kinds and of other files, one of them unreadable."""
+    png, npy = io.BytesIO(), io.BytesIO()
+    picture((70, 50)).save(png, "PNG")
+    np.save(npy, np.zeros((4, 5, 3), np.uint8))
+    files = {
+        "a/0.jpg": jpeg(picture((120, 80))), "a/1.JPEG": jpeg(picture((64, 90), "L")), "a/2.png": png.getvalue(),
+        "a/3.jpg": jpeg(picture((90, 60)), progressive=True), "b/0.jpg": jpeg(picture((40, 30), "CMYK")), "b/1.jpg": b"junk",
+        "b/2.jpg": jpeg(picture((200, 100)), subsampling="4:4:4"), "b/x/3.npy": npy.getvalue(),
+        "b/x/4.jpg": jpeg(picture((33, 47)), quality=30),
+    }
+    for name, data in files.items():
+        path = tmp_path / "source" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(tmp_path / "source"), files
+
+
+def members(folder):
+    found = {}
+    for path in sorted(Path(folder).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+    return found
+
+
+def marker(data):
+    """The restart interval in a JPEG's header, or 0."""
+    at = data.find(b"\xff\xdd\x00\x04")
+    return int.from_bytes(data[at + 4:at + 6]) if at >= 0 else 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lossless_shards_give_the_same_samples(tmp_path, workers, capsys):
+    path, files = source(tmp_path)
+    target = str(tmp_path / "target")
+    counts = repack.repack(path, target, num_workers=workers, shard_images=4)
+    assert counts == {repack.MARKED: 5, repack.COPIED: 3, repack.UNREADABLE: 1}
+    assert "unreadable: b/1.jpg" in capsys.readouterr().out
+    assert sorted(p.name for p in Path(target).glob("train-*")) == [f"train-0000{k}.tar" for k in range(3)]
+    made = members(target)
+    assert list(made) == [build_index(path).name(i) for i in range(len(files))]  # the order of the source, too
+    for name in ("a/2.png", "b/0.jpg", "b/1.jpg", "b/x/3.npy"):
+        assert made[name] == files[name]
+    for name in ("a/0.jpg", "a/1.JPEG", "a/3.jpg", "b/2.jpg", "b/x/4.jpg"):
+        assert made[name] != files[name] and torch.equal(decode(made[name]), decode(files[name]))
+        columns = -(-decode(made[name]).shape[2] // (8 if name in ("a/1.JPEG", "b/2.jpg") else 16))
+        assert marker(made[name]) > 0 and columns % marker(made[name]) == 0
+        assert native.jpeg_size(made[name])  # progressive files have become baseline ones
+    transform = pretrain_transform((24, 32))
+    ours, theirs = (build_dataset(p, "train", transform, seed=5) for p in (target, path))
+    assert ours.index.classes == theirs.index.classes == ["a", "b"]
+    for i in range(len(ours)):
+        a, b = ours[3, i], theirs[3, i]
+        assert {k: v for k, v in a.items() if k != "image"} == {k: v for k, v in b.items() if k != "image"}
+        assert_same_pixels(a["image"], b["image"])
+    assert os.path.exists(tmp_path / "target" / "train.index.npz")
+
+
+def test_bounded_shards(tmp_path, capsys):
+    path, files = source(tmp_path)
+    target = str(tmp_path / "target")
+    counts = repack.repack(path, target, long_side=64, quality=80)
+    made = members(target)
+    assert set(made) == {n + ".jpg" * (n == "a/2.png") for n in files}
+    for name, size in {"a/0.jpg": (43, 64), "a/1.JPEG": (64, 46), "a/2.png.jpg": (46, 64), "a/3.jpg": (43, 64),
+                       "b/2.jpg": (32, 64), "b/0.jpg": (30, 40), "b/x/4.jpg": (47, 33)}.items():
+        assert native.jpeg_size(made[name]) == size and marker(made[name]), name
+    # small already, and smaller at its own quality than at 80
+    assert torch.equal(decode(made["b/x/4.jpg"]), decode(files["b/x/4.jpg"]))
+    assert counts == {repack.ENCODED: 6, repack.MARKED: 1, repack.COPIED: 1, repack.UNREADABLE: 1}
+    expected = np.asarray(Image.open(io.BytesIO(files["a/2.png"])).resize((64, 46), Image.Resampling.LANCZOS)).astype(int)
+    error = np.abs(np.asarray(Image.open(io.BytesIO(made["a/2.png.jpg"]))) - expected)
+    assert error.mean() < 12  # 80 % quality of a noisy picture; another picture is off by 60
+    assert build_index(target).labels.tolist() == [0] * 4 + [1] * 5
+
+
+def test_a_stopped_call_is_continued(tmp_path, monkeypatch, capsys):
+    path, files = source(tmp_path)
+    target, done = str(tmp_path / "target"), []
+    convert = repack.convert
+
+    def dying(data, *args):
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        done.append(data)
+        return convert(data, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(repack, "convert", dying)
+        with pytest.raises(KeyboardInterrupt):
+            repack.repack(path, target, shard_images=4)
+    with pytest.raises(ValueError, match=r"no images|no train"):  # half a set must not look like a whole one
+        build_index(target)
+    for change in (dict(shard_images=5), dict(shard_images=4, long_side=64), dict(shard_images=4, long_side=64, quality=3)):
+        with pytest.raises(ValueError, match=r"shards of another call .*shard_images 4 -> 5|long_side None -> 64"):
+            repack.repack(path, target, **change)
+    counts = repack.repack(path, target, shard_images=4)
+    assert sum(counts.values()) == 5  # the first shard was kept
+    assert list(members(target)) == [build_index(path).name(i) for i in range(len(files))]
+    assert repack.repack(path, target, shard_images=4) == {}
+    assert not list((tmp_path / "target").rglob("*.tmp"))
+
+
+def test_wrong_calls_are_named(tmp_path, monkeypatch):
+    path, _ = source(tmp_path)
+    with pytest.raises(ValueError, match="already holds train: choose another"):
+        repack.repack(path, path)
+    for kwargs in (dict(quality=0), dict(quality=101), dict(long_side=0)):
+        with pytest.raises(ValueError, match="must be in"):
+            repack.repack(path, str(tmp_path / "target"), **kwargs)
+    (tmp_path / "list.txt").write_text("source/../source/train/a/0.jpg\n")
+    with pytest.raises(ValueError, match="lies outside"):
+        repack.repack(str(tmp_path / "list.txt"), str(tmp_path / "target"))
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    with pytest.raises(ValueError, match=r"needs the native library: .python -m util.data.native build"):
+        repack.repack(path, str(tmp_path / "other"))
+
+
+def test_command_line(tmp_path, capsys):
+    path, _ = source(tmp_path)
+    assert commands.main(["repack", path, str(tmp_path / "target"), "--workers", "0", "--long_side", "50"]) == 0
+    assert "9 images, no labels (1 tar shards)" in capsys.readouterr().out
+    file = os.path.join(path, "train", "a", "0.jpg")
+    for wrong in (["repack", path], ["stats", path, path], ["repack", path, file],
+                  ["repack", path, str(tmp_path / "target"), "--workers", "0"]):
+        assert commands.main(wrong) == 2
+    said = capsys.readouterr().err
+    assert "long_side 50 -> None" in said and f"Not a directory: '{file}" in said
+
+
+def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
+    path, _ = source(tmp_path)
+    folder = tmp_path / "folder" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(picture()))
+    (folder / "2.jpg").symlink_to("gone.jpg")
+    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: mend or remove them"):
+        repack.repack(str(tmp_path / "folder"), str(tmp_path / "target"))
+    assert not (tmp_path / "target").exists()
+    (folder / "2.jpg").unlink()
+    assert sum(repack.repack(str(tmp_path / "folder"), str(tmp_path / "target")).values()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_said_in_a_line(tmp_path, monkeypatch, capsys, workers):
+    path, _ = source(tmp_path)
+    monkeypatch.setattr(repack, "_check_files", lambda index: None)
+    (tmp_path / "source" / "train" / "b" / "0.jpg").unlink()
+    (tmp_path / "source" / "train" / "b" / "0.jpg").symlink_to("gone.jpg")
+    assert commands.main(["repack", path, str(tmp_path / "target"), "--workers", str(workers)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: b/0.jpg cannot be read: [Errno 2] No such file")]
+    assert "Traceback" not in "".join(line for line in lines if "MAE_PL_TRACEBACK" not in line)
+
+
+def test_a_pixel_that_changed_is_noticed(monkeypatch):
+    data, other = jpeg(picture(seed=1)), jpeg(picture(seed=2))
+    monkeypatch.setattr(native, "add_restart_markers", lambda _: other)
+    assert repack.convert(data) == (data, repack.COPIED)
+
+
+def test_shards_without_labels(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for k in range(3):
+        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg(picture(seed=k)))
+    repack.repack(str(tmp_path / "flat"), str(tmp_path / "target"))
+    made = ImageDataset(build_index(tmp_path / "target", labels=False), pretrain_transform(8))
+    assert [made.index.name(i) for i in range(3)] == ["0.jpg", "1.jpg", "2.jpg"] and made[1]["bad"] == []

@@ -1,0 +1,1 @@
+"""What the doors checkpoints.py and visualize.py do: models and their files, looked at, converted, drawn."""

@@ -1,0 +1,1 @@
+"""SLURM: submission, sweeps, follow-ups, status, and the check of a cluster."""

@@ -1,0 +1,1 @@
+"""Where images come from: folders, tars, lists of paths, shards."""

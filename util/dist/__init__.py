@@ -1,0 +1,27 @@
+"""The processes of a run: who they are, what they tell each other, and when they stop together."""
+from util.dist.group import (
+    barrier,
+    data_parallel,
+    first_host,
+    from_main,
+    gather_objects,
+    init,
+    is_initialized,
+    is_main,
+    make_shared_folder,
+    mean_over_ranks,
+    rank,
+    say,
+    share_buffers,
+    shutdown,
+    slurm_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from util.dist.stop import StopSignal
+
+__all__ = [
+    "StopSignal", "barrier", "data_parallel", "first_host", "from_main", "gather_objects", "init", "is_initialized", "is_main",
+    "make_shared_folder", "mean_over_ranks", "rank", "say", "share_buffers", "shutdown", "slurm_ranks", "sum_over_ranks",
+    "world_size",
+]

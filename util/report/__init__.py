@@ -1,0 +1,1 @@
+"""Runs and predictions as charts, pictures and pages."""

@@ -1,0 +1,1 @@
+"""A run: its log, its checkpoints, its plan, and what stops it."""

@@ -1,0 +1,1 @@
+"""One update: optimizer, learning rate, precision, and the state that is saved."""

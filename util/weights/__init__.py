@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, writing, and fitting their weights to a model."""
