@@ -7,6 +7,7 @@
 Export and import run both models on the same images, print the largest difference between their outputs, and write
 nothing above 1e-4. Label heads and the optimizer stay behind.
 """
+
 import argparse
 import sys
 
@@ -24,9 +25,13 @@ def get_args_parser() -> Parser:
     export.add_argument("file")
     export.add_argument("out", help="encoder, mae: .pth; timm: .pth or .safetensors; hf: a new folder")
     export.add_argument("--to", choices=FORMATS, default="timm")
-    export.add_argument("--pos_embed_init", choices=["zero", "sincos"], default="zero",
-                        help="mae, timm and hf need a positional embedding: what a checkpoint without one gets; zero "
-                             "computes the same as none")
+    export.add_argument(
+        "--pos_embed_init",
+        choices=["zero", "sincos"],
+        default="zero",
+        help="mae, timm and hf need a positional embedding: what a checkpoint without one gets; zero "
+        "computes the same as none",
+    )
     into = commands.add_parser("import", help="write a file of this toolkit from another library's")
     into.add_argument("file", help="a .pth or .safetensors file, or a folder of Hugging Face's")
     into.add_argument("out", help=".pth")

@@ -3,6 +3,7 @@
 Randomness: data order is a function of (seed, epoch), a sample's augmentation and mask of (seed, epoch, index), all
 other draws of (seed, step, rank). No generator state is stored, and a run may stop and go on at any step.
 """
+
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from util import dist
 from util.cluster import slurm
 from util.data.loading.loader import device_batches
+from util.data.pixels import Pixels
 from util.dist import fsdp
 from util.run import plan
+from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, peak_flops
 from util.run.guards import BadImages, NonFiniteLoss, write_replay
-from util.run.keeper import Keeper
 from util.run.log import Log, peak_memory_mb
 from util.train.amp import AMP, autocast
 from util.train.lr_sched import set_lr
@@ -38,7 +40,7 @@ class Run:
     mean: tuple
     std: tuple
     log: Log
-    keeper: Keeper | None
+    keeper: CheckpointManager | None
     stop: dist.StopSignal
     bad_images: BadImages
     args: dict
@@ -60,8 +62,14 @@ class Run:
         # depends on the effective batch alone, however ranks and micro-batches share it.
         return self.batches_per_epoch // self.accum_iter
 
-    def save(self, state: TrainState, epoch: int, numbered: int | None = None, best: bool = False,
-             must: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        epoch: int,
+        numbered: int | None = None,
+        best: bool = False,
+        must: bool = False,
+    ) -> None:
         """Rank 0 saves; a full disk stops the run only where the state would be lost (`must`)."""
         if self.keeper is None or not (dist.is_main() or self.sharded):
             return
@@ -86,14 +94,15 @@ class Run:
         """Save, have SLURM start the job again where it would not, and let no rank exit before that is done."""
         received = [name for name in dist.gather_objects(self.stop.received) if name]
         self.save(state, epoch, must=True)
-        dist.say(f"stopped by {received[0]} after step {state.step}: state saved")
+        dist.print_rank0(f"stopped by {received[0]} after step {state.step}: state saved")
         if dist.is_main() and "SIGINT" not in received:
             slurm.requeue()
         dist.barrier()
 
 
-def train_one_update(run: Run, state: TrainState, stream: Iterator[dict],
-                     counter: FlopCounter | None = None) -> tuple[dict, float]:
+def train_one_update(
+    run: Run, state: TrainState, stream: Iterator[dict], counter: FlopCounter | None = None
+) -> tuple[dict, float]:
     """One optimizer step over `accum_iter` micro-batches: mean metrics, and seconds spent waiting for data."""
     sums: dict[str, Tensor] = {}
     waited = 0.0
@@ -109,7 +118,10 @@ def train_one_update(run: Run, state: TrainState, stream: Iterator[dict],
             state.model.set_requires_gradient_sync(not local)
         # Only here: what prepares data may start processes, which would count for ever.
         counted = counter or contextlib.nullcontext()
-        with counted, run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext():
+        with (
+            counted,
+            run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext(),
+        ):
             with autocast(run.device, run.amp):
                 loss, terms = run.loss_fn(run.wrapped, batch)
             state.scaler.scale(loss / run.accum_iter).backward()
@@ -133,7 +145,7 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     else:
         run.loader.dataset.set_epoch(epoch)
     run.wrapped.train()
-    stream = device_batches(run.loader, run.device, run.mean, run.std)
+    stream = device_batches(run.loader, run.device, Pixels(run.mean, run.std))
     for u in range(first, updates):
         done = epoch + u / updates
         lr = run.lr_at(done)
@@ -177,7 +189,7 @@ def fit(
     mean: tuple,
     std: tuple,
     log: Log,
-    keeper: Keeper | None = None,
+    keeper: CheckpointManager | None = None,
     args: dict | None = None,
     resume: tuple[str, dict] | None = None,
     seed: int = 0,
@@ -206,30 +218,54 @@ def fit(
     sharded = fsdp.is_sharded(model)
     wrapped = dist.data_parallel(model, device) if dist.world_size() > 1 and not sharded else model
     run = Run(
-        torch.compile(wrapped, mode=compile_mode) if compile_mode else wrapped, sharded, loss_fn, loader, lr_at, device,
-        mean, std, log, keeper,
-        dist.StopSignal(slurm.requeue_at_the_limit), BadImages(loader.dataset, log.output_dir, max_bad_images), args or {},
-        seed, accum_iter, clip_grad, amp, after_step, before_update, before_step,
+        torch.compile(wrapped, mode=compile_mode) if compile_mode else wrapped,
+        sharded,
+        loss_fn,
+        loader,
+        lr_at,
+        device,
+        mean,
+        std,
+        log,
+        keeper,
+        dist.StopSignal(slurm.requeue_at_the_limit),
+        BadImages(loader.dataset, log.output_dir, max_bad_images),
+        args or {},
+        seed,
+        accum_iter,
+        clip_grad,
+        amp,
+        after_step,
+        before_update,
+        before_step,
     )
     updates = run.updates_per_epoch
     if accum_iter > run.batches_per_epoch:
-        raise ValueError(f"--accum_iter {accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
-                         "lower it or --batch_size")
+        raise ValueError(
+            f"--accum_iter {accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
+            "lower it or --batch_size"
+        )
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainState(model, optimizer, scaler, extras=extras or {})
     if resume is not None:
         state.load_dict(resume[1], resume[0], updates, loader.dataset.exact_resume)
         resume[1].clear()  # as large as the state itself, and the caller holds it to the end
-    started = f"continues {resume[0]} at step {state.step}" if resume else "step 0: there is no checkpoint to continue"
+    started = (
+        f"continues {resume[0]} at step {state.step}"
+        if resume
+        else "step 0: there is no checkpoint to continue"
+    )
     if dry_run:
-        dist.say(_plan(run, state, epochs, started))
+        dist.print_rank0(_plan(run, state, epochs, started))
         return True
     # Sums of an epoch whose steps are all done: only its evaluation is missing.
     first_epoch = (state.step - bool(state.meters)) // updates
     log.truncate(first_epoch)
     images_per_update = loader.batch_size * accum_iter * dist.world_size()
     if first_epoch >= epochs:
-        dist.say(f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)")
+        dist.print_rank0(
+            f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)"
+        )
     else:
         log.peak_flops = peak_flops(model, device, AMP[amp] or torch.float32, compile_mode)
     if first_epoch < epochs and keeper is not None and dist.is_main():
@@ -237,7 +273,9 @@ def fit(
         plan.write_record(keeper.dir, run.args, _resolved(run, state, started))
     with run.stop, slurm.lost_peers(run.stop):
         for epoch in range(first_epoch, epochs):
-            log.start_epoch(epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters)
+            log.start_epoch(
+                epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters
+            )
             try:
                 finished = train_one_epoch(run, state, epoch)
             except NonFiniteLoss as e:
@@ -249,7 +287,9 @@ def fit(
             log.end_epoch(_finish_epoch(run, state, epoch, after_epoch))
             state.meters = {}
             last, best = epoch + 1 == epochs, state.best_epoch == epoch
-            due = keeper is not None and (keeper.keeps(epoch) or keeper.step_due(state.step) or run.time_to_save())
+            due = keeper is not None and (
+                keeper.keeps(epoch) or keeper.step_due(state.step) or run.time_to_save()
+            )
             if keeper is not None and (last or best or due):
                 run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
     return True
@@ -258,10 +298,18 @@ def fit(
 def _resolved(run: Run, state: TrainState, started: str) -> dict:
     """What became of the flags on this machine, for run.json."""
     return {
-        "device": str(run.device), "amp": run.amp, "ranks": dist.world_size(), "sharded": run.sharded, "start": started,
+        "device": str(run.device),
+        "amp": run.amp,
+        "ranks": dist.world_size(),
+        "sharded": run.sharded,
+        "start": started,
         "effective_batch": run.loader.batch_size * run.accum_iter * dist.world_size(),
-        "updates_per_epoch": run.updates_per_epoch, "lr": state.optimizer.defaults["lr"], "mean": list(run.mean),
-        "std": list(run.std), "parameters": sum(p.numel() for p in state.model.parameters()), "images": len(run.loader.dataset),
+        "updates_per_epoch": run.updates_per_epoch,
+        "lr": state.optimizer.defaults["lr"],
+        "mean": list(run.mean),
+        "std": list(run.std),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "images": len(run.loader.dataset),
         "matmul_gflops": run.log.peak_flops and run.log.peak_flops / 1e9,
     }
 
@@ -273,21 +321,36 @@ def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
     def batches(epoch: int) -> Iterator[dict]:
         if run.loader.dataset.exact_resume:
             run.loader.sampler.set_position(epoch)
-        return device_batches(run.loader, run.device, run.mean, run.std)
+        return device_batches(run.loader, run.device, Pixels(run.mean, run.std))
 
     run.wrapped.train()
     if run.before_update is not None:
         run.before_update(step / updates)
-    measured = plan.measure(lambda stream, counter: train_one_update(run, state, stream, counter)[1], batches,
-                            run.device, AMP[run.amp] or torch.float32, peak_memory_mb)
+    measured = plan.measure(
+        lambda stream, counter: train_one_update(run, state, stream, counter)[1],
+        batches,
+        run.device,
+        AMP[run.amp] or torch.float32,
+        peak_memory_mb,
+    )
     if run.keeper is not None:
         kept = len({e for e in range(epochs) if run.keeper.keeps(e)} | {epochs - 1})
         kept = min(kept, run.keeper.keep) if run.keeper.keep else kept
     saved = state.to_dict(0, updates, {})
     return plan.describe(
-        measured, model=state.model, device=run.device, amp=run.amp, updates=updates, epochs=epochs, step=step, start=started,
-        images_per_update=run.loader.batch_size * run.accum_iter * dist.world_size(), saved_mb=plan.size_mb(saved), kept=kept,
-        folder=run.keeper.dir if run.keeper is not None else None)
+        measured,
+        model=state.model,
+        device=run.device,
+        amp=run.amp,
+        updates=updates,
+        epochs=epochs,
+        step=step,
+        start=started,
+        images_per_update=run.loader.batch_size * run.accum_iter * dist.world_size(),
+        saved_mb=plan.size_mb(saved),
+        kept=kept,
+        folder=run.keeper.dir if run.keeper is not None else None,
+    )
 
 
 def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable | None) -> dict[str, float]:

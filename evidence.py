@@ -1,4 +1,5 @@
 """The old name of python -m evidence, for one release."""
+
 import runpy
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ backbone runs once for all of them.
 
 --head second_order trains So-ViT's head on the frozen tokens instead, which is no linear probe and is not reported as one.
 """
+
 import math
 import sys
 from argparse import Namespace
@@ -33,23 +34,48 @@ from util.flags.parser import Parser, parse, run
 def get_args_parser() -> Parser:
     p = Parser(description="Linear probing and kNN of frozen encoders", add_help=False)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="vit_large_patch16", help="the classifier that has the checkpoint's encoder")
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
+    g.add_argument(
+        "--model", default="vit_large_patch16", help="the classifier that has the checkpoint's encoder"
+    )
+    g.add_argument(
+        "--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's"
+    )
     g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
     g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
-    g.add_argument("--pos_embed", default="auto", choices=["auto", "none", "sincos", "learned"],
-                   help="auto: as the checkpoint was pretrained")
-    g.add_argument("--global_pool", dest="pool", action="store_const", const="avg", default=None,
-                   help="probe the mean of the patch tokens")
-    g.add_argument("--cls_token", dest="pool", action="store_const", const="cls", help="probe the class token (default)")
+    g.add_argument(
+        "--pos_embed",
+        default="auto",
+        choices=["auto", "none", "sincos", "learned"],
+        help="auto: as the checkpoint was pretrained",
+    )
+    g.add_argument(
+        "--global_pool",
+        dest="pool",
+        action="store_const",
+        const="avg",
+        default=None,
+        help="probe the mean of the patch tokens",
+    )
+    g.add_argument(
+        "--cls_token", dest="pool", action="store_const", const="cls", help="probe the class token (default)"
+    )
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
     add_optim_flags(p, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10)
-    p.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=float, nargs="+",
-                   help="factors of the learning rate, a head each; 1 alone is MAE's protocol")
-    p.add_argument("--cached", action="store_true", help="compute features once, without augmentation, and train on them")
-    p.add_argument("--knn", action="store_true", help="k nearest neighbours instead: k = 10, 20, 100, T = 0.07")
+    p.add_argument(
+        "--lr_grid",
+        default=[0.1, 0.3, 1.0, 3.0, 10.0],
+        type=float,
+        nargs="+",
+        help="factors of the learning rate, a head each; 1 alone is MAE's protocol",
+    )
+    p.add_argument(
+        "--cached", action="store_true", help="compute features once, without augmentation, and train on them"
+    )
+    p.add_argument(
+        "--knn", action="store_true", help="k nearest neighbours instead: k = 10, 20, 100, T = 0.07"
+    )
     add_eval_flags(p)
     add_run_flags(p)
     return p
@@ -74,9 +100,9 @@ from util.data.sources.image_index import check_same_classes, some_names
 from util.data.transforms import eval_transform, pretrain_transform
 from util.evaluate import evaluation
 from util.evaluate.accuracy import classification
+from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import knn_accuracy
-from util.evaluate.spectrum import RANK_IMAGES, effective_rank
-from util.run.keeper import Keeper
+from util.run.checkpoint_manager import CheckpointManager
 from util.run.log import Log
 from util.run.plan import write_record
 from util.train.amp import described, products, resolve_amp
@@ -92,29 +118,42 @@ def check_flags(args) -> None:
     if not args.finetune:
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     if args.eval and (args.knn or args.dry_run or not args.resume):
-        raise ValueError("--eval needs --resume FILE, a trained probe beside the encoder of --finetune, and goes with neither "
-                         "--knn nor --dry_run")
+        raise ValueError(
+            "--eval needs --resume FILE, a trained probe beside the encoder of --finetune, and goes with neither "
+            "--knn nor --dry_run"
+        )
     if args.knn and args.dry_run:
         raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
     if args.head == "second_order" and (args.knn or args.cached):
-        raise ValueError("--head second_order reads all tokens while it learns: it goes with neither --knn nor --cached")
+        raise ValueError(
+            "--head second_order reads all tokens while it learns: it goes with neither --knn nor --cached"
+        )
     if args.head != "second_order" and second_order_options(vars(args)):
         raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
     if args.strategy == "fsdp":
-        raise ValueError("--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out")
+        raise ValueError(
+            "--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out"
+        )
     if compile_mode(args):
-        raise ValueError("--compile and --compile_mode compile what is trained, and a probe trains linear heads only: leave "
-                         "them out")
+        raise ValueError(
+            "--compile and --compile_mode compile what is trained, and a probe trains linear heads only: leave "
+            "them out"
+        )
 
 
 def as_trained(args, saved: dict):
     """The flags with what they leave open as in the probe `saved`, where one is evaluated."""
     before = saved.get("args") or {}
-    stored = {k: before[k] for k in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS)
-              if k in before and getattr(args, k) in (None, "auto")}
+    stored = {
+        k: before[k]
+        for k in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS)
+        if k in before and getattr(args, k) in (None, "auto")
+    }
     if "lr_grid" in before:
         stored["lr_grid"] = before["lr_grid"]
-    return Namespace(**vars(args) | {"pool": args.pool or "cls"} | {k: v for k, v in stored.items() if v is not None})
+    return Namespace(
+        **vars(args) | {"pool": args.pool or "cls"} | {k: v for k, v in stored.items() if v is not None}
+    )
 
 
 def make_loss_fn(features):
@@ -138,28 +177,41 @@ def make_eval_fn(features, names: list[str]):
         out = {}
         for name, logits in zip(names, model(features(batch["image"]))):
             loss, stats = classification(logits, batch["label"])
-            out |= {f"acc{k}_{name}": stats[f"acc{k}"] for k in (1, 5)} | {f"loss_{name}": loss, "images": stats["images"]}
+            out |= {f"acc{k}_{name}": stats[f"acc{k}"] for k in (1, 5)} | {
+                f"loss_{name}": loss,
+                "images": stats["images"],
+            }
         return torch.zeros((), device=batch["label"].device), out
 
     return eval_fn
 
 
-def evaluate(probe: nn.Module, features, names: list[str], kind: str, loader, where: dict) -> dict[str, float]:
+def evaluate(
+    probe: nn.Module, features, names: list[str], kind: str, loader, where: dict
+) -> dict[str, float]:
     """Accuracies of all heads over the validation images; prints MAE's line for the best one. `where` is as engine's."""
     stats = evaluation.evaluate(probe, make_eval_fn(features, names), loader, **where)
     best = max(names, key=lambda name: stats[f"acc1_{name}"])
     acc1, acc5 = stats[f"acc1_{best}"], stats[f"acc5_{best}"]
-    dist.say(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(loader.dataset)} images; "
-             + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names))
-    out = {"test_loss": stats[f"loss_{best}"], "test_acc1": acc1, "test_acc5": acc5,
-           "n_parameters": sum(p.numel() for p in probe.parameters()) // len(names)}  # MAE's, of one head
+    dist.print_rank0(
+        f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {kind} at {best} on {stats['images']} of {len(loader.dataset)} images; "
+        + "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in names)
+    )
+    out = {
+        "test_loss": stats[f"loss_{best}"],
+        "test_acc1": acc1,
+        "test_acc5": acc5,
+        "n_parameters": sum(p.numel() for p in probe.parameters()) // len(names),
+    }  # MAE's, of one head
     return out | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
 
 
 def load_backbone(args, state: dict, size, device):
     """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
     if args.model.startswith(("swin", "timm/")):
-        options = trained_options(state.get("args") or {})  # how they embed positions, and what they pool, is their own
+        options = trained_options(
+            state.get("args") or {}
+        )  # how they embed positions, and what they pool, is their own
     else:
         # What the encoder learned with is what it is probed with. Pooling by class token keeps its final norm, for the
         # patch tokens too.
@@ -172,25 +224,37 @@ def load_backbone(args, state: dict, size, device):
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, **options)
     note = transfer.init_encoder(model, state, args.finetune, "zero")
-    dist.say(note)
+    dist.print_rank0(note)
     return model.to(device).eval().requires_grad_(False)
 
 
 def build_data(args, size, device):
     """Training loader (augmented unless features are computed once; None for --eval), and validation loader."""
     once = args.knn or args.cached
-    val = build_dataset(args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed, evaluation=True)
-    dist.say(f"evaluation on {val.summary()}")
+    val = build_dataset(
+        args.data_path, "val", eval_transform(size), in_chans=args.in_chans, seed=args.seed, evaluation=True
+    )
+    dist.print_rank0(f"evaluation on {val.summary()}")
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
-        raise ValueError(f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders")
-    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
+        raise ValueError(
+            f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders"
+        )
+    loading = dict(
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, device)
     if args.eval:
         return None, val_loader
-    transform = eval_transform(size) if once else pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"))
-    train = build_dataset(args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once)
+    transform = (
+        eval_transform(size) if once else pretrain_transform(size, ascending(args.crop_scale, "--crop_scale"))
+    )
+    train = build_dataset(
+        args.data_path, "train", transform, in_chans=args.in_chans, seed=args.seed, evaluation=once
+    )
     check_same_classes(train.index, val.index)
-    dist.say(f"training on {train.summary()}")
+    dist.print_rank0(f"training on {train.summary()}")
     loader = eval_loader(train, **loading) if once else train_loader(train, seed=args.seed, **loading)
     return cached(loader, args.cache_data, device), val_loader
 
@@ -209,14 +273,21 @@ def run_knn(args, backbone, train_loader, val_loader, device, amp, mean, std) ->
     classes, out = len(train_loader.dataset.index.classes), {}
     for pool, queries, known in zip(pools, own.chunk(len(pools), 1), bank.chunk(len(pools), 1)):
         right = knn_accuracy(queries, own_labels, known, bank_labels, classes)
-        counts = dist.sum_over_ranks(torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])).tolist()
+        counts = dist.sum_over_ranks(
+            torch.stack([*right.values(), torch.tensor(len(own), device=own.device)])
+        ).tolist()
         out |= {f"knn{k}_{pool}": 100 * n / counts[-1] for k, n in zip(right, counts)}
-        spread = torch.arange(min(RANK_IMAGES, len(known))) * len(known) // min(RANK_IMAGES, len(known))  # over all classes
+        spread = (
+            torch.arange(min(RANK_IMAGES, len(known))) * len(known) // min(RANK_IMAGES, len(known))
+        )  # over all classes
         out[f"effective_rank_{pool}"] = effective_rank(known[spread])
-        dist.say(f"* kNN {pool}: " + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
-                 + f"  ({len(bank)} training and {counts[-1]} validation images; effective rank "
-                 f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]}; features in {described(amp, device)}, "
-                 f"similarities in {products(device)})")
+        dist.print_rank0(
+            f"* kNN {pool}: "
+            + "  ".join(f"k={k} {out[f'knn{k}_{pool}']:.3f}" for k in right)
+            + f"  ({len(bank)} training and {counts[-1]} validation images; effective rank "
+            f"{out[f'effective_rank_{pool}']:.1f} of {known.shape[1]}; features in {described(amp, device)}, "
+            f"similarities in {products(device)})"
+        )
     return out
 
 
@@ -236,7 +307,7 @@ def main(args) -> int:
     train_loader, val_loader = build_data(args, size, device)
     num_classes = len(val_loader.dataset.index.classes)
     backbone = load_backbone(args, pretrained, size, device)
-    dist.say(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}")
+    dist.print_rank0(f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}")
     pretrained = None  # its memory is needed
     if args.pool == "cls" and not backbone.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
@@ -252,8 +323,10 @@ def main(args) -> int:
         return (pooled_and_patches if second_order else pooled)(backbone, images, args.pool)
 
     if args.cached:
-        train_loader, val_loader = (loader and cache(loader, features, args, device, amp, mean, std, loader is train_loader)
-                                    for loader in (train_loader, val_loader))
+        train_loader, val_loader = (
+            loader and cache(loader, features, args, device, amp, mean, std, loader is train_loader)
+            for loader in (train_loader, val_loader)
+        )
 
         def features(cached):
             return cached
@@ -262,18 +335,27 @@ def main(args) -> int:
     lr_grid = args.lr_grid
     torch.manual_seed(args.seed)
     if second_order:
-        probe = SecondOrderProbe(backbone.dim, num_classes, len(lr_grid), second_order_options(vars(args))).to(device)
+        probe = SecondOrderProbe(
+            backbone.dim, num_classes, len(lr_grid), second_order_options(vars(args))
+        ).to(device)
     else:
         probe = Probe(backbone.dim, num_classes, len(lr_grid)).to(device)
-    kind, names = "second-order probe" if second_order else "linear probe", [f"lr{scale:g}" for scale in lr_grid]
+    kind, names = (
+        "second-order probe" if second_order else "linear probe",
+        [f"lr{scale:g}" for scale in lr_grid],
+    )
 
     where = dict(device=device, mean=mean, std=std, amp=amp)
     if args.eval:
-        dist.say(f"evaluating {args.resume}{checkpoint.other_than_trained(resume[1], plain, ('model', 'finetune', 'pool'))}")
+        dist.print_rank0(
+            f"evaluating {args.resume}{checkpoint.other_than_trained(resume[1], plain, ('model', 'finetune', 'pool'))}"
+        )
         classes = val_loader.dataset.index.classes
         if resume[1].get("classes", classes) != classes:
-            raise ValueError(f"{args.resume} was trained on the classes {some_names(resume[1]['classes'])}, the data have "
-                             f"{some_names(classes)}")
+            raise ValueError(
+                f"{args.resume} was trained on the classes {some_names(resume[1]['classes'])}, the data have "
+                f"{some_names(classes)}"
+            )
         checkpoint.load_strict(probe, resume[1], args.resume)
         evaluate(probe, features, names, kind, val_loader, where)
         dist.shutdown()
@@ -283,16 +365,20 @@ def main(args) -> int:
     batch = args.batch_size * args.accum_iter * dist.world_size()
     lr = effective_lr(args.lr, args.blr, batch)
     optimizer = lars(probe.head[1:], lr_grid, lr, args.weight_decay)
-    dist.say(f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; "
-             f"{described(amp, device)} on {device}; effective batch {batch}, lr {lr:.3g} x "
-             f"{', '.join(f'{s:g}' for s in lr_grid)}")
+    dist.print_rank0(
+        f"{kind} of {args.model}, {args.pool} features of width {backbone.dim}; "
+        f"{described(amp, device)} on {device}; effective batch {batch}, lr {lr:.3g} x "
+        f"{', '.join(f'{s:g}' for s in lr_grid)}"
+    )
     if resume:
         checkpoint.say_continuing(*resume, plain)
     log_dir = None if args.dry_run else args.log_dir or args.output_dir
     log = Log(args.output_dir, log_dir, args.print_freq, loss_tag="loss")
     keeper = None
     if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+        keeper = CheckpointManager(
+            args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
+        )
 
     def after_epoch(epoch: int, state) -> dict[str, float]:
         stats = evaluate(probe, features, names, kind, val_loader, where)
@@ -302,10 +388,25 @@ def main(args) -> int:
         return stats
 
     finished = engine.fit(
-        probe, make_loss_fn(features), optimizer, train_loader, **where, epochs=args.epochs, log=log, keeper=keeper, args=plain,
-        resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-        max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
-        lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
+        probe,
+        make_loss_fn(features),
+        optimizer,
+        train_loader,
+        **where,
+        epochs=args.epochs,
+        log=log,
+        keeper=keeper,
+        args=plain,
+        resume=resume,
+        seed=args.seed,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        max_bad_images=args.max_bad_images,
+        dry_run=args.dry_run,
+        after_epoch=after_epoch,
+        lr_at=lambda done: warmup_cosine(
+            done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
+        ),
     )
     dist.shutdown()
     return 0 if finished else 75

@@ -5,6 +5,7 @@
 
 Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
 """
+
 import os
 import sys
 
@@ -26,25 +27,47 @@ def get_args_parser() -> Parser:
     p = Parser(description="MAE pretraining with positional labels", add_help=False)
     g = p.add_argument_group("model")
     g.add_argument("--model", default="mae_vit_large_patch16", help="a name in models_mae_pl.MODELS")
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's")
+    g.add_argument(
+        "--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's"
+    )
     g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
-    g.add_argument("--norm_pix_loss", action="store_true", help="normalise the target by each patch's mean and variance")
-    g.add_argument("--grad_checkpointing", action="store_true",
-                   help="run each block again in backward: less memory, a fifth to a third more time")
+    g.add_argument(
+        "--norm_pix_loss", action="store_true", help="normalise the target by each patch's mean and variance"
+    )
+    g.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="run each block again in backward: less memory, a fifth to a third more time",
+    )
     add_position_flags(p, pos_embed="none", pos_label="apl")
     add_self_relation_flags(p, spatial=0.0, channel=0.0)
-    p.add_argument("--sr_views", default="same", choices=["same", "two"],
-                   help="the teacher sees the whole image of which the student sees a part, or another crop")
+    p.add_argument(
+        "--sr_views",
+        default="same",
+        choices=["same", "two"],
+        help="the teacher sees the whole image of which the student sees a part, or another crop",
+    )
     add_data_flags(p)
-    p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
-                   help="area of the random crop, as a share of the image")
+    p.add_argument(
+        "--crop_scale",
+        default=[0.2, 1.0],
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="area of the random crop, as a share of the image",
+    )
     p.add_argument("--hflip", default=0.5, type=SHARE, help="chance of a left-right flip")
-    p.add_argument("--dct_scaling", action="store_true",
-                   help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels")
+    p.add_argument(
+        "--dct_scaling",
+        action="store_true",
+        help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels",
+    )
     add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
-    p.add_argument("--picture_epochs", default=20, type=int, help="evaluate and draw reconstructions every N epochs")
+    p.add_argument(
+        "--picture_epochs", default=20, type=int, help="evaluate and draw reconstructions every N epochs"
+    )
     return p
 
 
@@ -60,16 +83,24 @@ from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_
 from util import dist
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
-from util.data.loading.loader import collate, device_batches, eval_loader, sample_batches, some_samples, train_loader
+from util.data.loading.loader import (
+    collate,
+    device_batches,
+    eval_loader,
+    sample_batches,
+    some_samples,
+    train_loader,
+)
 from util.data.multicrop import TwoViews
+from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import eval_transform, pretrain_transform, unnormalize
 from util.dist import fsdp
 from util.evaluate import evaluation
-from util.evaluate.spectrum import RANK_IMAGES, log_ranks
+from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.report.panels import reconstruction_panel, save_png, unnormalize_patches
+from util.run.checkpoint_manager import CheckpointManager
 from util.run.guards import survive_full_disk
-from util.run.keeper import Keeper
 from util.run.log import Log
 from util.train.amp import autocast, described, resolve_amp
 from util.train.lr_sched import cosine, effective_lr, warmup_cosine
@@ -82,10 +113,18 @@ def build_model(args) -> MaskedAutoencoderViT:
         raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
     patch = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
     return MODELS[args.model](
-        img_size=pair(args.input_size, "--input_size"), in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss,
-        pos_embed=args.pos_embed, pos_label=args.pos_label, pos_tokens=args.pos_tokens, rpl_pairs=args.rpl_pairs,
-        sr_spatial=args.sr_spatial > 0, sr_channel=args.sr_channel > 0, sr_temp_spatial=args.sr_temp_spatial,
-        sr_temp_channel=args.sr_temp_channel, **patch,
+        img_size=pair(args.input_size, "--input_size"),
+        in_chans=args.in_chans,
+        norm_pix_loss=args.norm_pix_loss,
+        pos_embed=args.pos_embed,
+        pos_label=args.pos_label,
+        pos_tokens=args.pos_tokens,
+        rpl_pairs=args.rpl_pairs,
+        sr_spatial=args.sr_spatial > 0,
+        sr_channel=args.sr_channel > 0,
+        sr_temp_spatial=args.sr_temp_spatial,
+        sr_temp_channel=args.sr_temp_channel,
+        **patch,
     )
 
 
@@ -119,15 +158,21 @@ def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum
     now, update = {}, MomentumUpdate(teacher, model)
     return dict(
         before_update=lambda done: now.update(momentum=cosine(done, start=momentum, end=1.0, total=epochs)),
-        after_step=lambda step: update(now["momentum"]), extras={"teacher": teacher})
+        after_step=lambda step: update(now["momentum"]),
+        extras={"teacher": teacher},
+    )
 
 
 def evaluate(model, loss_fn, loader, chance: dict[str, float], **options) -> dict[str, float]:
     """The losses on the validation images, printed beside the level of guessing; `options` are evaluation.evaluate's."""
     stats = evaluation.evaluate(model, loss_fn, loader, **options)
     images = stats.pop("images")
-    dist.say(f"* {images} val images  " + "  ".join(
-        f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()))
+    dist.print_rank0(
+        f"* {images} val images  "
+        + "  ".join(
+            f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()
+        )
+    )
     return stats
 
 
@@ -145,9 +190,16 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     if model.pos_head is not None and hasattr(model.pos_head, "apl"):
         cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
     return reconstruction_panel(
-        unnormalize(images, mean, std) / 255, mask, unnormalize(model.unpatchify(pred), mean, std) / 255,
-        patch_size=model.patch_size, grid=model.grid, visible_ids=None if cells is None else ids_keep, predicted_cells=cells,
-        reconstruction_title="reconstruction (true patch mean/std)" if model.norm_pix_loss else "reconstruction",
+        unnormalize(images, mean, std) / 255,
+        mask,
+        unnormalize(model.unpatchify(pred), mean, std) / 255,
+        patch_size=model.patch_size,
+        grid=model.grid,
+        visible_ids=None if cells is None else ids_keep,
+        predicted_cells=cells,
+        reconstruction_title="reconstruction (true patch mean/std)"
+        if model.norm_pix_loss
+        else "reconstruction",
     )
 
 
@@ -155,22 +207,31 @@ def build_data(args, size, device, two_views: bool):
     """Training loader, and validation loader or None."""
     data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
     if two_views and args.dct_scaling:
-        raise ValueError("--dct_scaling crops one view and does not go with --sr_views two: leave one of them out")
+        raise ValueError(
+            "--dct_scaling crops one view and does not go with --sr_views two: leave one of them out"
+        )
     crop = size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment = TwoViews(*crop) if two_views else pretrain_transform(*crop, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **data)
-    dist.say(train.summary())
-    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers,
-                   pin_memory=args.pin_mem and device.type == "cuda")
+    dist.print_rank0(train.summary())
+    loading = dict(
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
     loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device)
     try:
         val = build_dataset(args.data_path, "val", eval_transform(size), evaluation=True, **data)
     except NoSplit:
         val = None
     if len(set(dist.gather_objects(val is None))) > 1:
-        raise ValueError(f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes again")
+        raise ValueError(
+            f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes again"
+        )
     if val is None:
-        dist.say("no val images beside the training images: pictures show training images, nothing is evaluated")
+        dist.print_rank0(
+            "no val images beside the training images: pictures show training images, nothing is evaluated"
+        )
         return loader, None
     return loader, cached(eval_loader(val, **loading), args.cache_data, device)
 
@@ -184,7 +245,9 @@ def main(args) -> int:
         dist.make_shared_folder(args.output_dir)
 
     # Data
-    relations = {name: w for name, w in (("sr_spatial", args.sr_spatial), ("sr_channel", args.sr_channel)) if w > 0}
+    relations = {
+        name: w for name, w in (("sr_spatial", args.sr_spatial), ("sr_channel", args.sr_channel)) if w > 0
+    }
     loader, val_loader = build_data(args, size, device, two_views=bool(relations) and args.sr_views == "two")
 
     # Model and loss
@@ -194,8 +257,10 @@ def main(args) -> int:
         model.set_grad_checkpointing()
     if args.strategy == "fsdp":
         if relations:
-            raise ValueError("--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
-                             "parameters; leave it out")
+            raise ValueError(
+                "--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
+                "parameters; leave it out"
+            )
         fsdp.shard(model, device, amp)
     L = model.patch_embed.num_patches
     chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
@@ -209,9 +274,11 @@ def main(args) -> int:
     lr = effective_lr(args.lr, args.blr, batch)
     # As MAE: class and mask token are decayed in pretraining, and MAE's own files continue.
     optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
-    dist.say(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; "
-             f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
-             f"{dist.world_size()} = {batch}, lr {lr:.3g}")
+    dist.print_rank0(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; "
+        f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
+        f"{dist.world_size()} = {batch}, lr {lr:.3g}"
+    )
 
     # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
     plain = checkpoint.plain_args(args)
@@ -220,15 +287,17 @@ def main(args) -> int:
         note = transfer.init_from(model, checkpoint.load(args.init_from), args.init_from)
         if teacher is not None:
             copy_parameters(teacher, model)
-        dist.say(f"weights from {args.init_from}, fresh schedule; {note}")
+        dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
     elif resume is None:
-        dist.say("starting from scratch")
+        dist.print_rank0("starting from scratch")
 
     log_dir = None if args.dry_run else args.log_dir or args.output_dir
     log = Log(args.output_dir, log_dir, args.print_freq, chance)
     keeper = None
     if args.output_dir:
-        keeper = Keeper(args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep)
+        keeper = CheckpointManager(
+            args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
+        )
     shown_set = (val_loader or loader).dataset
     shown = some_samples(shown_set, 4)
 
@@ -238,13 +307,17 @@ def main(args) -> int:
         with fsdp.gathered(model) as whole:
             stats = {}
             if val_loader is not None:
-                stats = evaluate(whole, eval_loss_fn, val_loader, chance, device=device, mean=mean, std=std, amp=amp)
+                stats = evaluate(
+                    whole, eval_loss_fn, val_loader, chance, device=device, mean=mean, std=std, amp=amp
+                )
             if teacher is not None:
-                batches = device_batches(sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, mean, std)
+                batches = device_batches(
+                    sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, Pixels(mean, std)
+                )
                 with autocast(device, amp):
                     stats |= log_ranks(whole, batches, log, epoch)
             if dist.is_main() and args.output_dir:
-                images = next(device_batches([collate(shown)], device, mean, std))
+                images = next(device_batches([collate(shown)], device, Pixels(mean, std)))
                 panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
                 path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
                 with survive_full_disk():
@@ -254,10 +327,29 @@ def main(args) -> int:
         return {f"test_{k}": v for k, v in stats.items()}
 
     finished = engine.fit(
-        model, loss_fn, optimizer, loader, epochs=args.epochs, device=device, mean=mean, std=std, log=log, keeper=keeper,
-        lr_at=lambda done: warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs),
-        args=plain, resume=resume, seed=args.seed, accum_iter=args.accum_iter, clip_grad=args.clip_grad, amp=amp,
-        compile_mode=compiling, max_bad_images=args.max_bad_images, dry_run=args.dry_run, after_epoch=after_epoch,
+        model,
+        loss_fn,
+        optimizer,
+        loader,
+        epochs=args.epochs,
+        device=device,
+        mean=mean,
+        std=std,
+        log=log,
+        keeper=keeper,
+        lr_at=lambda done: warmup_cosine(
+            done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
+        ),
+        args=plain,
+        resume=resume,
+        seed=args.seed,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        amp=amp,
+        compile_mode=compiling,
+        max_bad_images=args.max_bad_images,
+        dry_run=args.dry_run,
+        after_epoch=after_epoch,
         **(follow_model(teacher, model, args.ema_momentum, args.epochs) if teacher is not None else {}),
     )
     dist.shutdown()

@@ -7,6 +7,7 @@ moving average of the encoder that sees the whole image.
 
 Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*pw*in_chans pixel values of a patch.
 """
+
 import math
 from functools import partial
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 from layers.pos_embed import sincos_2d
 from layers.positional import PositionalHead
-from layers.self_relation import RelationHead, cells_elsewhere, channel_loss, sample_tokens, spatial_loss, valid_mean
+from layers.self_relation import (
+    RelationHead,
+    cells_elsewhere,
+    channel_loss,
+    sample_tokens,
+    spatial_loss,
+    valid_mean,
+)
 from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, run_blocks, unpatchify
 from layers.vit import ViTBackbone
 
@@ -144,7 +152,9 @@ class MaskedAutoencoderViT(ViTBackbone):
         x = torch.cat([x, masked], dim=1)  # (B, 1+L, D)
         order = torch.cat([ids_keep, ids_masked], dim=1)  # (B, L)
         pos = self.decoder_pos_embed
-        x = x + torch.cat([pos[:, :1].expand(B, -1, -1), gather_tokens(pos[:, 1:].expand(B, -1, -1), order)], dim=1)
+        x = x + torch.cat(
+            [pos[:, :1].expand(B, -1, -1), gather_tokens(pos[:, 1:].expand(B, -1, -1), order)], dim=1
+        )
         return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.grad_checkpointing))[:, 1:]
 
     def target(self, patches: Tensor) -> Tensor:
@@ -155,7 +165,9 @@ class MaskedAutoencoderViT(ViTBackbone):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) / (var + 1.0e-6) ** 0.5
 
-    def relation_losses(self, tokens: Tensor, ids_keep: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    def relation_losses(
+        self, tokens: Tensor, ids_keep: Tensor, targets: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Self-relations of the visible patch tokens (B, n, C), before the final norm, against `RelationTeacher`'s.
 
         The teacher's tokens are taken at the visible cells: of the same image by their number, of another crop of it, for
@@ -163,21 +175,29 @@ class MaskedAutoencoderViT(ViTBackbone):
         """
         losses = {}
         if self.sr_channel is not None:
-            losses["sr_channel"] = channel_loss(self.sr_channel(tokens), targets["channel"], self.temp_channel).mean()
+            losses["sr_channel"] = channel_loss(
+                self.sr_channel(tokens), targets["channel"], self.temp_channel
+            ).mean()
         if self.sr_spatial is not None:
             own, theirs = self.sr_spatial(tokens), targets["spatial"]
             if "boxes" in targets:
                 points, inside = cells_elsewhere(ids_keep, self.grid, *targets["boxes"].unbind(1))
                 theirs = sample_tokens(theirs, self.grid, points)
                 spatial = spatial_loss(own, theirs, self.num_heads, self.temp_spatial, inside)
-                losses["sr_spatial"] = valid_mean(spatial, inside.sum(1) > 1)  # one cell alone has no relations
+                losses["sr_spatial"] = valid_mean(
+                    spatial, inside.sum(1) > 1
+                )  # one cell alone has no relations
             else:
                 theirs = gather_tokens(theirs, ids_keep)
                 losses["sr_spatial"] = spatial_loss(own, theirs, self.num_heads, self.temp_spatial).mean()
         return losses
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, ids_keep: Tensor | None = None, want_pred: bool = True,
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        ids_keep: Tensor | None = None,
+        want_pred: bool = True,
         relation_targets: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """Images (B, in_chans, H, W) -> losses, pred (B, L, P), mask (B, L) with 1 = removed: MAE's triple.
@@ -231,8 +251,16 @@ class RelationTeacher(ViTBackbone):
 
     def __init__(self, model: MaskedAutoencoderViT):
         block = model.blocks[0]
-        super().__init__(model.img_size, model.patch_size, model.in_chans, model.dim, len(model.blocks), model.num_heads,
-                         block.mlp.fc1.out_features / model.dim, model.pos_embed_kind)
+        super().__init__(
+            model.img_size,
+            model.patch_size,
+            model.in_chans,
+            model.dim,
+            len(model.blocks),
+            model.num_heads,
+            block.mlp.fc1.out_features / model.dim,
+            model.pos_embed_kind,
+        )
         self.sr_spatial = RelationHead(model.dim, predictor=False) if model.sr_spatial is not None else None
         self.sr_channel = RelationHead(model.dim, predictor=False) if model.sr_channel is not None else None
 
@@ -246,16 +274,37 @@ class RelationTeacher(ViTBackbone):
 
 # Width, depth and heads of the encoder, then of the decoder. Base, large and huge are MAE's. Small patches are for
 # small images and get a small decoder: on 8x8 cells MAE's 512x8 would be most of the network. Pico and nano are for CPUs.
-_ENCODERS = {"pico": (96, 4, 3), "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
-             "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-_DECODERS = {"tiny": (192, 4, 3), "small": (256, 4, 8), "base": (512, 8, 16), "large": (512, 8, 16), "huge": (512, 8, 16)}
-_SMALL_DECODERS = {"pico": (64, 1, 2), "nano": (96, 2, 3), "tiny": (128, 2, 4), "small": (192, 4, 6), "base": (256, 4, 8)}
+_ENCODERS = {
+    "pico": (96, 4, 3),
+    "nano": (128, 6, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_DECODERS = {
+    "tiny": (192, 4, 3),
+    "small": (256, 4, 8),
+    "base": (512, 8, 16),
+    "large": (512, 8, 16),
+    "huge": (512, 8, 16),
+}
+_SMALL_DECODERS = {
+    "pico": (64, 1, 2),
+    "nano": (96, 2, 3),
+    "tiny": (128, 2, 4),
+    "small": (192, 4, 6),
+    "base": (256, 4, 8),
+}
 
 
 def _mae(size: str, patch: int, **kwargs) -> MaskedAutoencoderViT:
     encoder, decoder = _ENCODERS[size], (_DECODERS if patch > 8 else _SMALL_DECODERS)[size]
     names = ("dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
-    return MaskedAutoencoderViT(**dict(zip(names, encoder + decoder)) | {"patch_size": (patch, patch)} | kwargs)
+    return MaskedAutoencoderViT(
+        **dict(zip(names, encoder + decoder)) | {"patch_size": (patch, patch)} | kwargs
+    )
 
 
 def name_and_heads(dim: int, depth: int, decoder_dim: int, patch: int) -> tuple[str, int, int]:
@@ -268,12 +317,23 @@ def name_and_heads(dim: int, depth: int, decoder_dim: int, patch: int) -> tuple[
     return size, heads, decoder[2] if decoder[0] == decoder_dim else max(1, decoder_dim // 32)
 
 
-_PATCHES = {"pico": (8, 4), "nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,),
-            "huge": (14,)}
+_PATCHES = {
+    "pico": (8, 4),
+    "nano": (8, 4),
+    "tiny": (16, 8, 4),
+    "small": (16, 8, 4),
+    "base": (16, 8, 4),
+    "large": (16,),
+    "huge": (14,),
+}
 
 # name -> builder; keyword arguments of MaskedAutoencoderViT override what the name says.
 MODELS = {
-    f"mae_vit_{size}_patch{patch}": partial(_mae, size, patch) for size, patches in _PATCHES.items() for patch in patches
+    f"mae_vit_{size}_patch{patch}": partial(_mae, size, patch)
+    for size, patches in _PATCHES.items()
+    for patch in patches
 }
-MODELS |= {f"{name}_dec512d8b": MODELS[name]  # MAE's full names
-           for name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")}
+MODELS |= {
+    f"{name}_dec512d8b": MODELS[name]  # MAE's full names
+    for name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+}

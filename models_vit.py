@@ -4,6 +4,7 @@ State-dict keys are those of MAE's fine-tuned files and of timm's models; positi
 
 Shapes: B batch, L patches, C channels of a token, K classes.
 """
+
 from functools import partial
 
 from torch import Tensor, nn
@@ -45,14 +46,25 @@ class VisionTransformer(Classifier, ViTBackbone):
         patch_embed: str = "linear",
         second_order: dict | None = None,
     ):
-        super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio, pos_embed, drop_path,
-                         patch_embed)
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            pos_embed,
+            drop_path,
+            patch_embed,
+        )
         if pool is None:  # a second-order feature is fused with the class token
             pool = "avg" if second_order is None else "cls"
         if pool == "avg":
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(dim, eps=1e-6)
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std,
-                             second_order=second_order)
+        self.init_classifier(
+            num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, second_order=second_order
+        )
 
 
 class DistilledVisionTransformer(VisionTransformer):
@@ -66,7 +78,9 @@ class DistilledVisionTransformer(VisionTransformer):
 
     def __init__(self, *args, pool: str = "cls", **kwargs):
         if pool != "cls":
-            raise ValueError(f"a model with a distillation token reads its class tokens (pool 'cls'), found {pool!r}")
+            raise ValueError(
+                f"a model with a distillation token reads its class tokens (pool 'cls'), found {pool!r}"
+            )
         super().__init__(*args, pool=pool, **kwargs)
 
     def init_heads(self, width: int, std: float, second_order: dict | None) -> None:
@@ -86,13 +100,29 @@ class DistilledVisionTransformer(VisionTransformer):
 
 
 # Width, depth, heads. Pico and nano are for experiments on CPUs; small patches are for small images.
-_SIZES = {"pico": (96, 4, 3), "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
-          "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-_PATCHES = {"pico": (8, 4), "nano": (8, 4), "tiny": (16, 8, 4), "small": (16, 8, 4), "base": (16, 8, 4), "large": (16,),
-            "huge": (14,)}
+_SIZES = {
+    "pico": (96, 4, 3),
+    "nano": (128, 6, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_PATCHES = {
+    "pico": (8, 4),
+    "nano": (8, 4),
+    "tiny": (16, 8, 4),
+    "small": (16, 8, 4),
+    "base": (16, 8, 4),
+    "large": (16,),
+    "huge": (14,),
+}
 
 
-def _build(model: type[VisionTransformer], size: str, patch: int, default_pool: str | None, **kwargs) -> VisionTransformer:
+def _build(
+    model: type[VisionTransformer], size: str, patch: int, default_pool: str | None, **kwargs
+) -> VisionTransformer:
     named = dict(zip(("dim", "depth", "num_heads"), _SIZES[size])) | {"patch_size": (patch, patch)}
     given = {name: value for name, value in kwargs.items() if not (name == "pool" and value is None)}
     return model(**{"pool": default_pool} | named | given)
@@ -102,8 +132,11 @@ def _build(model: type[VisionTransformer], size: str, patch: int, default_pool: 
 # the average for ViT (MAE), the class token for DeiT and under a second-order head.
 MODELS = {
     f"vit_{size}_patch{patch}": partial(_build, VisionTransformer, size, patch, None)
-    for size, patches in _PATCHES.items() for patch in patches
+    for size, patches in _PATCHES.items()
+    for patch in patches
 }
 for _size, _patch in (("pico", 8), ("tiny", 16), ("small", 16), ("base", 16)):
     MODELS[f"deit_{_size}_patch{_patch}"] = partial(_build, VisionTransformer, _size, _patch, "cls")
-    MODELS[f"deit_{_size}_distilled_patch{_patch}"] = partial(_build, DistilledVisionTransformer, _size, _patch, "cls")
+    MODELS[f"deit_{_size}_distilled_patch{_patch}"] = partial(
+        _build, DistilledVisionTransformer, _size, _patch, "cls"
+    )

@@ -1,7 +1,8 @@
 """Submit SERE pretraining to a cluster: all flags of main_sere.py, and the cluster's (see --help).
 
-    python submitit_sere.py --nodes 4 --job_dir DIR @recipes/sere_vit_small.args --data_path DATA
+python submitit_sere.py --nodes 4 --job_dir DIR @recipes/sere_vit_small.args --data_path DATA
 """
+
 import sys
 
 from util.cluster.launch import launch

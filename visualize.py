@@ -11,6 +11,7 @@
 FILE holds a masked autoencoder, a ViT or a DeiT, of this toolkit's or MAE's; the images are --data_path's, the embedded
 demo's if not given.
 """
+
 import argparse
 import os
 import sys
@@ -21,31 +22,53 @@ from util.flags.parser import Parser, run
 def get_args_parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
-    for name, help_text in (("reconstruct", "draw what the decoder makes of the visible patches"),
-                            ("positions", "draw what the label head says"), ("attention", "draw where the class token looks")):
+    for name, help_text in (
+        ("reconstruct", "draw what the decoder makes of the visible patches"),
+        ("positions", "draw what the label head says"),
+        ("attention", "draw where the class token looks"),
+    ):
         c = commands.add_parser(name, help=help_text)
         c.add_argument("file")
         c.add_argument("out")
-        c.add_argument("--data_path", default="", help="folder, tar or list of images; the embedded demo set if empty")
+        c.add_argument(
+            "--data_path", default="", help="folder, tar or list of images; the embedded demo set if empty"
+        )
         c.add_argument("--images", default=4, type=int, help="images to draw")
         if name != "attention":
             c.add_argument("--mask_ratio", default=None, type=float, help="as in training if not given")
         if name == "positions":
-            c.add_argument("--measure", default=1000, type=int, help="images over which accuracies are measured")
+            c.add_argument(
+                "--measure", default=1000, type=int, help="images over which accuracies are measured"
+            )
     c = commands.choices["reconstruct"]
-    c.add_argument("--stats", default="true", choices=["true", "visible"],
-                   help="norm-pix models predict no brightness and contrast: show them with each patch's own (ground truth, "
-                        "which the title says), or with those of the visible patches")
-    c.add_argument("--norm_pix_loss", action="store_true", help="the target was normalised, for files that do not say")
+    c.add_argument(
+        "--stats",
+        default="true",
+        choices=["true", "visible"],
+        help="norm-pix models predict no brightness and contrast: show them with each patch's own (ground truth, "
+        "which the title says), or with those of the visible patches",
+    )
+    c.add_argument(
+        "--norm_pix_loss", action="store_true", help="the target was normalised, for files that do not say"
+    )
     c = commands.add_parser("curves", help="plot log.txt of runs")
     c.add_argument("out")
     c.add_argument("runs", nargs="*")
-    c.add_argument("--reference", default=[], nargs="+", metavar="RUN",
-                   help="runs, or folders of runs, drawn in grey behind: evidence/results/NAME/... are this project's")
+    c.add_argument(
+        "--reference",
+        default=[],
+        nargs="+",
+        metavar="RUN",
+        help="runs, or folders of runs, drawn in grey behind: evidence/results/NAME/... are this project's",
+    )
     c = commands.add_parser("sweep", help="plot a metric against what was swept")
     c.add_argument("dir")
     c.add_argument("out")
-    c.add_argument("--flag", default=None, help="the swept flag to plot against; the first that is not the seed if not given")
+    c.add_argument(
+        "--flag",
+        default=None,
+        help="the swept flag to plot against; the first that is not the seed if not given",
+    )
     c.add_argument("--metric", default=None, help="a name in log.txt; the first usual one if not given")
     c = commands.add_parser("report", help="write a page")
     c.add_argument("dir")
@@ -69,9 +92,16 @@ def main(args) -> int:
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")
     if args.command == "reconstruct":
-        save_png(reconstruct(args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss), args.out)
+        save_png(
+            reconstruct(
+                args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss
+            ),
+            args.out,
+        )
     elif args.command == "positions":
-        charts.save(positions(args.file, args.data_path, args.images, args.measure, args.mask_ratio), args.out)
+        charts.save(
+            positions(args.file, args.data_path, args.images, args.measure, args.mask_ratio), args.out
+        )
     elif args.command == "attention":
         charts.save(attention(args.file, args.data_path, args.images), args.out)
     elif args.command == "curves":

@@ -1,4 +1,5 @@
 """All classifiers by name: ours, and any timm backbone as timm/NAME; and the model that a checkpoint holds."""
+
 import difflib
 
 from torch import nn
@@ -19,8 +20,11 @@ def build_classifier(name: str, **options):
         return timm_model(name.removeprefix("timm/"), **options)
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
-        raise ValueError(f"--model {name} is unknown" + (f"; did you mean {near[0]}?" if near else "")
-                         + f" There are {', '.join(MODELS)}, and timm/NAME for timm's")
+        raise ValueError(
+            f"--model {name} is unknown"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" There are {', '.join(MODELS)}, and timm/NAME for timm's"
+        )
     return MODELS[name](**options)
 
 
@@ -32,21 +36,29 @@ def known_classes(state: dict, path: str, data: list[str], given: list[str] | No
     or a class of the data is not among them.
     """
     known = given or state.get("classes")
-    outputs = len(state["model"].get("head.bias", ())) or None  # of a linear head; others are left to the loading
+    outputs = (
+        len(state["model"].get("head.bias", ())) or None
+    )  # of a linear head; others are left to the loading
     if known is None and outputs == 1000 and len(data) < outputs:
         from timm.data import ImageNetInfo
 
         known = ImageNetInfo("imagenet-1k").label_names()
         known = known if set(data) <= set(known) else None
     if known is None and all(name.isdigit() for name in data) and sorted(data, key=int) != data:
-        raise ValueError(f"the data's classes are numbers, which folders sort as {some_names(data)}; {path} does not say what "
-                         "its outputs are called: name them by --classes, in their order")
+        raise ValueError(
+            f"the data's classes are numbers, which folders sort as {some_names(data)}; {path} does not say what "
+            "its outputs are called: name them by --classes, in their order"
+        )
     if outputs not in (None, len(known or data)):
-        raise ValueError(f"{path} tells {outputs} classes apart, and there are {len(known or data)} "
-                         f"{'given' if given else 'in the data'}: name all, in the order of its outputs, by --classes")
+        raise ValueError(
+            f"{path} tells {outputs} classes apart, and there are {len(known or data)} "
+            f"{'given' if given else 'in the data'}: name all, in the order of its outputs, by --classes"
+        )
     if known and (unknown := sorted(set(data) - set(known))):
-        raise ValueError(f"{path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
-                         "other data, or their folders have other names, and --classes gives these in the order of its outputs")
+        raise ValueError(
+            f"{path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
+            "other data, or their folders have other names, and --classes gives these in the order of its outputs"
+        )
     return known or data
 
 
@@ -62,6 +74,7 @@ def trained_options(flags: dict) -> dict:
 
 def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
     """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
+
     def frozen(name: str) -> bool:
         return name not in keep and model.layer_id(name) < model.num_layers - blocks
 

@@ -2,6 +2,7 @@
 
 Shapes: B batch, L patches, C channels of a token, K classes.
 """
+
 from functools import partial
 
 import torch
@@ -44,11 +45,24 @@ class SoVisionTransformer(Classifier, ViTBackbone):
         rpl_pairs: int = 0,
         head_init_std: float = 0.02,
     ):
-        super().__init__(img_size, patch_size, in_chans, dim, depth, num_heads, mlp_ratio,
-                         "none" if pos_embed == "none" else "sincos", drop_path, patch_embed, qkv_bias=False, norm_eps=1e-5)
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            "none" if pos_embed == "none" else "sincos",
+            drop_path,
+            patch_embed,
+            qkv_bias=False,
+            norm_eps=1e-5,
+        )
         self.blocks.apply(_init_linear)
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std,
-                             second_order=second_order)
+        self.init_classifier(
+            num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, second_order=second_order
+        )
 
     def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
         if kind == "none":
@@ -73,6 +87,10 @@ def _so_vit(head: dict, **kwargs) -> SoVisionTransformer:
 MODELS = {
     "so_vit_7": partial(_so_vit, {"dims": (48, 24)}, dim=256, depth=7, num_heads=4, mlp_ratio=2),
     "so_vit_10": partial(_so_vit, {"dims": (48, 24)}, dim=256, depth=10, num_heads=4, mlp_ratio=2),
-    "so_vit_14": partial(_so_vit, {"dims": (64, 48), "dropout": 0.5}, dim=384, depth=14, num_heads=6, mlp_ratio=3),
-    "so_vit_19": partial(_so_vit, {"dims": (96, 48), "dropout": 0.5}, dim=448, depth=19, num_heads=7, mlp_ratio=3),
+    "so_vit_14": partial(
+        _so_vit, {"dims": (64, 48), "dropout": 0.5}, dim=384, depth=14, num_heads=6, mlp_ratio=3
+    ),
+    "so_vit_19": partial(
+        _so_vit, {"dims": (96, 48), "dropout": 0.5}, dim=448, depth=19, num_heads=7, mlp_ratio=3
+    ),
 }

@@ -6,6 +6,7 @@
 
 Shapes: B batch, H W rows and columns of a stage's grid, h w those of a window, n windows of an image, C channels.
 """
+
 from functools import partial
 
 import torch
@@ -31,7 +32,9 @@ def window_merge(windows: Tensor, window: tuple[int, int], size: tuple[int, int]
     return x.reshape(-1, H, W, C)
 
 
-def window_mask(grid: tuple[int, int], padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]):
+def window_mask(
+    grid: tuple[int, int], padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+):
     """Which tokens of a window may attend to which, (n, h*w, h*w) bool; None when all may.
 
     After a cyclic shift, a window can hold tokens from opposite borders of the image; they do not see each other.
@@ -80,7 +83,9 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.register_buffer("mask", window_mask(grid, self.padded, self.window, self.shift), persistent=False)
+        self.register_buffer(
+            "mask", window_mask(grid, self.padded, self.window, self.shift), persistent=False
+        )
 
     def window_attention(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -190,7 +195,12 @@ class SwinTransformer(Classifier, nn.Module):
     ):
         super().__init__()
         window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-        self.img_size, self.patch_size, self.in_chans, self.pos_embed_kind = img_size, patch_size, in_chans, pos_embed
+        self.img_size, self.patch_size, self.in_chans, self.pos_embed_kind = (
+            img_size,
+            patch_size,
+            in_chans,
+            pos_embed,
+        )
         self.depths = tuple(depths)
         self.patch_embed = NormedPatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid, dim, stages, last = self.patch_embed.grid, embed_dim, [], len(depths) - 1
@@ -212,8 +222,9 @@ class SwinTransformer(Classifier, nn.Module):
         self.dim, self.grid = dim, grid
         self.norm = nn.LayerNorm(dim)
         self.layers.apply(_init_linear)
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std,
-                             second_order=second_order)
+        self.init_classifier(
+            num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, second_order=second_order
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H', W') -> tokens of the last stage after the final norm, (B, H*W, C)."""
@@ -256,7 +267,9 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def _swin(**kwargs) -> SwinTransformer:
-    return SwinTransformer(**{name: value for name, value in kwargs.items() if not (name == "pool" and value is None)})
+    return SwinTransformer(
+        **{name: value for name, value in kwargs.items() if not (name == "pool" and value is None)}
+    )
 
 
 # name -> builder; keyword arguments of SwinTransformer override what the name says, pool=None is its default. Pico is for

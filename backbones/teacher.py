@@ -1,4 +1,5 @@
 """Frozen classifiers that teach DeiT's distillation token."""
+
 import torch
 from torch import nn
 
@@ -8,8 +9,16 @@ from util.flags.groups import head_options, resolve_head
 from util.weights.checkpoint import load, load_for_evaluation
 
 
-def build_teacher(name: str, file: str, *, classes: list[str], img_size: tuple[int, int], in_chans: int,
-                  mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+def build_teacher(
+    name: str,
+    file: str,
+    *,
+    classes: list[str],
+    img_size: tuple[int, int],
+    in_chans: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> nn.Module:
     """A frozen classifier for distillation: a model of ours in `file`, or timm's pretrained one where `file` is ''.
 
     It takes images that were normalised with the student's `mean` and `std`, whatever its own are. Raises ValueError where
@@ -19,10 +28,14 @@ def build_teacher(name: str, file: str, *, classes: list[str], img_size: tuple[i
         saved = load(file)
         flags = saved.get("args") or {}
         if saved.get("classes", classes) != classes:
-            raise ValueError(f"--distill_checkpoint {file} knows the classes {some_names(saved['classes'])}, the data have "
-                             f"{some_names(classes)}: fine-tune a teacher on them")
+            raise ValueError(
+                f"--distill_checkpoint {file} knows the classes {some_names(saved['classes'])}, the data have "
+                f"{some_names(classes)}: fine-tune a teacher on them"
+            )
         options = head_options(name, resolve_head({}, name, saved, file)) | trained_options(flags)
-        teacher = build_classifier(name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options)
+        teacher = build_classifier(
+            name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
+        )
         load_for_evaluation(teacher, saved, file)
         own = flags.get("mean") or mean, flags.get("std") or std
     else:
@@ -44,11 +57,15 @@ def pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(name.removeprefix("timm/"), pretrained=True)
     except Exception as e:  # an unknown name, no weights, no network: many types, one remedy
-        raise ValueError(f"--distill {name}: timm cannot give its pretrained weights ({e}); train a teacher with "
-                         "main_finetune.py and give it with --distill_checkpoint") from e
+        raise ValueError(
+            f"--distill {name}: timm cannot give its pretrained weights ({e}); train a teacher with "
+            "main_finetune.py and give it with --distill_checkpoint"
+        ) from e
     if model.num_classes != num_classes:
-        raise ValueError(f"--distill {name} knows {model.num_classes} classes, the data have {num_classes}: "
-                         "fine-tune a teacher on them and give it with --distill_checkpoint")
+        raise ValueError(
+            f"--distill {name} knows {model.num_classes} classes, the data have {num_classes}: "
+            "fine-tune a teacher on them and give it with --distill_checkpoint"
+        )
     return model
 
 
@@ -58,7 +75,9 @@ class Renormalized(nn.Module):
     def __init__(self, model: nn.Module, given: tuple, own: tuple):
         super().__init__()
         self.model = model
-        (mean, std), (own_mean, own_std) = ([torch.tensor(x)[:, None, None] for x in stats] for stats in (given, own))
+        (mean, std), (own_mean, own_std) = (
+            [torch.tensor(x)[:, None, None] for x in stats] for stats in (given, own)
+        )
         self.register_buffer("scale", std / own_std)  # (C, 1, 1)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 

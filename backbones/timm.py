@@ -2,6 +2,7 @@
 
 Shapes: B batch, N cells of the grid, C channels of a token, F width of the pooled features, K classes.
 """
+
 import difflib
 import math
 import re
@@ -44,8 +45,9 @@ class TimmClassifier(Classifier, nn.Module):
         self.grid = token_grid(raw, self.layout, self.num_prefix, self.img_size, backbone)
         self.dim = raw.shape[1 if self.layout == "NCHW" else -1]
         pool = "cls" if getattr(backbone, "global_pool", "") == "token" else "avg"
-        self.init_classifier(num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, pooled.shape[-1],
-                             second_order)
+        self.init_classifier(
+            num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, pooled.shape[-1], second_order
+        )
         self._layer_ids = self._group_layers()
 
     def _to_tokens(self, raw: Tensor) -> Tensor:
@@ -75,8 +77,10 @@ class TimmClassifier(Classifier, nn.Module):
         try:
             self.backbone.set_grad_checkpointing(enable)
         except (AttributeError, AssertionError):  # timm has no other way to ask
-            raise ValueError(f"timm's {type(self.backbone).__name__} cannot run its blocks again in backward: leave "
-                             "--grad_checkpointing out") from None
+            raise ValueError(
+                f"timm's {type(self.backbone).__name__} cannot run its blocks again in backward: leave "
+                "--grad_checkpointing out"
+            ) from None
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
         """(B, num_prefix + N, C) -> (B, F), by the model's own pooling and what follows it."""
@@ -100,8 +104,11 @@ class TimmClassifier(Classifier, nn.Module):
             return {f"backbone.{name}": 0 for name, _ in self.backbone.named_parameters()} | {"": 1}
         # Our head is named along with the backbone's parameters, because the ids depend on what is left unmatched.
         named = [*self.backbone.named_parameters(), ("head.weight", None)]
-        ids = group_parameters(SimpleNamespace(named_parameters=lambda: named),
-                               self.backbone.group_matcher(coarse=False), reverse=True)
+        ids = group_parameters(
+            SimpleNamespace(named_parameters=lambda: named),
+            self.backbone.group_matcher(coarse=False),
+            reverse=True,
+        )
         head = ids.pop("head.weight")
         return {f"backbone.{name}": i for name, i in ids.items()} | {"": head}
 
@@ -189,8 +196,12 @@ def token_grid(
 
 
 # timm's names of arguments, and ours.
-_FLAGS = {"drop_path_rate": "--drop_path", "patch_size": "--patch_size", "in_chans": "--in_chans",
-          "global_pool": "pool"}
+_FLAGS = {
+    "drop_path_rate": "--drop_path",
+    "patch_size": "--patch_size",
+    "in_chans": "--in_chans",
+    "global_pool": "pool",
+}
 
 
 def _create(name: str, required: dict, optional: dict) -> nn.Module:
@@ -199,7 +210,9 @@ def _create(name: str, required: dict, optional: dict) -> nn.Module:
         try:
             return timm.create_model(name, **required, **optional)
         except TypeError as e:
-            unknown = re.search(r"unexpected keyword argument\W+(\w+)", str(e).replace("argument(s)", "argument"))
+            unknown = re.search(
+                r"unexpected keyword argument\W+(\w+)", str(e).replace("argument(s)", "argument")
+            )
             if unknown is None or unknown[1] not in required | optional:
                 raise
             if unknown[1] in required:
@@ -209,11 +222,15 @@ def _create(name: str, required: dict, optional: dict) -> nn.Module:
                 raise ValueError(f"timm/{name} takes no {flag}, found {given!r}: {remedy}") from None
             del optional[unknown[1]]
         except (AssertionError, ValueError) as e:  # sizes that the architecture cannot take
-            raise ValueError(f"timm/{name} cannot be built with {required | optional}: {e or type(e).__name__}") from e
+            raise ValueError(
+                f"timm/{name} cannot be built with {required | optional}: {e or type(e).__name__}"
+            ) from e
 
 
 # Positional parts of timm's models that are no additive embedding.
-_OTHER_POSITIONS = re.compile(r"pos_embed[\w.]|rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block")
+_OTHER_POSITIONS = re.compile(
+    r"pos_embed[\w.]|rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block"
+)
 
 
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
@@ -270,5 +287,14 @@ def timm_model(
     backbone = _create(name, required, optional)
     if pos_embed == "none":
         _remove_pos_embed(backbone, name)
-    return TimmClassifier(backbone, img_size, in_chans, num_classes, pos_label, pos_tokens, rpl_pairs, head_init_std,
-                          second_order)
+    return TimmClassifier(
+        backbone,
+        img_size,
+        in_chans,
+        num_classes,
+        pos_label,
+        pos_tokens,
+        rpl_pairs,
+        head_init_std,
+        second_order,
+    )

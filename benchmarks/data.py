@@ -6,6 +6,7 @@
 After the loader's rows the last ones add the way to the device, as in training: on a GPU batches are pinned, copied
 beside other work and normalised there.
 """
+
 import argparse
 import io
 import multiprocessing
@@ -24,6 +25,7 @@ from util.data import native
 from util.data.datasets import DEMO, ImageDataset
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
+from util.data.pixels import Pixels
 from util.data.sources import repack
 from util.data.sources.image_index import build_index
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
@@ -58,18 +60,28 @@ def unpack(index, folder):
 def datasets(data_path, scratch):
     """Name -> data set; the baseline first. Shards are made in `scratch`."""
     folder = unpack(build_index(data_path, labels=False), scratch)
-    pil = tv.Compose([tv.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=tv.InterpolationMode.BICUBIC),
-                      tv.RandomHorizontalFlip(), tv.ToTensor(), tv.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    pil = tv.Compose(
+        [
+            tv.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=tv.InterpolationMode.BICUBIC),
+            tv.RandomHorizontalFlip(),
+            tv.ToTensor(),
+            tv.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
     pil_uint8 = tv.Compose([*pil.transforms[:2], tv.PILToTensor()])
-    made = {BASELINE: ImageFolder(os.path.join(folder, "train"), pil),
-            "the same, uint8": ImageFolder(os.path.join(folder, "train"), pil_uint8)}
+    made = {
+        BASELINE: ImageFolder(os.path.join(folder, "train"), pil),
+        "the same, uint8": ImageFolder(os.path.join(folder, "train"), pil_uint8),
+    }
     files, crop = build_index(folder), pretrain_transform(SIZE)
     made[WITHOUT_LIBRARY] = WithoutNative(files, crop)
     if not native.library():
         print(f"the rest needs the native library: `{native.BUILD}` ({native.describe()})")
         return made
     made[NATIVE] = ImageDataset(files, crop)
-    made["native, original files, DCT scaling"] = ImageDataset(files, pretrain_transform(SIZE, dct_scaling=True))
+    made["native, original files, DCT scaling"] = ImageDataset(
+        files, pretrain_transform(SIZE, dct_scaling=True)
+    )
     for name, bound in (("lossless shards", None), ("shards of long side 500", 500)):
         target = os.path.join(scratch, name.replace(" ", "_"))
         repack.repack(folder, target, long_side=bound, num_workers=2)
@@ -79,17 +91,27 @@ def datasets(data_path, scratch):
 
 def per_core(sets, rounds, images):
     """One thread of this process; seconds are the CPU time of all its threads."""
+
     def whole(dataset):
         def call():
             for i in range(images):
                 dataset[i % len(dataset)]
+
         return call
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = interleaved({k: whole(d) for k, d in sets.items()}, rounds, clock=time.process_time)
     torch.set_num_threads(before)
-    return [dict(path=k, ms=spread([t / images * 1e3 for t in s]), images_per_s=spread([images / t for t in s]),
-                 ratio=ratio(seconds[BASELINE], s)) for k, s in seconds.items()]
+    return [
+        dict(
+            path=k,
+            ms=spread([t / images * 1e3 for t in s]),
+            images_per_s=spread([images / t for t in s]),
+            ratio=ratio(seconds[BASELINE], s),
+        )
+        for k, s in seconds.items()
+    ]
 
 
 def shuffled(dataset, batches, batch_size, workers):
@@ -106,7 +128,7 @@ def in_a_loader(sets, rounds, batches, batch_size, workers, record):
     names = [k for k in sets if "DCT" not in k]
     wall, cpu = ({k: [] for k in names} for _ in range(2))
     for i in range(rounds):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             dataset = sets[name]
             sampler = shuffled(dataset, batches, batch_size, workers)
             make = torch.utils.data.DataLoader if isinstance(dataset, ImageFolder) else build_loader
@@ -128,10 +150,15 @@ def loader_rows(wall, cpu, images):
     for name in wall:
         n = min(len(wall[name]), len(wall[BASELINE]))
         if n:
-            rows.append(dict(path=name, images_per_s=spread([images / t for t in wall[name]]),
-                             ratio=ratio(wall[BASELINE][:n], wall[name][:n]),
-                             cpu_ms=spread([t / images * 1e3 for t in cpu[name]]),
-                             cpu_ratio=ratio(cpu[BASELINE][:n], cpu[name][:n])))
+            rows.append(
+                dict(
+                    path=name,
+                    images_per_s=spread([images / t for t in wall[name]]),
+                    ratio=ratio(wall[BASELINE][:n], wall[name][:n]),
+                    cpu_ms=spread([t / images * 1e3 for t in cpu[name]]),
+                    cpu_ratio=ratio(cpu[BASELINE][:n], cpu[name][:n]),
+                )
+            )
     return rows
 
 
@@ -140,9 +167,10 @@ def onto_device(dataset, rounds, batches, batch_size, workers, device):
     rates = []
     for _ in range(rounds):
         sampler = shuffled(dataset, batches, batch_size, workers)
-        loader = build_loader(dataset, sampler, batch_size=batch_size, num_workers=workers,
-                              pin_memory=device.type == "cuda")
-        stream = device_batches(loader, device, IMAGENET_MEAN, IMAGENET_STD)
+        loader = build_loader(
+            dataset, sampler, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda"
+        )
+        stream = device_batches(loader, device, Pixels(IMAGENET_MEAN, IMAGENET_STD))
         for _ in range(workers):  # the workers' start
             next(stream)
         wait_for(device)
@@ -168,8 +196,14 @@ def cpu_seconds():
 def memory():
     """MiB of this process and of its workers together: resident, and what no other process shares (private pages)."""
     found = {}
-    for who, pids in dict(parent=[os.getpid()], workers=[p.pid for p in multiprocessing.active_children()]).items():
-        lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+    for who, pids in dict(
+        parent=[os.getpid()], workers=[p.pid for p in multiprocessing.active_children()]
+    ).items():
+        lines = [
+            line.split()
+            for pid in pids
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        ]
         for what, names in dict(resident=["Rss:"], unique=["Private_Clean:", "Private_Dirty:"]).items():
             found[f"{who} {what}"] = sum(int(size) for name, size, *_ in lines if name in names) / 1024
     return found
@@ -194,9 +228,15 @@ def endurance(dataset, minutes, workers, batch_size, reads=20):
             if len(rows) < reads and time.monotonic() - start >= 60 * minutes * (len(rows) + 1) / reads:
                 rows.append(dict(images=images, epoch=epoch) | memory())
         epoch += 1
-    kept = rows[len(rows) // 5:]
-    return dict(rows=rows, mib_per_100k={k: slope([r["images"] for r in kept], [r[k] for r in kept])
-                                         for k in rows[0] if k not in ("images", "epoch")})
+    kept = rows[len(rows) // 5 :]
+    return dict(
+        rows=rows,
+        mib_per_100k={
+            k: slope([r["images"] for r in kept], [r[k] for r in kept])
+            for k in rows[0]
+            if k not in ("images", "epoch")
+        },
+    )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -204,13 +244,23 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", default=DEMO, help="JPEGs, as for training")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=200, help="per round and path")
-    parser.add_argument("--batches", type=int, default=6, help="per round and path in the loader; 0 leaves the loader out")
+    parser.add_argument(
+        "--batches", type=int, default=6, help="per round and path in the loader; 0 leaves the loader out"
+    )
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--endurance", type=float, default=0, metavar="MINUTES",
-                        help="instead: memory while the loader runs for so long")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="of the last rows, in which batches go there; decoding is the CPU's work")
+    parser.add_argument(
+        "--endurance",
+        type=float,
+        default=0,
+        metavar="MINUTES",
+        help="instead: memory while the loader runs for so long",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of the last rows, in which batches go there; decoding is the CPU's work",
+    )
     return parser
 
 
@@ -220,10 +270,21 @@ def main(argv, record: Record | None = None) -> dict:
     if args.endurance:
         dataset = ImageDataset(build_index(args.data_path, labels=False), pretrain_transform(SIZE))
         found = endurance(dataset, args.endurance, args.num_workers, args.batch_size)
-        print(f"{len(dataset)} images of {args.data_path}, {native.describe()}, {args.num_workers} workers; MiB")
-        print(table([{k: v if isinstance(v, int) else f"{v:.1f}" for k, v in row.items()} for row in found["rows"]]))
-        print("MiB per 100,000 images after the first fifth: " + ", ".join(
-            f"{k} {v:+.1f}" for k, v in found["mib_per_100k"].items()))
+        print(
+            f"{len(dataset)} images of {args.data_path}, {native.describe()}, {args.num_workers} workers; MiB"
+        )
+        print(
+            table(
+                [
+                    {k: v if isinstance(v, int) else f"{v:.1f}" for k, v in row.items()}
+                    for row in found["rows"]
+                ]
+            )
+        )
+        print(
+            "MiB per 100,000 images after the first fifth: "
+            + ", ".join(f"{k} {v:+.1f}" for k, v in found["mib_per_100k"].items())
+        )
         record.set("images", len(dataset))
         record.set("endurance", found)
         return record.results
@@ -231,24 +292,67 @@ def main(argv, record: Record | None = None) -> dict:
         sets = datasets(args.data_path, scratch)
         native_or_not = sets.get(NATIVE, sets[WITHOUT_LIBRARY])
         index = native_or_not.index
-        sizes = torch.tensor([Image.open(io.BytesIO(index.read(i))).size for i in range(len(index))]).float().mean(0).tolist()
+        sizes = (
+            torch.tensor([Image.open(io.BytesIO(index.read(i))).size for i in range(len(index))])
+            .float()
+            .mean(0)
+            .tolist()
+        )
         print(f"\n{len(index)} images, mean {sizes[0]:.0f} x {sizes[1]:.0f}")
         record.set("images", len(index))
         record.set("mean_size", sizes)
         record.set("per_core", per_core(sets, args.rounds, args.images))
         results = record.results
         print(f"\none core, one thread; {args.rounds} rounds of {args.images} images, median [min..max]")
-        print(table([dict(path=r["path"], **{"ms/image (CPU)": shown(r["ms"]), "images/s": shown(r["images_per_s"], 0),
-                                             "times the first": shown(r["ratio"])}) for r in results["per_core"]]))
+        print(
+            table(
+                [
+                    dict(
+                        path=r["path"],
+                        **{
+                            "ms/image (CPU)": shown(r["ms"]),
+                            "images/s": shown(r["images_per_s"], 0),
+                            "times the first": shown(r["ratio"]),
+                        },
+                    )
+                    for r in results["per_core"]
+                ]
+            )
+        )
         if args.batches:
             in_a_loader(sets, args.rounds, args.batches, args.batch_size, args.num_workers, record)
             print(f"\nDataLoader, {args.num_workers} workers, batches of {args.batch_size}, wall time")
-            print(table([dict(path=r["path"], **{"images/s": shown(r["images_per_s"], 0), "times the first": shown(r["ratio"]),
-                                                 "ms/image (CPU, all)": shown(r["cpu_ms"]), "of CPU": shown(r["cpu_ratio"])})
-                         for r in results["loader"]]), flush=True)
-            for name in [k for k in (NATIVE, "native, shards of long side 500") if k in sets] or [WITHOUT_LIBRARY]:
-                rates = onto_device(sets[name], args.rounds, args.batches, args.batch_size, args.num_workers, device)
+            print(
+                table(
+                    [
+                        dict(
+                            path=r["path"],
+                            **{
+                                "images/s": shown(r["images_per_s"], 0),
+                                "times the first": shown(r["ratio"]),
+                                "ms/image (CPU, all)": shown(r["cpu_ms"]),
+                                "of CPU": shown(r["cpu_ratio"]),
+                            },
+                        )
+                        for r in results["loader"]
+                    ]
+                ),
+                flush=True,
+            )
+            for name in [k for k in (NATIVE, "native, shards of long side 500") if k in sets] or [
+                WITHOUT_LIBRARY
+            ]:
+                rates = onto_device(
+                    sets[name], args.rounds, args.batches, args.batch_size, args.num_workers, device
+                )
                 record.add("device", dict(path=name, device=device.type, images_per_s=spread(rates)))
             print(f"\nthe same with the way to the device ({device.type}), normalised there, wall time")
-            print(table([dict(path=r["path"], **{"images/s": shown(r["images_per_s"], 0)}) for r in results["device"]]))
+            print(
+                table(
+                    [
+                        dict(path=r["path"], **{"images/s": shown(r["images_per_s"], 0)})
+                        for r in results["device"]
+                    ]
+                )
+            )
     return results

@@ -5,6 +5,7 @@
 
 Images are uint8 batches in memory: how fast they come from disk is `run.py data`'s business.
 """
+
 import argparse
 
 import torch
@@ -46,9 +47,14 @@ class InMemory(list):
 
 def in_memory(batches: int, batch_size: int, classes: int) -> InMemory:
     generator = torch.Generator().manual_seed(0)
-    return InMemory(dict(image=torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator),
-                         label=torch.randint(classes, (batch_size,), generator=generator),
-                         index=torch.arange(i * batch_size, (i + 1) * batch_size)) for i in range(batches))
+    return InMemory(
+        dict(
+            image=torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator),
+            label=torch.randint(classes, (batch_size,), generator=generator),
+            index=torch.arange(i * batch_size, (i + 1) * batch_size),
+        )
+        for i in range(batches)
+    )
 
 
 def extraction(backbone, batches, amp, rounds, device) -> dict:
@@ -63,14 +69,23 @@ def extraction(backbone, batches, amp, rounds, device) -> dict:
         wait_for(device)
 
     def whole():
-        evaluation.features(lambda x: pooled(backbone, x, "cls"), batches, device=device, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                        amp=amp)
+        evaluation.features(
+            lambda x: pooled(backbone, x, "cls"),
+            batches,
+            device=device,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            amp=amp,
+        )
         wait_for(device)
+
     seconds = interleaved({"forward": bare, "features": whole}, rounds, clock=clock_for(device.type))
     images = sum(len(b["image"]) for b in batches)
-    return dict(forward=spread([images / t for t in seconds["forward"]]),
-                features=spread([images / t for t in seconds["features"]]),
-                share=ratio(seconds["forward"], seconds["features"]))
+    return dict(
+        forward=spread([images / t for t in seconds["forward"]]),
+        features=spread([images / t for t in seconds["features"]]),
+        share=ratio(seconds["forward"], seconds["features"]),
+    )
 
 
 def probe_step(heads, features, batches, classes, amp, device, width):
@@ -87,20 +102,36 @@ def probe_step(heads, features, batches, classes, amp, device, width):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         wait_for(device)
+
     return step
 
 
 def probing(backbone, batches, classes, amp, rounds, device) -> dict:
     """Seconds of five rates against one, with the frozen encoder in every step, and on features computed before."""
-    ready = [b | {"image": normalize(b["image"].to(device), IMAGENET_MEAN, IMAGENET_STD), "label": b["label"].to(device)}
-             for b in batches]
+    ready = [
+        b
+        | {
+            "image": normalize(b["image"].to(device), IMAGENET_MEAN, IMAGENET_STD),
+            "label": b["label"].to(device),
+        }
+        for b in batches
+    ]
     stored = [b | {"image": pooled(backbone, b["image"], "cls").float()} for b in ready]
     out = {}
-    for kind, function, data in (("encoder in the step", lambda x: pooled(backbone, x, "cls"), ready),
-                                 ("cached features", lambda x: x, stored)):
-        calls = {heads: probe_step(heads, function, data, classes, amp, device, backbone.dim) for heads in (1, len(GRID))}
+    for kind, function, data in (
+        ("encoder in the step", lambda x: pooled(backbone, x, "cls"), ready),
+        ("cached features", lambda x: x, stored),
+    ):
+        calls = {
+            heads: probe_step(heads, function, data, classes, amp, device, backbone.dim)
+            for heads in (1, len(GRID))
+        }
         seconds = interleaved(calls, rounds, clock=clock_for(device.type))
-        out[kind] = dict(one=spread(seconds[1]), grid=spread(seconds[len(GRID)]), ratio=ratio(seconds[len(GRID)], seconds[1]))
+        out[kind] = dict(
+            one=spread(seconds[1]),
+            grid=spread(seconds[len(GRID)]),
+            ratio=ratio(seconds[len(GRID)], seconds[1]),
+        )
     return out
 
 
@@ -111,12 +142,20 @@ def neighbours(queries, bank, width, rounds, device) -> dict:
     def call():
         nearest(q, b, 100)
         wait_for(device)
+
     seconds = spread(interleaved({"": call}, rounds)[""])
     factor = GOALS[0] * GOALS[1] / (queries * bank)
     peak = peak_memory(call, device.type == "cuda")
-    return dict(queries=queries, bank=bank, seconds=seconds, factor=factor, peak_mib=peak, features_mib=(
-        queries + bank) * width * 4 / 2**20, imagenet_minutes=seconds["median"] * factor / 60,
-        imagenet_gib=(sum(GOALS) * width * 4 + GOALS[0] * 100 * 12) / 2**30 + peak / 1024)
+    return dict(
+        queries=queries,
+        bank=bank,
+        seconds=seconds,
+        factor=factor,
+        peak_mib=peak,
+        features_mib=(queries + bank) * width * 4 / 2**20,
+        imagenet_minutes=seconds["median"] * factor / 60,
+        imagenet_gib=(sum(GOALS) * width * 4 + GOALS[0] * 100 * 12) / 2**30 + peak / 1024,
+    )
 
 
 def main(argv, record: Record | None = None) -> dict:
@@ -136,14 +175,20 @@ def main(argv, record: Record | None = None) -> dict:
     torch.manual_seed(0)
     backbone = build_classifier(args.model, num_classes=0, pool="cls").to(device).eval().requires_grad_(False)
     batches = in_memory(args.batches, args.batch_size, args.classes)
-    print(f"{args.model}, {amp}, {args.batches} batches of {args.batch_size}, {args.rounds} rounds, median [min..max]; "
-          "wall time on a GPU and for kNN, else CPU time of all threads")
+    print(
+        f"{args.model}, {amp}, {args.batches} batches of {args.batch_size}, {args.rounds} rounds, median [min..max]; "
+        "wall time on a GPU and for kNN, else CPU time of all threads"
+    )
     parts = dict(
         extraction=lambda: extraction(backbone, batches, amp, args.rounds, device),
         probing=lambda: probing(backbone, batches, args.classes, amp, args.rounds, device),
-        neighbours=lambda: neighbours(args.queries, args.bank, backbone.dim, min(args.rounds, 3), device))
-    show = dict(extraction=show_extraction, probing=lambda found: show_probing(found, args.classes),
-                neighbours=show_neighbours)
+        neighbours=lambda: neighbours(args.queries, args.bank, backbone.dim, min(args.rounds, 3), device),
+    )
+    show = dict(
+        extraction=show_extraction,
+        probing=lambda found: show_probing(found, args.classes),
+        neighbours=show_neighbours,
+    )
     for name, measure in parts.items():
         record.set(name, unless_out_of_memory(measure))
         if "error" in record.results[name]:
@@ -155,17 +200,39 @@ def main(argv, record: Record | None = None) -> dict:
 
 
 def show_extraction(found):
-    print(table([{"feature extraction": "forward alone", "img/s": shown(found["forward"], 1), "share": ""},
-                 {"feature extraction": "evaluation.features", "img/s": shown(found["features"], 1),
-                  "share": shown(found["share"])}]))
+    print(
+        table(
+            [
+                {"feature extraction": "forward alone", "img/s": shown(found["forward"], 1), "share": ""},
+                {
+                    "feature extraction": "evaluation.features",
+                    "img/s": shown(found["features"], 1),
+                    "share": shown(found["share"]),
+                },
+            ]
+        )
+    )
 
 
 def show_probing(found, classes):
-    print(table([{f"probes, {classes} classes": kind, "one rate, s": shown(r["one"]),
-                  f"{len(GRID)} rates, s": shown(r["grid"]), "ratio": shown(r["ratio"])} for kind, r in found.items()]))
+    print(
+        table(
+            [
+                {
+                    f"probes, {classes} classes": kind,
+                    "one rate, s": shown(r["one"]),
+                    f"{len(GRID)} rates, s": shown(r["grid"]),
+                    "ratio": shown(r["ratio"]),
+                }
+                for kind, r in found.items()
+            ]
+        )
+    )
 
 
 def show_neighbours(knn):
-    print(f"kNN, k = 100: {knn['queries']} x {knn['bank']} in {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB beside "
-          f"{knn['features_mib']:.0f} MiB of features; {GOALS[0]} x {GOALS[1]}, extrapolated: "
-          f"{knn['imagenet_minutes']:.1f} minutes, {knn['imagenet_gib']:.1f} GiB")
+    print(
+        f"kNN, k = 100: {knn['queries']} x {knn['bank']} in {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB beside "
+        f"{knn['features_mib']:.0f} MiB of features; {GOALS[0]} x {GOALS[1]}, extrapolated: "
+        f"{knn['imagenet_minutes']:.1f} minutes, {knn['imagenet_gib']:.1f} GiB"
+    )

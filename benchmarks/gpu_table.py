@@ -2,6 +2,7 @@
 
 It reads FOLDER/*.json and FOLDER/log.txt and writes FOLDER/table.md. Stages that are missing are left out.
 """
+
 import json
 import re
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 from benchmarks.timing import shown, table
 
-HF, TIMM = "transformers ViTMAE", "timm blocks, usual flow"  # as in benchmarks/step.py, whose import takes seconds
+HF, TIMM = (
+    "transformers ViTMAE",
+    "timm blocks, usual flow",
+)  # as in benchmarks/step.py, whose import takes seconds
 ORDER = ("mae_vit_small", "mae_vit_base", "mae_vit_large", "mae_vit_huge")
 
 
@@ -42,8 +46,11 @@ def heading(records, log: str) -> list[str]:
     record = max(records, key=lambda r: r["machine"]["gpu"] is not None)
     machine, versions = record["machine"], record["versions"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return [f"# {machine['gpu'] or machine['cpu']}", "",
-            f"{machine['cpu']}, {machine['cores']} cores. {listed}. Commit {record['commit'] or 'unknown'}."]
+    return [
+        f"# {machine['gpu'] or machine['cpu']}",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores. {listed}. Commit {record['commit'] or 'unknown'}.",
+    ]
 
 
 def step_section(found) -> list[str]:
@@ -54,21 +61,29 @@ def step_section(found) -> list[str]:
     if not lines:
         return []
     rank = {name: i for i, name in enumerate(ORDER)}
-    lines.sort(key=lambda line: rank.get(line["model"].rpartition("_")[0], len(rank)))  # stable: variants keep their order
+    lines.sort(
+        key=lambda line: rank.get(line["model"].rpartition("_")[0], len(rank))
+    )  # stable: variants keep their order
     rates = "; ".join(rate for results in found for rate in rates_of(results))
-    text = (f"MFU is against a large F.linear, measured in the process of each model: {rates}. A step's parts are timed by "
-            "themselves, with a wait after each, and add up to more than the step.")
+    text = (
+        f"MFU is against a large F.linear, measured in the process of each model: {rates}. A step's parts are timed by "
+        "themselves, with a wait after each, and add up to more than the step."
+    )
     return ["## Training step", "", text, "", table(lines)]
 
 
 def rates_of(results) -> list[str]:
     """The measured rates of products in one process, as text for each precision."""
     models = ", ".join(dict.fromkeys(row["model"] for row in results.get("rows", [])))
-    return [f"{models} {amp} {peak / 1e12:.4g} TFLOP/s" for amp, peak in results.get("matmul_peak", {}).items()]
+    return [
+        f"{models} {amp} {peak / 1e12:.4g} TFLOP/s" for amp, peak in results.get("matmul_peak", {}).items()
+    ]
 
 
 def step_lines(rows) -> list[dict[str, str]]:
-    good = {(r["model"], r["amp"], r["variant"]): r["images_per_s"]["median"] for r in rows if "error" not in r}
+    good = {
+        (r["model"], r["amp"], r["variant"]): r["images_per_s"]["median"] for r in rows if "error" not in r
+    }
     lines = []
     for row in rows:
         line = dict(model=row["model"], variant=row["variant"], amp=row["amp"], batch=row["batch_size"])
@@ -102,15 +117,25 @@ def launches_section(found) -> list[str]:
             lines += ["", table([launches_line(row) for row in results["rows"]])]
         for row in results.get("rows", []):
             if row.get("longest"):
-                kernels += ["", f"{row['model']}, {row['variant']}, the kernels that take longest:", "",
-                            *(f"- {k['ms']:.2f} ms in {k['times']}: `{k['name']}`" for k in row["longest"])]
+                kernels += [
+                    "",
+                    f"{row['model']}, {row['variant']}, the kernels that take longest:",
+                    "",
+                    *(f"- {k['ms']:.2f} ms in {k['times']}: `{k['name']}`" for k in row["longest"]),
+                ]
     if not lines:
         return []
     return ["## Launches", *lines, *kernels]
 
 
 def launches_line(row) -> dict[str, str]:
-    line = dict(model=row["model"], pixels=row["pixels"], variant=row["variant"], amp=row["amp"], batch=row["batch_size"])
+    line = dict(
+        model=row["model"],
+        pixels=row["pixels"],
+        variant=row["variant"],
+        amp=row["amp"],
+        batch=row["batch_size"],
+    )
     line["launches"] = row.get("error") or row.get("launches", "")
     line["kernels"] = row.get("kernels", "")
     line["issued by the host, ms"] = shown(row.get("host_ms"))
@@ -128,20 +153,44 @@ def rpl_section(found) -> list[str]:
     lines = []
     for results in found:
         if "forms" in results:
-            rows = [dict(form=r["form"], amp=r["amp"], batch=r["batch_size"],
-                         ms=r.get("error") or shown(r["ms"]), **{"times obvious": shown(r.get("times_obvious")),
-                                                                 "peak GiB": gib(r, "peak_mib")})
-                    for r in results["forms"]]
+            rows = [
+                dict(
+                    form=r["form"],
+                    amp=r["amp"],
+                    batch=r["batch_size"],
+                    ms=r.get("error") or shown(r["ms"]),
+                    **{"times obvious": shown(r.get("times_obvious")), "peak GiB": gib(r, "peak_mib")},
+                )
+                for r in results["forms"]
+            ]
             lines += ["", "All 38,416 pairs of 196 tokens, forward and backward:", "", table(rows)]
         if "memory" in results:
-            rows = [{"swept, batch": r["batch_size"], "amp": r["amp"],
-                     "peak GiB": r.get("error") or gib(r, "peak_mib")} for r in results["memory"]]
+            rows = [
+                {
+                    "swept, batch": r["batch_size"],
+                    "amp": r["amp"],
+                    "peak GiB": r.get("error") or gib(r, "peak_mib"),
+                }
+                for r in results["memory"]
+            ]
             lines += ["", table(rows)]
         if "shares" in results:
-            rows = [dict(model=r["model"], amp=r["amp"], tokens=r.get("tokens", ""), pairs=r.get("pairs", ""),
-                         ms=r.get("error") or median(r, "ms"), **{
-                             "step ms": median(r, "step_ms"), "% of the step": median(r, "share", 100, 1),
-                             "peak GiB": gib(r, "peak_mib"), "step's": gib(r, "step_mib")}) for r in results["shares"]]
+            rows = [
+                dict(
+                    model=r["model"],
+                    amp=r["amp"],
+                    tokens=r.get("tokens", ""),
+                    pairs=r.get("pairs", ""),
+                    ms=r.get("error") or median(r, "ms"),
+                    **{
+                        "step ms": median(r, "step_ms"),
+                        "% of the step": median(r, "share", 100, 1),
+                        "peak GiB": gib(r, "peak_mib"),
+                        "step's": gib(r, "step_mib"),
+                    },
+                )
+                for r in results["shares"]
+            ]
             lines += ["", "As a share of a ViT-B/16 step without labels:", "", table(rows)]
     if not lines:
         return []
@@ -151,10 +200,20 @@ def rpl_section(found) -> list[str]:
 def data_section(found) -> list[str]:
     lines = []
     for results in found:
-        for name, title in (("per_core", "One core"), ("loader", "Loader"), ("device", "Loader, and on to the device")):
+        for name, title in (
+            ("per_core", "One core"),
+            ("loader", "Loader"),
+            ("device", "Loader, and on to the device"),
+        ):
             if name in results:
-                rows = [{"path": r["path"], "images/s": shown(r["images_per_s"], 0), "times the first": shown(r.get("ratio"))}
-                        for r in results[name]]
+                rows = [
+                    {
+                        "path": r["path"],
+                        "images/s": shown(r["images_per_s"], 0),
+                        "times the first": shown(r.get("ratio")),
+                    }
+                    for r in results[name]
+                ]
                 lines += ["", f"{title}:", "", table(rows)]
     if not lines:
         return []
@@ -167,28 +226,40 @@ def evaluation_section(found) -> list[str]:
         extraction, probing = results.get("extraction", {}), results.get("probing", {})
         knn = results.get("neighbours", {})
         if "features" in extraction:
-            lines.append(f"- feature extraction: {shown(extraction['features'], 0)} images/s, "
-                         f"{shown(extraction['share'])} of the bare forward pass")
+            lines.append(
+                f"- feature extraction: {shown(extraction['features'], 0)} images/s, "
+                f"{shown(extraction['share'])} of the bare forward pass"
+            )
         if "error" not in probing:
-            lines += [f"- probes at several rates against one, {kind}: {shown(row['ratio'])} times the time"
-                      for kind, row in probing.items()]
+            lines += [
+                f"- probes at several rates against one, {kind}: {shown(row['ratio'])} times the time"
+                for kind, row in probing.items()
+            ]
         if "seconds" in knn:
-            lines.append(f"- kNN, {knn['queries']} x {knn['bank']}: {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB "
-                         f"beside {knn['features_mib']:.0f} MiB of features")
+            lines.append(
+                f"- kNN, {knn['queries']} x {knn['bank']}: {shown(knn['seconds'])} s, {knn['peak_mib']:.0f} MiB "
+                f"beside {knn['features_mib']:.0f} MiB of features"
+            )
         lines += [f"- {name}: {part['error']}" for name, part in results.items() if "error" in part]
     if not lines:
         return []
     return ["## Evaluation", "", *lines]
 
 
-PLAN = {"images/s": r"  speed +(\S+) images/s", "waiting for data, %": r"  speed .* (\S+) % of it waiting",
-        "utilisation, %": r"  utilisation +(\S+) %", "memory, MB": r"  memory +(\S+) MB"}
+PLAN = {
+    "images/s": r"  speed +(\S+) images/s",
+    "waiting for data, %": r"  speed .* (\S+) % of it waiting",
+    "utilisation, %": r"  utilisation +(\S+) %",
+    "memory, MB": r"  memory +(\S+) MB",
+}
 
 
 def end_to_end_section(log: str) -> list[str]:
     """The plan that `main_pretrain.py --dry_run` printed, a line for each stage; its last line where it has none."""
     lines = []
-    for name, output in re.findall(r"^== (e2e\S*): begins[^\n]*\n(.*?)^== \1: rc", log, re.MULTILINE | re.DOTALL):
+    for name, output in re.findall(
+        r"^== (e2e\S*): begins[^\n]*\n(.*?)^== \1: rc", log, re.MULTILINE | re.DOTALL
+    ):
         figures = {column: "".join(re.findall(pattern, output)[:1]) for column, pattern in PLAN.items()}
         if not any(figures.values()):
             figures["images/s"] = "no plan: " + " ".join(output.splitlines()[-1:])[:100]

@@ -12,6 +12,7 @@ variants are timed first.
 On a CPU, which has no launches, operators that run a kernel are counted instead, views and allocations left out; those
 of compiled code are not seen.
 """
+
 import argparse
 import time
 
@@ -26,10 +27,18 @@ from benchmarks.timing import Record, choose_device, spread, wait_for
 from models_mae_pl import MODELS
 
 WARMUP = 5  # steps: CUDA graphs are recorded in the second one
-LAUNCHES = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cudaLaunchCooperativeKernel", "cudaGraphLaunch", "cuLaunchKernel",
-            "cuLaunchKernelEx"}
-NO_KERNEL = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-                                          "_unsafe_view")}
+LAUNCHES = {
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cudaLaunchCooperativeKernel",
+    "cudaGraphLaunch",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+}
+NO_KERNEL = {
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+}
 USUAL_PIXELS = {8: 64, 4: 32}  # by patch size; larger patches are for 224
 
 
@@ -105,8 +114,12 @@ def tally(events) -> dict:
         kind["ms"] += event.time_range.elapsed_us() / 1e3
         kind["times"] += 1
     longest = sorted(kinds.values(), key=lambda kind: -kind["ms"])
-    return dict(launches=sum(e.name in LAUNCHES for e in events), kernels=len(on_device),
-                busy_ms=sum(kind["ms"] for kind in longest), longest=longest[:8])
+    return dict(
+        launches=sum(e.name in LAUNCHES for e in events),
+        kernels=len(on_device),
+        busy_ms=sum(kind["ms"] for kind in longest),
+        longest=longest[:8],
+    )
 
 
 def built_and_timed(name, variant, amp, images, repeats):
@@ -130,10 +143,22 @@ def pixels(name: str, asked: int | None) -> tuple[int, int]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py launches", description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["mae_vit_small_patch16", "mae_vit_tiny_patch8"], choices=MODELS,
-                        metavar="MODEL", help="names in models_mae_pl.MODELS (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", action="append", choices=LABELS, metavar="NAME",
-                        help=f"some of {', '.join(LABELS)}; once for all models or once for each (default: mae)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["mae_vit_small_patch16", "mae_vit_tiny_patch8"],
+        choices=MODELS,
+        metavar="MODEL",
+        help="names in models_mae_pl.MODELS (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        action="append",
+        choices=LABELS,
+        metavar="NAME",
+        help=f"some of {', '.join(LABELS)}; once for all models or once for each (default: mae)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=["fp32", "bf16", "fp16"], help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch_size", type=int, help="16 on a CPU, 256 on a GPU")
@@ -147,7 +172,9 @@ def main(argv, record: Record | None = None) -> dict:
     args, record = parser.parse_args(argv), record or Record()
     lists = args.variants or [["mae"]]
     if len(lists) not in (1, len(args.models)):
-        parser.error(f"--variants is given {len(lists)} times for {len(args.models)} models: give it once, or once for each")
+        parser.error(
+            f"--variants is given {len(lists)} times for {len(args.models)} models: give it once, or once for each"
+        )
     if len(lists) == 1:
         lists = lists * len(args.models)
     device = choose_device(args.device)
@@ -164,7 +191,14 @@ def main(argv, record: Record | None = None) -> dict:
         for name, variant in wanted:
             images = torch.randn(batch, 3, *pixels(name, args.img_size), device=device)
             found, step = built_and_timed(name, variant, amp, images, args.repeats)
-            row = dict(model=name, variant=LABELS[variant], amp=amp, batch_size=batch, pixels=images.shape[-1], **found)
+            row = dict(
+                model=name,
+                variant=LABELS[variant],
+                amp=amp,
+                batch_size=batch,
+                pixels=images.shape[-1],
+                **found,
+            )
             record.add("rows", row)
             print(f"{name}, {LABELS[variant]}: timed", flush=True)
             if step is not None:

@@ -5,6 +5,7 @@
 
 On a GPU a row that does not fit into its memory says so, and the others follow.
 """
+
 import argparse
 
 import torch
@@ -37,7 +38,9 @@ GRID, DIM, VISIBLE = (14, 14), 768, 49
 def naive(head, x, ids):
     """Equations 7-9 as written: every pair concatenated, the MLP on each, the mean cross-entropy."""
     n, half = x.shape[1], x.shape[2] // 2
-    pairs = torch.cat([x[:, :, None, :half].expand(-1, n, n, -1), x[:, None, :, half:].expand(-1, n, n, -1)], -1)
+    pairs = torch.cat(
+        [x[:, :, None, :half].expand(-1, n, n, -1), x[:, None, :, half:].expand(-1, n, n, -1)], -1
+    )
     logits = head.rpl.classifier(head.rpl.fc2(F.gelu(head.rpl.fc1(pairs))))  # (B, n, n, offsets)
     return F.cross_entropy(logits.flatten(0, 2).float(), relative_labels(GRID, ids, ids).flatten())
 
@@ -54,6 +57,7 @@ def call(loss_fn, head, batch, tokens, amp, device):
             loss = loss_fn(head, x, ids)
         loss.backward()
         wait_for(x.device)
+
     return run
 
 
@@ -73,8 +77,16 @@ def measure_forms(keys, batch, rounds, device) -> dict:
     rows = []
     for (form, amp), s in seconds.items():
         settle((form, amp))
-        rows.append(dict(form=form, amp=amp, batch_size=batch, ms=spread([1e3 * t for t in s]), round_seconds=s,
-                         peak_mib=peak_memory(calls[form, amp], device.type == "cuda")))
+        rows.append(
+            dict(
+                form=form,
+                amp=amp,
+                batch_size=batch,
+                ms=spread([1e3 * t for t in s]),
+                round_seconds=s,
+                peak_mib=peak_memory(calls[form, amp], device.type == "cuda"),
+            )
+        )
     if device.type == "cpu":
         settle(("swept", keys[0][1]))  # as in all that follows
     return dict(rows=rows)
@@ -110,10 +122,13 @@ def memory(amps, batches, device, record):
         if batch == batches[0]:
             run()
         return dict(peak_mib=peak_memory(run, device.type == "cuda"))
+
     for amp in amps:
         for batch in batches:
             found = unless_out_of_memory(lambda amp=amp, batch=batch: measure(amp, batch))
-            record.add("memory", dict(amp=amp, batch_size=batch, input_mib=batch * 196 * DIM * 4 / 2**20, **found))
+            record.add(
+                "memory", dict(amp=amp, batch_size=batch, input_mib=batch * 196 * DIM * 4 / 2**20, **found)
+            )
 
 
 def measure_shares(name, amp, batch, rounds, device) -> dict:
@@ -132,11 +147,23 @@ def measure_shares(name, amp, batch, rounds, device) -> dict:
         calls[pairs] = call(swept, head, batch, tokens, amp, device)
     seconds = interleaved(calls, rounds, clock=clock_for(device.type))
     step_mib = peak_memory(calls["step"], device.type == "cuda")
-    return dict(rows=[dict(
-        model=name, amp=amp, tokens=tokens, pairs=pairs or "all", batch_size=batch,
-        ms=spread([1e3 * t for t in seconds[pairs]]), step_ms=spread([1e3 * t for t in seconds["step"]]),
-        share=ratio(seconds[pairs], seconds["step"]),
-        peak_mib=peak_memory(calls[pairs], device.type == "cuda"), step_mib=step_mib) for pairs in (0, 8)])
+    return dict(
+        rows=[
+            dict(
+                model=name,
+                amp=amp,
+                tokens=tokens,
+                pairs=pairs or "all",
+                batch_size=batch,
+                ms=spread([1e3 * t for t in seconds[pairs]]),
+                step_ms=spread([1e3 * t for t in seconds["step"]]),
+                share=ratio(seconds[pairs], seconds["step"]),
+                peak_mib=peak_memory(calls[pairs], device.type == "cuda"),
+                step_mib=step_mib,
+            )
+            for pairs in (0, 8)
+        ]
+    )
 
 
 def shares(amps, batch, rounds, device, record):
@@ -144,7 +171,8 @@ def shares(amps, batch, rounds, device, record):
     for amp in amps:
         for name in ("MAE", "classifier"):
             found = unless_out_of_memory(
-                lambda name=name, amp=amp: measure_shares(name, amp, batch, rounds, device))
+                lambda name=name, amp=amp: measure_shares(name, amp, batch, rounds, device)
+            )
             if "rows" not in found:
                 found = dict(rows=[dict(model=name, amp=amp, batch_size=batch, **found)])
             for row in found["rows"]:
@@ -159,8 +187,12 @@ def mib(row, name="peak_mib"):
 def main(argv, record: Record | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="run.py rpl", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", nargs="+", choices=["fp32", "bf16", "fp16"], help="fp32 and bf16 on a CPU, bf16 on a GPU")
-    parser.add_argument("--naive_batch", type=int, default=2, help="batch of the comparison with the obvious form")
+    parser.add_argument(
+        "--amp", nargs="+", choices=["fp32", "bf16", "fp16"], help="fp32 and bf16 on a CPU, bf16 on a GPU"
+    )
+    parser.add_argument(
+        "--naive_batch", type=int, default=2, help="batch of the comparison with the obvious form"
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 8, 32], help="of the memory table")
     parser.add_argument("--step_batch", type=int, default=4, help="batch of the shares of a step")
     parser.add_argument("--rounds", type=int, default=5)
@@ -171,15 +203,41 @@ def main(argv, record: Record | None = None) -> dict:
     print("times are wall time on a GPU, and CPU time of all threads on a CPU")
     results = record.results
     against_naive(amps, args.naive_batch, args.rounds, device, record)
-    print(f"\nall 38,416 pairs of 196 tokens, forward and backward, batch {args.naive_batch}, median [min..max]")
-    print(table([dict(form=r["form"], amp=r["amp"], ms=r.get("error") or shown(r["ms"]), **{
-        "times obvious": shown(r.get("times_obvious")), "peak MiB": mib(r)}) for r in results["forms"]]), flush=True)
+    print(
+        f"\nall 38,416 pairs of 196 tokens, forward and backward, batch {args.naive_batch}, median [min..max]"
+    )
+    print(
+        table(
+            [
+                dict(
+                    form=r["form"],
+                    amp=r["amp"],
+                    ms=r.get("error") or shown(r["ms"]),
+                    **{"times obvious": shown(r.get("times_obvious")), "peak MiB": mib(r)},
+                )
+                for r in results["forms"]
+            ]
+        ),
+        flush=True,
+    )
     memory(amps, args.batch_sizes, device, record)
     print("\nswept, growing batches")
-    print(table([dict(amp=r["amp"], batch=r["batch_size"], **{
-        "peak MiB": r.get("error") or mib(r),
-        "input and as much again for its gradient, MiB": round(2 * r["input_mib"])})
-        for r in results["memory"]]), flush=True)
+    print(
+        table(
+            [
+                dict(
+                    amp=r["amp"],
+                    batch=r["batch_size"],
+                    **{
+                        "peak MiB": r.get("error") or mib(r),
+                        "input and as much again for its gradient, MiB": round(2 * r["input_mib"]),
+                    },
+                )
+                for r in results["memory"]
+            ]
+        ),
+        flush=True,
+    )
     shares(amps, args.step_batch, args.rounds, device, record)
     print(f"\nas a share of a ViT-B/16 step without labels, batch {args.step_batch}")
     print(table([share_line(r) for r in results["shares"]]))
@@ -191,5 +249,10 @@ def share_line(row):
     if "error" in row:
         return line | {"ms": row["error"], "step ms": "", "% of the step": "", "peak MiB": "", "step's": ""}
     percent = {k: 100 * v for k, v in row["share"].items()}
-    return line | {"ms": shown(row["ms"]), "step ms": shown(row["step_ms"]), "% of the step": shown(percent, 1),
-                   "peak MiB": mib(row), "step's": mib(row, "step_mib")}
+    return line | {
+        "ms": shown(row["ms"]),
+        "step ms": shown(row["step_ms"]),
+        "% of the step": shown(percent, 1),
+        "peak MiB": mib(row),
+        "step's": mib(row, "step_mib"),
+    }

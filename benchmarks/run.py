@@ -7,6 +7,7 @@ A benchmark is a module `benchmarks/NAME.py` with `main(argv, record) -> dict`: 
 measured, as plain values. `--json FILE` writes that together with the machine, the versions and the commit. The file is
 written anew after every row: a run that is killed leaves all rows that it had measured.
 """
+
 import argparse
 import ast
 import importlib
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-if sys.path[0] == str(HERE):  # run as a script: the modules here (data, step, ...) must not hide installed packages
+if sys.path[0] == str(
+    HERE
+):  # run as a script: the modules here (data, step, ...) must not hide installed packages
     sys.path[0] = str(HERE.parent)
 
 from benchmarks.timing import Record, machine
@@ -25,15 +28,24 @@ def available() -> dict[str, str]:
     found = {}
     for path in sorted(HERE.glob("*.py")):
         tree = ast.parse(path.read_text())
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body) and path.stem != "run":
+        if (
+            any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+            and path.stem != "run"
+        ):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__.partition("\n")[0],
-                                     allow_abbrev=False, add_help=False)
-    parser.add_argument("name", nargs="?", help="one of the names that --list shows; `NAME --help` shows its flags")
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/run.py",
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "name", nargs="?", help="one of the names that --list shows; `NAME --help` shows its flags"
+    )
     parser.add_argument("--json", metavar="FILE", help="write figures, machine, versions and commit")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
     args, rest = parser.parse_known_args(argv)

@@ -7,6 +7,7 @@ Backward is walked layer by layer: a bucket's all-reduce (DDP) or a block's redu
 gradients are there and the network is free; FSDP also gathers one block ahead. Nodes have 8 GPUs; a collective goes
 through the node's links, then through one network card per GPU. What it leaves out is said in README.md.
 """
+
 import argparse
 import json
 import math
@@ -58,6 +59,7 @@ def units(name: str) -> list[Unit]:
 
     def size(module):
         return 4 * sum(p.numel() for p in module.parameters())
+
     pairs = [(size(model.patch_embed), n * pixels * model.dim)]
     pairs += [(size(b), block_macs(1 + n, model.dim)) for b in model.blocks]
     pairs += [(size(model.decoder_embed), (1 + n) * model.dim * width)]
@@ -112,20 +114,32 @@ def plan(batch: int, global_batch: int, gpus: int) -> tuple[int, float]:
     return micro_steps, global_batch / (gpus * micro_steps)
 
 
-def simulate(name, per_image, forward_share, batch, optimizer, network, gpus, strategy, global_batch, per_core) -> dict:
+def simulate(
+    name, per_image, forward_share, batch, optimizer, network, gpus, strategy, global_batch, per_core
+) -> dict:
     """One row of the table; `per_image` seconds of forward and backward, `optimizer` seconds of a whole update."""
     layers = units(name)
     micro_steps, images = plan(batch, global_batch, gpus)
     compute = images * per_image
     run = ddp_seconds if strategy == "ddp" else fsdp_seconds
-    seconds = run(layers, compute * forward_share, compute * (1 - forward_share), optimizer, network, gpus, micro_steps)
+    seconds = run(
+        layers, compute * forward_share, compute * (1 - forward_share), optimizer, network, gpus, micro_steps
+    )
     rate = global_batch / seconds
     hours = IMAGENET / rate / 3600
     alone = plan(batch, global_batch, 1)[0] * plan(batch, global_batch, 1)[1] * per_image + optimizer
-    return dict(gpus=gpus, strategy=strategy, images_per_gpu=images, micro_steps=micro_steps, images_per_s=rate,
-                efficiency=alone / gpus / seconds, data_cores=rate / per_core,
-                sent_gb=sent_bytes(sum(u.size for u in layers), gpus, strategy, micro_steps) / 1e9,
-                hours_400=400 * hours, hours_1600=1600 * hours)
+    return dict(
+        gpus=gpus,
+        strategy=strategy,
+        images_per_gpu=images,
+        micro_steps=micro_steps,
+        images_per_s=rate,
+        efficiency=alone / gpus / seconds,
+        data_cores=rate / per_core,
+        sent_gb=sent_bytes(sum(u.size for u in layers), gpus, strategy, micro_steps) / 1e9,
+        hours_400=400 * hours,
+        hours_1600=1600 * hours,
+    )
 
 
 def measured(path: str, name: str, amp: str) -> tuple[float, int, float, float]:
@@ -146,33 +160,75 @@ def main(argv, record: Record | None = None) -> dict:
     parser.add_argument("--step_json", help="what step.py measured; or:")
     parser.add_argument("--amp", default="bf16", help="of the row in --step_json")
     parser.add_argument("--images_per_s", type=float, help="of one GPU, forward and backward")
-    parser.add_argument("--batch_size", type=int, default=256, help="at which that holds, and the most of a micro-step")
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="at which that holds, and the most of a micro-step"
+    )
     parser.add_argument("--optimizer_ms", type=float, default=1.0)
     parser.add_argument("--global_batch", type=int, default=4096, help="of an update, on any number of GPUs")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--node_gb_s", type=float, default=360, help="GB/s of a GPU within its node (NVLink 4: 80%% of 450)")
-    parser.add_argument("--card_gb_s", type=float, default=40, help="GB/s of its network card (400 Gbit/s: 80%% of 50)")
+    parser.add_argument(
+        "--node_gb_s", type=float, default=360, help="GB/s of a GPU within its node (NVLink 4: 80%% of 450)"
+    )
+    parser.add_argument(
+        "--card_gb_s", type=float, default=40, help="GB/s of its network card (400 Gbit/s: 80%% of 50)"
+    )
     parser.add_argument("--latency_us", type=float, default=10, help="per hop of a collective's tree")
-    parser.add_argument("--images_per_core", type=float, default=900, help="that a CPU core decodes: `run.py data`")
+    parser.add_argument(
+        "--images_per_core", type=float, default=900, help="that a CPU core decodes: `run.py data`"
+    )
     args = parser.parse_args(argv)
     if args.step_json:
         per_image, batch, optimizer, share = measured(args.step_json, args.model, args.amp)
     elif args.images_per_s:
-        per_image, batch, optimizer, share = 1 / args.images_per_s, args.batch_size, args.optimizer_ms / 1e3, 1 / 3
+        per_image, batch, optimizer, share = (
+            1 / args.images_per_s,
+            args.batch_size,
+            args.optimizer_ms / 1e3,
+            1 / 3,
+        )
     else:
         parser.error("give --step_json, or --images_per_s of one GPU")
     wrong = [n for n in args.gpus if n > GPUS_PER_NODE and n % GPUS_PER_NODE]
     if wrong:
         parser.error(f"nodes have {GPUS_PER_NODE} GPUs: --gpus {wrong[0]} does not fill them")
     network = Network(args.node_gb_s * 1e9, args.card_gb_s * 1e9, args.latency_us * 1e-6)
-    rows = [simulate(args.model, per_image, share, batch, optimizer, network, n, strategy, args.global_batch,
-                     args.images_per_core) for n in args.gpus for strategy in ("ddp", "fsdp")]
-    print(f"{args.model}: {1 / per_image:.0f} img/s on one GPU, optimizer {1e3 * optimizer:.2f} ms, batch {args.global_batch}")
-    print(table([{"GPUs": r["gpus"], "strategy": r["strategy"], "micro-steps x images": f"{r['micro_steps']} x "
-                  f"{r['images_per_gpu']:g}", "img/s": round(r["images_per_s"]), "efficiency": f"{r['efficiency']:.0%}",
-                  "data cores": round(r["data_cores"]), "GB sent per GPU and update": f"{r['sent_gb']:.2f}",
-                  "hours, 400 epochs": f"{r['hours_400']:.1f}", "hours, 1600 epochs": f"{r['hours_1600']:.1f}"}
-                 for r in rows]))
+    rows = [
+        simulate(
+            args.model,
+            per_image,
+            share,
+            batch,
+            optimizer,
+            network,
+            n,
+            strategy,
+            args.global_batch,
+            args.images_per_core,
+        )
+        for n in args.gpus
+        for strategy in ("ddp", "fsdp")
+    ]
+    print(
+        f"{args.model}: {1 / per_image:.0f} img/s on one GPU, optimizer {1e3 * optimizer:.2f} ms, batch {args.global_batch}"
+    )
+    print(
+        table(
+            [
+                {
+                    "GPUs": r["gpus"],
+                    "strategy": r["strategy"],
+                    "micro-steps x images": f"{r['micro_steps']} x {r['images_per_gpu']:g}",
+                    "img/s": round(r["images_per_s"]),
+                    "efficiency": f"{r['efficiency']:.0%}",
+                    "data cores": round(r["data_cores"]),
+                    "GB sent per GPU and update": f"{r['sent_gb']:.2f}",
+                    "hours, 400 epochs": f"{r['hours_400']:.1f}",
+                    "hours, 1600 epochs": f"{r['hours_1600']:.1f}",
+                }
+                for r in rows
+            ]
+        )
+    )
     record = record or Record()
     record.results |= dict(rows=rows, per_image=per_image, optimizer=optimizer, network=vars(network))
     record.write()

@@ -7,6 +7,7 @@ CPU thread (OMP_NUM_THREADS=1) of processor time. "head" is the head's own forwa
 a noisy machine its share of the step says more than the difference of two steps. Memory: what the forward pass keeps for
 backward, each storage counted once, and weights, gradients and AdamW's state; on a GPU also the allocator's peak.
 """
+
 import argparse
 import statistics
 import time
@@ -21,12 +22,18 @@ from util.train.amp import autocast, resolve_amp
 from util.train.optim import adamw, param_groups
 
 # Name -> keywords of SecondOrderHead, None for the linear head. Widths of So-ViT-7/10, So-ViT-14, and SoT-Small's heads.
-HEADS = {"linear": None, "48x24": {}, "64x48": {"dims": (64, 48)}, "6 x 24x24": {"dims": (24, 24), "heads": 6}}
+HEADS = {
+    "linear": None,
+    "48x24": {},
+    "64x48": {"dims": (64, 48)},
+    "6 x 24x24": {"dims": (24, 24), "heads": 6},
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="run.py second_order", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="run.py second_order", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", default="vit_small_patch16")
     p.add_argument("--input_size", default=224, type=int)
     p.add_argument("--batch_size", default=128, type=int)
@@ -44,8 +51,14 @@ class Step:
         torch.manual_seed(0)
         self.device = choose_device(args.device)
         self.amp = resolve_amp(args.amp, self.device)
-        self.model = build_classifier(args.model, img_size=(args.input_size,) * 2, num_classes=args.classes, pool="cls",
-                                      head_init_std=0.02, second_order=second_order).to(self.device)
+        self.model = build_classifier(
+            args.model,
+            img_size=(args.input_size,) * 2,
+            num_classes=args.classes,
+            pool="cls",
+            head_init_std=0.02,
+            second_order=second_order,
+        ).to(self.device)
         self.optimizer = adamw(param_groups(self.model, 0.05), 1e-4, (0.9, 0.999))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=self.device)
@@ -141,13 +154,20 @@ def table(rows: dict[str, dict]) -> str:
     if any("error" in row for row in rows.values()):
         return "\n".join(f"{name:>12} {row}" for name, row in rows.items())
     base, memory = rows["linear"], "peak_mib" if "peak_mib" in rows["linear"] else "kept_mib"
-    lines = [f"{'head':>12} {'M params':>9} {'step':>9} {'added':>7} {'head':>8} {'added':>7} {memory:>9} {'added':>7} "
-             f"{'weights':>8}"]
+    lines = [
+        f"{'head':>12} {'M params':>9} {'step':>9} {'added':>7} {'head':>8} {'added':>7} {memory:>9} {'added':>7} "
+        f"{'weights':>8}"
+    ]
     for name, row in rows.items():
-        added = [100 * (row["step_ms"] / base["step_ms"] - 1), 100 * (row["head_ms"] - base["head_ms"]) / base["step_ms"],
-                 100 * (row[memory] / base[memory] - 1)]
-        lines.append(f"{name:>12} {row['parameters'] / 1e6:9.2f} {row['step_ms']:9.1f} {added[0]:+6.1f}% {row['head_ms']:8.2f} "
-                     f"{added[1]:+6.1f}% {row[memory]:9.0f} {added[2]:+6.1f}% {row['weights_mib']:8.0f}")
+        added = [
+            100 * (row["step_ms"] / base["step_ms"] - 1),
+            100 * (row["head_ms"] - base["head_ms"]) / base["step_ms"],
+            100 * (row[memory] / base[memory] - 1),
+        ]
+        lines.append(
+            f"{name:>12} {row['parameters'] / 1e6:9.2f} {row['step_ms']:9.1f} {added[0]:+6.1f}% {row['head_ms']:8.2f} "
+            f"{added[1]:+6.1f}% {row[memory]:9.0f} {added[2]:+6.1f}% {row['weights_mib']:8.0f}"
+        )
     return "\n".join(lines)
 
 
@@ -155,6 +175,8 @@ def main(argv, record: Record | None = None) -> dict:
     args, record = get_args_parser().parse_args(argv), record or Record()
     rows = measure(args, record)
     where = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
-    print(f"{args.model}, {args.input_size} px, batch {args.batch_size}, {args.amp} on {where}, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}\n{table(rows)}")
+    print(
+        f"{args.model}, {args.input_size} px, batch {args.batch_size}, {args.amp} on {where}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}\n{table(rows)}"
+    )
     return record.results

@@ -1,7 +1,8 @@
 """Start-up: --help, the listing of 1.3 million files and its cache, and what the listing costs each worker.
 
-    python benchmarks/run.py startup              generates a folder of empty files (1.3 million inodes) and removes it
+python benchmarks/run.py startup              generates a folder of empty files (1.3 million inodes) and removes it
 """
+
 import argparse
 import multiprocessing
 import os
@@ -44,11 +45,15 @@ def generate(folder, files, classes):
 
 def start_seconds(folder):
     """In a new process, as a run does it: (seconds of build_index, MiB of memory that it added)."""
-    code = ("import sys, time; from util.image_index import build_index\n"
-            "def mib(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20\n"
-            "before, start = mib(), time.perf_counter(); index = build_index(sys.argv[1])\n"
-            "print(time.perf_counter() - start, mib() - before, len(index))")
-    out = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True, text=True)
+    code = (
+        "import sys, time; from util.image_index import build_index\n"
+        "def mib(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20\n"
+        "before, start = mib(), time.perf_counter(); index = build_index(sys.argv[1])\n"
+        "print(time.perf_counter() - start, mib() - before, len(index))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     out = out.stdout.split()
     return float(out[0]), float(out[1]), int(out[2])
 
@@ -70,7 +75,9 @@ def worker_mib(index, workers, touched):
         if i == len(loader) - workers - 2:
             for process in multiprocessing.active_children():
                 lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-                private.append(next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024)
+                private.append(
+                    next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024
+                )
     return statistics.median(private)
 
 
@@ -79,12 +86,20 @@ def main(argv, record: Record | None = None) -> dict:
     parser.add_argument("--files", type=int, default=1_300_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scratch", help="where to generate the files (default: the system's temporary folder)")
+    parser.add_argument(
+        "--scratch", help="where to generate the files (default: the system's temporary folder)"
+    )
     args, record = parser.parse_args(argv), record or Record()
     record.set("help", help_seconds(args.rounds))
     results = record.results
-    print(table([dict(command=f"{k} --help", **{"s, median": v["median"], "min": v["min"], "max": v["max"]})
-                 for k, v in results["help"].items()]))
+    print(
+        table(
+            [
+                dict(command=f"{k} --help", **{"s, median": v["median"], "min": v["min"], "max": v["max"]})
+                for k, v in results["help"].items()
+            ]
+        )
+    )
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         generate(folder, args.files, args.classes)
         time.sleep(2.5)  # a folder that was just changed is not cached
@@ -93,14 +108,23 @@ def main(argv, record: Record | None = None) -> dict:
         cache = sum(p.stat().st_size for p in Path(folder, ".index").iterdir()) / 2**20
         index = build_index(folder)
         small = build_index(str(ROOT / "data" / "demo"))
-        results |= dict(files=first[2], first_start_s=first[0], second_start_s=spread([s for s, _, _ in again]),
-                        index_mib=again[0][1], cache_mib=cache)
+        results |= dict(
+            files=first[2],
+            first_start_s=first[0],
+            second_start_s=spread([s for s, _, _ in again]),
+            index_mib=again[0][1],
+            cache_mib=cache,
+        )
         record.write()
         workers = {k: worker_mib(i, 2, 20_000) for k, i in (("demo set", small), ("listing", index))}
         record.set("worker_private_mib", workers)
     second = results["second_start_s"]
-    print(f"\n{first[2]} files: first start {first[0]:.2f} s, from the cache {second['median']:.2f} s "
-          f"[{second['min']:.2f}..{second['max']:.2f}]; cache {cache:.0f} MiB, in memory {again[0][1]:.0f} MiB")
-    print(f"private memory of a loader worker: {workers['listing']:.0f} MiB, with the demo set's listing "
-          f"{workers['demo set']:.0f} MiB")
+    print(
+        f"\n{first[2]} files: first start {first[0]:.2f} s, from the cache {second['median']:.2f} s "
+        f"[{second['min']:.2f}..{second['max']:.2f}]; cache {cache:.0f} MiB, in memory {again[0][1]:.0f} MiB"
+    )
+    print(
+        f"private memory of a loader worker: {workers['listing']:.0f} MiB, with the demo set's listing "
+        f"{workers['demo set']:.0f} MiB"
+    )
     return results

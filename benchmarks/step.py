@@ -14,6 +14,7 @@ too. On a GPU (and with --one_by_one) a variant is built, measured and freed bef
 models fit and peak memory is a variant's own; ratios are those of the medians. There a round is several steps without
 a wait between them: the host runs ahead, as in training. Peers run with the TF32 setting of our training.
 """
+
 import argparse
 import itertools
 import time
@@ -44,16 +45,41 @@ from util.train.amp import AMP, autocast
 from util.train.optim import adamw, param_groups
 
 MASK_RATIO = 0.75
-OURS, COMPILED, HF, TIMM = "ours, MAE", "ours, MAE, compiled", "transformers ViTMAE", "timm blocks, usual flow"
-LABELS = {"mae": OURS, "apl": "ours, MAE + APL", "rpl8": "ours, MAE + RPL, 8 pairs", "rpl": "ours, MAE + RPL, all pairs",
-          "compiled": COMPILED, "graphs": "ours, MAE, compiled, CUDA graphs",
-          "compiled-apl": "ours, MAE + APL, compiled", "recomputed": "ours, MAE, --grad_checkpointing",
-          "transformers": HF, "timm": TIMM}
+OURS, COMPILED, HF, TIMM = (
+    "ours, MAE",
+    "ours, MAE, compiled",
+    "transformers ViTMAE",
+    "timm blocks, usual flow",
+)
+LABELS = {
+    "mae": OURS,
+    "apl": "ours, MAE + APL",
+    "rpl8": "ours, MAE + RPL, 8 pairs",
+    "rpl": "ours, MAE + RPL, all pairs",
+    "compiled": COMPILED,
+    "graphs": "ours, MAE, compiled, CUDA graphs",
+    "compiled-apl": "ours, MAE + APL, compiled",
+    "recomputed": "ours, MAE, --grad_checkpointing",
+    "transformers": HF,
+    "timm": TIMM,
+}
 MAE, APL = dict(pos_embed="sincos", pos_label="none"), dict(pos_embed="none", pos_label="apl")
 RPL = dict(pos_embed="none", pos_label="rpl")
-FLAGS = {"mae": MAE, "apl": APL, "rpl8": RPL | dict(rpl_pairs=8), "rpl": RPL, "compiled": MAE, "compiled-apl": APL,
-         "graphs": MAE, "recomputed": MAE}
-COMPILE_MODES = {"compiled": "default", "compiled-apl": "default", "graphs": "reduce-overhead"}  # of torch.compile
+FLAGS = {
+    "mae": MAE,
+    "apl": APL,
+    "rpl8": RPL | dict(rpl_pairs=8),
+    "rpl": RPL,
+    "compiled": MAE,
+    "compiled-apl": APL,
+    "graphs": MAE,
+    "recomputed": MAE,
+}
+COMPILE_MODES = {
+    "compiled": "default",
+    "compiled-apl": "default",
+    "graphs": "reduce-overhead",
+}  # of torch.compile
 
 
 def block_macs(tokens: int, width: int) -> int:
@@ -67,7 +93,11 @@ def training_flops(model: MaskedAutoencoderViT, mask_ratio: float = MASK_RATIO) 
     n, width = num_visible(L, mask_ratio), model.decoder_embed.out_features
     pixels = model.decoder_pred.out_features
     macs = n * pixels * model.dim + len(model.blocks) * block_macs(1 + n, model.dim)
-    macs += (1 + n) * model.dim * width + len(model.decoder_blocks) * block_macs(1 + L, width) + (L - n) * width * pixels
+    macs += (
+        (1 + n) * model.dim * width
+        + len(model.decoder_blocks) * block_macs(1 + L, width)
+        + (L - n) * width * pixels
+    )
     return 6 * macs
 
 
@@ -93,7 +123,9 @@ class TimmMAE(nn.Module):
         self.decoder_embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(like.mask_token.detach().clone())
         self.decoder_pos_embed = nn.Parameter(like.decoder_pos_embed.detach().clone(), requires_grad=False)
-        self.decoder_blocks = nn.Sequential(*(Block(width, decoder_heads, qkv_bias=True) for _ in like.decoder_blocks))
+        self.decoder_blocks = nn.Sequential(
+            *(Block(width, decoder_heads, qkv_bias=True) for _ in like.decoder_blocks)
+        )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, like.decoder_pred.out_features)
 
@@ -122,11 +154,22 @@ def transformers_mae(like: MaskedAutoencoderViT):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     width = like.decoder_embed.out_features
-    model = ViTMAEForPreTraining(ViTMAEConfig(
-        image_size=like.img_size[0], patch_size=like.patch_size[0], hidden_size=like.dim, num_hidden_layers=len(like.blocks),
-        num_attention_heads=like.blocks[0].attn.num_heads, intermediate_size=4 * like.dim, decoder_hidden_size=width,
-        decoder_num_hidden_layers=len(like.decoder_blocks), decoder_num_attention_heads=like.decoder_blocks[0].attn.num_heads,
-        decoder_intermediate_size=4 * width, mask_ratio=MASK_RATIO, norm_pix_loss=True))
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=like.img_size[0],
+            patch_size=like.patch_size[0],
+            hidden_size=like.dim,
+            num_hidden_layers=len(like.blocks),
+            num_attention_heads=like.blocks[0].attn.num_heads,
+            intermediate_size=4 * like.dim,
+            decoder_hidden_size=width,
+            decoder_num_hidden_layers=len(like.decoder_blocks),
+            decoder_num_attention_heads=like.decoder_blocks[0].attn.num_heads,
+            decoder_intermediate_size=4 * width,
+            mask_ratio=MASK_RATIO,
+            norm_pix_loss=True,
+        )
+    )
     return model.train()
 
 
@@ -176,6 +219,7 @@ def our_loss(model):
     def loss(images):
         losses, _, _ = model(images, MASK_RATIO, want_pred=False)
         return losses["pixel"] + (0.5 * losses["position"] if "position" in losses else 0)
+
     return loss
 
 
@@ -225,23 +269,34 @@ def measure(name, keys, images, flops, plan) -> dict:
     cuda, batch = images.is_cuda, len(images)
     steps = built(name, keys, images, plan.steps)
     first = {key: step.whole_seconds() for key, step in steps.items() if key[0] in COMPILE_MODES}
-    settle = freed_memory(lambda key: cuda or plan.same_allocator or key[0] in FLAGS,
-                          {key: step.run for key, step in steps.items()})
+    settle = freed_memory(
+        lambda key: cuda or plan.same_allocator or key[0] in FLAGS,
+        {key: step.run for key, step in steps.items()},
+    )
     warmup = 3 if cuda and plan.steps < 3 else 1  # rounds
     seconds = interleaved(steps, plan.rounds, warmup=warmup, prepare=settle)
     rows = []
     for (variant, amp), step in steps.items():
         per_step = [t / plan.steps for t in seconds[variant, amp]]
-        cpu_seconds = step.cpu_seconds[-plan.rounds:]
+        cpu_seconds = step.cpu_seconds[-plan.rounds :]
         if cuda:
             step.parts.clear()
             for _ in range(plan.rounds):
                 step.run(wait=True)
-        parts = zip(*step.parts[-plan.rounds * plan.steps:], strict=True)
-        row = dict(model=name, variant=LABELS[variant], amp=amp, batch_size=batch, seconds=spread(per_step),
-                   round_seconds=per_step, cpu_seconds=spread(cpu_seconds), round_cpu_seconds=cpu_seconds,
-                   images_per_s=spread([batch / t for t in per_step]),
-                   mfu=spread([batch * flops / t / plan.peaks[amp] for t in per_step]), flops_per_image=flops)
+        parts = zip(*step.parts[-plan.rounds * plan.steps :], strict=True)
+        row = dict(
+            model=name,
+            variant=LABELS[variant],
+            amp=amp,
+            batch_size=batch,
+            seconds=spread(per_step),
+            round_seconds=per_step,
+            cpu_seconds=spread(cpu_seconds),
+            round_cpu_seconds=cpu_seconds,
+            images_per_s=spread([batch / t for t in per_step]),
+            mfu=spread([batch * flops / t / plan.peaks[amp] for t in per_step]),
+            flops_per_image=flops,
+        )
         row |= {k: spread(v) for k, v in zip(("forward", "backward", "optimizer"), parts, strict=True)}
         if (variant, amp) in first:
             row["compile_s"] = first[variant, amp]
@@ -270,7 +325,10 @@ def measured_or_error(name, keys, images, flops, plan) -> list[dict]:
         found = does_not_compile(e)
     if "rows" in found:
         return found["rows"]
-    return [dict(model=name, variant=LABELS[variant], amp=amp, batch_size=len(images), **found) for variant, amp in keys]
+    return [
+        dict(model=name, variant=LABELS[variant], amp=amp, batch_size=len(images), **found)
+        for variant, amp in keys
+    ]
 
 
 def add_ratios(rows: list[dict], within_rounds: bool) -> None:
@@ -291,9 +349,25 @@ def shown_row(row: dict) -> dict[str, object]:
     line = dict(model=row["model"], variant=row["variant"], amp=row["amp"])
     if "error" in row:
         line["s/step"] = row["error"]
-        return line | dict.fromkeys(("img/s", "MFU", "x transformers", "x timm", "x transformers (CPU)", "x timm (CPU)",
-                                     "MiB beyond weights", "MiB allocated, reserved", "compile s"), "")
-    line |= {"s/step": shown(row["seconds"], 4), "img/s": shown(row["images_per_s"], 1), "MFU": shown(row["mfu"])}
+        return line | dict.fromkeys(
+            (
+                "img/s",
+                "MFU",
+                "x transformers",
+                "x timm",
+                "x transformers (CPU)",
+                "x timm (CPU)",
+                "MiB beyond weights",
+                "MiB allocated, reserved",
+                "compile s",
+            ),
+            "",
+        )
+    line |= {
+        "s/step": shown(row["seconds"], 4),
+        "img/s": shown(row["images_per_s"], 1),
+        "MFU": shown(row["mfu"]),
+    }
     for word in ("transformers", "timm", "transformers_cpu", "timm_cpu"):
         line["x " + word.replace("_cpu", " (CPU)")] = shown(row.get(f"times_{word}"))
     memory, compiling = "", ""
@@ -307,19 +381,37 @@ def shown_row(row: dict) -> dict[str, object]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py step", description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["mae_vit_base_patch16"], choices=MODELS, metavar="MODEL",
-                        help="names in models_mae_pl.MODELS")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["mae_vit_base_patch16"],
+        choices=MODELS,
+        metavar="MODEL",
+        help="names in models_mae_pl.MODELS",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, help="16 on a CPU, 256 on a GPU")
-    parser.add_argument("--amp", nargs="+", choices=["fp32", "bf16", "fp16"], help="fp32 and bf16 on a CPU, bf16 on a GPU")
+    parser.add_argument(
+        "--amp", nargs="+", choices=["fp32", "bf16", "fp16"], help="fp32 and bf16 on a CPU, bf16 on a GPU"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of a round: 1 on a CPU, 5 on a GPU")
-    parser.add_argument("--variants", nargs="+", choices=LABELS, metavar="NAME", default=["mae", "apl", "transformers", "timm"],
-                        help=f"some of {', '.join(LABELS)}, measured in this order (default: %(default)s)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=LABELS,
+        metavar="NAME",
+        default=["mae", "apl", "transformers", "timm"],
+        help=f"some of {', '.join(LABELS)}, measured in this order (default: %(default)s)",
+    )
     parser.add_argument("--compile", action="store_true", help="also `compiled`: ours under torch.compile")
-    parser.add_argument("--grad_checkpointing", action="store_true", help="also `recomputed`: blocks recomputed in backward")
+    parser.add_argument(
+        "--grad_checkpointing", action="store_true", help="also `recomputed`: blocks recomputed in backward"
+    )
     parser.add_argument("--one_by_one", action="store_true", help="on a CPU too one variant after the other")
-    parser.add_argument("--same_allocator", action="store_true", help="on a CPU the peers keep freed memory too")
+    parser.add_argument(
+        "--same_allocator", action="store_true", help="on a CPU the peers keep freed memory too"
+    )
     return parser
 
 
@@ -334,7 +426,10 @@ def main(argv, record: Record | None = None) -> dict:
     amps = args.amp or (["bf16"] if cuda else ["fp32", "bf16"])
     peaks = {amp: matmul_rate(device, AMP[amp] or torch.float32) for amp in amps}
     record.set("matmul_peak", peaks)
-    print("large F.linear: " + ", ".join(f"{amp} {p / 1e12:.3g} TFLOP/s" for amp, p in peaks.items()), flush=True)
+    print(
+        "large F.linear: " + ", ".join(f"{amp} {p / 1e12:.3g} TFLOP/s" for amp, p in peaks.items()),
+        flush=True,
+    )
     plan = Plan(args.rounds, args.steps or (5 if cuda else 1), peaks, args.same_allocator)
     for name in args.models:
         with torch.device("meta"):
@@ -349,6 +444,8 @@ def main(argv, record: Record | None = None) -> dict:
     rows = record.results["rows"]
     add_ratios(rows, within_rounds=not one_by_one)
     record.write()
-    print(f"{args.rounds} rounds of {plan.steps}, batch {rows[0]['batch_size']}, median [min..max]; CPU time is of all threads")
+    print(
+        f"{args.rounds} rounds of {plan.steps}, batch {rows[0]['batch_size']}, median [min..max]; CPU time is of all threads"
+    )
     print(table([shown_row(r) for r in rows]))
     return record.results

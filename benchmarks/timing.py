@@ -1,4 +1,5 @@
 """What every benchmark needs: interleaved timing, medians with spread, peak memory, a record on disk, a table, the machine."""
+
 import ctypes
 import gc
 import importlib.metadata
@@ -52,6 +53,7 @@ def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
     Memory that it held is given back either way. So `measure` must create its model, and its caller must not keep it.
     """
     import torch
+
     try:
         found = measure()
     except torch.OutOfMemoryError:
@@ -63,6 +65,7 @@ def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
 def free_gpu_memory() -> None:
     """Give back what nothing refers to any more; code that was compiled is forgotten, as it may refer to its model."""
     import torch
+
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -73,6 +76,7 @@ def free_gpu_memory() -> None:
 def wait_for(device) -> None:
     """Until the device has done what it was given; a CPU always has."""
     import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -80,15 +84,21 @@ def wait_for(device) -> None:
 def choose_device(name: str):
     """The device, with the precision of float32 products that training sets there (`util.dist.init`), for peers too."""
     import torch
+
     device = torch.device(name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     return device
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmup: int = 1,
-                clock: Callable[[], float] = time.perf_counter,
-                prepare: Callable[[str], object] = lambda name: None) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round.
 
     A round runs all variants once, each time in another order (rotated), so that a slow minute of a shared machine or
@@ -106,7 +116,7 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmu
             call()
     names = list(variants)
     for i in range(rounds):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             prepare(name)
             start = clock()
             variants[name]()
@@ -114,7 +124,9 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, *, warmu
     return seconds
 
 
-def freed_memory(kept: Callable[[str], bool], calls: dict[str, Callable[[], object]]) -> Callable[[str], None]:
+def freed_memory(
+    kept: Callable[[str], bool], calls: dict[str, Callable[[], object]]
+) -> Callable[[str], None]:
     """A `prepare` for `interleaved`: variants for which `kept` is true run as our mains do on a CPU, which keep freed
     memory (util/dist/allocator.py), the others as glibc does by default. After a change a call settles what is held."""
     now: bool | None = None
@@ -126,6 +138,7 @@ def freed_memory(kept: Callable[[str], bool], calls: dict[str, Callable[[], obje
             (keep_freed_memory if now else return_freed_memory)()
             trim()
             calls[name]()
+
     return prepare
 
 
@@ -149,6 +162,7 @@ def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
     gc.collect()
     if cuda:
         import torch
+
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -161,6 +175,7 @@ def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
 
     def kib(name):
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
     trim()  # what was freed but kept would hide what the call takes
     reset.write_text("5")  # VmHWM starts again
     before = kib("VmRSS:")
@@ -180,8 +195,11 @@ def ratio(baseline: list[float], other: list[float]) -> dict[str, float]:
 
 def ratio_of_medians(baseline: list[float], other: list[float]) -> dict[str, float]:
     """The same where rounds were not interleaved: medians, and the extremes that the two spreads allow."""
-    return dict(median=statistics.median(baseline) / statistics.median(other), min=min(baseline) / max(other),
-                max=max(baseline) / min(other))
+    return dict(
+        median=statistics.median(baseline) / statistics.median(other),
+        min=min(baseline) / max(other),
+        max=max(baseline) / min(other),
+    )
 
 
 def shown(values: dict[str, float] | None, digits: int = 2) -> str:
@@ -193,10 +211,15 @@ def shown(values: dict[str, float] | None, digits: int = 2) -> str:
 
 def table(rows: list[dict[str, object]]) -> str:
     """A Markdown table; the columns are the first row's keys, floats are shown with three digits after the point."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in [dict.fromkeys(rows[0]), *rows]]
+    cells = [
+        [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+        for row in [dict.fromkeys(rows[0]), *rows]
+    ]
     cells[0] = list(rows[0])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
@@ -205,12 +228,18 @@ def machine() -> dict[str, object]:
     torch = sys.modules.get("torch")  # a benchmark that does not use it should not pay for its import
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return dict(
-        machine=dict(cpu=_cpu(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                     memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-                     gpu=gpu, system=platform.platform(), load_1min=os.getloadavg()[0],
-                     threads=torch.get_num_threads() if torch else None),
+        machine=dict(
+            cpu=_cpu(),
+            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            gpu=gpu,
+            system=platform.platform(),
+            load_1min=os.getloadavg()[0],
+            threads=torch.get_num_threads() if torch else None,
+        ),
         versions=dict(python=platform.python_version()) | {p: v for p in PACKAGES if (v := _version(p))},
-        commit=_commit())
+        commit=_commit(),
+    )
 
 
 def _cpu():
@@ -230,8 +259,13 @@ def _version(package):
 
 def _commit():
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(
+            git("status", "--porcelain", "--untracked-files=no")
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

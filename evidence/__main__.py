@@ -1,4 +1,5 @@
 """python -m evidence: see evidence/cli.py."""
+
 import sys
 
 from evidence.cli import get_args_parser, main

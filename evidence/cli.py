@@ -12,6 +12,7 @@ An experiment is a recipe, evidence/recipes/NAME.args: flags of a main, a --swee
 under SLURM `collect` once the jobs are done. evidence/results has ours, with the flags that they were run with
 (--device cpu); runs of other flags are not mixed with them: --results OWN is a folder for yours.
 """
+
 import argparse
 import glob
 import json
@@ -21,7 +22,17 @@ import shlex
 import sys
 
 from evidence.claims import CHECKLIST, EXPERIMENTS
-from evidence.statistics import as_noted, collect, copy_logs, merged, plus_minus, rows_of, table, together, write_json
+from evidence.statistics import (
+    as_noted,
+    collect,
+    copy_logs,
+    merged,
+    plus_minus,
+    rows_of,
+    table,
+    together,
+    write_json,
+)
 from util.flags.parser import Parser
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -33,18 +44,27 @@ def recipe(name: str) -> list[str]:
     return Parser(add_help=False).with_recipes([f"@{path}"])
 
 
-def launcher_words(name: str, data: str, runs: str, max_parallel: int, before: dict | None, missing: bool,
-                   more: list[str]) -> list[str]:
+def launcher_words(
+    name: str, data: str, runs: str, max_parallel: int, before: dict | None, missing: bool, more: list[str]
+) -> list[str]:
     """The recipe for the launcher; with `missing` without the points that `before` has, and [] where it has all of them."""
     from util.cluster.sweep import plan
 
     words = recipe(name)
     swept, end = words.index("--sweep"), words.index("--then") if "--then" in words else len(words)
-    flags = ["--cluster", "local", "--max_parallel", str(max_parallel), "--job_dir", os.path.join(runs, name),
-             "--data_path", os.path.join(data, EXPERIMENTS[name].data)]
+    flags = [
+        "--cluster",
+        "local",
+        "--max_parallel",
+        str(max_parallel),
+        "--job_dir",
+        os.path.join(runs, name),
+        "--data_path",
+        os.path.join(data, EXPERIMENTS[name].data),
+    ]
     if before and missing:
         known = {run["name"] for run in before["runs"]}
-        points = plan(EXPERIMENTS[name].main, words[:swept], words[swept + 1:end], [], runs)
+        points = plan(EXPERIMENTS[name].main, words[:swept], words[swept + 1 : end], [], runs)
         wanted = [p.name for p in points if p.name not in known]
         if not wanted:
             return []
@@ -84,18 +104,28 @@ def collect_experiment(name: str, runs: str, results: str) -> None:
     os.makedirs(results, exist_ok=True)
     write_json(path, found)
     copy_logs(folder, os.path.join(results, name))
-    print(f"{name}: {len(found['runs'])} runs" + (f", missing: {', '.join(found['missing'])}" if found["missing"] else ""))
+    print(
+        f"{name}: {len(found['runs'])} runs"
+        + (f", missing: {', '.join(found['missing'])}" if found["missing"] else "")
+    )
 
 
 def check_same_flags(path: str, before: dict | None, flags: str, recipe: str) -> None:
     """ValueError where results have runs of other flags: these would be lost, or stand beside the new ones in one table."""
     if not before or (before["flags"] == flags and but_seeds(before["recipe"]) == but_seeds(recipe)):
         return
-    parts = [f" {f} {shlex.join(but_seeds(r))}".split(" --")[1:]
-             for f, r in ((before["flags"], before["recipe"]), (flags, recipe))]
-    old, new = (" ".join(f"--{w}" for w in dict.fromkeys(a) if w not in b) or "nothing" for a, b in (parts, parts[::-1]))
-    raise ValueError(f"{path} has {len(before['runs'])} runs of other flags (there alone: {old}; here alone: {new}): give "
-                     f"--results DIR, or its flags after --, or delete it and the logs in {path.removesuffix('.json')}")
+    parts = [
+        f" {f} {shlex.join(but_seeds(r))}".split(" --")[1:]
+        for f, r in ((before["flags"], before["recipe"]), (flags, recipe))
+    ]
+    old, new = (
+        " ".join(f"--{w}" for w in dict.fromkeys(a) if w not in b) or "nothing"
+        for a, b in (parts, parts[::-1])
+    )
+    raise ValueError(
+        f"{path} has {len(before['runs'])} runs of other flags (there alone: {old}; here alone: {new}): give "
+        f"--results DIR, or its flags after --, or delete it and the logs in {path.removesuffix('.json')}"
+    )
 
 
 def but_seeds(recipe: str) -> list[str]:
@@ -113,19 +143,28 @@ def load(results: str) -> dict[str, dict]:
 
 def checklist(found: dict[str, dict]) -> str:
     """The claims, a row each: the verdict on each part, with its difference and 95 % interval."""
-    lines = ["| | claim | verdict | parts: mean paired difference ± half of its 95 % interval (seeds) |", "|---|---|---|---|"]
+    lines = [
+        "| | claim | verdict | parts: mean paired difference ± half of its 95 % interval (seeds) |",
+        "|---|---|---|---|",
+    ]
     for letter, (claim, contrasts) in CHECKLIST.items():
         verdicts, parts = [c.verdict(found) for c in contrasts], []
         for contrast, verdict in zip(contrasts, verdicts):
             difference = contrast.differences(found)
             if difference.values:
                 digits = 2 if "acc1" in contrast.metric or "knn" in contrast.metric else 4
-                parts.append(f"{contrast.what}: **{plus_minus(difference, digits)}** ({len(difference.values)}), {verdict}")
-        left = {a.experiment for c, v in zip(contrasts, verdicts) if v == "not run" for a in c.plus + c.minus} - set(found)
+                parts.append(
+                    f"{contrast.what}: **{plus_minus(difference, digits)}** ({len(difference.values)}), {verdict}"
+                )
+        left = {
+            a.experiment for c, v in zip(contrasts, verdicts) if v == "not run" for a in c.plus + c.minus
+        } - set(found)
         parts += [f"not run: {', '.join(sorted(left))}"] if left else []
         used = dict.fromkeys(a.experiment for c in contrasts for a in c.plus + c.minus)
         links = ", ".join(f"[{name}](#{anchor(EXPERIMENTS[name].title)})" for name in used)
-        lines.append(f"| {letter} | {claim}. Runs: {links} | **{together(verdicts)}** | {'<br>'.join(parts)} |")
+        lines.append(
+            f"| {letter} | {claim}. Runs: {links} | **{together(verdicts)}** | {'<br>'.join(parts)} |"
+        )
     return "\n".join(lines)
 
 
@@ -137,22 +176,34 @@ def anchor(title: str) -> str:
 def section(name: str, found: dict[str, dict]) -> str:
     """Command, hardware, time, and the table of an experiment, with the settings that it shares with others."""
     result, experiment = found[name], EXPERIMENTS[name]
-    machine = f"{', '.join(result['machines']) or 'unknown machine'}; torch {result['versions'].get('torch', '?')}"
+    machine = (
+        f"{', '.join(result['machines']) or 'unknown machine'}; torch {result['versions'].get('torch', '?')}"
+    )
     logs = f"logs in [evidence/results/{name}](evidence/results/{name})"
-    said = [f"`python -m evidence run {name} --data DIR --results OWN` ([recipe](evidence/recipes/{name}.args), {logs}); "
-            f"{machine}; {result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."]
+    said = [
+        f"`python -m evidence run {name} --data DIR --results OWN` ([recipe](evidence/recipes/{name}.args), {logs}); "
+        f"{machine}; {result['hours']:g} hours of runs. Mean ± half of the 95 % interval over seeds."
+    ]
     if result["missing"]:
         said.append(f"Not finished: {', '.join(result['missing'])}.")
-    shared = {f"{setting} (runs of {a.experiment})": [run["figures"] for run in a.runs(found)]
-              for setting, a in experiment.shared.items() if a.runs(found)}
-    return "\n".join(said) + "\n\n" + table(dict(sorted((rows_of(result) | shared).items())), experiment.columns)
+    shared = {
+        f"{setting} (runs of {a.experiment})": [run["figures"] for run in a.runs(found)]
+        for setting, a in experiment.shared.items()
+        if a.runs(found)
+    }
+    return (
+        "\n".join(said) + "\n\n" + table(dict(sorted((rows_of(result) | shared).items())), experiment.columns)
+    )
 
 
 def blocks(found: dict[str, dict]) -> dict[str, str]:
     """{mark on the page: what belongs there}."""
-    sections = {name: section(name, found) if name in found else
-                f"No finished runs yet: `python -m evidence run {name} --data DIR` ([recipe](evidence/recipes/{name}.args))."
-                for name in EXPERIMENTS}
+    sections = {
+        name: section(name, found)
+        if name in found
+        else f"No finished runs yet: `python -m evidence run {name} --data DIR` ([recipe](evidence/recipes/{name}.args))."
+        for name in EXPERIMENTS
+    }
     return {"checklist": checklist(found)} | sections
 
 
@@ -162,7 +213,7 @@ def filled(text: str, contents: dict[str, str]) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"the page needs one place {begin.strip()} ... {end}, each on a line of its own")
-        text = text[:text.index(begin)] + begin + content + "\n" + text[text.index(end):]
+        text = text[: text.index(begin)] + begin + content + "\n" + text[text.index(end) :]
     return text
 
 
@@ -174,7 +225,9 @@ def get_args_parser() -> Parser:
     p.add_argument("--runs", default="runs/evidence", help="where the runs are kept")
     p.add_argument("--results", default=os.path.join(HERE, "results"))
     p.add_argument("--page", default=os.path.join(ROOT, "RESULTS.md"))
-    p.add_argument("--missing", action="store_true", help="run only what evidence/results/NAME.json does not have")
+    p.add_argument(
+        "--missing", action="store_true", help="run only what evidence/results/NAME.json does not have"
+    )
     p.add_argument("--max_parallel", default=1, type=int, help="runs at a time")
     return p
 
@@ -190,7 +243,9 @@ def main(args, more: list[str]) -> int:
             raise ValueError("--data DIR: the folder that holds mini_imagenet20 and cifar10")
         found, launched = load(args.results), {}
         for name in args.names:
-            words = launcher_words(name, args.data, args.runs, args.max_parallel, found.get(name), args.missing, more)
+            words = launcher_words(
+                name, args.data, args.runs, args.max_parallel, found.get(name), args.missing, more
+            )
             if not words:
                 print(f"{name}: evidence/results/{name}.json has all runs")
                 continue
@@ -216,7 +271,10 @@ def main(args, more: list[str]) -> int:
     found = load(args.results)
     if args.command == "list":
         for name, e in EXPERIMENTS.items():
-            print(f"{name:18} {e.title}: " + (f"{len(found[name]['runs'])} runs" if name in found else "not run"))
+            print(
+                f"{name:18} {e.title}: "
+                + (f"{len(found[name]['runs'])} runs" if name in found else "not run")
+            )
         for letter, (claim, contrasts) in CHECKLIST.items():
             print(f"{letter}  {together([c.verdict(found) for c in contrasts])}: {claim}")
         return 0

@@ -3,6 +3,7 @@
 An experiment is a sweep (util/report/runs.py) over `seed` and other flags. Differences are paired: runs with the same
 seed share the order of their images and their crops, so that what these do drops out of the difference.
 """
+
 import json
 import os
 import shlex
@@ -35,11 +36,16 @@ def collect(folder: str) -> dict:
         raise ValueError(f"no run in {folder} is finished: there is nothing to collect")
     records = [json.loads(_read(os.path.join(run.folder, "run.json")) or "{}") for run in runs]
     plan = json.loads(_read(os.path.join(folder, "sweep.json")) or "{}")
-    hours = [sum(_seconds(os.path.join(run.folder, sub)) for sub in ["", *_folders(run.folder)]) / 3600 for run in runs]
+    hours = [
+        sum(_seconds(os.path.join(run.folder, sub)) for sub in ["", *_folders(run.folder)]) / 3600
+        for run in runs
+    ]
     return {
         "flags": as_noted(plan.get("flags", [])),
-        "runs": [{"name": run.name, "flags": run.flags, "figures": figures_of(run), "hours": round(h, 4)}
-                 for run, h in zip(runs, hours)],
+        "runs": [
+            {"name": run.name, "flags": run.flags, "figures": figures_of(run), "hours": round(h, 4)}
+            for run, h in zip(runs, hours)
+        ],
         "missing": missing,
         "machines": sorted({device for record in records for device in record.get("devices", [])}),
         "versions": records[-1].get("versions", {}),
@@ -63,25 +69,38 @@ def merged(before: dict, found: dict) -> dict:
         "runs": sorted(kept + found["runs"], key=lambda run: run["name"]),
         "missing": [name for name in found["missing"] if name not in {run["name"] for run in kept}],
         "machines": sorted({*before["machines"], *found["machines"]}),
-        "versions": {name: ", ".join(sorted({*earlier.get(name, version).split(", "), version}))
-                     for name, version in found["versions"].items()},
+        "versions": {
+            name: ", ".join(sorted({*earlier.get(name, version).split(", "), version}))
+            for name, version in found["versions"].items()
+        },
         "hours": round(found["hours"] + (before["hours"] - again if kept else 0.0), 2),
     }
 
 
 def write_json(path: str, result: dict) -> None:
     """A line per run, so that a later run changes one line."""
-    lines = [f" {json.dumps(key)}: " + ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if key == "runs" else
-                                       json.dumps(value)) for key, value in result.items()]
+    lines = [
+        f" {json.dumps(key)}: "
+        + ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if key == "runs" else json.dumps(value))
+        for key, value in result.items()
+    ]
     with open(path, "w") as f:
         f.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def figures_of(run: RunRecord) -> dict[str, float]:
     """What the last epoch of a run says, and of each run that follows it."""
-    last = {k: v for line in run.follow_ups for k, v in line.items()
-            if _finished(os.path.join(run.folder, k.partition("/")[0]))} | run.log[-1]
-    return {k: rounded(v) for k, v in last.items() if k.rpartition("/")[2] not in _NOT_FOUND and isinstance(v, (int, float))}
+    last = {
+        k: v
+        for line in run.follow_ups
+        for k, v in line.items()
+        if _finished(os.path.join(run.folder, k.partition("/")[0]))
+    } | run.log[-1]
+    return {
+        k: rounded(v)
+        for k, v in last.items()
+        if k.rpartition("/")[2] not in _NOT_FOUND and isinstance(v, (int, float))
+    }
 
 
 def _finished(folder: str) -> bool:
@@ -129,8 +148,11 @@ class At:
     flags: tuple[tuple[str, object], ...] = ()
 
     def runs(self, results: dict[str, dict]) -> list[dict]:
-        return [run for run in results.get(self.experiment, {}).get("runs", [])
-                if all(run["flags"].get(k) == v for k, v in self.flags)]
+        return [
+            run
+            for run in results.get(self.experiment, {}).get("runs", [])
+            if all(run["flags"].get(k) == v for k, v in self.flags)
+        ]
 
     def per_seed(self, results: dict[str, dict], metric: str) -> dict[int, float]:
         """{seed: figure}; empty where the experiment was not run. ValueError if the flags leave several runs of a seed."""
@@ -139,7 +161,9 @@ class At:
             if metric in run["figures"]:
                 seed = run["flags"].get("seed", 0)
                 if seed in found:
-                    raise ValueError(f"{self.experiment} has several runs of seed {seed} with {dict(self.flags)}")
+                    raise ValueError(
+                        f"{self.experiment} has several runs of seed {seed} with {dict(self.flags)}"
+                    )
                 found[seed] = run["figures"][metric]
         return found
 
@@ -162,15 +186,23 @@ class Contrast:
     def turned(self) -> "Contrast":
         """minus - plus: for losses, of which less is better."""
         name = self.what.split(": ")
-        return replace(self, what=f"{name[0]}: {self.metric}, " + " - ".join(reversed(name[1].split(" - "))), plus=self.minus,
-                       minus=self.plus)
+        return replace(
+            self,
+            what=f"{name[0]}: {self.metric}, " + " - ".join(reversed(name[1].split(" - "))),
+            plus=self.minus,
+            minus=self.plus,
+        )
 
     def differences(self, results: dict[str, dict]) -> Aggregate:
         """One value per seed that all sides have; none where a side was not run."""
-        sides = [[a.per_seed(results, metric) for a in side]
-                 for side, metric in ((self.plus, self.metric), (self.minus, self.minus_metric or self.metric))]
+        sides = [
+            [a.per_seed(results, metric) for a in side]
+            for side, metric in ((self.plus, self.metric), (self.minus, self.minus_metric or self.metric))
+        ]
         seeds = sorted(set.intersection(*(set(found) for side in sides for found in side)))
-        return Aggregate(self.what, tuple(sum(f[s] for f in sides[0]) - sum(f[s] for f in sides[1]) for s in seeds))
+        return Aggregate(
+            self.what, tuple(sum(f[s] for f in sides[0]) - sum(f[s] for f in sides[1]) for s in seeds)
+        )
 
     def verdict(self, results: dict[str, dict]) -> str:
         """supported, contradicted or undecided by the 95 % interval of the mean difference; else not run."""
@@ -223,7 +255,10 @@ def table(rows: dict[str, list[dict]], columns: tuple[Column, ...]) -> str:
     """A row per setting: mean ± half of the 95 % interval over seeds. Columns of which no run has a figure are left out."""
     known = set().union(*(figures for runs in rows.values() for figures in runs))
     columns = [c for c in columns if c.metric in known]
-    lines = ["| setting | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    lines = [
+        "| setting | seeds | " + " | ".join(c.title for c in columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
     for setting, runs in rows.items():
         cells = []
         for c in columns:

@@ -2,6 +2,7 @@
 
 Shapes: B batch, N patch tokens, C channels of a token, K classes.
 """
+
 from torch import Tensor, nn
 
 from layers.positional import PositionalHead
@@ -50,8 +51,10 @@ class Classifier:
                 "use a larger --input_size or a smaller patch"
             )
         if second_order is not None and h * w < 2:
-            raise ValueError(f"--head second_order relates patch tokens, but the last grid of this model is {h}x{w}: use a "
-                             "larger --input_size or a smaller patch")
+            raise ValueError(
+                f"--head second_order relates patch tokens, but the last grid of this model is {h}x{w}: use a "
+                "larger --input_size or a smaller patch"
+            )
         if not hasattr(self, "fc_norm"):  # no class attribute: it would hide the submodule of that name
             self.fc_norm = None
         self.pool, self.num_classes = pool, num_classes

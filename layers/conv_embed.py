@@ -1,4 +1,5 @@
 """So-ViT's token embedding: a small residual convolutional network in place of non-overlapping patches."""
+
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ class ConvTokenEmbed(nn.Module):
     def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, dim: int):
         super().__init__()
         if patch_size not in ((16, 16), (8, 8)):
-            raise ValueError(f"--patch_embed conv works at --patch_size 16 or 8, found {patch_size[0]}x{patch_size[1]}")
+            raise ValueError(
+                f"--patch_embed conv works at --patch_size 16 or 8, found {patch_size[0]}x{patch_size[1]}"
+            )
         from timm.models.resnet import Bottleneck  # timm takes seconds to import
 
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
@@ -28,8 +31,11 @@ class ConvTokenEmbed(nn.Module):
         self.blocks, width = nn.Sequential(), 64
         for stride in (2, 2, patch_size[0] // 8):
             shortcut = nn.Sequential(nn.Conv2d(width, 256, 1, stride, bias=False), nn.BatchNorm2d(256))
-            self.blocks.append(Bottleneck(width, 64, stride, shortcut,
-                                          norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)))
+            self.blocks.append(
+                Bottleneck(
+                    width, 64, stride, shortcut, norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+                )
+            )
             width = 256
         self.proj = nn.Conv2d(256, dim, 1)
 

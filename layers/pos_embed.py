@@ -1,4 +1,5 @@
 """Positional embeddings: the fixed 2-D sine-cosine table of MAE, and resizing one table to another grid."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -5,6 +5,7 @@ ordered pair of tokens is classified into its 2-D offset. Cells are numbered row
 
 Shapes: B batch, n tokens given (all of the grid, or the visible ones), D width, h w the grid, L = h*w cells.
 """
+
 import math
 import warnings
 
@@ -80,7 +81,11 @@ class _SweptPairLoss(torch.autograd.Function):
         bias = F.pad(bias, (0, -offsets % 16), value=-math.inf)
         loss = torch.zeros((), device=q.device, dtype=_accumulator(q.dtype))
         right = torch.zeros((), device=q.device, dtype=torch.int64)
-        grads = [torch.zeros_like(t, dtype=_accumulator(t.dtype)) for t in (q, k, weight, bias)] if with_grad else []
+        grads = (
+            [torch.zeros_like(t, dtype=_accumulator(t.dtype)) for t in (q, k, weight, bias)]
+            if with_grad
+            else []
+        )
         pairs = PAIRS_PER_CHUNK["cpu" if q.device.type == "cpu" else "cuda"]
         images = images_per_chunk(B, max(1, pairs // (n * m)), even=q.is_cuda)
         run_chunk = _chunk_on_cuda if q.is_cuda else _pair_chunk
@@ -120,7 +125,9 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
     logits = F.linear(g, weight, bias).to(_accumulator(q.dtype))  # (b*r*m, offsets)
     top, answer = logits.max(dim=-1, keepdim=True)
     right = (answer[:, 0] == label).sum()
-    logits = logits.sub_(top)  # from here in place: memory, and its traffic, is what a sweep spends beside products
+    logits = logits.sub_(
+        top
+    )  # from here in place: memory, and its traffic, is what a sweep spends beside products
     target = logits.gather(1, label[:, None])
     z = logits.exp_().sum(-1, keepdim=True)
     loss = (z.log() - target).sum()
@@ -128,7 +135,9 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
         return loss, right
     d_logits = logits.div_(z)  # softmax
     if torch.compiler.is_compiling():  # a comparison fuses with what is around it, a scatter does not
-        d_logits = d_logits - (torch.arange(logits.shape[1], device=logits.device) == label[:, None]).to(logits.dtype)
+        d_logits = d_logits - (torch.arange(logits.shape[1], device=logits.device) == label[:, None]).to(
+            logits.dtype
+        )
     else:
         d_logits.scatter_add_(1, label[:, None], d_logits.new_full((len(label), 1), -1.0))
     db = d_logits.sum(0)
@@ -173,7 +182,9 @@ def _chunk_on_cuda(q, k, weight, bias, label, with_grad):
         except Exception as error:  # no C compiler, no Triton: many types
             _compiled_chunk = False
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"relative labels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=2)
+            warnings.warn(
+                f"relative labels run uncompiled, and slower: torch.compile failed ({reason})", stacklevel=2
+            )
     return _pair_chunk(q, k, weight, bias, label, with_grad)
 
 
@@ -188,7 +199,13 @@ def pair_loss(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, grid, query_id
     centre = (num_offsets(grid) - 1) // 2
     with torch.autocast(q.device.type, enabled=False):
         loss, right = _SweptPairLoss.apply(
-            q, k.to(q.dtype), weight.to(q.dtype), bias.to(q.dtype), codes[query_ids], codes[key_ids], centre,
+            q,
+            k.to(q.dtype),
+            weight.to(q.dtype),
+            bias.to(q.dtype),
+            codes[query_ids],
+            codes[key_ids],
+            centre,
             torch.is_grad_enabled(),
         )
     pairs = q.shape[0] * q.shape[1] * k.shape[1]
@@ -305,8 +322,10 @@ class PositionalHead(nn.Module):
 
     def chance(self, num_tokens: int) -> dict[str, float]:
         """Levels of guessing, by the names that `forward` returns, for `num_tokens` random cells."""
-        parts = {kind: apl_chance(self.grid) if kind == "apl" else rpl_chance(self.grid, num_tokens)
-                 for kind in self.kinds}
+        parts = {
+            kind: apl_chance(self.grid) if kind == "apl" else rpl_chance(self.grid, num_tokens)
+            for kind in self.kinds
+        }
         return _combine(parts)
 
 

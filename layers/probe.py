@@ -2,6 +2,7 @@
 
 Shapes: B batch, N patch tokens, C channels of a token.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

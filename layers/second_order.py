@@ -3,12 +3,15 @@
 Shapes: B batch, N patch tokens, C channels of a token, F those of the first-order feature, H heads, d1 d2 the two
 projections' widths, K classes.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FUSIONS = ("sum", "concat", "visual")
-SMALLEST = 1e-6  # of a singular value: below it the power is held, so that an image without contrast has gradients
+SMALLEST = (
+    1e-6  # of a singular value: below it the power is held, so that an image without contrast has gradients
+)
 
 
 def cross_covariance(p: Tensor, q: Tensor) -> Tensor:
@@ -54,11 +57,15 @@ class SecondOrderPooling(nn.Module):
     projected channels, as in So-ViT's successor SoT (there without normalisation and ReLU), and share `start`.
     """
 
-    def __init__(self, dim: int, dims: tuple[int, int] = (48, 24), heads: int = 1, alpha: float = 0.5, iters: int = 1):
+    def __init__(
+        self, dim: int, dims: tuple[int, int] = (48, 24), heads: int = 1, alpha: float = 0.5, iters: int = 1
+    ):
         super().__init__()
         if len(dims) != 2 or min(*dims, heads, iters) < 1:
-            raise ValueError(f"the second-order head needs two widths, heads and iterations of at least 1, found "
-                             f"--so_dims {' '.join(map(str, dims))} --so_heads {heads} --so_iters {iters}")
+            raise ValueError(
+                f"the second-order head needs two widths, heads and iterations of at least 1, found "
+                f"--so_dims {' '.join(map(str, dims))} --so_heads {heads} --so_iters {iters}"
+            )
         self.dims, self.heads, self.alpha, self.iters = tuple(dims), heads, alpha, iters
         self.project = nn.Linear(dim, heads * sum(dims), bias=False)
         for rows in self.project.weight.data.split([heads * d for d in dims]):  # each as a layer of its own
@@ -75,9 +82,13 @@ class SecondOrderPooling(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             x = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).flatten(0, 1)  # (B*N, C)
             x = self.norm(self.project(x)).relu()  # (B*N, H*(d1 + d2))
-            p, q = (part.unflatten(1, (self.heads, -1)).unflatten(0, (B, N)).transpose(1, 2)  # (B, H, N, d) each
-                    for part in x.split([self.heads * d for d in self.dims], dim=1))
-            y = singular_value_power(cross_covariance(p, q), self.start, self.alpha, self.iters)  # (B, H, d1, d2)
+            p, q = (
+                part.unflatten(1, (self.heads, -1)).unflatten(0, (B, N)).transpose(1, 2)  # (B, H, N, d) each
+                for part in x.split([self.heads * d for d in self.dims], dim=1)
+            )
+            y = singular_value_power(
+                cross_covariance(p, q), self.start, self.alpha, self.iters
+            )  # (B, H, d1, d2)
             return y.flatten(1)
 
 
@@ -90,13 +101,27 @@ class SecondOrderHead(nn.Module):
     on widths, heads, iterations or powers that cannot be.
     """
 
-    def __init__(self, dim: int, feature_dim: int, num_classes: int, std: float, *, dims: tuple[int, int] = (48, 24),
-                 heads: int = 1, fusion: str = "sum", alpha: float = 0.5, iters: int = 1, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        feature_dim: int,
+        num_classes: int,
+        std: float,
+        *,
+        dims: tuple[int, int] = (48, 24),
+        heads: int = 1,
+        fusion: str = "sum",
+        alpha: float = 0.5,
+        iters: int = 1,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if fusion not in FUSIONS:
             raise ValueError(f"--so_fusion takes one of {', '.join(FUSIONS)}, found {fusion!r}")
         if not 0 < alpha <= 1:
-            raise ValueError(f"--so_alpha takes a power above 0 and up to 1 (no normalisation), found {alpha}")
+            raise ValueError(
+                f"--so_alpha takes a power above 0 and up to 1 (no normalisation), found {alpha}"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"--so_dropout takes a share from 0 to below 1, found {dropout}")
         self.fusion = fusion

@@ -5,6 +5,7 @@ sharpened so that neither one prototype nor all of them alike win.
 
 Shapes: B batch, V views, M patches, C channels of a token, K prototypes.
 """
+
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
@@ -17,10 +18,17 @@ class ProjectionHead(nn.Module):
     Each prototype has a learned scale unless `norm_last_layer` fixes it at 1 (DINO, appendix C).
     """
 
-    def __init__(self, dim: int, out_dim: int, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = True):
+    def __init__(
+        self, dim: int, out_dim: int, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = True
+    ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

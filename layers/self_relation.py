@@ -8,6 +8,7 @@ Boxes are (x, y, width, height, flipped) of a crop in pixels of the source image
 
 Shapes: B batch, N tokens of a map (h w), S sampled points, C channels, d channels of a head.
 """
+
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
@@ -72,8 +73,9 @@ def channel_relation(x: Tensor) -> Tensor:
         return (x.transpose(-1, -2) / x.shape[-2]) @ x
 
 
-def spatial_loss(student: Tensor, teacher: Tensor, heads: int, temperature: float = 0.5,
-                 valid: Tensor | None = None) -> Tensor:
+def spatial_loss(
+    student: Tensor, teacher: Tensor, heads: int, temperature: float = 0.5, valid: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of spatial relations (B, S, C) at the same points, mean over heads and positions -> (B,).
 
     `valid` (B, S) are the points that count: the others are neither queries nor keys; an image without any gives 0.

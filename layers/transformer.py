@@ -2,6 +2,7 @@
 
 Shapes: B batch, N tokens, L patches, n visible patches, C channels of a token, h w the grid of patches.
 """
+
 from collections.abc import Iterable
 
 import torch
@@ -76,8 +77,15 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``; stochastic depth on both branches."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, qkv_bias: bool = True,
-                 norm_eps: float = 1e-6):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
@@ -145,7 +153,9 @@ class PatchEmbed(nn.Module):
 
     def embed_patches(self, patches: Tensor) -> Tensor:
         """(B, n, ph*pw*in_chans) from `patchify` -> (B, n, C): the same product as `forward`, for some patches only."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (C, in_chans, ph, pw) -> (C, ph*pw*in_chans)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(
+            1
+        )  # (C, in_chans, ph, pw) -> (C, ph*pw*in_chans)
         return F.linear(patches, weight, self.proj.bias)
 
 

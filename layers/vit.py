@@ -1,4 +1,5 @@
 """The plain Vision Transformer trunk that the masked autoencoder and the classifiers share."""
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +50,9 @@ class ViTBackbone(nn.Module):
             self.register_parameter(name, nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02)))
         self.register_parameter("pos_embed", self._make_pos_embed(pos_embed))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows with depth
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, qkv_bias, norm_eps) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, rate, qkv_bias, norm_eps) for rate in rates
+        )
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.blocks.apply(init_linear_and_norm)
 
@@ -65,7 +68,9 @@ class ViTBackbone(nn.Module):
         """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
         return self.norm(self.forward_blocks(self.patch_embed(x), self.grid))
 
-    def forward_tokens(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+    def forward_tokens(
+        self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
         """Images of any size that patches divide -> all tokens before the final norm (B, num_prefix + L, C).
 
         Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch embedding.

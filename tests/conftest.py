@@ -24,7 +24,10 @@ def real_data() -> Path:
 
 @functools.cache
 def cluster_is_up() -> bool:
-    return shutil.which("sbatch") is not None and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
+    return (
+        shutil.which("sbatch") is not None
+        and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
+    )
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +55,9 @@ def library(built, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "slurm" not in item.keywords)  # the longest first, where workers share the files
+    items.sort(
+        key=lambda item: "slurm" not in item.keywords
+    )  # the longest first, where workers share the files
     for item in items:
         if "gpu" in item.keywords and not (torch.cuda.is_available() or "MAE_PL_REHEARSE" in os.environ):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,4 +1,5 @@
 """Starting the toolkit as real processes, and reading what they leave."""
+
 import json
 import os
 import socket
@@ -10,10 +11,37 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = [sys.executable, "-u", str(ROOT / "tests" / "tiny.py")]
-COMMON = ["--input_size", "32", "--warmup_epochs", "1", "--lr", "1e-2", "--print_freq", "1", "--device", "cpu",
-          "--save_every_epochs", "1", "--keep", "1", "--num_workers", "0"]
+COMMON = [
+    "--input_size",
+    "32",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "1e-2",
+    "--print_freq",
+    "1",
+    "--device",
+    "cpu",
+    "--save_every_epochs",
+    "1",
+    "--keep",
+    "1",
+    "--num_workers",
+    "0",
+]
 PRETRAIN = ["main_pretrain", "--model", "mae_test", "--picture_epochs", "1000", *COMMON]
-SERE = ["main_sere", "--model", "sere_test", "--local_size", "16", "--local_crops_number", "2", "--out_dim", "32", *COMMON]
+SERE = [
+    "main_sere",
+    "--model",
+    "sere_test",
+    "--local_size",
+    "16",
+    "--local_crops_number",
+    "2",
+    "--out_dim",
+    "32",
+    *COMMON,
+]
 FINETUNE = ["main_finetune", "--model", "vit_test", *COMMON]
 
 
@@ -23,8 +51,14 @@ def environment(**extra) -> dict:
 
 def start(output_dir, *flags, main=PRETRAIN, **env) -> tuple[int, str]:
     """Run a main in one process to its end -> exit code (negative: the signal that killed it), output."""
-    out = subprocess.run([*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)], env=environment(**env),
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    out = subprocess.run(
+        [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)],
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
     return out.returncode, out.stdout
 
 
@@ -36,9 +70,15 @@ def ranks(n: int, output_dir, *flags, main=PRETRAIN, **env) -> list[tuple[int, s
     processes = [
         subprocess.Popen(
             [*TINY, *main, "--output_dir", str(output_dir), *map(str, flags)],
-            env=environment(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for r in range(n)]
+            env=environment(
+                RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(n)
+    ]
     try:
         outs = [p.communicate(timeout=300)[0] for p in processes]
     finally:

@@ -7,6 +7,7 @@ Each run is a real process on the demo set: a main with a very small model for o
 a hash of every tensor, and the value of every number, of the checkpoint and the log. Bits depend on the machine and on
 the versions of the libraries, so both records must come from one machine.
 """
+
 import argparse
 import hashlib
 import json
@@ -22,7 +23,16 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ("img_per_s", "data_wait", "mfu", "max_mem_mb", "images_per_s")
-PATHS = ("output_dir", "log_dir", "resume", "finetune", "init_from", "data_path", "distill_checkpoint", "predictions")
+PATHS = (
+    "output_dir",
+    "log_dir",
+    "resume",
+    "finetune",
+    "init_from",
+    "data_path",
+    "distill_checkpoint",
+    "predictions",
+)
 COMMON = (
     "--input_size 32 --warmup_epochs 1 --print_freq 1 --device cpu --amp fp32 --save_every_epochs 1 --keep 1 "
     "--num_workers 0 --lr 1e-2 --epochs 2 --batch_size 40 --max_bad_images 0"
@@ -38,21 +48,30 @@ RUNS = {
     "mae_apl": [PRETRAIN],
     "mae_plain": [f"{PRETRAIN} --pos_embed sincos --pos_label none --norm_pix_loss"],
     "mae_rpl": [f"{PRETRAIN} --pos_label rpl --rpl_pairs 2 --pos_tokens full --grad_checkpointing"],
-    "mae_both_learned": [f"{PRETRAIN} --pos_label apl+rpl --pos_embed learned --accum_iter 2 --clip_grad 0.5"],
+    "mae_both_learned": [
+        f"{PRETRAIN} --pos_label apl+rpl --pos_embed learned --accum_iter 2 --clip_grad 0.5"
+    ],
     "mae_relations": [f"{PRETRAIN} --sr_spatial 0.2 --sr_channel 0.5 --sr_views two"],
     "mae_stopped": [
         f"TEST_SIGNAL=0:6:SIGTERM {PRETRAIN} --sr_spatial 0.2 --sr_channel 0.5 --save_steps 2",
         f"{PRETRAIN} --sr_spatial 0.2 --sr_channel 0.5 --save_steps 2",
     ],
     "sere": [SERE],
-    "sere_stopped": [f"TEST_SIGNAL=0:5:SIGTERM {SERE} --freeze_last_layer 1", f"{SERE} --freeze_last_layer 1"],
+    "sere_stopped": [
+        f"TEST_SIGNAL=0:5:SIGTERM {SERE} --freeze_last_layer 1",
+        f"{SERE} --freeze_last_layer 1",
+    ],
     "finetune_scratch": [f"{FINETUNE} --pos_label apl --pos_embed learned"],
-    "finetune_head": [f"{FINETUNE} --pos_label apl+rpl --head second_order --so_dims 16 8 --so_fusion concat"],
+    "finetune_head": [
+        f"{FINETUNE} --pos_label apl+rpl --head second_order --so_dims 16 8 --so_fusion concat"
+    ],
     "finetune_swin": [f"{FINETUNE} --model swin_pico --input_size 64 --pos_label apl --epochs 1"],
     "finetune_so_vit": [f"{FINETUNE} --model so_vit_7 --input_size 64 --epochs 1 --batch_size 100"],
     "finetune_timm": [f"{FINETUNE} --model timm/vit_tiny_patch16_224 --pos_label rpl --epochs 1"],
     "finetune_cached": [f"{FINETUNE} --cache_data memory --aa rand-m9-mstd0.5-inc1 --epochs 1"],
-    "finetune": [f"{FINETUNE} --finetune {{out}}/mae_apl/{LAST} --pos_label auto --pos_embed sincos {AUGMENT}"],
+    "finetune": [
+        f"{FINETUNE} --finetune {{out}}/mae_apl/{LAST} --pos_label auto --pos_embed sincos {AUGMENT}"
+    ],
     "finetune_stopped": [
         f"TEST_SIGNAL=0:6:SIGTERM {FINETUNE} --finetune {{out}}/mae_rpl/{LAST} {AUGMENT}",
         f"{FINETUNE} --finetune {{out}}/mae_rpl/{LAST} {AUGMENT}",
@@ -61,10 +80,18 @@ RUNS = {
         f"{FINETUNE} --model deit_pico_distilled_patch8 --distill vit_test "
         f"--distill_checkpoint {{out}}/finetune_scratch/{LAST}"
     ],
-    "evaluate": [f"{FINETUNE} --eval --resume {{out}}/finetune_scratch/{LAST} --predictions {{out}}/evaluate/guesses.csv"],
-    "linprobe": [f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/mae_apl/{LAST} --lr_grid 0.5 1"],
-    "linprobe_cached": [f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/mae_plain/{LAST} --cached --global_pool"],
-    "knn": [f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/sere/{LAST} --knn --pos_embed learned"],
+    "evaluate": [
+        f"{FINETUNE} --eval --resume {{out}}/finetune_scratch/{LAST} --predictions {{out}}/evaluate/guesses.csv"
+    ],
+    "linprobe": [
+        f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/mae_apl/{LAST} --lr_grid 0.5 1"
+    ],
+    "linprobe_cached": [
+        f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/mae_plain/{LAST} --cached --global_pool"
+    ],
+    "knn": [
+        f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/sere/{LAST} --knn --pos_embed learned"
+    ],
 }
 
 
@@ -97,7 +124,9 @@ def digest(folder: Path, text: str) -> dict[str, object]:
         found |= flat([{k: v for k, v in line.items() if k not in CLOCK} for line in lines], "log")
     for table in sorted(folder.glob("*.csv")):
         found[table.name] = table.read_text()
-    figures = (re.findall(r"\d+\.\d+", line) for line in text.splitlines() if "acc" in line and "img/s" not in line)
+    figures = (
+        re.findall(r"\d+\.\d+", line) for line in text.splitlines() if "acc" in line and "img/s" not in line
+    )
     found["printed accuracies"] = [numbers for numbers in figures if numbers]
     return found
 
@@ -113,8 +142,11 @@ def execute(tree: Path, out: Path, name: str) -> dict[str, object]:
         words = [word for word in words if not word.startswith("TEST_")]
         run = subprocess.run(
             [sys.executable, str(tree / "tests" / "tiny.py"), *words, "--output_dir", str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | extra, cwd=tree,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | extra,
+            cwd=tree,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         expected = 75 if number + 1 < len(commands) else 0
         if run.returncode != expected:
@@ -155,7 +187,9 @@ def differences(before: dict, after: dict) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("record")
     p.add_argument("file", type=Path)
@@ -169,13 +203,17 @@ def main() -> int:
         found = record(args.tree.resolve(), args.only)
         args.file.write_text(json.dumps(found, indent=1))
         failed = [name for name in found if "failed" in found[name]]
-        print(f"{args.file}: {len(found)} runs, {sum(map(len, found.values()))} values; failed: {failed or 'none'}")
+        print(
+            f"{args.file}: {len(found)} runs, {sum(map(len, found.values()))} values; failed: {failed or 'none'}"
+        )
         return int(bool(failed))
     before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
     if shared := before.keys() & after.keys():
         before, after = ({name: x[name] for name in shared} for x in (before, after))
     lines = differences(before, after)
-    print("\n".join(lines[:50]) or f"{len(before)} runs, {sum(map(len, before.values()))} values: no difference")
+    print(
+        "\n".join(lines[:50]) or f"{len(before)} runs, {sum(map(len, before.values()))} values: no difference"
+    )
     return int(bool(lines))
 
 

@@ -2,6 +2,7 @@
 
 With TEST_HANG=n the last rank's n-th step never ends, in the job's first start.
 """
+
 import os
 import time
 

@@ -6,6 +6,7 @@ TEST_SYNC=error makes every update after the first two fail where it waits for t
 TEST_NAN="rank:call" poisons the loss of one rank in one call; TEST_SIGNAL="rank:call:SIGKILL" sends a signal there: in
 the middle of a step, and at a place that does not depend on how fast the machine is.
 """
+
 import importlib
 import os
 import signal
@@ -26,7 +27,9 @@ ENCODER = dict(patch_size=(8, 8), dim=32, depth=2, num_heads=2)
 
 
 def mae_test(**kwargs):
-    return models_mae_pl.MaskedAutoencoderViT(**ENCODER | dict(decoder_dim=32, decoder_depth=1, decoder_heads=2) | kwargs)
+    return models_mae_pl.MaskedAutoencoderViT(
+        **ENCODER | dict(decoder_dim=32, decoder_depth=1, decoder_heads=2) | kwargs
+    )
 
 
 def vit_test(**kwargs):

@@ -1,4 +1,5 @@
 """Checkpoints to and from the formats of other libraries."""
+
 import json
 import os
 
@@ -31,7 +32,9 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
 
     Raises ValueError for weights that the other library's model cannot hold, and where the outputs differ too much.
     """
-    suffixes = {"safetensors": (".safetensors",), "timm": (".safetensors", ".pth"), "hf": ("",)}.get(to, (".pth",))
+    suffixes = {"safetensors": (".safetensors",), "timm": (".safetensors", ".pth"), "hf": ("",)}.get(
+        to, (".pth",)
+    )
     if not out.endswith(suffixes):
         raise ValueError(f"--to {to} writes {' or '.join(suffixes)}, found {out}")
     state = read(path)
@@ -54,14 +57,19 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
         difference = largest_difference(source, theirs, full)
         refuse_above_limit(difference, path, name)
     what = "predicted patches" if full else "logits" if a.classes else "tokens"
-    print(f"wrote {out}; largest difference to the {what} of {name}: {difference:.2g}\n{usage.format(out=out)}")
+    print(
+        f"wrote {out}; largest difference to the {what} of {name}: {difference:.2g}\n{usage.format(out=out)}"
+    )
     return difference
 
 
 def encoder_of(state: dict, source, path: str):
     """The encoder alone and its model. The norm that a mean of tokens went through becomes the norm of each token."""
-    weights = {k.replace("fc_norm.", "norm."): v for k, v in state["model"].items()
-               if not k.startswith((*DECODER, "head."))}
+    weights = {
+        k.replace("fc_norm.", "norm."): v
+        for k, v in state["model"].items()
+        if not k.startswith((*DECODER, "head."))
+    }
     encoder = {"model": weights, "args": state["args"]}
     if isinstance(source, models_mae_pl.MaskedAutoencoderViT):
         return encoder, source
@@ -73,8 +81,13 @@ def encoder_of(state: dict, source, path: str):
 
 def stored_flags(source, a: Architecture) -> dict:
     """What a file of weights cannot show, in the flags stored beside it."""
-    out = {"in_chans": a.in_chans, "patch_size": list(a.patch_size), "pos_label": "none",
-           "pos_embed": "learned" if a.pos_embed else "none", "num_heads": source.blocks[0].attn.num_heads}
+    out = {
+        "in_chans": a.in_chans,
+        "patch_size": list(a.patch_size),
+        "pos_label": "none",
+        "pos_embed": "learned" if a.pos_embed else "none",
+        "num_heads": source.blocks[0].attn.num_heads,
+    }
     if a.decoder_depth:
         out["decoder_heads"] = source.decoder_blocks[0].attn.num_heads
     return out
@@ -82,7 +95,11 @@ def stored_flags(source, a: Architecture) -> dict:
 
 def write_ours(state, a, source, path, partial):
     checkpoint.save_atomic(state, partial)
-    return reloaded(partial, a), "the model read back", ("load it with main_finetune.py or main_linprobe.py --finetune {out}")
+    return (
+        reloaded(partial, a),
+        "the model read back",
+        ("load it with main_finetune.py or main_linprobe.py --finetune {out}"),
+    )
 
 
 def write_mae(state, a, source, path, partial):
@@ -91,7 +108,11 @@ def write_mae(state, a, source, path, partial):
     usage = "--eval --resume {out}" if a.classes else "--finetune {out}"
     if a.decoder_depth:
         usage += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
-    return reloaded(partial, a), "the plain MAE model", f"facebookresearch/mae and this toolkit load it with {usage}"
+    return (
+        reloaded(partial, a),
+        "the plain MAE model",
+        f"facebookresearch/mae and this toolkit load it with {usage}",
+    )
 
 
 def write_safetensors(state, a, source, path, partial):
@@ -99,7 +120,11 @@ def write_safetensors(state, a, source, path, partial):
 
     notes = {k: json.dumps(v) for k, v in state.items() if k != "model"}
     save_file({k: v.contiguous() for k, v in state["model"].items()}, partial, metadata=notes)
-    return reloaded(partial, a), "the model read back", "--finetune, --init_from and --eval --resume take {out}"
+    return (
+        reloaded(partial, a),
+        "the model read back",
+        "--finetune, --init_from and --eval --resume take {out}",
+    )
 
 
 def reloaded(file: str, a: Architecture):
@@ -119,21 +144,41 @@ def write_timm(state, a, source, path, partial):
     else:
         save_file(weights, partial)
         weights = load_file(partial)
-    usage = "timm.create_model('vit_base_patch16_224', checkpoint_path='{out}', " + ", ".join(
-        f"{k}={v!r}" for k, v in options.items()) + ")"
+    usage = (
+        "timm.create_model('vit_base_patch16_224', checkpoint_path='{out}', "
+        + ", ".join(f"{k}={v!r}" for k, v in options.items())
+        + ")"
+    )
     return timm_outputs(weights, options), "timm's VisionTransformer", usage
 
 
 def write_hf(state, a, source, path, partial):
     heads = stored_model.heads_of(a, state["args"])[:2]
-    name = hf_folder(state["model"], a, heads, bool(state["args"].get("norm_pix_loss")), path, partial, state.get("classes"))
+    name = hf_folder(
+        state["model"],
+        a,
+        heads,
+        bool(state["args"].get("norm_pix_loss")),
+        path,
+        partial,
+        state.get("classes"),
+    )
     extra = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    return (hf_outputs(partial, a.decoder_depth > 0, a.classes), f"transformers' {name}",
-            f"transformers.{name}.from_pretrained('{{out}}'{extra})")
+    return (
+        hf_outputs(partial, a.decoder_depth > 0, a.classes),
+        f"transformers' {name}",
+        f"transformers.{name}.from_pretrained('{{out}}'{extra})",
+    )
 
 
 # Each writes `partial` and returns the outputs of the model read back from it, that model's name, and how to load it.
-WRITERS = {"encoder": write_ours, "mae": write_mae, "timm": write_timm, "hf": write_hf, "safetensors": write_safetensors}
+WRITERS = {
+    "encoder": write_ours,
+    "mae": write_mae,
+    "timm": write_timm,
+    "hf": write_hf,
+    "safetensors": write_safetensors,
+}
 
 
 # -- import ------------------------------------------------------------------------------------------------------------
@@ -167,10 +212,14 @@ def import_file(path: str, out: str) -> float:
             options = timm_options(a, model.blocks[0].attn.num_heads, model.img_size)
             theirs, library = timm_outputs(state["model"], options), "timm's"
         difference = largest_difference(ours, theirs, full)
-        note = f" (layer_norm_eps {eps:g}, ours 1e-06)" if eps != 1e-6 else ""  # matters for tokens of small variance
+        note = (
+            f" (layer_norm_eps {eps:g}, ours 1e-06)" if eps != 1e-6 else ""
+        )  # matters for tokens of small variance
         refuse_above_limit(difference, path, f"{library} model{note}")
     known = state["args"].get("model")
-    print(f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n"
-          + (f"--model {known}" if known else f"no model of ours has its size: {a.depth} blocks of {a.dim}"))
+    print(
+        f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n"
+        + (f"--model {known}" if known else f"no model of ours has its size: {a.depth} blocks of {a.dim}")
+    )
     print(describe(out))
     return difference

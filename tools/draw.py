@@ -1,4 +1,5 @@
 """Pictures of what a model has learned, and of runs."""
+
 import os
 from collections import Counter
 from dataclasses import replace
@@ -29,7 +30,9 @@ def load_model(path: str):
     """(model, flags) of a checkpoint; ValueError for files that hold no model of ours or MAE's."""
     state = checkpoint.load(path)
     if kind_of(state) not in ("pretraining", "classifier", "encoder"):
-        raise ValueError(f"{path} is {KINDS[kind_of(state)][0]}, which cannot be drawn: it is for {KINDS[kind_of(state)][1]}")
+        raise ValueError(
+            f"{path} is {KINDS[kind_of(state)][0]}, which cannot be drawn: it is for {KINDS[kind_of(state)][1]}"
+        )
     return model_of(state, path), state.get("args") or {}
 
 
@@ -38,7 +41,9 @@ def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
 
     The first `first` of them are spread, too: data sets are often in the order of their classes.
     """
-    stats = channel_stats(SimpleNamespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std")))
+    stats = channel_stats(
+        SimpleNamespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
+    )
     options = dict(in_chans=model.in_chans, labels=False, evaluation=True)
     transform = eval_transform(tuple(model.img_size))
     try:
@@ -46,7 +51,9 @@ def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
     except NoSplit:
         dataset = build_dataset(data_path, "train", transform, **options)
     samples = [s for s in some_samples(dataset, max(first, n)) if not s["bad"]]
-    front = range(0, len(samples), max(1, len(samples) // first))[:first]  # places, as a stream's samples have no index
+    front = range(0, len(samples), max(1, len(samples) // first))[
+        :first
+    ]  # places, as a stream's samples have no index
     samples = [samples[i] for i in front] + [s for i, s in enumerate(samples) if i not in front]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
@@ -85,30 +92,46 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 
 
 @torch.no_grad()
-def reconstruct(path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool) -> np.ndarray:
+def reconstruct(
+    path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
+) -> np.ndarray:
     """The picture of `util.report.panels.reconstruction_panel` for n images, titled by the statistics that it uses."""
     model, flags = load_model(path)
     if not isinstance(model, MaskedAutoencoderViT):
-        raise ValueError(f"{path} has no decoder, so there is nothing to reconstruct with: give the full pretraining "
-                         "checkpoint (checkpoint-last.pth of main_pretrain.py, or MAE's *_full.pth)")
+        raise ValueError(
+            f"{path} has no decoder, so there is nothing to reconstruct with: give the full pretraining "
+            "checkpoint (checkpoint-last.pth of main_pretrain.py, or MAE's *_full.pth)"
+        )
     batches, (mean, std) = load_images(model, flags, data_path, n)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
     _, pred, mask = model(images, ids_keep=ids_keep)
     title, patches = "reconstruction", model.patchify(images)
     if flags.get("norm_pix_loss") is None and not norm_pix_loss:
-        print(f"{path} does not say whether its target was normalised: taken as pixels; --norm_pix_loss if it was")
+        print(
+            f"{path} does not say whether its target was normalised: taken as pixels; --norm_pix_loss if it was"
+        )
     if norm_pix_loss or model.norm_pix_loss:
         true = stats == "true"
-        title = "reconstruction (uses ground-truth patch mean/std)" if true else "reconstruction (mean/std of visible patches)"
+        title = (
+            "reconstruction (uses ground-truth patch mean/std)"
+            if true
+            else "reconstruction (mean/std of visible patches)"
+        )
         pred = unnormalize_patches(pred, patches) if true else visible_stats_patches(pred, patches, ids_keep)
     cells = None
     if hasattr(model.pos_head, "apl"):
         cells = model.pos_head.apl.logits(label_tokens(model, images, ids_keep)).argmax(-1)
     return reconstruction_panel(
-        unnormalize(images, mean, std) / 255, mask, unnormalize(model.unpatchify(pred), mean, std) / 255,
-        patch_size=model.patch_size, grid=model.grid, visible_ids=None if cells is None else ids_keep, predicted_cells=cells,
-        reconstruction_title=title)
+        unnormalize(images, mean, std) / 255,
+        mask,
+        unnormalize(model.unpatchify(pred), mean, std) / 255,
+        patch_size=model.patch_size,
+        grid=model.grid,
+        visible_ids=None if cells is None else ids_keep,
+        predicted_cells=cells,
+        reconstruction_title=title,
+    )
 
 
 def confusion(true: Tensor, said: Tensor, k: int) -> np.ndarray:
@@ -128,31 +151,45 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
     """A chart of what the label head says about unseen images: arrows with absolute labels, offsets with relative ones."""
     model, flags = load_model(path)
     if model.pos_head is None:
-        raise ValueError(f"{path} has no label head (--pos_label none, or exported without): there are no positions to draw")
+        raise ValueError(
+            f"{path} has no label head (--pos_label none, or exported without): there are no positions to draw"
+        )
     (h, w), absolute = model.grid, hasattr(model.pos_head, "apl")
     batches, stats = load_images(model, flags, data_path, n, measure)
     ids, true, said, shown = [], [], [], None
     for images, keys in batches:
         shown = as_pixels(images, *stats) if shown is None else shown
         cells = visible_cells(model, keys, mask_ratio, flags)
-        head, tokens = (model.pos_head.apl if absolute else model.pos_head.rpl), label_tokens(model, images, cells)
+        head, tokens = (
+            (model.pos_head.apl if absolute else model.pos_head.rpl),
+            label_tokens(model, images, cells),
+        )
         said.append(head.logits(tokens).argmax(-1))
         true.append(cells if absolute else relative_labels(model.grid, cells, cells))
         ids.append(cells if absolute else cells[:, :, None].expand_as(true[-1]))
     ids, true, said = (torch.cat(x) for x in (ids, true, said))
     if absolute:
-        tables = [("row", confusion(true // w, said // w, h), 0), ("column", confusion(true % w, said % w, w), 0)]
+        tables = [
+            ("row", confusion(true // w, said // w, h), 0),
+            ("column", confusion(true % w, said % w, w), 0),
+        ]
     else:
-        pairs = zip(("row offset", "column offset"), offsets(true, model.grid), offsets(said, model.grid), (h, w))
+        pairs = zip(
+            ("row offset", "column offset"), offsets(true, model.grid), offsets(said, model.grid), (h, w)
+        )
         tables = [(name, confusion(t, s, 2 * k - 1), 1 - k) for name, t, s, k in pairs]
     kind = "apl" if absolute else "rpl"
     level = model.pos_head.chance(ids.shape[1])
-    title = (f"{'absolute' if absolute else 'relative'} labels of {len(true)} images, {ids.shape[1]} of {h * w} patches "
-             f"visible: {100 * (true == said).double().mean():.1f} % right, chance "
-             f"{100 * level.get(f'{kind}_acc', level['position_acc']):.1f} %")
+    title = (
+        f"{'absolute' if absolute else 'relative'} labels of {len(true)} images, {ids.shape[1]} of {h * w} patches "
+        f"visible: {100 * (true == said).double().mean():.1f} % right, chance "
+        f"{100 * level.get(f'{kind}_acc', level['position_acc']):.1f} %"
+    )
     k = len(shown)
     arrows = (true[:k].numpy(), said[:k].numpy()) if absolute else (np.zeros((k, 0), int),) * 2
-    return charts.positions(shown, *arrows, accuracy_map(true == said, ids, model.grid), tables, model.grid, title)
+    return charts.positions(
+        shown, *arrows, accuracy_map(true == said, ids, model.grid), tables, model.grid, title
+    )
 
 
 @torch.no_grad()
@@ -186,7 +223,9 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
     records, swept, missing = runs.read_sweep(folder)
     flag = flag or next((f for f in swept if f != "seed"), "seed")
     if flag not in swept:
-        raise ValueError(f"--flag {flag} was not swept in {folder}; there are {', '.join(swept) or 'no differences'}")
+        raise ValueError(
+            f"--flag {flag} was not swept in {folder}; there are {', '.join(swept) or 'no differences'}"
+        )
     found = runs.metrics_of(records, [metric] if metric else None)
     if not found:
         raise ValueError(f"no run in {folder} has a usual figure: name one by --metric")

@@ -1,4 +1,5 @@
 """What a checkpoint is, where it comes from, and what it fits."""
+
 import hashlib
 import os
 
@@ -22,14 +23,17 @@ def describe(path: str) -> str:
         a = architecture(state, path)
     except ValueError:  # Swin, timm's backbones, foreign names
         a = None
-        lines["model"] = args.get("model", f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}")
+        lines["model"] = args.get(
+            "model", f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}"
+        )
     if a is not None:
         lines |= describe_architecture(a, args)
     if state.get("classes"):
         lines["class names"] = some_names(state["classes"])
     if any(k in weights for k in SO_VIT):
-        lines["So-ViT"] = " and ".join(name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT)
-                                       if k in weights)
+        lines["So-ViT"] = " and ".join(
+            name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT) if k in weights
+        )
     if "ema" in state:
         lines["average"] = "a moving average of the weights, which is what evaluation and export take"
     if "epoch" in state:
@@ -48,25 +52,42 @@ def origin(state: dict, kind: str, folder: bool) -> str:
     args = state.get("args") or {}
     # --pos_embed is a flag of all mains here, and of none of MAE's.
     ours = "pos_embed" in args or any(k.startswith("pos_head.") for k in state["model"])
-    target = {True: ", norm-pix target", False: ", pixel target"}.get(args.get("norm_pix_loss"), ", target not stored")
-    whose = ("this toolkit's" if ours else "Hugging Face's" if folder
-             else "facebookresearch/mae's" if args or kind == "pretraining" else "names of MAE and timm")
-    return (target if kind == "pretraining" else "") + (f"; {whose}" if kind not in ("dino", "huggingface", "unknown") else "")
+    target = {True: ", norm-pix target", False: ", pixel target"}.get(
+        args.get("norm_pix_loss"), ", target not stored"
+    )
+    whose = (
+        "this toolkit's"
+        if ours
+        else "Hugging Face's"
+        if folder
+        else "facebookresearch/mae's"
+        if args or kind == "pretraining"
+        else "names of MAE and timm"
+    )
+    return (target if kind == "pretraining" else "") + (
+        f"; {whose}" if kind not in ("dino", "huggingface", "unknown") else ""
+    )
 
 
 def describe_architecture(a: Architecture, args: dict) -> dict[str, str]:
     heads, decoder_heads, known = stored_model.heads_of(a, args)
     heads = f"{heads} heads" if known else f"{heads} heads (assumed: weights do not show it)"
-    decoder = f"; decoder {a.decoder_depth} blocks of width {a.decoder_dim}, {decoder_heads} heads" if a.decoder_depth else ""
+    decoder = (
+        f"; decoder {a.decoder_depth} blocks of width {a.decoder_dim}, {decoder_heads} heads"
+        if a.decoder_depth
+        else ""
+    )
     size = "any image size" if a.img_size is None else f"{a.img_size[0]}x{a.img_size[1]} pixels"
     out = {
         "model": f"{args.get('model', 'no name stored')}: {a.depth} blocks of width {a.dim}, {heads}{decoder}",
         "images": f"{size}, {a.in_chans} channels, patches of {a.patch_size[0]}x{a.patch_size[1]}",
         "positions": f"{'with' if a.pos_embed else 'without'} positional embedding, "
-                     + (f"labels {'+'.join(a.labels)}" if a.labels else "no label head"),
+        + (f"labels {'+'.join(a.labels)}" if a.labels else "no label head"),
     }
     if a.classes:
-        out["classes"] = f"{a.classes}, from {'the mean patch token' if a.pool == 'avg' else 'the class token'}"
+        out["classes"] = (
+            f"{a.classes}, from {'the mean patch token' if a.pool == 'avg' else 'the class token'}"
+        )
     return out
 
 

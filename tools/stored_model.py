@@ -1,4 +1,5 @@
 """The model whose weights a checkpoint holds."""
+
 import torch
 
 import models_mae_pl
@@ -18,18 +19,35 @@ def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | mod
     a, args = architecture(state, path), state.get("args") or {}
     heads, decoder_heads, _ = heads_of(a, args)
     options = dict(
-        img_size=a.img_size or (14 * a.patch_size[0], 14 * a.patch_size[1]), patch_size=a.patch_size, in_chans=a.in_chans,
-        dim=a.dim, depth=a.depth, num_heads=heads, mlp_ratio=a.mlp_ratio, pos_embed="learned" if a.pos_embed else "none",
-        pos_label="+".join(a.labels) or "none", pos_tokens=args.get("pos_tokens", "half"),
+        img_size=a.img_size or (14 * a.patch_size[0], 14 * a.patch_size[1]),
+        patch_size=a.patch_size,
+        in_chans=a.in_chans,
+        dim=a.dim,
+        depth=a.depth,
+        num_heads=heads,
+        mlp_ratio=a.mlp_ratio,
+        pos_embed="learned" if a.pos_embed else "none",
+        pos_label="+".join(a.labels) or "none",
+        pos_tokens=args.get("pos_tokens", "half"),
     )
     if a.decoder_depth:
         model = models_mae_pl.MaskedAutoencoderViT(
-            **options, decoder_dim=a.decoder_dim, decoder_depth=a.decoder_depth, decoder_heads=decoder_heads,
-            norm_pix_loss=bool(args.get("norm_pix_loss")))
+            **options,
+            decoder_dim=a.decoder_dim,
+            decoder_depth=a.decoder_depth,
+            decoder_heads=decoder_heads,
+            norm_pix_loss=bool(args.get("norm_pix_loss")),
+        )
     else:
-        kind = models_vit.DistilledVisionTransformer if "dist_token" in state["model"] else models_vit.VisionTransformer
+        kind = (
+            models_vit.DistilledVisionTransformer
+            if "dist_token" in state["model"]
+            else models_vit.VisionTransformer
+        )
         model = kind(**options, num_classes=a.classes, pool=a.pool)
-    weights = {k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")}  # SERE's relation heads
+    weights = {
+        k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")
+    }  # SERE's relation heads
     problem = describe_mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} holds no plain Vision Transformer, it differs in its parts: {problem}")

@@ -1,4 +1,5 @@
 """The old name of python -m util.data.native, for one release."""
+
 from util.data.native.__main__ import main
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The old name of python -m util.cluster.check, for one release: python -m util.slurm check."""
+
 import sys
 
 from util.cluster.check import get_args_parser, main

@@ -11,6 +11,7 @@ libjpeg may draw or compress a few pixels differently: then the bytes change, th
 
 Lengths are in final pixels (x to the right, y down, 0..64); drawing happens at 4x and is averaged down at the end.
 """
+
 import argparse
 import io
 import tarfile
@@ -25,12 +26,25 @@ PER_CLASS = {"train": 20, "val": 5}
 # A tar member takes a 512-byte header plus whole 512-byte blocks, so a picture that fills two blocks wastes nothing.
 JPEG_BYTES = 1024
 #        zenith           horizon          sunlight; one row per time of day (the sky is the largest cue for the row)
-SKIES = [((52, 112, 196), (190, 219, 240), (255, 248, 220)), ((84, 142, 208), (232, 228, 208), (255, 238, 190)),
-         ((70, 84, 150), (250, 190, 140), (255, 205, 130)), ((60, 52, 108), (238, 140, 120), (255, 176, 120)),
-         ((112, 130, 150), (205, 210, 212), (240, 240, 235)), ((36, 88, 140), (176, 222, 214), (250, 250, 225))]
+SKIES = [
+    ((52, 112, 196), (190, 219, 240), (255, 248, 220)),
+    ((84, 142, 208), (232, 228, 208), (255, 238, 190)),
+    ((70, 84, 150), (250, 190, 140), (255, 205, 130)),
+    ((60, 52, 108), (238, 140, 120), (255, 176, 120)),
+    ((112, 130, 150), (205, 210, 212), (240, 240, 235)),
+    ((36, 88, 140), (176, 222, 214), (250, 250, 225)),
+]
 GRASS = [(114, 156, 60), (140, 164, 70), (90, 142, 74), (168, 160, 80), (98, 134, 54)]
-PAINT = [(206, 52, 44), (232, 174, 46), (46, 108, 190), (232, 226, 210), (70, 150, 120), (176, 84, 146), (228, 114, 52),
-         (92, 98, 116)]
+PAINT = [
+    (206, 52, 44),
+    (232, 174, 46),
+    (46, 108, 190),
+    (232, 226, 210),
+    (70, 150, 120),
+    (176, 84, 146),
+    (228, 114, 52),
+    (92, 98, 116),
+]
 WOOD, GLASS, DARK = [(176, 112, 62), (200, 152, 98), (128, 80, 52)], (196, 220, 232), (30, 28, 32)
 
 
@@ -45,8 +59,10 @@ class Scene:
         self.rng = rng
         self.image = Image.new("RGB", (SIDE * K, SIDE * K))
         self.zenith, self.haze, self.sun = rng.choice(SKIES)
-        self.y, self.x = np.mgrid[0:SIDE * K, 0:SIDE * K] / K
-        noise = Image.fromarray(np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (64, 64), np.uint8))
+        self.y, self.x = np.mgrid[0 : SIDE * K, 0 : SIDE * K] / K
+        noise = Image.fromarray(
+            np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (64, 64), np.uint8)
+        )
         self.noise = np.asarray(noise.resize((1024, 1024), Image.Resampling.BICUBIC), np.float64) / 127.5 - 1
         self.place()
 
@@ -55,7 +71,9 @@ class Scene:
         self.origin, self.size = (x, y), size
 
     def pixels(self, points):
-        return [((self.origin[0] + self.size * x) * K, (self.origin[1] + self.size * y) * K) for x, y in points]
+        return [
+            ((self.origin[0] + self.size * x) * K, (self.origin[1] + self.size * y) * K) for x, y in points
+        ]
 
     def tone(self, colour, factor):
         """A colour in more (> 1, towards sunlight) or less (< 1) light."""
@@ -73,18 +91,27 @@ class Scene:
         ImageDraw.Draw(self.image, "RGBA").ellipse(corners, fill=colour)
 
     def line(self, points, width, colour):
-        ImageDraw.Draw(self.image, "RGBA").line(self.pixels(points), colour, max(1, round(width * self.size * K)))
+        ImageDraw.Draw(self.image, "RGBA").line(
+            self.pixels(points), colour, max(1, round(width * self.size * K))
+        )
 
     def ball(self, x, y, rx, ry, colour):
         """An oval that gets lighter towards the upper left."""
         for t in np.linspace(0, 1, 7):
-            self.oval(x - 0.32 * rx * t, y - 0.32 * ry * t, rx * (1 - 0.72 * t), ry * (1 - 0.72 * t),
-                      self.tone(colour, 0.62 + 0.68 * t))
+            self.oval(
+                x - 0.32 * rx * t,
+                y - 0.32 * ry * t,
+                rx * (1 - 0.72 * t),
+                ry * (1 - 0.72 * t),
+                self.tone(colour, 0.62 + 0.68 * t),
+            )
 
     def barrel(self, y0, w0, y1, w1, colour, light=1.3):
         """An upright round body around x = 0, half as wide as w0 at y0 and w1 at y1, darker to the right."""
         for t in np.linspace(-1, 0.72, 7):
-            self.polygon([(w0 * t, y0), (w0, y0), (w1, y1), (w1 * t, y1)], self.tone(colour, light - 0.38 * (t + 1)))
+            self.polygon(
+                [(w0 * t, y0), (w0, y0), (w1, y1), (w1 * t, y1)], self.tone(colour, light - 0.38 * (t + 1))
+            )
 
     def shadow(self, points, strength=0.5, blur=0.7):
         """Darken a part of the ground, with soft edges."""
@@ -120,42 +147,70 @@ class Scene:
     def hills(self, horizon, height):
         colour, phase, wave = self.rng.choice(GRASS), self.rng.uniform(0, 6), self.rng.uniform(0.06, 0.12)
         for depth in (0, 1):
-            top = [(x, horizon - height * (1 - 0.45 * depth) * (0.55 + 0.45 * np.sin(wave * x + phase + 2.4 * depth)))
-                   for x in range(0, SIDE + 1, 2)]
-            self.polygon([(0, horizon + 1), *top, (SIDE, horizon + 1)], mix(colour, self.haze, 0.62 - 0.3 * depth))
+            top = [
+                (
+                    x,
+                    horizon
+                    - height * (1 - 0.45 * depth) * (0.55 + 0.45 * np.sin(wave * x + phase + 2.4 * depth)),
+                )
+                for x in range(0, SIDE + 1, 2)
+            ]
+            self.polygon(
+                [(0, horizon + 1), *top, (SIDE, horizon + 1)], mix(colour, self.haze, 0.62 - 0.3 * depth)
+            )
 
     def ground(self, horizon, colour, grain=0.42, stretch=1.0):
         """A plane in perspective: one texture, fine and pale at the horizon, coarse at the lower edge."""
         below, near = self.y >= horizon, np.clip((self.y - horizon) / (SIDE - horizon), 0, 1)
         self.blend(mix(colour, self.haze, 0.45), below)
-        self.blend(mix(colour, (0, 0, 0), 0.08), below * near ** 0.6)
+        self.blend(mix(colour, (0, 0, 0), 0.08), below * near**0.6)
         depth = 1 / (near + 0.12)
         u, v = (self.x - 32) * depth * 0.25 / stretch + 500, depth * 5
-        grains = self.noise[(v * 16).astype(int) % 1024, (u * 16).astype(int) % 1024] * below * grain * (0.25 + near)
+        grains = (
+            self.noise[(v * 16).astype(int) % 1024, (u * 16).astype(int) % 1024]
+            * below
+            * grain
+            * (0.25 + near)
+        )
         self.blend((12, 16, 22), np.maximum(-grains, 0))
         self.blend(self.sun, np.maximum(grains, 0) * 0.8)
 
     def water(self, horizon, colour):
         self.ground(horizon, mix(colour, self.zenith, 0.4), grain=0.55, stretch=4)
-        glitter = np.exp(-((self.x - 10) / (4 + 0.2 * np.abs(self.y - horizon))) ** 2)
+        glitter = np.exp(-(((self.x - 10) / (4 + 0.2 * np.abs(self.y - horizon))) ** 2))
         self.blend(self.sun, 0.55 * glitter * (self.y >= horizon))
 
     def room(self, floor):
         """A wall, a window in the upper left, boards that run towards the viewer, the patch of light on them."""
-        rng, wall = self.rng, self.rng.choice([(222, 204, 170), (180, 198, 188), (206, 180, 186), (166, 186, 214)])
+        rng, wall = (
+            self.rng,
+            self.rng.choice([(222, 204, 170), (180, 198, 188), (206, 180, 186), (166, 186, 214)]),
+        )
         self.blend(wall, self.y * 0 + 1)
-        self.blend(mix(wall, (0, 0, 0), 0.5), np.clip(self.x / SIDE * 0.75 + 0.35 * (1 - self.y / floor) - 0.15, 0, 1))
+        self.blend(
+            mix(wall, (0, 0, 0), 0.5),
+            np.clip(self.x / SIDE * 0.75 + 0.35 * (1 - self.y / floor) - 0.15, 0, 1),
+        )
         self.box(0, floor - 2, SIDE, floor, mix(wall, (0, 0, 0), 0.35))
         self.ground(floor, rng.choice(WOOD), grain=0.15)
         for x in range(-150, 215, 14):
             self.line([(32 + (x - 32) * 0.35, floor), (x, SIDE)], 0.35, (40, 24, 14, 130))
         x, y, w, h = rng.uniform(4, 8), rng.uniform(5, 9), rng.uniform(6, 7.5), rng.uniform(7, 9)
-        self.shadow([(x + w, y), (x + 2 * w + 4, y + 2), (x + 2 * w + 4, y + 2 * h + 3), (x, y + 2 * h + 3)], 0.3)
+        self.shadow(
+            [(x + w, y), (x + 2 * w + 4, y + 2), (x + 2 * w + 4, y + 2 * h + 3), (x, y + 2 * h + 3)], 0.3
+        )
         self.box(x - 1, y - 1, x + 2 * w + 2, y + 2 * h + 2, (240, 236, 224))
         for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            self.box(x + i * (w + 1), y + j * (h + 1), x + i * (w + 1) + w, y + j * (h + 1) + h,
-                     mix(self.zenith, self.haze, 0.3 + 0.5 * j))
-        self.polygon([(x + 6, floor + 2), (x + 21, floor + 2), (x + 32, SIDE), (x + 10, SIDE)], self.sun + (80,))
+            self.box(
+                x + i * (w + 1),
+                y + j * (h + 1),
+                x + i * (w + 1) + w,
+                y + j * (h + 1) + h,
+                mix(self.zenith, self.haze, 0.3 + 0.5 * j),
+            )
+        self.polygon(
+            [(x + 6, floor + 2), (x + 21, floor + 2), (x + 32, SIDE), (x + 10, SIDE)], self.sun + (80,)
+        )
 
     def finish(self):
         """Light fades to the right and into the corners; then 4x4 pixels become one."""
@@ -175,7 +230,9 @@ def balloon(s, rng):
     s.ball(0, 0, 1, 1.05, first)
     for width, colour in ((0.78, second), (0.26, first)):
         for t in np.linspace(0, 0.4, 5):  # ovals of ever smaller width, lighter to the left, make the gores
-            s.oval(-t * width, -0.3 * t, width * (1 - 1.5 * t), 1.04 - 0.5 * t, s.tone(colour, 0.75 + 1.2 * t))
+            s.oval(
+                -t * width, -0.3 * t, width * (1 - 1.5 * t), 1.04 - 0.5 * t, s.tone(colour, 0.75 + 1.2 * t)
+            )
     for x in (-0.18, 0.18):
         s.line([(x * 1.1, 1.45), (x, 1.9)], 0.04, (60, 40, 30))
     s.box(-0.24, 1.8, 0.24, 2.2, (150, 100, 56))
@@ -208,7 +265,9 @@ def bridge(s, rng):
     start = rng.uniform(-width, 0)
     for x in np.arange(start, SIDE, width):
         corners = [(x + 2.4) * K, (deck + 3.5) * K, (x + width - 2.4) * K, foot * K]
-        ImageDraw.Draw(holes).rounded_rectangle(corners, (width / 2 - 2.5) * K, 255, corners=(True, True, False, False))
+        ImageDraw.Draw(holes).rounded_rectangle(
+            corners, (width / 2 - 2.5) * K, 255, corners=(True, True, False, False)
+        )
         s.box(x - 2.4, deck + 4, x - 1.2, foot, s.tone(stone, 1.5))
     s.image.paste(s.tone(stone, 0.5), (0, 0), holes)  # the inside of the arches, in shade
     s.image.paste(behind, (0, 0), ImageChops.darker(holes, ImageChops.offset(holes, 5, 2)))
@@ -226,10 +285,12 @@ def car(s, rng):
     s.place(rng.uniform(18, 42), rng.uniform(52, 55.5), rng.uniform(0.9, 1.3))
     s.shadow([(-12, 0), (12, -1), (19, 2.2), (-6, 3.2)], 0.65)
     m = rng.choice([-1, 1])  # which way it drives
-    for colour, outline in ((s.tone(paint, 0.8), [(-9, -5.5), (-5.5, -10.5), (3, -10.5), (8, -5.5)]),
-                            (GLASS, [(-7.3, -5.8), (-4.8, -9.5), (-1.2, -9.5), (-1.2, -5.8)]),
-                            (mix(GLASS, (60, 90, 130), 0.3), [(0, -5.8), (0, -9.5), (2.6, -9.5), (6.2, -5.8)]),
-                            (paint, [(-13, -1.2), (-12.5, -5.6), (8, -5.9), (12.5, -4.4), (13.2, -1.2)])):
+    for colour, outline in (
+        (s.tone(paint, 0.8), [(-9, -5.5), (-5.5, -10.5), (3, -10.5), (8, -5.5)]),
+        (GLASS, [(-7.3, -5.8), (-4.8, -9.5), (-1.2, -9.5), (-1.2, -5.8)]),
+        (mix(GLASS, (60, 90, 130), 0.3), [(0, -5.8), (0, -9.5), (2.6, -9.5), (6.2, -5.8)]),
+        (paint, [(-13, -1.2), (-12.5, -5.6), (8, -5.9), (12.5, -4.4), (13.2, -1.2)]),
+    ):
         s.polygon([(m * x, y) for x, y in outline], colour)
     s.box(-10, -5.6, 8, -4.8, s.tone(paint, 1.5))
     s.box(-12.8, -2.2, 12.8, -0.8, s.tone(paint, 0.6))
@@ -273,14 +334,24 @@ def lamp(s, rng):
 def mountain(s, rng):
     horizon, rock = rng.uniform(42, 48), rng.choice([(126, 122, 134), (140, 122, 108), (108, 124, 140)])
     s.sky(horizon)
-    peaks = [(46, 58, 18, 25), (6, 18, 16, 22), (26, 40, 30, 36)]  # x from, to; height from, to; far ones first
+    peaks = [
+        (46, 58, 18, 25),
+        (6, 18, 16, 22),
+        (26, 40, 30, 36),
+    ]  # x from, to; height from, to; far ones first
     for depth, (x0, x1, low, high) in enumerate(peaks):
         s.place(rng.uniform(x0, x1), horizon + 1, rng.uniform(low, high))
-        colour, w, bend = mix(rock, s.haze, 0.45 - 0.2 * depth), rng.uniform(0.75, 0.95), rng.uniform(-0.04, 0.1)
+        colour, w, bend = (
+            mix(rock, s.haze, 0.45 - 0.2 * depth),
+            rng.uniform(0.75, 0.95),
+            rng.uniform(-0.04, 0.1),
+        )
         s.polygon([(-w, 0), (0, -1), (w, 0)], s.tone(colour, 1.4))
         shaded = [(0, -1), (bend, -0.75), (bend - 0.05, -0.5), (bend + 0.12, -0.25), (0.1, 0), (w, 0)]
         s.polygon(shaded, s.tone(colour, 0.68))
-        s.polygon([(0, -1), (-0.3 * w, -0.7), (-0.17 * w, -0.74), (-0.06, -0.64), (bend, -0.75)], (252, 250, 246))
+        s.polygon(
+            [(0, -1), (-0.3 * w, -0.7), (-0.17 * w, -0.74), (-0.06, -0.64), (bend, -0.75)], (252, 250, 246)
+        )
         s.polygon([(0, -1), (bend, -0.75), (0.14 * w + bend, -0.7), (0.3 * w, -0.7)], (176, 190, 222))
     s.place()
     s.ground(horizon, rng.choice(GRASS))
@@ -321,8 +392,13 @@ def tower(s, rng):
     s.polygon([(-28, 14), (-18, 3), (-8, -1), (9, -1), (20, 4), (32, 14)], land)
     s.polygon([(9, -1), (20, 4), (32, 14), (6, 14)], s.tone(land, 0.75))
     s.cast(-w, w, 26)
-    wall, band = rng.choice([((242, 238, 228), rng.choice(PAINT[:3])), ((196, 178, 152), (176, 158, 132)),
-                             ((214, 208, 198), (84, 88, 104))])
+    wall, band = rng.choice(
+        [
+            ((242, 238, 228), rng.choice(PAINT[:3])),
+            ((196, 178, 152), (176, 158, 132)),
+            ((214, 208, 198), (84, 88, 104)),
+        ]
+    )
     for row in range(5):
         (y0, w0), (y1, w1) = (((t / 5 - 1) * (height - 11), w * (0.7 + 0.06 * t)) for t in (row, row + 1))
         s.barrel(y0, w0, y1, w1, band if row % 2 else wall)
@@ -337,7 +413,9 @@ def tree(s, rng):
     meadow(s, rng.uniform(36, 44), 7)
     for _ in range(rng.randint(0, 3)):
         pine(s, rng, rng.uniform(4, 60), rng.uniform(46, 50))
-    leaves = rng.choice([(84, 140, 50), (64, 122, 60), (206, 126, 40), (222, 160, 56), (134, 158, 58), (216, 146, 168)])
+    leaves = rng.choice(
+        [(84, 140, 50), (64, 122, 60), (206, 126, 40), (222, 160, 56), (134, 158, 58), (216, 146, 168)]
+    )
     s.place(rng.uniform(18, 40), rng.uniform(52, 58), rng.uniform(0.85, 1.2))
     s.shadow([(0, 0), (1.5, -0.5), (14, -2), (28, 1), (24, 5), (12, 3)])
     s.barrel(-22, 1.3, 0, 2.6, (112, 80, 54), 1.4)
@@ -397,7 +475,9 @@ def write(path: Path, split: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="generate the demo set: train.tar and val.tar")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the two tars")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the two tars"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for split in PER_CLASS:

@@ -4,6 +4,7 @@ They need `sbatch`, two nodes with two tasks each, and a temporary folder that t
 that is lost needs two commands more: MAE_PL_TEST_CRASH, which kills the second node, and MAE_PL_TEST_REVIVE.
 One worker must run them all (`--dist loadfile`), as they share the cluster.
 """
+
 import json
 import os
 import random
@@ -23,16 +24,43 @@ PYTHON = [sys.executable, "-u"]
 SLOW = [*PYTHON, str(ROOT / "tests" / "slow_pretrain.py")]
 CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "2", "--timeout", "30"]
 # 5 steps an epoch on 4 ranks.
-RUN = ["--model", "mae_test", "--input_size", "32", "--pos_label", "apl+rpl", "--batch_size", "10", "--lr", "1e-2",
-       "--warmup_epochs", "1", "--picture_epochs", "1000", "--print_freq", "1", "--save_every_epochs", "100",
-       "--num_workers", "1", "--device", "cpu"]
+RUN = [
+    "--model",
+    "mae_test",
+    "--input_size",
+    "32",
+    "--pos_label",
+    "apl+rpl",
+    "--batch_size",
+    "10",
+    "--lr",
+    "1e-2",
+    "--warmup_epochs",
+    "1",
+    "--picture_epochs",
+    "1000",
+    "--print_freq",
+    "1",
+    "--save_every_epochs",
+    "100",
+    "--num_workers",
+    "1",
+    "--device",
+    "cpu",
+]
 STEPS = 120
 
 
 def call(*command, check: bool = True, **env) -> str:
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | env)
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | env,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -96,6 +124,7 @@ def ends(folder) -> str:
 
 def reach(folder, step: int) -> None:
     """Wait until a run has come that far."""
+
     def there():
         text = output(folder)
         done = [(int(e), int(s)) for e, s in re.findall(r"Epoch: \[(\d+)\]  \[(\d+)/5\]", text)]
@@ -109,7 +138,9 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     job = submit(folder, *RUN, "--epochs", STEPS // 5)
     shown = call("scontrol", "show", "job", job)
-    assert re.search(r"TresPerNode=(gres[:/])?gpu:2", shown) and "NumNodes=2" in shown and "NumTasks=4" in shown, shown
+    assert (
+        re.search(r"TresPerNode=(gres[:/])?gpu:2", shown) and "NumNodes=2" in shown and "NumTasks=4" in shown
+    ), shown
     finished(folder, job)
     assert len(log_lines(folder)) == STEPS // 5 and note(folder)["starts"] == 1
     return folder
@@ -131,21 +162,38 @@ def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
 
 def test_a_real_time_out(uninterrupted, tmp_path):
     """SLURM looks at the clock every 30 s, and warns at the last look that is not too late: here after 30 to 60 s."""
-    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 2, "--slurm", "signal=USR2@60", step=0.6)
+    job = submit(
+        tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 2, "--slurm", "signal=USR2@60", step=0.6
+    )
     finished(tmp_path, job, 500)
     text = output(tmp_path)
-    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, ends(tmp_path)
+    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, ends(
+        tmp_path
+    )
     assert_equal_runs(uninterrupted, tmp_path)
 
 
 def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
     """One rank waits for ever, and the others for it, in collectives where no handler of Python's runs."""
-    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 7, "--timeout", 2,
-                 "--slurm", "signal=USR2@60", hang=9)
+    job = submit(
+        tmp_path,
+        *RUN,
+        "--epochs",
+        STEPS // 5,
+        "--save_steps",
+        7,
+        "--timeout",
+        2,
+        "--slurm",
+        "signal=USR2@60",
+        hang=9,
+    )
     finished(tmp_path, job, 300)
     assert_equal_runs(uninterrupted, tmp_path)
     text = output(tmp_path)
-    assert f"job {job} is requeued" in text and text.count("has not stopped within 25 s of SIGUSR2") == 4, ends(tmp_path)
+    assert f"job {job} is requeued" in text and text.count("has not stopped within 25 s of SIGUSR2") == 4, (
+        ends(tmp_path)
+    )
     assert "slow_pretrain.py" in text and "torch.futures.Future().wait()" in text, "the culprit's line"
 
 
@@ -158,7 +206,9 @@ def test_a_warning_before_torch_is_there(tmp_path):
     assert "Caught signal SIGUSR2" in output(tmp_path) and len(log_lines(tmp_path)) == 1
 
 
-@pytest.mark.skipif(not os.environ.get("MAE_PL_TEST_CRASH"), reason="no command that kills a node (MAE_PL_TEST_CRASH)")
+@pytest.mark.skipif(
+    not os.environ.get("MAE_PL_TEST_CRASH"), reason="no command that kills a node (MAE_PL_TEST_CRASH)"
+)
 def test_a_node_is_lost(uninterrupted, tmp_path):
     job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, "--save_steps", 4, step=0.2)
     reach(tmp_path, random.randrange(10, 60))
@@ -176,8 +226,10 @@ BATCH = """#!/bin/bash
 #SBATCH --output={folder}/submitit/batch/0_log.out --signal={signal}@60
 srun --kill-on-bad-exit=1 {command}
 """
-TORCHRUN = ("bash -c '{python} -m torch.distributed.run --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d "
-            "--rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29511 {main}'")
+TORCHRUN = (
+    "bash -c '{python} -m torch.distributed.run --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d "
+    "--rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29511 {main}'"
+)
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
@@ -188,7 +240,9 @@ def test_plain_batch_scripts_requeue_themselves(uninterrupted, tmp_path, launche
     signal = {"srun": "USR2", "torchrun": "TERM"}[launcher]
     command = f"{PYTHON[0]} -u {main}" if launcher == "srun" else TORCHRUN.format(python=PYTHON[0], main=main)
     script = tmp_path / "run.sh"
-    script.write_text(BATCH.format(folder=tmp_path, tasks=2 if launcher == "srun" else 1, signal=signal, command=command))
+    script.write_text(
+        BATCH.format(folder=tmp_path, tasks=2 if launcher == "srun" else 1, signal=signal, command=command)
+    )
     job = re.search(r"job (\d+)", call("sbatch", script, TEST_STEP="0.15"))[1]
     reach(tmp_path, random.randrange(10, 50))
     call("scancel", f"--signal={signal}", job)
@@ -210,19 +264,34 @@ def test_cancelled_jobs_stay_cancelled(tmp_path):
 
 
 def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
-    sweep = [*RUN, "--epochs", "2", "--nodes", "1", "--ngpus", "1", "--sweep", "mask_ratio=0.5,0.75", "seed=0,1"]
+    sweep = [
+        *RUN,
+        "--epochs",
+        "2",
+        "--nodes",
+        "1",
+        "--ngpus",
+        "1",
+        "--sweep",
+        "mask_ratio=0.5,0.75",
+        "seed=0,1",
+    ]
     bad = tmp_path / "mask_ratio=0.75,seed=0" / "checkpoint-last.pth"
     bad.parent.mkdir()
     bad.write_bytes(b"")
     text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
     assert len(set(re.findall(r"job (\d+)_\d", text))) == 1, "one array"
     points = [f"mask_ratio={m},seed={s}" for m in (0.5, 0.75) for s in (0, 1)]
-    wait("all points ended", lambda: all(note(tmp_path / p).get("state") in ("finished", "failed") for p in points))
+    wait(
+        "all points ended",
+        lambda: all(note(tmp_path / p).get("state") in ("finished", "failed") for p in points),
+    )
     states = dict(re.findall(r"^(mask\S+)\s+(\w+)", call(*SLOW, "--status", tmp_path), re.M))
     assert states == dict.fromkeys(points, "finished") | {points[2]: "failed"}
     assert "is empty: the run that wrote it was cut off" in call(*SLOW, "--status", tmp_path)
     assert {tuple(json.loads((tmp_path / p / "flags.json").read_text()).items()) for p in points} == {
-        (("mask_ratio", m), ("seed", s)) for m in (0.5, 0.75) for s in (0, 1)}
+        (("mask_ratio", m), ("seed", s)) for m in (0.5, 0.75) for s in (0, 1)
+    }
     bad.unlink()
     text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
     assert text.count("finished, not submitted again") == 3 and len(re.findall(r": job \d+", text)) == 1, text
@@ -232,10 +301,41 @@ def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
 
 def test_pretraining_and_what_follows(tmp_path):
     front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
-    run = ["--model", "mae_vit_nano_patch8", *RUN[2:], "--epochs", "1", "--batch_size", "50", "--nodes", "1", "--ngpus", "1"]
-    command = [*front, *CLUSTER, "--job_dir", tmp_path, *run, "--sweep", "pos_label=apl,none",
-               "--then", "finetune", "--epochs", "1", "--batch_size", "100", "--warmup_epochs", "0",
-               "--then", "linprobe", "--knn", "--batch_size", "100"]
+    run = [
+        "--model",
+        "mae_vit_nano_patch8",
+        *RUN[2:],
+        "--epochs",
+        "1",
+        "--batch_size",
+        "50",
+        "--nodes",
+        "1",
+        "--ngpus",
+        "1",
+    ]
+    command = [
+        *front,
+        *CLUSTER,
+        "--job_dir",
+        tmp_path,
+        *run,
+        "--sweep",
+        "pos_label=apl,none",
+        "--then",
+        "finetune",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "100",
+        "--warmup_epochs",
+        "0",
+        "--then",
+        "linprobe",
+        "--knn",
+        "--batch_size",
+        "100",
+    ]
     text = call(*command)
     jobs = dict(re.findall(r"^(\S+): job (\S+?),? ", text, re.M))
     assert len(jobs) == 6, text
@@ -254,8 +354,25 @@ def test_pretraining_and_what_follows(tmp_path):
 def test_what_follows_a_failure_is_cancelled(tmp_path):
     (tmp_path / "checkpoint-last.pth").write_bytes(b"")
     front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
-    text = call(*front, *CLUSTER, "--job_dir", tmp_path, "--model", "mae_vit_nano_patch8", *RUN[2:], "--epochs", "1",
-                "--nodes", "1", "--ngpus", "1", "--then", "finetune", "--epochs", "1")
+    text = call(
+        *front,
+        *CLUSTER,
+        "--job_dir",
+        tmp_path,
+        "--model",
+        "mae_vit_nano_patch8",
+        *RUN[2:],
+        "--epochs",
+        "1",
+        "--nodes",
+        "1",
+        "--ngpus",
+        "1",
+        "--then",
+        "finetune",
+        "--epochs",
+        "1",
+    )
     after = re.search(r"finetune: job (\d+)", text)[1]
     wait("cancelled", lambda: state(after) in ("CANCELLED", "GONE"), 90)
 
@@ -264,10 +381,15 @@ def test_check(tmp_path):
     front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
     text = call(*front, *CLUSTER, "--job_dir", tmp_path / "%j", "--device", "cpu", "--check")
     folder = tmp_path / re.search(r"job (\d+)", text)[1]
-    text = wait("four ranks", lambda: (t := "".join(map(output, folder.glob("check-*")))).count("200 images") == 4 and t)
+    text = wait(
+        "four ranks",
+        lambda: (t := "".join(map(output, folder.glob("check-*")))).count("200 images") == 4 and t,
+    )
     assert [p.name for p in tmp_path.glob("[!.]*")] == [folder.name], "%j is the job's number"
     assert "is shared by all 4 ranks" in text and re.search(r"all-reduce over 4 ranks: .* GB/s", text)
-    assert {"node1", "node2"} == set(re.findall(r"^rank \d: (\w+), cpu", text, re.M)) or not shutil.which("sinfo")
+    assert {"node1", "node2"} == set(re.findall(r"^rank \d: (\w+), cpu", text, re.M)) or not shutil.which(
+        "sinfo"
+    )
 
 
 def test_more_gpus_than_there_are_is_refused(tmp_path):

@@ -1,7 +1,8 @@
 """Ratchets of style: what is above a limit today may only fall. The limits are the house's; see CONTRIBUTING.md.
 
-    python tests/house/style.py [FILE...]     lists what is above the limits, of all files or of some
+python tests/house/style.py [FILE...]     lists what is above the limits, of all files or of some
 """
+
 import ast
 import io
 import sys
@@ -19,7 +20,16 @@ LINES = 50
 CONDITIONAL_EXPRESSIONS = 12
 PARALLEL_ASSIGNMENTS = 5
 COMMENTS = 60
-DECISIONS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.Assert)
+DECISIONS = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.ExceptHandler,
+    ast.IfExp,
+    ast.comprehension,
+    ast.Assert,
+)
 
 # Functions that are above a limit, and why.
 EXCEPTIONS: dict[str, str] = {}
@@ -28,8 +38,10 @@ EXCEPTIONS: dict[str, str] = {}
 def sources() -> list[Path]:
     skipped = {"tests", "docs", "data", "runs", "output_dir", "jobs"}
     return [
-        path for path in sorted(ROOT.rglob("*.py"))
-        if path.relative_to(ROOT).parts[0] not in skipped and not path.relative_to(ROOT).parts[0].startswith(".")
+        path
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT).parts[0] not in skipped
+        and not path.relative_to(ROOT).parts[0].startswith(".")
     ]
 
 
@@ -59,13 +71,18 @@ def conditional_expressions(tree: ast.AST) -> list[ast.IfExp]:
 
 def parallel_assignments(tree: ast.AST) -> list[ast.Assign]:
     return [
-        node for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Tuple)
+        and isinstance(node.targets[0], ast.Tuple)
     ]
 
 
 def comments(text: str) -> int:
-    return sum(token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(text).readline))
+    return sum(
+        token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(text).readline)
+    )
 
 
 def faults(path: Path) -> list[str]:
@@ -73,7 +90,11 @@ def faults(path: Path) -> list[str]:
     text = path.read_text()
     tree = ast.parse(text)
     name = path.relative_to(ROOT)
-    found = [f"{name}:{n}: {len(line)} columns" for n, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
+    found = [
+        f"{name}:{n}: {len(line)} columns"
+        for n, line in enumerate(text.splitlines(), 1)
+        if len(line) > COLUMNS
+    ]
     for function in functions(tree):
         place = f"{name}:{function.lineno} {function.name}"
         if f"{name} {function.name}" in EXCEPTIONS:
@@ -119,7 +140,9 @@ def test_exceptions_are_few_and_needed():
     assert len(EXCEPTIONS) <= 5
     names = set()
     for path in sources():
-        names |= {f"{path.relative_to(ROOT)} {function.name}" for function in functions(ast.parse(path.read_text()))}
+        names |= {
+            f"{path.relative_to(ROOT)} {function.name}" for function in functions(ast.parse(path.read_text()))
+        }
     assert set(EXCEPTIONS) <= names
 
 
@@ -128,7 +151,10 @@ def main() -> None:
     for path in paths:
         print(*faults(path), sep="\n", end="\n" if faults(path) else "")
         tree = ast.parse(path.read_text())
-        for kind, nodes in (("conditional", conditional_expressions(tree)), ("parallel", parallel_assignments(tree))):
+        for kind, nodes in (
+            ("conditional", conditional_expressions(tree)),
+            ("parallel", parallel_assignments(tree)),
+        ):
             if nodes and len(sys.argv) > 1:
                 print(f"{path.relative_to(ROOT)}: {kind} at lines {sorted(node.lineno for node in nodes)}")
     print("per 1000 lines:", {kind: round(value, 1) for kind, value in rates(paths).items()})

@@ -1,4 +1,5 @@
 """The benchmarks' own arithmetic and front; nothing is timed here."""
+
 import json
 import os
 import subprocess
@@ -25,8 +26,12 @@ def test_interleaved_rotates_the_order_and_charges_each_its_own():
         def call():
             calls.append(name)
             now[0] += cost
+
         return call
-    found = timing.interleaved({n: variant(n, c) for n, c in (("a", 1.0), ("b", 2.0), ("c", 4.0))}, 3, clock=lambda: now[0])
+
+    found = timing.interleaved(
+        {n: variant(n, c) for n, c in (("a", 1.0), ("b", 2.0), ("c", 4.0))}, 3, clock=lambda: now[0]
+    )
     assert found == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
 
@@ -56,7 +61,9 @@ def test_table():
 
 
 def run(*argv):
-    return subprocess.run([sys.executable, "benchmarks/run.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "benchmarks/run.py", *argv], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_front_lists_and_refuses():
@@ -72,13 +79,17 @@ def test_front_lists_and_refuses():
 @pytest.fixture
 def own_benchmark(tmp_path, monkeypatch):
     """`benchmarks/run.py own` with the given body of its main, by name of the file that `--json` is to write."""
+
     def call(body, *argv):
         (tmp_path / "own.py").write_text(f'"""One."""\ndef main(argv, record=None):\n{body}\n')
         scope = {}
         exec((tmp_path / "own.py").read_text(), scope)
         monkeypatch.setattr(front, "HERE", tmp_path)
-        monkeypatch.setattr(front.importlib, "import_module", lambda name: type("own", (), {"main": scope["main"]}))
+        monkeypatch.setattr(
+            front.importlib, "import_module", lambda name: type("own", (), {"main": scope["main"]})
+        )
         return front.main(["own", "--json", str(tmp_path / "x.json"), *argv])
+
     return call
 
 
@@ -110,6 +121,7 @@ def fail_at(monkeypatch, variant, error):
         if name == variant:
             raise error
         return build(name, *args)
+
     monkeypatch.setattr(step, "build", broken)
 
 
@@ -135,8 +147,11 @@ def test_step_interleaves_on_a_cpu_and_names_all_variants(monkeypatch):
     order = []
     build = step.build
     monkeypatch.setattr(step, "build", lambda *args: order.append(args[0]) or build(*args))
-    monkeypatch.setattr(step, "interleaved", lambda steps, rounds, **k: order.append(len(steps)) or timing.interleaved(
-        steps, rounds, **k))
+    monkeypatch.setattr(
+        step,
+        "interleaved",
+        lambda steps, rounds, **k: order.append(len(steps)) or timing.interleaved(steps, rounds, **k),
+    )
     rows = step.main([*STEP, "--variants", "mae", "apl", "--grad_checkpointing"])["rows"]
     assert order == ["mae", "apl", "recomputed", 3] and len(rows) == 3
 
@@ -144,10 +159,13 @@ def test_step_interleaves_on_a_cpu_and_names_all_variants(monkeypatch):
 def test_the_obvious_form_of_rpl_may_be_too_large(monkeypatch):
     def naive(*_):
         raise torch.OutOfMemoryError("no")
+
     monkeypatch.setitem(rpl.FORMS, "obvious", naive)
     monkeypatch.setattr(rpl, "GRID", (2, 2))
     record = timing.Record()
-    found = timing.unless_out_of_memory(lambda: rpl.measure_forms([("obvious", "fp32")], 1, 1, torch.device("cpu")))
+    found = timing.unless_out_of_memory(
+        lambda: rpl.measure_forms([("obvious", "fp32")], 1, 1, torch.device("cpu"))
+    )
     assert found == {"error": "out of memory"} and record.results == {}
 
 
@@ -161,17 +179,32 @@ def test_operators_are_counted_without_views_and_allocations():
 
 def test_launches_of_a_model_whose_operators_are_known(monkeypatch):
     """Against a count by hand; the real model of the same name has more."""
-    argv = ["--device", "cpu", "--models", "mae_test", "--img_size", "16", "--batch_size", "2", "--repeats", "2"]
-    real, = launches.main(argv)["rows"]
+    argv = [
+        "--device",
+        "cpu",
+        "--models",
+        "mae_test",
+        "--img_size",
+        "16",
+        "--batch_size",
+        "2",
+        "--repeats",
+        "2",
+    ]
+    (real,) = launches.main(argv)["rows"]
 
     def build(variant, name, images):
         assert images.shape == (2, 3, 16, 16)
         model = nn.Linear(16, 5, bias=False)
         return model, lambda images: model(images).sum()
+
     monkeypatch.setattr(step, "build", build)
-    row, = launches.main(argv)["rows"]
-    by_hand = {"forward": ["mm", "sum"], "backward": ["ones_like", "mm"],
-               "AdamW": ["_foreach_add_ of its step", "_fused_adamw_"]}
+    (row,) = launches.main(argv)["rows"]
+    by_hand = {
+        "forward": ["mm", "sum"],
+        "backward": ["ones_like", "mm"],
+        "AdamW": ["_foreach_add_ of its step", "_fused_adamw_"],
+    }
     assert row["launches"] == sum(map(len, by_hand.values())) < real["launches"]
     assert row["us_per_launch"] == pytest.approx(1e3 * row["host_ms"]["median"] / row["launches"])
     assert 0 < row["host_ms"]["median"] <= row["step_ms"]["median"]
@@ -187,25 +220,48 @@ def test_launches_times_all_variants_before_it_counts_and_compiled_ones_last(mon
         if variant == "apl":
             return dict(error="out of memory"), None
         return dict(host_ms=spread(3.0), step_ms=spread(4.0)), f"step of {variant}"
+
     monkeypatch.setattr(launches, "built_and_timed", timed)
     monkeypatch.setattr(launches, "counted", lambda step, compiled: order.append(step) or dict(launches=2))
     names = ["mae_vit_tiny_patch8", "mae_vit_small_patch16"]
     argv = ["--device", "cpu", "--models", *names, "--variants", "graphs", "apl", "--variants", "mae"]
     rows = launches.main(argv)["rows"]
-    assert order == [(names[0], "apl", 64), (names[1], "mae", 224), (names[0], "graphs", 64),
-                     "step of mae", "step of graphs"]
-    assert [row.get("us_per_launch") for row in rows] == [None, 1500.0, 1500.0] and rows[0]["error"] == "out of memory"
+    assert order == [
+        (names[0], "apl", 64),
+        (names[1], "mae", 224),
+        (names[0], "graphs", 64),
+        "step of mae",
+        "step of graphs",
+    ]
+    assert [row.get("us_per_launch") for row in rows] == [None, 1500.0, 1500.0] and rows[0][
+        "error"
+    ] == "out of memory"
     with pytest.raises(SystemExit):
         launches.main([*argv, "--variants", "mae"])
 
 
 def test_launches_and_kernels_among_events():
     """As torch's profiler gives them: calls of the host, and what ran on the device for them."""
+
     def event(name, device, us=0.0, named_range=False):
-        return SimpleNamespace(name=name, device_type=device, is_user_annotation=named_range,
-                               time_range=SimpleNamespace(elapsed_us=lambda: us))
-    calls = ["aten::add_", "cudaLaunchKernel", "cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync"]
-    kernels = {"void gemm<" + "f" * 99: [700.0, 900.0], "Memcpy DtoD": [50.0]} | {f"small {i}": [1.0] for i in range(9)}
+        return SimpleNamespace(
+            name=name,
+            device_type=device,
+            is_user_annotation=named_range,
+            time_range=SimpleNamespace(elapsed_us=lambda: us),
+        )
+
+    calls = [
+        "aten::add_",
+        "cudaLaunchKernel",
+        "cudaLaunchKernel",
+        "cuLaunchKernel",
+        "cudaGraphLaunch",
+        "cudaMemcpyAsync",
+    ]
+    kernels = {"void gemm<" + "f" * 99: [700.0, 900.0], "Memcpy DtoD": [50.0]} | {
+        f"small {i}": [1.0] for i in range(9)
+    }
     events = [event(name, DeviceType.CPU) for name in calls]
     events.append(event("step", DeviceType.CUDA, 2000.0, named_range=True))
     events += [event(name, DeviceType.CUDA, us) for name, all_us in kernels.items() for us in all_us]
@@ -224,21 +280,61 @@ def test_table_of_a_gpu(tmp_path):
     head = dict(machine=dict(gpu="GPU X", cpu="CPU Y", cores=3), versions={"torch": "9.9"}, commit="abc")
 
     def row(variant, rate, **more):
-        return dict(model="mae_vit_base_patch16", variant=variant, amp="bf16", batch_size=256, seconds=spread(256 / rate),
-                    images_per_s=spread(rate), mfu=spread(0.5), **more)
-    rows = [row(step.OURS, 3000.0, peak_allocated_mib=2048.0), row(step.COMPILED, 4500.0, compile_s=20.0),
-            row(step.HF, 1500.0), dict(model="mae_vit_base_patch16", variant=step.TIMM, amp="bf16", batch_size=256,
-                                       error="out of memory")]
-    files = {"base": ("step", dict(matmul_peak={"bf16": 7e14}, rows=rows)),
-             "cut": ("step", dict(matmul_peak={"bf16": 7e14})),
-             "rpl": ("rpl", dict(forms=[dict(form="obvious", amp="bf16", batch_size=16, error="out of memory")])),
-             "launches": ("launches", dict(launch_us=spread(4.0), rows=[
-                 dict(model="mae_vit_small_patch16", variant=step.OURS, amp="bf16", batch_size=256, pixels=224,
-                      launches=1200, kernels=1300, host_ms=spread(30.0), step_ms=spread(31.0), busy_ms=17.5,
-                      us_per_launch=25.0, longest=[dict(name="gemm", ms=6.5, times=80)]),
-                 dict(model="mae_vit_small_patch16", variant=step.LABELS["graphs"], amp="bf16", batch_size=256,
-                      pixels=224, error="out of memory")])),
-             "data": ("data", dict(device=[dict(path="native", images_per_s=spread(9000.0))]))}
+        return dict(
+            model="mae_vit_base_patch16",
+            variant=variant,
+            amp="bf16",
+            batch_size=256,
+            seconds=spread(256 / rate),
+            images_per_s=spread(rate),
+            mfu=spread(0.5),
+            **more,
+        )
+
+    rows = [
+        row(step.OURS, 3000.0, peak_allocated_mib=2048.0),
+        row(step.COMPILED, 4500.0, compile_s=20.0),
+        row(step.HF, 1500.0),
+        dict(
+            model="mae_vit_base_patch16", variant=step.TIMM, amp="bf16", batch_size=256, error="out of memory"
+        ),
+    ]
+    files = {
+        "base": ("step", dict(matmul_peak={"bf16": 7e14}, rows=rows)),
+        "cut": ("step", dict(matmul_peak={"bf16": 7e14})),
+        "rpl": ("rpl", dict(forms=[dict(form="obvious", amp="bf16", batch_size=16, error="out of memory")])),
+        "launches": (
+            "launches",
+            dict(
+                launch_us=spread(4.0),
+                rows=[
+                    dict(
+                        model="mae_vit_small_patch16",
+                        variant=step.OURS,
+                        amp="bf16",
+                        batch_size=256,
+                        pixels=224,
+                        launches=1200,
+                        kernels=1300,
+                        host_ms=spread(30.0),
+                        step_ms=spread(31.0),
+                        busy_ms=17.5,
+                        us_per_launch=25.0,
+                        longest=[dict(name="gemm", ms=6.5, times=80)],
+                    ),
+                    dict(
+                        model="mae_vit_small_patch16",
+                        variant=step.LABELS["graphs"],
+                        amp="bf16",
+                        batch_size=256,
+                        pixels=224,
+                        error="out of memory",
+                    ),
+                ],
+            ),
+        ),
+        "data": ("data", dict(device=[dict(path="native", images_per_s=spread(9000.0))])),
+    }
     for name, (benchmark, results) in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(head | dict(benchmark=benchmark, results=results)))
     on_cpu = head | dict(machine=head["machine"] | dict(gpu=None), benchmark="startup", results={})
@@ -248,34 +344,52 @@ def test_table_of_a_gpu(tmp_path):
         "  memory       14243 MB at most on the GPU, and workers\n"
         "  speed        4321.5 images/s, 0.070 s per update, 2 % of it waiting for data\n"
         "  utilisation  28 % of the 7.618e+05 GFLOP/s of a matrix product\n== e2e: rc 0 after 9 s\n"
-        "== e2e_compiled: begins at 12 s\nnoise\nno compiler\n== e2e_compiled: rc 1 after 2 s\n")
+        "== e2e_compiled: begins at 12 s\nnoise\nno compiler\n== e2e_compiled: rc 1 after 2 s\n"
+    )
     gpu_table.write_page(str(tmp_path), [str(tmp_path / "missing.json")])
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("# GPU X\n") and "Commit abc" in text and "bf16 700 TFLOP/s" in text
 
     def cells_of(start):
-        return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
+        return [
+            [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)
+        ]
 
-    cells = {line.split(" | ")[1].strip(): [c.strip() for c in line.split("|")] for line in text.splitlines()
-             if line.startswith("| mae_vit_base")}
-    columns = [c.strip() for c in next(line for line in text.splitlines() if line.startswith("| model")).split("|")]
+    cells = {
+        line.split(" | ")[1].strip(): [c.strip() for c in line.split("|")]
+        for line in text.splitlines()
+        if line.startswith("| mae_vit_base")
+    }
+    columns = [
+        c.strip() for c in next(line for line in text.splitlines() if line.startswith("| model")).split("|")
+    ]
     ours, compiled, timm = (dict(zip(columns, cells[name])) for name in (step.OURS, step.COMPILED, step.TIMM))
-    assert (ours["images/s"], ours["x transformers"], ours["x timm"], ours["peak GiB"]) == ("3000", "2.00", "", "2.00")
+    assert (ours["images/s"], ours["x transformers"], ours["x timm"], ours["peak GiB"]) == (
+        "3000",
+        "2.00",
+        "",
+        "2.00",
+    )
     assert (compiled["x transformers"], compiled["compile s"], compiled["MFU"]) == ("3.00", "20.0", "0.50")
     assert timm["images/s"] == "out of memory" and timm["x transformers"] == ""
     assert "9000 [4500..18000]" in text and "noise" not in text
-    assert cells_of("| e2e") == [["e2e", "4321.5", "2", "28", "14243"],
-                                 ["e2e_compiled", "no plan: no compiler", "", "", ""]]
+    assert cells_of("| e2e") == [
+        ["e2e", "4321.5", "2", "28", "14243"],
+        ["e2e_compiled", "no plan: no compiler", "", "", ""],
+    ]
     issued, step_ms = "30.00 [15.00..60.00]", "31.00 [15.50..62.00]"
     assert [row[2:] for row in cells_of("| mae_vit_small")] == [
         [step.OURS, "bf16", "256", "1200", "1300", issued, "17.50", step_ms, "25.0"],
-        [step.LABELS["graphs"], "bf16", "256", "out of memory", "", "", "", "", ""]]
+        [step.LABELS["graphs"], "bf16", "256", "out of memory", "", "", "", "", ""],
+    ]
     assert "4.00 [2.00..8.00] us" in text and "- 6.50 ms in 80: `gemm`" in text
     assert (gpu_table.HF, gpu_table.TIMM) == (step.HF, step.TIMM)
 
 
 def test_a_table_without_records_names_the_machine_of_the_log(tmp_path):
-    (tmp_path / "log.txt").write_text("== machine: GPU X, 16 cores\n== e2e: begins at 3 s\nno\n== e2e: rc 1 after 9 s\n")
+    (tmp_path / "log.txt").write_text(
+        "== machine: GPU X, 16 cores\n== e2e: begins at 3 s\nno\n== e2e: rc 1 after 9 s\n"
+    )
     gpu_table.write_page(str(tmp_path), [])
     assert (tmp_path / "table.md").read_text().startswith("# GPU X, 16 cores\n")
 
@@ -283,7 +397,8 @@ def test_a_table_without_records_names_the_machine_of_the_log(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_script_for_gpus_says_that_there_is_none(tmp_path):
     environment = os.environ | {"PY": sys.executable, "OUT": str(tmp_path)}
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and "finds no GPU" in done.stderr and "TINY=1" in done.stderr
     assert not any(tmp_path.iterdir())

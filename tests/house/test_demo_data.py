@@ -1,4 +1,5 @@
 """The embedded demo set: small enough to live in the repository, balanced, readable, and what its generator draws."""
+
 import importlib.util
 import io
 import tarfile
@@ -40,8 +41,12 @@ def test_members(split, per_class, generator):
     members = [member for member, _ in read(split)]
     classes = [member.name.split("/")[0] for member in members]
     assert Counter(classes) == dict.fromkeys(generator.CLASSES, per_class)
-    assert classes[:10] == classes[10:20] == list(generator.CLASSES)  # in turn: any prefix of the tar is balanced
-    assert [member.name for member in members[::10]] == [f"balloon/{number:04d}.jpg" for number in range(per_class)]
+    assert (
+        classes[:10] == classes[10:20] == list(generator.CLASSES)
+    )  # in turn: any prefix of the tar is balanced
+    assert [member.name for member in members[::10]] == [
+        f"balloon/{number:04d}.jpg" for number in range(per_class)
+    ]
     assert all(member.isreg() and (member.mtime, member.uid, member.gid) == (0, 0, 0) for member in members)
 
 
@@ -54,10 +59,14 @@ def test_pictures_are_64_pixel_rgb_jpegs(split):
 
 
 def test_no_picture_occurs_twice():
-    pictures = [decode(data).astype(np.float32).ravel() for split in ("train", "val") for _, data in read(split)]
+    pictures = [
+        decode(data).astype(np.float32).ravel() for split in ("train", "val") for _, data in read(split)
+    ]
     pictures = np.stack(pictures)
-    squares = (pictures ** 2).sum(1)
-    distance = (squares[:, None] + squares - 2 * pictures @ pictures.T) / pictures.shape[1]  # mean squared difference
+    squares = (pictures**2).sum(1)
+    distance = (squares[:, None] + squares - 2 * pictures @ pictures.T) / pictures.shape[
+        1
+    ]  # mean squared difference
     np.fill_diagonal(distance, np.inf)
     assert distance.min() > 20  # also no near-copies, so val measures something
 
@@ -81,12 +90,13 @@ def test_tars_are_reproducible(generator, tmp_path, monkeypatch):
 
 def test_layout_carries_position():
     """The nearest training patch names the row and the column of a validation patch far better than chance."""
+
     def patches(split):  # (pictures, 64 cells, 192)
         pixels = np.stack([decode(data) for _, data in read(split)]).astype(np.float32)
         return pixels.reshape(-1, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(pixels), 64, 192)
 
     train, val = patches("train").reshape(-1, 192), patches("val").reshape(-1, 192)
-    distance = (train ** 2).sum(1) - 2 * val @ train.T
+    distance = (train**2).sum(1) - 2 * val @ train.T
     named, true = distance.argmin(1) % 64, np.arange(len(val)) % 64
     assert (named == true).mean() > 0.25  # chance: 1/64
     assert (named // 8 == true // 8).mean() > 0.4 and (named % 8 == true % 8).mean() > 0.4  # chance: 1/8

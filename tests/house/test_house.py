@@ -1,4 +1,5 @@
 """The structure that README.md promises: imports point down, nothing heavy is imported where it must not be."""
+
 import ast
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ROOMS = {
     "tools": "backbones layers models util.data util.report util.weights",
     "doors": "tools util.flags util.report",
     "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report util.run util.train "
-             "util.weights",
+    "util.weights",
     "submitit": "mains util.cluster",
     "evidence": "util.flags util.cluster util.report",
     "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate util.run util.train",
@@ -33,8 +34,15 @@ ROOMS = {
     "util.cluster": "mains util.flags util.dist util.data",
     "util": "layers util.train util.data util.cluster util.flags",
 }
-TOP = {"main_": "mains", "submitit_": "submitit", "models_": "models", "engine": "engine", "checkpoints": "doors",
-       "visualize": "doors", "evidence": "evidence"}
+TOP = {
+    "main_": "mains",
+    "submitit_": "submitit",
+    "models_": "models",
+    "engine": "engine",
+    "checkpoints": "doors",
+    "visualize": "doors",
+    "evidence": "evidence",
+}
 
 
 def name_of(path: Path) -> str:
@@ -42,8 +50,10 @@ def name_of(path: Path) -> str:
 
 
 FILES = sorted(
-    path for path in ROOT.rglob("*.py")
-    if not path.relative_to(ROOT).parts[0].startswith(".") and path.relative_to(ROOT).parts[0] not in SKIPPED)
+    path
+    for path in ROOT.rglob("*.py")
+    if not path.relative_to(ROOT).parts[0].startswith(".") and path.relative_to(ROOT).parts[0] not in SKIPPED
+)
 MODULES = {name_of(path) for path in FILES}
 
 
@@ -73,7 +83,9 @@ def imports(path: Path) -> set[str]:
 def test_imports_stay_within_the_rooms_below(path):
     room = room_of(name_of(path))
     if room == "util" and path.name != "__init__.py":
-        assert len(path.read_text().splitlines()) < 20, f"{path.name}: util has rooms; what lies beside them only forwards"
+        assert len(path.read_text().splitlines()) < 20, (
+            f"{path.name}: util has rooms; what lies beside them only forwards"
+        )
     for other in imports(path):
         assert room_of(other) in (room, *ROOMS[room].split()), f"{name_of(path)} imports {other}"
 
@@ -95,18 +107,24 @@ def test_a_room_holds_at_most_ten_files():
 
 def test_pretraining_does_not_import_timm_or_submitit():
     """Start-up counts in every job, and a cluster is not needed to train."""
-    code = ("import sys; import main_pretrain; "
-            "print([m for m in ('timm', 'submitit', 'matplotlib', 'transformers') if m in sys.modules])")
+    code = (
+        "import sys; import main_pretrain; "
+        "print([m for m in ('timm', 'submitit', 'matplotlib', 'transformers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]", out.stdout
 
 
 @pytest.mark.parametrize("main", sorted(p.name for p in ROOT.glob("main_*.py")))
 def test_help_answers_without_torch(main):
-    out = subprocess.run([sys.executable, "-X", "importtime", main, "--help"], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", main, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert out.returncode == 0 and "--data_path" in out.stdout and "default: " in out.stdout
     assert not any(line.split("|")[-1].strip() == "torch" for line in out.stderr.splitlines())
-    mistyped = subprocess.run([sys.executable, main, "--batch_sise", "3"], cwd=ROOT, capture_output=True, text=True)
+    mistyped = subprocess.run(
+        [sys.executable, main, "--batch_sise", "3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert mistyped.returncode == 2 and "did you mean --batch_size?" in mistyped.stderr
 
 
@@ -117,6 +135,8 @@ def test_recipes_parse(recipe):
     from util.flags.parser import parse
 
     text = recipe.read_text()
-    main = next((m for m in ("main_finetune", "main_linprobe", "main_sere") if f"{m}.py" in text), "main_pretrain")
+    main = next(
+        (m for m in ("main_finetune", "main_linprobe", "main_sere") if f"{m}.py" in text), "main_pretrain"
+    )
     args = parse(importlib.import_module(main).get_args_parser(), [f"@{recipe}"])
     assert args.model in text

@@ -1,7 +1,8 @@
 """Names and shapes of all weights are public: checkpoints of years depend on them.
 
-    python tests/test_state_dicts.py     writes the snapshot anew, after a change that is meant
+python tests/test_state_dicts.py     writes the snapshot anew, after a change that is meant
 """
+
 import re
 import sys
 from pathlib import Path
@@ -21,8 +22,12 @@ SNAPSHOT = ROOT / "tests" / "state_dicts.txt"
 
 def cases() -> dict[str, tuple]:
     """Name -> (builder, options): every entry as it is, and the parts that options add, on a small model."""
-    found = {name: (build, {}) for registry in (models_mae_pl.MODELS, models.MODELS, models_sere.MODELS)
-             for name, build in registry.items() if not name.endswith("_test")}  # those of tests/tiny.py
+    found = {
+        name: (build, {})
+        for registry in (models_mae_pl.MODELS, models.MODELS, models_sere.MODELS)
+        for name, build in registry.items()
+        if not name.endswith("_test")
+    }  # those of tests/tiny.py
     mae, vit = models_mae_pl.MODELS["mae_vit_pico_patch8"], models.MODELS["vit_pico_patch8"]
     sere, swin = models_sere.MODELS["sere_vit_pico_patch8"], models.MODELS["swin_pico"]
     for label in ("none", "apl", "rpl", "apl+rpl"):
@@ -52,7 +57,9 @@ def lines_of(name: str, state: dict[str, torch.Tensor]) -> str:
     for key, value in state.items():
         kind = (re.sub(r"\b\d+\b", "*", key), tuple(value.shape), str(value.dtype).removeprefix("torch."))
         kinds.setdefault(kind, []).append(",".join(re.findall(r"\b\d+\b", key)))
-    rows = [f"  {key} {list(shape)} {dtype} {as_ranges(found)}" for (key, shape, dtype), found in kinds.items()]
+    rows = [
+        f"  {key} {list(shape)} {dtype} {as_ranges(found)}" for (key, shape, dtype), found in kinds.items()
+    ]
     return "\n".join([name, *sorted(row.rstrip() for row in rows)])
 
 

@@ -1,4 +1,5 @@
 """ViT, DeiT and timm backbones under the classifier: same weights, same output as timm's; labels on top."""
+
 import math
 
 import pytest
@@ -14,7 +15,9 @@ from backbones.timm import TimmClassifier, dry_run, timm_model, token_grid, toke
 from layers.positional import relative_labels
 from models_vit import MODELS, DistilledVisionTransformer, VisionTransformer
 
-SMALL = dict(img_size=(16, 24), patch_size=(4, 4), dim=32, depth=3, num_heads=2, num_classes=5, head_init_std=0.02)
+SMALL = dict(
+    img_size=(16, 24), patch_size=(4, 4), dim=32, depth=3, num_heads=2, num_classes=5, head_init_std=0.02
+)
 TIMMS = dict(img_size=(16, 24), patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 
 
@@ -102,7 +105,9 @@ def test_layer_decay_is_timms(kind):
         expected = 1.0 if name.startswith(("pos_head.", "norm.")) else timms[name]
         assert scale == pytest.approx(expected), name
     assert max(ours.layer_id(n) for n, _ in ours.named_parameters()) == ours.num_layers == 4
-    assert ours.no_weight_decay() == theirs.no_weight_decay() & set(timms)  # timm's list is the same for all kinds
+    assert ours.no_weight_decay() == theirs.no_weight_decay() & set(
+        timms
+    )  # timm's list is the same for all kinds
 
 
 def test_without_embedding_moving_patches_moves_tokens_only():
@@ -112,7 +117,9 @@ def test_without_embedding_moving_patches_moves_tokens_only():
     cells = x.reshape(2, 3, 4, 4, 6, 4).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, order]  # (B, L, c, ph, pw)
     moved = cells.reshape(2, 4, 6, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 16, 24)
     a, b = model.forward_features(x), model.forward_features(moved)
-    assert torch.allclose(a[:, 1:][:, order], b[:, 1:], atol=1e-5) and torch.allclose(a[:, 0], b[:, 0], atol=1e-5)
+    assert torch.allclose(a[:, 1:][:, order], b[:, 1:], atol=1e-5) and torch.allclose(
+        a[:, 0], b[:, 0], atol=1e-5
+    )
     assert torch.allclose(model(x), model(moved), atol=1e-5)
     for kind in ("learned", "sincos"):
         placed = shake(small(pos_embed=kind)).eval()
@@ -142,7 +149,9 @@ def test_position_losses_are_the_heads_on_normalised_patches(label, pool):
     if "rpl" in label:
         cells = torch.arange(24)[None]
         out = model.pos_head.rpl.logits(tokens)
-        expected += F.cross_entropy(out.flatten(0, 2), relative_labels((4, 6), cells, cells).flatten().repeat(3))
+        expected += F.cross_entropy(
+            out.flatten(0, 2), relative_labels((4, 6), cells, cells).flatten().repeat(3)
+        )
     assert losses["position"].item() == pytest.approx(expected.item(), abs=1e-5)
     chance = model.chance()
     assert set(chance) == set(losses)
@@ -187,9 +196,14 @@ def test_head_starts_as_asked_and_may_be_absent():
         assert torch.equal(model(x), model.pool_tokens(model.forward_features(x)))
 
 
-@pytest.mark.parametrize("img, patch, chans, grid", [
-    ((24, 40), (8, 8), 1, (3, 5)), ((42, 28), (14, 14), 4, (3, 2)), ((12, 40), (4, 8), 5, (3, 5)),
-])
+@pytest.mark.parametrize(
+    "img, patch, chans, grid",
+    [
+        ((24, 40), (8, 8), 1, (3, 5)),
+        ((42, 28), (14, 14), 4, (3, 2)),
+        ((12, 40), (4, 8), 5, (3, 5)),
+    ],
+)
 def test_rectangles_channels_and_patches(img, patch, chans, grid):
     model = small(img_size=img, patch_size=patch, in_chans=chans, pos_label="apl+rpl")
     assert model.grid == grid and model.dim == 32
@@ -208,10 +222,24 @@ def test_wrong_arguments_say_what_to_do():
         small(pos_embed="rope")
 
 
-TIMM_NAMES = {f"{a}_{s}_patch{p}": f"{a}_{s}_patch{p}_224" for a, s, p in [
-    ("vit", "tiny", 16), ("vit", "small", 16), ("vit", "base", 16), ("vit", "large", 16), ("vit", "huge", 14),
-    ("vit", "small", 8), ("vit", "base", 8), ("deit", "tiny", 16), ("deit", "small", 16), ("deit", "base", 16)]}
-TIMM_NAMES |= {f"deit_{s}_distilled_patch16": f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")}
+TIMM_NAMES = {
+    f"{a}_{s}_patch{p}": f"{a}_{s}_patch{p}_224"
+    for a, s, p in [
+        ("vit", "tiny", 16),
+        ("vit", "small", 16),
+        ("vit", "base", 16),
+        ("vit", "large", 16),
+        ("vit", "huge", 14),
+        ("vit", "small", 8),
+        ("vit", "base", 8),
+        ("deit", "tiny", 16),
+        ("deit", "small", 16),
+        ("deit", "base", 16),
+    ]
+}
+TIMM_NAMES |= {
+    f"deit_{s}_distilled_patch16": f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")
+}
 SMALL_MODELS = {"vit_nano_patch8", "vit_nano_patch4", "vit_tiny_patch16", "deit_tiny_distilled_patch16"}
 
 
@@ -220,8 +248,13 @@ def test_every_registered_model_builds(name):
     """Without memory; where timm has a model of that name, with its parameters."""
     patch = int(name.rsplit("patch", 1)[1])
     with torch.device("meta"):
-        model = MODELS[name](img_size=(224 // 16 * patch,) * 2 if patch < 8 else (224, 224), pool=None, pos_label="apl")
-        assert model.pool == ("cls" if name.startswith("deit") else "avg") and model.patch_size == (patch, patch)
+        model = MODELS[name](
+            img_size=(224 // 16 * patch,) * 2 if patch < 8 else (224, 224), pool=None, pos_label="apl"
+        )
+        assert model.pool == ("cls" if name.startswith("deit") else "avg") and model.patch_size == (
+            patch,
+            patch,
+        )
         if name in TIMM_NAMES:
             pool = "token" if model.pool == "cls" else "avg"
             theirs = timm.create_model(TIMM_NAMES[name], num_classes=1000, global_pool=pool)
@@ -234,7 +267,9 @@ def test_every_registered_model_builds(name):
 
 
 def test_arguments_override_the_name():
-    model = MODELS["deit_small_patch16"](img_size=(32, 16), patch_size=(8, 4), depth=1, dim=24, pool="avg", in_chans=2)
+    model = MODELS["deit_small_patch16"](
+        img_size=(32, 16), patch_size=(8, 4), depth=1, dim=24, pool="avg", in_chans=2
+    )
     assert (len(model.blocks), model.dim, model.pool, model.grid) == (1, 24, "avg", (4, 4))
     assert model.patch_embed.proj.weight.shape == (24, 2, 8, 4)
 
@@ -243,8 +278,9 @@ def test_arguments_override_the_name():
 def test_small_models_have_finite_gradients_everywhere(name):
     patch = int(name.rsplit("patch", 1)[1])
     torch.manual_seed(0)
-    model = MODELS[name](img_size=(3 * patch, 2 * patch), num_classes=7, pos_label="apl+rpl", head_init_std=0.02,
-                         drop_path=0.1)
+    model = MODELS[name](
+        img_size=(3 * patch, 2 * patch), num_classes=7, pos_label="apl+rpl", head_init_std=0.02, drop_path=0.1
+    )
     logits, losses = model.eval()(torch.randn(2, 3, 3 * patch, 2 * patch), positions=True)
     (F.cross_entropy(logits, torch.tensor([1, 5])) + 0.5 * losses["position"]).backward()
     for n, p in model.named_parameters():
@@ -269,7 +305,9 @@ BACKBONES = [
 def backbone(request):
     name, img, chans, *_ = request.param
     torch.manual_seed(0)
-    model = timm_model(f"timm/{name}", img_size=img, in_chans=chans, num_classes=5, pos_label="apl", head_init_std=0.02)
+    model = timm_model(
+        f"timm/{name}", img_size=img, in_chans=chans, num_classes=5, pos_label="apl", head_init_std=0.02
+    )
     return model.eval(), request.param
 
 
@@ -283,22 +321,36 @@ def test_timm_backbone_is_timms_with_our_heads(backbone):
         assert tokens.shape == (2, prefix + grid[0] * grid[1], model.dim)
         for cell in range(grid[0] * grid[1]):
             r, c = divmod(cell, grid[1])
-            there = raw[:, prefix + cell] if layout == "NLC" else raw[:, :, r, c] if layout == "NCHW" else raw[:, r, c]
+            there = (
+                raw[:, prefix + cell]
+                if layout == "NLC"
+                else raw[:, :, r, c]
+                if layout == "NCHW"
+                else raw[:, r, c]
+            )
             assert torch.equal(tokens[:, prefix + cell], there), "row-major"
         logits, losses = model(x, positions=True)
         read = model.label_tokens(tokens)
-        expected = F.cross_entropy(model.pos_head.apl.logits(read).flatten(0, 1), torch.arange(read.shape[1]).repeat(2))
+        expected = F.cross_entropy(
+            model.pos_head.apl.logits(read).flatten(0, 1), torch.arange(read.shape[1]).repeat(2)
+        )
         assert losses["position"].item() == pytest.approx(expected.item(), abs=1e-5)
         assert torch.equal(logits, model(x))
         if name == "convnext_atto":  # the one here that normalises after pooling
             norm = model.backbone.head.norm
-            assert torch.allclose(read, F.layer_norm(tokens, (model.dim,), norm.weight, norm.bias, norm.eps), atol=1e-5)
+            assert torch.allclose(
+                read, F.layer_norm(tokens, (model.dim,), norm.weight, norm.bias, norm.eps), atol=1e-5
+            )
         else:
             assert torch.equal(read, tokens[:, prefix:])
         # timm's own classifier in place of ours
         model.backbone.reset_classifier(5)
         try:
-            head = [m for n, m in model.backbone.named_modules() if isinstance(m, nn.Linear) and m.out_features == 5]
+            head = [
+                m
+                for n, m in model.backbone.named_modules()
+                if isinstance(m, nn.Linear) and m.out_features == 5
+            ]
             head[0].load_state_dict(model.head.state_dict())
             assert torch.allclose(model.backbone(x), logits, atol=1e-5)
         finally:
@@ -337,24 +389,36 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
-    model = timm_model("deit3_small_patch16_224", img_size=(32, 48), num_classes=3, pos_embed="none",
-                       head_init_std=0.02, drop_path=0.2).eval()
+    model = timm_model(
+        "deit3_small_patch16_224",
+        img_size=(32, 48),
+        num_classes=3,
+        pos_embed="none",
+        head_init_std=0.02,
+        drop_path=0.2,
+    ).eval()
     assert max(getattr(m, "drop_prob", 0) or 0 for m in model.modules()) == pytest.approx(0.2)
     table = model.backbone.pos_embed
     assert not table.any() and not table.requires_grad
     x = torch.randn(1, 3, 32, 48)
     assert torch.allclose(model(x), model(x.roll((16, 16), dims=(2, 3))), atol=1e-5)
-    for name, why in (("swin_tiny_patch4_window7_224", "relative_position"), ("resnet18", "no parameter pos_embed"),
-                      ("eva02_tiny_patch14_224", "in rope")):
+    for name, why in (
+        ("swin_tiny_patch4_window7_224", "relative_position"),
+        ("resnet18", "no parameter pos_embed"),
+        ("eva02_tiny_patch14_224", "in rope"),
+    ):
         with pytest.raises(ValueError, match=f"--pos_embed none.*{why}"):
             timm_model(name, img_size=(56, 56), pos_embed="none")
 
 
 def test_timm_models_that_do_not_fit_say_why():
     for name, kwargs, why in (
-        ("resnet1", {}, "near: resnet18"), ("nest_tiny", dict(img_size=(64, 96)), "square"),
-        ("resnet18", dict(patch_size=(4, 4)), "takes no --patch_size"), ("resnet18", dict(pool="cls"), "token"),
-        ("vgg11", dict(drop_path=0.1), "takes no --drop_path"), ("resnet18", dict(pool="map"), "avg, cls"),
+        ("resnet1", {}, "near: resnet18"),
+        ("nest_tiny", dict(img_size=(64, 96)), "square"),
+        ("resnet18", dict(patch_size=(4, 4)), "takes no --patch_size"),
+        ("resnet18", dict(pool="cls"), "token"),
+        ("vgg11", dict(drop_path=0.1), "takes no --drop_path"),
+        ("resnet18", dict(pool="map"), "avg, cls"),
         ("resnet18", dict(img_size=(32, 32), pos_label="apl"), "grid of this model is 1x1"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -377,10 +441,14 @@ class Features(nn.Module):
 
 
 def test_a_class_token_that_timm_does_not_count_is_found():
-    model = TimmClassifier(Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1)), (32, 48), 3, num_classes=2)
+    model = TimmClassifier(
+        Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1)), (32, 48), 3, num_classes=2
+    )
     assert (model.num_prefix, model.grid, model.layout) == (1, (2, 3), "NLC")
     assert model(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
-    assert model.num_layers == model.layer_id("head.weight") == 1, "without groups, all of the backbone is layer 0"
+    assert model.num_layers == model.layer_id("head.weight") == 1, (
+        "without groups, all of the backbone is layer 0"
+    )
 
 
 def test_features_without_a_grid_are_refused():
@@ -391,7 +459,9 @@ def test_features_without_a_grid_are_refused():
     with pytest.raises(ValueError, match=r"17 tokens .* form no grid on an image of 32x32; tried 2x2, 4x4"):
         token_grid(odd, "NLC", 0, (32, 32), Features(odd, feature_info=[{"reduction": 16}]))
     assert token_grid(odd, "NLC", 1, (32, 32), Features(odd)) == (4, 4)
-    assert token_grid(torch.zeros(1, 8, 5), "NLC", 0, (64, 32), Features(odd)) == (4, 2), "the image's proportions"
+    assert token_grid(torch.zeros(1, 8, 5), "NLC", 0, (64, 32), Features(odd)) == (4, 2), (
+        "the image's proportions"
+    )
     with pytest.raises(ValueError, match="cannot tell the channels"):
         token_layout(torch.zeros(1, 5, 6, 7), Features(odd, num_features=8))
     assert token_layout(torch.zeros(1, 5, 6, 7), Features(odd, num_features=7)) == "NHWC"

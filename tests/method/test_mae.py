@@ -1,4 +1,5 @@
 """The masked autoencoder against independent forms: Hugging Face's ViTMAE, and properties that must hold."""
+
 import math
 
 import pytest
@@ -9,16 +10,31 @@ from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible, random_mask
 
 def small(**kwargs) -> MaskedAutoencoderViT:
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(**(dict(
-        img_size=(16, 24), patch_size=(4, 4), dim=32, depth=2, num_heads=2, decoder_dim=16, decoder_depth=2,
-        decoder_heads=2,
-    ) | kwargs))
+    return MaskedAutoencoderViT(
+        **(
+            dict(
+                img_size=(16, 24),
+                patch_size=(4, 4),
+                dim=32,
+                depth=2,
+                num_heads=2,
+                decoder_dim=16,
+                decoder_depth=2,
+                decoder_heads=2,
+            )
+            | kwargs
+        )
+    )
 
 
 def to_hugging_face(state: dict, depth: int, decoder_depth: int) -> dict:
     """Our (MAE's) names to ViTMAE's; the fused qkv is split."""
-    out = {"vit.embeddings.cls_token": state["cls_token"], "vit.embeddings.position_embeddings": state["pos_embed"],
-           "decoder.mask_token": state["mask_token"], "decoder.decoder_pos_embed": state["decoder_pos_embed"]}
+    out = {
+        "vit.embeddings.cls_token": state["cls_token"],
+        "vit.embeddings.position_embeddings": state["pos_embed"],
+        "decoder.mask_token": state["mask_token"],
+        "decoder.decoder_pos_embed": state["decoder_pos_embed"],
+    }
     for part in ("weight", "bias"):
         out |= {
             f"vit.embeddings.patch_embeddings.projection.{part}": state[f"patch_embed.proj.{part}"],
@@ -27,13 +43,20 @@ def to_hugging_face(state: dict, depth: int, decoder_depth: int) -> dict:
             f"decoder.decoder_norm.{part}": state[f"decoder_norm.{part}"],
             f"decoder.decoder_pred.{part}": state[f"decoder_pred.{part}"],
         }
-        for ours, theirs, n in (("blocks", "vit.encoder.layer", depth),
-                                ("decoder_blocks", "decoder.decoder_layers", decoder_depth)):
+        for ours, theirs, n in (
+            ("blocks", "vit.encoder.layer", depth),
+            ("decoder_blocks", "decoder.decoder_layers", decoder_depth),
+        ):
             for i in range(n):
                 for q, name in zip(state[f"{ours}.{i}.attn.qkv.{part}"].chunk(3), ("query", "key", "value")):
                     out[f"{theirs}.{i}.attention.attention.{name}.{part}"] = q
-                for a, b in (("attn.proj", "attention.output.dense"), ("norm1", "layernorm_before"),
-                             ("norm2", "layernorm_after"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")):
+                for a, b in (
+                    ("attn.proj", "attention.output.dense"),
+                    ("norm1", "layernorm_before"),
+                    ("norm2", "layernorm_after"),
+                    ("mlp.fc1", "intermediate.dense"),
+                    ("mlp.fc2", "output.dense"),
+                ):
                     out[f"{theirs}.{i}.{b}.{part}"] = state[f"{ours}.{i}.{a}.{part}"]
     return out
 
@@ -42,13 +65,33 @@ def to_hugging_face(state: dict, depth: int, decoder_depth: int) -> dict:
 def test_plain_mae_equals_hugging_face(norm_pix):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8,
-        decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
-        decoder_intermediate_size=96, mask_ratio=0.75, norm_pix_loss=norm_pix, layer_norm_eps=1e-6,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=96,
+        mask_ratio=0.75,
+        norm_pix_loss=norm_pix,
+        layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     theirs = transformers.ViTMAEForPreTraining(config)
-    ours = small(img_size=(32, 32), patch_size=(8, 8), depth=3, num_heads=4, decoder_dim=24,
-                 norm_pix_loss=norm_pix, pos_embed="sincos", pos_label="none")
+    ours = small(
+        img_size=(32, 32),
+        patch_size=(8, 8),
+        depth=3,
+        num_heads=4,
+        decoder_dim=24,
+        norm_pix_loss=norm_pix,
+        pos_embed="sincos",
+        pos_label="none",
+    )
     names = set(theirs.state_dict())
     weights = to_hugging_face(ours.state_dict(), 3, 2)
     if not names >= set(weights):  # newer releases name the layers differently
@@ -65,17 +108,25 @@ def test_plain_mae_equals_hugging_face(norm_pix):
     losses["pixel"].backward()
     reference.loss.backward()
     back = {id(p): n for n, p in theirs.named_parameters()}
-    qkv = [p.grad for p in theirs.parameters() if back[id(p)].endswith("0.attention.attention.query.weight")
-           or back[id(p)].endswith("layers.0.attention.q_proj.weight")]
+    qkv = [
+        p.grad
+        for p in theirs.parameters()
+        if back[id(p)].endswith("0.attention.attention.query.weight")
+        or back[id(p)].endswith("layers.0.attention.q_proj.weight")
+    ]
     assert qkv and torch.allclose(ours.blocks[0].attn.qkv.weight.grad[:32], qkv[0], atol=1e-5)
 
 
 def rename_to(weights: dict, names: set[str]) -> dict:
     """Follow a renaming in the package by trying its known spellings for each of our keys."""
     spellings = [
-        (".attention.attention.query.", ".attention.q_proj."), (".attention.attention.key.", ".attention.k_proj."),
-        (".attention.attention.value.", ".attention.v_proj."), (".attention.output.dense.", ".attention.o_proj."),
-        (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), ("vit.encoder.layer.", "vit.layers."),
+        (".attention.attention.query.", ".attention.q_proj."),
+        (".attention.attention.key.", ".attention.k_proj."),
+        (".attention.attention.value.", ".attention.v_proj."),
+        (".attention.output.dense.", ".attention.o_proj."),
+        (".intermediate.dense.", ".mlp.fc1."),
+        (".output.dense.", ".mlp.fc2."),
+        ("vit.encoder.layer.", "vit.layers."),
     ]
     out = {}
     for key, value in weights.items():
@@ -119,7 +170,10 @@ def test_without_embedding_the_encoder_is_permutation_equivariant():
     a, b = model.forward_encoder(imgs, cells)[:, 1:], model.forward_encoder(moved, cells)[:, 1:]
     assert torch.allclose(a.sum(1), b.sum(1), atol=1e-4)
     with_embedding = small(pos_embed="sincos").eval()
-    a, b = with_embedding.forward_encoder(imgs, cells)[:, 1:], with_embedding.forward_encoder(moved, cells)[:, 1:]
+    a, b = (
+        with_embedding.forward_encoder(imgs, cells)[:, 1:],
+        with_embedding.forward_encoder(moved, cells)[:, 1:],
+    )
     assert not torch.allclose(a.sum(1), b.sum(1), atol=1e-2)
 
 
@@ -156,7 +210,9 @@ def test_patches_are_where_they_belong():
     imgs = torch.randn(2, 3, 16, 24)
     patches = model.patchify(imgs)
     assert torch.equal(model.unpatchify(patches), imgs)
-    assert torch.equal(patches[0, 7].reshape(4, 4, 3), imgs[0, :, 4:8, 4:8].permute(1, 2, 0))  # cell (1, 1) of 4x6
+    assert torch.equal(
+        patches[0, 7].reshape(4, 4, 3), imgs[0, :, 4:8, 4:8].permute(1, 2, 0)
+    )  # cell (1, 1) of 4x6
     cells = torch.arange(24).expand(2, -1)
     embedded = model.patch_embed.embed_patches(patches)
     assert torch.allclose(embedded, model.patch_embed(imgs), atol=1e-5)
@@ -212,7 +268,9 @@ def test_every_model_has_finite_gradients_everywhere(name):
     torch.manual_seed(0)
     model = MODELS[name](img_size=(4 * patch, 2 * patch), pos_label="apl+rpl")
     if name in MILLIONS:  # MAE's sizes, without the label heads and tables, which depend on the image
-        counted = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("pos_head", "decoder_pos")))
+        counted = sum(
+            p.numel() for n, p in model.named_parameters() if not n.startswith(("pos_head", "decoder_pos"))
+        )
         assert counted / 1e6 == pytest.approx(MILLIONS[name], rel=1e-3)
     losses, pred, mask = model(torch.randn(2, 3, 4 * patch, 2 * patch), mask_ratio=0.5)
     (losses["pixel"] + losses["position"]).backward()
@@ -225,12 +283,25 @@ def test_every_model_has_finite_gradients_everywhere(name):
 
 def test_state_dict_keys_are_maes():
     keys = set(small(depth=1, decoder_depth=1, pos_embed="sincos", pos_label="apl+rpl").state_dict())
-    block = {f"{n}.{p}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")}
-    linear = {f"{n}.{p}" for n in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred")
-              for p in ("weight", "bias")}
-    heads = {f"pos_head.{k}.{n}.{p}" for k in ("apl", "rpl") for n in ("fc1", "fc2", "classifier") for p in ("weight", "bias")}
+    block = {
+        f"{n}.{p}"
+        for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for p in ("weight", "bias")
+    }
+    linear = {
+        f"{n}.{p}"
+        for n in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred")
+        for p in ("weight", "bias")
+    }
+    heads = {
+        f"pos_head.{k}.{n}.{p}"
+        for k in ("apl", "rpl")
+        for n in ("fc1", "fc2", "classifier")
+        for p in ("weight", "bias")
+    }
     assert keys == {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"} | linear | heads | {
-        f"{where}.0.{k}" for where in ("blocks", "decoder_blocks") for k in block}
+        f"{where}.0.{k}" for where in ("blocks", "decoder_blocks") for k in block
+    }
     assert "pos_embed" not in small().state_dict(), "no embedding means no parameter"
 
 
@@ -263,4 +334,6 @@ def test_sincos_table_and_resizing():
     resized = resize_pos_embed(sincos_2d(32, (6, 6)), (6, 6), (4, 9))
     assert resized.shape == (1, 37, 32) and torch.equal(resized[:, :1], sincos_2d(32, (6, 6))[:, :1])
     # Row channels vary along rows only, whatever the size: H and W are resized apart.
-    assert torch.allclose(resized[0, 1:].reshape(4, 9, 32)[:, 0, 16:], resized[0, 1:].reshape(4, 9, 32)[:, 8, 16:], atol=1e-5)
+    assert torch.allclose(
+        resized[0, 1:].reshape(4, 9, 32)[:, 0, 16:], resized[0, 1:].reshape(4, 9, 32)[:, 8, 16:], atol=1e-5
+    )

@@ -1,4 +1,5 @@
 """Positional labels against slow, obvious forms."""
+
 import math
 import warnings
 from collections import Counter
@@ -43,11 +44,13 @@ def test_relative_labels_of_visible_cells_name_the_original_grid():
 def naive_rpl(head, x, ids, half):
     """Eq. 7-9 word by word: concatenate every pair, run the MLP, classify, average."""
     B, n, D = x.shape
-    left, right = (x[..., : D // 2], x[..., D // 2:]) if half else (x, x)
+    left, right = (x[..., : D // 2], x[..., D // 2 :]) if half else (x, x)
     pairs = torch.cat([left[:, :, None].expand(B, n, n, -1), right[:, None].expand(B, n, n, -1)], dim=-1)
     logits = head.classifier(head.fc2(F.gelu(head.fc1(pairs))))
     labels = relative_labels(head.grid, ids, ids)
-    return F.cross_entropy(logits.flatten(0, 2), labels.flatten()), (logits.argmax(-1) == labels).double().mean()
+    return F.cross_entropy(logits.flatten(0, 2), labels.flatten()), (
+        logits.argmax(-1) == labels
+    ).double().mean()
 
 
 @pytest.mark.parametrize("tokens", ["half", "full"])
@@ -154,8 +157,14 @@ def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, mo
     x = torch.randn(B, n, D, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
     partners = torch.rand(B, n).argsort(1)[:, :drawn]
-    pairs = torch.stack([torch.stack([torch.cat([x[b, i, : D // 2], x[b, j, D // 2:]]) for i in range(n) for j in partners[b]])
-                         for b in range(B)])  # (B, n*drawn, D)
+    pairs = torch.stack(
+        [
+            torch.stack(
+                [torch.cat([x[b, i, : D // 2], x[b, j, D // 2 :]]) for i in range(n) for j in partners[b]]
+            )
+            for b in range(B)
+        ]
+    )  # (B, n*drawn, D)
     logits = head.rpl.classifier(head.rpl.fc2(F.gelu(head.rpl.fc1(pairs))))
     labels = relative_labels(grid, ids, ids.gather(1, partners)).flatten(1)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -193,7 +202,9 @@ def test_the_sweep_holds_one_copy_of_the_logits(monkeypatch):
     with Made() as made:
         head(x)["position"].backward()
     rows, offsets = 7 * 64, 240  # 225 offsets, and 15 that make a multiple of 16
-    assert made.sizes[rows * offsets] == 4 * 9 and max(made.sizes) == rows * offsets, "nine chunks an image and a short one"
+    assert made.sizes[rows * offsets] == 4 * 9 and max(made.sizes) == rows * offsets, (
+        "nine chunks an image and a short one"
+    )
 
 
 @pytest.mark.parametrize("tokens", ["half", "full"])
@@ -284,7 +295,9 @@ def test_compiling_does_not_unroll_the_sweep(batch):
     head, nodes = PositionalHead(16, (14, 14), "rpl"), []
 
     def count(graph, inputs):
-        nodes.append(sum(len(part.graph.nodes) for part in graph.modules() if isinstance(part, torch.fx.GraphModule)))
+        nodes.append(
+            sum(len(part.graph.nodes) for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+        )
         return graph.forward
 
     torch._dynamo.reset()
@@ -293,9 +306,18 @@ def test_compiling_does_not_unroll_the_sweep(batch):
     assert 0 < sum(nodes) < 60, nodes
 
 
-@pytest.mark.parametrize("batch, most, even, expected", [
-    (256, 27, True, 16), (128, 27, True, 16), (60, 27, True, 20), (7, 4, True, 4), (6, 27, True, 6), (256, 27, False, 27),
-    (5, 27, False, 5)])
+@pytest.mark.parametrize(
+    "batch, most, even, expected",
+    [
+        (256, 27, True, 16),
+        (128, 27, True, 16),
+        (60, 27, True, 20),
+        (7, 4, True, 4),
+        (6, 27, True, 6),
+        (256, 27, False, 27),
+        (5, 27, False, 5),
+    ],
+)
 def test_images_of_a_chunk(batch, most, even, expected):
     """The largest divisor of the batch, so that all chunks have one shape; where it is small, a rest is better."""
     assert positional.images_per_chunk(batch, most, even) == expected
@@ -322,7 +344,9 @@ def test_the_traced_chunk_equals_the_eager_one(nothing_compiled, monkeypatch):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled(function, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: compiled(function, dynamic=dynamic, backend=backend)
+    )
     found, expected = positional._chunk_on_cuda(*chunk_of(), True), positional._pair_chunk(*chunk_of(), True)
     assert len(graphs) == 1 and not any("scatter" in name for name in graphs[0])
     for a, b in zip(found, expected, strict=True):
@@ -335,6 +359,7 @@ def test_where_nothing_compiles_the_sweep_warns_once_and_goes_on(nothing_compile
     def compiled(function, dynamic):
         def fail(*args):
             raise RuntimeError("no C compiler")
+
         return fail
 
     monkeypatch.setattr(torch, "compile", compiled)

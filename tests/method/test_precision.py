@@ -1,4 +1,5 @@
 """What runs in float32 under autocast, whatever the positional embedding: else encoders are compared at unequal precision."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,15 @@ def streams(model, call, blocks) -> list[torch.dtype]:
 
 
 def sere_step(model):
-    crops = MultiCrop((32, 32), (16, 16), 2, model.grid, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4),
-                      mask_ratios=[(0.1, 0.3)])
+    crops = MultiCrop(
+        (32, 32),
+        (16, 16),
+        2,
+        model.grid,
+        global_scale=(0.4, 1.0),
+        local_scale=(0.1, 0.4),
+        mask_ratios=[(0.1, 0.3)],
+    )
     torch.manual_seed(0)
     views = [crops(torch.randint(256, (3, 48, 48), dtype=torch.uint8)) for _ in range(2)]
     batch = {name: torch.stack([v[name] for v in views]) for name in views[0]}
@@ -58,10 +66,16 @@ def test_the_residual_stream_is_float32(name, pos_embed):
         model = SERE["sere_vit_pico_patch8"](**SMALL, pos_embed=pos_embed, local_size=(16, 16), out_dim=24)
         call = sere_step
     else:
-        full = {"vit": "vit_pico_patch8", "deit": "deit_pico_patch8", "deit_distilled": "deit_pico_distilled_patch8",
-                "so_vit": "so_vit_7"}[name]
+        full = {
+            "vit": "vit_pico_patch8",
+            "deit": "deit_pico_patch8",
+            "deit_distilled": "deit_pico_distilled_patch8",
+            "so_vit": "so_vit_7",
+        }[name]
         sizes = dict(img_size=(32, 32)) if name == "so_vit" else SMALL
-        model = build_classifier(full, **sizes, num_classes=5, pos_embed=pos_embed, pos_label="apl", drop_path=0.1)
+        model = build_classifier(
+            full, **sizes, num_classes=5, pos_embed=pos_embed, pos_label="apl", drop_path=0.1
+        )
         call = classify
     found = streams(model, call, [*model.blocks, *getattr(model, "decoder_blocks", [])])
     assert set(found) == {torch.float32}, found
@@ -74,6 +88,7 @@ def cudas_layer_norm(monkeypatch):
 
     def layer_norm(x, *args, **kwargs):
         return plain(x.float(), *args, **kwargs)
+
     monkeypatch.setattr(F, "layer_norm", layer_norm)
 
 
@@ -81,7 +96,9 @@ def test_swins_streams_do_not_depend_on_its_positional_encoding(cudas_layer_norm
     """Its first stage is float32; the product that merges patches makes the later ones bf16, as in timm and Swin."""
     found = {}
     for pos_embed in ("none", "learned"):
-        model = build_classifier("swin_tiny", img_size=(32, 32), num_classes=5, pos_embed=pos_embed, pos_label="apl")
+        model = build_classifier(
+            "swin_tiny", img_size=(32, 32), num_classes=5, pos_embed=pos_embed, pos_label="apl"
+        )
         blocks = [block for stage in model.layers for block in stage.blocks]
         found[pos_embed] = streams(model, classify, blocks)
     assert found["none"] == found["learned"]
@@ -95,17 +112,22 @@ def test_logits_are_float32_before_the_temperature(loss):
     logits = (10 * torch.randn(3, 4, 50)).bfloat16()
     target = torch.randn(3, 2 if loss == "class" else 4, 50).softmax(-1)
     masked = torch.rand(3, 4) < 0.5
-    found, expected = ((class_loss(x, target) if loss == "class" else patch_loss(x, target, masked))
-                       for x in (logits, logits.float()))
+    found, expected = (
+        (class_loss(x, target) if loss == "class" else patch_loss(x, target, masked))
+        for x in (logits, logits.float())
+    )
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("device, amp, precision, expected", [
-    ("cuda", "fp32", "high", "fp32 with TF32 products"),
-    ("cuda", "fp32", "highest", "fp32"),
-    ("cuda", "bf16", "high", "bf16"),
-    ("cpu", "fp32", "high", "fp32"),
-])
+@pytest.mark.parametrize(
+    "device, amp, precision, expected",
+    [
+        ("cuda", "fp32", "high", "fp32 with TF32 products"),
+        ("cuda", "fp32", "highest", "fp32"),
+        ("cuda", "bf16", "high", "bf16"),
+        ("cpu", "fp32", "high", "fp32"),
+    ],
+)
 def test_the_output_names_tf32(device, amp, precision, expected):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

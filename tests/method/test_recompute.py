@@ -1,4 +1,5 @@
 """--grad_checkpointing: the same numbers, with fewer tensors kept."""
+
 from collections import Counter
 
 import pytest
@@ -13,12 +14,21 @@ SMALL = dict(img_size=(32, 32), patch_size=(8, 8))
 
 
 def mae():
-    model = MaskedAutoencoderViT(**SMALL, dim=32, depth=3, num_heads=2, decoder_dim=32, decoder_depth=2, decoder_heads=2,
-                                 pos_label="apl+rpl")
+    model = MaskedAutoencoderViT(
+        **SMALL,
+        dim=32,
+        depth=3,
+        num_heads=2,
+        decoder_dim=32,
+        decoder_depth=2,
+        decoder_heads=2,
+        pos_label="apl+rpl",
+    )
 
     def loss(images):
         losses, _, _ = model(images, want_pred=False)
         return losses["pixel"] + losses["position"]
+
     return model, loss
 
 
@@ -26,17 +36,47 @@ def classifier(model):
     def loss(images):
         logits, positions = model(images, positions=True)
         return logits.square().mean() + positions["position"]
+
     return model, loss
 
 
 MAKERS = {
     "mae": mae,
-    "vit": lambda: classifier(VisionTransformer(**SMALL, dim=32, depth=4, num_heads=2, drop_path=0.5, num_classes=5,
-                                                head_init_std=0.02, pos_label="apl")),
-    "swin": lambda: classifier(SwinTransformer((32, 32), embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4,
-                                               drop_path=0.5, num_classes=5, head_init_std=0.02, pos_label="apl")),
-    "timm": lambda: classifier(build_classifier("timm/vit_tiny_patch16_224", img_size=(32, 32), drop_path=0.5, num_classes=5,
-                                                head_init_std=0.02, pos_label="apl")),
+    "vit": lambda: classifier(
+        VisionTransformer(
+            **SMALL,
+            dim=32,
+            depth=4,
+            num_heads=2,
+            drop_path=0.5,
+            num_classes=5,
+            head_init_std=0.02,
+            pos_label="apl",
+        )
+    ),
+    "swin": lambda: classifier(
+        SwinTransformer(
+            (32, 32),
+            embed_dim=8,
+            depths=(2, 2),
+            num_heads=(1, 2),
+            window_size=4,
+            drop_path=0.5,
+            num_classes=5,
+            head_init_std=0.02,
+            pos_label="apl",
+        )
+    ),
+    "timm": lambda: classifier(
+        build_classifier(
+            "timm/vit_tiny_patch16_224",
+            img_size=(32, 32),
+            drop_path=0.5,
+            num_classes=5,
+            head_init_std=0.02,
+            pos_label="apl",
+        )
+    ),
 }
 
 
@@ -50,9 +90,13 @@ def gradients_and_kept_bytes(maker, recompute, amp=False):
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
+
     torch.manual_seed(1)
     images = torch.randn(4, 3, 32, 32)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=amp),
+    ):
         loss = loss_fn(images)
     loss.backward()
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters())

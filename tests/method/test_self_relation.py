@@ -1,11 +1,19 @@
 """Self-relations and self-distillation: against slow obvious forms, against lightly, and properties that must hold."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from layers.self_distillation import Centre, MomentumUpdate, ProjectionHead, class_loss, patch_loss, view_cross_entropy
+from layers.self_distillation import (
+    Centre,
+    MomentumUpdate,
+    ProjectionHead,
+    class_loss,
+    patch_loss,
+    view_cross_entropy,
+)
 from layers.self_relation import (
     RelationHead,
     cell_centres,
@@ -35,7 +43,7 @@ def slow_spatial(student, teacher, heads, temperature):
     d, out = C // heads, torch.zeros(B)
     for b in range(B):
         for h in range(heads):
-            s, t = (x[b, :, h * d:(h + 1) * d] for x in (student, teacher))
+            s, t = (x[b, :, h * d : (h + 1) * d] for x in (student, teacher))
             for q in range(S):
                 mine = torch.stack([(s[q] * s[k]).sum() / math.sqrt(d) for k in range(S)])
                 theirs = torch.stack([(t[q] * t[k]).sum() / math.sqrt(d) for k in range(S)])
@@ -45,10 +53,14 @@ def slow_spatial(student, teacher, heads, temperature):
 
 def test_relations_are_those_of_the_definition():
     student, teacher = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    assert torch.allclose(spatial_loss(student, teacher, 2, 0.5), slow_spatial(student, teacher, 2, 0.5), atol=1e-5)
+    assert torch.allclose(
+        spatial_loss(student, teacher, 2, 0.5), slow_spatial(student, teacher, 2, 0.5), atol=1e-5
+    )
     valid = torch.tensor([[True, False, True, True, False], [False] * 5])
     found = spatial_loss(student, teacher, 2, 0.5, valid)
-    assert torch.allclose(found[0], slow_spatial(student[:1, valid[0]], teacher[:1, valid[0]], 2, 0.5)[0], atol=1e-5)
+    assert torch.allclose(
+        found[0], slow_spatial(student[:1, valid[0]], teacher[:1, valid[0]], 2, 0.5)[0], atol=1e-5
+    )
     assert found[1] == 0
     expected = torch.zeros(2)
     for b in range(2):
@@ -75,7 +87,9 @@ def test_a_relation_of_samples_is_the_sample_of_the_relation():
     from_features = spatial_relation(sample_tokens(tokens, (3, 4), points), 2)  # (B, heads, S, S)
     whole = spatial_relation(tokens, 2)  # (B, heads, N, N)
     keys = sample_tokens(whole.flatten(1, 2).transpose(1, 2), (3, 4), points)  # (B, S, heads*N): the key axis
-    queries = sample_tokens(keys.transpose(1, 2).unflatten(1, (2, 12)).transpose(1, 2).flatten(2), (3, 4), points)
+    queries = sample_tokens(
+        keys.transpose(1, 2).unflatten(1, (2, 12)).transpose(1, 2).flatten(2), (3, 4), points
+    )
     sampled = queries.unflatten(2, (2, 7)).transpose(1, 2)  # (B, heads, S, S)
     assert torch.allclose(from_features, sampled.transpose(2, 3), atol=1e-5)
 
@@ -100,9 +114,15 @@ def test_points_of_two_crops_are_the_same_places_of_the_image(hflip):
                 # Beyond the centre of a crop's outermost token that token counts.
                 inside &= (points.abs() < 1 - 1 / torch.tensor(cells[::-1])).all(-1)
             error = (places[0] - places[1]).abs()
-            seen, worst, total = seen + int(inside.sum()), max(worst, float(error[inside].max())), total + float(error.mean())
+            seen, worst, total = (
+                seen + int(inside.sum()),
+                max(worst, float(error[inside].max())),
+                total + float(error.mean()),
+            )
             where = to_source(a, boxes[0]) / W
-            assert torch.allclose(places[0][inside], where[inside], atol=1e-3), "and that place is the one of the points"
+            assert torch.allclose(places[0][inside], where[inside], atol=1e-3), (
+                "and that place is the one of the points"
+            )
     assert seen > 400 and worst < 1e-5 and total / 24 < 1e-3, (seen, worst, total)
 
 
@@ -124,7 +144,9 @@ def test_without_overlap_loss_and_gradient_are_exactly_zero():
     at, at_other, share = overlap_points(a, b, (3, 3))
     assert share == 0
     tokens = torch.randn(1, 16, 8, requires_grad=True)
-    losses = spatial_loss(sample_tokens(tokens, (4, 4), at), sample_tokens(torch.randn(1, 16, 8), (4, 4), at_other), 2)
+    losses = spatial_loss(
+        sample_tokens(tokens, (4, 4), at), sample_tokens(torch.randn(1, 16, 8), (4, 4), at_other), 2
+    )
     total = valid_mean(losses, share > 0.05)
     total.backward()
     assert total == 0 and torch.equal(tokens.grad, torch.zeros_like(tokens))
@@ -150,7 +172,9 @@ def test_relation_heads_standardise_by_their_batch_and_share_names():
     with torch.no_grad():
         student.norm.weight.add_(1.0)
     MomentumUpdate(teacher, student)(0.9)
-    assert torch.allclose(teacher.norm.weight, before["norm.weight"] + 0.1) and set(before) < set(student.state_dict())
+    assert torch.allclose(teacher.norm.weight, before["norm.weight"] + 0.1) and set(before) < set(
+        student.state_dict()
+    )
 
 
 def test_losses_equal_lightlys():
@@ -173,16 +197,22 @@ def test_losses_equal_lightlys():
     for _ in range(2):
         flat = mask.flatten(1)
         expected = theirs(teacher[flat], student[flat], mask, teacher_temp=T)
-        ids = flat.byte().argsort(dim=1, descending=True, stable=True)[:, :int(flat.sum(1).max())]
+        ids = flat.byte().argsort(dim=1, descending=True, stable=True)[:, : int(flat.sum(1).max())]
         pick = ids[..., None].expand(-1, -1, K)
-        ours = patch_loss(student.gather(1, pick), centre.target(teacher.gather(1, pick), T), flat.gather(1, ids))
+        ours = patch_loss(
+            student.gather(1, pick), centre.target(teacher.gather(1, pick), T), flat.gather(1, ids)
+        )
         assert ours == pytest.approx(float(expected), abs=1e-5)
-        centre.update(teacher[flat].mean(0))  # lightly's centre takes masked patches only, iBOT's (and ours) all
+        centre.update(
+            teacher[flat].mean(0)
+        )  # lightly's centre takes masked patches only, iBOT's (and ours) all
 
 
 def test_the_projection_head_equals_lightlys():
     heads = pytest.importorskip("lightly.models.modules", reason="the oracle: pip install lightly")
-    theirs = heads.DINOProjectionHead(input_dim=12, hidden_dim=20, bottleneck_dim=8, output_dim=30, norm_last_layer=False)
+    theirs = heads.DINOProjectionHead(
+        input_dim=12, hidden_dim=20, bottleneck_dim=8, output_dim=30, norm_last_layer=False
+    )
     ours = ProjectionHead(12, 30, 20, 8, norm_last_layer=False)
     linears = [m for m in theirs.layers if isinstance(m, torch.nn.Linear)]
     for mine, other in zip(ours.mlp[::2], linears):
@@ -196,12 +226,18 @@ def test_the_projection_head_equals_lightlys():
     x = torch.randn(7, 12)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
     unit = ours.project(x)
-    assert torch.allclose(ours.logits(unit.mean(0)), ours(x).mean(0), atol=1e-5), "why the centre needs no logits"
+    assert torch.allclose(ours.logits(unit.mean(0)), ours(x).mean(0), atol=1e-5), (
+        "why the centre needs no logits"
+    )
     assert not ProjectionHead(4, 5, 6, 3).scale.requires_grad
 
 
 def test_views_are_compared_with_all_others_but_themselves():
     student, target = torch.randn(3, 4, 6, 5), torch.rand(3, 2, 6, 5).softmax(-1)
-    terms = [-(target[:, t] * F.log_softmax(student[:, s], -1)).sum(-1).mean()
-             for t in range(2) for s in range(4) if s != t]
+    terms = [
+        -(target[:, t] * F.log_softmax(student[:, s], -1)).sum(-1).mean()
+        for t in range(2)
+        for s in range(4)
+        if s != t
+    ]
     assert len(terms) == 6 and torch.allclose(view_cross_entropy(student, target), sum(terms) / 6, atol=1e-5)

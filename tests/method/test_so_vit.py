@@ -1,4 +1,5 @@
 """So-ViT: the second-order head against slow obvious forms, its models against the published table, and whole runs."""
+
 import csv
 import math
 from functools import partial
@@ -56,7 +57,9 @@ def test_scale_law(alpha, iters):
     for c in (1e-3, 0.7, 40.0):
         expected = c**alpha * singular_value_power(a, w, alpha, iters)
         assert torch.allclose(singular_value_power(c * a, w, alpha, iters), expected, rtol=1e-10)
-    assert torch.allclose(singular_value_power(a, 5.0 * w, alpha, iters), singular_value_power(a, w, alpha, iters))
+    assert torch.allclose(
+        singular_value_power(a, 5.0 * w, alpha, iters), singular_value_power(a, w, alpha, iters)
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 5), (3, 5, 8)])
@@ -118,9 +121,18 @@ def slow_pooling(pool: SecondOrderPooling, tokens: torch.Tensor) -> torch.Tensor
     (d1, d2), H, (B, N) = pool.dims, pool.heads, tokens.shape[:2]
     image = tokens.transpose(1, 2).unsqueeze(-1)  # (B, C, N, 1)
     rows = iter(pool.project.weight.split([d1] * H + [d2] * H))
-    stats = iter(zip(*(x.split([d1] * H + [d2] * H)
-                       for x in (pool.norm.running_mean, pool.norm.running_var, pool.norm.weight, pool.norm.bias))))
-    maps = [F.batch_norm(F.conv2d(image, w[:, :, None, None]), *next(stats), eps=1e-5).relu().squeeze(-1) for w in rows]
+    stats = iter(
+        zip(
+            *(
+                x.split([d1] * H + [d2] * H)
+                for x in (pool.norm.running_mean, pool.norm.running_var, pool.norm.weight, pool.norm.bias)
+            )
+        )
+    )
+    maps = [
+        F.batch_norm(F.conv2d(image, w[:, :, None, None]), *next(stats), eps=1e-5).relu().squeeze(-1)
+        for w in rows
+    ]
     out = []
     for b in range(B):
         parts = []
@@ -174,10 +186,18 @@ def test_low_precision_pools_in_float32():
 def test_fusions():
     torch.manual_seed(0)
     tokens, feature = matrices(4, 9, 12, dtype=torch.float32), matrices(4, 7, dtype=torch.float32)
-    heads = {f: shaken(SecondOrderHead(12, 7, 5, 0.02, dims=(4, 3), fusion=f)).eval() for f in ("sum", "concat", "visual")}
+    heads = {
+        f: shaken(SecondOrderHead(12, 7, 5, 0.02, dims=(4, 3), fusion=f)).eval()
+        for f in ("sum", "concat", "visual")
+    }
     added, joined, visual = heads.values()
     y = added.pool(tokens)
-    by_hand = y @ added.fc_visual.weight.T + added.fc_visual.bias + feature @ added.fc_class.weight.T + added.fc_class.bias
+    by_hand = (
+        y @ added.fc_visual.weight.T
+        + added.fc_visual.bias
+        + feature @ added.fc_class.weight.T
+        + added.fc_class.bias
+    )
     assert torch.allclose(added(tokens, feature), by_hand, atol=1e-6)
     assert torch.equal(visual(tokens, feature), visual.fc_visual(visual.pool(tokens)))
     # one layer on both features can say what the sum of two says, and the other way round
@@ -187,8 +207,10 @@ def test_fusions():
     assert torch.allclose(joined(tokens, feature), by_hand, atol=1e-6)
     keys = {f: {k.split(".")[0] for k in h.state_dict()} - {"pool"} for f, h in heads.items()}
     assert keys == {"sum": {"fc_visual", "fc_class"}, "concat": {"fc"}, "visual": {"fc_visual"}}
-    assert all(checkpoint.kind_of({"model": {f"head.{k}": v for k, v in h.state_dict().items()}}) == "classifier"
-               for h in heads.values())
+    assert all(
+        checkpoint.kind_of({"model": {f"head.{k}": v for k, v in h.state_dict().items()}}) == "classifier"
+        for h in heads.values()
+    )
 
 
 def test_dropout_falls_on_the_second_order_feature():
@@ -200,18 +222,26 @@ def test_dropout_falls_on_the_second_order_feature():
     assert 0.2 < (seen[0] == 0).float().mean() < 0.9 and (seen[1] != 0).all()
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(fusion="both"), "--so_fusion takes one of sum, concat, visual, found 'both'"),
-    (dict(alpha=0.0), "--so_alpha takes a power above 0"), (dict(dropout=1.0), "--so_dropout takes a share"),
-    (dict(iters=0), "--so_iters 0"), (dict(heads=0), "--so_heads 0"), (dict(dims=(8, 0)), "--so_dims 8 0"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(fusion="both"), "--so_fusion takes one of sum, concat, visual, found 'both'"),
+        (dict(alpha=0.0), "--so_alpha takes a power above 0"),
+        (dict(dropout=1.0), "--so_dropout takes a share"),
+        (dict(iters=0), "--so_iters 0"),
+        (dict(heads=0), "--so_heads 0"),
+        (dict(dims=(8, 0)), "--so_dims 8 0"),
+    ],
+)
 def test_heads_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         SecondOrderHead(8, 8, 2, 0.02, **options)
 
 
 # --- the embedding ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size,patch,chans", [((32, 48), 16, 3), ((48, 16), 16, 1), ((24, 32), 8, 4), ((384, 384), 16, 3)])
+@pytest.mark.parametrize(
+    "size,patch,chans", [((32, 48), 16, 3), ((48, 16), 16, 1), ((24, 32), 8, 4), ((384, 384), 16, 3)]
+)
 def test_the_embedding_keeps_the_grid(size, patch, chans):
     embed = ConvTokenEmbed(size, (patch, patch), chans, 12).eval()
     assert embed.grid == (size[0] // patch, size[1] // patch)
@@ -231,7 +261,11 @@ def test_a_token_sees_33_pixels(patch):
     rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
     for found, at in ((rows, row * patch), (columns, column * patch)):
         # pooling and strides start at the cell's first pixel; max pooling passes the gradient of a few pixels only
-        assert at - 16 <= found.min() <= at - 10 and at + 10 <= found.max() <= at + 16, (found.min(), found.max(), at)
+        assert at - 16 <= found.min() <= at - 10 and at + 10 <= found.max() <= at + 16, (
+            found.min(),
+            found.max(),
+            at,
+        )
 
 
 def test_the_embedding_says_what_does_not_fit():
@@ -246,8 +280,12 @@ def test_the_embedding_says_what_does_not_fit():
 # --- the models -------------------------------------------------------------------------------------------------------
 # Parameters in millions without the fixed embedding (all, blocks, head) and multiply-adds in 1e9 at 224 px, measured on
 # the authors' code.
-TABLE = {"so_vit_7": (5.53, 3.68, 1.43, 1.42), "so_vit_10": (7.11, 5.26, 1.43, 1.79),
-         "so_vit_14": (24.64, 20.69, 3.50, 5.05), "so_vit_19": (43.80, 38.21, 5.12, 8.75)}
+TABLE = {
+    "so_vit_7": (5.53, 3.68, 1.43, 1.42),
+    "so_vit_10": (7.11, 5.26, 1.43, 1.79),
+    "so_vit_14": (24.64, 20.69, 3.50, 5.05),
+    "so_vit_19": (43.80, 38.21, 5.12, 8.75),
+}
 
 
 def millions(module: nn.Module) -> float:
@@ -270,9 +308,20 @@ def test_models_have_the_published_size(name):
 def test_blocks_are_timms():
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-    ours = shaken(MODELS["so_vit_7"](img_size=(32, 48), patch_embed="linear", second_order=None, num_classes=5)).eval()
-    theirs = TimmViT(img_size=(32, 48), patch_size=16, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2, qkv_bias=False,
-                     num_classes=5, norm_layer=partial(nn.LayerNorm, eps=1e-5)).eval()
+    ours = shaken(
+        MODELS["so_vit_7"](img_size=(32, 48), patch_embed="linear", second_order=None, num_classes=5)
+    ).eval()
+    theirs = TimmViT(
+        img_size=(32, 48),
+        patch_size=16,
+        embed_dim=256,
+        depth=7,
+        num_heads=4,
+        mlp_ratio=2,
+        qkv_bias=False,
+        num_classes=5,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+    ).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 48)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
@@ -294,7 +343,9 @@ def test_the_sinusoid_counts_the_class_token_as_position_0():
 @pytest.mark.parametrize("size,patch", [((384, 384), 16), ((32, 80), 16), ((24, 40), 8)])
 def test_other_sizes_train_in_every_part(size, patch):
     torch.manual_seed(0)
-    model = MODELS["so_vit_7"](img_size=size, patch_size=(patch, patch), num_classes=5, depth=2, pos_label="apl")
+    model = MODELS["so_vit_7"](
+        img_size=size, patch_size=(patch, patch), num_classes=5, depth=2, pos_label="apl"
+    )
     logits, losses = model(torch.randn(2, 3, *size), positions=True)
     (F.cross_entropy(logits, torch.tensor([1, 4])) + losses["position"]).backward()
     for name, p in model.named_parameters():
@@ -308,31 +359,50 @@ def test_what_a_name_says_can_be_overridden_piece_by_piece():
     assert isinstance(twin.head, nn.Linear)
     again = MODELS["so_vit_14"](img_size=(32, 32), depth=1).head
     assert (again.pool.dims, again.pool.heads) == ((64, 48), 1)
-    assert millions(twin) == pytest.approx(millions(MODELS["so_vit_14"](img_size=(32, 32), depth=1)) - 3.50 + 0.385, abs=0.01)
+    assert millions(twin) == pytest.approx(
+        millions(MODELS["so_vit_14"](img_size=(32, 32), depth=1)) - 3.50 + 0.385, abs=0.01
+    )
 
 
 # --- on every backbone ------------------------------------------------------------------------------------------------
 BACKBONES = [
-    ("vit_test", (32, 48), {}), ("vit_test", (32, 48), {"pool": "avg"}), ("vit_test", (32, 48), {"patch_embed": "conv"}),
-    ("deit_tiny_patch16", (32, 48), {"depth": 2}), ("deit_tiny_distilled_patch16", (32, 48), {"depth": 2}),
-    ("swin_tiny", (64, 96), {"depths": (1, 1, 1, 1)}), ("so_vit_7", (32, 48), {"depth": 2}),
-    ("timm/nest_tiny", (64, 64), {}), ("timm/deit3_small_patch16_224", (32, 48), {}), ("timm/convnext_atto", (64, 96), {}),
+    ("vit_test", (32, 48), {}),
+    ("vit_test", (32, 48), {"pool": "avg"}),
+    ("vit_test", (32, 48), {"patch_embed": "conv"}),
+    ("deit_tiny_patch16", (32, 48), {"depth": 2}),
+    ("deit_tiny_distilled_patch16", (32, 48), {"depth": 2}),
+    ("swin_tiny", (64, 96), {"depths": (1, 1, 1, 1)}),
+    ("so_vit_7", (32, 48), {"depth": 2}),
+    ("timm/nest_tiny", (64, 64), {}),
+    ("timm/deit3_small_patch16_224", (32, 48), {}),
+    ("timm/convnext_atto", (64, 96), {}),
 ]
 
 
 @pytest.mark.parametrize("name,size,options", BACKBONES, ids=lambda x: str(x))
 def test_the_head_on_every_backbone(name, size, options):
     torch.manual_seed(0)
-    model = build_classifier(name, img_size=size, num_classes=5, head_init_std=0.02, pos_label="apl",
-                             second_order={"dims": (6, 4)}, **{"pool": None} | options)
+    model = build_classifier(
+        name,
+        img_size=size,
+        num_classes=5,
+        head_init_std=0.02,
+        pos_label="apl",
+        second_order={"dims": (6, 4)},
+        **{"pool": None} | options,
+    )
     x = torch.randn(2, 3, *size)
     logits, losses = shaken(model).eval()(x, positions=True)
     with torch.no_grad():
         tokens = model.forward_features(x)
         read, feature = model.label_tokens(tokens), model.pool_tokens(tokens)
         if model.num_prefix and options.get("pool") != "avg":
-            assert torch.equal(feature, tokens[:, 0]), "the class token is what the second-order feature is fused with"
-        assert torch.allclose(read.mean(-1), torch.zeros(1), atol=0.5) and read.shape[1] == math.prod(model.grid)
+            assert torch.equal(feature, tokens[:, 0]), (
+                "the class token is what the second-order feature is fused with"
+            )
+        assert torch.allclose(read.mean(-1), torch.zeros(1), atol=0.5) and read.shape[1] == math.prod(
+            model.grid
+        )
         expected = model.head(read, feature)
         if "distilled" in name:
             expected = (expected + model.head_dist(tokens[:, 1])) / 2
@@ -358,7 +428,9 @@ def test_a_linear_head_is_what_it_was():
     tokens = model.forward_features(x)
     assert torch.equal(model(x), model.head(model.fc_norm(tokens[:, 1:].mean(1))))
     torch.manual_seed(3)
-    other = build_classifier("vit_test", img_size=(32, 32), num_classes=5, head_init_std=0.02, second_order={})
+    other = build_classifier(
+        "vit_test", img_size=(32, 32), num_classes=5, head_init_std=0.02, second_order={}
+    )
     for n, p in other.named_parameters():
         if not n.startswith(("head.", "norm.")):
             assert torch.equal(p, model.get_parameter(n)), n
@@ -374,14 +446,36 @@ def stored(folder) -> dict:
 
 def test_from_a_masked_checkpoint_to_evaluation(tmp_path, capsys):
     file, out = pretrained(tmp_path, capsys), tmp_path / "ft"
-    command = ["--model", "vit_test", "--finetune", file, *SECOND_ORDER, "--ema", 0.5, "--lr", 3e-3, "--warmup_epochs", 0,
-               "--output_dir", out]
+    command = [
+        "--model",
+        "vit_test",
+        "--finetune",
+        file,
+        *SECOND_ORDER,
+        "--ema",
+        0.5,
+        "--lr",
+        3e-3,
+        "--warmup_epochs",
+        0,
+        "--output_dir",
+        out,
+    ]
     code, text = call(main_finetune, capsys, *command, "--epochs", 2)
     assert code == 0 and "second_order head" in text and "labels apl" in text and "new: head" in text, text
     state = stored(out)
     pool = state["model"]["head.pool.project.weight"]
-    assert pool.shape == (2 * (6 + 4), 32) and "norm.weight" in state["model"] and "fc_norm.weight" not in state["model"]
-    assert [state["args"][k] for k in ("head", "so_dims", "so_heads", "so_fusion")] == ["second_order", [6, 4], 2, None]
+    assert (
+        pool.shape == (2 * (6 + 4), 32)
+        and "norm.weight" in state["model"]
+        and "fc_norm.weight" not in state["model"]
+    )
+    assert [state["args"][k] for k in ("head", "so_dims", "so_heads", "so_fusion")] == [
+        "second_order",
+        [6, 4],
+        2,
+        None,
+    ]
 
     # evaluation builds the head from the file, and evaluates the average
     evaluate = ["--model", "vit_test", "--eval", "--resume", out / "checkpoint-last.pth"]
@@ -391,25 +485,66 @@ def test_from_a_masked_checkpoint_to_evaluation(tmp_path, capsys):
     code, again = call(main_finetune, capsys, *evaluate, "--head", "second_order")
     assert code == 0 and accuracy(again) == accuracy(evaluated)
     code, wrong = call(main_finetune, capsys, *evaluate, "--head", "linear")
-    assert code == 2 and "was trained with --head second_order, found --head linear: leave --head out" in wrong
+    assert (
+        code == 2 and "was trained with --head second_order, found --head linear: leave --head out" in wrong
+    )
     code, wrong = call(main_finetune, capsys, *evaluate, "--so_dims", 6, 5)
-    assert code == 2 and "does not fit this model: head.pool.project.weight is (20, 32), not (22, 32)" in wrong
+    assert (
+        code == 2 and "does not fit this model: head.pool.project.weight is (20, 32), not (22, 32)" in wrong
+    )
 
     # the same command goes on; so does another folder from the file, without saying which head
     code, text = call(main_finetune, capsys, *command, "--epochs", 3)
-    assert code == 0 and "continuing" in text and "head:" not in text and stored(out)["step"] > state["step"], text
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--resume", out / "checkpoint-last.pth", "--finetune",
-                      file, "--ema", 0.5, "--epochs", 4, "--output_dir", tmp_path / "on")
+    assert (
+        code == 0 and "continuing" in text and "head:" not in text and stored(out)["step"] > state["step"]
+    ), text
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--resume",
+        out / "checkpoint-last.pth",
+        "--finetune",
+        file,
+        "--ema",
+        0.5,
+        "--epochs",
+        4,
+        "--output_dir",
+        tmp_path / "on",
+    )
     assert code == 0 and "so_dims:" not in text and stored(tmp_path / "on")["args"]["so_dims"] == [6, 4]
 
 
 def test_what_ranks_evaluate_is_what_they_save(tmp_path, capsys):
     """Each rank sees its own batches; the statistics of rank 0 are saved, and must be those of all figures."""
-    outs = ranks(2, tmp_path, *SECOND_ORDER, "--ema", 0.5, "--epochs", 1, "--batch_size", 20, "--predictions",
-                 tmp_path / "ranks.csv", main=FINETUNE)
+    outs = ranks(
+        2,
+        tmp_path,
+        *SECOND_ORDER,
+        "--ema",
+        0.5,
+        "--epochs",
+        1,
+        "--batch_size",
+        20,
+        "--predictions",
+        tmp_path / "ranks.csv",
+        main=FINETUNE,
+    )
     assert [code for code, _ in outs] == [0, 0], outs[0][1]
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", tmp_path / "checkpoint-last.pth",
-                      "--predictions", tmp_path / "alone.csv")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--eval",
+        "--resume",
+        tmp_path / "checkpoint-last.pth",
+        "--predictions",
+        tmp_path / "alone.csv",
+    )
     assert code == 0, text
     trained, alone = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("ranks", "alone"))
     assert len(alone) == 50 and [row["image"] for row in trained] == [row["image"] for row in alone]
@@ -419,7 +554,19 @@ def test_what_ranks_evaluate_is_what_they_save(tmp_path, capsys):
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, capsys):
     """Batch statistics, their moving average and the dropout of the head too."""
-    run = ["--model", "vit_test", "--lr", 1e-2, "--warmup_epochs", 1, *SECOND_ORDER, "--ema", 0.9, "--epochs", 2]
+    run = [
+        "--model",
+        "vit_test",
+        "--lr",
+        1e-2,
+        "--warmup_epochs",
+        1,
+        *SECOND_ORDER,
+        "--ema",
+        0.9,
+        "--epochs",
+        2,
+    ]
     code, text = call(main_finetune, capsys, *run, "--output_dir", tmp_path / "whole")
     assert code == 0, text
     code, text = start(tmp_path / "parts", *run, "--batch_size", 40, main=FINETUNE, TEST_SIGNAL="0:6:SIGTERM")
@@ -431,14 +578,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, capsys):
     assert all(torch.equal(v, parts["ema"][k]) for k, v in whole["ema"].items())
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--head", "second_order", "--patch_size", 32], "relates patch tokens, but the last grid of this model is 1x1"),
-    (["--so_dims", 8, 4], "--so_dims belongs to --head second_order"),
-    (["--model", "so_vit_7", "--head", "linear", "--so_iters", 2], "--so_iters belongs to --head second_order"),
-    (["--model", "swin_tiny", "--patch_embed", "conv"], "swin_tiny has its own embedding"),
-    (["--model", "vit_huge_patch14", "--patch_embed", "conv", "--input_size", 28], "works at --patch_size 16 or 8"),
-    (["--head", "second_order", "--so_alpha", 0], "--so_alpha takes a power above 0"),
-])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (
+            ["--head", "second_order", "--patch_size", 32],
+            "relates patch tokens, but the last grid of this model is 1x1",
+        ),
+        (["--so_dims", 8, 4], "--so_dims belongs to --head second_order"),
+        (
+            ["--model", "so_vit_7", "--head", "linear", "--so_iters", 2],
+            "--so_iters belongs to --head second_order",
+        ),
+        (["--model", "swin_tiny", "--patch_embed", "conv"], "swin_tiny has its own embedding"),
+        (
+            ["--model", "vit_huge_patch14", "--patch_embed", "conv", "--input_size", 28],
+            "works at --patch_size 16 or 8",
+        ),
+        (["--head", "second_order", "--so_alpha", 0], "--so_alpha takes a power above 0"),
+    ],
+)
 def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):
     code, text = call(main_finetune, capsys, "--model", "vit_test", *flags, "--output_dir", tmp_path)
     assert code == 2 and message in text, text
@@ -447,49 +606,100 @@ def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):
 def test_conv_embedding_and_masking_do_not_meet(tmp_path, capsys):
     file = pretrained(tmp_path, capsys)
     for model in (["vit_test", "--patch_embed", "conv"], ["so_vit_7"]):
-        code, text = call(main_finetune, capsys, "--model", *model, "--finetune", file, "--output_dir", tmp_path / "a")
-        assert code == 2 and "--patch_embed conv cannot start from" in text and "sees 33x33 pixels, masked ones" in text, text
+        code, text = call(
+            main_finetune, capsys, "--model", *model, "--finetune", file, "--output_dir", tmp_path / "a"
+        )
+        assert (
+            code == 2
+            and "--patch_embed conv cannot start from" in text
+            and "sees 33x33 pixels, masked ones" in text
+        ), text
 
 
 def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs))
+    monkeypatch.setitem(
+        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
+    )
     flags = ["--model", "so_vit_7", "--epochs", 1]
     code, text = call(main_finetune, capsys, *flags, "--output_dir", tmp_path / "a")
     assert code == 0, text
-    code, text = call(main_finetune, capsys, *flags, "--finetune", tmp_path / "a" / "checkpoint-last.pth",
-                      "--output_dir", tmp_path / "b")
+    code, text = call(
+        main_finetune,
+        capsys,
+        *flags,
+        "--finetune",
+        tmp_path / "a" / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path / "b",
+    )
     assert code == 0 and "of a classifier, whose head is left behind" in text, text
 
 
 def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs))
-    for head, keys in (([], {"fc_class", "fc_visual", "pool"}), (["--head", "linear"], {"weight", "bias"}),
-                       (["--so_fusion", "concat", "--patch_embed", "linear", "--pos_label", "rpl"], {"fc", "pool"})):
+    monkeypatch.setitem(
+        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
+    )
+    for head, keys in (
+        ([], {"fc_class", "fc_visual", "pool"}),
+        (["--head", "linear"], {"weight", "bias"}),
+        (["--so_fusion", "concat", "--patch_embed", "linear", "--pos_label", "rpl"], {"fc", "pool"}),
+    ):
         out = tmp_path / "-".join(["run", *head[1:2]])
         code, text = call(main_finetune, capsys, "--model", "so_vit_7", *head, "--output_dir", out)
         assert code == 0 and "PE sincos" in text, text
         assert {k.split(".")[1] for k in stored(out)["model"] if k.startswith("head.")} == keys
-        code, evaluated = call(main_finetune, capsys, "--model", "so_vit_7", "--eval", "--resume", out / "checkpoint-last.pth")
+        code, evaluated = call(
+            main_finetune, capsys, "--model", "so_vit_7", "--eval", "--resume", out / "checkpoint-last.pth"
+        )
         assert code == 0 and accuracy(evaluated) == accuracy(text)[-1:], evaluated
 
 
 def test_a_teacher_with_a_second_order_head(tmp_path, capsys):
     code, text = call(main_finetune, capsys, "--model", "vit_test", *SECOND_ORDER, "--output_dir", tmp_path)
     assert code == 0, text
-    teacher = build_teacher("vit_test", str(tmp_path / "checkpoint-last.pth"), classes=stored(tmp_path)["classes"],
-                            img_size=(32, 32), in_chans=3, mean=(0.0,) * 3, std=(1.0,) * 3).model
-    assert torch.equal(teacher.head.pool.start, stored(tmp_path)["model"]["head.pool.start"]) and teacher.head.pool.heads == 2
+    teacher = build_teacher(
+        "vit_test",
+        str(tmp_path / "checkpoint-last.pth"),
+        classes=stored(tmp_path)["classes"],
+        img_size=(32, 32),
+        in_chans=3,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    ).model
+    assert (
+        torch.equal(teacher.head.pool.start, stored(tmp_path)["model"]["head.pool.start"])
+        and teacher.head.pool.heads == 2
+    )
 
 
 def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
     file = pretrained(tmp_path, capsys)
     for pool in ("--cls_token", "--global_pool"):
-        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, *SECOND_ORDER, pool, "--epochs", 12,
-                          "--blr", 40, "--lr_grid", 1, 3, "--warmup_epochs", 0, "--output_dir", tmp_path / pool)
+        code, text = call(
+            main_linprobe,
+            capsys,
+            "--model",
+            "vit_test",
+            "--finetune",
+            file,
+            *SECOND_ORDER,
+            pool,
+            "--epochs",
+            12,
+            "--blr",
+            40,
+            "--lr_grid",
+            1,
+            3,
+            "--warmup_epochs",
+            0,
+            "--output_dir",
+            tmp_path / pool,
+        )
         assert code == 0 and "second-order probe of vit_test" in text and "linear" not in text, text
         assert "second-order probe at lr" in text and len(accuracy(text)) == 12, text
         losses = [line["train_loss_head"] for line in log_lines(tmp_path / pool)]
@@ -498,8 +708,13 @@ def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
         assert model["head.2.pool.norm.running_mean"].abs().sum() > 0 and "head.0.weight" not in model
         assert not torch.equal(model["head.1.fc_visual.weight"], model["head.2.fc_visual.weight"])
         assert checkpoint.kind_of({"model": model}) == "probe"
-    for flags, message in ((["--cached", *SECOND_ORDER], "neither --knn nor --cached"), (["--so_iters", 2], "probe is linear")):
-        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, *flags, "--output_dir", tmp_path)
+    for flags, message in (
+        (["--cached", *SECOND_ORDER], "neither --knn nor --cached"),
+        (["--so_iters", 2], "probe is linear"),
+    ):
+        code, text = call(
+            main_linprobe, capsys, "--model", "vit_test", "--finetune", file, *flags, "--output_dir", tmp_path
+        )
         assert code == 2 and message in text, text
 
 
@@ -534,5 +749,7 @@ def test_the_average_takes_batch_statistics_along_and_leaves_integers_alone():
         by_hand = now if by_hand is None else {k: 0.9 * by_hand[k] + 0.1 * v for k, v in now.items()}
     for k, v in by_hand.items():
         assert torch.allclose(ema.module.state_dict()[k].double(), v, rtol=1e-4), k
-    assert torch.equal(ema.module.index, torch.arange(100)), "a rounded-down index table would point elsewhere"
+    assert torch.equal(ema.module.index, torch.arange(100)), (
+        "a rounded-down index table would point elsewhere"
+    )
     assert torch.equal(ema.module.mask, live.mask) and ema.module.norm.num_batches_tracked == 30

@@ -1,4 +1,5 @@
 """Swin: unmodified parts against timm's, windows against attention written out, the paper's changes by numbers."""
+
 import math
 
 import pytest
@@ -12,8 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.swin import MODELS, PatchMerging, SwinBlock, SwinTransformer, window_merge, window_partition
 from layers.transformer import attention
 
-SMALL = dict(img_size=(32, 48), patch_size=(2, 2), embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8),
-             window_size=3, num_classes=5, head_init_std=0.02)
+SMALL = dict(
+    img_size=(32, 48),
+    patch_size=(2, 2),
+    embed_dim=16,
+    depths=(1, 2, 2, 2),
+    num_heads=(1, 2, 4, 8),
+    window_size=3,
+    num_classes=5,
+    head_init_std=0.02,
+)
 
 
 def small(**kwargs) -> SwinTransformer:
@@ -40,14 +49,20 @@ def timms(**kwargs) -> TimmSwin:
 @pytest.mark.parametrize("img, chans, window", [((112, 224), 4, 7), ((96, 192), 3, 6), ((64, 64), 1, 4)])
 def test_unmodified_swin_equals_timms(img, chans, window):
     """112x224: grids of 28x56, 14x28, 7x14 (shifted one way only) and, after an odd merging, 4x7; 96x192: at last 3x6."""
-    shared = dict(in_chans=chans, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=window)
-    ours = SwinTransformer(img, (4, 4), merge_last=True, pos_embed="none", num_classes=5, head_init_std=0.02, **shared)
+    shared = dict(
+        in_chans=chans, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=window
+    )
+    ours = SwinTransformer(
+        img, (4, 4), merge_last=True, pos_embed="none", num_classes=5, head_init_std=0.02, **shared
+    )
     reference = timms(img_size=img, patch_size=4, **shared)
     if reference.layers[-1].blocks[0].input_resolution[0] < img[0] / 32:
         pytest.skip("this timm takes an odd grid's half as rounded down, where its own merging pads it")
     shake(ours)
     names = {n: n.replace("head.", "head.fc.") for n in ours.state_dict()}
-    missing, extra = reference.load_state_dict({names[n]: p for n, p in ours.state_dict().items()}, strict=False)
+    missing, extra = reference.load_state_dict(
+        {names[n]: p for n, p in ours.state_dict().items()}, strict=False
+    )
     assert not extra and all(n.endswith("relative_position_bias_table") for n in missing), "keys are timm's"
     assert any(any(b.shift) for stage in ours.layers for b in stage.blocks)
     for mine, theirs in zip(ours.layers, reference.layers):
@@ -72,10 +87,14 @@ def written_out(block: SwinBlock, x: torch.Tensor) -> torch.Tensor:
     """
     B, H, W, C = x.shape
     heads, d = block.attn.num_heads, C // block.attn.num_heads
-    q, k, v = block.attn.qkv(x).reshape(B, H * W, 3, heads, d).permute(2, 0, 3, 1, 4)  # (B, heads, H*W, d) each
+    q, k, v = (
+        block.attn.qkv(x).reshape(B, H * W, 3, heads, d).permute(2, 0, 3, 1, 4)
+    )  # (B, heads, H*W, d) each
     rows, cols = torch.arange(H * W) // W, torch.arange(H * W) % W
-    cell = [((r - block.shift[0]) // block.window[0], (c - block.shift[1]) // block.window[1])
-            for r, c in zip(rows.tolist(), cols.tolist())]
+    cell = [
+        ((r - block.shift[0]) // block.window[0], (c - block.shift[1]) // block.window[1])
+        for r, c in zip(rows.tolist(), cols.tolist())
+    ]
     out = torch.zeros(B, heads, H * W, d)
     for i in range(H * W):
         together = [j for j in range(H * W) if cell[j] == cell[i]]
@@ -85,9 +104,16 @@ def written_out(block: SwinBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("grid, window", [
-    ((8, 8), (4, 4)), ((6, 9), (3, 3)), ((5, 7), (4, 3)), ((3, 8), (4, 3)), ((2, 3), (7, 7)),
-])
+@pytest.mark.parametrize(
+    "grid, window",
+    [
+        ((8, 8), (4, 4)),
+        ((6, 9), (3, 3)),
+        ((5, 7), (4, 3)),
+        ((3, 8), (4, 3)),
+        ((2, 3), (7, 7)),
+    ],
+)
 def test_windows_equal_attention_written_out(grid, window, shifted):
     """Also where the window does not divide the grid: padding is seen by no token."""
     torch.manual_seed(0)
@@ -103,12 +129,15 @@ def test_windows_are_cut_and_put_back():
     x = torch.arange(2 * 4 * 6).reshape(2, 4, 6, 1).float()
     windows = window_partition(x, (2, 3))
     assert windows.shape == (2 * 4, 6, 1)
-    assert windows[1, :, 0].tolist() == [3, 4, 5, 9, 10, 11], "the second window of the first image is at its right"
+    assert windows[1, :, 0].tolist() == [3, 4, 5, 9, 10, 11], (
+        "the second window of the first image is at its right"
+    )
     assert torch.equal(window_merge(windows, (2, 3), (4, 6)), x)
 
 
 def test_cost_and_shape_of_the_modified_swin_tiny():
     """6.68 GMAC, and 196 tokens of 768 channels with 24 heads in the last stage, which attend to each other."""
+
     def macs(**kwargs):
         with torch.device("meta"):
             model, x = MODELS["swin_tiny"](**kwargs).eval(), torch.zeros(1, 3, 224, 224)
@@ -123,7 +152,10 @@ def test_cost_and_shape_of_the_modified_swin_tiny():
     assert cost == pytest.approx(6.68, rel=0.01)
     assert model.grid == (14, 14) and model.dim == 768
     assert [(heads, args[0].shape, args[1]) for heads, args in seen] == [(24, (1, 196, 768), None)] * 2
-    assert [b.window for b in model.layers[2].blocks] == [(7, 7)] * 6 and model.layers[2].blocks[1].shift == (3, 3)
+    assert [b.window for b in model.layers[2].blocks] == [(7, 7)] * 6 and model.layers[2].blocks[1].shift == (
+        3,
+        3,
+    )
 
     plain_cost, plain_params, *_ = macs(pos_embed="none")
     assert params - plain_params == 44_160 and cost - plain_cost == pytest.approx(0.015, rel=0.05)
@@ -155,7 +187,7 @@ def test_the_last_stage_attends_globally(merge_last):
     assert model.grid == ((4, 6) if merge_last else (8, 12))
     x = torch.randn(1, *model.grid, 128, requires_grad=True)
     block.window_attention(x)[0, 0, 0].sum().backward()
-    reached = (x.grad[0].abs().amax(-1) > 0)
+    reached = x.grad[0].abs().amax(-1) > 0
     assert reached.sum() == (4 if merge_last else 8 * 12)
     assert all(b.mask is None for b in model.layers[3].blocks) or merge_last
 
@@ -188,8 +220,14 @@ def test_conditional_encoding_opens_every_block():
 
 def test_layer_ids_are_timms():
     ours = small(merge_last=True, pos_embed="none", pos_label="apl")
-    reference = timms(img_size=(32, 48), patch_size=2, embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8),
-                      window_size=3)
+    reference = timms(
+        img_size=(32, 48),
+        patch_size=2,
+        embed_dim=16,
+        depths=(1, 2, 2, 2),
+        num_heads=(1, 2, 4, 8),
+        window_size=3,
+    )
     names = {id(p): n for n, p in reference.named_parameters()}
     groups = param_groups_layer_decay(reference, layer_decay=0.5)
     scales = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
@@ -201,14 +239,25 @@ def test_layer_ids_are_timms():
     assert ours.layer_id("layers.2.blocks.1.cpe.weight") == 5 and ours.no_weight_decay() == set()
 
 
-@pytest.mark.parametrize("img, patch, chans, grid", [
-    ((64, 64), (2, 2), 3, (8, 8)), ((64, 64), (4, 4), 1, (4, 4)), ((40, 72), (4, 4), 4, (3, 5)),
-    ((36, 20), (2, 4), 3, (5, 2)),
-])
+@pytest.mark.parametrize(
+    "img, patch, chans, grid",
+    [
+        ((64, 64), (2, 2), 3, (8, 8)),
+        ((64, 64), (4, 4), 1, (4, 4)),
+        ((40, 72), (4, 4), 4, (3, 5)),
+        ((36, 20), (2, 4), 3, (5, 2)),
+    ],
+)
 @pytest.mark.parametrize("merge_last", [False, True])
 def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):
-    model = small(img_size=img, patch_size=patch, in_chans=chans, window_size=7, merge_last=merge_last,
-                  pos_label="apl+rpl")
+    model = small(
+        img_size=img,
+        patch_size=patch,
+        in_chans=chans,
+        window_size=7,
+        merge_last=merge_last,
+        pos_label="apl+rpl",
+    )
     assert model.grid == (tuple(-(-g // 2) for g in grid) if merge_last else grid)
     x = torch.randn(2, chans, *img)
     tokens = model.forward_features(x)
@@ -224,7 +273,9 @@ def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):
 
 def test_rows_and_columns_keep_their_place():
     """A change in one corner of a wide image changes that corner's token the most, whatever the stages did."""
-    model = shake(small(img_size=(32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), pos_label="apl")).eval()
+    model = shake(
+        small(img_size=(32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), pos_label="apl")
+    ).eval()
     x = torch.randn(1, 3, 32, 64)
     for r, c in ((0, 7), (3, 0), (2, 5)):
         y = x.clone()
@@ -236,8 +287,15 @@ def test_rows_and_columns_keep_their_place():
 def test_swin_tiny_trains_on_small_images_and_labels_change_nothing():
     def tiny(label):
         torch.manual_seed(0)
-        return MODELS["swin_tiny"](img_size=(32, 32), patch_size=(2, 2), num_classes=7, pos_label=label, drop_path=0.2,
-                                   window_size=4, head_init_std=0.02)
+        return MODELS["swin_tiny"](
+            img_size=(32, 32),
+            patch_size=(2, 2),
+            num_classes=7,
+            pos_label=label,
+            drop_path=0.2,
+            window_size=4,
+            head_init_std=0.02,
+        )
 
     plain, model = tiny("none").state_dict(), tiny("apl+rpl")
     for name, value in plain.items():
@@ -260,8 +318,10 @@ def test_masked_attention_in_low_precision():
     assert torch.allclose(low.float(), expected, atol=0.05)
     v[0, :, 0] += 100  # who sees token 0 of the first window?
     assert torch.equal((attention(q, k, v, mask) - expected)[0].abs().amax((0, 2)) > 1e-3, mask[0, 0, :, 0])
-    assert torch.equal((attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask) - low)[0].abs().amax((0, 2)) > 0.5,
-                       mask[0, 0, :, 0])
+    assert torch.equal(
+        (attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask) - low)[0].abs().amax((0, 2)) > 0.5,
+        mask[0, 0, :, 0],
+    )
     model, x = small(img_size=(40, 48)), torch.randn(2, 3, 40, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(x)

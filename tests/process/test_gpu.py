@@ -2,6 +2,7 @@
 
 MAE_PL_REHEARSE=1 runs these tests on the CPU instead, so that a mistake in them does not cost time on a GPU.
 """
+
 import os
 
 import pytest
@@ -17,6 +18,7 @@ from processes import FINETUNE, PRETRAIN, SERE, last, log_lines, start
 from util.data.datasets import build_dataset
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
+from util.data.pixels import Pixels
 from util.data.transforms import normalize, pretrain_transform
 from util.dist import fsdp
 from util.run.flops import synchronize
@@ -74,7 +76,12 @@ def test_the_compiled_chunk_equals_the_eager_one(amp, monkeypatch):
             with autocast(GPU, amp):
                 out = head(tokens, ids)
             out["position"].backward()
-            found[form] = [out["position"], out["position_acc"], tokens.grad, *(p.grad for p in head.parameters())]
+            found[form] = [
+                out["position"],
+                out["position_acc"],
+                tokens.grad,
+                *(p.grad for p in head.parameters()),
+            ]
     if not REHEARSAL:
         assert positional._compiled_chunk, "nothing was compiled"
     (loss, accuracy, *grads), (eager_loss, eager_accuracy, *eager_grads) = found.values()
@@ -106,10 +113,15 @@ def memory(*names: str) -> int:
 
 def test_prefetched_batches_are_the_loaders():
     dataset = build_dataset(None, "train", pretrain_transform((32, 32)), labels=False)
-    loader = build_loader(dataset, EpochSampler(len(dataset), batch_size=20), batch_size=20, num_workers=2,
-                          pin_memory=not REHEARSAL)
+    loader = build_loader(
+        dataset,
+        EpochSampler(len(dataset), batch_size=20),
+        batch_size=20,
+        num_workers=2,
+        pin_memory=not REHEARSAL,
+    )
     expected = [normalize(batch["image"], MEAN, STD) for batch in loader]
-    found = [b["image"].cpu() for b in device_batches(loader, GPU, MEAN, STD)]
+    found = [b["image"].cpu() for b in device_batches(loader, GPU, Pixels(MEAN, STD))]
     assert len(found) == len(expected) == 10
     for a, b in zip(expected, found):
         assert torch.allclose(a, b, atol=1e-6)
@@ -117,6 +129,7 @@ def test_prefetched_batches_are_the_loaders():
 
 class Constant(Dataset):
     """Images of 10 MB whose pixels all equal the image's number."""
+
     exact_resume = True
 
     def __len__(self):
@@ -129,8 +142,10 @@ class Constant(Dataset):
 
 
 def constant_batches():
-    loader = build_loader(Constant(), list(range(120)), batch_size=10, num_workers=2, pin_memory=not REHEARSAL)
-    return device_batches(loader, GPU, MEAN, STD)
+    loader = build_loader(
+        Constant(), list(range(120)), batch_size=10, num_workers=2, pin_memory=not REHEARSAL
+    )
+    return device_batches(loader, GPU, Pixels(MEAN, STD))
 
 
 def test_a_batch_is_not_overwritten_while_it_is_used():
@@ -146,7 +161,9 @@ def test_a_batch_is_not_overwritten_while_it_is_used():
         del batch, pixels
     expected = torch.arange(120.0).reshape(12, 10)
     assert torch.allclose(torch.stack(means).cpu(), expected.double().mean(1), atol=1e-3)
-    assert torch.allclose(torch.stack(extremes).cpu(), torch.stack([expected[:, 0], expected[:, -1]], 1), atol=1e-2)
+    assert torch.allclose(
+        torch.stack(extremes).cpu(), torch.stack([expected[:, 0], expected[:, -1]], 1), atol=1e-2
+    )
 
 
 def test_passes_do_not_strand_memory():
@@ -171,11 +188,25 @@ NO_WAITS = [
 ]
 
 
-@pytest.mark.parametrize("main, flags", NO_WAITS, ids=["labels", "relations", "mixup_ema", "cutmix_accum", "cached", "sere"])
+@pytest.mark.parametrize(
+    "main, flags", NO_WAITS, ids=["labels", "relations", "mixup_ema", "cutmix_accum", "cached", "sere"]
+)
 def test_no_update_waits_for_the_device(tmp_path, main, flags):
     mode = {} if REHEARSAL else {"TEST_SYNC": "error"}
-    code, text = start(tmp_path, "--device", GPU.type, "--amp", "bf16", "--batch_size", 40, "--epochs", 2, *flags, main=main,
-                       **mode)
+    code, text = start(
+        tmp_path,
+        "--device",
+        GPU.type,
+        "--amp",
+        "bf16",
+        "--batch_size",
+        40,
+        "--epochs",
+        2,
+        *flags,
+        main=main,
+        **mode,
+    )
     assert code == 0, text
 
 
@@ -188,12 +219,16 @@ def test_no_update_of_a_probe_waits_for_the_device(tmp_path):
     assert code == 0, text
 
 
-@pytest.mark.parametrize("flags", [
-    ["--amp", "bf16"],
-    ["--amp", "fp16"],
-    ["--amp", "bf16", "--compile"],
-    ["--amp", "bf16", "--compile_mode", "reduce-overhead"],
-], ids=["bf16", "fp16", "compiled", "graphs"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "bf16"],
+        ["--amp", "fp16"],
+        ["--amp", "bf16", "--compile"],
+        ["--amp", "bf16", "--compile_mode", "reduce-overhead"],
+    ],
+    ids=["bf16", "fp16", "compiled", "graphs"],
+)
 def test_a_run_learns_and_continues(tmp_path, flags):
     run = ["--device", GPU.type, "--batch_size", 40, "--pos_label", "apl+rpl", *flags]
     code, text = start(tmp_path, *run, "--epochs", 3)
@@ -208,8 +243,9 @@ def test_a_run_learns_and_continues(tmp_path, flags):
 
 def small_mae() -> MaskedAutoencoderViT:
     torch.manual_seed(0)
-    return MaskedAutoencoderViT((32, 32), (8, 8), dim=64, depth=2, num_heads=2, decoder_dim=32, decoder_depth=1,
-                                decoder_heads=2).to(GPU)
+    return MaskedAutoencoderViT(
+        (32, 32), (8, 8), dim=64, depth=2, num_heads=2, decoder_dim=32, decoder_depth=1, decoder_heads=2
+    ).to(GPU)
 
 
 def trained(model, steps: int = 5) -> list[float]:
@@ -261,7 +297,9 @@ def test_an_overflow_in_float16_skips_the_step():
 
 def test_the_attention_kernel_that_is_chosen():
     """Prints which of PyTorch's kernels runs ViT-B's attention; in bf16 it must be a fused one."""
-    q, k, v = (torch.randn(8, 12, 50, 64, device=GPU, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(8, 12, 50, 64, device=GPU, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         F.scaled_dot_product_attention(q, k, v) if REHEARSAL else attention(q, k, v)

@@ -1,4 +1,5 @@
 """Wrong input gets an error that says what to do, and loses nothing."""
+
 import argparse
 import errno
 import importlib
@@ -26,21 +27,53 @@ from util import dist
 from util.cluster.launch import launch
 from util.dist import fsdp
 from util.flags.parser import parse, run
-from util.run import keeper
+from util.run import checkpoint_manager as keeper
 from util.run.log import Log
 from util.weights import checkpoint
 
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
-    monkeypatch.setitem(MODELS, "mae_test", lambda **kwargs: MaskedAutoencoderViT(**(dict(
-        patch_size=(8, 8), dim=16, depth=1, num_heads=1, decoder_dim=16, decoder_depth=1, decoder_heads=1) | kwargs)))
+    monkeypatch.setitem(
+        MODELS,
+        "mae_test",
+        lambda **kwargs: MaskedAutoencoderViT(
+            **(
+                dict(
+                    patch_size=(8, 8),
+                    dim=16,
+                    depth=1,
+                    num_heads=1,
+                    decoder_dim=16,
+                    decoder_depth=1,
+                    decoder_heads=1,
+                )
+                | kwargs
+            )
+        ),
+    )
 
 
 def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
     """Exit code and all that was printed."""
-    base = ["--model", "mae_test", "--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0",
-            "--device", "cpu", "--output_dir", str(tmp_path / "run"), "--picture_epochs", "1000"]
+    base = [
+        "--model",
+        "mae_test",
+        "--input_size",
+        "32",
+        "--batch_size",
+        "40",
+        "--epochs",
+        "1",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--picture_epochs",
+        "1000",
+    ]
     try:
         code = run(main_pretrain.main, parse(main_pretrain.get_args_parser(), base + [str(f) for f in flags]))
     except SystemExit as e:
@@ -49,27 +82,36 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
     return code, captured.out + captured.err
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--input_size", 30], "image height 30 is not a multiple of the patch height 8: choose --input_size 24 or 32"),
-    (["--mask_ratio", 1.0], "--mask_ratio must lie in [0, 1), found 1.0"),
-    (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
-    (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
-    (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
-    (["--model", "mae_vit_bose_patch16"], "--model mae_vit_bose_patch16 is unknown; there are mae_vit_pico_patch8"),
-    (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
-    (["--data_path", "nowhere"], "nowhere"),
-    (["--resume", "missing.pth"], "no checkpoint at missing.pth"),
-    (["--batch_size", 0], "argument --batch_size: 0 is not 1 or more"),
-    (["--clip_grad", -1], "argument --clip_grad: -1 is not 0 or more"),
-    (["--crop_scale", 1, 0.2], "--crop_scale takes the smallest and the largest share of an image"),
-    (["--hflip", 1.5], "argument --hflip: 1.5 is not from 0 to 1"),
-    (["--device", "toaster"], "--device toaster"),
-    (["--dct_scaling", "--sr_spatial", 1, "--sr_views", "two"], "--dct_scaling crops one view"),
-    (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
-    (["--batch", 8], "unknown flag --batch"),
-    (["@no_such.args"], "there is no recipe no_such.args"),
-    (["--pos_label", "abl"], "invalid choice: 'abl'"),
-])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (
+            ["--input_size", 30],
+            "image height 30 is not a multiple of the patch height 8: choose --input_size 24 or 32",
+        ),
+        (["--mask_ratio", 1.0], "--mask_ratio must lie in [0, 1), found 1.0"),
+        (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
+        (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
+        (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
+        (
+            ["--model", "mae_vit_bose_patch16"],
+            "--model mae_vit_bose_patch16 is unknown; there are mae_vit_pico_patch8",
+        ),
+        (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
+        (["--data_path", "nowhere"], "nowhere"),
+        (["--resume", "missing.pth"], "no checkpoint at missing.pth"),
+        (["--batch_size", 0], "argument --batch_size: 0 is not 1 or more"),
+        (["--clip_grad", -1], "argument --clip_grad: -1 is not 0 or more"),
+        (["--crop_scale", 1, 0.2], "--crop_scale takes the smallest and the largest share of an image"),
+        (["--hflip", 1.5], "argument --hflip: 1.5 is not from 0 to 1"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--dct_scaling", "--sr_spatial", 1, "--sr_views", "two"], "--dct_scaling crops one view"),
+        (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
+        (["--batch", 8], "unknown flag --batch"),
+        (["@no_such.args"], "there is no recipe no_such.args"),
+        (["--pos_label", "abl"], "invalid choice: 'abl'"),
+    ],
+)
 def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):
     code, text = pretrain(tmp_path, capsys, *flags)
     assert code == 2 and message in text, text
@@ -78,13 +120,23 @@ def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):
 
 def test_recipes_dashes_and_order_of_flags(tmp_path):
     recipe = tmp_path / "r.args"
-    recipe.write_text("# a comment\n--epochs 7 --mask-ratio 0.6  # two on a line\n\n--input_size 96 128\n--output_dir 'a b'\n")
-    args = parse(main_pretrain.get_args_parser(), [f"@{recipe}", "--epochs", "9", "--batch-size=5", "--no-pin-mem"])
+    recipe.write_text(
+        "# a comment\n--epochs 7 --mask-ratio 0.6  # two on a line\n\n--input_size 96 128\n--output_dir 'a b'\n"
+    )
+    args = parse(
+        main_pretrain.get_args_parser(), [f"@{recipe}", "--epochs", "9", "--batch-size=5", "--no-pin-mem"]
+    )
     assert (args.epochs, args.mask_ratio, args.input_size, args.output_dir) == (9, 0.6, [96, 128], "a b")
     assert args.batch_size == 5 and args.pin_mem is False
-    for no in ("--no-norm_last_layer", "--no-norm-last-layer", "--no_norm_last_layer"):  # argparse's own name mixes the two
+    for no in (
+        "--no-norm_last_layer",
+        "--no-norm-last-layer",
+        "--no_norm_last_layer",
+    ):  # argparse's own name mixes the two
         assert parse(main_sere.get_args_parser(), [no]).norm_last_layer is False
-    args = parse(main_pretrain.get_args_parser(), ["--output_dir", "with-dash", "--local-rank", "0", "--no_pin_mem"])
+    args = parse(
+        main_pretrain.get_args_parser(), ["--output_dir", "with-dash", "--local-rank", "0", "--no_pin_mem"]
+    )
     assert args.output_dir == "with-dash" and args.local_rank == 0 and args.pin_mem is False
 
 
@@ -150,31 +202,75 @@ def test_only_a_val_set_that_is_not_there_is_done_without(tmp_path, capsys, monk
 
 
 def test_an_error_in_a_data_worker_is_one_line(tmp_path, capsys):
-    code, text = pretrain(tmp_path, capsys, "--in_chans", 2, "--mean", .5, .5, "--std", .5, .5, "--num_workers", 1)
+    code, text = pretrain(
+        tmp_path, capsys, "--in_chans", 2, "--mean", 0.5, 0.5, "--std", 0.5, 0.5, "--num_workers", 1
+    )
     assert code == 2 and "Traceback" not in text.partition("error: ")[2], text
 
 
 def test_maes_defaults():
     """facebookresearch/mae's pretraining defaults, by its names."""
     args = vars(parse(main_pretrain.get_args_parser(), []))
-    expected = dict(batch_size=64, epochs=400, accum_iter=1, model="mae_vit_large_patch16", input_size=[224], mask_ratio=0.75,
-                    norm_pix_loss=False, weight_decay=0.05, lr=None, blr=1e-3, min_lr=0.0, warmup_epochs=40,
-                    output_dir="./output_dir", device="cuda", seed=0, resume="", num_workers=10, pin_mem=True, local_rank=-1,
-                    dist_on_itp=False, dist_url="env://")
+    expected = dict(
+        batch_size=64,
+        epochs=400,
+        accum_iter=1,
+        model="mae_vit_large_patch16",
+        input_size=[224],
+        mask_ratio=0.75,
+        norm_pix_loss=False,
+        weight_decay=0.05,
+        lr=None,
+        blr=1e-3,
+        min_lr=0.0,
+        warmup_epochs=40,
+        output_dir="./output_dir",
+        device="cuda",
+        seed=0,
+        resume="",
+        num_workers=10,
+        pin_mem=True,
+        local_rank=-1,
+        dist_on_itp=False,
+        dist_url="env://",
+    )
     assert {k: args[k] for k in expected} == expected
     assert args["pos_embed"] == "none" and args["pos_label"] == "apl" and args["pos_weight"] == 0.5
 
 
-@pytest.mark.parametrize("main,front,flags", [
-    ("main_pretrain", "--nodes 8 --use_volta32", "--batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss "
-     "--mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05"),
-    ("main_finetune", "--nodes 4", "--batch_size 32 --model vit_base_patch16 --finetune F --epochs 100 --blr 5e-4 "
-     "--layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval"),
-    ("main_linprobe", "--nodes 4", "--batch_size 512 --model vit_base_patch16 --cls_token --finetune F --epochs 90 --blr 0.1 "
-     "--weight_decay 0.0 --dist_eval"),
-    ("main_finetune", "", "--eval --resume F --model vit_base_patch16 --batch_size 16 --nb_classes 1000 --global_pool"),
-    ("main_linprobe", "", "--eval --resume F --model vit_base_patch16 --start_epoch 0 --nb_classes 1000 --no_pin_mem"),
-])
+@pytest.mark.parametrize(
+    "main,front,flags",
+    [
+        (
+            "main_pretrain",
+            "--nodes 8 --use_volta32",
+            "--batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss "
+            "--mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05",
+        ),
+        (
+            "main_finetune",
+            "--nodes 4",
+            "--batch_size 32 --model vit_base_patch16 --finetune F --epochs 100 --blr 5e-4 "
+            "--layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --dist_eval",
+        ),
+        (
+            "main_linprobe",
+            "--nodes 4",
+            "--batch_size 512 --model vit_base_patch16 --cls_token --finetune F --epochs 90 --blr 0.1 "
+            "--weight_decay 0.0 --dist_eval",
+        ),
+        (
+            "main_finetune",
+            "",
+            "--eval --resume F --model vit_base_patch16 --batch_size 16 --nb_classes 1000 --global_pool",
+        ),
+        (
+            "main_linprobe",
+            "",
+            "--eval --resume F --model vit_base_patch16 --start_epoch 0 --nb_classes 1000 --no_pin_mem",
+        ),
+    ],
+)
 def test_maes_commands(tmp_path, capsys, main, front, flags):
     """What facebookresearch/mae documents runs here flag by flag, under submitit too."""
     args = parse(importlib.import_module(main).get_args_parser(), shlex.split(flags))
@@ -218,16 +314,25 @@ def test_checkpoints_that_must_not_load(tmp_path, capsys):
         checkpoint.load(str(path))
 
 
-@pytest.mark.parametrize("home", ["pathlib", "pathlib._local"])  # where Python until 3.12, and 3.13, has the classes
+@pytest.mark.parametrize(
+    "home", ["pathlib", "pathlib._local"]
+)  # where Python until 3.12, and 3.13, has the classes
 def test_maes_own_files_load(tmp_path, monkeypatch, home):
     """MAE pickles an argparse.Namespace, its submitit runs with a PosixPath inside."""
     path = tmp_path / "fb.pth"
-    args = argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3, job_dir=Path("a") / "b", norm_pix_loss=True)
+    args = argparse.Namespace(
+        model="mae_vit_base_patch16", lr=1e-3, job_dir=Path("a") / "b", norm_pix_loss=True
+    )
     torch.save({"model": {"w": torch.ones(2)}, "args": args, "epoch": 799}, path)
     for c in (PosixPath, PurePosixPath, Path):
         monkeypatch.setattr(c, "__module__", home)
     state = checkpoint.load(str(path))
-    assert state["args"] == {"model": "mae_vit_base_patch16", "lr": 1e-3, "job_dir": "a/b", "norm_pix_loss": True}
+    assert state["args"] == {
+        "model": "mae_vit_base_patch16",
+        "lr": 1e-3,
+        "job_dir": "a/b",
+        "norm_pix_loss": True,
+    }
     assert state["epoch"] == 799 and state["model"]["w"].sum() == 2
 
 
@@ -238,36 +343,82 @@ def test_maes_own_training_state_continues(tmp_path, capsys):
     plain = [(name, p) for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
     decayed = [(name, p) for name, p in trained if p.ndim > 1 and not name.endswith(".bias")]
     assert {"cls_token", "mask_token"} <= {name for name, _ in decayed}
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in plain], "weight_decay": 0.0},
-                                   {"params": [p for _, p in decayed], "weight_decay": 0.05}], lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for _, p in plain], "weight_decay": 0.0},
+            {"params": [p for _, p in decayed], "weight_decay": 0.05},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
     for _, p in trained:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0, "scaler": {},
-                "args": argparse.Namespace(model="mae_test", input_size=32)}, tmp_path / "fb.pth")
-    code, text = pretrain(tmp_path, capsys, "--resume", tmp_path / "fb.pth", "--pos_embed", "sincos", "--pos_label", "none",
-                          "--epochs", 2, "--lr", 0, "--weight_decay", 0.3)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epoch": 0,
+            "scaler": {},
+            "args": argparse.Namespace(model="mae_test", input_size=32),
+        },
+        tmp_path / "fb.pth",
+    )
+    code, text = pretrain(
+        tmp_path,
+        capsys,
+        "--resume",
+        tmp_path / "fb.pth",
+        "--pos_embed",
+        "sincos",
+        "--pos_label",
+        "none",
+        "--epochs",
+        2,
+        "--lr",
+        0,
+        "--weight_decay",
+        0.3,
+    )
     assert code == 0, text
     saved = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))
     assert [g["weight_decay"] for g in saved["optimizer"]["param_groups"]] == [0.0, 0.3], "the flags of now"
     state = saved["optimizer"]["state"]
-    assert [tuple(state[i]["exp_avg"].shape) for i in range(len(trained))] == [tuple(p.shape) for _, p in plain + decayed]
+    assert [tuple(state[i]["exp_avg"].shape) for i in range(len(trained))] == [
+        tuple(p.shape) for _, p in plain + decayed
+    ]
     assert {int(s["step"]) for s in state.values()} == {6}, "one of before, five of now"
 
 
-@pytest.mark.parametrize("before,flags,note", [
-    (["--pos_embed", "sincos", "--pos_label", "none"], ["--pos_embed", "sincos", "--pos_label", "apl"], "new: pos_head"),
-    (["--pos_embed", "sincos"], ["--pos_embed", "sincos", "--input_size", 48], "new: pos_head"),
-    (["--pos_embed", "sincos", "--pos_label", "none"], ["--pos_label", "none"], "its positional embedding is left out"),
-    (["--pos_embed", "learned", "--pos_label", "none"], ["--pos_embed", "learned", "--pos_label", "none", "--input_size", 48],
-     "new: nothing"),
-    ([], ["--sr_spatial", 0.2], "new: sr_spatial"),
-])
+@pytest.mark.parametrize(
+    "before,flags,note",
+    [
+        (
+            ["--pos_embed", "sincos", "--pos_label", "none"],
+            ["--pos_embed", "sincos", "--pos_label", "apl"],
+            "new: pos_head",
+        ),
+        (["--pos_embed", "sincos"], ["--pos_embed", "sincos", "--input_size", 48], "new: pos_head"),
+        (
+            ["--pos_embed", "sincos", "--pos_label", "none"],
+            ["--pos_label", "none"],
+            "its positional embedding is left out",
+        ),
+        (
+            ["--pos_embed", "learned", "--pos_label", "none"],
+            ["--pos_embed", "learned", "--pos_label", "none", "--input_size", 48],
+            "new: nothing",
+        ),
+        ([], ["--sr_spatial", 0.2], "new: sr_spatial"),
+    ],
+)
 def test_weights_of_another_pretraining_are_a_start(tmp_path, capsys, before, flags, note):
     assert pretrain(tmp_path, capsys, *before)[0] == 0
     first = tmp_path / "first.pth"
     first.write_bytes((tmp_path / "run" / "checkpoint-last.pth").read_bytes())
-    code, text = pretrain(tmp_path, capsys, "--init_from", first, *flags, "--lr", 0, "--output_dir", tmp_path / "second")
+    code, text = pretrain(
+        tmp_path, capsys, "--init_from", first, *flags, "--lr", 0, "--output_dir", tmp_path / "second"
+    )
     assert code == 0 and f"fresh schedule; {note}" in text, text
     a, b = (checkpoint.load(str(f))["model"] for f in (first, tmp_path / "second" / "checkpoint-last.pth"))
     same = [k for k in b if not k.startswith(("pos_head.", "sr_")) and not k.endswith("pos_embed")]
@@ -283,7 +434,9 @@ def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, caps
     assert pretrain(tmp_path, capsys)[0] == 0
     before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
     code, text = pretrain(tmp_path, capsys, "--pos_label", "rpl", "--epochs", 2)
-    assert code == 2 and "does not fit this model: missing pos_head.rpl" in text and "--model mae_test" in text
+    assert (
+        code == 2 and "does not fit this model: missing pos_head.rpl" in text and "--model mae_test" in text
+    )
     assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
 
 
@@ -312,13 +465,22 @@ def test_the_order_of_starting_points(tmp_path, capsys):
     assert f"continuing {first}" in text and "Epoch: [1]" in text and "Epoch: [0]" not in text
 
 
-@pytest.mark.parametrize("flags", [["--pos_label", "rpl"], ["--pos_label", "none", "--pos_embed", "sincos"],
-                                   ["--pos_label", "apl", "--norm_pix_loss"], ["--mask_ratio", 0]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pos_label", "rpl"],
+        ["--pos_label", "none", "--pos_embed", "sincos"],
+        ["--pos_label", "apl", "--norm_pix_loss"],
+        ["--mask_ratio", 0],
+    ],
+)
 def test_every_kind_of_run_draws_its_picture(tmp_path, capsys, flags):
     code, text = pretrain(tmp_path, capsys, *flags)
     assert code == 0 and "picture: " in text and "* 50 val images" in text, text
     picture = Image.open(tmp_path / "run" / "pictures" / "epoch-0000.png")
-    columns = 4 if "apl" in flags or "--mask_ratio" in flags else 3  # absolute labels have a column of their own
+    columns = (
+        4 if "apl" in flags or "--mask_ratio" in flags else 3
+    )  # absolute labels have a column of their own
     assert round(picture.width / 198) == columns
 
 
@@ -370,7 +532,9 @@ def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad
         Image.new("RGB", (40, 40), (i * 6, 90, 200 - i)).save(out, "JPEG")
         images[f"c/{i:03d}.jpg"] = out.getvalue() if i >= bad else b"\xff\xd8 not an image"
     make_tar(tmp_path / "train.tar", images)
-    found, text = pretrain(tmp_path, capsys, "--data_path", tmp_path, "--batch_size", 20, "--max_bad_images", limit)
+    found, text = pretrain(
+        tmp_path, capsys, "--data_path", tmp_path, "--batch_size", 20, "--max_bad_images", limit
+    )
     assert found == code, text
     listed = (tmp_path / "run" / "bad_images.txt").read_text().split()
     assert [Path(name).name for name in listed] == [f"{i:03d}.jpg" for i in range(bad)]
@@ -417,4 +581,6 @@ def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeyp
     code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
     assert code == 0 and "the unfinished epoch starts again" in text and text.count("Epoch: [2]") == 3, text
     assert "Epoch: [2]  [1/4]" in text and "[5/4]" not in text
-    assert [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()][-1]["train_loss"] < 9
+    assert [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()][-1][
+        "train_loss"
+    ] < 9

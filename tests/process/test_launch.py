@@ -1,4 +1,5 @@
 """The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
+
 import contextlib
 import errno
 import fcntl
@@ -20,13 +21,35 @@ from util.cluster.job import Job, read_note
 from util.cluster.launch import launch, locked, say_stale
 from util.cluster.status import last_line, state_of, status
 
-TINY_MODEL = ["--model", "mae_vit_nano_patch8", "--input_size", "16", "--device", "cpu", "--num_workers", "0", "--epochs", "1",
-              "--batch_size", "100", "--warmup_epochs", "0", "--picture_epochs", "1000"]
+TINY_MODEL = [
+    "--model",
+    "mae_vit_nano_patch8",
+    "--input_size",
+    "16",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "100",
+    "--warmup_epochs",
+    "0",
+    "--picture_epochs",
+    "1000",
+]
 
 
 def front(*argv, main="pretrain") -> tuple[int, str]:
-    done = subprocess.run([sys.executable, f"submitit_{main}.py", *map(str, argv)], cwd=ROOT, env=environment(),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, f"submitit_{main}.py", *map(str, argv)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -35,56 +58,118 @@ def plan(*rest, words=(), chain=(), job_dir="/jobs"):
 
 
 def test_every_combination_with_its_own_directory_and_types():
-    points = plan("--seed", "5", words=["mask_ratio=0.5,0.75", "norm-pix-loss=true,false", "crop_scale=0.2 1.0"])
+    points = plan(
+        "--seed", "5", words=["mask_ratio=0.5,0.75", "norm-pix-loss=true,false", "crop_scale=0.2 1.0"]
+    )
     assert [p.name for p in points] == [
-        f"mask_ratio={m},norm_pix_loss={n},crop_scale=0.2_1.0" for m in ("0.5", "0.75") for n in ("true", "false")]
+        f"mask_ratio={m},norm_pix_loss={n},crop_scale=0.2_1.0"
+        for m in ("0.5", "0.75")
+        for n in ("true", "false")
+    ]
     assert points[2].flags == {"mask_ratio": 0.75, "norm_pix_loss": True, "crop_scale": [0.2, 1.0]}
-    assert points[2].argv == ["--seed", "5", "--mask_ratio", "0.75", "--norm_pix_loss", "--crop_scale", "0.2", "1.0",
-                              "--output_dir", points[2].folder]
+    assert points[2].argv == [
+        "--seed",
+        "5",
+        "--mask_ratio",
+        "0.75",
+        "--norm_pix_loss",
+        "--crop_scale",
+        "0.2",
+        "1.0",
+        "--output_dir",
+        points[2].folder,
+    ]
     assert points[2].folder == "/jobs/" + points[2].name
     alone = plan("--seed", "5")
     assert [(p.name, p.folder) for p in alone] == [("", "/jobs")]
 
 
-@pytest.mark.parametrize("main, rest, switch, dest, values", [
-    ("main_pretrain", ["--norm-pix-loss"], "norm_pix_loss", "norm_pix_loss", [True, False]),  # as a recipe sets it
-    ("main_sere", [], "norm_last_layer", "norm_last_layer", [True, False]),  # on by default
-    ("main_linprobe", ["--global_pool"], "global_pool", "pool", ["avg", None]),
-])
+@pytest.mark.parametrize(
+    "main, rest, switch, dest, values",
+    [
+        (
+            "main_pretrain",
+            ["--norm-pix-loss"],
+            "norm_pix_loss",
+            "norm_pix_loss",
+            [True, False],
+        ),  # as a recipe sets it
+        ("main_sere", [], "norm_last_layer", "norm_last_layer", [True, False]),  # on by default
+        ("main_linprobe", ["--global_pool"], "global_pool", "pool", ["avg", None]),
+    ],
+)
 def test_switches_are_swept_off_too(main, rest, switch, dest, values):
     points = sweep.plan(main, rest, [f"{switch}=true,false"], [], "/jobs")
-    assert [getattr(sweep.parse_main(main, p.argv), dest) for p in points] == [p.flags[switch] for p in points] == values
+    assert (
+        [getattr(sweep.parse_main(main, p.argv), dest) for p in points]
+        == [p.flags[switch] for p in points]
+        == values
+    )
 
 
 def test_flags_that_move_together():
     points = plan(words=["sr_spatial+sr_channel=0+0,0.2+0.5", "pos_label=apl+rpl,none"])
-    assert [p.name for p in points] == [f"sr_spatial={s},sr_channel={c},pos_label={label}"
-                                        for s, c in (("0", "0"), ("0.2", "0.5")) for label in ("apl+rpl", "none")]
+    assert [p.name for p in points] == [
+        f"sr_spatial={s},sr_channel={c},pos_label={label}"
+        for s, c in (("0", "0"), ("0.2", "0.5"))
+        for label in ("apl+rpl", "none")
+    ]
     assert points[2].flags == {"sr_spatial": 0.2, "sr_channel": 0.5, "pos_label": "apl+rpl"}
     with pytest.raises(ValueError, match=re.escape("sr_spatial+sr_channel=0.2: 2 flags move together")):
         plan(words=["sr_spatial+sr_channel=0+0,0.2"])
 
 
-@pytest.mark.parametrize("words, message", [
-    (["mask_ration=0.5"], "unknown flag --mask_ration; did you mean --mask_ratio"),
-    (["mask_ratio=0.5,x"], "--mask_ratio: invalid float value: 'x'"),
-    (["pos_label=apl,abc"], "invalid choice: 'abc'"),
-    (["norm_pix_loss=1,0"], "sweep over true,false"),
-    (["mask_ratio"], "FLAG=A,B,C"),
-    (["seed=1,1"], "names a point twice: seed=1"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["mask_ration=0.5"], "unknown flag --mask_ration; did you mean --mask_ratio"),
+        (["mask_ratio=0.5,x"], "--mask_ratio: invalid float value: 'x'"),
+        (["pos_label=apl,abc"], "invalid choice: 'abc'"),
+        (["norm_pix_loss=1,0"], "sweep over true,false"),
+        (["mask_ratio"], "FLAG=A,B,C"),
+        (["seed=1,1"], "names a point twice: seed=1"),
+    ],
+)
 def test_a_wrong_sweep_is_refused_before_anything_starts(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(words=words)
 
 
 def test_what_follows_inherits_model_and_data():
-    p, = plan("--model", "mae_vit_base_patch16_dec512d8b", "--data_path", "D", "--input_size", "96", "64", chain=[
-        "--then", "finetune", "--epochs", "3", "--then", "linprobe", "--knn", "--data_path", "E", "--then", "finetune"])
+    (p,) = plan(
+        "--model",
+        "mae_vit_base_patch16_dec512d8b",
+        "--data_path",
+        "D",
+        "--input_size",
+        "96",
+        "64",
+        chain=[
+            "--then",
+            "finetune",
+            "--epochs",
+            "3",
+            "--then",
+            "linprobe",
+            "--knn",
+            "--data_path",
+            "E",
+            "--then",
+            "finetune",
+        ],
+    )
     assert [(x.name, x.main) for x in p.then] == [
-        ("finetune", "main_finetune"), ("linprobe", "main_linprobe"), ("finetune-2", "main_finetune")]
+        ("finetune", "main_finetune"),
+        ("linprobe", "main_linprobe"),
+        ("finetune-2", "main_finetune"),
+    ]
     args = sweep.parse_main("main_finetune", p.then[0].argv)
-    assert (args.model, args.data_path, args.input_size, args.epochs) == ("vit_base_patch16", "D", [96, 64], 3)
+    assert (args.model, args.data_path, args.input_size, args.epochs) == (
+        "vit_base_patch16",
+        "D",
+        [96, 64],
+        3,
+    )
     assert args.finetune == "/jobs/checkpoint-last.pth" and args.output_dir == "/jobs/finetune"
     assert sweep.parse_main("main_linprobe", p.then[1].argv).data_path == "E"
     with pytest.raises(ValueError, match="leave out %j"):
@@ -102,36 +187,89 @@ def test_what_follows_has_the_seed_of_its_run():
 
 
 def test_what_follows_has_what_it_was_given_be_it_the_default():
-    p, = plan("--input_size", "128", "--patch_size", "32", "--pos_tokens", "full", "--seed", "3", "--output_dir", "elsewhere",
-              chain=["--then", "finetune", "--input_size", "224", "--seed", "0", "--model", "vit_large_patch16",
-                     "--then", "linprobe"])
+    (p,) = plan(
+        "--input_size",
+        "128",
+        "--patch_size",
+        "32",
+        "--pos_tokens",
+        "full",
+        "--seed",
+        "3",
+        "--output_dir",
+        "elsewhere",
+        chain=[
+            "--then",
+            "finetune",
+            "--input_size",
+            "224",
+            "--seed",
+            "0",
+            "--model",
+            "vit_large_patch16",
+            "--then",
+            "linprobe",
+        ],
+    )
     first, second = (sweep.parse_main(x.main, x.argv) for x in p.then)
     assert (first.input_size, first.seed, first.model) == ([224], 0, "vit_large_patch16")
-    assert (first.patch_size, first.pos_tokens, second.patch_size, second.input_size) == ([32], "full", [32], [128])
+    assert (first.patch_size, first.pos_tokens, second.patch_size, second.input_size) == (
+        [32],
+        "full",
+        [32],
+        [128],
+    )
     assert first.finetune == second.finetune == "/jobs/checkpoint-last.pth"
     assert sweep.parse_main("main_pretrain", p.argv).output_dir == "/jobs", "where the follow-ups look for it"
 
 
 def test_what_follows_sere_has_its_encoder():
-    p, = sweep.plan("main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs")
+    (p,) = sweep.plan(
+        "main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs"
+    )
     assert sweep.parse_main("main_linprobe", p.then[0].argv).model == "vit_pico_patch8"
 
 
 def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
     recipe = tmp_path / "all.args"
     recipe.with_name("model.args").write_text("--model mae_vit_pico_patch8  # of another recipe\n")
-    recipe.write_text(f"@{recipe.with_name('model.args')}\n--sweep seed=0,1\n--then linprobe --knn --no-pin_mem\n")
+    recipe.write_text(
+        f"@{recipe.with_name('model.args')}\n--sweep seed=0,1\n--then linprobe --knn --no-pin_mem\n"
+    )
     assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
-    assert len(re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown)) == 2
+    assert (
+        len(re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown))
+        == 2
+    )
 
 
 def test_flags_behind_a_recipe_are_the_mains_not_its_last_follow_ups(tmp_path, capsys):
     recipe = tmp_path / "all.args"
     recipe.write_text("--model mae_vit_pico_patch8 --epochs 4\n--then finetune --epochs 2\n")
-    assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}", "--epochs", "7",
-                                    "--data_path", "D", "--then", "linprobe", "--epochs", "3"]) == 0
+    assert (
+        launch(
+            "main_pretrain",
+            [
+                "--dry_run",
+                "--cluster",
+                "local",
+                "--job_dir",
+                "J",
+                f"@{recipe}",
+                "--epochs",
+                "7",
+                "--data_path",
+                "D",
+                "--then",
+                "linprobe",
+                "--epochs",
+                "3",
+            ],
+        )
+        == 0
+    )
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert [w[1] for w in shown] == ["main_pretrain.py", "main_finetune.py", "main_linprobe.py"]
     last = [[w[i + 1] for i, word in enumerate(w) if word == "--epochs"][-1] for w in shown]
@@ -142,12 +280,26 @@ def test_flags_behind_a_recipe_are_the_mains_not_its_last_follow_ups(tmp_path, c
 
 
 def test_switched_off_for_the_main(tmp_path, capsys):
-    assert launch("main_sere", ["--dry_run", "--cluster", "local", "--job_dir", "J", "--no-norm_last_layer"]) == 0
+    assert (
+        launch("main_sere", ["--dry_run", "--cluster", "local", "--job_dir", "J", "--no-norm_last_layer"])
+        == 0
+    )
     assert "--no-norm_last_layer" in capsys.readouterr().out
 
 
 def test_a_check_is_made_whenever_it_is_asked_for_and_is_no_run(tmp_path):
-    command = ["--cluster", "debug", "--job_dir", tmp_path, *TINY_MODEL, "--sweep", "seed=0,1", "--then", "linprobe", "--knn"]
+    command = [
+        "--cluster",
+        "debug",
+        "--job_dir",
+        tmp_path,
+        *TINY_MODEL,
+        "--sweep",
+        "seed=0,1",
+        "--then",
+        "linprobe",
+        "--knn",
+    ]
     for _ in range(2):
         code, text = front("--check", *command)
         assert code == 0 and "200 images" in text and "not run again" not in text, text
@@ -160,9 +312,26 @@ def test_in_this_process_runs_need_no_submitit_and_share_a_folder(tmp_path):
     (tmp_path / "without" / "submitit").mkdir(parents=True)
     (tmp_path / "without" / "submitit" / "__init__.py").write_text("raise ImportError('not installed')")
     path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "submitit_pretrain.py", "--cluster", "debug", "--job_dir", str(tmp_path / "jobs"), *TINY_MODEL]
-    both = [subprocess.Popen([*command, "--sweep", f"seed={seed}"], cwd=ROOT, env=environment(PYTHONPATH=path),
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for seed in (0, 1)]
+    command = [
+        sys.executable,
+        "submitit_pretrain.py",
+        "--cluster",
+        "debug",
+        "--job_dir",
+        str(tmp_path / "jobs"),
+        *TINY_MODEL,
+    ]
+    both = [
+        subprocess.Popen(
+            [*command, "--sweep", f"seed={seed}"],
+            cwd=ROOT,
+            env=environment(PYTHONPATH=path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for seed in (0, 1)
+    ]
     texts = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
     points = json.loads((tmp_path / "jobs" / "sweep.json").read_text())["points"]
@@ -194,8 +363,24 @@ def test_status_beside_a_line_that_is_being_written(tmp_path):
 
 def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
     """Two points at a time; one fails, is mended, and runs alone."""
-    command = ["--cluster", "local", "--ngpus", 0, "--job_dir", tmp_path, *TINY_MODEL, "--max_parallel", 2,
-               "--sweep", "mask_ratio=0.5,0.75", "--then", "linprobe", "--knn", "--batch_size", 100]
+    command = [
+        "--cluster",
+        "local",
+        "--ngpus",
+        0,
+        "--job_dir",
+        tmp_path,
+        *TINY_MODEL,
+        "--max_parallel",
+        2,
+        "--sweep",
+        "mask_ratio=0.5,0.75",
+        "--then",
+        "linprobe",
+        "--knn",
+        "--batch_size",
+        100,
+    ]
     bad = tmp_path / "mask_ratio=0.75" / "checkpoint-last.pth"
     bad.parent.mkdir()
     bad.write_bytes(b"")
@@ -203,13 +388,21 @@ def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
     assert code == 1, text
     shown = front("--status", tmp_path)[1]
     states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
-    assert states == {"mask_ratio=0.5": "finished", "mask_ratio=0.5/linprobe": "finished", "mask_ratio=0.75": "failed"}, shown
+    assert states == {
+        "mask_ratio=0.5": "finished",
+        "mask_ratio=0.5/linprobe": "finished",
+        "mask_ratio=0.75": "failed",
+    }, shown
     assert "is empty" in shown and "knn20_cls" in shown
     bad.unlink()
     code, text = front(*command)
     assert code == 0 and text.count("finished, not run again") == 2, text
     assert set(dict(re.findall(r"^(mask\S+)\s+(finished)", front("--status", tmp_path)[1], re.M))) == {
-        "mask_ratio=0.5", "mask_ratio=0.5/linprobe", "mask_ratio=0.75", "mask_ratio=0.75/linprobe"}
+        "mask_ratio=0.5",
+        "mask_ratio=0.5/linprobe",
+        "mask_ratio=0.75",
+        "mask_ratio=0.75/linprobe",
+    }
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert saved["points"] == [{"name": f"mask_ratio={m}", "flags": {"mask_ratio": m}} for m in (0.5, 0.75)]
     assert len(log_lines(tmp_path / "mask_ratio=0.75")) == 1
@@ -218,17 +411,49 @@ def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
 
 
 def test_two_local_processes_are_two_ranks(tmp_path):
-    code, text = front("--cluster", "local", "--ngpus", 2, "--job_dir", tmp_path, *TINY_MODEL, "--batch_size", 50)
+    code, text = front(
+        "--cluster", "local", "--ngpus", 2, "--job_dir", tmp_path, *TINY_MODEL, "--batch_size", 50
+    )
     log = "".join(p.read_text() for p in tmp_path.glob("submitit/*/*_log.out"))
     assert code == 0 and "rank 1 of 2" in log and "= 100, lr" in log, text + log
 
 
 def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
-    code, text = front("--nodes", 3, "--ngpus", 4, "--job_dir", tmp_path / "jobs", "--timeout", 90, "--qos", "high", "--slurm",
-                       "exclude=node7", "exclusive", "--mem_gb", 100, *TINY_MODEL, "--sweep", "seed=1,2", "--dry_run")
+    code, text = front(
+        "--nodes",
+        3,
+        "--ngpus",
+        4,
+        "--job_dir",
+        tmp_path / "jobs",
+        "--timeout",
+        90,
+        "--qos",
+        "high",
+        "--slurm",
+        "exclude=node7",
+        "exclusive",
+        "--mem_gb",
+        100,
+        *TINY_MODEL,
+        "--sweep",
+        "seed=1,2",
+        "--dry_run",
+    )
     assert code == 0, text
-    for line in ("--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=90", "--qos=high", "--exclude=node7",
-                 "--exclusive", "--mem=100GB", "--array=0-1%2", "--requeue", "--signal=USR2@120"):
+    for line in (
+        "--nodes=3",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--time=90",
+        "--qos=high",
+        "--exclude=node7",
+        "--exclusive",
+        "--mem=100GB",
+        "--array=0-1%2",
+        "--requeue",
+        "--signal=USR2@120",
+    ):
         assert f"#SBATCH {line}\n" in text, line
     assert "--kill-on-bad-exit=1" in text and text.count("python main_pretrain.py") == 2
     assert not (tmp_path / "jobs").exists()
@@ -239,13 +464,23 @@ def test_status_of_nothing_says_so(tmp_path):
     assert code == 2 and "is no job directory" in text
 
 
-@pytest.mark.parametrize("noted, queued, end, word", [
-    ("", "PENDING", "", "pending"), ("running", "PENDING", "", "requeued"), ("running", "RUNNING", "", "running"),
-    ("finished", "COMPLETING", "", "finished"), ("failed", "RUNNING", "", "failed"), ("stopped", "RUNNING", "", "running"),
-    ("stopped", "PENDING", "", "requeued"), ("running", "", "NODE_FAIL", "node_fail"),
-    ("running", "", "CANCELLED by 0", "cancelled"),
-    ("finished", "", "COMPLETED", "finished"), ("failed", "", "FAILED", "failed"), ("", "", "", "not submitted"),
-])
+@pytest.mark.parametrize(
+    "noted, queued, end, word",
+    [
+        ("", "PENDING", "", "pending"),
+        ("running", "PENDING", "", "requeued"),
+        ("running", "RUNNING", "", "running"),
+        ("finished", "COMPLETING", "", "finished"),
+        ("failed", "RUNNING", "", "failed"),
+        ("stopped", "RUNNING", "", "running"),
+        ("stopped", "PENDING", "", "requeued"),
+        ("running", "", "NODE_FAIL", "node_fail"),
+        ("running", "", "CANCELLED by 0", "cancelled"),
+        ("finished", "", "COMPLETED", "finished"),
+        ("failed", "", "FAILED", "failed"),
+        ("", "", "", "not submitted"),
+    ],
+)
 def test_state_of_a_run(noted, queued, end, word):
     assert state_of({"state": noted} if noted else {}, queued, end) == word
 
@@ -256,7 +491,9 @@ def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
     monkeypatch.setattr(main_linprobe, "main", lambda args: 0)
     job = Job("main_linprobe", ["--seed", "3"], str(tmp_path))
     assert not job.finished_before() and job() == 0 and job.finished_before()
-    assert not Job("main_linprobe", ["--seed", "4"], str(tmp_path)).finished_before(), "other flags are another run"
+    assert not Job("main_linprobe", ["--seed", "4"], str(tmp_path)).finished_before(), (
+        "other flags are another run"
+    )
     monkeypatch.setattr(main_linprobe, "main", lambda args: 75)
     with pytest.raises(SystemExit, match="75"):
         job()
@@ -268,7 +505,10 @@ def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
     monkeypatch.setattr(main_linprobe, "main", broken)
     with pytest.raises(ValueError):
         job()
-    assert read_note(tmp_path)["state"] == "failed" and read_note(tmp_path)["error"] == "ValueError: no such data"
+    assert (
+        read_note(tmp_path)["state"] == "failed"
+        and read_note(tmp_path)["error"] == "ValueError: no such data"
+    )
     assert status(tmp_path).splitlines()[1].split()[:2] == [".", "failed"]
 
 
@@ -286,7 +526,10 @@ def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
             monkeypatch.setattr(main_linprobe, "main", lambda args, code=code: code)
             with contextlib.suppress(SystemExit):
                 Job("main_linprobe", [], str(tmp_path))()
-            assert all((signal.getsignal(number) == signal.SIG_IGN) == ignored for number in warnings), (executor, code)
+            assert all((signal.getsignal(number) == signal.SIG_IGN) == ignored for number in warnings), (
+                executor,
+                code,
+            )
     finally:
         for number, handler in warnings.items():
             signal.signal(number, handler)
@@ -294,8 +537,14 @@ def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
 
 def test_requeue_asks_slurm_first(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: asked.append(command) or subprocess.CompletedProcess(
-        command, 0, states.pop(0) if command[0] == "squeue" else "", ""))
+    monkeypatch.setattr(
+        slurm.subprocess,
+        "run",
+        lambda command, **k: (
+            asked.append(command)
+            or subprocess.CompletedProcess(command, 0, states.pop(0) if command[0] == "squeue" else "", "")
+        ),
+    )
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -338,7 +587,9 @@ def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
 def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch, capsys):
     waits, answers = [], ["", "UNLIMITED", "1-00:00:20", "1:00:20", "1:20", "0:31", "0:30", "RUNNING"]
     monkeypatch.setattr(slurm, "ask", lambda *command: answers.pop(0))
-    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", ""))
+    monkeypatch.setattr(
+        slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", "")
+    )
 
     class Left(threading.Event):
         def wait(self, timeout=None):
@@ -360,17 +611,30 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
 
 def test_a_preview_is_asked_for_anywhere(tmp_path, capsys):
     """At the end of a command it would be the last follow-up's flag, and all would be submitted."""
-    flags = [*TINY_MODEL, "--job_dir", str(tmp_path / "jobs"), "--sweep", "seed=0,1", "--then", "linprobe", "--knn"]
+    flags = [
+        *TINY_MODEL,
+        "--job_dir",
+        str(tmp_path / "jobs"),
+        "--sweep",
+        "seed=0,1",
+        "--then",
+        "linprobe",
+        "--knn",
+    ]
     assert launch("main_pretrain", [*flags, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert text.count("python main_linprobe.py") == 2 and "#SBATCH" in text and not (tmp_path / "jobs").exists()
+    assert (
+        text.count("python main_linprobe.py") == 2 and "#SBATCH" in text and not (tmp_path / "jobs").exists()
+    )
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(tmp_path, monkeypatch, capfd):
     """What runs already would be submitted again."""
     (tmp_path / "jobs.json").write_text(json.dumps({"": ["7"]}))
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
-    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 1, "", "timed out"))
+    monkeypatch.setattr(
+        slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 1, "", "timed out")
+    )
     assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(tmp_path)]) == 2
     assert "SLURM does not answer squeue (timed out)" in capfd.readouterr().err
 
@@ -379,15 +643,33 @@ def test_what_was_submitted_is_noted_before_slurm_refuses_more(tmp_path, monkeyp
     """A limit of jobs, say: the same command again then submits the rest alone."""
     bin_, calls = tmp_path / "bin", tmp_path / "calls"
     bin_.mkdir()
-    sbatch = (f"echo x >> {calls}\nn=$(wc -l < {calls})\n[ $n -le 2 ] || {{ echo QOSMaxSubmit >&2; exit 1; }}\n"
-              "echo Submitted batch job $n")
+    sbatch = (
+        f"echo x >> {calls}\nn=$(wc -l < {calls})\n[ $n -le 2 ] || {{ echo QOSMaxSubmit >&2; exit 1; }}\n"
+        "echo Submitted batch job $n"
+    )
     for name, text in (("sbatch", sbatch), ("squeue", ""), ("srun", ""), ("scontrol", "")):
         (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_), prepend=":")
     folder = tmp_path / "jobs"
-    assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(folder), "--sweep", "seed=0", "--then", "linprobe", "--knn",
-                                    "--then", "linprobe"]) == 2
+    assert (
+        launch(
+            "main_pretrain",
+            [
+                *TINY_MODEL,
+                "--job_dir",
+                str(folder),
+                "--sweep",
+                "seed=0",
+                "--then",
+                "linprobe",
+                "--knn",
+                "--then",
+                "linprobe",
+            ],
+        )
+        == 2
+    )
     assert "SLURM refuses the job: " in (told := capfd.readouterr().err) and "QOSMaxSubmit" in told
     assert list(json.loads((folder / "jobs.json").read_text())) == ["seed=0", "seed=0/linprobe"]
 

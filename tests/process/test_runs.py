@@ -1,4 +1,5 @@
 """Whole runs in real processes: kill and resume, ranks, accumulation, signals, non-finite losses."""
+
 import json
 import random
 import signal
@@ -29,8 +30,15 @@ def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, w
     """36 micro-steps in 12 updates; killed somewhere in a step, once with every update on disk, once with every other."""
     where = [random.choice((4, 5, 7, 8, 13)), random.randrange(4, 12)]  # the first leaves an epoch half done
     for call, save_steps in zip(where, (1, 2)):
-        code, text = start(tmp_path, *RUN, "--num_workers", workers, "--save_steps", save_steps,
-                           TEST_SIGNAL=f"0:{call}:SIGKILL")
+        code, text = start(
+            tmp_path,
+            *RUN,
+            "--num_workers",
+            workers,
+            "--save_steps",
+            save_steps,
+            TEST_SIGNAL=f"0:{call}:SIGKILL",
+        )
         assert code == -signal.SIGKILL, (where, text)
     assert 2 <= last(tmp_path)["step"] <= 8, where
     code, text = start(tmp_path, *RUN, "--num_workers", workers)
@@ -41,7 +49,9 @@ def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, w
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, name):
-    code, text = start(tmp_path, *RUN, TEST_SIGNAL=f"0:9:{name}")  # the tenth micro-step is the fourth update's first
+    code, text = start(
+        tmp_path, *RUN, TEST_SIGNAL=f"0:9:{name}"
+    )  # the tenth micro-step is the fourth update's first
     assert code == 75 and f"stopped by {name}" in text, text
     assert last(tmp_path)["step"] == 4, "the update was finished, and none was begun"
     if name == "SIGUSR1":
@@ -116,7 +126,9 @@ def test_saves_by_steps_at_the_ends_of_epochs(tmp_path):
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(one_process, tmp_path):
     results = ranks(2, tmp_path, *ONE, "--batch_size", 24, TEST_SIGNAL="1:1:SIGUSR2")
     assert [c for c, _ in results] == [75, 75], results
-    assert last(tmp_path)["step"] == 3, "told in the second update, agreed on and left together after the third"
+    assert last(tmp_path)["step"] == 3, (
+        "told in the second update, agreed on and left together after the third"
+    )
     results = ranks(2, tmp_path, *ONE, "--batch_size", 24)
     assert [c for c, _ in results] == [0, 0], results
     assert_same(last(one_process), last(tmp_path), exact=False)
@@ -147,13 +159,17 @@ with StopSignal(lambda left: print("left:", left.is_set(), flush=True), patience
 def test_a_rank_that_does_not_stop_says_where_it_is():
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 3
-    assert "rank 0 has not stopped within 0.5 s of SIGUSR2" in done.stderr and done.stderr.count("not stopped") == 1
+    assert (
+        "rank 0 has not stopped within 0.5 s of SIGUSR2" in done.stderr
+        and done.stderr.count("not stopped") == 1
+    )
     assert "in wait_in_a_collective" in done.stderr and done.stdout == "left: False\n", done.stderr
 
 
 def test_nan_on_one_rank_stops_both_and_leaves_a_replay_file(tmp_path):
-    results = ranks(2, tmp_path, *ONE, "--batch_size", 24, "--save_steps", 1, "--print_freq", 2,
-                    TEST_NAN="1:6")
+    results = ranks(
+        2, tmp_path, *ONE, "--batch_size", 24, "--save_steps", 1, "--print_freq", 2, TEST_NAN="1:6"
+    )
     for code, text in results:
         assert code != 0 and "non-finite at step 6: loss = nan" in text, text
     replay = json.loads((tmp_path / "replay-step6.json").read_text())
@@ -180,15 +196,37 @@ def test_checkpoints_follow_maes_names_and_are_retired(uninterrupted):
 
 
 # Everything random that fine-tuning has: RandAugment, erasing, mixup or cutmix, stochastic depth, sampled pairs.
-FT = ["--batch_size", 40, "--epochs", 3, "--pos_label", "rpl", "--rpl_pairs", 2, "--mixup", 0.8, "--cutmix", 1.0,
-      "--drop_path", 0.2, "--ema", 0.9]
+FT = [
+    "--batch_size",
+    40,
+    "--epochs",
+    3,
+    "--pos_label",
+    "rpl",
+    "--rpl_pairs",
+    2,
+    "--mixup",
+    0.8,
+    "--cutmix",
+    1.0,
+    "--drop_path",
+    0.2,
+    "--ema",
+    0.9,
+]
 
 
 def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
     code, text = start(tmp_path / "a", *FT, main=FINETUNE)
     assert code == 0, text
-    code, text = start(tmp_path / "b", *FT, "--save_steps", 1, main=FINETUNE,
-                       TEST_SIGNAL=f"0:{random.randrange(5, 14)}:SIGKILL")
+    code, text = start(
+        tmp_path / "b",
+        *FT,
+        "--save_steps",
+        1,
+        main=FINETUNE,
+        TEST_SIGNAL=f"0:{random.randrange(5, 14)}:SIGKILL",
+    )
     assert code == -signal.SIGKILL, text
     code, text = start(tmp_path / "b", *FT, "--num_workers", 2, main=FINETUNE)
     assert code == 0 and "continuing" in text, text
@@ -210,7 +248,10 @@ def test_evaluation_is_exact_on_two_ranks(tmp_path):
     two = ranks(2, tmp_path, *flags, "--predictions", tmp_path / "two.csv", main=FINETUNE)
     assert [c for c, _ in two] == [0, 0], two
     acc = [line for line in text.splitlines() if line.startswith("* Acc@1")]
-    assert acc == [line for line in two[0][1].splitlines() if line.startswith("* Acc@1")] and "on 50 of 50" in acc[0]
+    assert (
+        acc == [line for line in two[0][1].splitlines() if line.startswith("* Acc@1")]
+        and "on 50 of 50" in acc[0]
+    )
     rows = (tmp_path / "one.csv").read_text()
     assert rows == (tmp_path / "two.csv").read_text() and len(rows.splitlines()) == 51
     share = sum(row.endswith(",1") for row in rows.splitlines()) / 50

@@ -1,4 +1,5 @@
 """Self-distillation runs, and self-relations inside of MAE: the models against explicit loops, and whole processes."""
+
 import importlib
 import math
 import random
@@ -18,7 +19,7 @@ from models_sere import SereTeacher, make_centres
 from processes import COMMON, FINETUNE, PRETRAIN, SERE, assert_same, last, log_lines, ranks, start
 from tools import inspect
 from util.data.multicrop import MultiCrop, TwoViews, block_mask
-from util.evaluate.spectrum import effective_rank
+from util.evaluate.effective_rank import effective_rank
 from util.flags.parser import parse
 from util.train.optim import clip_each
 from util.weights import checkpoint, transfer
@@ -45,8 +46,15 @@ def sere(**kwargs):
 
 
 def sere_batch(B=5, num_local=3):
-    crops = MultiCrop(SIZE, LOCAL, num_local, GRID, global_scale=(0.2, 0.5), local_scale=(0.05, 0.3),
-                      mask_ratios=[(0.0, 0.0), (0.1, 0.5)])
+    crops = MultiCrop(
+        SIZE,
+        LOCAL,
+        num_local,
+        GRID,
+        global_scale=(0.2, 0.5),
+        local_scale=(0.05, 0.3),
+        mask_ratios=[(0.0, 0.0), (0.1, 0.5)],
+    )
     samples = [crops(torch.randint(256, (3, 60, 90), dtype=torch.uint8)) for _ in range(B)]
     batch = {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
     return batch | {k: batch[k] / 255 - 0.5 for k in ("image", "local")}
@@ -61,12 +69,17 @@ def test_losses_are_those_of_an_explicit_loop_over_pairs(pos_embed):
     centres["cls"].mean.normal_(), centres["patch"].mean.normal_()
     before = {k: c.mean.clone() for k, c in centres.items()}
     mask, boxes, now = batch["mask"], batch["boxes"], {"temperature": 0.06}
-    loss, losses = main_sere.make_loss_fn(teacher, centres, now, dict(cls=2, patch=3, sr_spatial=5, sr_channel=7), 12)(
-        model, batch)
+    loss, losses = main_sere.make_loss_fn(
+        teacher, centres, now, dict(cls=2, patch=3, sr_spatial=5, sr_channel=7), 12
+    )(model, batch)
 
     def encode(net, x, grid, m=None):
-        x = net.patch_embed.embed_patches(torch.stack([F.unfold(i[None], 8, stride=8)[0].T for i in x]).unflatten(
-            2, (3, 64)).transpose(2, 3).flatten(2))  # another way to cut patches
+        x = net.patch_embed.embed_patches(
+            torch.stack([F.unfold(i[None], 8, stride=8)[0].T for i in x])
+            .unflatten(2, (3, 64))
+            .transpose(2, 3)
+            .flatten(2)
+        )  # another way to cut patches
         if m is not None:
             x = torch.where(m[..., None], net.mask_token, x)
         x = torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1)
@@ -82,42 +95,65 @@ def test_losses_are_those_of_an_explicit_loop_over_pairs(pos_embed):
     s = [encode(model, batch["image"][:, v], GRID, mask[:, v]) for v in range(2)]
     s += [encode(model, batch["local"][:, v], (2, 4)) for v in range(3)]
     t = [encode(teacher, batch["image"][:, v], GRID) for v in range(2)]
-    assert torch.allclose(s[0], model.forward_tokens(batch["image"][:, 0], mask[:, 0], model.mask_token), atol=1e-5)
+    assert torch.allclose(
+        s[0], model.forward_tokens(batch["image"][:, 0], mask[:, 0], model.mask_token), atol=1e-5
+    )
     heads = [model.ibot_head(model.norm(x)) / 0.1 for x in s], [teacher.ibot_head(teacher.norm(x)) for x in t]
     log_p = [x.log_softmax(-1) for x in heads[0]]
     cls = [((x[:, 0] - before["cls"]) / 0.06).softmax(-1) for x in heads[1]]
     patch = [((x[:, 1:] - before["patch"]) / 0.06).softmax(-1) for x in heads[1]]
     terms = [-(cls[a] * log_p[b][:, 0]).sum(-1).mean() for a in range(2) for b in range(5) if a != b]
     assert torch.allclose(losses["cls"], sum(terms) / 8, atol=1e-5)
-    terms = [-(patch[v] * log_p[v][:, 1:]).sum(-1)[i][mask[i, v]].mean() if mask[i, v].any() else torch.zeros(())
-             for v in range(2) for i in range(5)]
+    terms = [
+        -(patch[v] * log_p[v][:, 1:]).sum(-1)[i][mask[i, v]].mean() if mask[i, v].any() else torch.zeros(())
+        for v in range(2)
+        for i in range(5)
+    ]
     assert any(mask[i, v].any() for v in range(2) for i in range(5)) and torch.allclose(
-        losses["patch"], sum(terms) / 10, atol=1e-5)
+        losses["patch"], sum(terms) / 10, atol=1e-5
+    )
     expected = 0.9 * before["patch"] + 0.1 * torch.cat([x[:, 1:] for x in heads[1]]).mean((0, 1))
     assert torch.allclose(centres["patch"].mean, expected, atol=1e-5), "over all patches, not the masked ones"
-    assert torch.allclose(centres["cls"].mean, 0.9 * before["cls"] + 0.1 * torch.cat([x[:, 0] for x in heads[1]]).mean(0),
-                          atol=1e-5)
+    assert torch.allclose(
+        centres["cls"].mean,
+        0.9 * before["cls"] + 0.1 * torch.cat([x[:, 0] for x in heads[1]]).mean(0),
+        atol=1e-5,
+    )
 
     spatial, channel, skipped = [], [], 0
-    together = [model.sr_spatial(torch.stack(s[:2], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2)),
-                model.sr_spatial_local(torch.stack(s[2:], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 3))]
-    channels = [model.sr_channel(torch.stack(s[:2], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2)),
-                model.sr_channel_local(torch.stack(s[2:], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 3))]
-    taught = {k: getattr(teacher, f"sr_{k}")(torch.stack(t, 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2))
-              for k in ("spatial", "channel")}
+    together = [
+        model.sr_spatial(torch.stack(s[:2], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2)),
+        model.sr_spatial_local(torch.stack(s[2:], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 3)),
+    ]
+    channels = [
+        model.sr_channel(torch.stack(s[:2], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2)),
+        model.sr_channel_local(torch.stack(s[2:], 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 3)),
+    ]
+    taught = {
+        k: getattr(teacher, f"sr_{k}")(torch.stack(t, 1).flatten(0, 1)[:, 1:]).unflatten(0, (5, 2))
+        for k in ("spatial", "channel")
+    }
     for i in range(5):
         for a in range(2):
             for b in (b for b in range(5) if b != a):
                 size, grid = ((3, 5), GRID) if b < 2 else ((2, 4), (2, 4))
                 mine, theirs, share = overlap_points(boxes[i, b], boxes[i, a], size)
                 own = together[b >= 2][i, b - 2 * (b >= 2)][None]
-                value = spatial_loss(sample_tokens(own, grid, mine[None]),
-                                     sample_tokens(taught["spatial"][i, a][None], GRID, theirs[None]), 2, 0.5)
+                value = spatial_loss(
+                    sample_tokens(own, grid, mine[None]),
+                    sample_tokens(taught["spatial"][i, a][None], GRID, theirs[None]),
+                    2,
+                    0.5,
+                )
                 if share > 0.05:
                     spatial.append(value)
                 else:
                     skipped += 1
-                channel.append(channel_loss(channels[b >= 2][i, b - 2 * (b >= 2)][None], taught["channel"][i, a][None], 0.1))
+                channel.append(
+                    channel_loss(
+                        channels[b >= 2][i, b - 2 * (b >= 2)][None], taught["channel"][i, a][None], 0.1
+                    )
+                )
     assert skipped > 0 and torch.allclose(losses["sr_spatial"], torch.cat(spatial).mean(), atol=1e-5)
     assert torch.allclose(losses["sr_channel"], torch.cat(channel).mean(), atol=1e-5)
     total = 2 * losses["cls"] + 3 * losses["patch"] + 5 * losses["sr_spatial"] + 7 * losses["sr_channel"]
@@ -130,9 +166,17 @@ def test_losses_are_those_of_an_explicit_loop_over_pairs(pos_embed):
 
 @pytest.mark.parametrize("num_local", [0, 1])
 def test_few_local_crops(num_local):
-    model, batch = sere() if num_local else tiny.sere_test(img_size=SIZE, local_size=None, out_dim=24), sere_batch(3, num_local)
-    loss_fn = main_sere.make_loss_fn(copy_parameters(SereTeacher(model), model), make_centres(24), {"temperature": 0.05},
-                                     dict(cls=1, patch=1, sr_spatial=1, sr_channel=1), 12)
+    model, batch = (
+        sere() if num_local else tiny.sere_test(img_size=SIZE, local_size=None, out_dim=24),
+        sere_batch(3, num_local),
+    )
+    loss_fn = main_sere.make_loss_fn(
+        copy_parameters(SereTeacher(model), model),
+        make_centres(24),
+        {"temperature": 0.05},
+        dict(cls=1, patch=1, sr_spatial=1, sr_channel=1),
+        12,
+    )
     loss, _ = loss_fn(model, batch)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -150,16 +194,18 @@ def test_a_teacher_of_another_crop_is_read_at_the_places_of_the_visible_cells():
     tokens = model._encode(model.patchify(image / 255 - 0.5), keep)[:, 1:]
     own, terms = model.sr_spatial(tokens), []
     for i in range(6):
-        points, inside = cells_elsewhere(keep[i:i + 1], GRID, boxes[i:i + 1, 0], boxes[i:i + 1, 1])
+        points, inside = cells_elsewhere(keep[i : i + 1], GRID, boxes[i : i + 1, 0], boxes[i : i + 1, 1])
         if inside.sum() > 1:
-            theirs = sample_tokens(taught["spatial"][i:i + 1], GRID, points[:, inside[0]])
-            terms.append(spatial_loss(own[i:i + 1, inside[0]], theirs, 2, 0.5))
+            theirs = sample_tokens(taught["spatial"][i : i + 1], GRID, points[:, inside[0]])
+            terms.append(spatial_loss(own[i : i + 1, inside[0]], theirs, 2, 0.5))
     assert terms and torch.allclose(losses["sr_spatial"], torch.cat(terms).mean(), atol=1e-5)
     same, _, _ = model(image / 255 - 0.5, ids_keep=keep, relation_targets=teacher(image / 255 - 0.5))
     taught = teacher(image / 255 - 0.5)
     theirs = torch.stack([taught["spatial"][i, keep[i]] for i in range(6)])
     assert torch.allclose(same["sr_spatial"], spatial_loss(own, theirs, 2, 0.5).mean(), atol=1e-5)
-    assert torch.allclose(same["sr_channel"], channel_loss(model.sr_channel(tokens), taught["channel"], 0.1).mean(), atol=1e-5)
+    assert torch.allclose(
+        same["sr_channel"], channel_loss(model.sr_channel(tokens), taught["channel"], 0.1).mean(), atol=1e-5
+    )
 
 
 def test_crops_belong_to_their_boxes_and_masks_are_blocks():
@@ -169,8 +215,10 @@ def test_crops_belong_to_their_boxes_and_masks_are_blocks():
     for _ in range(8):
         out = crops(image)
         for view, (x, y, w, h, flipped) in zip((out["image"], out["second"]), out["boxes"].int().tolist()):
-            part = image[:, y:y + h, x:x + w].float()
-            part = F.interpolate(part[None], (16, 24), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+            part = image[:, y : y + h, x : x + w].float()
+            part = (
+                F.interpolate(part[None], (16, 24), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+            )
             error = (view.float() - (part.flip(-1) if flipped else part)).abs()
             assert error.mean() < 1 and error.max() <= 10, "integer arithmetic on one side, noise as an image"
             seen.add(flipped)
@@ -182,9 +230,12 @@ def test_crops_belong_to_their_boxes_and_masks_are_blocks():
     borders = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()
     assert borders < 0.5 * 2 * 2 * 14 * 13 * 0.4 * 0.6, "far fewer borders than scattered cells have"
     random.seed(1), torch.manual_seed(1)
-    out = MultiCrop((16, 24), (8, 8), 4, (4, 6), global_scale=(0.4, 1), local_scale=(0.05, 0.4), mask_ratios=[(0.1, 0.5)])(
-        torch.randint(256, (5, 50, 70), dtype=torch.uint8))  # five channels: geometry and blur only
-    assert out["local"].shape == (4, 5, 8, 8) and out["boxes"].shape == (6, 5) and out["mask"].shape == (2, 24)
+    out = MultiCrop(
+        (16, 24), (8, 8), 4, (4, 6), global_scale=(0.4, 1), local_scale=(0.05, 0.4), mask_ratios=[(0.1, 0.5)]
+    )(torch.randint(256, (5, 50, 70), dtype=torch.uint8))  # five channels: geometry and blur only
+    assert (
+        out["local"].shape == (4, 5, 8, 8) and out["boxes"].shape == (6, 5) and out["mask"].shape == (2, 24)
+    )
     area = out["boxes"][:, 2] * out["boxes"][:, 3] / 3500
     assert (area[:2] > 0.38).all() and (area[2:] < 0.43).all()
 
@@ -192,10 +243,14 @@ def test_crops_belong_to_their_boxes_and_masks_are_blocks():
 def test_schedules_clipping_and_effective_rank():
     args = parse(main_sere.get_args_parser(), ["--epochs", "100"])
     at = main_sere.schedules(args)
-    assert at(0) == pytest.approx({"momentum": 0.996, "weight_decay": 0.04, "temperature": 0.04, "frozen": True})
+    assert at(0) == pytest.approx(
+        {"momentum": 0.996, "weight_decay": 0.04, "temperature": 0.04, "frozen": True}
+    )
     half = at(50.0)
     assert half["momentum"] == pytest.approx(0.998) and half["weight_decay"] == pytest.approx(0.22)
-    assert half["temperature"] == 0.07 and at(15)["temperature"] == pytest.approx(0.055) and not half["frozen"]
+    assert (
+        half["temperature"] == 0.07 and at(15)["temperature"] == pytest.approx(0.055) and not half["frozen"]
+    )
     assert at(100)["momentum"] == 1.0 and at(100)["weight_decay"] == pytest.approx(0.4)
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)]
     grads = [torch.tensor([3.0, 0.0, 4.0]), torch.full((4,), 0.01)]
@@ -203,7 +258,9 @@ def test_schedules_clipping_and_effective_rank():
         p.grad = g.clone()
     clip_each(params, 0.5)
     assert torch.allclose(params[0].grad, grads[0] / 10, atol=1e-5) and torch.equal(params[1].grad, grads[1])
-    assert effective_rank(torch.eye(6)) == pytest.approx(6) and effective_rank(torch.ones(9, 5)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.eye(6)) == pytest.approx(6) and effective_rank(
+        torch.ones(9, 5)
+    ) == pytest.approx(1, abs=1e-4)
     p = torch.tensor([0.5, 0.25, 0.25])
     assert effective_rank(torch.diag(p) * 8) == pytest.approx(math.exp(float(-(p * p.log()).sum())))
 
@@ -232,7 +289,11 @@ def assert_same_run(a: dict, b: dict, exact: bool = True) -> None:
             w = b[name][k]
             if k.endswith("qkv.bias") and not exact:
                 v, w = (torch.cat([x[:32], x[64:]]) for x in (v, w))
-            assert torch.equal(v, w) if exact else torch.allclose(v, w, atol=2e-5), (name, k, (v - w).abs().max())
+            assert torch.equal(v, w) if exact else torch.allclose(v, w, atol=2e-5), (
+                name,
+                k,
+                (v - w).abs().max(),
+            )
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +304,16 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
-    code, text = start(tmp_path, *RUN, "--save_steps", 1, "--num_workers", 2, main=SERE,
-                       TEST_SIGNAL=f"0:{random.randrange(4, 9)}:SIGKILL")
+    code, text = start(
+        tmp_path,
+        *RUN,
+        "--save_steps",
+        1,
+        "--num_workers",
+        2,
+        main=SERE,
+        TEST_SIGNAL=f"0:{random.randrange(4, 9)}:SIGKILL",
+    )
     assert code == -signal.SIGKILL, text
     assert 4 <= last(tmp_path)["step"] < 9
     assert_same_run(last(uninterrupted), here(tmp_path, *RUN, main=SERE))
@@ -254,12 +323,23 @@ def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
 def test_what_a_run_leaves(uninterrupted):
     saved, lines = last(uninterrupted), log_lines(uninterrupted)
     assert checkpoint.kind_of(saved) == "self-distillation" and {"teacher", "centres"} <= saved.keys()
-    assert {"train_cls", "train_patch", "train_sr_spatial", "train_sr_channel", "chance_sr_channel",
-            "test_effective_rank_cls", "test_effective_rank_avg"} <= lines[0].keys()
+    assert {
+        "train_cls",
+        "train_patch",
+        "train_sr_spatial",
+        "train_sr_channel",
+        "chance_sr_channel",
+        "test_effective_rank_cls",
+        "test_effective_rank_avg",
+    } <= lines[0].keys()
     assert 1 < lines[-1]["test_effective_rank_cls"] <= 32
     assert {g["weight_decay"] for g in saved["optimizer"]["param_groups"]} == {
-        0.0, main_sere.cosine(2 + 4 / 5, start=0.04, end=0.4, total=3)}, "the value of the last update"
-    moved = (saved["teacher"]["blocks.0.mlp.fc1.weight"] - saved["model"]["blocks.0.mlp.fc1.weight"]).abs().max()
+        0.0,
+        main_sere.cosine(2 + 4 / 5, start=0.04, end=0.4, total=3),
+    }, "the value of the last update"
+    moved = (
+        (saved["teacher"]["blocks.0.mlp.fc1.weight"] - saved["model"]["blocks.0.mlp.fc1.weight"]).abs().max()
+    )
     assert moved > 0, "an average of the past, not a copy"
     text = inspect.describe(str(uninterrupted / "checkpoint-last.pth"))
     assert "a SERE checkpoint (student and teacher); this toolkit's" in text and "sere_test" in text, text
@@ -290,7 +370,9 @@ RELATIONS = ["--sr_spatial", 0.2, "--sr_channel", 0.5]
 def test_weight_zero_changes_no_bit_and_builds_no_teacher(tmp_path):
     run = ["--batch_size", 40, "--epochs", 1, "--lr", "1e-3", "--pos_label", "apl+rpl", "--rpl_pairs", 2]
     plain = here(tmp_path / "plain", *run, main=PRETRAIN)
-    zero = here(tmp_path / "zero", *run, "--sr_spatial", 0, "--sr_channel", 0.0, "--sr_views", "two", main=PRETRAIN)
+    zero = here(
+        tmp_path / "zero", *run, "--sr_spatial", 0, "--sr_channel", 0.0, "--sr_views", "two", main=PRETRAIN
+    )
     assert_same(plain, zero)
     assert plain.keys() == zero.keys() and "teacher" not in zero
     assert log_lines(tmp_path / "plain") == log_lines(tmp_path / "zero")
@@ -306,9 +388,13 @@ def test_weight_zero_changes_no_bit_and_builds_no_teacher(tmp_path):
 def test_relations_inside_of_mae_go_on_bit_for_bit_and_on_two_ranks(tmp_path, views):
     flags = ["--epochs", 2, "--lr", "3e-4", *RELATIONS, "--sr_views", views]
     one = here(tmp_path / "one", "--batch_size", 48, *flags, main=PRETRAIN)
-    assert {"train_sr_spatial", "train_sr_channel", "test_effective_rank_avg"} <= log_lines(tmp_path / "one")[-1].keys()
+    assert {"train_sr_spatial", "train_sr_channel", "test_effective_rank_avg"} <= log_lines(tmp_path / "one")[
+        -1
+    ].keys()
     if views == "same":
-        code, text = start(tmp_path / "killed", "--batch_size", 48, *flags, "--save_steps", 1, TEST_SIGNAL="0:6:SIGKILL")
+        code, text = start(
+            tmp_path / "killed", "--batch_size", 48, *flags, "--save_steps", 1, TEST_SIGNAL="0:6:SIGKILL"
+        )
         assert code == -signal.SIGKILL, text
         assert_same_run(one, here(tmp_path / "killed", "--batch_size", 48, *flags, main=PRETRAIN))
     else:
@@ -329,19 +415,29 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
     probe = ["main_linprobe", "--model", "vit_test", *COMMON, "--finetune", file, "--batch_size", 50]
     here(tmp_path / "lp", "--cached", "--epochs", 1, main=probe)
     module = importlib.import_module("main_linprobe")
-    assert module.main(parse(module.get_args_parser(), [*map(str, probe[1:]), "--knn", "--output_dir", str(tmp_path)])) == 0
+    assert (
+        module.main(
+            parse(module.get_args_parser(), [*map(str, probe[1:]), "--knn", "--output_dir", str(tmp_path)])
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert text.count("the teacher's weights") == 3 and text.count("Acc@1") >= 2 and "effective rank" in text
-    with pytest.raises(ValueError, match=r"is a SERE checkpoint \(student and teacher\), not a full pretraining"):
+    with pytest.raises(
+        ValueError, match=r"is a SERE checkpoint \(student and teacher\), not a full pretraining"
+    ):
         here(tmp_path / "mae", "--resume", file, main=PRETRAIN)
 
 
-@pytest.mark.parametrize("flags,says", [
-    (["--local_size", "20"], "no multiple of the patch"),
-    (["--model", "vit_test"], "is unknown"),
-    (["--pred_ratio", "0.3"], "give a width for each"),
-    (["--pred_ratio", "0.1", "--pred_ratio_var", "0.2"], "must lie in"),
-])
+@pytest.mark.parametrize(
+    "flags,says",
+    [
+        (["--local_size", "20"], "no multiple of the patch"),
+        (["--model", "vit_test"], "is unknown"),
+        (["--pred_ratio", "0.3"], "give a width for each"),
+        (["--pred_ratio", "0.1", "--pred_ratio_var", "0.2"], "must lie in"),
+    ],
+)
 def test_wrong_flags_say_so(tmp_path, flags, says):
     with pytest.raises(ValueError, match=says):
         here(tmp_path, *flags, main=SERE)

@@ -1,4 +1,5 @@
 """--strategy fsdp computes what ddp computes, and checkpoints do not tell which of them wrote them."""
+
 import pytest
 import torch
 
@@ -47,7 +48,11 @@ def test_fsdp_is_ddp(main, tmp_path):
 def test_strategy_and_ranks_may_change_between_saves(tmp_path):
     """10 steps of a global batch of 20 in one go, and 5 + 5 of them in two, on other ranks and strategies."""
     run_ranks(2, tmp_path / "whole", *TEN_STEPS)
-    changes = {"fsdp 2 -> ddp 4": (FSDP, 4, []), "ddp 2 -> fsdp 4": ([], 4, FSDP), "fsdp 2 -> alone": (FSDP, 1, [])}
+    changes = {
+        "fsdp 2 -> ddp 4": (FSDP, 4, []),
+        "ddp 2 -> fsdp 4": ([], 4, FSDP),
+        "fsdp 2 -> alone": (FSDP, 1, []),
+    }
     for name, (first, n, second) in changes.items():
         folder = tmp_path / name.replace(" ", "_")
         stopped = ranks(2, folder, *TEN_STEPS, *first, TEST_SIGNAL="0:3:SIGTERM")
@@ -78,6 +83,7 @@ def test_whole_and_gathered_leave_plain_models_alone():
 
 def test_blocks_within_blocks_are_sharded_first(monkeypatch):
     """As FSDP wants it; of timm's models MobileViT's have such."""
+
     class InnerBlock(torch.nn.Module):
         pass
 
@@ -87,7 +93,10 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
             self.inner = InnerBlock()
 
     seen, model = [], torch.nn.Sequential(OuterBlock())
-    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh: seen.append(type(module).__name__) or module)
+    monkeypatch.setattr(
+        "torch.distributed.fsdp.fully_shard",
+        lambda module, mesh: seen.append(type(module).__name__) or module,
+    )
     monkeypatch.setattr("torch.distributed.init_device_mesh", lambda *args: None)
     monkeypatch.setattr(fsdp.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(fsdp.dist, "world_size", lambda: 2)
@@ -95,10 +104,14 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
     assert seen == ["InnerBlock", "OuterBlock", "Sequential"]
 
 
-@pytest.mark.parametrize("sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "give --layer_decay")])
+@pytest.mark.parametrize(
+    "sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "give --layer_decay")]
+)
 def test_another_optimizers_groups_are_refused(sizes, message):
     def optimizer(*sizes):
-        return torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1)) for _ in range(n)]} for n in sizes])
+        return torch.optim.AdamW(
+            [{"params": [torch.nn.Parameter(torch.ones(1)) for _ in range(n)]} for n in sizes]
+        )
 
     with pytest.raises(ValueError, match=message):
         fsdp.load_optimizer(optimizer(1, 3), optimizer(*sizes).state_dict())

@@ -1,4 +1,5 @@
 """Freed memory: kept by a training on a CPU, returned by its data workers."""
+
 import subprocess
 import sys
 
@@ -34,17 +35,21 @@ def glibc():
 
 def test_a_run_on_the_cpu_keeps_what_it_frees():
     pages = (48 << 20) // 4096
-    plain, kept = map(int, probe("""
+    plain, kept = map(
+        int,
+        probe("""
 from util import dist
 plain = faults()
 dist.init("cpu")
-print(plain, faults())""").split())
+print(plain, faults())""").split(),
+    )
     assert plain >= pages // 512 and kept <= plain // 10  # pages may be huge ones, 512 times as large
 
 
 def test_data_workers_return_what_they_free():
     """A worker inherits the run's setting by fork; one huge image must not stay in it."""
-    grown = float(probe("""
+    grown = float(
+        probe("""
 from util import dist
 from util.data.loading.loader import build_loader
 
@@ -62,5 +67,6 @@ class Images(torch.utils.data.Dataset):
 
 dist.init("cpu")
 torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
-print(float(list(build_loader(Images(), None, batch_size=2, num_workers=1))[0]["grown"].max()))"""))
+print(float(list(build_loader(Images(), None, batch_size=2, num_workers=1))[0]["grown"].max()))""")
+    )
     assert grown < 64, f"{grown} MiB of a freed tensor of 256 MiB stayed"

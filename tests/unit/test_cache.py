@@ -1,4 +1,5 @@
 """Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
+
 import contextlib
 import io
 import os
@@ -22,10 +23,11 @@ from processes import assert_same, last, log_lines
 from util import dist
 from util.data.datasets import ImageDataset, TimmDataset, build_dataset
 from util.data.loading import cache
-from util.data.loading.cache import Pixels, cached, resample
+from util.data.loading.cache import CachedPixels, cached, resample
 from util.data.loading.loader import build_loader, device_batches, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler
 from util.data.multicrop import TwoViews
+from util.data.pixels import Pixels
 from util.data.sources.image_index import ImageIndex, build_index
 from util.data.transforms import decode, eval_transform, finetune_transform, pretrain_transform
 from util.flags.parser import parse, run
@@ -87,8 +89,11 @@ TRAINING = {
     "finetune": finetune_transform((20, 24), auto_augment="", vflip=0.5),
 }
 MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
-EVALUATION = {"eval": eval_transform(24), "tall": eval_transform((40, 16), crop_pct=0.8),
-              "whole": eval_transform(20, crop_pct=1.0)}
+EVALUATION = {
+    "eval": eval_transform(24),
+    "tall": eval_transform((40, 16), crop_pct=0.8),
+    "whole": eval_transform(20, crop_pct=1.0),
+}
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -125,7 +130,7 @@ def test_large_reductions_on_the_device_differ_by_a_grey_level_at_most(library, 
     for transform in (pretrain_transform(size, (0.5, 1.0)), eval_transform(size)):
         dataset = ImageDataset(index, transform)
         loader = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
-        found, = loader
+        (found,) = loader
         expected = torch.stack([dataset[i]["image"] for i in range(6)])
         difference = (found["image"].int() - expected.int()).abs()
         assert difference.max() <= (1 if SAME_BITS else 2)
@@ -139,8 +144,10 @@ def test_other_channel_counts_on_the_device(tmp_path, channels):
         array = np.random.default_rng(i).integers(0, 256, (5, 6, channels), dtype=np.uint8)
         array = array.repeat(8, 0).repeat(8, 1)
         np.save(tmp_path / f"{i}.npy", array)
-    found, expected = (samples(tmp_path, pretrain_transform(30), where, in_chans=channels, labels=False)
-                       for where in ("device", "none"))
+    found, expected = (
+        samples(tmp_path, pretrain_transform(30), where, in_chans=channels, labels=False)
+        for where in ("device", "none")
+    )
     compare(found, expected, most=2)
 
 
@@ -219,8 +226,9 @@ class Peak(TorchDispatchMode):
             self.alive -= size
 
 
-@pytest.mark.parametrize("long, short, channels, size",
-                         [(2000, 8, 3, 32), (2000, 8, 1, 8), (300, 300, 3, 24)])
+@pytest.mark.parametrize(
+    "long, short, channels, size", [(2000, 8, 3, 32), (2000, 8, 1, 8), (300, 300, 3, 24)]
+)
 def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short, channels, size):
     """Also with an elongated image, of which the filter has many positions; one image takes what it needs."""
     transform = eval_transform(size)
@@ -257,7 +265,7 @@ def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
     index = build_index(tmp_path, labels=False)
     for transform in (eval_transform(32), pretrain_transform(32, (0.5, 1.0))):
         dataset = ImageDataset(index, transform)
-        found, = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
+        (found,) = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
         expected = torch.stack([dataset[i]["image"] for i in range(6)])
         assert (found["image"].int() - expected.int()).abs().max() <= (1 if SAME_BITS else 2)
 
@@ -285,19 +293,19 @@ def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
     dataset = build_dataset(folder, "train", TRAINING["pretrain"])
     loader = cached(train_loader(dataset, seed=0, **LOADING), "device", CPU)
     seen = []
-    monkeypatch.setattr("util.data.loading.loader.normalize", lambda images, mean, std: seen.append(images) or images)
+    monkeypatch.setattr("util.data.pixels.normalize", lambda images, mean, std: seen.append(images) or images)
     made = []
     monkeypatch.setattr(cache, "resample", lambda *args: made.append(resample(*args)) or made[-1])
-    assert len(list(device_batches(loader, CPU, (0.5,), (0.5,)))) == 3
+    assert len(list(device_batches(loader, CPU, Pixels((0.5,), (0.5,))))) == 3
     assert [image.data_ptr() for image in seen] == [image.data_ptr() for image in made]
 
 
 def test_images_lie_in_several_tensors(folder, monkeypatch):
     """Each as large as SLAB or its image; what is read does not depend on it."""
     index = build_index(folder)
-    whole = Pixels(index, 3)
+    whole = CachedPixels(index, 3)
     monkeypatch.setattr(cache, "SLAB", 9000)
-    parts = Pixels(index, 3, threads=3)
+    parts = CachedPixels(index, 3, threads=3)
     assert len(whole.slabs) == 1 and len(parts.slabs) > 4
     for i in range(12):
         if i in BROKEN:
@@ -310,7 +318,7 @@ def test_images_lie_in_several_tensors(folder, monkeypatch):
 def test_few_decoded_images_wait(folder, monkeypatch):
     """Threads that decode faster than images are kept must not fill the memory."""
     made, kept, waiting = [], [], []
-    keep, decoded = Pixels._keep, cache.decode
+    keep, decoded = CachedPixels._keep, cache.decode
 
     def slow(self, i, image, free):
         time.sleep(0.05)
@@ -320,8 +328,8 @@ def test_few_decoded_images_wait(folder, monkeypatch):
 
     monkeypatch.setattr(cache, "PROBED", 0)
     monkeypatch.setattr(cache, "decode", lambda *args: made.append(args) or decoded(*args))
-    monkeypatch.setattr(Pixels, "_keep", slow)
-    pixels = Pixels(build_index(folder), 3, threads=2)
+    monkeypatch.setattr(CachedPixels, "_keep", slow)
+    pixels = CachedPixels(build_index(folder), 3, threads=2)
     assert kept == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
     assert max(waiting) <= 5  # two for each thread, and the one that is kept
     with ThreadPoolExecutor(2) as pool:
@@ -331,18 +339,19 @@ def test_few_decoded_images_wait(folder, monkeypatch):
 def test_images_go_to_the_device_in_parts(folder, monkeypatch):
     """Of COPIED bytes, or of one image; what arrives does not depend on it."""
     index, sizes, zeros = build_index(folder), [], torch.zeros
-    pixels = Pixels(index, 3)
+    pixels = CachedPixels(index, 3)
     whole = cache.padded_images(pixels, index, CPU)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
     for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
         monkeypatch.setattr(cache, "COPIED", copied)
         sizes.clear()
         assert torch.equal(cache.padded_images(pixels, index, CPU), whole)
-        parts = [shape[0] for shape, in sizes[1:]]
+        parts = [shape[0] for (shape,) in sizes[1:]]
         assert sum(parts) == 12 and max(parts) == images
 
 
 # --- what is refused ---
+
 
 def test_what_cannot_be_cached_is_refused_with_advice(folder):
     def loader(transform, **kwargs):
@@ -372,28 +381,28 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
         for room in (needed + 1, needed - 1):
             monkeypatch.setattr(cache, "available_memory", lambda room=room: room)
             if room > needed:
-                Pixels(index, 3, device=device)
+                CachedPixels(index, 3, device=device)
                 continue
             with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
-                Pixels(index, 3, device=device)
+                CachedPixels(index, 3, device=device)
     monkeypatch.setattr(cache, "available_memory", lambda: memory + 1)
     for room in (padded + 1, padded - 1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
         if room > padded:
-            Pixels(index, 3, device=torch.device("cuda"))
+            CachedPixels(index, 3, device=torch.device("cuda"))
             continue
         with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
-            Pixels(index, 3, device=torch.device("cuda"))
+            CachedPixels(index, 3, device=torch.device("cuda"))
     # Two ranks share a host; on both the set must be refused, or one would wait for the other.
     monkeypatch.setattr(cache, "available_memory", lambda: 1.5 * memory)
-    Pixels(index, 3)
+    CachedPixels(index, 3)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
     with pytest.raises(ValueError, match="by all its ranks"):
-        Pixels(index, 3)
+        CachedPixels(index, 3)
     small = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
     with pytest.raises(ValueError, match="on elsewhere"):
-        Pixels(index, 3)
+        CachedPixels(index, 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -405,7 +414,7 @@ def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_pa
     padded = 8 * 3 * 300 * 200
     monkeypatch.setattr(cache, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
-    pixels = Pixels(index, 3, device=device)
+    pixels = CachedPixels(index, 3, device=device)
     message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
     with pytest.raises(ValueError, match=message):
         cache.padded_images(pixels, index, device)
@@ -413,7 +422,7 @@ def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_pa
     (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
     index = build_index(tmp_path, labels=False)
     with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
-        cache.padded_images(Pixels(index, 3, device=device), index, device)
+        cache.padded_images(CachedPixels(index, 3, device=device), index, device)
     # All ranks refuse where one of them lacks the memory.
     monkeypatch.setattr(cache, "available_memory", lambda: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))
@@ -523,7 +532,8 @@ def test_every_main_takes_a_cache(tmp_path, capsys):
         pretrain=["--model", "mae_test", "--picture_epochs", 1],
         finetune=["--model", "vit_test"],
         linprobe=["--model", "vit_test", "--finetune", tmp_path / "pretrain-none" / "checkpoint-last.pth"],
-        sere=["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32])
+        sere=["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32],
+    )
     mains = dict(pretrain=main_pretrain, finetune=main_finetune, linprobe=main_linprobe, sere=main_sere)
     for name, main in mains.items():
         for where in ("none", "memory"):
@@ -555,13 +565,22 @@ def test_a_gpu_resamples_to_the_same_bits(folder):
         batches = []
         for device in (CPU, cuda):
             loader = build_loader(dataset, range(12), batch_size=5)
-            batches.append(list(device_batches(cached(loader, "device", device), cuda, (0.5,), (0.5,))))
+            batches.append(
+                list(device_batches(cached(loader, "device", device), cuda, Pixels((0.5,), (0.5,))))
+            )
         for a, b in zip(*batches, strict=True):
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["key"], b["key"])
 
 
-@pytest.mark.parametrize("flags, refused", [
-    ([], True), (["--color_jitter", "0.4", "--aa", ""], True), (["--aa", ""], False), (["--eval", "--resume", "F"], False)])
+@pytest.mark.parametrize(
+    "flags, refused",
+    [
+        ([], True),
+        (["--color_jitter", "0.4", "--aa", ""], True),
+        (["--aa", ""], False),
+        (["--eval", "--resume", "F"], False),
+    ],
+)
 def test_fine_tuning_refuses_its_augmentation_before_it_reads_anything(flags, refused):
     args = main_finetune.get_args_parser().parse_args(["--cache_data", "device", *flags])
     with pytest.raises(ValueError, match="--aa ''") if refused else contextlib.nullcontext():

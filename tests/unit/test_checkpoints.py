@@ -1,4 +1,5 @@
 """Files that go to other libraries give the same outputs there, come back the same, and what is no checkpoint says so."""
+
 import argparse
 import json
 import pathlib
@@ -35,26 +36,40 @@ def randomised(model):
 
 def saved(path, model, **args) -> str:
     """The model as a file of this toolkit."""
-    args = {"model": "mae_test" if isinstance(model, MaskedAutoencoderViT) else "vit_test", "pos_label": "none",
-            "input_size": list(model.img_size)} | args
+    args = {
+        "model": "mae_test" if isinstance(model, MaskedAutoencoderViT) else "vit_test",
+        "pos_label": "none",
+        "input_size": list(model.img_size),
+    } | args
     torch.save({"model": model.state_dict(), "args": args, "epoch": 3}, path)
     return str(path)
 
 
 def noise_for(model):
     """Images, noise, and the cells that both MAE implementations keep for it."""
-    images, noise = torch.randn(2, model.in_chans, *model.img_size), torch.rand(2, model.patch_embed.num_patches)
+    images, noise = (
+        torch.randn(2, model.in_chans, *model.img_size),
+        torch.rand(2, model.patch_embed.num_patches),
+    )
     return images, noise, noise.argsort(1)[:, : int(noise.shape[1] * 0.25)]
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize("pool,pos_embed,pos_label", [("avg", "learned", "apl"), ("cls", "sincos", "none"),
-                                                      ("avg", "none", "rpl")])
+@pytest.mark.parametrize(
+    "pool,pos_embed,pos_label", [("avg", "learned", "apl"), ("cls", "sincos", "none"), ("avg", "none", "rpl")]
+)
 def test_a_fine_tuned_model_to_timm_and_back(tmp_path, capsys, suffix, pool, pos_embed, pos_label):
-    ours = randomised(build_classifier("vit_test", img_size=(32, 48), num_classes=7, pool=pool, pos_embed=pos_embed,
-                                       pos_label=pos_label))
-    file, out, back = saved(tmp_path / "ours.pth", ours), str(tmp_path / f"out.{suffix}"), str(tmp_path / "back.pth")
+    ours = randomised(
+        build_classifier(
+            "vit_test", img_size=(32, 48), num_classes=7, pool=pool, pos_embed=pos_embed, pos_label=pos_label
+        )
+    )
+    file, out, back = (
+        saved(tmp_path / "ours.pth", ours),
+        str(tmp_path / f"out.{suffix}"),
+        str(tmp_path / "back.pth"),
+    )
     assert convert.export(file, out, "timm") < 1e-4
     printed = capsys.readouterr().out
     theirs = eval(printed.splitlines()[1], {"timm": timm}).eval()  # the line that it tells the user to write
@@ -62,7 +77,9 @@ def test_a_fine_tuned_model_to_timm_and_back(tmp_path, capsys, suffix, pool, pos
     with torch.no_grad():
         assert torch.allclose(ours(images), theirs(images), atol=1e-5)
         assert theirs(images).std() > 0.01
-    square = randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=7, pool=pool, pos_embed=pos_embed))
+    square = randomised(
+        build_classifier("vit_test", img_size=(32, 32), num_classes=7, pool=pool, pos_embed=pos_embed)
+    )
     convert.export(saved(tmp_path / "square.pth", square, input_size=[32]), out, "timm")
     convert.import_file(out, back)  # 32 channels: taken for one head
     weights = checkpoint.load(back)["model"]
@@ -74,8 +91,17 @@ def test_a_pretrained_encoder_gives_timm_the_same_features(tmp_path):
     mae = randomised(MODELS["mae_test"](img_size=(32, 32), pos_embed="none"))
     out = str(tmp_path / "out.pth")
     convert.export(saved(tmp_path / "ours.pth", mae), out, "timm")
-    theirs = timm.create_model("vit_base_patch16_224", checkpoint_path=out, img_size=32, patch_size=8, embed_dim=32, depth=2,
-                               num_heads=2, num_classes=0, global_pool="token").eval()
+    theirs = timm.create_model(
+        "vit_base_patch16_224",
+        checkpoint_path=out,
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        global_pool="token",
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = mae.forward_encoder(images, torch.arange(16).expand(2, -1))
@@ -83,7 +109,9 @@ def test_a_pretrained_encoder_gives_timm_the_same_features(tmp_path):
 
 
 def test_a_file_of_timms_own_making_comes_in(tmp_path):
-    theirs = randomised(timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=0, in_chans=1))
+    theirs = randomised(
+        timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=0, in_chans=1)
+    )
     file, out = tmp_path / "timm.pth", str(tmp_path / "ours.pth")
     torch.save({"state_dict": theirs.state_dict(), "arch": "vit_tiny_patch16_224"}, file)
     assert convert.import_file(str(file), out) < 1e-4
@@ -97,11 +125,18 @@ def test_a_file_of_timms_own_making_comes_in(tmp_path):
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("pos_embed,norm_pix,init", [("sincos", True, "zero"), ("none", False, "zero"),
-                                                     ("none", False, "sincos")])
+@pytest.mark.parametrize(
+    "pos_embed,norm_pix,init", [("sincos", True, "zero"), ("none", False, "zero"), ("none", False, "sincos")]
+)
 def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm_pix, init):
-    ours = randomised(MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed, norm_pix_loss=norm_pix, in_chans=1))
-    file, out, back = saved(tmp_path / "a.pth", ours, norm_pix_loss=norm_pix), str(tmp_path / "hf"), str(tmp_path / "b.pth")
+    ours = randomised(
+        MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed, norm_pix_loss=norm_pix, in_chans=1)
+    )
+    file, out, back = (
+        saved(tmp_path / "a.pth", ours, norm_pix_loss=norm_pix),
+        str(tmp_path / "hf"),
+        str(tmp_path / "b.pth"),
+    )
     assert convert.export(file, out, "hf", init) < 1e-4
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(out).eval()
     images, noise, ids_keep = noise_for(ours)
@@ -109,7 +144,9 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
         losses, pred, mask = ours(images, ids_keep=ids_keep)
         answer = theirs(images, noise=noise)
     same = torch.allclose(pred, answer.logits, atol=1e-4)
-    assert same == (init == "zero" or pos_embed != "none"), "a sine-cosine table is not what the encoder has learned with"
+    assert same == (init == "zero" or pos_embed != "none"), (
+        "a sine-cosine table is not what the encoder has learned with"
+    )
     assert torch.equal(mask, answer.mask)
     if same:
         assert torch.allclose(losses["pixel"], answer.loss, atol=1e-4), "target and norm_pix_loss agree"
@@ -125,7 +162,9 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
 def test_a_classifier_without_an_encoder_file_starts_another(name):
     """Swin from one data set to the next; a plain Vision Transformer's head is exported away, and its classifier refused."""
     torch.manual_seed(0)
-    first, second = (build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7))
+    first, second = (
+        build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7)
+    )
     note = transfer.init_encoder(second, {"model": first.state_dict()}, "x.pth", "zero")
     assert "of a classifier, whose head is left behind" in note and "new: head" in note
     for k, v in second.state_dict().items():
@@ -139,8 +178,13 @@ def test_a_classifier_without_an_encoder_file_starts_another(name):
 
 def test_flags_that_differ_in_form_only_are_no_change():
     old = {"input_size": 224, "mean": None, "in_chans": 3}  # as MAE stores them
-    assert checkpoint.other_than_trained({"args": old}, {"input_size": [224], "mean": [0.5], "in_chans": 3}) == ""
-    assert "input_size: 224 -> [192]" in checkpoint.other_than_trained({"args": old}, {"input_size": [192], "in_chans": 3})
+    assert (
+        checkpoint.other_than_trained({"args": old}, {"input_size": [224], "mean": [0.5], "in_chans": 3})
+        == ""
+    )
+    assert "input_size: 224 -> [192]" in checkpoint.other_than_trained(
+        {"args": old}, {"input_size": [192], "in_chans": 3}
+    )
 
 
 def test_an_unknown_target_stays_unknown(tmp_path, capsys):
@@ -155,8 +199,17 @@ def test_an_unknown_target_stays_unknown(tmp_path, capsys):
 
 def test_what_transformers_writes_itself_comes_in(tmp_path):
     config = transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=24, patch_size=8,
-        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64)
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=24,
+        patch_size=8,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+    )
     theirs = randomised(transformers.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path / "hf")
     assert convert.import_file(str(tmp_path / "hf"), str(tmp_path / "ours.pth")) < 1e-4
@@ -164,12 +217,21 @@ def test_what_transformers_writes_itself_comes_in(tmp_path):
     images, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 9)
     ids_keep = noise.argsort(1)[:, :2]
     with torch.no_grad():
-        assert torch.allclose(ours(images, ids_keep=ids_keep)[1], theirs(images, noise=noise).logits, atol=1e-4)
+        assert torch.allclose(
+            ours(images, ids_keep=ids_keep)[1], theirs(images, noise=noise).logits, atol=1e-4
+        )
 
 
 def test_another_epsilon_is_named_where_it_matters(tmp_path):
-    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-                                    image_size=16, patch_size=8, layer_norm_eps=1e-2)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+        layer_norm_eps=1e-2,
+    )
     transformers.ViTModel(config).save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"layer_norm_eps 0\.01, ours 1e-06"):
         convert.import_file(str(tmp_path / "hf"), str(tmp_path / "a.pth"))
@@ -178,7 +240,9 @@ def test_another_epsilon_is_named_where_it_matters(tmp_path):
 @pytest.mark.parametrize("classes", [0, 5])
 def test_vit_to_hugging_face_and_back(tmp_path, classes):
     size = (32, 32) if classes else (32, 48)
-    ours = randomised(build_classifier("vit_test", img_size=size, num_classes=classes, pool="cls", pos_embed="learned"))
+    ours = randomised(
+        build_classifier("vit_test", img_size=size, num_classes=classes, pool="cls", pos_embed="learned")
+    )
     out, back = str(tmp_path / "hf"), str(tmp_path / "b.pth")
     assert convert.export(saved(tmp_path / "a.pth", ours), out, "hf") < 1e-4
     images = torch.randn(2, 3, *size)
@@ -186,14 +250,21 @@ def test_vit_to_hugging_face_and_back(tmp_path, classes):
         if classes:
             theirs = transformers.ViTForImageClassification.from_pretrained(out).eval()(images).logits
         else:
-            theirs = transformers.ViTModel.from_pretrained(out, add_pooling_layer=False).eval()(images).last_hidden_state[:, 0]
+            theirs = (
+                transformers.ViTModel.from_pretrained(out, add_pooling_layer=False)
+                .eval()(images)
+                .last_hidden_state[:, 0]
+            )
         assert torch.allclose(theirs, ours(images), atol=1e-4)
     convert.import_file(out, back)
     assert all(torch.equal(v, checkpoint.load(back)["model"][k]) for k, v in ours.state_dict().items())
 
 
 def test_names_of_classes_go_along(tmp_path):
-    ours, names = build_classifier("vit_test", img_size=(32, 32), num_classes=3, pool="cls"), ["owl", "bee", "cat"]
+    ours, names = (
+        build_classifier("vit_test", img_size=(32, 32), num_classes=3, pool="cls"),
+        ["owl", "bee", "cat"],
+    )
     file = saved(tmp_path / "a.pth", ours)
     torch.save(torch.load(file, weights_only=True) | {"classes": names}, file)
     for to, out in (("safetensors", "b.safetensors"), ("mae", "c.pth"), ("hf", "d")):
@@ -206,12 +277,24 @@ def test_names_of_classes_go_along(tmp_path):
     assert "class names owl, bee, cat" in inspect.describe(file)
 
 
-@pytest.mark.parametrize("make,message", [
-    (lambda: MODELS["mae_test"](img_size=(32, 48)), "ViTMAE takes square images"),
-    (lambda: build_classifier("vit_test", img_size=(32, 32), num_classes=5), "classifies the mean of the patch tokens"),
-    (lambda: build_classifier("deit_tiny_distilled_patch16", img_size=(32, 32), num_classes=5), "has a distillation token"),
-    (lambda: build_classifier("swin_tiny", img_size=(64, 64), num_classes=5), "holds no plain Vision Transformer"),
-])
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: MODELS["mae_test"](img_size=(32, 48)), "ViTMAE takes square images"),
+        (
+            lambda: build_classifier("vit_test", img_size=(32, 32), num_classes=5),
+            "classifies the mean of the patch tokens",
+        ),
+        (
+            lambda: build_classifier("deit_tiny_distilled_patch16", img_size=(32, 32), num_classes=5),
+            "has a distillation token",
+        ),
+        (
+            lambda: build_classifier("swin_tiny", img_size=(64, 64), num_classes=5),
+            "holds no plain Vision Transformer",
+        ),
+    ],
+)
 def test_what_hugging_face_cannot_hold_is_refused(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         convert.export(saved(tmp_path / "a.pth", make()), str(tmp_path / "hf"), "hf")
@@ -227,11 +310,16 @@ def test_mae_files_out_and_in(tmp_path):
     plain = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
     assert weights.keys() == plain.state_dict().keys() and not weights["pos_embed"].any()
     # As facebookresearch/mae saves it: a Namespace, and under submitit a PosixPath in it.
-    args = argparse.Namespace(model="mae_test", input_size=32, norm_pix_loss=True, output_dir=pathlib.PosixPath("/runs/1"))
+    args = argparse.Namespace(
+        model="mae_test", input_size=32, norm_pix_loss=True, output_dir=pathlib.PosixPath("/runs/1")
+    )
     torch.save({"model": weights, "optimizer": {"state": {}}, "epoch": 9, "scaler": {}, "args": args}, out)
     assert convert.import_file(out, back) < 1e-4
     state = checkpoint.load(back)
-    assert all(torch.equal(weights[k], v) for k, v in state["model"].items()) and state["args"]["norm_pix_loss"] is True
+    assert (
+        all(torch.equal(weights[k], v) for k, v in state["model"].items())
+        and state["args"]["norm_pix_loss"] is True
+    )
     with pytest.raises(ValueError, match="file of this toolkit already"):
         convert.import_file(back, str(tmp_path / "c.pth"))
 
@@ -260,13 +348,17 @@ def test_the_encoder_of_a_classifier_keeps_its_norm(tmp_path):
     encoder = model_of(checkpoint.load(str(tmp_path / "e.pth")), "e.pth")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(encoder.forward_features(images), ours.fc_norm(ours.forward_features(images)), atol=1e-5)
+        assert torch.allclose(
+            encoder.forward_features(images), ours.fc_norm(ours.forward_features(images)), atol=1e-5
+        )
 
 
 def test_a_conversion_that_would_differ_is_refused(tmp_path, monkeypatch):
     file = saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32))))
     monkeypatch.setattr(convert, "timm_options", lambda a, heads, size: conversions.timm_options(a, 4, size))
-    with pytest.raises(ValueError, match=r"our model and timm's VisionTransformer differ by .* nothing was written"):
+    with pytest.raises(
+        ValueError, match=r"our model and timm's VisionTransformer differ by .* nothing was written"
+    ):
         convert.export(file, str(tmp_path / "out.pth"), "timm")
     monkeypatch.setattr(conversions, "_QKV", ("key", "query", "value"))
     with pytest.raises(ValueError, match="transformers' ViTMAEForPreTraining differ by"):
@@ -282,28 +374,52 @@ def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypat
 
 
 def test_of_student_and_teacher_the_teacher_is_exported(tmp_path):
-    teacher, student = (build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls") for _ in range(2))
+    teacher, student = (
+        build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls") for _ in range(2)
+    )
     extra = {"ibot_head.mlp.0.weight": torch.ones(2), "mask_token": torch.zeros(1, 1, 32)}
-    torch.save({"model": student.state_dict() | extra, "teacher": teacher.state_dict() | extra,
-                "args": {"model": "vit_test", "input_size": [32]}}, tmp_path / "s.pth")
+    torch.save(
+        {
+            "model": student.state_dict() | extra,
+            "teacher": teacher.state_dict() | extra,
+            "args": {"model": "vit_test", "input_size": [32]},
+        },
+        tmp_path / "s.pth",
+    )
     assert convert.export(str(tmp_path / "s.pth"), str(tmp_path / "e.pth"), "encoder") < 1e-6
     weights = checkpoint.load(str(tmp_path / "e.pth"))["model"]
     assert weights.keys() == teacher.state_dict().keys()
     assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("to, name", [("mae", "m.pth"), ("safetensors", "s.safetensors"), ("encoder", "e.pth")])
+@pytest.mark.parametrize(
+    "to, name", [("mae", "m.pth"), ("safetensors", "s.safetensors"), ("encoder", "e.pth")]
+)
 def test_of_a_moving_average_and_its_weights_the_average_is_exported_and_drawn(tmp_path, to, name):
-    raw, average = (randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=5)) for _ in range(2))
+    raw, average = (
+        randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=5)) for _ in range(2)
+    )
     for p in average.parameters():
         p.data.mul_(0.5)
     ema = {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in average.state_dict().items()}
     path = str(tmp_path / "run.pth")
-    torch.save({"model": raw.state_dict(), "ema": ema, "args": {"model": "vit_test", "input_size": [32]}, "epoch": 3}, path)
+    torch.save(
+        {
+            "model": raw.state_dict(),
+            "ema": ema,
+            "args": {"model": "vit_test", "input_size": [32]},
+            "epoch": 3,
+        },
+        path,
+    )
     assert convert.export(path, str(tmp_path / name), to) < 1e-5
     weights, expected = checkpoint.load(str(tmp_path / name))["model"], average.state_dict()
-    assert all(torch.equal(v, expected[f"fc_{k}" if k.startswith("norm.") else k]) for k, v in weights.items())
-    assert all(torch.equal(v, expected[k]) for k, v in model_of(checkpoint.load(path), path).state_dict().items())
+    assert all(
+        torch.equal(v, expected[f"fc_{k}" if k.startswith("norm.") else k]) for k, v in weights.items()
+    )
+    assert all(
+        torch.equal(v, expected[k]) for k, v in model_of(checkpoint.load(path), path).state_dict().items()
+    )
     assert "a moving average" in inspect.describe(path)
 
 
@@ -312,27 +428,53 @@ def test_inspect_says_what_a_file_is_and_what_takes_it(tmp_path):
     mae = MODELS["mae_test"](img_size=(32, 48), pos_label="apl+rpl")
     file = saved(tmp_path / "c.pth", mae, pos_label="apl+rpl", norm_pix_loss=True)
     text = inspect.describe(file)
-    for part in ("a full pretraining checkpoint (encoder and decoder), norm-pix target; this toolkit's",
-                 "mae_test: 2 blocks of width 32, 2 heads; decoder 1 blocks of width 32, 2 heads",
-                 "32x48 pixels, 3 channels, patches of 8x8", "without positional embedding, labels apl+rpl", "epoch       3",
-                 "main_pretrain.py --init_from; main_finetune.py and main_linprobe.py --finetune"):
+    for part in (
+        "a full pretraining checkpoint (encoder and decoder), norm-pix target; this toolkit's",
+        "mae_test: 2 blocks of width 32, 2 heads; decoder 1 blocks of width 32, 2 heads",
+        "32x48 pixels, 3 channels, patches of 8x8",
+        "without positional embedding, labels apl+rpl",
+        "epoch       3",
+        "main_pretrain.py --init_from; main_finetune.py and main_linprobe.py --finetune",
+    ):
         assert part in text, text
     assert f"{sum(v.numel() for v in mae.state_dict().values()) / 1e6:.2f} M" in text
     import hashlib
+
     assert hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest() in text
-    text = inspect.describe(saved(tmp_path / "f.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2)))
+    text = inspect.describe(
+        saved(tmp_path / "f.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2))
+    )
     assert "a fine-tuned classifier" in text and "2, from the mean patch token" in text
     assert "main_finetune.py --eval --resume;" in text
 
 
-@pytest.mark.parametrize("weights,entry,kind", [
-    ({"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2)}, "model", "a Hugging Face file"),
-    ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "a DINO-style file"),
-    ({"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)}, "model", "a linear probe"),
-    ({"conv1.weight": torch.ones(2)}, "state_dict", "no command here knows"),
-    ({"ibot_head.last.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)}, "model", "a SERE checkpoint"),
-    ({"head.fc.weight": torch.ones(2), "head.pool.start": torch.ones(2)}, "model", "So-ViT      second-order head"),
-])
+@pytest.mark.parametrize(
+    "weights,entry,kind",
+    [
+        (
+            {"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2)},
+            "model",
+            "a Hugging Face file",
+        ),
+        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "a DINO-style file"),
+        (
+            {"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)},
+            "model",
+            "a linear probe",
+        ),
+        ({"conv1.weight": torch.ones(2)}, "state_dict", "no command here knows"),
+        (
+            {"ibot_head.last.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)},
+            "model",
+            "a SERE checkpoint",
+        ),
+        (
+            {"head.fc.weight": torch.ones(2), "head.pool.start": torch.ones(2)},
+            "model",
+            "So-ViT      second-order head",
+        ),
+    ],
+)
 def test_inspect_knows_foreign_files(tmp_path, weights, entry, kind):
     torch.save({entry: weights, "epoch": 1}, tmp_path / "c.pth")
     assert kind in inspect.describe(str(tmp_path / "c.pth"))
@@ -356,23 +498,48 @@ def broken_files(folder) -> dict[str, str]:
         pickle.dump({"model": Code()}, f)
     (folder / "truncated.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     torch.save({"model": {"conv1.weight": torch.ones(2)}}, folder / "resnet.pth")
-    return {"text.pth": "text.pth is truncated or no checkpoint", "page.pth": "page.pth is ",
-            "truncated.pth": "truncated.pth is truncated or no checkpoint", "empty.pth": "empty.pth is empty",
-            "malicious.pth": "loading it would run code; it asks for builtins.exec",
-            "malicious-pickle.pth": "loading it would run code; it asks for builtins.exec",
-            "truncated.safetensors": "truncated.safetensors is truncated or no safetensors file",
-            "resnet.pth": "no command here knows", "missing.pth": "no checkpoint at"}
+    return {
+        "text.pth": "text.pth is truncated or no checkpoint",
+        "page.pth": "page.pth is ",
+        "truncated.pth": "truncated.pth is truncated or no checkpoint",
+        "empty.pth": "empty.pth is empty",
+        "malicious.pth": "loading it would run code; it asks for builtins.exec",
+        "malicious-pickle.pth": "loading it would run code; it asks for builtins.exec",
+        "truncated.safetensors": "truncated.safetensors is truncated or no safetensors file",
+        "resnet.pth": "no command here knows",
+        "missing.pth": "no checkpoint at",
+    }
 
 
-FLAGS = [(main_pretrain, "--init_from", []), (main_pretrain, "--resume", []), (main_finetune, "--finetune", []),
-         (main_finetune, "--resume", []), (main_finetune, "--resume", ["--eval"]), (main_linprobe, "--finetune", [])]
+FLAGS = [
+    (main_pretrain, "--init_from", []),
+    (main_pretrain, "--resume", []),
+    (main_finetune, "--finetune", []),
+    (main_finetune, "--resume", []),
+    (main_finetune, "--resume", ["--eval"]),
+    (main_linprobe, "--finetune", []),
+]
 
 
 def call(main, tmp_path, capsys, *flags) -> str:
     """Run a main that must refuse -> its error."""
     model = "mae_test" if main is main_pretrain else "vit_test"
-    base = ["--model", model, "--input_size", "32", "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--device",
-            "cpu", "--output_dir", str(tmp_path / "run")]
+    base = [
+        "--model",
+        model,
+        "--input_size",
+        "32",
+        "--batch_size",
+        "40",
+        "--epochs",
+        "1",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     assert run(main.main, parse(main.get_args_parser(), [*base, *flags])) == 2
     return capsys.readouterr().err
 
@@ -384,20 +551,42 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
         assert message in error, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("main,flag,more,kind,message", [
-    (main_pretrain, "--resume", [], "classifier", "a fine-tuned classifier, not a full pretraining checkpoint (encoder and "
-                                                  "decoder): it is for main_finetune.py --resume"),
-    (main_pretrain, "--init_from", [], "encoder", "it is for main_finetune.py and main_linprobe.py --finetune"),
-    (main_finetune, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
-    (main_finetune, "--finetune", [], "huggingface", "it is for checkpoints.py import"),
-    (main_finetune, "--resume", [], "pretraining", "it is for main_pretrain.py --resume or --init_from; main_finetune.py and "
-                                                   "main_linprobe.py --finetune"),
-    (main_finetune, "--resume", ["--eval"], "pretraining", "main_linprobe.py --finetune"),
-    (main_finetune, "--finetune", [], "other_size", "the encoder in"),
-    (main_linprobe, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
-    (main_linprobe, "--finetune", [], "probe", "it is for main_linprobe.py --resume"),
-    (main_pretrain, "--init_from", [], "other_size", "does not fit this model: "),
-], ids=str)
+@pytest.mark.parametrize(
+    "main,flag,more,kind,message",
+    [
+        (
+            main_pretrain,
+            "--resume",
+            [],
+            "classifier",
+            "a fine-tuned classifier, not a full pretraining checkpoint (encoder and "
+            "decoder): it is for main_finetune.py --resume",
+        ),
+        (
+            main_pretrain,
+            "--init_from",
+            [],
+            "encoder",
+            "it is for main_finetune.py and main_linprobe.py --finetune",
+        ),
+        (main_finetune, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
+        (main_finetune, "--finetune", [], "huggingface", "it is for checkpoints.py import"),
+        (
+            main_finetune,
+            "--resume",
+            [],
+            "pretraining",
+            "it is for main_pretrain.py --resume or --init_from; main_finetune.py and "
+            "main_linprobe.py --finetune",
+        ),
+        (main_finetune, "--resume", ["--eval"], "pretraining", "main_linprobe.py --finetune"),
+        (main_finetune, "--finetune", [], "other_size", "the encoder in"),
+        (main_linprobe, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
+        (main_linprobe, "--finetune", [], "probe", "it is for main_linprobe.py --resume"),
+        (main_pretrain, "--init_from", [], "other_size", "does not fit this model: "),
+    ],
+    ids=str,
+)
 def test_the_wrong_kind_names_the_right_flag(tmp_path, capsys, main, flag, more, kind, message):
     vit = dict(img_size=(32, 32), num_classes=0, pool="cls")
     state = {
@@ -414,10 +603,16 @@ def test_the_wrong_kind_names_the_right_flag(tmp_path, capsys, main, flag, more,
 
 def test_the_command_line(tmp_path, capsys):
     file = saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32))))
-    for argv, code in ((["inspect", file], 0), (["export", file, str(tmp_path / "b.bin"), "--to", "mae"], 2),
-                       (["export", file, file, "--to", "mae"], 2), (["import", str(tmp_path), str(tmp_path / "c.pth")], 2)):
+    for argv, code in (
+        (["inspect", file], 0),
+        (["export", file, str(tmp_path / "b.bin"), "--to", "mae"], 2),
+        (["export", file, file, "--to", "mae"], 2),
+        (["import", str(tmp_path), str(tmp_path / "c.pth")], 2),
+    ):
         assert run(checkpoints.main, checkpoints.get_args_parser().parse_args(argv)) == code
     printed = capsys.readouterr()
-    assert "--to mae writes .pth, found" in printed.err and f"{file} exists: choose another name" in printed.err
+    assert (
+        "--to mae writes .pth, found" in printed.err and f"{file} exists: choose another name" in printed.err
+    )
     assert "lacks config.json and model.safetensors" in printed.err and "sha256" in printed.out
     assert json.loads(json.dumps(checkpoint.load(file)["args"]))["model"] == "mae_test"

@@ -1,4 +1,5 @@
 """Images in, batches out: listings, decoding, augmentation, samplers, loader. Images are generated; real if present."""
+
 import io
 import os
 import pickle
@@ -55,7 +56,9 @@ def picture(seed=0, size=(48, 40), mode="RGB"):
     """A smooth random image of (W, H), in which one pixel of shift is visible."""
     channels = len(mode) if mode != "L" else 1
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, channels), dtype=np.uint8)
-    return Image.fromarray(noise.squeeze(), mode if channels < 3 else None).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(noise.squeeze(), mode if channels < 3 else None).resize(
+        size, Image.Resampling.BICUBIC
+    )
 
 
 def encode(image, format="PNG", **kwargs):
@@ -99,6 +102,7 @@ def same(a, b):
 
 # --- the index ---
 
+
 def test_order_and_labels_equal_image_folder(tmp_path):
     root = write(tmp_path / "train", [*NAMES, "loose.png", ".hidden/1.jpg", "a/.z.jpg"])
     Path(root, "a", "notes.txt").write_text("no image")
@@ -110,17 +114,26 @@ def test_order_and_labels_equal_image_folder(tmp_path):
     assert index.labels.tolist() == [label for _, label in reference.samples]
     assert index.classes == reference.classes == ["a", "a-b", "b"]
     assert index.summary() == (
-        f"{tmp_path}: 8 images, 3 classes (class folders; 1 images outside class folders are ignored)")
+        f"{tmp_path}: 8 images, 3 classes (class folders; 1 images outside class folders are ignored)"
+    )
     assert [index.read(i) for i in range(8)] == [Path(p).read_bytes() for p, _ in reference.samples]
 
 
-@pytest.mark.parametrize("transform", [pretrain_transform(24), finetune_transform((16, 24)), eval_transform(16)])
+@pytest.mark.parametrize(
+    "transform", [pretrain_transform(24), finetune_transform((16, 24)), eval_transform(16)]
+)
 def test_every_layout_gives_the_same_samples(tmp_path, transform):
     names = [*NAMES, "loose.png", "a/.hidden.jpg", ".hidden/1.jpg"]
     root = write(tmp_path / "folder" / "train", names)
     shutil.copytree(root, tmp_path / "bare")
-    for i, (folder, part) in enumerate({"tar/train.tar": names, "x.tar": names[::-1], "shards/train-0.tar": names[::2],
-                                        "shards/train-1.tar": names[1::2]}.items()):
+    for i, (folder, part) in enumerate(
+        {
+            "tar/train.tar": names,
+            "x.tar": names[::-1],
+            "shards/train-0.tar": names[::2],
+            "shards/train-1.tar": names[1::2],
+        }.items()
+    ):
         Path(tmp_path, folder).parent.mkdir(exist_ok=True)
         pack(tmp_path / folder, root, part, prefix=("./", "")[i % 2])
     Path(root, "list.txt").write_text("# images\n\n" + "\n".join(["loose.png", *ORDER]) + "\r\n")
@@ -144,7 +157,11 @@ def test_real_tar_equals_real_folder(tmp_path):
     (tmp_path / "val").rename(tmp_path / "moved")
     tar_index = build_index(tmp_path, "val")
     assert (index.kind, tar_index.kind) == ("class folders", "val.tar")
-    assert names_of(index) == names_of(tar_index) and index.classes == tar_index.classes and len(index.classes) == 20
+    assert (
+        names_of(index) == names_of(tar_index)
+        and index.classes == tar_index.classes
+        and len(index.classes) == 20
+    )
     (tmp_path / "moved").rename(tmp_path / "val")
     a, b = (ImageDataset(x, pretrain_transform(64)) for x in (index, tar_index))
     for i in range(0, 300, 7):
@@ -152,7 +169,9 @@ def test_real_tar_equals_real_folder(tmp_path):
     os.symlink(REAL / "photos.tar", tmp_path / "photos.tar")  # so that nothing is written beside the real one
     photos = build_index(tmp_path / "photos.tar", labels=False)
     data = photos.read(100)
-    assert (decode(data, 3).numpy() == np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)).all()
+    assert (
+        decode(data, 3).numpy() == np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+    ).all()
 
 
 def test_tar_index_is_cached_and_checked(tmp_path, monkeypatch):
@@ -211,7 +230,9 @@ def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place
         assert names_of(build_index(tmp_path.name)) == ORDER[3:]
     write(tmp_path / place, ["a/x/0.jpg"])  # in a nested folder
     assert names_of(build_index(tmp_path)) == ["a/x/0.jpg", *ORDER[3:]]
-    write(tmp_path / "whole", ["train/a/1.jpg", "val/a/1.jpg"])  # a bad layout stays bad when its listing is cached
+    write(
+        tmp_path / "whole", ["train/a/1.jpg", "val/a/1.jpg"]
+    )  # a bad layout stays bad when its listing is cached
     age(tmp_path, *folders, *(tmp_path / "whole").rglob("*"), tmp_path / "whole")
     for _ in range(2 if place == "." else 0):
         with pytest.raises(ValueError, match="Did you mean"):
@@ -223,7 +244,9 @@ def test_index_is_compact():
     index = image_index.ImageIndex("", "", "", listing.from_names(names))
     arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) / len(names) <= len(names[0]) + 8 + 4
-    assert all(len(v) <= 100 for v in vars(index).values() if hasattr(v, "__len__") and not isinstance(v, np.ndarray))
+    assert all(
+        len(v) <= 100 for v in vars(index).values() if hasattr(v, "__len__") and not isinstance(v, np.ndarray)
+    )
     assert index.name(19_999) == "class099/image0019999.jpg" and index.labels[200] == 1
 
 
@@ -232,7 +255,11 @@ def test_more_shards_than_open_files_and_hard_links(tmp_path, monkeypatch):
     root = write(tmp_path / "src", ORDER)
     os.link(Path(root, "a/9.jpg"), Path(root, "b/9.jpg"))
     for i in range(4):
-        pack(tmp_path / f"train-{i}.tar", root, ORDER[2 * i:2 * i + 2] + (["a/9.jpg", "b/9.jpg"] if i == 3 else []))
+        pack(
+            tmp_path / f"train-{i}.tar",
+            root,
+            ORDER[2 * i : 2 * i + 2] + (["a/9.jpg", "b/9.jpg"] if i == 3 else []),
+        )
     index = build_index(tmp_path)
     index.read(0)
     index = pickle.loads(pickle.dumps(index))  # as for a spawned worker, with a file open
@@ -278,29 +305,56 @@ def text(path, content):
     return path / "list.txt"
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda p: (p / "nowhere", {}), "no such file or folder: .*nowhere\n"),
-    (lambda p: (p, {}), "no images in .*: found 0 folders and 0 images"),
-    (lambda p: (write(p, ["train/x.txt.jpg"]) and p, {}), "holds 1 loose images and no class folders"),
-    (lambda p: (write(p, ["val/1.jpg", "val/2.jpg"]), dict(split="val")), "2 loose images .*val/<class>/.*valprep"),
-    (lambda p: (write(p, ["train/a/1.jpg"]), dict(split="val")), "no val/, val.tar or.*found 1 folders: train and 0"),
-    (lambda p: (write(p, ["val/a/1.jpg", "x/1.jpg"]), {}), "no train/ but val: found 2 folders: val, x and 0 images"),
-    (lambda p: (write(p, ["i/train/a/1.jpg", "i/val/a/1.jpg"]), dict(labels=False)), "Did you mean .*/i, which holds"),
-    (lambda p: (write(p, ["in/x/a/1.jpg", "in/x/b/1.jpg"]), {}), "the only class .* 'in'.*one folder too deep"),
-    (lambda p: ([write(p, ["a/1.jpg"]), *((p / x).mkdir() for x in "bc")][0], {}), "folders without images.*: b, c"),
-    (lambda p: ([(p / x).mkdir() for x in "abc"] and p, dict(labels=False)), "found 3 folders: a, b, c and 0 images"),
-    (compressed, "train.tar.gz is compressed.*gunzip"),
-    (disguised, "train.tar is compressed"),
-    (cut_in_data, "damaged or cut off .unexpected end of data"),
-    (cut_in_header, "is damaged at byte \\d+, after 4 images"),
-    (overwritten, "is damaged at byte \\d+, after 4 images"),
-    (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose images"),
-    (lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")), "serves for training only"),
-    (lambda p: (text(p, b"a.jpg\n"), dict(labels=False)), "the first path in .* does not exist"),
-    (lambda p: (text(p, b"a.jpg\n"), {}), "a list of 1 paths, which has no labels"),
-    (lambda p: (text(p, b"# none\n"), dict(labels=False)), "lists no images"),
-    (lambda p: (text(p, b"\xff\xd8\0"), dict(labels=False)), "is not a folder, a .tar or a text file"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: (p / "nowhere", {}), "no such file or folder: .*nowhere\n"),
+        (lambda p: (p, {}), "no images in .*: found 0 folders and 0 images"),
+        (lambda p: (write(p, ["train/x.txt.jpg"]) and p, {}), "holds 1 loose images and no class folders"),
+        (
+            lambda p: (write(p, ["val/1.jpg", "val/2.jpg"]), dict(split="val")),
+            "2 loose images .*val/<class>/.*valprep",
+        ),
+        (
+            lambda p: (write(p, ["train/a/1.jpg"]), dict(split="val")),
+            "no val/, val.tar or.*found 1 folders: train and 0",
+        ),
+        (
+            lambda p: (write(p, ["val/a/1.jpg", "x/1.jpg"]), {}),
+            "no train/ but val: found 2 folders: val, x and 0 images",
+        ),
+        (
+            lambda p: (write(p, ["i/train/a/1.jpg", "i/val/a/1.jpg"]), dict(labels=False)),
+            "Did you mean .*/i, which holds",
+        ),
+        (
+            lambda p: (write(p, ["in/x/a/1.jpg", "in/x/b/1.jpg"]), {}),
+            "the only class .* 'in'.*one folder too deep",
+        ),
+        (
+            lambda p: ([write(p, ["a/1.jpg"]), *((p / x).mkdir() for x in "bc")][0], {}),
+            "folders without images.*: b, c",
+        ),
+        (
+            lambda p: ([(p / x).mkdir() for x in "abc"] and p, dict(labels=False)),
+            "found 3 folders: a, b, c and 0 images",
+        ),
+        (compressed, "train.tar.gz is compressed.*gunzip"),
+        (disguised, "train.tar is compressed"),
+        (cut_in_data, "damaged or cut off .unexpected end of data"),
+        (cut_in_header, "is damaged at byte \\d+, after 4 images"),
+        (overwritten, "is damaged at byte \\d+, after 4 images"),
+        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose images"),
+        (
+            lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")),
+            "serves for training only",
+        ),
+        (lambda p: (text(p, b"a.jpg\n"), dict(labels=False)), "the first path in .* does not exist"),
+        (lambda p: (text(p, b"a.jpg\n"), {}), "a list of 1 paths, which has no labels"),
+        (lambda p: (text(p, b"# none\n"), dict(labels=False)), "lists no images"),
+        (lambda p: (text(p, b"\xff\xd8\0"), dict(labels=False)), "is not a folder, a .tar or a text file"),
+    ],
+)
 def test_bad_layouts_are_named(tmp_path, make, message):
     path, kwargs = make(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -318,11 +372,25 @@ def test_class_names_must_agree(tmp_path):
 
 # --- decoding ---
 
-@pytest.mark.parametrize("format, mode, options", [
-    ("JPEG", "RGB", {}), ("JPEG", "RGB", dict(progressive=True)), ("JPEG", "L", {}), ("JPEG", "CMYK", {}),
-    ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "L", {}), ("PNG", "P", dict(transparency=bytes(range(256)))),
-    ("WEBP", "RGB", dict(lossless=True)), ("BMP", "RGB", {}), ("TIFF", "RGB", {}), ("GIF", "P", {}), ("PPM", "RGB", {}),
-])
+
+@pytest.mark.parametrize(
+    "format, mode, options",
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", dict(progressive=True)),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "L", {}),
+        ("PNG", "P", dict(transparency=bytes(range(256)))),
+        ("WEBP", "RGB", dict(lossless=True)),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("GIF", "P", {}),
+        ("PPM", "RGB", {}),
+    ],
+)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("torchvision", [True, False])
 @pytest.mark.filterwarnings("error:.*ransparency")
@@ -342,7 +410,7 @@ def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeyp
     assert _is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
     for part in (0.5, 0.9):
         with pytest.raises(ValueError, match="not a readable image"):
-            decode(data[:int(len(data) * part)], channels)
+            decode(data[: int(len(data) * part)], channels)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     with pytest.raises(ValueError, match="decompression bomb"):  # torchvision has no such limit
         decode(data, channels)
@@ -360,12 +428,17 @@ def test_decode_16_bit_arrays_and_junk():
         file = io.BytesIO()
         np.save(file, x, allow_pickle=True)
         return file.getvalue()
+
     assert (decode(npy(array), 5).numpy() == array.transpose(2, 0, 1)).all()
     assert (decode(npy(array[..., 0]), 1).numpy() == array[None, ..., 0]).all()
     for data, channels, message in [
-        (npy(array), 3, "found uint8 .*expected uint8 .H, W, 3."), (npy(array.astype(float)), 5, "float64"),
-        (npy(np.array([{}, 1])), 1, "allow_pickle"), (npy(array)[:-1], 5, "not a readable"), (b"", 3, "0 bytes"),
-        (b"<html>", 3, "<htm"), (encode(picture()), 5, "5 channels are read from .npy"),
+        (npy(array), 3, "found uint8 .*expected uint8 .H, W, 3."),
+        (npy(array.astype(float)), 5, "float64"),
+        (npy(np.array([{}, 1])), 1, "allow_pickle"),
+        (npy(array)[:-1], 5, "not a readable"),
+        (b"", 3, "0 bytes"),
+        (b"<html>", 3, "<htm"),
+        (encode(picture()), 5, "5 channels are read from .npy"),
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1, "floating-point"),
         (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), 1, "70000"),
     ]:
@@ -375,27 +448,37 @@ def test_decode_16_bit_arrays_and_junk():
 
 # --- transforms ---
 
+
 @pytest.mark.parametrize("size, scale", [(32, (0.2, 1.0)), ((20, 50), (0.05, 0.5))])
 def test_pretrain_transform_is_torchvisions_on_pil(size, scale):
     image = picture(2, size=(97, 61))
     tensor = decode(encode(image))
-    reference = tv.Compose([
-        tv.RandomResizedCrop(size, scale, interpolation=tv.InterpolationMode.BICUBIC), tv.RandomHorizontalFlip(0.3),
-        tv.RandomVerticalFlip(0.6), tv.PILToTensor()])
+    reference = tv.Compose(
+        [
+            tv.RandomResizedCrop(size, scale, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.RandomHorizontalFlip(0.3),
+            tv.RandomVerticalFlip(0.6),
+            tv.PILToTensor(),
+        ]
+    )
     transform = pretrain_transform(size, scale, hflip=0.3, vflip=0.6)
     for seed in range(20):
         torch.manual_seed(seed)
         expected = reference(image).int()
         torch.manual_seed(seed)
         found = transform(tensor)
-        assert found.dtype == torch.uint8 and (found.int() - expected).abs().max() <= 2  # a pixel of shift gives > 20
+        assert (
+            found.dtype == torch.uint8 and (found.int() - expected).abs().max() <= 2
+        )  # a pixel of shift gives > 20
         torch.manual_seed(seed)
         box = tv.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
         torch.manual_seed(seed)
         assert box == transform.draw(*tensor.shape[-2:])[:4]
 
 
-@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (10, 400), (400, 10), (1, 1), (3, 4), (50, 199)])
+@pytest.mark.parametrize(
+    "height, width", [(375, 500), (500, 333), (10, 400), (400, 10), (1, 1), (3, 4), (50, 199)]
+)
 def test_boxes_and_flips_are_torchvisions(height, width):
     """Also where no crop of the wanted area and aspect ratio fits into the image."""
     ours, theirs = pretrain_transform(8, hflip=0.3, vflip=0.6), v2.RandomResizedCrop(8, scale=(0.2, 1.0))
@@ -414,12 +497,18 @@ def test_boxes_and_flips_are_torchvisions(height, width):
 def test_eval_transform_is_torchvisions_on_pil(source, size, crop_pct):
     image = picture(3, size=source)
     resize = int(size / (crop_pct or (224 / 256 if size <= 224 else 1)))
-    reference = tv.Compose([tv.Resize(resize, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()])
-    assert (eval_transform(size, crop_pct)(decode(encode(image))).int() - reference(image).int()).abs().max() <= 2
+    reference = tv.Compose(
+        [tv.Resize(resize, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()]
+    )
+    assert (
+        eval_transform(size, crop_pct)(decode(encode(image))).int() - reference(image).int()
+    ).abs().max() <= 2
 
 
 def test_eval_transform_covers_rectangles():
-    ramp = np.stack(np.broadcast_arrays(np.arange(200)[None], np.arange(100)[:, None], 0), -1).astype(np.uint8)
+    ramp = np.stack(np.broadcast_arrays(np.arange(200)[None], np.arange(100)[:, None], 0), -1).astype(
+        np.uint8
+    )
     found = eval_transform((32, 96), crop_pct=1.0)(torch.from_numpy(ramp).permute(2, 0, 1))
     assert found.shape == (3, 32, 96)
     # (100, 200) -> (48, 96), the middle 32 rows: the whole width, a third of the height is cut, and nothing is padded
@@ -432,11 +521,21 @@ def test_finetune_transform_is_timms(mode, mean):
     image = picture(4, size=(60, 50), mode=mode)
     transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, vflip=0.2)
     reference = timm.data.create_transform(
-        (24, 32), is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=None,
-        interpolation="bicubic", vflip=0.2, mean=mean)
+        (24, 32),
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=None,
+        interpolation="bicubic",
+        vflip=0.2,
+        mean=mean,
+    )
     outputs = []
     for seed in range(10):
-        for f, x in ((reference, image), (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean)))):
+        for f, x in (
+            (reference, image),
+            (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean))),
+        ):
             with datasets._seeded(seed):
                 outputs.append(f(x))
         assert torch.equal(outputs[-1], outputs[-2]) and outputs[-1].dtype == torch.uint8
@@ -448,13 +547,23 @@ def test_finetune_transform_is_timms(mode, mean):
 
 def timms_draws(height, width, key, monkeypatch, **options):
     """top, left, height, width, flipped left-right, upside down: what timm's transform does to an image of that size."""
-    transform = timm.data.create_transform(8, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
-                                           interpolation="bicubic", **options)
+    transform = timm.data.create_transform(
+        8,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment=None,
+        color_jitter=None,
+        interpolation="bicubic",
+        **options,
+    )
     boxes, marked = [], np.zeros((8, 8, 3), np.uint8)
     marked[0, 0] = 255
     with monkeypatch.context() as patch:
-        patch.setattr(timm.data.transforms.F, "resized_crop",
-                      lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked))
+        patch.setattr(
+            timm.data.transforms.F,
+            "resized_crop",
+            lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked),
+        )
         with datasets._seeded(key):
             found = np.asarray(transform(Image.new("RGB", (width, height))))
     row, column = np.argwhere(found.max(-1) if found.shape[-1] == 3 else found.max(0))[0]
@@ -476,8 +585,15 @@ def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
 
 def through_pil(image, size, **options):
     """Fine-tuning's transform as it was: by a PIL image."""
-    return timm.data.create_transform(size, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
-                                      interpolation="bicubic", **options)(v2.functional.to_pil_image(image))
+    return timm.data.create_transform(
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment=None,
+        color_jitter=None,
+        interpolation="bicubic",
+        **options,
+    )(v2.functional.to_pil_image(image))
 
 
 @pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "JPEG")])
@@ -500,12 +616,19 @@ def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
 
 def test_color_jitter_and_other_filters_still_go_through_timm():
     image = decode(encode(picture(4)))
-    for options in (dict(color_jitter=0.4), dict(interpolation="bilinear"), dict(auto_augment="rand-m9-mstd0.5-inc1")):
+    for options in (
+        dict(color_jitter=0.4),
+        dict(interpolation="bilinear"),
+        dict(auto_augment="rand-m9-mstd0.5-inc1"),
+    ):
         transform = finetune_transform(16, **dict(auto_augment="") | options)
         assert not hasattr(transform, "crop_jpeg") and not hasattr(transform, "window")
         reference = timm.data.create_transform(
-            16, is_training=True, use_prefetcher=True,
-            **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options)
+            16,
+            is_training=True,
+            use_prefetcher=True,
+            **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options,
+        )
         with datasets._seeded(7):
             expected = reference(v2.functional.to_pil_image(image))
         with datasets._seeded(7):
@@ -524,7 +647,11 @@ def test_finetune_transform_of_other_channel_counts():
 
 
 def test_normalize():
-    images, mean, std = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8), (0.4, 0.5, 0.6), [0.2, 0.3, 0.25]
+    images, mean, std = (
+        torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8),
+        (0.4, 0.5, 0.6),
+        [0.2, 0.3, 0.25],
+    )
     found = normalize(images, mean, std)
     torch.testing.assert_close(found, tv.functional.normalize(images / 255, mean, std))
     assert torch.equal(unnormalize(found, mean, std), images)
@@ -534,6 +661,7 @@ def test_normalize():
 
 
 # --- samples and samplers ---
+
 
 def dataset_of(tmp_path, n=24, broken=(), **kwargs):
     names = [f"{'ab'[i % 2]}/{i:02}.jpg" for i in range(n)]
@@ -552,9 +680,14 @@ def test_samples_depend_on_seed_epoch_and_index_only(tmp_path):
             for m, batch in enumerate(loader):
                 assert torch.equal(batch["index"], sampler.global_batch(epoch, m)) and batch["bad"] == []
                 for j, i in enumerate(batch["index"].tolist()):
-                    same({k: batch[k][j] for k in ("image", "label", "key")},
-                         {k: torch.as_tensor(expected[epoch, i][k]) for k in ("image", "label", "key")})
-                    assert batch["key"][j] == sample_seed(7, epoch, i) and batch["label"][j] == dataset.index.labels[i]
+                    same(
+                        {k: batch[k][j] for k in ("image", "label", "key")},
+                        {k: torch.as_tensor(expected[epoch, i][k]) for k in ("image", "label", "key")},
+                    )
+                    assert (
+                        batch["key"][j] == sample_seed(7, epoch, i)
+                        and batch["label"][j] == dataset.index.labels[i]
+                    )
             assert m == 3
     assert not torch.equal(expected[0, 3]["image"], expected[1, 3]["image"])
     same(dataset[3], expected[0, 3])
@@ -571,11 +704,17 @@ def test_loading_leaves_the_global_generators_alone(tmp_path):
             draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
     assert draws[:3] == draws[3:]
     random.seed(2), np.random.seed(2)
-    assert torch.equal(dataset[1, 2]["image"], dataset[1, 2]["image"])  # random and numpy.random are seeded too
+    assert torch.equal(
+        dataset[1, 2]["image"], dataset[1, 2]["image"]
+    )  # random and numpy.random are seeded too
 
 
 def test_sample_seed_is_frozen_and_well_mixed():
-    frozen = [1279368494785126216, 1700482428262628912, 7510213797696614745]  # a change would break every resume
+    frozen = [
+        1279368494785126216,
+        1700482428262628912,
+        7510213797696614745,
+    ]  # a change would break every resume
     assert [sample_seed(0, 0, 0), sample_seed(0, 0, 1), sample_seed(1, 2, 3)] == frozen
     seeds = [sample_seed(s, e, i) for s in range(5) for e in range(20) for i in range(100)]
     assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**63
@@ -595,7 +734,9 @@ def test_unreadable_images_are_replaced_and_reported(tmp_path):
             found = dataset[epoch, i]
             same(found, dataset[epoch, tried[-1]] | dict(bad=tried[:-1]))
             assert found["key"] == sample_seed(0, epoch, tried[-1]) and found["image"].any()
-    assert len({dataset[epoch, 2]["index"] for epoch in range(8)}) > 4, "not the neighbour, which may be broken as well"
+    assert len({dataset[epoch, 2]["index"] for epoch in range(8)}) > 4, (
+        "not the neighbour, which may be broken as well"
+    )
     assert collate([dataset[i] for i in (1, 2)])["bad"][0] == 2
     evaluation = ImageDataset(build_index(tmp_path), eval_transform(16), evaluation=True)
     found = evaluation[2]
@@ -606,7 +747,9 @@ def test_unreadable_images_are_replaced_and_reported(tmp_path):
     for count in (24, 3):
         shutil.rmtree(tmp_path / "train")
         broken = dataset_of(tmp_path, n=count, broken=range(24))
-        with pytest.raises(ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"):
+        with pytest.raises(
+            ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"
+        ):
             broken[0]
 
 
@@ -629,8 +772,12 @@ def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
 def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
     """Wherever they lie in a batch, one batch of them alone among them; a loss function need not know of it."""
     dataset = dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7))
-    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
-                         pin_memory=False)
+    loader = eval_loader(
+        ImageDataset(dataset.index, eval_transform(16), evaluation=True),
+        batch_size=3,
+        num_workers=0,
+        pin_memory=False,
+    )
     whole = [s for s in loader.dataset if not s["bad"]]
 
     def loss_fn(model, batch):
@@ -639,26 +786,40 @@ def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
     options = dict(device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
     stats = evaluation.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
     assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
-    assert stats["loss"] == pytest.approx(np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5)
+    assert stats["loss"] == pytest.approx(
+        np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5
+    )
     assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
     assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
     x, y = evaluation.features(lambda images: images.flatten(1)[:, :5], loader, **options)
     assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
-        s["label"] for s in whole]
+        s["label"] for s in whole
+    ]
 
 
 def test_an_evaluation_on_nothing_says_so(tmp_path):
     dataset = dataset_of(tmp_path, n=4, broken=(0, 1, 2, 3))
-    loader = eval_loader(ImageDataset(dataset.index, eval_transform(16), evaluation=True), batch_size=3, num_workers=0,
-                         pin_memory=False)
+    loader = eval_loader(
+        ImageDataset(dataset.index, eval_transform(16), evaluation=True),
+        batch_size=3,
+        num_workers=0,
+        pin_memory=False,
+    )
     with pytest.raises(ValueError, match="none of the 4 images to evaluate on can be decoded"):
-        evaluation.evaluate(torch.nn.Flatten(), lambda model, batch: (torch.zeros(()), {}), loader,
-                            device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
+        evaluation.evaluate(
+            torch.nn.Flatten(),
+            lambda model, batch: (torch.zeros(()), {}),
+            loader,
+            device=torch.device("cpu"),
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+        )
 
 
 def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
     def fail(image):
         raise ValueError("a bug")
+
     with pytest.raises(ValueError, match="a bug"):
         dataset_of(tmp_path, n=2, transform=fail)[0]
 
@@ -667,9 +828,13 @@ def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_epoch_sampler_by_brute_force(world_size, batch_size, shuffle):
     n, total = 23, 6
-    ranks = [EpochSampler(n, batch_size=batch_size, rank=r, world_size=world_size, seed=5, shuffle=shuffle)
-             for r in range(world_size)]
-    reference = EpochSampler(n, batch_size=total, seed=5, shuffle=shuffle)  # one rank with the same global batch
+    ranks = [
+        EpochSampler(n, batch_size=batch_size, rank=r, world_size=world_size, seed=5, shuffle=shuffle)
+        for r in range(world_size)
+    ]
+    reference = EpochSampler(
+        n, batch_size=total, seed=5, shuffle=shuffle
+    )  # one rank with the same global batch
     seen = []
     for epoch in (0, 1, 3):
         for s in (reference, *ranks):
@@ -680,12 +845,12 @@ def test_epoch_sampler_by_brute_force(world_size, batch_size, shuffle):
         assert len(set(order)) == len(order) == n // total * total and set(order) <= set(range(n))
         own = [[i for _, i in s] for s in ranks]
         for m in range(n // total):
-            union = [i for o in own for i in o[m * batch_size:(m + 1) * batch_size]]
-            assert union == order[m * total:(m + 1) * total] == ranks[0].global_batch(epoch, m).tolist()
+            union = [i for o in own for i in o[m * batch_size : (m + 1) * batch_size]]
+            assert union == order[m * total : (m + 1) * total] == ranks[0].global_batch(epoch, m).tolist()
         assert [len(s) for s in ranks] == [len(o) for o in own]
         for s, o in zip(ranks, own):
             s.set_position(epoch, 2)
-            assert [i for _, i in s] == o[2 * batch_size:] and len(s) == len(o) - 2 * batch_size
+            assert [i for _, i in s] == o[2 * batch_size :] and len(s) == len(o) - 2 * batch_size
         seen.append(order)
     assert (seen[0] != seen[1] != seen[2] != seen[0]) if shuffle else seen[0] == list(range(18))
     other = EpochSampler(n, batch_size=total, seed=6)
@@ -719,20 +884,30 @@ for worker in multiprocessing.active_children():
 print(sum(len(b["index"]) for _, b in zip(range(20), batches)))
 raise SystemExit(5)  # with the workers still running
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout.strip()) == (5, "40") and "Error" not in done.stderr, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_validation_during_pretraining_loads_as_fast_as_training(tmp_path):
-    write(tmp_path, [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)] + ["train/b/1.png", "val/b/1.png"])
-    args = parse(main_pretrain.get_args_parser(), ["--data_path", str(tmp_path), "--batch_size", "2", "--num_workers", "5"])
+    write(
+        tmp_path,
+        [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)]
+        + ["train/b/1.png", "val/b/1.png"],
+    )
+    args = parse(
+        main_pretrain.get_args_parser(),
+        ["--data_path", str(tmp_path), "--batch_size", "2", "--num_workers", "5"],
+    )
     for device, pinned in (("cuda", True), ("cpu", False)):
         loaders = main_pretrain.build_data(args, (16, 16), torch.device(device), two_views=False)
         assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == [(5, pinned)] * 2
 
 
 # --- other sources, command line ---
+
 
 def test_demo_set_is_the_default(tmp_path, monkeypatch):
     root = write(tmp_path / "src", NAMES)
@@ -760,10 +935,15 @@ def test_timm_readers(tmp_path, monkeypatch):
 
         def __iter__(self):
             return ((picture(i), i) for i in range(6))
+
     calls = []
     monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: calls.append((a, k)) or Stream())
     stream = build_dataset("wds/x=/shards", "val", pretrain_transform(16), evaluation=True)
-    assert calls[0][0] == ("wds/x",) and calls[0][1]["root"] == "/shards" and calls[0][1]["split"] == "validation"
+    assert (
+        calls[0][0] == ("wds/x",)
+        and calls[0][1]["root"] == "/shards"
+        and calls[0][1]["split"] == "validation"
+    )
     assert not stream.exact_resume and "a run resumes at whole epochs only" in stream.summary()
     loader = build_loader(stream, None, batch_size=4)
     first, again = next(iter(loader)), next(iter(loader))
@@ -774,8 +954,11 @@ def test_timm_readers(tmp_path, monkeypatch):
 
     def missing(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
     monkeypatch.setattr(timm.data, "create_dataset", missing)
-    with pytest.raises(ValueError, match="hfds/x needs a package that is not installed: pip install datasets"):
+    with pytest.raises(
+        ValueError, match="hfds/x needs a package that is not installed: pip install datasets"
+    ):
         build_dataset("hfds/x", "train", None)
     with pytest.raises(ValueError, match="1 or 3 channels, not 5"):
         build_dataset("hfds/x", "train", None, in_chans=5)
@@ -793,11 +976,13 @@ def test_command_line(tmp_path, capsys):
     write(tmp_path / "bad", ORDER, broken=["b/2.jpg"])
     assert commands.main(["check", str(tmp_path / "bad"), "--num_workers", "0"]) == 1
     assert "unreadable: b/2.jpg\n1 of 8 images" in capsys.readouterr().out
-    for argv, said in ((["check", str(tmp_path / "nowhere")], "no such file or folder"),
-                       (["stats", "hfds/x"], "timm's readers"),
-                       (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
-                       (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
-                       (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths")):
+    for argv, said in (
+        (["check", str(tmp_path / "nowhere")], "no such file or folder"),
+        (["stats", "hfds/x"], "timm's readers"),
+        (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
+        (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
+        (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths"),
+    ):
         assert commands.main(argv) == 2 and said in capsys.readouterr().err
 
 
@@ -818,12 +1003,15 @@ def test_names_that_are_no_text(tmp_path, capfd):
     assert (tmp_path / "bad_images.txt").read_bytes() == b"b/caf\xe9.jpg\n"
     said = (tmp_path / "out.txt").read_text()
     assert "the latest: b/caf\\xe9.jpg\n" in said and said.endswith("\nb/caf\\udce9.jpg\n")
-    write_predictions(str(tmp_path / "p.csv"), [(i, -1, 0, 0.5)], SimpleNamespace(name=index.name, classes=["x"]))
+    write_predictions(
+        str(tmp_path / "p.csv"), [(i, -1, 0, 0.5)], SimpleNamespace(name=index.name, classes=["x"])
+    )
     assert b"caf\xe9.jpg,unreadable" in (tmp_path / "p.csv").read_bytes()
 
 
 def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
     """As `tar -P` stores them; the first folder below the root is the class."""
+
     def pack_absolute(tar, prefix):  # `tarfile.add` would take the slash off
         with tarfile.open(tar, "w") as file:
             for name in NAMES:
@@ -840,7 +1028,9 @@ def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
     plain = build_index(pack(tmp_path / "plain.tar", root, NAMES))
     path = pack_absolute(tmp_path / "train.tar", "/")
     found = build_index(path)
-    assert found.classes == plain.classes and sorted(names_of(found)) == sorted([*names_of(plain), "b/link.jpg"])
+    assert found.classes == plain.classes and sorted(names_of(found)) == sorted(
+        [*names_of(plain), "b/link.jpg"]
+    )
     with pytest.raises(ValueError, match=r"the only class in .* is 'data' and its images lie deeper"):
         build_index(pack_absolute(tmp_path / "deep.tar", "/data/"))
     age(path)

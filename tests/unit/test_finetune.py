@@ -1,4 +1,5 @@
 """Pretrained encoders become classifiers: loading, losses, groups, probes and neighbours."""
+
 import csv
 import json
 import re
@@ -36,6 +37,7 @@ from util.weights import checkpoint, transfer
 @pytest.fixture
 def shapes(tmp_path):
     """Two classes that a linear model can tell apart, as PNGs with 1, 3 or 4 channels."""
+
     def make(mode: str, size=(28, 42)):
         rng = np.random.default_rng(0)
         for split, n in (("train", 20), ("val", 10)):
@@ -46,26 +48,75 @@ def shapes(tmp_path):
                     pixels = rng.integers(100 * c, 100 * c + 120, (*size, len(mode)), dtype=np.uint8)
                     Image.fromarray(pixels.squeeze(), mode).save(folder / f"{i}.png")
         return tmp_path / "data"
+
     return make
 
 
-@pytest.mark.parametrize("mode,patch,size", [("L", 8, (16, 24)), ("RGBA", 14, (28, 42)), ("RGB", 8, (24, 16))])
-def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(tmp_path, capsys, shapes, mode, patch, size):
-    common = ["--data_path", shapes(mode), "--input_size", *size, "--patch_size", patch, "--in_chans", len(mode),
-              "--batch_size", 8]
+@pytest.mark.parametrize(
+    "mode,patch,size", [("L", 8, (16, 24)), ("RGBA", 14, (28, 42)), ("RGB", 8, (24, 16))]
+)
+def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(
+    tmp_path, capsys, shapes, mode, patch, size
+):
+    common = [
+        "--data_path",
+        shapes(mode),
+        "--input_size",
+        *size,
+        "--patch_size",
+        patch,
+        "--in_chans",
+        len(mode),
+        "--batch_size",
+        8,
+    ]
     if mode == "RGBA":
         common += ["--mean", *[0.5] * 4, "--std", *[0.25] * 4]
     checkpoint_file = pretrained(tmp_path, capsys, *common)
     augment = ["--aa", "", "--reprob", 0]
-    code, text = call(main_finetune, capsys, "--model", "vit_test", *common, *augment, "--finetune", checkpoint_file,
-                      "--output_dir", tmp_path / "ft", "--epochs", 6, "--lr", 3e-3, "--warmup_epochs", 1)
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        *common,
+        *augment,
+        "--finetune",
+        checkpoint_file,
+        "--output_dir",
+        tmp_path / "ft",
+        "--epochs",
+        6,
+        "--lr",
+        3e-3,
+        "--warmup_epochs",
+        1,
+    )
     assert code == 0 and "labels apl" in text and "a new one, zero" in text, text
     assert float(accuracy(text)[-1]) == 100, "two plain classes are learned"
-    code, evaluated = call(main_finetune, capsys, "--model", "vit_test", *common, "--eval", "--resume",
-                           tmp_path / "ft" / "checkpoint-last.pth")
+    code, evaluated = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        *common,
+        "--eval",
+        "--resume",
+        tmp_path / "ft" / "checkpoint-last.pth",
+    )
     assert code == 0 and accuracy(evaluated) == accuracy(text)[-1:]
-    code, probed = call(main_linprobe, capsys, "--model", "vit_test", *common, "--finetune", checkpoint_file, "--knn",
-                        "--output_dir", tmp_path / "knn")
+    code, probed = call(
+        main_linprobe,
+        capsys,
+        "--model",
+        "vit_test",
+        *common,
+        "--finetune",
+        checkpoint_file,
+        "--knn",
+        "--output_dir",
+        tmp_path / "knn",
+    )
     assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images" in probed
 
 
@@ -126,7 +177,18 @@ def test_a_new_positional_embedding_is_trained_where_the_encoder_is_frozen(tmp_p
     for pos_embed, learns in (("none", True), ("sincos", False)):  # of the pretraining
         out = tmp_path / pos_embed
         file = pretrained(out, capsys, "--pos_embed", pos_embed)
-        code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--partial", 0, "--output_dir", out)
+        code, text = call(
+            main_finetune,
+            capsys,
+            "--model",
+            "vit_test",
+            "--finetune",
+            file,
+            "--partial",
+            0,
+            "--output_dir",
+            out,
+        )
         assert code == 0, text
         state = checkpoint.load(str(out / "checkpoint-last.pth"))
         start = 0 if learns else sincos_2d(32, (4, 4))
@@ -146,12 +208,34 @@ def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, 
         assert code == 0 and ("other than in training: mean" in text) == (more not in ([], stats)), text
         lines.append(re.findall(r"\* Acc@1.*", text))
     assert lines[0] == lines[1] == lines[2] != lines[3]
-    code, text = call(main_finetune, capsys, *common, tmp_path / "no", "--eval", "--resume", last, "--pos_embed", "none",
-                      "--input_size", 40)
+    code, text = call(
+        main_finetune,
+        capsys,
+        *common,
+        tmp_path / "no",
+        "--eval",
+        "--resume",
+        last,
+        "--pos_embed",
+        "none",
+        "--input_size",
+        40,
+    )
     assert code == 2 and "does not fit" in text
     file = pretrained(tmp_path, capsys, *stats)
-    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--knn", "--input_size", 40,
-                      "--output_dir", tmp_path / "knn")
+    code, text = call(
+        main_linprobe,
+        capsys,
+        "--model",
+        "vit_test",
+        "--finetune",
+        file,
+        "--knn",
+        "--input_size",
+        40,
+        "--output_dir",
+        tmp_path / "knn",
+    )
     assert code == 0 and "(other than in training: input_size: [32] -> [40])" in text, text
     record = json.loads((tmp_path / "knn" / "run.json").read_text())["flags"]
     assert (record["mean"], record["std"]) == ([0.9, 0.1, 0.5], [0.1, 0.2, 0.3])
@@ -180,16 +264,25 @@ def test_other_channels_answer_the_same_to_grey_images(old, new):
         assert torch.allclose(adapted, adapt_input_conv(new, weight)), "timm's"
     elif new == 1 or new % old == 0:
         grey = torch.randn(1, 1, 4, 4)
-        assert torch.allclose(F.conv2d(grey.expand(-1, new, -1, -1), adapted), F.conv2d(grey.expand(-1, old, -1, -1), weight),
-                              atol=1e-5)
+        assert torch.allclose(
+            F.conv2d(grey.expand(-1, new, -1, -1), adapted),
+            F.conv2d(grey.expand(-1, old, -1, -1), weight),
+            atol=1e-5,
+        )
 
 
 def test_a_label_head_goes_on_whole_or_starts_anew():
     """Hidden layers behind one that does not fit have learned from other features; a classifier may be of another grid."""
     mae = MODELS["mae_test"](img_size=(32, 32), pos_label="apl+rpl", pos_tokens="full")
     state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
-    for tokens, size, kept in (("half", 32, ()), ("full", 48, ("fc1.", "fc2.")), ("full", 32, ("fc1.", "fc2.", "classifier."))):
-        vit = build_classifier("vit_test", img_size=(size, size), num_classes=5, pos_label="apl+rpl", pos_tokens=tokens)
+    for tokens, size, kept in (
+        ("half", 32, ()),
+        ("full", 48, ("fc1.", "fc2.")),
+        ("full", 32, ("fc1.", "fc2.", "classifier.")),
+    ):
+        vit = build_classifier(
+            "vit_test", img_size=(size, size), num_classes=5, pos_label="apl+rpl", pos_tokens=tokens
+        )
         before = {k: v.clone() for k, v in vit.state_dict().items()}
         transfer.init_encoder(vit, state, "x.pth", "zero")
         for k, v in vit.state_dict().items():
@@ -199,11 +292,31 @@ def test_a_label_head_goes_on_whole_or_starts_anew():
 
 
 def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
-    code, text = call(main_pretrain, capsys, "--model", "mae_test", "--pos_label", "rpl", "--pos_tokens", "full",
-                      "--mask_ratio", 0.5, "--output_dir", tmp_path / "pt")
+    code, text = call(
+        main_pretrain,
+        capsys,
+        "--model",
+        "mae_test",
+        "--pos_label",
+        "rpl",
+        "--pos_tokens",
+        "full",
+        "--mask_ratio",
+        0.5,
+        "--output_dir",
+        tmp_path / "pt",
+    )
     assert code == 0, text
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", tmp_path / "pt" / "checkpoint-last.pth",
-                      "--output_dir", tmp_path / "ft")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--finetune",
+        tmp_path / "pt" / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path / "ft",
+    )
     assert code == 0 and "pos_head" not in re.search(r"; new: (.*)", text)[1], text
     assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth"))["args"]["pos_tokens"] == "full"
 
@@ -221,7 +334,9 @@ def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
     assert transfer.new_parameters(state) >= new
     freeze_all_but(deit, 0, transfer.new_parameters(state))
     learning = {n for n, p in deit.named_parameters() if p.requires_grad}
-    assert new <= learning and "cls_token" not in learning and ("pos_embed" in learning) == ("pos_embed" in new)
+    assert (
+        new <= learning and "cls_token" not in learning and ("pos_embed" in learning) == ("pos_embed" in new)
+    )
 
 
 def test_channels_are_adapted_as_timm_does():
@@ -235,53 +350,108 @@ def test_channels_are_adapted_as_timm_does():
 def test_a_folder_that_holds_another_run_says_so(tmp_path, capsys):
     """MAE's --output_dir has a default, so that this happens."""
     file = pretrained(tmp_path, capsys)
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "pt")
+    code, text = call(
+        main_finetune, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "pt"
+    )
     assert code == 2 and "is a full pretraining checkpoint" in text and "give another --output_dir" in text
     run = ["--model", "vit_test", "--output_dir", tmp_path / "ft"]
     assert call(main_finetune, capsys, *run, "--finetune", file)[0] == 0
     again = tmp_path / "again.pth"
     again.write_bytes(Path(file).read_bytes())
     code, text = call(main_finetune, capsys, *run, "--finetune", again)
-    assert code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+    assert (
+        code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+    )
     again.unlink()
     assert call(main_finetune, capsys, *run, "--finetune", again)[0] == 0, "nor is it missed"
-    code, text = call(main_finetune, capsys, *run, "--resume", tmp_path / "ft" / "checkpoint-last.pth", "--epochs", 2)
-    assert code == 0 and "continuing" in text, "layer decay is as it was, though --finetune was not given again"
+    code, text = call(
+        main_finetune, capsys, *run, "--resume", tmp_path / "ft" / "checkpoint-last.pth", "--epochs", 2
+    )
+    assert code == 0 and "continuing" in text, (
+        "layer decay is as it was, though --finetune was not given again"
+    )
 
 
 def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
     classifier, path = {"model": vit.state_dict()}, str(tmp_path / "c.pth")
     torch.save(classifier, path)
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "a")
+    code, text = call(
+        main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "a"
+    )
     assert code == 2 and "is a fine-tuned classifier" in text and "--resume" in text
     _, state = make_pretrained()
     torch.save(state, path)
     code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", path)
     assert code == 2 and "it is for main_pretrain.py --resume or --init_from; main_finetune.py and" in text
-    code, text = call(main_finetune, capsys, "--model", "vit_tiny_patch8", "--finetune", path, "--output_dir", tmp_path / "b")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_tiny_patch8",
+        "--finetune",
+        path,
+        "--output_dir",
+        tmp_path / "b",
+    )
     assert code == 2 and "does not fit --model" in text and "made with --model mae_test" in text
     torch.save({"model": {"conv1.weight": torch.ones(1)}}, path)
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "c")
+    code, text = call(
+        main_finetune, capsys, "--model", "vit_test", "--finetune", path, "--output_dir", tmp_path / "c"
+    )
     assert code == 2 and "no command here knows (it has conv1.weight)" in text
     code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval")
     assert code == 2 and "--eval needs --resume" in text
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--nb_classes", 12, "--output_dir", tmp_path / "d")
+    code, text = call(
+        main_finetune, capsys, "--model", "vit_test", "--nb_classes", 12, "--output_dir", tmp_path / "d"
+    )
     assert code == 2 and "--nb_classes 12, but" in text and "has 10 class folders" in text
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--mixup", 0.8, "--batch_size", 25, "--output_dir",
-                      tmp_path / "e")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--mixup",
+        0.8,
+        "--batch_size",
+        25,
+        "--output_dir",
+        tmp_path / "e",
+    )
     assert code == 2 and "even --batch_size" in text
 
 
-@pytest.mark.parametrize("pos_embed,pos_label", [("none", "none"), ("learned", "none"), ("none", "apl"), ("none", "rpl"),
-                                                 ("learned", "apl"), ("sincos", "rpl"), ("none", "apl+rpl")])
+@pytest.mark.parametrize(
+    "pos_embed,pos_label",
+    [
+        ("none", "none"),
+        ("learned", "none"),
+        ("none", "apl"),
+        ("none", "rpl"),
+        ("learned", "apl"),
+        ("sincos", "rpl"),
+        ("none", "apl+rpl"),
+    ],
+)
 def test_embedding_and_labels_are_independent(tmp_path, capsys, pos_embed, pos_label):
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--pos_embed", pos_embed, "--pos_label", pos_label,
-                      "--output_dir", tmp_path)
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--pos_embed",
+        pos_embed,
+        "--pos_label",
+        pos_label,
+        "--output_dir",
+        tmp_path,
+    )
     assert code == 0, text
     keys = checkpoint.load(str(tmp_path / "checkpoint-last.pth"))["model"].keys()
     assert ("pos_embed" in keys) == (pos_embed != "none")
-    assert {k.split(".")[1] for k in keys if k.startswith("pos_head.")} == set(pos_label.split("+")) - {"none"}
+    assert {k.split(".")[1] for k in keys if k.startswith("pos_head.")} == set(pos_label.split("+")) - {
+        "none"
+    }
     assert ("position_acc" in text) == (pos_label != "none")
 
 
@@ -312,13 +482,16 @@ def test_distillation_learns_the_teachers_answer():
     from models_vit import DistilledVisionTransformer
 
     torch.manual_seed(0)
-    student = DistilledVisionTransformer(img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5)
+    student = DistilledVisionTransformer(
+        img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5
+    )
     for head in (student.head, student.head_dist):
         torch.nn.init.normal_(head.weight)
     criterion = supervised.make_criterion(0.0, False)
     answers = torch.tensor([4, 0, 2])
-    loss_fn = supervised.make_loss_fn(lambda x, y: (x, y), criterion, "none", 0.5,
-                                         teacher=lambda x: F.one_hot(answers, 5).float())
+    loss_fn = supervised.make_loss_fn(
+        lambda x, y: (x, y), criterion, "none", 0.5, teacher=lambda x: F.one_hot(answers, 5).float()
+    )
     batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([1, 2, 3])}
     loss, terms = loss_fn(student, batch)
     own, distilled = student(batch["image"], distillation=True)
@@ -329,7 +502,6 @@ def test_distillation_learns_the_teachers_answer():
 
 def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
     import timm
-
 
     class Fake(torch.nn.Module):
         num_classes, pretrained_cfg = 5, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
@@ -344,7 +516,9 @@ def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
     options = dict(img_size=(4, 4), in_chans=3, mean=mean, std=std)
     teacher = build_teacher("timm/x", "", classes=list("abcde"), **options)
     out = teacher((pixels - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape))
-    expected = (pixels - torch.tensor((0.5, 0.4, 0.3)).reshape(shape)) / torch.tensor((0.2, 0.25, 0.5)).reshape(shape)
+    expected = (pixels - torch.tensor((0.5, 0.4, 0.3)).reshape(shape)) / torch.tensor(
+        (0.2, 0.25, 0.5)
+    ).reshape(shape)
     assert torch.allclose(out, expected, atol=1e-5)
     with pytest.raises(ValueError, match="knows 5 classes, the data have 7"):
         build_teacher("timm/x", "", classes=list("abcdefg"), **options)
@@ -356,27 +530,57 @@ def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
     flags = ["--distill", "vit_test", "--distill_checkpoint", tmp_path / "teacher" / "checkpoint-last.pth"]
     code, text = call(main_finetune, capsys, "--model", "vit_test", *flags, "--output_dir", tmp_path / "a")
     assert code == 2 and "needs a model with a distillation token" in text
-    code, text = call(main_finetune, capsys, "--model", "deit_tiny_distilled_patch16", *flags, "--pos_label", "apl",
-                      "--output_dir", tmp_path / "b")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "deit_tiny_distilled_patch16",
+        *flags,
+        "--pos_label",
+        "apl",
+        "--output_dir",
+        tmp_path / "b",
+    )
     assert code == 0 and "distill:" in text and "position:" in text, text
 
 
 def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
     """Its own classes, pooling, embedding and normalisation, none of which the student's flags say."""
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--cls_token", "--pos_embed", "none", "--mean", 0.5, 0.4,
-                      0.3, "--std", 0.2, 0.3, 0.4, "--output_dir", tmp_path)
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--cls_token",
+        "--pos_embed",
+        "none",
+        "--mean",
+        0.5,
+        0.4,
+        0.3,
+        "--std",
+        0.2,
+        0.3,
+        0.4,
+        "--output_dir",
+        tmp_path,
+    )
     assert code == 0, text
     file = tmp_path / "checkpoint-last.pth"
     saved = checkpoint.load(str(file))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     options = dict(img_size=(32, 32), in_chans=3, mean=mean, std=std)
     teacher = build_teacher("vit_test", str(file), classes=saved["classes"], **options)
-    model = build_classifier("vit_test", img_size=(32, 32), num_classes=10, pool="cls", pos_embed="none").eval()
+    model = build_classifier(
+        "vit_test", img_size=(32, 32), num_classes=10, pool="cls", pos_embed="none"
+    ).eval()
     model.load_state_dict(saved["model"])
     pixels = torch.rand(2, 3, 32, 32)
     by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
     assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
-    with pytest.raises(ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"):
+    with pytest.raises(
+        ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"
+    ):
         build_teacher("vit_test", str(file), classes=saved["classes"][::-1], **options)
 
 
@@ -384,13 +588,24 @@ def test_layer_decay_groups_equal_timms():
     timm_optim = pytest.importorskip("timm.optim")
     timm = pytest.importorskip("timm")
     ours = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="none")
-    theirs = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
-                               num_classes=5, global_pool="avg")
+    theirs = timm.create_model(
+        "vit_base_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        global_pool="avg",
+    )
     names = {id(p): n for n, p in theirs.named_parameters()}
-    expected = {names[id(p)]: (g["lr_scale"], g["weight_decay"])
-                for g in timm_optim.param_groups_layer_decay(theirs, weight_decay=0.05, layer_decay=0.75,
-                                                             no_weight_decay_list=theirs.no_weight_decay())
-                for p in g["params"]}
+    expected = {
+        names[id(p)]: (g["lr_scale"], g["weight_decay"])
+        for g in timm_optim.param_groups_layer_decay(
+            theirs, weight_decay=0.05, layer_decay=0.75, no_weight_decay_list=theirs.no_weight_decay()
+        )
+        for p in g["params"]
+    }
     names = {id(p): n for n, p in ours.named_parameters()}
     groups = param_groups(ours, 0.05, ours.no_weight_decay(), 0.75, ours.layer_id, ours.num_layers)
     found = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -402,8 +617,11 @@ def test_layer_decay_groups_equal_timms():
 def test_partial_fine_tuning_trains_the_last_blocks_and_heads():
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
     freeze_all_but(vit, 1)
-    trained = {n.split(".")[0] + ("." + n.split(".")[1] if n.startswith("blocks") else "")
-               for n, p in vit.named_parameters() if p.requires_grad}
+    trained = {
+        n.split(".")[0] + ("." + n.split(".")[1] if n.startswith("blocks") else "")
+        for n, p in vit.named_parameters()
+        if p.requires_grad
+    }
     assert trained == {"blocks.1", "fc_norm", "head", "pos_head"}
     freeze_all_but(vit, 0)
     assert not any(p.requires_grad for p in vit.blocks.parameters()) and vit.head.weight.requires_grad
@@ -415,7 +633,9 @@ def folders(root, names, copies=2):
     for c, name in enumerate(names):
         (root / "val" / name).mkdir(parents=True)
         for i in range(copies):
-            Image.fromarray(rng.integers(c, 200 + c, (32, 32, 3), dtype=np.uint8)).save(root / "val" / name / f"{i}.png")
+            Image.fromarray(rng.integers(c, 200 + c, (32, 32, 3), dtype=np.uint8)).save(
+                root / "val" / name / f"{i}.png"
+            )
     return root
 
 
@@ -444,24 +664,56 @@ def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
     known = ["owl", "bee", "cat", "ant", "dog"]  # in an order that is not alphabetical
     torch.manual_seed(0)
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, head_init_std=1.0).eval()
-    state = {"model": vit.state_dict(), "args": {"model": "vit_test"}} | ({"classes": known} if stored else {})
+    state = {"model": vit.state_dict(), "args": {"model": "vit_test"}} | (
+        {"classes": known} if stored else {}
+    )
     torch.save(state, tmp_path / "c.pth")
     data = folders(tmp_path / "data", ["bee", "cat", "owl"])
-    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data, "--crop_pct", 1,
-             "--predictions", tmp_path / "p.csv"]
+    flags = [
+        "--model",
+        "vit_test",
+        "--eval",
+        "--resume",
+        tmp_path / "c.pth",
+        "--data_path",
+        data,
+        "--crop_pct",
+        1,
+        "--predictions",
+        tmp_path / "p.csv",
+    ]
     code, text = call(main_finetune, capsys, *flags)
     if not stored:
-        assert code == 2 and "tells 5 classes apart, and there are 3 in the data" in text and "by --classes" in text
+        assert (
+            code == 2
+            and "tells 5 classes apart, and there are 3 in the data" in text
+            and "by --classes" in text
+        )
         (tmp_path / "names.txt").write_text("# of the outputs\n" + "\n".join(known) + "\n")
-        code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--nb_classes", 5)
+        code, text = call(
+            main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--nb_classes", 5
+        )
     assert code == 0 and "3 of the model's 5 classes" in text, text
     found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, ["bee", "cat", "owl"], data / "val")
     assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
     assert all(found[k][1] == pytest.approx(expected[k][1], abs=2e-4) for k in expected)
-    assert float(accuracy(text)[0]) == pytest.approx(100 * np.mean([k.startswith(v[0]) for k, v in expected.items()]), abs=1e-3)
+    assert float(accuracy(text)[0]) == pytest.approx(
+        100 * np.mean([k.startswith(v[0]) for k, v in expected.items()]), abs=1e-3
+    )
     folders(tmp_path / "more", ["bee", "elk"])
-    code, text = call(main_finetune, capsys, *flags, "--data_path", tmp_path / "more", *([] if stored else ["--classes", data]))
-    problem = "knows owl, bee, cat, ant, dog, and the data have elk" if stored else "5 classes apart, and there are 3 given"
+    code, text = call(
+        main_finetune,
+        capsys,
+        *flags,
+        "--data_path",
+        tmp_path / "more",
+        *([] if stored else ["--classes", data]),
+    )
+    problem = (
+        "knows owl, bee, cat, ant, dog, and the data have elk"
+        if stored
+        else "5 classes apart, and there are 3 given"
+    )
     assert code == 2 and problem in text
 
 
@@ -472,12 +724,25 @@ def test_folders_with_numbers_are_not_taken_in_the_order_of_strings(tmp_path, ca
     data = folders(tmp_path / "data", [str(i) for i in range(12)])
     flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path", data]
     code, text = call(main_finetune, capsys, *flags)
-    assert code == 2 and "which folders sort as 0, 1, 10, 11, 2, ... (12 in all)" in text and "--classes" in text
+    assert (
+        code == 2 and "which folders sort as 0, 1, 10, 11, 2, ... (12 in all)" in text and "--classes" in text
+    )
     (tmp_path / "names.txt").write_text("\n".join(str(i) for i in range(12)))
-    code, text = call(main_finetune, capsys, *flags, "--classes", tmp_path / "names.txt", "--predictions", tmp_path / "p.csv",
-                      "--crop_pct", 1)
+    code, text = call(
+        main_finetune,
+        capsys,
+        *flags,
+        "--classes",
+        tmp_path / "names.txt",
+        "--predictions",
+        tmp_path / "p.csv",
+        "--crop_pct",
+        1,
+    )
     expected = by_hand(vit.eval(), [str(i) for i in range(12)], [str(i) for i in range(12)], data / "val")
-    assert code == 0 and {k: v[0] for k, v in answers(tmp_path / "p.csv").items()} == {k: v[0] for k, v in expected.items()}
+    assert code == 0 and {k: v[0] for k, v in answers(tmp_path / "p.csv").items()} == {
+        k: v[0] for k, v in expected.items()
+    }
 
 
 def test_imagenets_names_are_known(tmp_path, capsys):
@@ -488,22 +753,48 @@ def test_imagenets_names_are_known(tmp_path, capsys):
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=1000, head_init_std=1.0).eval()
     torch.save({"model": vit.state_dict()}, tmp_path / "c.pth")
     folders(tmp_path / "data", data)
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", tmp_path / "c.pth", "--data_path",
-                      tmp_path / "data", "--crop_pct", 1, "--predictions", tmp_path / "p.csv", "--nb_classes", 1000)
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--eval",
+        "--resume",
+        tmp_path / "c.pth",
+        "--data_path",
+        tmp_path / "data",
+        "--crop_pct",
+        1,
+        "--predictions",
+        tmp_path / "p.csv",
+        "--nb_classes",
+        1000,
+    )
     assert code == 0 and "3 of the model's 1000 classes" in text, text
     found, expected = answers(tmp_path / "p.csv"), by_hand(vit, known, data, tmp_path / "data" / "val")
     assert {k: v[0] for k, v in found.items()} == {k: v[0] for k, v in expected.items()}
 
 
 def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
-    common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir", tmp_path / "run"]
+    common = [
+        "--model",
+        "vit_test",
+        "--data_path",
+        shapes("RGB"),
+        "--batch_size",
+        8,
+        "--output_dir",
+        tmp_path / "run",
+    ]
     assert call(main_finetune, capsys, *common)[0] == 0
     assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["classes"] == ["dark", "light"]
     for split in ("train", "val"):  # as many classes, and others
         (tmp_path / "data" / split / "light").rename(tmp_path / "data" / split / "bright")
     code, text = call(main_finetune, capsys, *common, "--epochs", 2)
     assert code == 2 and "was trained on the classes dark, light, the data have bright, dark" in text
-    code, text = call(main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth")
+    code, text = call(
+        main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth"
+    )
     assert code == 2 and "knows dark, light, and the data have bright beyond these" in text
     code, text = call(main_finetune, capsys, *common, "--classes", tmp_path / "data")
     assert code == 2 and "--classes names the outputs of a model for --eval" in text
@@ -522,8 +813,12 @@ def test_evaluation_counts_by_hand():
     keep = label >= 0
     top5 = logits.topk(5, dim=1).indices
     assert terms["images"] == 11
-    assert terms["acc1"].item() == pytest.approx(100 * (logits.argmax(1) == label)[keep].float().mean().item(), rel=1e-5)
-    assert terms["acc5"].item() == pytest.approx(100 * (top5 == label[:, None]).any(1)[keep].float().mean().item(), rel=1e-5)
+    assert terms["acc1"].item() == pytest.approx(
+        100 * (logits.argmax(1) == label)[keep].float().mean().item(), rel=1e-5
+    )
+    assert terms["acc5"].item() == pytest.approx(
+        100 * (top5 == label[:, None]).any(1)[keep].float().mean().item(), rel=1e-5
+    )
     assert loss.item() == pytest.approx(F.cross_entropy(logits[keep], label[keep]).item(), rel=1e-5)
 
 
@@ -533,7 +828,9 @@ def test_equal_logits_are_no_right_answers_for_every_class():
     logits, label = torch.randint(0, 3, (500, 8)).bfloat16(), torch.randint(0, 8, (500,))
     acc1 = classification(logits, label)[1]["acc1"].item()
     assert acc1 == pytest.approx(100 * logits.argmax(1).eq(label).float().mean().item())
-    assert acc1 < 100 * (logits == logits.amax(1, keepdim=True)).gather(1, label[:, None]).float().mean() - 20, "many ties"
+    assert (
+        acc1 < 100 * (logits == logits.amax(1, keepdim=True)).gather(1, label[:, None]).float().mean() - 20
+    ), "many ties"
     assert classification(torch.zeros(8, 8), torch.arange(8))[1]["acc5"].item() == 62.5
     broken = torch.full((8, 8), float("nan"))
     assert [classification(broken, torch.arange(8))[1][k].item() for k in ("acc1", "acc5")] == [0, 0]
@@ -545,9 +842,15 @@ def test_equal_logits_are_no_right_answers_for_every_class():
 @pytest.mark.parametrize("name", ["swin_pico", "timm/vit_tiny_patch16_224", "timm/resnet10t"])
 def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(name):
     model = build_classifier(name, img_size=(64, 64), num_classes=5).eval()
-    state = {"model": model.state_dict(), "args": {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None}}
+    state = {
+        "model": model.state_dict(),
+        "args": {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None},
+    }
     args = parse(main_linprobe.get_args_parser(), ["--model", name, "--finetune", "x.pth"])
-    backbone, images = main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")), torch.randn(2, 3, 64, 64)
+    backbone, images = (
+        main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")),
+        torch.randn(2, 3, 64, 64),
+    )
     assert torch.equal(backbone.forward_features(images), model.forward_features(images))
 
 
@@ -556,8 +859,24 @@ def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
     file = pretrained(tmp_path, capsys)
     heads = {}
     for name, grid in (("alone", [1]), ("first", [1, 5])):
-        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / name,
-                          "--lr_grid", *grid, "--epochs", 2, "--warmup_epochs", 0, "--blr", 1)
+        code, text = call(
+            main_linprobe,
+            capsys,
+            "--model",
+            "vit_test",
+            "--finetune",
+            file,
+            "--output_dir",
+            tmp_path / name,
+            "--lr_grid",
+            *grid,
+            "--epochs",
+            2,
+            "--warmup_epochs",
+            0,
+            "--blr",
+            1,
+        )
         assert code == 0, text
         heads[name] = checkpoint.load(str(tmp_path / name / "checkpoint-last.pth"))["model"]
     assert torch.equal(heads["alone"]["head.1.weight"], heads["first"]["head.1.weight"])
@@ -585,22 +904,42 @@ def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsy
     file = pretrained(tmp_path, capsys)
     first = ["--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "a"]
     assert call(main_finetune, capsys, *first)[0] == 0
-    then = ["--model", "vit_test", "--resume", tmp_path / "a" / "checkpoint-last.pth", "--output_dir", tmp_path / "b"]
+    then = [
+        "--model",
+        "vit_test",
+        "--resume",
+        tmp_path / "a" / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path / "b",
+    ]
     for epochs in (2, 3):
         code, text = call(main_finetune, capsys, *then, "--epochs", epochs)
         assert code == 0 and f"Epoch: [{epochs - 1}]" in text, text
-    groups = [len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth"))["optimizer"]["param_groups"]) for x in "ab"]
+    groups = [
+        len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth"))["optimizer"]["param_groups"])
+        for x in "ab"
+    ]
     assert groups[0] == groups[1] > 2
 
 
 def test_a_folder_for_predictions_is_asked_for_before_the_training(tmp_path, capsys):
-    code, text = call(main_finetune, capsys, "--model", "vit_test", "--output_dir", tmp_path / "a", "--predictions",
-                      tmp_path / "none" / "p.csv")
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--output_dir",
+        tmp_path / "a",
+        "--predictions",
+        tmp_path / "none" / "p.csv",
+    )
     assert code == 2 and "there is no such folder" in text and not (tmp_path / "a").exists()
 
 
 def test_batch_statistics_of_frozen_layers_stay():
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False))
+    model = torch.nn.Sequential(
+        torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False)
+    )
     model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
     freeze_all_but(model, 1)
     model.train()
@@ -611,9 +950,25 @@ def test_batch_statistics_of_frozen_layers_stay():
 def test_cached_features_are_the_backbones(tmp_path, capsys):
     file = pretrained(tmp_path, capsys)
     for pool in ("--cls_token", "--global_pool"):
-        code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", file, "--output_dir",
-                          tmp_path / pool, "--cached", pool, "--epochs", 30, "--blr", 1)
-        assert code == 0 and float(accuracy(text)[-1]) > 20, text  # ten classes; the demo scenes differ in colour
+        code, text = call(
+            main_linprobe,
+            capsys,
+            "--model",
+            "vit_test",
+            "--finetune",
+            file,
+            "--output_dir",
+            tmp_path / pool,
+            "--cached",
+            pool,
+            "--epochs",
+            30,
+            "--blr",
+            1,
+        )
+        assert code == 0 and float(accuracy(text)[-1]) > 20, (
+            text
+        )  # ten classes; the demo scenes differ in colour
 
 
 @pytest.mark.parametrize("head", ["linear", "second_order"])
@@ -621,15 +976,47 @@ def test_a_trained_probe_is_evaluated_again(tmp_path, capsys, head):
     file = pretrained(tmp_path, capsys)
     common = ["--model", "vit_test", "--finetune", file]
     more = ["--so_alpha", 0.1] if head == "second_order" else []
-    code, text = call(main_linprobe, capsys, *common, "--output_dir", tmp_path / "lp", "--lr_grid", 1, 30, "--blr", 1,
-                      "--warmup_epochs", 0, "--global_pool", "--head", head, *more)
+    code, text = call(
+        main_linprobe,
+        capsys,
+        *common,
+        "--output_dir",
+        tmp_path / "lp",
+        "--lr_grid",
+        1,
+        30,
+        "--blr",
+        1,
+        "--warmup_epochs",
+        0,
+        "--global_pool",
+        "--head",
+        head,
+        *more,
+    )
     assert code == 0, text
     # grid, pooling and head are the probe's own; an --output_dir is neither read nor written
-    code, again = call(main_linprobe, capsys, *common, "--eval", "--resume", tmp_path / "lp" / "checkpoint-last.pth",
-                       "--output_dir", tmp_path / "none")
+    code, again = call(
+        main_linprobe,
+        capsys,
+        *common,
+        "--eval",
+        "--resume",
+        tmp_path / "lp" / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path / "none",
+    )
     lines = [re.findall(r"\* Acc@1.*", t) for t in (text, again)]
     line = json.loads((tmp_path / "lp" / "log.txt").read_text().splitlines()[-1])
-    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"} <= line.keys(), "MAE's"
+    assert {
+        "train_lr",
+        "train_loss",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "epoch",
+        "n_parameters",
+    } <= line.keys(), "MAE's"
     assert line["n_parameters"] == 32 * 10 + 10 or head == "second_order"
     assert code == 0 and len(lines[1]) == 1 and lines[1] == lines[0][-1:], again
     assert not (tmp_path / "none").exists()
@@ -657,7 +1044,8 @@ def test_nearest_neighbours_against_scikit_learn(chunks):
     bank, queries = rng.normal(size=(200, 8)), rng.normal(size=(37, 8))
     labels = rng.integers(0, 4, 200)
     model = neighbours.KNeighborsClassifier(
-        n_neighbors=10, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)).fit(bank, labels)
+        n_neighbors=10, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(bank, labels)
     similarity, index = nearest(torch.tensor(queries), torch.tensor(bank), 10, *chunks)
     distance, expected = model.kneighbors(queries)
     assert np.array_equal(index.numpy(), expected)
@@ -665,7 +1053,9 @@ def test_nearest_neighbours_against_scikit_learn(chunks):
     votes = knn_votes(similarity, torch.tensor(labels)[index], 10, 4)
     assert np.allclose((votes / votes.sum(1, keepdim=True)).numpy(), model.predict_proba(queries), atol=1e-4)
     truth = rng.integers(0, 4, 37)
-    right = knn_accuracy(torch.tensor(queries), torch.tensor(truth), torch.tensor(bank), torch.tensor(labels), 4, ks=(10,))
+    right = knn_accuracy(
+        torch.tensor(queries), torch.tensor(truth), torch.tensor(bank), torch.tensor(labels), 4, ks=(10,)
+    )
     assert right[10] == (model.predict(queries) == truth).sum()
 
 
@@ -709,8 +1099,22 @@ def test_the_probe_uses_timms_lars(tmp_path, capsys, monkeypatch):
             super().__init__(groups, **kwargs)
 
     monkeypatch.setattr(lars, "Lars", Spy)
-    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", pretrained(tmp_path, capsys),
-                      "--output_dir", tmp_path / "lp")
+    code, text = call(
+        main_linprobe,
+        capsys,
+        "--model",
+        "vit_test",
+        "--finetune",
+        pretrained(tmp_path, capsys),
+        "--output_dir",
+        tmp_path / "lp",
+    )
     assert code == 0, text
-    assert made == [dict(lr=0.1 * 40 / 256, momentum=0.9, trust_coeff=0.001,
-                         scales=[0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0, 3.0, 10.0, 10.0])]
+    assert made == [
+        dict(
+            lr=0.1 * 40 / 256,
+            momentum=0.9,
+            trust_coeff=0.001,
+            scales=[0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0, 3.0, 10.0, 10.0],
+        )
+    ]

@@ -1,4 +1,5 @@
 """Model FLOPs utilisation: what is counted, what is left out, and that measuring changes nothing."""
+
 import itertools
 import json
 
@@ -22,7 +23,18 @@ from util.flags.parser import parse, run
 from util.run import flops
 from util.run.flops import FlopCounter, matmul_rate
 
-COMMON = ["--input_size", "32", "--batch_size", "40", "--epochs", "2", "--num_workers", "0", "--device", "cpu"]
+COMMON = [
+    "--input_size",
+    "32",
+    "--batch_size",
+    "40",
+    "--epochs",
+    "2",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def call(main, *flags) -> int:
@@ -49,7 +61,9 @@ def test_a_masked_autoencoder_counts_its_formula():
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fused attention", "plain products"])
-@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "recomputed", "recomputed, reentrant"])
+@pytest.mark.parametrize(
+    "reentrant", [None, False, True], ids=["kept", "recomputed", "recomputed, reentrant"]
+)
 def test_work_that_backward_repeats_is_no_work_of_the_model(amp, reentrant):
     B, N, C = 2, 5, 16
     blocks, x = nn.ModuleList([Block(C, 2) for _ in range(3)]), torch.randn(B, N, C, requires_grad=True)
@@ -63,6 +77,7 @@ def test_work_that_backward_repeats_is_no_work_of_the_model(amp, reentrant):
             else:
                 y = run_blocks(blocks, x, recompute=reentrant is not None)
         y.sum().backward()
+
     assert counted(step) == 3 * 6 * B * (12 * N * C**2 + 2 * N**2 * C)
 
 
@@ -71,10 +86,12 @@ def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
     """As the head does them: two projections a token, one merged matrix a pair; three products each with gradients."""
     B, D, grid, offsets = 2, 16, (2, 3), 3 * 5  # the sweep multiplies 16, which is faster
     head, x = PositionalHead(D, grid, "rpl", rpl_pairs=pairs), torch.randn(B, 6, D, requires_grad=True)
-    macs = B * 6 * 2 * (D // 2)**2  # q and k
+    macs = B * 6 * 2 * (D // 2) ** 2  # q and k
     macs += B * 6 * (pairs or 6) * (D // 2) * (offsets + 1)
-    macs += offsets * (D // 2)**2 + offsets * D // 2  # classifier and second linear merged, weight and bias
-    vector = 2 * offsets * D // 2  # the bias's part is a matrix-vector product, of which backward has none that is counted
+    macs += offsets * (D // 2) ** 2 + offsets * D // 2  # classifier and second linear merged, weight and bias
+    vector = (
+        2 * offsets * D // 2
+    )  # the bias's part is a matrix-vector product, of which backward has none that is counted
     assert abs(counted(lambda: head(x)["position"].backward()) - 6 * macs) <= 3 * vector
 
 
@@ -89,6 +106,7 @@ def test_compiled_code_counts_the_same():
         losses = call(images, want_pred=False)[0]
         (losses["pixel"] + losses["position"]).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
     compiled = torch.compile(model, backend="aot_eager")
     with FlopCounter() as counter:
         first = gradients(compiled)
@@ -109,7 +127,9 @@ def expected(name: str) -> float:
     embed, blocks = linear(16, 192, 32), 2 * 2 * (12 * 17 * 32**2 + 2 * 17**2 * 32)
     if name == "finetune":
         return 2 * embed + 3 * (blocks + linear(1, 32, 10))
-    return embed + blocks + 5 * 2 * linear(1, 32, 10)  # the encoder is frozen, five heads want no gradient of its features
+    return (
+        embed + blocks + 5 * 2 * linear(1, 32, 10)
+    )  # the encoder is frozen, five heads want no gradient of its features
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "linprobe"])
@@ -128,15 +148,19 @@ def test_mfu_is_operations_by_time_and_rate(name, tmp_path, monkeypatch, capsys)
     for line in lines:
         assert line["mfu"] == pytest.approx(100 * line["img_per_s"] * expected(name) / 1e9, rel=1e-6)
     assert " (mfu " in capsys.readouterr().out
-    assert call(main, *flags, "--output_dir", tmp_path / "run", "--epochs", 3) == 0, "continued: its first update counts"
+    assert call(main, *flags, "--output_dir", tmp_path / "run", "--epochs", 3) == 0, (
+        "continued: its first update counts"
+    )
     line = lines_of(tmp_path / "run")[2]
     assert line["mfu"] == pytest.approx(100 * line["img_per_s"] * expected(name) / 1e9, rel=1e-6)
 
 
 SERE = ["--model", "sere_test", "--local_size", 16, "--local_crops_number", 2, "--out_dim", 32, "--epochs", 1]
-RUNS = {"pretrain": (main_pretrain, ["--model", "mae_test", "--pos_label", "apl+rpl", "--rpl_pairs", 3]),
-        "finetune": (main_finetune, ["--model", "vit_test", "--pos_label", "rpl", "--grad_checkpointing"]),
-        "sere": (main_sere, SERE)}
+RUNS = {
+    "pretrain": (main_pretrain, ["--model", "mae_test", "--pos_label", "apl+rpl", "--rpl_pairs", 3]),
+    "finetune": (main_finetune, ["--model", "vit_test", "--pos_label", "rpl", "--grad_checkpointing"]),
+    "sere": (main_sere, SERE),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -168,9 +192,12 @@ def test_the_rate_is_that_of_the_product_that_models_use(dtype):
             if func is torch.ops.aten.mm.default:
                 seen.append([a.stride() for a in args])
             return func(*args, **(kwargs or {}))
+
     with Spy():
         assert matmul_rate(torch.device("cpu"), dtype) > 1e8
-    assert seen and all(x[1] == 1 and weight[0] == 1 for x, weight in seen), "rows of x, columns of weight.T are contiguous"
+    assert seen and all(x[1] == 1 and weight[0] == 1 for x, weight in seen), (
+        "rows of x, columns of weight.T are contiguous"
+    )
 
 
 def test_compiled_and_recomputed_says_nothing(tmp_path, monkeypatch):
@@ -185,7 +212,9 @@ def test_compiled_and_recomputed_says_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_count_their_own_part(strategy, tmp_path):
     """Images/s are of all ranks, and so is the rate; sharded and gathered parameters are multiplied like others."""
-    results = ranks(2, tmp_path, "--epochs", 1, "--batch_size", 20, "--pos_label", "none", "--strategy", strategy)
+    results = ranks(
+        2, tmp_path, "--epochs", 1, "--batch_size", 20, "--pos_label", "none", "--strategy", strategy
+    )
     assert all(code == 0 for code, _ in results), results[0][1]
     line, start = (json.loads((tmp_path / name).read_text()) for name in ("log.txt", "run.json"))
     rate = 1e9 * start["resolved"]["matmul_gflops"]

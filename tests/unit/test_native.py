@@ -1,4 +1,5 @@
 """The native library: the same bits as torchvision and PIL's decoder give, for every kind of file; see test_data.py."""
+
 import contextlib
 import ctypes
 import io
@@ -25,15 +26,20 @@ from util.data.sources.image_index import build_index
 from util.data.transforms import decode, finetune_transform, pretrain_transform
 
 ROOT = Path(__file__).resolve().parents[2]
-SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere torch rounds in its own way
+SAME_BITS = torch.backends.cpu.get_cpu_capability() in (
+    "AVX2",
+    "AVX512",
+)  # elsewhere torch rounds in its own way
 
 
 def picture(size=(97, 61), mode="RGB", seed=0):
     """(W, H): smooth colours, hard edges and noise, so that every step of the decoder matters."""
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     pixels = np.asarray(image).astype(int) + rng.integers(-9, 10, (size[1], size[0], 3))
-    pixels[size[1] // 3:size[1] // 2, size[0] // 4:size[0] // 2] = rng.integers(0, 256, 3)
+    pixels[size[1] // 3 : size[1] // 2, size[0] // 4 : size[0] // 2] = rng.integers(0, 256, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
@@ -47,8 +53,13 @@ def boxes(height, width, n=12, seed=1):
     torch.manual_seed(seed)
     crop = v2.RandomResizedCrop(8, scale=(0.05, 1.0), ratio=(0.3, 3.0))
     drawn = [crop.make_params([torch.empty(1, height, width)]) for _ in range(n)]
-    return [(0, 0, height, width), (height - 1, width - 1, 1, 1), (0, 0, 1, 1), (0, width // 2, height, 1),
-            *((d["top"], d["left"], d["height"], d["width"]) for d in drawn)]
+    return [
+        (0, 0, height, width),
+        (height - 1, width - 1, 1, 1),
+        (0, 0, 1, 1),
+        (0, width // 2, height, 1),
+        *((d["top"], d["left"], d["height"], d["width"]) for d in drawn),
+    ]
 
 
 def resized(image, box, size):
@@ -62,12 +73,24 @@ def assert_same_pixels(found, expected):
 
 # --- the crop ---
 
-@pytest.mark.parametrize("options", [
-    dict(subsampling="4:4:4"), dict(subsampling="4:2:2"), dict(subsampling="4:2:0"), dict(quality=100), dict(quality=5),
-    dict(subsampling="4:2:0", restart_marker_blocks=3), dict(subsampling="4:4:4", restart_marker_rows=1),
-    dict(optimize=True), dict(comment=b"x" * 300, dpi=(72, 72)),
-])
-@pytest.mark.parametrize("size, mode", [((97, 61), "RGB"), ((61, 130), "L"), ((16, 16), "RGB"), ((1, 7), "RGB")])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(subsampling="4:4:4"),
+        dict(subsampling="4:2:2"),
+        dict(subsampling="4:2:0"),
+        dict(quality=100),
+        dict(quality=5),
+        dict(subsampling="4:2:0", restart_marker_blocks=3),
+        dict(subsampling="4:4:4", restart_marker_rows=1),
+        dict(optimize=True),
+        dict(comment=b"x" * 300, dpi=(72, 72)),
+    ],
+)
+@pytest.mark.parametrize(
+    "size, mode", [((97, 61), "RGB"), ((61, 130), "L"), ((16, 16), "RGB"), ((1, 7), "RGB")]
+)
 def test_crops_equal_torchvisions(library, size, mode, options):
     data = jpeg(picture(size, mode), **options)
     whole = decode(data)
@@ -78,7 +101,11 @@ def test_crops_equal_torchvisions(library, size, mode, options):
             found = native.crop_jpeg(part, box, out)
             assert_same_pixels(found, resized(whole, box, out))
             assert torch.equal(native.crop_jpeg(part, box, out, native.PORTABLE), found)
-            for flags, dims in ((native.FLIP_X, [-1]), (native.FLIP_Y, [-2]), (native.FLIP_X | native.FLIP_Y, [-1, -2])):
+            for flags, dims in (
+                (native.FLIP_X, [-1]),
+                (native.FLIP_Y, [-2]),
+                (native.FLIP_X | native.FLIP_Y, [-1, -2]),
+            ):
                 assert torch.equal(native.crop_jpeg(part, box, out, flags), found.flip(dims))
 
 
@@ -92,19 +119,34 @@ def test_crops_of_decoded_pixels_have_the_same_bits(library, size):
         found = native.crop_pixels(whole, box, out, flags)
         assert torch.equal(found, native.crop_jpeg(data, box, out, flags))
         assert torch.equal(found, native.crop_pixels(whole.contiguous(), box, out, flags | native.PORTABLE))
-    for box in ((-1, 0, 1, 1), (0, 0, size[1] + 1, 1), (0, size[0], 1, 1), (0, 0, 0, 1), (2**32, 0, 1, 1),
-                (0, 0, 2**32 + 1, 1), (0, -(2**32), 1, 1)):
+    for box in (
+        (-1, 0, 1, 1),
+        (0, 0, size[1] + 1, 1),
+        (0, size[0], 1, 1),
+        (0, 0, 0, 1),
+        (2**32, 0, 1, 1),
+        (0, 0, 2**32 + 1, 1),
+        (0, -(2**32), 1, 1),
+    ):
         with pytest.raises(ValueError, match=r"the box .* (is impossible|does not lie in an image of)"):
             native.crop_pixels(whole, box, (8, 8))
     strided = torch.stack([whole, whole], dim=-1)[..., 0]
-    assert torch.equal(native.crop_pixels(strided, (0, 0, *size[::-1]), (8, 8)),
-                       native.crop_pixels(whole, (0, 0, *size[::-1]), (8, 8)))
+    assert torch.equal(
+        native.crop_pixels(strided, (0, 0, *size[::-1]), (8, 8)),
+        native.crop_pixels(whole, (0, 0, *size[::-1]), (8, 8)),
+    )
 
 
-@pytest.mark.parametrize("image", [
-    torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), torch.zeros(3, 8, 8),
-    torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8),
-    torch.zeros(3, 3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"),
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, dtype=torch.uint8),
+        torch.zeros(3, 3, 8, 8, dtype=torch.uint8),
+    ],
+)
 def test_tensors_that_are_no_decoded_image_are_refused(library, image):
     with pytest.raises(ValueError, match=r"found .* on (meta|cpu); expected uint8 \(3, H, W\) on the CPU"):
         native.crop_pixels(image, (0, 0, 5, 5), (4, 4))
@@ -153,8 +195,11 @@ def check_against_pil(files, size):
             crop = image.crop((left, top, left + width, top + height))
             # Pillow 13 resizes the columns first where that is cheaper, older ones the rows: both are PIL's bicubic
             expected = np.asarray(crop.resize(size[::-1], Image.Resampling.BICUBIC))
-            rows_first = np.asarray(crop.resize((size[1], height), Image.Resampling.BICUBIC).resize(
-                size[::-1], Image.Resampling.BICUBIC)).astype(int)
+            rows_first = np.asarray(
+                crop.resize((size[1], height), Image.Resampling.BICUBIC).resize(
+                    size[::-1], Image.Resampling.BICUBIC
+                )
+            ).astype(int)
             for part in (data, native.add_restart_markers(data)):
                 found = native.crop_jpeg(part, box, size).permute(1, 2, 0).numpy()
                 assert np.abs(found - rows_first).max() <= 2
@@ -176,7 +221,9 @@ def test_dct_scaling_is_a_switch_and_close(library):
     image = picture((640, 480))
     data = jpeg(image)
     for box in ((0, 0, 480, 640), (13, 21, 401, 533), (100, 301, 128, 128)):
-        exact, scaled = (native.crop_jpeg(data, box, (32, 48), flags).numpy() for flags in (0, native.DCT_SCALING))
+        exact, scaled = (
+            native.crop_jpeg(data, box, (32, 48), flags).numpy() for flags in (0, native.DCT_SCALING)
+        )
         assert psnr(scaled, exact) > 38 and (exact != scaled).any()
     for box in ((0, 0, 63, 640), (5, 5, 480 - 5, 95)):  # less than twice the result: decoded in full
         exact, scaled = (native.crop_jpeg(data, box, (32, 48), flags) for flags in (0, native.DCT_SCALING))
@@ -193,16 +240,26 @@ def test_the_transform_hands_its_switch_on(library):
 
 # --- what is not a plain, undamaged JPEG goes the general way, with the same result ---
 
+
 def odd_files():
     image, exif = picture(), Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees: nobody here does
     files = dict(
-        plain=jpeg(image), grey=jpeg(image.convert("L")), cmyk=jpeg(image.convert("CMYK")),
-        progressive=jpeg(image, progressive=True), rotated=jpeg(image, exif=exif), rgb=jpeg(image, keep_rgb=True),
-        trailing=jpeg(image) + b"\0junk")
+        plain=jpeg(image),
+        grey=jpeg(image.convert("L")),
+        cmyk=jpeg(image.convert("CMYK")),
+        progressive=jpeg(image, progressive=True),
+        rotated=jpeg(image, exif=exif),
+        rgb=jpeg(image, keep_rgb=True),
+        trailing=jpeg(image) + b"\0junk",
+    )
     for name, picture_, options in (
-            ("png", image, {}), ("webp", image, dict(lossless=True)), ("tiff", image, {}), ("gif", image, {}),
-            ("png16", Image.fromarray(np.arange(96 * 60, dtype=np.uint16).reshape(60, 96) * 11), {})):
+        ("png", image, {}),
+        ("webp", image, dict(lossless=True)),
+        ("tiff", image, {}),
+        ("gif", image, {}),
+        ("png16", Image.fromarray(np.arange(96 * 60, dtype=np.uint16).reshape(60, 96) * 11), {}),
+    ):
         file = io.BytesIO()
         picture_.save(file, name.rstrip("16"), **options)
         files[name] = file.getvalue()
@@ -212,8 +269,10 @@ def odd_files():
     return files
 
 
-@pytest.mark.parametrize("transform", [pretrain_transform((24, 20), vflip=0.5),
-                                       finetune_transform((24, 20), auto_augment="", vflip=0.5)])
+@pytest.mark.parametrize(
+    "transform",
+    [pretrain_transform((24, 20), vflip=0.5), finetune_transform((24, 20), auto_augment="", vflip=0.5)],
+)
 def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, transform):
     """Every kind of file, damaged ones too: same crop, same flip, same pixels, same list of bad images."""
     folder = tmp_path / "train"
@@ -238,21 +297,31 @@ def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, tr
     assert {names[i] for sample in slow for i in sample["bad"]} == {"truncated", "cut", "empty"}
 
 
-@pytest.mark.parametrize("transform", [pretrain_transform(24, vflip=0.5), finetune_transform(24, auto_augment="", vflip=0.5)])
+@pytest.mark.parametrize(
+    "transform", [pretrain_transform(24, vflip=0.5), finetune_transform(24, auto_augment="", vflip=0.5)]
+)
 def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform):
     data = jpeg(picture())
     whole = decode(data)
     for key in range(20):
         *box, x, y = transform.draw(61, 97, key)
         expected = native.crop_jpeg(data, box, (24, 24), x * native.FLIP_X | y * native.FLIP_Y)
-        assert torch.equal(transform.crop_jpeg(data, key), expected) and torch.equal(transform(whole, key), expected)
+        assert torch.equal(transform.crop_jpeg(data, key), expected) and torch.equal(
+            transform(whole, key), expected
+        )
 
 
 def check_finetuning_against_pil(files, size, least):
     """Of the path that has no PIL image, against the one through PIL that it replaces; in dB, of all pixels together."""
     fast = finetune_transform(size, auto_augment="")
-    slow = create_transform(size, is_training=True, use_prefetcher=True, auto_augment=None, color_jitter=None,
-                            interpolation="bicubic")
+    slow = create_transform(
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment=None,
+        color_jitter=None,
+        interpolation="bicubic",
+    )
     pairs = []
     for key, data in enumerate(files):
         with _seeded(key):
@@ -295,7 +364,9 @@ def test_impossible_boxes_are_refused(library):
 
 def test_damaged_files_neither_crash_nor_leak_nor_change(library):
     """Bits flipped and bytes cut at random, in another process so that a crash is seen, and its memory can be measured."""
-    done = subprocess.run([sys.executable, __file__, str(native.LIBRARY)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, __file__, str(native.LIBRARY)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -305,13 +376,23 @@ def fuzz(rounds=3000):
     What still gives a crop must be what the general decoder makes of it; compared where the headers are whole.
     """
     import resource
-    sources = [jpeg(picture((90, 70))), jpeg(picture((90, 70)), restart_marker_blocks=2), jpeg(picture((50, 60), "L")),
-               jpeg(picture((90, 70)), progressive=True)]
+
+    sources = [
+        jpeg(picture((90, 70))),
+        jpeg(picture((90, 70)), restart_marker_blocks=2),
+        jpeg(picture((50, 60), "L")),
+        jpeg(picture((90, 70)), progressive=True),
+    ]
     sources += [native.add_restart_markers(s) for s in sources]
     # the scan's header itself ends like a file: there is no scan
     endless = sources[0][: sources[0].rindex(b"\xff\xda") + 12] + b"\xff\xd9"
-    assert native.crop_jpeg(endless, (0, 0, 70, 90), (16, 16)) is None and native.add_restart_markers(endless) is None
-    assert native.add_restart_markers(sources[0][:-300] + b"\xff\xd9") is None, "half of it would become grey for good"
+    assert (
+        native.crop_jpeg(endless, (0, 0, 70, 90), (16, 16)) is None
+        and native.add_restart_markers(endless) is None
+    )
+    assert native.add_restart_markers(sources[0][:-300] + b"\xff\xd9") is None, (
+        "half of it would become grey for good"
+    )
     rng, read, memory = np.random.default_rng(0), 0, []
     for i in range(rounds):
         data = bytearray(sources[i % len(sources)])
@@ -320,7 +401,7 @@ def fuzz(rounds=3000):
         for _ in range(rng.integers(1, 6)):
             data[rng.integers(first, len(data))] ^= 1 << rng.integers(8)
         if i % 5 == 0:
-            del data[rng.integers(0, len(data)):-2]
+            del data[rng.integers(0, len(data)) : -2]
         data = bytes(data)
         native.add_restart_markers(data)
         size = native.jpeg_size(data)
@@ -340,8 +421,12 @@ def fuzz(rounds=3000):
 
 # --- building and loading ---
 
+
 def test_absent_foreign_and_outdated_libraries_mean_the_slower_path(built, tmp_path, monkeypatch):
-    for content, message in ((None, "faster after `python -m util.data.native build`"), (b"junk", "cannot be loaded")):
+    for content, message in (
+        (None, "faster after `python -m util.data.native build`"),
+        (b"junk", "cannot be loaded"),
+    ):
         path = tmp_path / f"{message[:4]}.so"
         if content:
             path.write_bytes(content)

@@ -1,4 +1,5 @@
 """Pictures are read by people, so the tests read pixels: what is where, and in which colour."""
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +33,7 @@ def panels(page, size, count, row=0):
     """Cut a page without titles into its pictures of one row."""
     height, width = size[0] * SCALE, size[1] * SCALE
     top = GAP + row * (height + GAP)
-    return [page[top:top + height, GAP + i * (width + GAP):][:, :width] for i in range(count)]
+    return [page[top : top + height, GAP + i * (width + GAP) :][:, :width] for i in range(count)]
 
 
 def middle(picture, cell, grid, dx=0.3):
@@ -50,14 +51,23 @@ def draw(image, visible, said, grid, prediction=None, **options):
     mask[0, visible] = 0
     prediction = torch.zeros_like(image) if prediction is None else prediction
     options = {"titles": False, "scale": SCALE, "patch_size": 8, **options}
-    return reconstruction_panel(image, mask, prediction, grid=grid, visible_ids=torch.tensor([visible]),
-                                predicted_cells=torch.tensor([said]), **options)
+    return reconstruction_panel(
+        image,
+        mask,
+        prediction,
+        grid=grid,
+        visible_ids=torch.tensor([visible]),
+        predicted_cells=torch.tensor([said]),
+        **options,
+    )
 
 
 def test_masked_is_grey_and_visible_equals_the_input():
     grid, image = (3, 4), torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     prediction = 1 - image
-    original, masked, reconstruction, _ = panels(draw(image, [0, 5, 11], [0, 5, 11], grid, prediction), (24, 32), 4)
+    original, masked, reconstruction, _ = panels(
+        draw(image, [0, 5, 11], [0, 5, 11], grid, prediction), (24, 32), 4
+    )
     expected = as_bytes(image).repeat(SCALE, 0).repeat(SCALE, 1)
     guess = as_bytes(prediction).repeat(SCALE, 0).repeat(SCALE, 1)
     visible = np.zeros(grid, bool)
@@ -65,7 +75,9 @@ def test_masked_is_grey_and_visible_equals_the_input():
     visible = visible.repeat(8 * SCALE, 0).repeat(8 * SCALE, 1)
     assert (original == expected).all()
     assert (masked[visible] == expected[visible]).all() and (masked[~visible] == REMOVED).all()
-    assert (reconstruction[visible] == expected[visible]).all() and (reconstruction[~visible] == guess[~visible]).all()
+    assert (reconstruction[visible] == expected[visible]).all() and (
+        reconstruction[~visible] == guess[~visible]
+    ).all()
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 5), (14, 14)])
@@ -78,7 +90,9 @@ def test_a_right_answer_stays_and_a_wrong_one_moves(grid):
     assert (positions[0, 0] == RIGHT).all()
     assert (middle(positions, 1, grid) == colours[last]).all()  # wrong: where the model said
     assert (positions[0, 8 * SCALE] == WRONG).all()
-    assert (middle(positions, last, grid) != colours[last]).any()  # and not where it belongs: there is the dot
+    assert (
+        middle(positions, last, grid) != colours[last]
+    ).any()  # and not where it belongs: there is the dot
     assert (middle(positions, last, grid, dx=0.5) == PAPER).all()
     assert (middle(positions, grid[1], grid) == REMOVED).all()  # nobody said this cell
 
@@ -113,7 +127,9 @@ def test_a_card_does_not_cover_the_patch_of_the_next_cell():
 
 def test_rows_are_images():
     grid, images = (2, 2), torch.stack([torch.full((3, 16, 16), 0.2), torch.full((3, 16, 16), 0.8)])
-    page = reconstruction_panel(images, np.ones((2, 4)), images, patch_size=8, grid=grid, titles=False, scale=SCALE)
+    page = reconstruction_panel(
+        images, np.ones((2, 4)), images, patch_size=8, grid=grid, titles=False, scale=SCALE
+    )
     for row, value in ((0, 51), (1, 204)):
         original, masked, reconstruction = panels(page, (16, 16), 3, row)
         assert (original == value).all() and (reconstruction == value).all() and (masked == REMOVED).all()
@@ -132,8 +148,9 @@ def test_channels(channels):
 def test_rectangular_patches_and_numpy_and_bfloat16():
     image = torch.rand(1, 3, 8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     mask = np.array([[1, 0, 1, 1]])
-    page = reconstruction_panel(image, mask, np.zeros((1, 3, 8, 32)), patch_size=(4, 16), grid=(2, 2), titles=False,
-                                scale=SCALE)
+    page = reconstruction_panel(
+        image, mask, np.zeros((1, 3, 8, 32)), patch_size=(4, 16), grid=(2, 2), titles=False, scale=SCALE
+    )
     _, masked, reconstruction = (picture[::SCALE, ::SCALE] for picture in panels(page, (8, 32), 3))
     assert (masked[:4, 16:] == as_bytes(image.float())[:4, 16:]).all() and (masked[4:] == REMOVED).all()
     assert (reconstruction[:4, :16] == 0).all()
@@ -147,14 +164,32 @@ def test_a_prediction_out_of_range_is_clipped_and_nan_is_black():
 
 
 def test_small_images_are_enlarged_until_they_can_be_read():
-    small = reconstruction_panel(torch.zeros(1, 3, 64, 64), torch.ones(1, 64), torch.zeros(1, 3, 64, 64),
-                                 patch_size=8, grid=(8, 8), titles=False)
+    small = reconstruction_panel(
+        torch.zeros(1, 3, 64, 64),
+        torch.ones(1, 64),
+        torch.zeros(1, 3, 64, 64),
+        patch_size=8,
+        grid=(8, 8),
+        titles=False,
+    )
     assert small.shape == (192 + 2 * GAP, 3 * 192 + 4 * GAP, 3)
-    large = reconstruction_panel(torch.zeros(1, 3, 224, 224), torch.ones(1, 196), torch.zeros(1, 3, 224, 224),
-                                 patch_size=16, grid=(14, 14), titles=False)
+    large = reconstruction_panel(
+        torch.zeros(1, 3, 224, 224),
+        torch.ones(1, 196),
+        torch.zeros(1, 3, 224, 224),
+        patch_size=16,
+        grid=(14, 14),
+        titles=False,
+    )
     assert large.shape == (224 + 2 * GAP, 3 * 224 + 4 * GAP, 3)
-    fine = reconstruction_panel(torch.zeros(1, 3, 32, 32), torch.ones(1, 256), torch.zeros(1, 3, 32, 32),
-                                patch_size=2, grid=(16, 16), titles=False)
+    fine = reconstruction_panel(
+        torch.zeros(1, 3, 32, 32),
+        torch.ones(1, 256),
+        torch.zeros(1, 3, 32, 32),
+        patch_size=2,
+        grid=(16, 16),
+        titles=False,
+    )
     assert fine.shape == (256 + 2 * GAP, 3 * 256 + 4 * GAP, 3)  # a cell of 2 pixels is shown with 16
 
 
@@ -163,26 +198,44 @@ def test_titles_sit_above_and_differ_with_what_they_say():
     bare = draw(image, [1], [1], grid)
     titled = draw(image, [1], [1], grid, titles=True, scale=12)
     head = titled.shape[0] - draw(image, [1], [1], grid, scale=12).shape[0]
-    assert head > 0 and (titled[:head] < 100).any() and (titled[head + GAP:head + 2 * GAP, GAP:2 * GAP] == 0).all()
+    assert (
+        head > 0
+        and (titled[:head] < 100).any()
+        and (titled[head + GAP : head + 2 * GAP, GAP : 2 * GAP] == 0).all()
+    )
     assert (bare[:GAP] == PAPER).all()
     other = draw(image, [1], [0], grid, titles=True, scale=12)  # "1/1 right" becomes "0/1 right"
     last = 3 * (192 + GAP)
-    assert (titled[:head, :last] == other[:head, :last]).all() and (titled[:head, last:] != other[:head, last:]).any()
+    assert (titled[:head, :last] == other[:head, :last]).all() and (
+        titled[:head, last:] != other[:head, last:]
+    ).any()
     name = "reconstruction (true patch mean/std)"
     long = draw(image, [1], [1], grid, titles=True, scale=12, reconstruction_title=name)
     assert long.shape[0] > titled.shape[0]  # two lines, so that it is not cut off
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"grid": (2, 3)}, "does not cover"),
-    ({"mask": torch.ones(1, 5)}, "mask is"),
-    ({"prediction": torch.zeros(1, 3, 8, 8)}, "must both be"),
-    ({"visible_ids": torch.tensor([[1]])}, "both or none"),
-    ({"visible_ids": torch.tensor([[1]]), "predicted_cells": torch.tensor([[4]])}, "predicted_cells holds 4..4"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"grid": (2, 3)}, "does not cover"),
+        ({"mask": torch.ones(1, 5)}, "mask is"),
+        ({"prediction": torch.zeros(1, 3, 8, 8)}, "must both be"),
+        ({"visible_ids": torch.tensor([[1]])}, "both or none"),
+        (
+            {"visible_ids": torch.tensor([[1]]), "predicted_cells": torch.tensor([[4]])},
+            "predicted_cells holds 4..4",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(change, message):
-    given = {"images": torch.zeros(1, 3, 16, 16), "mask": torch.ones(1, 4), "prediction": torch.zeros(1, 3, 16, 16),
-             "patch_size": 8, "grid": (2, 2), **change}
+    given = {
+        "images": torch.zeros(1, 3, 16, 16),
+        "mask": torch.ones(1, 4),
+        "prediction": torch.zeros(1, 3, 16, 16),
+        "patch_size": 8,
+        "grid": (2, 2),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         reconstruction_panel(given.pop("images"), given.pop("mask"), given.pop("prediction"), **given)
 
@@ -192,8 +245,12 @@ def test_unnormalize_undoes_norm_pix_loss():
     mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)  # the lines of MAE's forward_loss
     normalised = (target - mean) / (var + 1.0e-6) ** 0.5
     torch.testing.assert_close(unnormalize_patches(normalised, target), target)
-    torch.testing.assert_close(unnormalize_patches(torch.zeros(2, 5, 48), target.numpy()), mean.expand(2, 5, 48))
-    flat = unnormalize_patches(torch.full((2, 5, 48), 3.0), torch.ones(2, 5, 48))  # without variance: 1e-6 is left
+    torch.testing.assert_close(
+        unnormalize_patches(torch.zeros(2, 5, 48), target.numpy()), mean.expand(2, 5, 48)
+    )
+    flat = unnormalize_patches(
+        torch.full((2, 5, 48), 3.0), torch.ones(2, 5, 48)
+    )  # without variance: 1e-6 is left
     torch.testing.assert_close(flat, torch.full((2, 5, 48), 1.003))
     with pytest.raises(ValueError, match="must both be"):
         unnormalize_patches(normalised[:, :4], target)
@@ -209,12 +266,12 @@ def test_accuracy_map_is_the_mean_per_true_cell():
 
 def test_heat_picture_orders_values_and_marks_unseen_cells():
     values = np.array([[0, 0.5, 1], [np.nan, 0.25, 0.75]])
-    picture = heat_picture(values, cell=32)[GAP:GAP + 64, GAP:GAP + 96]
+    picture = heat_picture(values, cell=32)[GAP : GAP + 64, GAP : GAP + 96]
     inner = {value: picture[32 * r + 4, 32 * c + 16].astype(int) for (r, c), value in np.ndenumerate(values)}
     luma = [inner[value] @ [0.3, 0.6, 0.1] for value in (0, 0.25, 0.5, 0.75, 1)]
     assert luma == sorted(luma) and luma[-1] - luma[0] > 150
     assert (picture[32 + 4, 16] == REMOVED).all()
-    clipped = heat_picture(np.array([[2.0, -1.0]]), cell=16)[GAP:GAP + 16, GAP:GAP + 32]
+    clipped = heat_picture(np.array([[2.0, -1.0]]), cell=16)[GAP : GAP + 16, GAP : GAP + 32]
     assert (clipped[2, 2] == inner[1]).all() and (clipped[2, 18] == inner[0]).all()
     with pytest.raises(ValueError, match="low < high"):
         heat_picture(values, low=1.0)

@@ -1,4 +1,5 @@
 """A dry run measures, foretells and writes nothing; run.json says what a run was."""
+
 import contextlib
 import json
 import os
@@ -18,7 +19,18 @@ from processes import PRETRAIN, ranks
 from util.flags.parser import parse, run
 from util.run import plan
 
-COMMON = ["--input_size", "32", "--batch_size", "40", "--epochs", "3", "--num_workers", "0", "--device", "cpu"]
+COMMON = [
+    "--input_size",
+    "32",
+    "--batch_size",
+    "40",
+    "--epochs",
+    "3",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def call(main, *flags) -> int:
@@ -30,14 +42,30 @@ def everything_below(folder) -> dict:
 
 
 def test_the_plan_of_a_pretraining(tmp_path, capsys):
-    flags = ["--model", "mae_test", "--accum_iter", 2, "--save_every_epochs", 1, "--keep", 2, "--output_dir", tmp_path / "run"]
+    flags = [
+        "--model",
+        "mae_test",
+        "--accum_iter",
+        2,
+        "--save_every_epochs",
+        1,
+        "--keep",
+        2,
+        "--output_dir",
+        tmp_path / "run",
+    ]
     assert call(main_pretrain, *flags, "--dry_run") == 0
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir()), "nothing is written"
     parameters = sum(p.numel() for p in MODELS["mae_test"](img_size=(32, 32)).parameters())
-    for part in ("200 images", "effective batch 40 x 2 x 1 = 80", "2 per epoch, 80 images each; 6 to go of 3 x 2",
-                 f"model        {parameters / 1e6:.2f} M parameters", "step 0: there is no checkpoint to continue",
-                 "2 numbered checkpoints of"):
+    for part in (
+        "200 images",
+        "effective batch 40 x 2 x 1 = 80",
+        "2 per epoch, 80 images each; 6 to go of 3 x 2",
+        f"model        {parameters / 1e6:.2f} M parameters",
+        "step 0: there is no checkpoint to continue",
+        "2 numbered checkpoints of",
+    ):
         assert part in text, text
     rate, seconds = map(float, re.search(r"([\d.]+) images/s, ([\d.]+) s per update", text).groups())
     assert rate == pytest.approx(80 / seconds, rel=0.1)
@@ -57,14 +85,29 @@ def test_the_plans_of_the_other_mains(tmp_path, capsys):
     flags = ["--model", "vit_test", "--output_dir", tmp_path / "f", "--save_every_epochs", 0]
     assert call(main_finetune, *flags, "--dry_run") == 0
     text = capsys.readouterr().out
-    assert "10 classes" in text and "5 per epoch, 40 images each; 15 to go" in text and "1 numbered checkpoints" in text
+    assert (
+        "10 classes" in text
+        and "5 per epoch, 40 images each; 15 to go" in text
+        and "1 numbered checkpoints" in text
+    )
     torch.save({"model": MODELS["mae_test"](img_size=(32, 32)).state_dict()}, tmp_path / "p.pth")
-    probe = ["--model", "vit_test", "--finetune", tmp_path / "p.pth", "--dry_run", "--output_dir", tmp_path / "l"]
+    probe = [
+        "--model",
+        "vit_test",
+        "--finetune",
+        tmp_path / "p.pth",
+        "--dry_run",
+        "--output_dir",
+        tmp_path / "l",
+    ]
     assert call(main_linprobe, *probe) == 0
     text = capsys.readouterr().out
     assert "5 per epoch, 40 images each; 15 to go" in text, text
     assert [p.name for p in tmp_path.iterdir()] == ["p.pth"], "nothing is written"
-    assert call(main_linprobe, *probe, "--knn") == 2 and call(main_finetune, "--eval", "--resume", "x", "--dry_run") == 2
+    assert (
+        call(main_linprobe, *probe, "--knn") == 2
+        and call(main_finetune, "--eval", "--resume", "x", "--dry_run") == 2
+    )
     errors = capsys.readouterr().err
     assert "--knn trains nothing" in errors and "--eval is none" in errors
 
@@ -101,6 +144,7 @@ def test_operations_are_counted_and_time_is_shared_out():
 
 def test_the_plan_reports_images_as_they_are_before_mixup():
     """timm's Mixup and random erasing change a batch in place."""
+
     def step(stream, counter):
         next(stream)["image"].mul_(0.5)
         return 0.0
@@ -122,9 +166,19 @@ def test_run_json_says_what_a_run_was(tmp_path, capsys):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["flags"]["model"] == "mae_test" and record["flags"]["mask_ratio"] == 0.75
     resolved = record["resolved"]
-    assert resolved["effective_batch"] == 40 and resolved["updates_per_epoch"] == 5 and resolved["images"] == 200
-    assert resolved["lr"] == pytest.approx(1e-3 * 40 / 256) and resolved["amp"] == "fp32" and resolved["device"] == "cpu"
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] and record["devices"] and record["host"]
+    assert (
+        resolved["effective_batch"] == 40 and resolved["updates_per_epoch"] == 5 and resolved["images"] == 200
+    )
+    assert (
+        resolved["lr"] == pytest.approx(1e-3 * 40 / 256)
+        and resolved["amp"] == "fp32"
+        and resolved["device"] == "cpu"
+    )
+    assert (
+        record["versions"]["torch"] == torch.__version__.split("+")[0]
+        and record["devices"]
+        and record["host"]
+    )
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"])
     assert call(main_pretrain, *flags, "--epochs", 2) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -1,4 +1,5 @@
 """Shards from images: nothing lost, or bounded; continued where it was stopped. Images are generated."""
+
 import io
 import os
 import tarfile
@@ -32,9 +33,14 @@ def source(tmp_path):
     picture((70, 50)).save(png, "PNG")
     np.save(npy, np.zeros((4, 5, 3), np.uint8))
     files = {
-        "a/0.jpg": jpeg(picture((120, 80))), "a/1.JPEG": jpeg(picture((64, 90), "L")), "a/2.png": png.getvalue(),
-        "a/3.jpg": jpeg(picture((90, 60)), progressive=True), "b/0.jpg": jpeg(picture((40, 30), "CMYK")), "b/1.jpg": b"junk",
-        "b/2.jpg": jpeg(picture((200, 100)), subsampling="4:4:4"), "b/x/3.npy": npy.getvalue(),
+        "a/0.jpg": jpeg(picture((120, 80))),
+        "a/1.JPEG": jpeg(picture((64, 90), "L")),
+        "a/2.png": png.getvalue(),
+        "a/3.jpg": jpeg(picture((90, 60)), progressive=True),
+        "b/0.jpg": jpeg(picture((40, 30), "CMYK")),
+        "b/1.jpg": b"junk",
+        "b/2.jpg": jpeg(picture((200, 100)), subsampling="4:4:4"),
+        "b/x/3.npy": npy.getvalue(),
         "b/x/4.jpg": jpeg(picture((33, 47)), quality=30),
     }
     for name, data in files.items():
@@ -55,7 +61,7 @@ def members(folder):
 def marker(data):
     """The restart interval in a JPEG's header, or 0."""
     at = data.find(b"\xff\xdd\x00\x04")
-    return int.from_bytes(data[at + 4:at + 6]) if at >= 0 else 0
+    return int.from_bytes(data[at + 4 : at + 6]) if at >= 0 else 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -67,7 +73,9 @@ def test_lossless_shards_give_the_same_samples(tmp_path, workers, capsys):
     assert "unreadable: b/1.jpg" in capsys.readouterr().out
     assert sorted(p.name for p in Path(target).glob("train-*")) == [f"train-0000{k}.tar" for k in range(3)]
     made = members(target)
-    assert list(made) == [build_index(path).name(i) for i in range(len(files))]  # the order of the source, too
+    assert list(made) == [
+        build_index(path).name(i) for i in range(len(files))
+    ]  # the order of the source, too
     for name in ("a/2.png", "b/0.jpg", "b/1.jpg", "b/x/3.npy"):
         assert made[name] == files[name]
     for name in ("a/0.jpg", "a/1.JPEG", "a/3.jpg", "b/2.jpg", "b/x/4.jpg"):
@@ -91,13 +99,22 @@ def test_bounded_shards(tmp_path, capsys):
     counts = repack.repack(path, target, long_side=64, quality=80)
     made = members(target)
     assert set(made) == {n + ".jpg" * (n == "a/2.png") for n in files}
-    for name, size in {"a/0.jpg": (43, 64), "a/1.JPEG": (64, 46), "a/2.png.jpg": (46, 64), "a/3.jpg": (43, 64),
-                       "b/2.jpg": (32, 64), "b/0.jpg": (30, 40), "b/x/4.jpg": (47, 33)}.items():
+    for name, size in {
+        "a/0.jpg": (43, 64),
+        "a/1.JPEG": (64, 46),
+        "a/2.png.jpg": (46, 64),
+        "a/3.jpg": (43, 64),
+        "b/2.jpg": (32, 64),
+        "b/0.jpg": (30, 40),
+        "b/x/4.jpg": (47, 33),
+    }.items():
         assert native.jpeg_size(made[name]) == size and marker(made[name]), name
     # small already, and smaller at its own quality than at 80
     assert torch.equal(decode(made["b/x/4.jpg"]), decode(files["b/x/4.jpg"]))
     assert counts == {repack.ENCODED: 6, repack.MARKED: 1, repack.COPIED: 1, repack.UNREADABLE: 1}
-    expected = np.asarray(Image.open(io.BytesIO(files["a/2.png"])).resize((64, 46), Image.Resampling.LANCZOS)).astype(int)
+    expected = np.asarray(
+        Image.open(io.BytesIO(files["a/2.png"])).resize((64, 46), Image.Resampling.LANCZOS)
+    ).astype(int)
     error = np.abs(np.asarray(Image.open(io.BytesIO(made["a/2.png.jpg"]))) - expected)
     assert error.mean() < 12  # 80 % quality of a noisy picture; another picture is off by 60
     assert build_index(target).labels.tolist() == [0] * 4 + [1] * 5
@@ -113,14 +130,21 @@ def test_a_stopped_call_is_continued(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         done.append(data)
         return convert(data, *args)
+
     with monkeypatch.context() as patch:
         patch.setattr(repack, "convert", dying)
         with pytest.raises(KeyboardInterrupt):
             repack.repack(path, target, shard_images=4)
     with pytest.raises(ValueError, match=r"no images|no train"):  # half a set must not look like a whole one
         build_index(target)
-    for change in (dict(shard_images=5), dict(shard_images=4, long_side=64), dict(shard_images=4, long_side=64, quality=3)):
-        with pytest.raises(ValueError, match=r"shards of another call .*shard_images 4 -> 5|long_side None -> 64"):
+    for change in (
+        dict(shard_images=5),
+        dict(shard_images=4, long_side=64),
+        dict(shard_images=4, long_side=64, quality=3),
+    ):
+        with pytest.raises(
+            ValueError, match=r"shards of another call .*shard_images 4 -> 5|long_side None -> 64"
+        ):
             repack.repack(path, target, **change)
     counts = repack.repack(path, target, shard_images=4)
     assert sum(counts.values()) == 5  # the first shard was kept
@@ -146,11 +170,17 @@ def test_wrong_calls_are_named(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, capsys):
     path, _ = source(tmp_path)
-    assert commands.main(["repack", path, str(tmp_path / "target"), "--workers", "0", "--long_side", "50"]) == 0
+    assert (
+        commands.main(["repack", path, str(tmp_path / "target"), "--workers", "0", "--long_side", "50"]) == 0
+    )
     assert "9 images, no labels (1 tar shards)" in capsys.readouterr().out
     file = os.path.join(path, "train", "a", "0.jpg")
-    for wrong in (["repack", path], ["stats", path, path], ["repack", path, file],
-                  ["repack", path, str(tmp_path / "target"), "--workers", "0"]):
+    for wrong in (
+        ["repack", path],
+        ["stats", path, path],
+        ["repack", path, file],
+        ["repack", path, str(tmp_path / "target"), "--workers", "0"],
+    ):
         assert commands.main(wrong) == 2
     said = capsys.readouterr().err
     assert "long_side 50 -> None" in said and f"Not a directory: '{file}" in said
@@ -177,7 +207,9 @@ def test_what_a_worker_cannot_read_is_said_in_a_line(tmp_path, monkeypatch, caps
     (tmp_path / "source" / "train" / "b" / "0.jpg").symlink_to("gone.jpg")
     assert commands.main(["repack", path, str(tmp_path / "target"), "--workers", str(workers)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("error: b/0.jpg cannot be read: [Errno 2] No such file")]
+    assert [
+        line for line in lines if line.startswith("error: b/0.jpg cannot be read: [Errno 2] No such file")
+    ]
     assert "Traceback" not in "".join(line for line in lines if "MAE_PL_TRACEBACK" not in line)
 
 

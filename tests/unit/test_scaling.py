@@ -1,4 +1,5 @@
 """The scaling simulation against timelines worked out by hand, and what its figures start from."""
+
 import json
 
 import pytest
@@ -38,7 +39,9 @@ def test_ddp_hides_communication_behind_backward():
 def test_ddp_fills_buckets_in_reverse_order():
     """The first bucket closes at 1 MiB, later ones at 25 MiB, and the rest goes at the end."""
     layers = [Unit(2 * MB, 0.25), Unit(24 * MB, 0.25), Unit(2 * MB, 0.25), Unit(MB, 0.25)]
-    latency = Network(node=float("inf"), card=1.0, latency=10.0)  # each all-reduce takes 20 s whatever its size
+    latency = Network(
+        node=float("inf"), card=1.0, latency=10.0
+    )  # each all-reduce takes 20 s whatever its size
     # Gradients at 1, 2, 3, 4: buckets close at 1 (1 MiB), 3 (26 MiB) and 4 (2 MiB) -> 1..21, 21..41, 41..61.
     assert ddp_seconds(layers, 0.0, 4.0, 0.0, latency, 2) == pytest.approx(61.0)
 
@@ -64,20 +67,34 @@ def test_a_slow_network_bounds_both():
 def test_bytes_and_micro_steps():
     assert sent_bytes(80.0, 8, "ddp") == 140 and sent_bytes(80.0, 8, "fsdp", micro_steps=2) == 350
     assert sent_bytes(80.0, 1, "ddp") == 0
-    assert plan(256, 4096, 1) == (16, 256) and plan(256, 4096, 64) == (1, 64) and plan(100, 4096, 8) == (6, 4096 / 48)
+    assert (
+        plan(256, 4096, 1) == (16, 256)
+        and plan(256, 4096, 64) == (1, 64)
+        and plan(100, 4096, 8) == (6, 4096 / 48)
+    )
 
 
 def test_table_from_a_step_file(tmp_path):
     """One GPU: rate and hours follow from the step alone; eight with a free network: eight times that."""
-    row = dict(model="mae_vit_tiny_patch16", variant="ours, MAE", amp="bf16", batch_size=10, seconds=dict(median=1.1),
-               forward=dict(median=0.2), backward=dict(median=0.6), optimizer=dict(median=0.1))
+    row = dict(
+        model="mae_vit_tiny_patch16",
+        variant="ours, MAE",
+        amp="bf16",
+        batch_size=10,
+        seconds=dict(median=1.1),
+        forward=dict(median=0.2),
+        backward=dict(median=0.6),
+        optimizer=dict(median=0.1),
+    )
     path = tmp_path / "step.json"
     path.write_text(json.dumps(dict(results=dict(rows=[row]))))
     per_image, batch, optimizer, share = scaling.measured(str(path), "mae_vit_tiny_patch16", "bf16")
     assert (per_image, batch, optimizer, share) == pytest.approx((0.1, 10, 0.1, 0.25))
     one = scaling.simulate("mae_vit_tiny_patch16", 0.1, 0.25, 10, 0.1, FREE, 1, "ddp", 80, 5.0)
     assert one["images_per_s"] == pytest.approx(80 / 8.1) and one["data_cores"] == pytest.approx(80 / 8.1 / 5)
-    assert one["hours_400"] == pytest.approx(400 * 1_281_167 * 8.1 / 80 / 3600) and one["efficiency"] == pytest.approx(1)
+    assert one["hours_400"] == pytest.approx(400 * 1_281_167 * 8.1 / 80 / 3600) and one[
+        "efficiency"
+    ] == pytest.approx(1)
     eight = scaling.simulate("mae_vit_tiny_patch16", 0.1, 0.25, 10, 0.1, FREE, 8, "ddp", 80, 5.0)
     assert eight["images_per_s"] == pytest.approx(80 / 1.1) and eight["micro_steps"] == 1
     with pytest.raises(SystemExit, match="has no 'ours, MAE'"):
@@ -96,8 +113,19 @@ def test_units_are_the_whole_model():
 def pair():
     """Our model and the benchmark's peer of timm blocks, with the same weights."""
     torch.manual_seed(0)
-    ours = MaskedAutoencoderViT((64, 64), (8, 8), dim=48, depth=2, num_heads=3, decoder_dim=32, decoder_depth=2,
-                                decoder_heads=2, norm_pix_loss=True, pos_embed="sincos", pos_label="none")
+    ours = MaskedAutoencoderViT(
+        (64, 64),
+        (8, 8),
+        dim=48,
+        depth=2,
+        num_heads=3,
+        decoder_dim=32,
+        decoder_depth=2,
+        decoder_heads=2,
+        norm_pix_loss=True,
+        pos_embed="sincos",
+        pos_label="none",
+    )
     peer = TimmMAE(ours)
     for block in (*peer.blocks, *peer.decoder_blocks):
         block.norm1.eps = block.norm2.eps = 1e-6  # timm's own is 1e-5

@@ -1,4 +1,5 @@
 """Pictures of models say what the models say; charts and pages of runs show the figures of log.txt."""
+
 import json
 import math
 import re
@@ -23,7 +24,13 @@ CELLS = 16
 
 def saved(path, model, **args) -> str:
     name = "mae_test" if hasattr(model, "decoder_blocks") else "vit_test"
-    args = {"model": name, "pos_label": "apl", "input_size": [32, 32], "norm_pix_loss": False, "mask_ratio": 0.5} | args
+    args = {
+        "model": name,
+        "pos_label": "apl",
+        "input_size": [32, 32],
+        "norm_pix_loss": False,
+        "mask_ratio": 0.5,
+    } | args
     torch.save({"model": model.state_dict(), "args": args}, path)
     return str(path)
 
@@ -48,14 +55,22 @@ def constant_answer(tmp_path):
 def test_positions_are_those_of_the_head(constant_answer, monkeypatch):
     _, file = constant_answer
     seen = {}
-    monkeypatch.setattr(charts, "positions", lambda *args: seen.update(zip(("images", "true", "said", "cells", "tables", "grid",
-                                                                           "title"), args)))
+    monkeypatch.setattr(
+        charts,
+        "positions",
+        lambda *args: seen.update(zip(("images", "true", "said", "cells", "tables", "grid", "title"), args)),
+    )
     draw.positions(file, "", n=3, measure=40, mask_ratio=None)
-    assert seen["images"].shape == (3, 32, 32, 3) and seen["true"].shape == (3, 8), "half of 16 patches, as in training"
+    assert seen["images"].shape == (3, 32, 32, 3) and seen["true"].shape == (3, 8), (
+        "half of 16 patches, as in training"
+    )
     assert (seen["said"] == 5).all() and seen["cells"][1, 1] == 1 and np.nansum(seen["cells"]) == 1
     for (_, table, first), right in zip(seen["tables"], (1, 1)):  # cell 5 is row 1, column 1
         assert (table[:, right] == 1).all() and table.sum() == 4 and first == 0
-    assert "absolute labels of 40 images, 8 of 16 patches visible: " in seen["title"] and "chance 6.2 %" in seen["title"]
+    assert (
+        "absolute labels of 40 images, 8 of 16 patches visible: " in seen["title"]
+        and "chance 6.2 %" in seen["title"]
+    )
 
 
 def test_relative_positions(tmp_path, monkeypatch):
@@ -83,26 +98,37 @@ def test_reconstruct_draws_the_prediction_and_says_whose_statistics(constant_ans
     monkeypatch.setattr(draw, "reconstruction_panel", panel)
     assert call("reconstruct", file, tmp_path / "a.png", "--mask_ratio", 0.75) == 0
     grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # zeros are the mean colour
-    assert torch.allclose(seen["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6), "up to 8 bits"
+    assert torch.allclose(seen["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6), (
+        "up to 8 bits"
+    )
     assert seen["reconstruction_title"] == "reconstruction" and seen["mask"].sum(1).eq(12).all()
     assert (seen["predicted_cells"] == 5).all() and seen["visible_ids"].shape == (4, 4)
 
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss") == 0
     assert seen["reconstruction_title"] == "reconstruction (uses ground-truth patch mean/std)"
     patches = model.patchify(seen["images"])
-    means = patches.unflatten(-1, (64, 3)).mean(-1).mean(-1)  # zeros are each patch's own mean over pixels and channels
+    means = (
+        patches.unflatten(-1, (64, 3)).mean(-1).mean(-1)
+    )  # zeros are each patch's own mean over pixels and channels
     own = model.patchify(seen["prediction"]).unflatten(-1, (64, 3))
-    assert torch.allclose(own.std(2), torch.zeros(4, 16, 3), atol=1e-4) and (own.mean((2, 3)) - means).abs().max() < 0.05
+    assert (
+        torch.allclose(own.std(2), torch.zeros(4, 16, 3), atol=1e-4)
+        and (own.mean((2, 3)) - means).abs().max() < 0.05
+    )
 
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss", "--stats", "visible") == 0
     assert seen["reconstruction_title"] == "reconstruction (mean/std of visible patches)"
     flat = model.patchify(seen["prediction"]).unflatten(-1, (64, 3))
-    assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6), "one brightness for the whole image"
+    assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6), (
+        "one brightness for the whole image"
+    )
 
 
 def test_statistics_of_visible_patches():
     patches = torch.arange(24.0).reshape(1, 4, 6)
-    out = draw.visible_stats_patches(torch.tensor([-1.0, 0, 1]).expand(1, 4, 3), patches[..., :3], torch.tensor([[0, 2]]))
+    out = draw.visible_stats_patches(
+        torch.tensor([-1.0, 0, 1]).expand(1, 4, 3), patches[..., :3], torch.tensor([[0, 2]])
+    )
     # Visible patches are 0, 1, 2 and 12, 13, 14: mean 7, and each has a standard deviation of 1.
     assert torch.allclose(out, torch.tensor([6.0, 7, 8]).expand(1, 4, 3), atol=1e-5)
 
@@ -129,8 +155,10 @@ def test_attention_is_that_of_the_model():
 def test_all_samples_of_a_stream_are_used(constant_answer, monkeypatch):
     """They have no index of their own."""
     model, _ = constant_answer
-    samples = [{"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
-               for i in range(7)]
+    samples = [
+        {"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
+        for i in range(7)
+    ]
     monkeypatch.setattr(draw, "build_dataset", lambda *args, **options: None)
     monkeypatch.setattr(draw, "some_samples", lambda dataset, n: samples[:n])
     batches, _ = draw.load_images(model, {}, "wds/x", first=2, n=7)
@@ -156,10 +184,13 @@ def test_wrong_files_are_refused(tmp_path, capsys):
     plain = saved(tmp_path / "p.pth", MODELS["mae_test"](img_size=(32, 32), pos_label="none"))
     vit = saved(tmp_path / "v.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2))
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "w.pth")
-    for argv, message in ((["positions", plain], "has no label head"), (["reconstruct", vit], "has no decoder"),
-                          (["attention", tmp_path / "w.pth"], "which cannot be drawn"),
-                          (["attention", plain, "--data_path", tmp_path / "none"], "none"),
-                          (["attention", plain, "--images", 0], "--images 0: there must be at least 1")):
+    for argv, message in (
+        (["positions", plain], "has no label head"),
+        (["reconstruct", vit], "has no decoder"),
+        (["attention", tmp_path / "w.pth"], "which cannot be drawn"),
+        (["attention", plain, "--data_path", tmp_path / "none"], "none"),
+        (["attention", plain, "--images", 0], "--images 0: there must be at least 1"),
+    ):
         assert call(argv[0], argv[1], tmp_path / "o.png", *argv[2:]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
@@ -168,8 +199,10 @@ def test_wrong_files_are_refused(tmp_path, capsys):
 # -- runs --------------------------------------------------------------------------------------------------------------
 def make_run(folder, values, flags=None, name="test_position", chance=4.0, **args):
     folder.mkdir(parents=True)
-    lines = [{"train_loss": 9.0, "train_position": v + 0.1, name: v, "epoch": i, "chance_position": chance}
-             for i, v in enumerate(values)]
+    lines = [
+        {"train_loss": 9.0, "train_position": v + 0.1, name: v, "epoch": i, "chance_position": chance}
+        for i, v in enumerate(values)
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"train_lo')
     if flags is not None:
         (folder / "flags.json").write_text(json.dumps(flags))
@@ -183,11 +216,20 @@ def sweep(tmp_path):
     folder = tmp_path / "sweep"
     points = [(0.5, 0, 2.0), (0.5, 1, 3.0), (0.5, 2, 4.0), (0.9, 0, 5.0)]
     for ratio, seed, value in points:
-        make_run(folder / f"mask_ratio={ratio},seed={seed}", [9.0, value], {"mask_ratio": ratio, "seed": seed})
+        make_run(
+            folder / f"mask_ratio={ratio},seed={seed}", [9.0, value], {"mask_ratio": ratio, "seed": seed}
+        )
     names = [f"mask_ratio={r},seed={s}" for r, s, _ in points] + ["mask_ratio=0.95,seed=0"]
-    (folder / "sweep.json").write_text(json.dumps({
-        "main": "main_pretrain", "flags": [], "sweep": {"mask_ratio": [0.5, 0.9, 0.95], "seed": [0, 1, 2]},
-        "points": [{"name": n, "flags": {}} for n in names]}))
+    (folder / "sweep.json").write_text(
+        json.dumps(
+            {
+                "main": "main_pretrain",
+                "flags": [],
+                "sweep": {"mask_ratio": [0.5, 0.9, 0.95], "seed": [0, 1, 2]},
+                "points": [{"name": n, "flags": {}} for n in names],
+            }
+        )
+    )
     return folder
 
 
@@ -199,7 +241,10 @@ def test_seeds_of_a_point_are_put_together(sweep, tmp_path, capsys):
     assert rows[0].interval == pytest.approx(4.303 * 1 / math.sqrt(3)) and rows[1].interval is None
     assert call("sweep", sweep, tmp_path / "s.png") == 0
     table = (tmp_path / "s.md").read_text()
-    assert "| 0.5 | 3.0000 | ± 2.4843 | 2.0000, 3.0000, 4.0000 |" in table and "| 0.9 | 5.0000 | one seed | 5.0000 |" in table
+    assert (
+        "| 0.5 | 3.0000 | ± 2.4843 | 2.0000, 3.0000, 4.0000 |" in table
+        and "| 0.9 | 5.0000 | one seed | 5.0000 |" in table
+    )
     assert "test_position (chance 4.0000)" in table
     assert "without figures so far: mask_ratio=0.95,seed=0" in capsys.readouterr().out
 
@@ -207,9 +252,14 @@ def test_seeds_of_a_point_are_put_together(sweep, tmp_path, capsys):
 def test_flags_that_moved_together_are_read_apart(tmp_path):
     for h, v in ((0.0, 0.0), (0.5, 0.5)):
         make_run(tmp_path / "s" / f"hflip={h},vflip={v}", [2.0], {"hflip": h, "vflip": v})
-    (tmp_path / "s" / "sweep.json").write_text(json.dumps({"sweep": {"hflip+vflip": ["0+0", "0.5+0.5"]}, "points": []}))
+    (tmp_path / "s" / "sweep.json").write_text(
+        json.dumps({"sweep": {"hflip+vflip": ["0+0", "0.5+0.5"]}, "points": []})
+    )
     records, swept, _ = runs.read_sweep(str(tmp_path / "s"))
-    assert swept == ["hflip", "vflip"] and [r.point for r in records] == ["hflip 0.0, vflip 0.0", "hflip 0.5, vflip 0.5"]
+    assert swept == ["hflip", "vflip"] and [r.point for r in records] == [
+        "hflip 0.0, vflip 0.0",
+        "hflip 0.5, vflip 0.5",
+    ]
 
 
 def test_runs_that_differ_by_their_seed_alone_are_one_point(tmp_path):
@@ -234,7 +284,9 @@ def test_runs_that_only_lie_together_are_told_apart_by_their_names(tmp_path):
     assert [r.point for r in records] == ["first", "second"] and (swept, missing) == (["run"], [])
     assert call("sweep", tmp_path / "s", tmp_path / "s.png", "--metric", "test_position") == 0
     assert "| first | 2.0000 | one seed | 2.0000 |\n| second | 3.0000 |" in (tmp_path / "s.md").read_text()
-    assert report.page(str(tmp_path / "s")).count("<th>run</th>") == 1 + len(runs.metrics_of(records)), "not twice in a table"
+    assert report.page(str(tmp_path / "s")).count("<th>run</th>") == 1 + len(runs.metrics_of(records)), (
+        "not twice in a table"
+    )
     for name in ("first", "second"):  # what a sweep has noted is what was swept, however much
         (tmp_path / "s" / name / "flags.json").write_text(json.dumps({f"flag{k}": name for k in range(6)}))
     assert runs.read_sweep(str(tmp_path / "s"))[1] == [f"flag{k}" for k in range(6)]
@@ -243,10 +295,15 @@ def test_runs_that_only_lie_together_are_told_apart_by_their_names(tmp_path):
 def test_other_swept_flags_make_lines_of_their_own(tmp_path):
     for weight in (0.0, 1.0):
         for label in ("apl", "rpl"):
-            make_run(tmp_path / "s" / f"{weight}{label}", [weight], {"pos_weight": weight, "pos_label": label})
+            make_run(
+                tmp_path / "s" / f"{weight}{label}", [weight], {"pos_weight": weight, "pos_label": label}
+            )
     records, *_ = runs.read_sweep(str(tmp_path / "s"))
     groups = runs.aggregate(records, "pos_weight", "test_position")
-    assert {k: [row.x for row in rows] for k, rows in groups.items()} == {"pos_label apl": [0, 1], "pos_label rpl": [0, 1]}
+    assert {k: [row.x for row in rows] for k, rows in groups.items()} == {
+        "pos_label apl": [0, 1],
+        "pos_label rpl": [0, 1],
+    }
     groups = runs.aggregate(records, "pos_label", "test_position")  # no numbers: places with names
     assert [row.x for row in groups["pos_weight 0.0"]] == ["apl", "rpl"]
     figure = charts.sweep(groups, "pos_label", "test_position", None)
@@ -267,7 +324,9 @@ def test_runs_of_the_same_name_in_two_folders_are_two_points(tmp_path):
     for experiment in ("a", "b"):
         for name in ("finetune", "probe" + experiment):
             (tmp_path / experiment / name).mkdir(parents=True)
-            (tmp_path / experiment / name / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0, "test_acc1": 2.0}\n')
+            (tmp_path / experiment / name / "log.txt").write_text(
+                '{"epoch": 0, "train_loss": 1.0, "test_acc1": 2.0}\n'
+            )
     single = draw.read_runs([str(tmp_path / e / "finetune") for e in "ab"])
     assert [r.point for r in single] == ["a/finetune", "b/finetune"]
     swept = draw.read_runs([str(tmp_path / e) for e in "ab"])
@@ -288,7 +347,9 @@ def test_long_names_below_a_chart_do_not_overlap():
     for names, rotation in ((["apl", "rpl"], 0), ([f"a_long_name_{i}" for i in range(9)], 90)):
         rows = [runs.Aggregate(name, (1.0,)) for name in names]
         labels = charts.sweep({"": rows}, "run", "test_acc1", None).axes[0].get_xticklabels()
-        assert [(label.get_text(), label.get_rotation()) for label in labels] == [(name, rotation) for name in names]
+        assert [(label.get_text(), label.get_rotation()) for label in labels] == [
+            (name, rotation) for name in names
+        ]
 
 
 def test_curves_show_the_log_and_chance(sweep):
@@ -303,11 +364,18 @@ def test_curves_show_the_log_and_chance(sweep):
 def test_references_are_grey_and_behind(sweep, tmp_path):
     record, seeds = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0")), draw.read_runs([str(sweep)])
     figure = charts.curves([record], [s for s in seeds if s.point == "mask_ratio 0.5"])
-    lines = [(line.get_color(), line.get_ydata()[-1]) for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    lines = [
+        (line.get_color(), line.get_ydata()[-1])
+        for line in figure.axes[0].lines
+        if line.get_linestyle() == "--"
+    ]
     own = charts.COLOURS[0]
     assert [colour for colour, _ in lines] == [charts.BEHIND] * (len(lines) - 1) + [own] and len(lines) > 1
     assert lines[-1] == (own, 5.0) and all(y != 5.0 for _, y in lines[:-1])
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["mask_ratio=0.9,seed=0", "reference: mask_ratio 0.5"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "mask_ratio=0.9,seed=0",
+        "reference: mask_ratio 0.5",
+    ]
     assert call("curves", tmp_path / "a.png", sweep / "mask_ratio=0.9,seed=0", "--reference", sweep) == 0
     assert call("curves", tmp_path / "b.png", "--reference", sweep) == 0
     assert Image.open(tmp_path / "a.png").size[0] == Image.open(tmp_path / "b.png").size[0]
@@ -324,8 +392,13 @@ def test_a_report_is_one_page_that_asks_for_nothing(sweep, tmp_path):
     assert links and all(link.startswith("data:image/") for link in links), "nothing from outside"
     assert "<script" not in page and "@import" not in page
     assert sum(link.startswith("data:image/png") for link in links) == 1
-    for text in ("test_position against mask_ratio", "± 2.4843", "without figures so far: mask_ratio=0.95,seed=0",
-                 "mask_ratio=0.5,seed=2", "sweep.json"):
+    for text in (
+        "test_position against mask_ratio",
+        "± 2.4843",
+        "without figures so far: mask_ratio=0.95,seed=0",
+        "mask_ratio=0.5,seed=2",
+        "sweep.json",
+    ):
         assert text in page
     assert call("report", sweep / "mask_ratio=0.5,seed=0", tmp_path / "one.html") == 0
     assert "<h1>Run mask_ratio=0.5,seed=0</h1>" in (tmp_path / "one.html").read_text()
@@ -336,13 +409,20 @@ def test_names_are_escaped(tmp_path):
     assert "<script" not in report.page(str(tmp_path / "<b>x"))
 
 
-@pytest.mark.parametrize("argv,message", [
-    (["curves", "OUT", "DIR/none"], "has no log.txt"), (["report", "DIR"], "has no log.txt"),
-    (["sweep", "DIR", "OUT"], "holds no runs"),
-    (["sweep", "DIR/sweep", "OUT", "--metric", "acc"], "no run has a metric acc; there are chance_position, epoch"),
-    (["sweep", "DIR/sweep", "OUT", "--flag", "lr"], "--flag lr was not swept"),
-    (["curves", "OUT", "DIR/empty"], "no epoch is finished yet"),
-])
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["curves", "OUT", "DIR/none"], "has no log.txt"),
+        (["report", "DIR"], "has no log.txt"),
+        (["sweep", "DIR", "OUT"], "holds no runs"),
+        (
+            ["sweep", "DIR/sweep", "OUT", "--metric", "acc"],
+            "no run has a metric acc; there are chance_position, epoch",
+        ),
+        (["sweep", "DIR/sweep", "OUT", "--flag", "lr"], "--flag lr was not swept"),
+        (["curves", "OUT", "DIR/empty"], "no epoch is finished yet"),
+    ],
+)
 def test_what_is_no_run_says_so(sweep, tmp_path, capsys, argv, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.txt").write_text("")

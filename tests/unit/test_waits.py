@@ -1,4 +1,5 @@
 """What costs a GPU time or memory, as far as a CPU can show it: copies of constants, streams, lists that are made anew."""
+
 import argparse
 import contextlib
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_linprobe
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from util.data.loading import loader
+from util.data.pixels import Pixels
 from util.evaluate import evaluation
 from util.flags.groups import compile_mode
 from util.run import flops, log
@@ -64,6 +66,7 @@ def _floats_only(lerp):
         else:
             for a, c in zip(averages, current):
                 a.copy_(c)
+
     return update
 
 
@@ -98,11 +101,15 @@ def test_clipping_each_parameter_takes_few_operators_beside_the_scaling():
     params = [nn.Parameter(torch.zeros(i + 1)) for i in range(20)]
     for i, p in enumerate(params):
         p.grad = torch.full_like(p, float(i))
-    expected = [p.grad * (2.0 / (norm + 1e-6)).clamp(max=1.0)
-                for p, norm in zip(params, torch._foreach_norm([p.grad for p in params]))]
+    expected = [
+        p.grad * (2.0 / (norm + 1e-6)).clamp(max=1.0)
+        for p, norm in zip(params, torch._foreach_norm([p.grad for p in params]))
+    ]
     with Operators() as seen:
         clip_each(params, 2.0)
-    assert sum(n for name, n in seen.count.items() if name not in ("unbind", "_foreach_mul_")) <= 6, seen.count
+    assert sum(n for name, n in seen.count.items() if name not in ("unbind", "_foreach_mul_")) <= 6, (
+        seen.count
+    )
     assert all(torch.equal(p.grad, e) for p, e in zip(params, expected))
 
 
@@ -111,19 +118,33 @@ def test_evaluation_makes_no_tensor_of_a_number_per_batch(monkeypatch):
     made, plain = [], torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or plain(*args, **kwargs))
     batches = [dict(image=torch.full((n, 3), float(n)), index=torch.arange(n), bad=[]) for n in (4, 4, 2)]
-    stats = evaluation.evaluate(nn.Identity(), lambda model, b: (b["image"].mean(), {}), batches,
-                                device=torch.device("cpu"), mean=(0.5,), std=(0.5,))
+    stats = evaluation.evaluate(
+        nn.Identity(),
+        lambda model, b: (b["image"].mean(), {}),
+        batches,
+        device=torch.device("cpu"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     assert made == []
     assert stats == {"loss": pytest.approx((4 * 4 + 4 * 4 + 2 * 2) / 10), "images": 10}
 
 
 def test_batches_that_cannot_be_read_as_a_whole_or_in_part_are_left_out():
     def batch(values, first, bad):
-        return dict(image=torch.tensor(values)[:, None], index=torch.arange(first, first + len(values)), bad=bad)
+        return dict(
+            image=torch.tensor(values)[:, None], index=torch.arange(first, first + len(values)), bad=bad
+        )
 
     batches = [batch([1.0, 100.0, 3.0], 0, [1]), batch([100.0, 100.0], 3, [3, 4]), batch([8.0], 5, [])]
-    stats = evaluation.evaluate(nn.Identity(), lambda model, b: (b["image"].mean(), {}), batches,
-                                device=torch.device("cpu"), mean=(0.5,), std=(0.5,))
+    stats = evaluation.evaluate(
+        nn.Identity(),
+        lambda model, b: (b["image"].mean(), {}),
+        batches,
+        device=torch.device("cpu"),
+        mean=(0.5,),
+        std=(0.5,),
+    )
     assert stats == {"loss": pytest.approx(4.0), "images": 3}
 
 
@@ -157,16 +178,22 @@ def test_batches_are_made_within_the_copy_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(loader, "_copy_stream", lambda device: "copies")
-    assert list(loader.device_batches(batches(), torch.device("cuda"), (0.5,), (0.5,))) == []
+    assert list(loader.device_batches(batches(), torch.device("cuda"), Pixels((0.5,), (0.5,)))) == []
     assert seen == [["copies"]] and entered == []
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (dict(), None),
-    (dict(compile=True), "default"),
-    (dict(compile_mode="reduce-overhead"), "reduce-overhead"),
-    (dict(compile=True, compile_mode="max-autotune-no-cudagraphs", accum_iter=4), "max-autotune-no-cudagraphs"),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (dict(), None),
+        (dict(compile=True), "default"),
+        (dict(compile_mode="reduce-overhead"), "reduce-overhead"),
+        (
+            dict(compile=True, compile_mode="max-autotune-no-cudagraphs", accum_iter=4),
+            "max-autotune-no-cudagraphs",
+        ),
+    ],
+)
 def test_the_mode_in_which_a_model_is_compiled(flags, expected):
     args = argparse.Namespace(**dict(compile=False, compile_mode="default", accum_iter=1) | flags)
     assert compile_mode(args) == expected
@@ -178,11 +205,15 @@ def test_graphs_do_not_go_with_accumulation():
         compile_mode(args)
 
 
-@pytest.mark.parametrize("mode, counted", [
-    (None, True), ("default", True), ("max-autotune-no-cudagraphs", False), ("reduce-overhead", False)])
+@pytest.mark.parametrize(
+    "mode, counted",
+    [(None, True), ("default", True), ("max-autotune-no-cudagraphs", False), ("reduce-overhead", False)],
+)
 def test_utilisation_is_left_out_where_products_cannot_be_counted(mode, counted, monkeypatch):
     monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 1e9)
-    assert flops.peak_flops(small_model(), torch.device("cpu"), torch.float32, mode) == (1e9 if counted else None)
+    assert flops.peak_flops(small_model(), torch.device("cpu"), torch.float32, mode) == (
+        1e9 if counted else None
+    )
 
 
 @pytest.mark.parametrize("reserved, shown", [(512.4, "(reserved 512)"), (0.0, "")])

@@ -1,7 +1,8 @@
 """Check a cluster before a long run.
 
-    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.cluster.check --output_dir DIR --data_path DIR
+srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.cluster.check --output_dir DIR --data_path DIR
 """
+
 import os
 import socket
 import statistics
@@ -15,7 +16,10 @@ from util.flags.parser import Parser, parse, run
 
 
 def get_args_parser() -> Parser:
-    p = Parser(description="Do the ranks of this cluster reach each other, the run's folder and the data?", add_help=False)
+    p = Parser(
+        description="Do the ranks of this cluster reach each other, the run's folder and the data?",
+        add_help=False,
+    )
     p.add_argument("--output_dir", default=".", help="a folder that all nodes must share")
     p.add_argument("--data_path", default="", help="images that all nodes must read; the demo set if empty")
     p.add_argument("--device", default="cuda", help="cuda or cpu")
@@ -28,13 +32,17 @@ def main(args) -> int:
     """Print a line per rank and the speed of an all-reduce of 64 MiB; 2 if some rank cannot read the data."""
     device = dist.init(args.device, args.dist_backend, args.dist_timeout)
     dist.make_shared_folder(args.output_dir)
-    dist.say(f"{os.path.abspath(args.output_dir)} is shared by all {dist.world_size()} ranks")
+    dist.print_rank0(f"{os.path.abspath(args.output_dir)} is shared by all {dist.world_size()} ranks")
     small, large = time_all_reduce(1, device), time_all_reduce(2**24, device)
     n = dist.world_size()
-    dist.say(f"all-reduce over {n} ranks: {1e6 * small:.0f} us for 4 bytes, {1e3 * large:.1f} ms for 64 MiB "
-             f"({2 * (n - 1) / n * 2**26 / large / 1e9:.2f} GB/s of bus bandwidth)")
-    lines = dist.gather_objects(f"rank {dist.rank()}: {socket.gethostname()}, {device}, {read_some(args.data_path)}")
-    dist.say("\n".join(lines))
+    dist.print_rank0(
+        f"all-reduce over {n} ranks: {1e6 * small:.0f} us for 4 bytes, {1e3 * large:.1f} ms for 64 MiB "
+        f"({2 * (n - 1) / n * 2**26 / large / 1e9:.2f} GB/s of bus bandwidth)"
+    )
+    lines = dist.gather_objects(
+        f"rank {dist.rank()}: {socket.gethostname()}, {device}, {read_some(args.data_path)}"
+    )
+    dist.print_rank0("\n".join(lines))
     dist.shutdown()
     return 2 if any("ERROR" in line for line in lines) else 0
 

@@ -3,6 +3,7 @@
 Nothing here imports torch before the job is called. submitit listens to signals once it has loaded the job: a warning
 that comes before, in the seconds that torch takes, would end the job for good instead of requeueing it.
 """
+
 import importlib
 import json
 import os
@@ -45,8 +46,15 @@ class Job:
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
             old = read_note(self.folder)
-            self.note(state="running", main=self.main, argv=self.argv, job=number, host=socket.gethostname(),
-                      starts=old.get("starts", 0) + 1, since=time.strftime("%Y-%m-%d %H:%M:%S"))
+            self.note(
+                state="running",
+                main=self.main,
+                argv=self.argv,
+                job=number,
+                host=socket.gethostname(),
+                starts=old.get("starts", 0) + 1,
+                since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            )
         try:
             module = importlib.import_module(self.main)
             args = Parser(parents=[module.get_args_parser()], prog=self.main).parse_args(self.argv)

@@ -3,6 +3,7 @@
 A job directory holds `submitit/` (scripts and logs), `jobs.json` (what was submitted), and a run's own files. In a sweep
 each point has a directory of its own there, named after its flags, and `sweep.json` names them all.
 """
+
 import argparse
 import contextlib
 import fcntl
@@ -25,12 +26,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def add_cluster_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("cluster")
-    g.add_argument("--job_dir", default="jobs/%t", help="shared folder of logs and checkpoints; a run in it is continued; "
-                   "%%t: time of submission, %%j: the job's number")
-    g.add_argument("--cluster", default="slurm", choices=["slurm", "local", "debug"],
-                   help="local: processes on this machine; debug: in this process")
-    g.add_argument("--ngpus", default=None, type=int, help="GPUs, and processes, per node: 8 under SLURM, all that there are "
-                   "on this machine; 0 is one process on the CPU")
+    g.add_argument(
+        "--job_dir",
+        default="jobs/%t",
+        help="shared folder of logs and checkpoints; a run in it is continued; "
+        "%%t: time of submission, %%j: the job's number",
+    )
+    g.add_argument(
+        "--cluster",
+        default="slurm",
+        choices=["slurm", "local", "debug"],
+        help="local: processes on this machine; debug: in this process",
+    )
+    g.add_argument(
+        "--ngpus",
+        default=None,
+        type=int,
+        help="GPUs, and processes, per node: 8 under SLURM, all that there are "
+        "on this machine; 0 is one process on the CPU",
+    )
     g.add_argument("--nodes", default=1, type=int)
     g.add_argument("--timeout", default=4320, type=int, help="minutes until SLURM's warning and the requeue")
     g.add_argument("--partition", default=None, help="the cluster's default if not given")
@@ -38,30 +52,57 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--account", default=None)
     g.add_argument("--constraint", default=None)
     g.add_argument("--comment", default=None)
-    g.add_argument("--use_volta32", dest="constraint", action="store_const", const="volta32gb", help=argparse.SUPPRESS)
+    g.add_argument(
+        "--use_volta32", dest="constraint", action="store_const", const="volta32gb", help=argparse.SUPPRESS
+    )
     g.add_argument("--mem_gb", default=None, type=float, help="memory per node")
     g.add_argument("--cpus_per_task", default=None, type=int, help="--num_workers and one if not given")
-    g.add_argument("--slurm", default=[], nargs="+", metavar="KEY=VALUE", help="more of sbatch's options: exclude=node7 "
-                   "signal=USR2@300 exclusive")
-    g.add_argument("--max_parallel", default=None, type=int, help="points of a sweep at a time: all under SLURM, else 1")
-    g.add_argument("--dry_run", action="store_true", help="print the sbatch script and the flags, and submit nothing")
-    g.add_argument("--check", action="store_true", help="check the cluster instead: ranks, shared folder, data")
+    g.add_argument(
+        "--slurm",
+        default=[],
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="more of sbatch's options: exclude=node7 signal=USR2@300 exclusive",
+    )
+    g.add_argument(
+        "--max_parallel", default=None, type=int, help="points of a sweep at a time: all under SLURM, else 1"
+    )
+    g.add_argument(
+        "--dry_run", action="store_true", help="print the sbatch script and the flags, and submit nothing"
+    )
+    g.add_argument(
+        "--check", action="store_true", help="check the cluster instead: ranks, shared folder, data"
+    )
     g = p.add_argument_group("sweeps")
-    g.add_argument("--sweep", default=[], nargs="+", metavar="FLAG=A,B,C",
-                   help="one run for each combination, F+G=A+B,C+D for flags that move together; the same command again "
-                        "submits what is neither done nor queued")
+    g.add_argument(
+        "--sweep",
+        default=[],
+        nargs="+",
+        metavar="FLAG=A,B,C",
+        help="one run for each combination, F+G=A+B,C+D for flags that move together; the same command again "
+        "submits what is neither done nor queued",
+    )
     g.add_argument("--only", default=[], nargs="+", metavar="POINT", help="of the sweep, these points only")
-    g.add_argument("--status", default="", metavar="DIR", help="print what has become of a job directory's runs")
-    g.add_argument("--then", default=None, metavar="MAIN FLAGS",
-                   help="last: finetune or linprobe and its flags, for the checkpoint of each run; may be repeated")
+    g.add_argument(
+        "--status", default="", metavar="DIR", help="print what has become of a job directory's runs"
+    )
+    g.add_argument(
+        "--then",
+        default=None,
+        metavar="MAIN FLAGS",
+        help="last: finetune or linprobe and its flags, for the checkpoint of each run; may be repeated",
+    )
 
 
 def launch(main: str, argv: list[str] | None = None) -> int:
     """What submitit_*.py do: parse the cluster's flags and the main's, submit -> exit code."""
     argv, chain = with_chain(sys.argv[1:] if argv is None else argv)
     module = importlib.import_module(main)
-    everything = Parser(parents=[module.get_args_parser()], conflict_handler="resolve",
-                        description=f"{main}.py on a cluster, through submitit")
+    everything = Parser(
+        parents=[module.get_args_parser()],
+        conflict_handler="resolve",
+        description=f"{main}.py on a cluster, through submitit",
+    )
     add_cluster_flags(everything)
     cluster = Parser(add_help=False)
     add_cluster_flags(cluster)
@@ -78,7 +119,7 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
     """
     parser = Parser(add_help=False)
     if "--status" in argv:  # which the rest of the command that submitted the runs does not change
-        return argv[argv.index("--status"):][:2], []
+        return argv[argv.index("--status") :][:2], []
     words, chain = [], []
     for i, word in enumerate(argv):
         if word.startswith("--then="):
@@ -100,14 +141,18 @@ def submit(main: str, opts, rest: list[str], chain: list[str]) -> int:
         return 0
     now = time.strftime("%Y%m%d-%H%M%S")
     job_dir = os.path.abspath(opts.job_dir.replace("%t", now))
-    if opts.check:  # a job of its own: it is no run of this folder, and is made again whenever it is asked for
+    if (
+        opts.check
+    ):  # a job of its own: it is no run of this folder, and is made again whenever it is asked for
         main, rest, chain, opts.sweep, opts.only = "util.cluster.check", check_flags(main, rest), [], [], []
         job_dir = os.path.join(job_dir, f"check-{now}")
     points = plan(main, rest, opts.sweep, chain, job_dir)
     if opts.only:
         unknown = set(opts.only) - {p.name for p in points}
         if unknown:
-            raise ValueError(f"--only {' '.join(sorted(unknown))}: no such point; there are {' '.join(p.name for p in points)}")
+            raise ValueError(
+                f"--only {' '.join(sorted(unknown))}: no such point; there are {' '.join(p.name for p in points)}"
+            )
         points = [p for p in points if p.name in opts.only]
     if opts.cluster == "slurm":
         slurm.check_shared(job_dir)
@@ -124,7 +169,9 @@ def say_stale(points: list[Point]) -> None:
         last, again = Path(p.folder, "checkpoint-last.pth"), not p.job().finished_before()
         for each in (each for each in p.then if each.job().finished_before() and last.exists()):
             if again or last.stat().st_mtime > Path(each.folder, "job.json").stat().st_mtime:
-                print(f"{each.folder}: done on an earlier checkpoint of the run; remove that folder to have it done anew")
+                print(
+                    f"{each.folder}: done on an earlier checkpoint of the run; remove that folder to have it done anew"
+                )
 
 
 @contextlib.contextmanager
@@ -151,9 +198,20 @@ def write_plan(points: list[Point], opts, rest: list[str], job_dir: str) -> None
     with locked(Path(job_dir, ".sweep.lock")):
         known = json.loads(path.read_text())["points"] if path.exists() else []
         kept = [k for k in known if k["name"] not in {n["name"] for n in new}]
-        partial = path.with_suffix(".partial")  # a reader finds the old file or the new one, and never half of one
-        partial.write_text(json.dumps({"main": points[0].main, "flags": rest, "sweep": parse_sweep(opts.sweep),
-                                       "points": kept + new}, indent=1))
+        partial = path.with_suffix(
+            ".partial"
+        )  # a reader finds the old file or the new one, and never half of one
+        partial.write_text(
+            json.dumps(
+                {
+                    "main": points[0].main,
+                    "flags": rest,
+                    "sweep": parse_sweep(opts.sweep),
+                    "points": kept + new,
+                },
+                indent=1,
+            )
+        )
         os.replace(partial, path)
 
 
@@ -164,12 +222,21 @@ def sbatch_options(points: list[Point], opts) -> dict:
     cpus = opts.cpus_per_task or getattr(args, "num_workers", 0) + 1
     extra = dict(word.partition("=")[::2] for word in opts.slurm)
     options = dict(
-        job_name=points[0].main.removeprefix("main_").removeprefix("util.cluster."), time=opts.timeout, nodes=opts.nodes,
-        ntasks_per_node=max(1, ngpus), gpus_per_node=ngpus or None, cpus_per_task=cpus, partition=opts.partition, qos=opts.qos,
-        account=opts.account, constraint=opts.constraint, comment=opts.comment,
+        job_name=points[0].main.removeprefix("main_").removeprefix("util.cluster."),
+        time=opts.timeout,
+        nodes=opts.nodes,
+        ntasks_per_node=max(1, ngpus),
+        gpus_per_node=ngpus or None,
+        cpus_per_task=cpus,
+        partition=opts.partition,
+        qos=opts.qos,
+        account=opts.account,
+        constraint=opts.constraint,
+        comment=opts.comment,
         mem=opts.mem_gb and f"{opts.mem_gb:g}GB",
         # Time for the slowest step, and for writing the checkpoint of a huge model.
-        signal_delay_s=120, stderr_to_stdout=True,
+        signal_delay_s=120,
+        stderr_to_stdout=True,
         # Without it, ranks that are left alone hang until the time limit. srun does not take sbatch's cpus over by itself.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
         setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
@@ -182,8 +249,11 @@ def sbatch_options(points: list[Point], opts) -> dict:
 def show(points: list[Point], opts, job_dir: str) -> int:
     """--dry_run: the script, and the flags of every run."""
     if opts.cluster == "slurm":
-        print(slurm_executor(points, opts, job_dir, preview=True)._make_submission_file_text(
-            "python -m submitit.core._submit " + shlex.quote(job_dir + "/submitit"), "preview"))
+        print(
+            slurm_executor(points, opts, job_dir, preview=True)._make_submission_file_text(
+                "python -m submitit.core._submit " + shlex.quote(job_dir + "/submitit"), "preview"
+            )
+        )
     for p in points:
         for each in (p, *p.then):
             print(f"# {each.name or each.folder}\npython {each.main}.py {shlex.join(each.argv)}")
@@ -197,7 +267,9 @@ def slurm_executor(points: list[Point], opts, job_dir: str, preview: bool = Fals
     class Preview(submitit.SlurmExecutor):
         affinity = classmethod(lambda cls: 1)
 
-    executor = (Preview if preview else submitit.SlurmExecutor)(folder=os.path.join(job_dir, "submitit", "%j"))
+    executor = (Preview if preview else submitit.SlurmExecutor)(
+        folder=os.path.join(job_dir, "submitit", "%j")
+    )
     executor.update_parameters(**sbatch_options(points, opts))
     if preview and len(points) > 1:
         executor.parameters["map_count"] = len(points)
@@ -207,10 +279,16 @@ def slurm_executor(points: list[Point], opts, job_dir: str, preview: bool = Fals
 def to_slurm(points: list[Point], opts, job_dir: str) -> int:
     """Submit what is neither done nor queued: one array, and the follow-ups behind their points."""
     submitted = job_ids(Path(job_dir))
-    queued = queue([ids[-1] for ids in submitted.values()], must=True)  # else what runs would be submitted again
+    queued = queue(
+        [ids[-1] for ids in submitted.values()], must=True
+    )  # else what runs would be submitted again
     wanted = []
     for p in points:
-        state = "queued" if submitted.get(p.name, [""])[-1] in queued else p.job().finished_before() and "finished"
+        state = (
+            "queued"
+            if submitted.get(p.name, [""])[-1] in queued
+            else p.job().finished_before() and "finished"
+        )
         if state:
             print(f"{p.name or p.folder}: {state}, not submitted again")
         else:
@@ -232,7 +310,9 @@ def to_slurm(points: list[Point], opts, job_dir: str) -> int:
             elif p not in wanted and not waiting and each.job().finished_before():
                 print(f"{each.name}: finished, not submitted again")
             else:
-                submit_after(submitted[p.name][-1] if p in wanted or waiting else "", each, opts, job_dir, submitted)
+                submit_after(
+                    submitted[p.name][-1] if p in wanted or waiting else "", each, opts, job_dir, submitted
+                )
     print(f"status: python {os.path.basename(sys.argv[0])} --status {job_dir}")
     return 0
 
@@ -247,7 +327,9 @@ def submit_after(before: str, p: Point, opts, job_dir: str, submitted: dict[str,
         job = executor.submit(p.job())
     submitted.setdefault(p.name, []).append(job.job_id)
     note_jobs(Path(job_dir), submitted)  # at once: SLURM may refuse the next
-    print(f"{p.name}: job {job.job_id}" + (f" after {before}" if before else "") + f", log {job.paths.stdout}")
+    print(
+        f"{p.name}: job {job.job_id}" + (f" after {before}" if before else "") + f", log {job.paths.stdout}"
+    )
 
 
 def note_jobs(folder: Path, submitted: dict[str, list[str]]) -> None:
@@ -290,8 +372,12 @@ def run_locally(points: list[Point], opts, job_dir: str) -> int:
             return
         first, gpus = ngpus * slot, torch.cuda.device_count()
         executor.update_parameters(
-            timeout_min=opts.timeout, tasks_per_node=max(1, ngpus), gpus_per_node=ngpus, stderr_to_stdout=True,
-            visible_gpus=tuple((first + i) % max(1, gpus) for i in range(ngpus)))
+            timeout_min=opts.timeout,
+            tasks_per_node=max(1, ngpus),
+            gpus_per_node=ngpus,
+            stderr_to_stdout=True,
+            visible_gpus=tuple((first + i) % max(1, gpus) for i in range(ngpus)),
+        )
         job = executor.submit(chain[0].job())
         submitted.setdefault(chain[0].name, []).append(job.job_id)
         note_jobs(Path(job_dir), submitted)

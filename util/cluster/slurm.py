@@ -1,7 +1,8 @@
 """Living under SLURM: requeueing a job that stops or hangs, outliving a lost node, and a check of the cluster.
 
-    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.cluster.check --output_dir DIR --data_path DIR
+srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.cluster.check --output_dir DIR --data_path DIR
 """
+
 import contextlib
 import os
 import re
@@ -56,8 +57,10 @@ def check_shared(job_dir: str) -> None:
     inside = [m for m in mounts if os.path.commonpath([m[0], os.path.realpath(job_dir)]) == m[0]]
     where, kind = max(inside, key=lambda m: len(m[0]), default=("", ""))
     if kind in ("tmpfs", "ramfs"):
-        raise ValueError(f"--job_dir {job_dir} lies in this machine's memory ({kind} at {where}), which no node sees: choose a "
-                         "folder that all nodes mount")
+        raise ValueError(
+            f"--job_dir {job_dir} lies in this machine's memory ({kind} at {where}), which no node sees: choose a "
+            "folder that all nodes mount"
+        )
 
 
 def requeue(tries: int = 5) -> None:
@@ -71,7 +74,7 @@ def requeue(tries: int = 5) -> None:
     if not job:
         return
     for i in range(tries):
-        time.sleep(2 ** i if i else 0)
+        time.sleep(2**i if i else 0)
         state = ask("squeue", "-h", "-j", job, "-o", "%T")
         why = f"job {job} is {state or 'unknown to squeue here'}: not requeued by itself"
         if state == "RUNNING":
@@ -118,10 +121,17 @@ def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        broken = isinstance(e, torch.distributed.DistBackendError) or "closed by peer" in str(e) or "reset by peer" in str(e)
+        broken = (
+            isinstance(e, torch.distributed.DistBackendError)
+            or "closed by peer" in str(e)
+            or "reset by peer" in str(e)
+        )
         if broken and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
-            print(f"rank {dist.rank()} has lost its connection ({str(e).splitlines()[0]}): waiting up to {minutes:g} minutes "
-                  "for SLURM to end or to requeue this job", flush=True)
+            print(
+                f"rank {dist.rank()} has lost its connection ({str(e).splitlines()[0]}): waiting up to {minutes:g} minutes "
+                "for SLURM to end or to requeue this job",
+                flush=True,
+            )
             end = time.monotonic() + 60 * minutes
             while time.monotonic() < end and stop.received is None:
                 time.sleep(1)

@@ -1,4 +1,5 @@
 """What has become of submitted runs: their notes, their logs, and what SLURM says."""
+
 import contextlib
 import json
 from pathlib import Path
@@ -41,7 +42,13 @@ def state_of(note: dict, queued: str, end: str) -> str:
     if queued and queued != "PENDING" and note.get("state") in ("finished", "failed"):
         return note["state"]  # SLURM is still tidying up
     if queued:
-        return queued.lower() if queued != "PENDING" or not note else "requeued" if note["state"] != "finished" else "pending"
+        return (
+            queued.lower()
+            if queued != "PENDING" or not note
+            else "requeued"
+            if note["state"] != "finished"
+            else "pending"
+        )
     if note.get("state") in ("finished", "failed", "stopped"):
         return note["state"]
     if end:
@@ -82,6 +89,17 @@ def status(job_dir: Path) -> str:
         state = state_of({} if stale else note, queued.get(job, ""), ends.get(job, ""))
         epoch = str(line["epoch"] + 1) if "epoch" in line else "-"
         figures = "  ".join(f"{k.removeprefix('train_')} {line[k]:.4g}" for k in SHOWN if k in line)
-        rows.append([name or ".", state, epoch, figures, str(note.get("starts", 0)), job,
-                     note["error"].splitlines()[0][:300] if state == "failed" and note.get("error") else str(folder)])
+        rows.append(
+            [
+                name or ".",
+                state,
+                epoch,
+                figures,
+                str(note.get("starts", 0)),
+                job,
+                note["error"].splitlines()[0][:300]
+                if state == "failed" and note.get("error")
+                else str(folder),
+            ]
+        )
     return table(rows)

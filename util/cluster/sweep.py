@@ -1,4 +1,5 @@
 """The runs of a sweep: which there are, their flags and directories, and the runs that follow each."""
+
 import argparse
 import importlib
 import os
@@ -12,7 +13,18 @@ from util.flags.parser import Parser
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
 # What a follow-up takes over from the pretraining that it follows, unless its own flags say otherwise.
-INHERITED = ("data_path", "input_size", "patch_size", "in_chans", "mean", "std", "pos_tokens", "device", "num_workers", "seed")
+INHERITED = (
+    "data_path",
+    "input_size",
+    "patch_size",
+    "in_chans",
+    "mean",
+    "std",
+    "pos_tokens",
+    "device",
+    "num_workers",
+    "seed",
+)
 
 
 @dataclass
@@ -37,10 +49,14 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
     """
     swept = parse_sweep(sweep)
     if (swept or chain) and "%j" in job_dir:
-        raise ValueError("--sweep and --then need a --job_dir that is known before the jobs are: leave out %j")
+        raise ValueError(
+            "--sweep and --then need a --job_dir that is known before the jobs are: leave out %j"
+        )
     points = []
     for values in product(*swept.values()):
-        flags = {name: value for names, together in zip(swept, values) for name, value in apart(names, together)}
+        flags = {
+            name: value for names, together in zip(swept, values) for name, value in apart(names, together)
+        }
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in flags.items()))
         folder = os.path.join(job_dir, name) if name else job_dir
         argv = rest
@@ -52,7 +68,9 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
         points.append(Point(name, parsed, main, argv, folder, follow_ups(args, chain, name, folder)))
     names = [p.name for p in points]
     if len(set(names)) < len(names):
-        raise ValueError(f"--sweep names a point twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        raise ValueError(
+            f"--sweep names a point twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
+        )
     return points
 
 
@@ -76,8 +94,10 @@ def apart(names: str, values: str) -> list[tuple[str, str]]:
     if len(flags) == 1:
         return [(names, values)]
     if len(values.split("+")) != len(flags):
-        raise ValueError(f"--sweep {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} parts, "
-                         "joined by +")
+        raise ValueError(
+            f"--sweep {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} parts, "
+            "joined by +"
+        )
     return list(zip(flags, values.split("+")))
 
 
@@ -136,19 +156,34 @@ def follow_ups(args: argparse.Namespace, chain: list[str], run: str, folder: str
     points = []
     for part in parts:
         if not part or part[0] not in FOLLOW_UPS:
-            raise ValueError(f"--then is followed by {' or '.join(FOLLOW_UPS)} and its flags, found "
-                             + (" ".join(part) or "nothing"))
+            raise ValueError(
+                f"--then is followed by {' or '.join(FOLLOW_UPS)} and its flags, found "
+                + (" ".join(part) or "nothing")
+            )
         main = FOLLOW_UPS[part[0]]
         given, known = given_to(main, part[1:]), vars(parse_main(main, []))
-        inherited = {k: getattr(args, k) for k in INHERITED if k in known and hasattr(args, k) and k not in given}
+        inherited = {
+            k: getattr(args, k) for k in INHERITED if k in known and hasattr(args, k) and k not in given
+        }
         if "model" not in given:
             inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", args.model)
-        words = [w for k, v in inherited.items() if v not in (None, "")
-                 for w in (f"--{k}", *map(str, v if isinstance(v, (list, tuple)) else [v]))]
+        words = [
+            w
+            for k, v in inherited.items()
+            if v not in (None, "")
+            for w in (f"--{k}", *map(str, v if isinstance(v, (list, tuple)) else [v]))
+        ]
         before = sum(p.main == main for p in points)
         name = f"{part[0]}-{before + 1}" if before else part[0]
         out = os.path.join(folder, name)
-        argv = [*words, *part[1:], "--finetune", os.path.join(folder, "checkpoint-last.pth"), "--output_dir", out]
+        argv = [
+            *words,
+            *part[1:],
+            "--finetune",
+            os.path.join(folder, "checkpoint-last.pth"),
+            "--output_dir",
+            out,
+        ]
         parse_main(main, argv)
         points.append(Point(os.path.join(run, name), {}, main, argv, out))
     return points

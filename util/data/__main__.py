@@ -1,9 +1,10 @@
 """Measure, check and repack images.
 
-    python -m util.data stats PATH     mean and standard deviation per channel
-    python -m util.data check PATH     list unreadable images; exit code 1 if there are any
-    python -m util.data repack PATH TARGET [--long_side 500]     shards that are read faster; see util/data/sources/repack.py
+python -m util.data stats PATH     mean and standard deviation per channel
+python -m util.data check PATH     list unreadable images; exit code 1 if there are any
+python -m util.data repack PATH TARGET [--long_side 500]     shards that are read faster; see util/data/sources/repack.py
 """
+
 import os
 
 import torch
@@ -24,7 +25,9 @@ def get_args_parser() -> Parser:
     p.add_argument("--split", default="train")
     p.add_argument("--in_chans", type=int, default=3)
     p.add_argument("--images", type=int, default=2000, help="stats: how many images, evenly spread")
-    p.add_argument("--long_side", type=int, help="repack: shrink to it and encode anew; without it nothing is lost")
+    p.add_argument(
+        "--long_side", type=int, help="repack: shrink to it and encode anew; without it nothing is lost"
+    )
     p.add_argument("--quality", type=int, default=90, help="repack: of images that are encoded anew")
     p.add_argument("--num_workers", "--workers", type=int, default=os.cpu_count())
     return p
@@ -34,12 +37,20 @@ def command(args) -> int:
     if (args.command == "repack") != (args.target is not None):
         raise ValueError("repack takes two paths, and the others one")
     if _is_timms(args.path):
-        raise ValueError(f"{args.command} reads folders, tars and lists of files, not timm's readers ({args.path})")
+        raise ValueError(
+            f"{args.command} reads folders, tars and lists of files, not timm's readers ({args.path})"
+        )
     if args.command == "repack":
         from util.data.sources.repack import repack
 
-        repack(args.path, args.target, split=args.split, long_side=args.long_side, quality=args.quality,
-               num_workers=args.num_workers)
+        repack(
+            args.path,
+            args.target,
+            split=args.split,
+            long_side=args.long_side,
+            quality=args.quality,
+            num_workers=args.num_workers,
+        )
         return 0
     index = build_index(args.path, args.split, labels=False)
     print(index.summary())
@@ -67,10 +78,14 @@ def stats(index: ImageIndex, in_chans: int, images: int) -> int:
         total += torch.stack([image.sum(1), image.square().sum(1)])
         pixels += image.shape[1]
     if pixels == 0:
-        raise ValueError(f"none of the images could be read with {in_chans} channels: give --in_chans as the images have it, "
-                         "or see what `check` says")
+        raise ValueError(
+            f"none of the images could be read with {in_chans} channels: give --in_chans as the images have it, "
+            "or see what `check` says"
+        )
     mean, square = total / pixels
-    print("--mean", *(f"{v:.4f}" for v in mean), "--std", *(f"{v:.4f}" for v in (square - mean.square()).sqrt()))
+    print(
+        "--mean", *(f"{v:.4f}" for v in mean), "--std", *(f"{v:.4f}" for v in (square - mean.square()).sqrt())
+    )
     return 0
 
 

@@ -1,9 +1,10 @@
 """Data sets. A sample is `(epoch, index)`, and everything random about it follows from that.
 
-    python -m util.data stats PATH     mean and standard deviation per channel
-    python -m util.data check PATH     list unreadable images; exit code 1 if there are any
-    python -m util.data repack PATH TARGET [--long_side 500]     shards that are read faster; see util/data/sources/repack.py
+python -m util.data stats PATH     mean and standard deviation per channel
+python -m util.data check PATH     list unreadable images; exit code 1 if there are any
+python -m util.data repack PATH TARGET [--long_side 500]     shards that are read faster; see util/data/sources/repack.py
 """
+
 import contextlib
 import os
 import random
@@ -32,7 +33,9 @@ _numpy_bits = np.random.MT19937(0)  # seeded for every sample
 @contextlib.contextmanager
 def _seeded(key):
     """Seed the global generators of torch, `random` and numpy for one sample. The main process gets its own back."""
-    outer = get_worker_info() is None  # a worker has nothing to give back, and doing so costs more than seeding
+    outer = (
+        get_worker_info() is None
+    )  # a worker has nothing to give back, and doing so costs more than seeding
     if outer:
         # Exchanging numpy's bit generator takes 2 us; saving and restoring its state would take 300.
         saved = torch.default_generator.get_state(), random.getstate(), np.random.get_bit_generator()
@@ -68,9 +71,12 @@ class ImageDataset(Dataset):
         pixels: None, or a cache of decoded images, from which samples are then made: `pixels[i]` is image i,
             or raises ValueError; see util/data/loading/cache.py.
     """
+
     exact_resume = True
 
-    def __init__(self, index: ImageIndex, transform, *, in_chans: int = 3, seed: int = 0, evaluation: bool = False):
+    def __init__(
+        self, index: ImageIndex, transform, *, in_chans: int = 3, seed: int = 0, evaluation: bool = False
+    ):
         self.index, self.transform, self.in_chans = index, transform, in_chans
         self.seed, self.evaluation = seed, evaluation
         self.pixels = None
@@ -119,14 +125,17 @@ class ImageDataset(Dataset):
                 if self.evaluation:
                     return None, dict(label=-1, index=i, key=key, bad=bad)
                 if len(bad) == MAX_TRIES:
-                    raise ValueError(f"{len(bad)} images drawn one after the other cannot be read, the last is "
-                                     f"{self.index.name(i)} in {self.index.path}: {error}") from error
+                    raise ValueError(
+                        f"{len(bad)} images drawn one after the other cannot be read, the last is "
+                        f"{self.index.name(i)} in {self.index.path}: {error}"
+                    ) from error
                 # Anywhere: the next ones lie in the same folder, which may be broken as a whole.
                 i = sample_seed(first, 0, len(bad)) % len(self)
 
 
 class TimmDataset(Dataset):
     """The same samples from a map-style set of (PIL image, label); timm itself replaces unreadable images."""
+
     exact_resume = True
 
     def __init__(self, dataset, transform, *, name: str = "", in_chans: int = 3, seed: int = 0):
@@ -152,11 +161,14 @@ class TimmDataset(Dataset):
 
 class TimmIterableDataset(TimmDataset, IterableDataset):
     """The same from a stream, in the stream's own order: index is -1, and a run can resume at epochs only."""
+
     exact_resume = False
 
     def __init__(self, dataset, transform, **kwargs):
         super().__init__(dataset, transform, **kwargs)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
+        self.epoch = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # seen by workers that are already running
         self.rank = dist.rank()
 
     def set_epoch(self, epoch: int) -> None:
@@ -172,6 +184,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
 
 class TensorSamples(Dataset):
     """Samples from tensors: features (n, d) under the name `image`, labels (n,); `index` is the images' listing."""
+
     exact_resume = True
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor, index: ImageIndex):
@@ -185,8 +198,16 @@ class TensorSamples(Dataset):
         return dict(image=self.features[i], label=int(self.labels[i]), index=i, key=0, bad=[])
 
 
-def build_dataset(data_path, split: str, transform, *, in_chans: int = 3, seed: int = 0, labels: bool = True,
-                  evaluation: bool = False) -> Dataset:
+def build_dataset(
+    data_path,
+    split: str,
+    transform,
+    *,
+    in_chans: int = 3,
+    seed: int = 0,
+    labels: bool = True,
+    evaluation: bool = False,
+) -> Dataset:
     """The data set of `split` at `data_path`: a path as in `build_index`, or None for the embedded demo set.
 
     `<reader>/<name>[=<root>]`, with a reader of timm's (hfds, hfids, wds, tfds, torch), goes to timm, e.g.
@@ -206,17 +227,30 @@ def _is_timms(data_path):
 
 def _timm_dataset(data_path, split, transform, in_chans, seed, evaluation):
     if in_chans not in (1, 3):
-        raise ValueError(f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files")
+        raise ValueError(
+            f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files"
+        )
     from timm.data import create_dataset  # slow to import, and most runs do not need it
+
     name, _, root = data_path.partition("=")
     try:
-        dataset = create_dataset(name, root=os.path.expanduser(root) or None, is_training=not evaluation, seed=seed,
-                                 split="validation" if split == "val" else split, input_img_mode=PIL_MODES[in_chans])
+        dataset = create_dataset(
+            name,
+            root=os.path.expanduser(root) or None,
+            is_training=not evaluation,
+            seed=seed,
+            split="validation" if split == "val" else split,
+            input_img_mode=PIL_MODES[in_chans],
+        )
     except ImportError as error:
-        raise ValueError(f"{data_path} needs a package that is not installed: pip install {error.name}") from error
+        raise ValueError(
+            f"{data_path} needs a package that is not installed: pip install {error.name}"
+        ) from error
     except Exception as error:
         kind = NoSplit if split == "val" else ValueError
-        raise kind(f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
-                   "form is <reader>/<name>[=<root>]; wds and torch need the root of the data.") from error
+        raise kind(
+            f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
+            "form is <reader>/<name>[=<root>]; wds and torch need the root of the data."
+        ) from error
     kind = TimmIterableDataset if isinstance(dataset, IterableDataset) else TimmDataset
     return kind(dataset, transform, name=data_path, in_chans=in_chans, seed=seed)

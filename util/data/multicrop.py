@@ -3,6 +3,7 @@
 Transforms take uint8 (C, H, W) and return a dictionary of tensors, which takes the place of `image` in a sample. A box is
 (x, y, width, height, flipped) in pixels of the source image. All randomness comes from the global generators.
 """
+
 import math
 import random
 
@@ -11,12 +12,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 
-def crop_with_box(image: torch.Tensor, size: tuple[int, int], scale: tuple[float, float],
-                  hflip: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+def crop_with_box(
+    image: torch.Tensor, size: tuple[int, int], scale: tuple[float, float], hflip: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A random resized crop (bicubic, antialiased), flipped with chance `hflip` -> (C, *size), box float32 (5,)."""
     top, left, height, width = v2.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
     flipped = random.random() < hflip
-    crop = F.resized_crop(image, top, left, height, width, list(size), v2.InterpolationMode.BICUBIC, antialias=True)
+    crop = F.resized_crop(
+        image, top, left, height, width, list(size), v2.InterpolationMode.BICUBIC, antialias=True
+    )
     box = torch.tensor([left, top, width, height, flipped], dtype=torch.float32)
     return (F.horizontal_flip(crop) if flipped else crop), box
 
@@ -40,14 +44,23 @@ class MultiCrop:
     of a global crop, `mask_ratios` (low, high) ranges of which each crop draws one.
     """
 
-    def __init__(self, size: tuple[int, int], local_size: tuple[int, int], num_local: int, grid: tuple[int, int], *,
-                 global_scale: tuple[float, float], local_scale: tuple[float, float],
-                 mask_ratios: list[tuple[float, float]]):
+    def __init__(
+        self,
+        size: tuple[int, int],
+        local_size: tuple[int, int],
+        num_local: int,
+        grid: tuple[int, int],
+        *,
+        global_scale: tuple[float, float],
+        local_scale: tuple[float, float],
+        mask_ratios: list[tuple[float, float]],
+    ):
         self.views = [(size, global_scale, 1.0, 0.0), (size, global_scale, 0.1, 0.2)]
         self.views += [(local_size, local_scale, 0.5, 0.0)] * num_local
         self.grid, self.mask_ratios, self.local_size = grid, mask_ratios, local_size
-        self.jitter = v2.Compose([
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)])
+        self.jitter = v2.Compose(
+            [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
+        )
 
     def _view(self, image, size, scale, blur, solarize):
         crop, box = crop_with_box(image, size, scale)
@@ -63,7 +76,12 @@ class MultiCrop:
         crops, boxes = zip(*(self._view(image, *view) for view in self.views))
         masks = [block_mask(self.grid, random.uniform(*random.choice(self.mask_ratios))) for _ in range(2)]
         local = torch.stack(crops[2:]) if crops[2:] else image.new_empty(0, len(image), *self.local_size)
-        return dict(image=torch.stack(crops[:2]), local=local, boxes=torch.stack(boxes), mask=torch.stack(masks).flatten(1))
+        return dict(
+            image=torch.stack(crops[:2]),
+            local=local,
+            boxes=torch.stack(boxes),
+            mask=torch.stack(masks).flatten(1),
+        )
 
 
 def gaussian_blur(crop: torch.Tensor) -> torch.Tensor:
@@ -90,7 +108,7 @@ def block_mask(grid: tuple[int, int], ratio: float) -> torch.Tensor:
         if not (0 < bh <= h and 0 < bw <= w):
             continue
         top, left = random.randint(0, h - bh), random.randint(0, w - bw)
-        block = mask[top:top + bh, left:left + bw]
+        block = mask[top : top + bh, left : left + bw]
         new = block.numel() - int(block.sum())
         if 0 < new <= wanted:
             block.fill_(True)

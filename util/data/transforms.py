@@ -4,6 +4,7 @@ Images stay uint8 (C, H, W) until they are on the device: a quarter of the bytes
 the loader's workers. Sizes are (H, W). Transforms take and return uint8 (C, H, W). They draw from the global
 generators. A random crop that gets a key draws from a generator of its own, which the key seeds.
 """
+
 import io
 import math
 import random
@@ -47,8 +48,12 @@ def decode(data: bytes, in_chans: int = 3) -> torch.Tensor:
                 image.draft("L", None)  # grey is the luma that a JPEG stores, as torchvision gives it
             image = _to_8_bit(image).convert(PIL_MODES[in_chans])
         return F.pil_to_tensor(image)
-    except Exception as error:  # decoders raise many types on damaged input: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"not a readable image ({len(data)} bytes, starting with {data[:4]!r}): {error}") from error
+    except (
+        Exception
+    ) as error:  # decoders raise many types on damaged input: OSError, SyntaxError, struct.error, ...
+        raise ValueError(
+            f"not a readable image ({len(data)} bytes, starting with {data[:4]!r}): {error}"
+        ) from error
 
 
 def _is_plain_jpeg(data):
@@ -60,10 +65,10 @@ def _is_plain_jpeg(data):
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             bits, channels = data[at + 4], data[at + 9]
-            height, width = int.from_bytes(data[at + 5:at + 7]), int.from_bytes(data[at + 7:at + 9])
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
             return bits == 8 and channels in (1, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or 1 << 32)
         # 0xFF may be repeated as padding before a marker; a segment's length counts its own two bytes
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4])
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
     return False
 
 
@@ -71,7 +76,9 @@ def _to_8_bit(image):
     if image.mode[0] == "I":  # PIL's own conversion clips at 255 instead of scaling
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integer pixels from {values.min()} to {values.max()}: only 8 and 16 bit are known")
+            raise ValueError(
+                f"integer pixels from {values.min()} to {values.max()}: only 8 and 16 bit are known"
+            )
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range: store 8-bit images or uint8 .npy files")
@@ -142,8 +149,9 @@ class _RandomCrop:
         *box, x, y = self.draw(*image.shape[-2:], key)
         if image.shape[0] == 3 and native.library():
             return native.crop_pixels(image, box, self.size, x * native.FLIP_X | y * native.FLIP_Y)
-        image = F.resized_crop(image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC,
-                               antialias=True)
+        image = F.resized_crop(
+            image, *box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
         return image.flip([d for d, flipped in ((-1, x), (-2, y)) if flipped]) if x or y else image
 
     def crop_jpeg(self, data: bytes, key: int | None = None) -> torch.Tensor | None:
@@ -152,8 +160,12 @@ class _RandomCrop:
         if not size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 1 << 32):
             return None
         *box, x, y = self.draw(*size, key)
-        return native.crop_jpeg(data, box, self.size, x * native.FLIP_X | y * native.FLIP_Y
-                                | self.dct_scaling * native.DCT_SCALING)
+        return native.crop_jpeg(
+            data,
+            box,
+            self.size,
+            x * native.FLIP_X | y * native.FLIP_Y | self.dct_scaling * native.DCT_SCALING,
+        )
 
 
 class pretrain_transform(_RandomCrop):  # used as a function; a class so that it also takes undecoded JPEGs
@@ -166,8 +178,15 @@ class pretrain_transform(_RandomCrop):  # used as a function; a class so that it
             faster on large images, and no longer the exact pixels.
     """
 
-    def __init__(self, input_size, crop_scale=(0.2, 1.0), hflip: float = 0.5, vflip: float = 0.0, *,
-                 dct_scaling: bool = False):
+    def __init__(
+        self,
+        input_size,
+        crop_scale=(0.2, 1.0),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        *,
+        dct_scaling: bool = False,
+    ):
         super().__init__(input_size, crop_scale, (3 / 4, 4 / 3), (hflip, vflip), dct_scaling)
         self.log_ratio = torch.log(torch.tensor(self.ratio)).tolist()
 
@@ -212,10 +231,19 @@ class eval_transform:  # used as a function; a class so that it can say which wi
         return F.center_crop(image, self.size)
 
 
-def finetune_transform(input_size, *, in_chans: int = 3, color_jitter: float | None = None,
-                       auto_augment: str | None = "rand-m9-mstd0.5-inc1", hflip: float = 0.5,
-                       vflip: float = 0.0, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3),
-                       interpolation: str = "bicubic", mean=IMAGENET_MEAN):
+def finetune_transform(
+    input_size,
+    *,
+    in_chans: int = 3,
+    color_jitter: float | None = None,
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    crop_scale=(0.08, 1.0),
+    crop_ratio=(3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+    mean=IMAGENET_MEAN,
+):
     """timm's training augmentation on a uint8 (in_chans, H, W) image; random erasing follows on the device.
 
     Without auto_augment and color_jitter only a bicubic crop and flips remain, which need no PIL image. The
@@ -232,8 +260,10 @@ def finetune_transform(input_size, *, in_chans: int = 3, color_jitter: float | N
     """
     pil = in_chans in (1, 3)
     if not pil and (auto_augment or color_jitter):
-        raise ValueError(f"auto_augment={auto_augment!r}, color_jitter={color_jitter} work on 1 or 3 "
-                         f"channels, not on {in_chans}: turn both off (--aa '' and no --color_jitter)")
+        raise ValueError(
+            f"auto_augment={auto_augment!r}, color_jitter={color_jitter} work on 1 or 3 "
+            f"channels, not on {in_chans}: turn both off (--aa '' and no --color_jitter)"
+        )
     crop = dict(scale=tuple(crop_scale), ratio=tuple(crop_ratio))
     if not pil:
         kind = v2.InterpolationMode(interpolation)
@@ -242,8 +272,16 @@ def finetune_transform(input_size, *, in_chans: int = 3, color_jitter: float | N
     if interpolation == "bicubic" and not auto_augment and not color_jitter:
         return _TimmCrop(input_size, **crop, flips=(hflip, vflip))
     mean = tuple(mean) if len(mean) == in_chans else (sum(mean) / len(mean),) * in_chans
-    return _TimmAugment(_pair(input_size), **crop, hflip=hflip, vflip=vflip, color_jitter=color_jitter,
-                        auto_augment=auto_augment or None, interpolation=interpolation, mean=mean)
+    return _TimmAugment(
+        _pair(input_size),
+        **crop,
+        hflip=hflip,
+        vflip=vflip,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment or None,
+        interpolation=interpolation,
+        mean=mean,
+    )
 
 
 class _TimmCrop(_RandomCrop):
@@ -273,6 +311,7 @@ class _TimmAugment:  # used as a function; a class so that it can be pickled for
     def __init__(self, size, **options):
         from timm.data import auto_augment as timm_ops  # slow to import, and pretraining does not need it
         from timm.data import create_transform
+
         timm_ops.NAME_TO_OP |= {name: _posterize for name in ("Posterize", "PosterizeIncreasing")}
         self.transform = create_transform(size, is_training=True, use_prefetcher=True, **options)
 
@@ -300,15 +339,19 @@ def unnormalize(images: torch.Tensor, mean, std) -> torch.Tensor:
 @lru_cache(maxsize=32)  # so that a step copies no constants to the device
 def _affine(mean, std, channels, device):
     if len(mean) not in (1, channels) or len(std) not in (1, channels) or min(std) <= 0:
-        raise ValueError(f"mean {mean} and std {std} need one positive value or one per channel, and images have "
-                         f"{channels}: give --mean and --std ({channels} values each)")
+        raise ValueError(
+            f"mean {mean} and std {std} need one positive value or one per channel, and images have "
+            f"{channels}: give --mean and --std ({channels} values each)"
+        )
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in (mean, std))
     scale, shift = 1 / (255 * std), -mean / std
     return tuple(v.float().to(device)[:, None, None] for v in (scale, shift))  # (C, 1, 1) or (1, 1, 1)
 
 
 def _flips(hflip, vflip):
-    return [flip(p) for flip, p in ((v2.RandomHorizontalFlip, hflip), (v2.RandomVerticalFlip, vflip)) if p > 0]
+    return [
+        flip(p) for flip, p in ((v2.RandomHorizontalFlip, hflip), (v2.RandomVerticalFlip, vflip)) if p > 0
+    ]
 
 
 def _pair(size):

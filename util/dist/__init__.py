@@ -1,4 +1,5 @@
 """The processes of a run: who they are, what they tell each other, and when they stop together."""
+
 from util.dist.group import (
     barrier,
     data_parallel,
@@ -10,8 +11,8 @@ from util.dist.group import (
     is_main,
     make_shared_folder,
     mean_over_ranks,
+    print_rank0,
     rank,
-    say,
     share_buffers,
     shutdown,
     slurm_ranks,
@@ -21,7 +22,22 @@ from util.dist.group import (
 from util.dist.stop import StopSignal
 
 __all__ = [
-    "StopSignal", "barrier", "data_parallel", "first_host", "from_main", "gather_objects", "init", "is_initialized", "is_main",
-    "make_shared_folder", "mean_over_ranks", "rank", "say", "share_buffers", "shutdown", "slurm_ranks", "sum_over_ranks",
+    "StopSignal",
+    "barrier",
+    "data_parallel",
+    "first_host",
+    "from_main",
+    "gather_objects",
+    "init",
+    "is_initialized",
+    "is_main",
+    "make_shared_folder",
+    "mean_over_ranks",
+    "print_rank0",
+    "rank",
+    "share_buffers",
+    "shutdown",
+    "slurm_ranks",
+    "sum_over_ranks",
     "world_size",
 ]

@@ -4,6 +4,7 @@ By default glibc returns blocks of more than 32 MiB, and more than 64 MiB at the
 training step then takes the same memory anew every time, page by page: for ViT-B/16 at batch 16 that is 250,000 page
 faults a step, 3 to 6 % of its time in float32 and 14 to 19 % in bfloat16 on a Xeon (benchmarks/README.md).
 """
+
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h

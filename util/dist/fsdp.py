@@ -3,6 +3,7 @@
 Checkpoints do not know about it: what is saved is whole, and what is loaded is cut to this rank's shards, so that a run
 may change its strategy and its number of ranks between two saves.
 """
+
 import contextlib
 import copy
 from collections.abc import Iterator
@@ -21,13 +22,19 @@ def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
     Call it before the optimizer is made: parameters become new objects. Raises ValueError where it cannot work.
     """
     if not dist.is_initialized():
-        raise ValueError("--strategy fsdp spreads a model over ranks, but there is one process only: start several "
-                         "(torchrun, srun), or leave --strategy at ddp")
+        raise ValueError(
+            "--strategy fsdp spreads a model over ranks, but there is one process only: start several "
+            "(torchrun, srun), or leave --strategy at ddp"
+        )
     if amp == "fp16":
-        raise ValueError("--strategy fsdp needs --amp bf16 or fp32: float16's loss scaling is not done across shards")
+        raise ValueError(
+            "--strategy fsdp needs --amp bf16 or fp32: float16's loss scaling is not done across shards"
+        )
     from torch.distributed.fsdp import fully_shard
 
-    model.whole_copy = [copy.deepcopy(model).cpu().requires_grad_(False)]  # in a list: no part of the model; see `gathered`
+    model.whole_copy = [
+        copy.deepcopy(model).cpu().requires_grad_(False)
+    ]  # in a list: no part of the model; see `gathered`
     mesh = torch.distributed.init_device_mesh(device.type, (dist.world_size(),))
     for module in reversed(list(model.modules())):  # blocks within blocks first
         if type(module).__name__.endswith("Block"):
@@ -71,14 +78,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     if sizes[0] != sizes[1]:
         before, after = (", ".join(map(str, s)) for s in sizes)
         if sorted(sizes[0]) == sorted(sizes[1]):
-            raise ValueError(f"the optimizer was saved with the same groups in another order ({before}; now {after}), as MAE's "
-                             "own fine-tuning with --global_pool has them: such a run can be evaluated, not continued")
-        raise ValueError(f"the optimizer was saved with groups of {before} parameters, now there are {after}: give "
-                         "--layer_decay and --partial as they were, or start from the weights alone, by --finetune or "
-                         "--init_from and another --output_dir")
+            raise ValueError(
+                f"the optimizer was saved with the same groups in another order ({before}; now {after}), as MAE's "
+                "own fine-tuning with --global_pool has them: such a run can be evaluated, not continued"
+            )
+        raise ValueError(
+            f"the optimizer was saved with groups of {before} parameters, now there are {after}: give "
+            "--layer_decay and --partial as they were, or start from the weights alone, by --finetune or "
+            "--init_from and another --output_dir"
+        )
     params = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
-    state = {i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
-             for i, values in saved["state"].items()}
+    state = {
+        i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
+        for i, values in saved["state"].items()
+    }
     # Now's flags before loading, which follows `fused` to where it keeps `step`: MAE's files were not made by fused AdamW.
     groups = [before | flags for before, flags in zip(saved["param_groups"], now)]
     optimizer.load_state_dict(saved | {"state": state, "param_groups": groups})

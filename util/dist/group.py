@@ -1,4 +1,5 @@
 """Processes: who am I, and the few collectives that the engine needs. Everything works with one plain process too."""
+
 import atexit
 import os
 import re
@@ -30,7 +31,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(message: str) -> None:
+def print_rank0(message: str) -> None:
     """Print on rank 0."""
     if is_main():
         print(message, flush=True)
@@ -45,10 +46,14 @@ def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
-    incarnation = ".".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    incarnation = ".".join(
+        environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+    )
     return {
-        "RANK": environ["SLURM_PROCID"], "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"], "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
         # Below 32768, where systems hand out ports for outgoing connections.
         "MASTER_PORT": str(10000 + zlib.crc32(incarnation.encode()) % 20000),
     }
@@ -68,8 +73,9 @@ def timeout() -> timedelta:
     return _timeout
 
 
-def init(device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30,
-         local_rank: int = -1) -> torch.device:
+def init(
+    device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30, local_rank: int = -1
+) -> torch.device:
     """Join the process group that the environment describes, torchrun's or srun's; one process needs none.
 
     `local_rank` is what older launchers give as a flag; the environment's LOCAL_RANK comes first.
@@ -84,8 +90,10 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
     host, ranks = socket.gethostname(), int(os.environ.get("WORLD_SIZE", 1))
     if device.startswith("cuda") and not torch.cuda.is_available():
         if ranks > 1:
-            raise ValueError(f"rank {os.environ['RANK']} sees no CUDA device on {host}: ask the scheduler for GPUs, or give "
-                             "--device cpu to run on CPUs")
+            raise ValueError(
+                f"rank {os.environ['RANK']} sees no CUDA device on {host}: ask the scheduler for GPUs, or give "
+                "--device cpu to run on CPUs"
+            )
         print("no CUDA device is visible: running on the CPU", flush=True)
         device = "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
@@ -95,8 +103,10 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
             local_rank = 0  # srun has bound a GPU to each task: it sees its own only
         where = torch.device("cuda", local_rank)
         if local_rank >= visible:
-            raise ValueError(f"local rank {local_rank} has no GPU: {visible} are visible on {host}; start as many processes "
-                             "per node as GPUs")
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: {visible} are visible on {host}; start as many processes "
+                "per node as GPUs"
+            )
     else:
         try:
             where = torch.device(device)
@@ -105,7 +115,9 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
     if where.type == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        torch.backends.cudnn.benchmark = True  # patch embeddings and stems are convolutions of a few fixed shapes
+        torch.backends.cudnn.benchmark = (
+            True  # patch embeddings and stems are convolutions of a few fixed shapes
+        )
     elif where.type == "cpu":
         keep_freed_memory()
     if ranks > 1:
@@ -116,12 +128,15 @@ def init(device: str = "cuda", backend: str | None = None, timeout_minutes: floa
         print(f"{me}, meeting at {meeting}", flush=True)
         try:
             td.init_process_group(
-                backend, timeout=_timeout,
+                backend,
+                timeout=_timeout,
                 device_id=where if backend == "nccl" else None,
             )
         except td.DistError as e:
-            raise RuntimeError(f"{me}: not all ranks met at {meeting} within {timeout_minutes:g} minutes; those without a line "
-                               f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})") from e
+            raise RuntimeError(
+                f"{me}: not all ranks met at {meeting} within {timeout_minutes:g} minutes; those without a line "
+                f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})"
+            ) from e
         atexit.register(shutdown)  # a rank that ends with an error would abort in the group's threads
     return where
 
@@ -145,8 +160,10 @@ def make_shared_folder(folder: str) -> None:
     if is_main():
         os.remove(token)
     if blind:
-        raise ValueError(f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes there; "
-                         "choose a folder that all nodes mount")
+        raise ValueError(
+            f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes there; "
+            "choose a folder that all nodes mount"
+        )
 
 
 def shutdown() -> None:

@@ -1,4 +1,5 @@
 """Signals that ask a run to stop, agreed on by all ranks."""
+
 import os
 import signal
 import sys
@@ -29,7 +30,9 @@ class StopSignal:
     def __init__(self, when_stuck: Callable[[threading.Event], None] | None = None, patience: float = 25):
         self.received: str | None = None
         self.when_stuck, self.patience = when_stuck, patience
-        self._group = td.new_group(backend="gloo", timeout=group.timeout()) if group.world_size() > 1 else None
+        self._group = (
+            td.new_group(backend="gloo", timeout=group.timeout()) if group.world_size() > 1 else None
+        )
         self._pending: tuple | None = None
         self._previous = {}
         self._left = threading.Event()
@@ -55,16 +58,24 @@ class StopSignal:
         self._left.set()
         os.write(self._wakeup, b"\0")  # closing it would not do: data workers have inherited it
         os.close(self._wakeup)
-        self._watcher.join(5)  # its last breath may free the process group, which must not be while Python ends
+        self._watcher.join(
+            5
+        )  # its last breath may free the process group, which must not be while Python ends
 
     def _watch(self, heard: int) -> None:
         main = threading.main_thread().ident
         while (numbers := os.read(heard, 64)) and 0 not in numbers:
             asked = [s for s in self.SIGNALS if s in numbers]
             if asked and not self._left.wait(self.patience):
-                print(f"rank {group.rank()} has not stopped within {self.patience:g} s of {asked[0].name}. It is in\n"
-                      + "".join(traceback.format_stack(sys._current_frames()[main])), file=sys.stderr, flush=True)
-                if self.when_stuck is not None and asked != [signal.SIGINT]:  # that is a person, who wants it to end
+                print(
+                    f"rank {group.rank()} has not stopped within {self.patience:g} s of {asked[0].name}. It is in\n"
+                    + "".join(traceback.format_stack(sys._current_frames()[main])),
+                    file=sys.stderr,
+                    flush=True,
+                )
+                if self.when_stuck is not None and asked != [
+                    signal.SIGINT
+                ]:  # that is a person, who wants it to end
                     self.when_stuck(self._left)
         os.close(heard)
 

@@ -1,4 +1,5 @@
 """How well logits classify."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

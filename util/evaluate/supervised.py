@@ -1,4 +1,5 @@
 """Supervised training: what happens to its batches, its loss with positional labels and a teacher, and its evaluation."""
+
 import torch
 import torch.nn.functional as F
 
@@ -8,9 +9,22 @@ from util.evaluate.accuracy import classification
 from util.run.log import write_predictions
 
 
-def make_augment(num_classes: int, device: torch.device, *, batch_size: int, reprob: float, remode: str, recount: int,
-                 mixup: float, cutmix: float, cutmix_minmax: list[float] | None, mixup_prob: float,
-                 mixup_switch_prob: float, mixup_mode: str, smoothing: float):
+def make_augment(
+    num_classes: int,
+    device: torch.device,
+    *,
+    batch_size: int,
+    reprob: float,
+    remode: str,
+    recount: int,
+    mixup: float,
+    cutmix: float,
+    cutmix_minmax: list[float] | None,
+    mixup_prob: float,
+    mixup_switch_prob: float,
+    mixup_mode: str,
+    smoothing: float,
+):
     """What happens to a batch on the device, by timm: random erasing, then mixup or cutmix.
 
     Returns `augment(images, labels) -> (images, targets)`, and whether it mixes: targets are then soft, (B, num_classes).
@@ -24,8 +38,16 @@ def make_augment(num_classes: int, device: torch.device, *, batch_size: int, rep
     if mixup > 0 or cutmix > 0 or cutmix_minmax:
         if batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even --batch_size, found {batch_size}")
-        mix = Mixup(mixup, cutmix, cutmix_minmax, mixup_prob, mixup_switch_prob, mixup_mode, label_smoothing=smoothing,
-                    num_classes=num_classes)
+        mix = Mixup(
+            mixup,
+            cutmix,
+            cutmix_minmax,
+            mixup_prob,
+            mixup_switch_prob,
+            mixup_mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
 
     def augment(images, labels):
         if erase is not None:
@@ -37,7 +59,9 @@ def make_augment(num_classes: int, device: torch.device, *, batch_size: int, rep
 
 def make_criterion(smoothing: float, mixed: bool):
     """Cross-entropy with class indices and label smoothing, or with the soft targets that mixup makes."""
-    return lambda logits, target: F.cross_entropy(logits.float(), target, label_smoothing=0.0 if mixed else smoothing)
+    return lambda logits, target: F.cross_entropy(
+        logits.float(), target, label_smoothing=0.0 if mixed else smoothing
+    )
 
 
 def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=None):
@@ -89,27 +113,34 @@ def make_eval_fn(positions: bool, record=None, columns=None):
     return eval_fn
 
 
-def evaluate(model, loader, classes: list[str], *, positions: bool, device, mean, std, amp: str,
-             predictions: str = "") -> dict[str, float]:
+def evaluate(
+    model, loader, classes: list[str], *, positions: bool, device, mean, std, amp: str, predictions: str = ""
+) -> dict[str, float]:
     """Exact on any number of ranks; prints MAE's line and what it was measured on, writes `predictions` if that is a path.
 
     `classes` are those of the model's outputs; the data may have some of them, and answers are then among these.
     """
     rows, data, columns = [], loader.dataset.index.classes, None
     if data != classes:
-        dist.say(f"the data have {len(data)} of the model's {len(classes)} classes: its answer is the best of these")
+        dist.print_rank0(
+            f"the data have {len(data)} of the model's {len(classes)} classes: its answer is the best of these"
+        )
         number = {name: i for i, name in enumerate(classes)}
         columns = torch.tensor([number[name] for name in data], device=device)
 
     def record(batch, logits):
         top = logits.float().softmax(-1).max(-1)
-        rows.extend(zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist()))
+        rows.extend(
+            zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist())
+        )
 
     eval_fn = make_eval_fn(positions, record if predictions else None, columns)
     stats = evaluation.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
-    dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
-             + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
-             + f" on {stats['images']} of {len(loader.dataset)} images")
+    dist.print_rank0(
+        f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+        + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
+        + f" on {stats['images']} of {len(loader.dataset)} images"
+    )
     if predictions:
         all_rows = sorted(row for rows in dist.gather_objects(rows) for row in rows)
         if dist.is_main():

@@ -1,4 +1,5 @@
 """Command lines: MAE's flags, files of flags, and help that works. Imports nothing heavy: --help answers at once."""
+
 import argparse
 import difflib
 import os
@@ -6,7 +7,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,8 +17,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        kwargs = {"allow_abbrev": False, "fromfile_prefix_chars": "@",
-                  "formatter_class": argparse.ArgumentDefaultsHelpFormatter} | kwargs
+        kwargs = {
+            "allow_abbrev": False,
+            "fromfile_prefix_chars": "@",
+            "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        } | kwargs
         super().__init__(**kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
@@ -33,7 +37,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"there is no recipe {a[1:]}; see recipes/*.args")
             else:
                 with open(a[1:]) as f:
-                    words += self.with_recipes([word for line in f for word in self.convert_arg_line_to_args(line)])
+                    words += self.with_recipes(
+                        [word for line in f for word in self.convert_arg_line_to_args(line)]
+                    )
         return words
 
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
@@ -45,7 +51,11 @@ class Parser(argparse.ArgumentParser):
             return arg
         name, eq, value = arg.partition("=")
         words = name[2:].replace("-", "_")
-        spellings = (name, f"--{words}", f"--no-{words.removeprefix('no_')}")  # the last of argparse.BooleanOptionalAction
+        spellings = (
+            name,
+            f"--{words}",
+            f"--no-{words.removeprefix('no_')}",
+        )  # the last of argparse.BooleanOptionalAction
         return next((s for s in spellings if s in self._option_string_actions), name) + eq + value
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
@@ -59,11 +69,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(least: float, most: float = float("inf"), kind: type = int) -> Callable[[str], float]:
     """An argparse type: a number from `least` to `most`."""
+
     def read(text: str):
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"from {least} to {most}" if most < float("inf") else
-                                                                  f"{least} or more"))
+            raise argparse.ArgumentTypeError(
+                f"{text} is not " + (f"from {least} to {most}" if most < float("inf") else f"{least} or more")
+            )
         return value
 
     read.__name__ = kind.__name__  # argparse's "invalid int value"
@@ -88,6 +100,32 @@ def accept_odd_names() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+# Parameters of library code that have another name on the command line.
+FLAG_OF = {
+    "img_size": "input_size",
+    "dims": "so_dims",
+    "fusion": "so_fusion",
+    "alpha": "so_alpha",
+    "iters": "so_iters",
+    "dropout": "so_dropout",
+    "second_order": "head",
+}
+
+
+def with_flags(message: str, flags: Collection[str]) -> str:
+    """Say --name for each `name` in backquotes that is a flag.
+
+    Library code raises errors about its own parameters, which it puts in backquotes. A user of the command line knows
+    them as flags, some under another name. Other quoted words stay as they are.
+    """
+
+    def flag(match: re.Match) -> str:
+        name = FLAG_OF.get(match[1], match[1])
+        return f"--{name}" if name in flags else match[0]
+
+    return re.sub(r"`([a-z_0-9]+)`", flag, message)
+
+
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
     accept_odd_names()
@@ -99,6 +137,11 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         frame, told = traceback.extract_tb(e.__traceback__)[-1], str(e)
         if "Original Traceback" in told:  # of a data worker: its last line is the error
             told = told.strip().rpartition("\n")[2].partition(": ")[2] or told
-        print(f"error: {told}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
-              "the traceback)", file=sys.stderr, flush=True)
+        told = with_flags(told, vars(args))
+        print(
+            f"error: {told}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
+            "the traceback)",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2

@@ -2,6 +2,7 @@
 
 Legend: N images, h w grid cells, H W pixels. Cells are numbered row by row.
 """
+
 import base64
 import io
 import os
@@ -30,37 +31,66 @@ def curves(runs: list[RunRecord], references: Sequence[RunRecord] = ()) -> Figur
     if not (runs or references):
         raise ValueError("no runs to draw: give folders with a log.txt, or --reference")
     runs, references = (runs, references) if runs else (references, ())
-    names = {k.split("_", 1)[1] for run in runs for line in run.log for k in line if k.startswith(("train_", "test_"))}
+    names = {
+        k.split("_", 1)[1]
+        for run in runs
+        for line in run.log
+        for k in line
+        if k.startswith(("train_", "test_"))
+    }
     names = sorted(names - NOT_CURVES) or ["loss"]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     points = list(dict.fromkeys(run.point for run in runs))  # seeds of a point share a colour
-    looks = {point: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
-             for i, point in enumerate(points)}
+    looks = {
+        point: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+        for i, point in enumerate(points)
+    }
     labels = [Line2D([], [], markersize=4, **looks[point]) for point in points]
     if references:
         names_behind = list(dict.fromkeys(run.point for run in references))
-        points = [*points, "reference: " + (names_behind[0] if len(names_behind) == 1 else f"{len(names_behind)} settings")]
+        points = [
+            *points,
+            "reference: " + (names_behind[0] if len(names_behind) == 1 else f"{len(names_behind)} settings"),
+        ]
         labels.append(Line2D([], [], color=BEHIND))
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4 + 0.1 * len(points)), layout="constrained")
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
         for run, behind in [*((run, True) for run in references), *((run, False) for run in runs)]:
             for prefix, style in (("train_", "-"), ("test_", "--")):
-                line = [(epoch["epoch"] + 1, epoch[prefix + name]) for epoch in run.log if prefix + name in epoch]
+                line = [
+                    (epoch["epoch"] + 1, epoch[prefix + name]) for epoch in run.log if prefix + name in epoch
+                ]
                 if line:
                     look = {"color": BEHIND, "marker": ""} if behind else dict(looks[run.point])
                     look["marker"] = look["marker"] or ("." if len(line) < 15 else "")
-                    axes.plot(*zip(*line), style, **look, markevery=max(1, len(line) // 15), linewidth=1.0 if behind else 1.2,
-                              markersize=4 if look["marker"] != "." else None)
-        for level in sorted({line[f"chance_{name}"] for run in runs for line in run.log if f"chance_{name}" in line}):
+                    axes.plot(
+                        *zip(*line),
+                        style,
+                        **look,
+                        markevery=max(1, len(line) // 15),
+                        linewidth=1.0 if behind else 1.2,
+                        markersize=4 if look["marker"] != "." else None,
+                    )
+        for level in sorted(
+            {line[f"chance_{name}"] for run in runs for line in run.log if f"chance_{name}" in line}
+        ):
             axes.axhline(level, color="grey", linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes, name, "epochs done")
-    for axes in list(figure.axes)[len(names):]:
+    for axes in list(figure.axes)[len(names) :]:
         axes.remove()
-    figure.legend(labels, points, loc="outside lower left", fontsize=8,
-                  ncols=2, frameon=False, title="solid: training, dashed: validation, dotted: chance", title_fontsize=8,
-                  alignment="left")
+    figure.legend(
+        labels,
+        points,
+        loc="outside lower left",
+        fontsize=8,
+        ncols=2,
+        frameon=False,
+        title="solid: training, dashed: validation, dotted: chance",
+        title_fontsize=8,
+        alignment="left",
+    )
     return figure
 
 
@@ -74,16 +104,24 @@ def sweep(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: fl
     for colour, (others, rows) in zip(COLOURS * 9, groups.items()):
         x = [place[row.x] for row in rows]
         mean = np.array([row.mean for row in rows])
-        spread = [mean - [min(row.values) for row in rows], np.array([max(row.values) for row in rows]) - mean]
+        spread = [
+            mean - [min(row.values) for row in rows],
+            np.array([max(row.values) for row in rows]) - mean,
+        ]
         seeds = max(len(row.values) for row in rows)
-        label = ", ".join(part for part in (others, f"mean of {seeds} seeds, lowest to highest" if seeds > 1 else "one seed")
-                          if part)
+        label = ", ".join(
+            part
+            for part in (others, f"mean of {seeds} seeds, lowest to highest" if seeds > 1 else "one seed")
+            if part
+        )
         axes.errorbar(x, mean, spread, color=colour, marker="o", capsize=3, label=label)
         for at, row in zip(x, rows):
             axes.plot([at] * len(row.values), row.values, ".", color=colour, alpha=0.5)
     if not numeric:
         names = [str(x) for x in ticks]
-        axes.set_xticks(list(place.values()), names, rotation=90 if len("".join(names)) > 50 else 0)  # they would overlap
+        axes.set_xticks(
+            list(place.values()), names, rotation=90 if len("".join(names)) > 50 else 0
+        )  # they would overlap
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", label=f"chance {chance:.4g}")
     _plain(axes, f"{metric} in the last epoch", flag)
@@ -99,8 +137,15 @@ def _plain(axes, title, below):
     axes.tick_params(labelsize=8)
 
 
-def positions(images: np.ndarray, true: np.ndarray, said: np.ndarray, per_cell: np.ndarray,
-              confusions: list[tuple[str, np.ndarray, int]], grid: tuple[int, int], title: str) -> Figure:
+def positions(
+    images: np.ndarray,
+    true: np.ndarray,
+    said: np.ndarray,
+    per_cell: np.ndarray,
+    confusions: list[tuple[str, np.ndarray, int]],
+    grid: tuple[int, int],
+    title: str,
+) -> Figure:
     """What a label head says: an arrow on each patch to the cell that was named; accuracy per cell; confusions.
 
     images (N, H, W, 3) in [0, 1]; true and said (N, n) cells, empty (N, 0) without absolute labels; per_cell (h, w)
@@ -145,7 +190,9 @@ def _arrows(axes, image, true, said, grid):
 
     right = true == said
     (x, y), (to_x, to_y) = middle(true[~right]), middle(said[~right])
-    axes.quiver(x, y, to_x - x, to_y - y, angles="xy", scale_units="xy", scale=1, color=COLOURS[1], width=0.008)
+    axes.quiver(
+        x, y, to_x - x, to_y - y, angles="xy", scale_units="xy", scale=1, color=COLOURS[1], width=0.008
+    )
     axes.scatter(*middle(true[right]), s=60, facecolors="none", edgecolors="#00FF9C", linewidths=2)
     axes.set_title(f"{right.sum()} of {len(true)} patches right", fontsize=9)
 
@@ -157,7 +204,9 @@ def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     figure.suptitle(title, fontsize=10)
     for row, image, own in zip(figure.subplots(len(images), 2 + heads, squeeze=False), images, maps):
         row[0].imshow(image)
-        for axes, part, name in zip(row[1:], [own.mean(0), *own], ["all heads", *(f"head {i}" for i in range(heads))]):
+        for axes, part, name in zip(
+            row[1:], [own.mean(0), *own], ["all heads", *(f"head {i}" for i in range(heads))]
+        ):
             axes.imshow(part, cmap="viridis", vmin=0)
             axes.set_title(name, fontsize=8)
         for axes in row:

@@ -1,4 +1,5 @@
 """One HTML page of a run or a sweep that needs no server, no network and no other file: everything is inside it."""
+
 import base64
 import html
 import json
@@ -23,15 +24,31 @@ def page(folder: str, metrics: list[str] | None = None) -> str:
     name = os.path.basename(os.path.abspath(folder))
     if is_sweep(folder):
         runs, swept, missing = read_sweep(folder)
-        parts = [f"<h1>Sweep {html.escape(name)}</h1>", summary(runs, missing), *_sweep_parts(runs, swept, metrics)]
+        parts = [
+            f"<h1>Sweep {html.escape(name)}</h1>",
+            summary(runs, missing),
+            *_sweep_parts(runs, swept, metrics),
+        ]
     else:
         runs, swept = [read_run(folder, name)], []
         parts = [f"<h1>Run {html.escape(name)}</h1>", summary(runs, [])]
-    parts += ["<h2>Curves</h2>", _image(charts.data_uri(charts.curves(runs)), "losses and accuracies over epochs"),
-              "<h2>Last epoch</h2>", last_epochs(runs, swept), *_pictures(runs), *_facts(folder, runs)]
-    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'
-            f"<style>{STYLE}</style>")
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    parts += [
+        "<h2>Curves</h2>",
+        _image(charts.data_uri(charts.curves(runs)), "losses and accuracies over epochs"),
+        "<h2>Last epoch</h2>",
+        last_epochs(runs, swept),
+        *_pictures(runs),
+        *_facts(folder, runs),
+    ]
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'
+        f"<style>{STYLE}</style>"
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def summary(runs: list[RunRecord], missing: list[str]) -> str:
@@ -49,8 +66,13 @@ def _sweep_parts(runs, swept, metrics):
             chance = chance_of(runs, metric)
             groups = aggregate(runs, flag, metric)
             yield f"<h2>{html.escape(metric)} against {html.escape(flag)}</h2>"
-            yield "<div class=row>" + _image(charts.data_uri(charts.sweep(groups, flag, metric, chance)),
-                                             f"{metric} in the last epoch") + table(sweep_table(groups, flag, metric, chance))
+            yield (
+                "<div class=row>"
+                + _image(
+                    charts.data_uri(charts.sweep(groups, flag, metric, chance)), f"{metric} in the last epoch"
+                )
+                + table(sweep_table(groups, flag, metric, chance))
+            )
             yield "</div>"
 
 
@@ -71,8 +93,11 @@ def table(markdown: str) -> str:
 
 def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
     """A row per run: what was swept, and the figures of its last epoch."""
-    names = [m for m in dict.fromkeys(k for run in runs for k in run.log[-1])
-             if m.startswith(("train_", "test_")) or m in ("img_per_s", "mfu")]
+    names = [
+        m
+        for m in dict.fromkeys(k for run in runs for k in run.log[-1])
+        if m.startswith(("train_", "test_")) or m in ("img_per_s", "mfu")
+    ]
     swept = [k for k in swept if k != "run"]  # the names, which are there in any case
     lines = ["| run | " + " | ".join([*swept, "epochs", *names]) + " |", "|"]
     for run in runs:

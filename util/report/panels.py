@@ -3,6 +3,7 @@
 Legend: N images, C channels, H W pixels, h w grid cells, L = h * w, n visible patches, P = patch height * width * C.
 Cells are numbered row by row; a mask has 1 where a patch was removed. Every input may be a numpy array or a tensor.
 """
+
 from collections import Counter
 from pathlib import Path
 
@@ -30,12 +31,26 @@ def unnormalize_patches(pred, target):
     pred = torch.as_tensor(pred).to(target)
     if pred.shape != target.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be (N, L, P)")
-    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)  # unbiased, as in MAE's loss
+    mean, var = (
+        target.mean(dim=-1, keepdim=True),
+        target.var(dim=-1, keepdim=True),
+    )  # unbiased, as in MAE's loss
     return pred * (var + 1e-6) ** 0.5 + mean
 
 
-def reconstruction_panel(images, mask, prediction, *, patch_size, grid, visible_ids=None, predicted_cells=None,
-                         titles=True, scale=None, reconstruction_title="reconstruction"):
+def reconstruction_panel(
+    images,
+    mask,
+    prediction,
+    *,
+    patch_size,
+    grid,
+    visible_ids=None,
+    predicted_cells=None,
+    titles=True,
+    scale=None,
+    reconstruction_title="reconstruction",
+):
     """One row per image: original | masked | reconstruction | predicted positions.
 
     images: (N, C, H, W) in [0, 1]; 1 and 2 channels are shown grey, of more than three the first three.
@@ -55,7 +70,9 @@ def reconstruction_panel(images, mask, prediction, *, patch_size, grid, visible_
     _check(images, mask, prediction, patch, tuple(grid), visible_ids, predicted_cells)
     if scale is None:
         scale = max(1, round(READABLE_SIDE / max(images.shape[2:])), -(-READABLE_CELL // min(patch)))
-    removed = mask.reshape(-1, *grid).repeat(patch[0], axis=1).repeat(patch[1], axis=2)[..., None] > 0.5  # (N, H, W, 1)
+    removed = (
+        mask.reshape(-1, *grid).repeat(patch[0], axis=1).repeat(patch[1], axis=2)[..., None] > 0.5
+    )  # (N, H, W, 1)
     original, predicted = _rgb(images), _rgb(prediction)  # (N, H, W, 3)
     masked = np.where(removed, np.uint8(REMOVED), original)
     columns = [original, masked, np.where(removed, predicted, original)]
@@ -79,7 +96,9 @@ def accuracy_map(correct, ids, grid):
     correct, ids = _array(correct).astype(np.float64).ravel(), _array(ids).astype(int).ravel()
     cells = grid[0] * grid[1]
     if correct.shape != ids.shape or (ids.size and not 0 <= ids.min() <= ids.max() < cells):
-        raise ValueError(f"{correct.size} answers for {ids.size} ids; the grid {tuple(grid)} has ids 0..{cells - 1}")
+        raise ValueError(
+            f"{correct.size} answers for {ids.size} ids; the grid {tuple(grid)} has ids 0..{cells - 1}"
+        )
     seen = np.bincount(ids, minlength=cells)
     right = np.bincount(ids, weights=correct, minlength=cells)
     return np.where(seen > 0, right / np.maximum(seen, 1), np.nan).reshape(grid)
@@ -107,7 +126,9 @@ def heat_picture(values, *, title="", low=0.0, high=1.0, cell=None):
             draw.line([x, y + cell - 1, x + cell - 1, y], fill=INK)
         elif cell >= 20:
             ink = PAPER if ramp[row, col] < 0.6 else INK
-            draw.text((x + cell / 2, y + cell / 2), f"{100 * values[row, col]:.0f}", ink, _font(10), anchor="mm")
+            draw.text(
+                (x + cell / 2, y + cell / 2), f"{100 * values[row, col]:.0f}", ink, _font(10), anchor="mm"
+            )
     bar = np.broadcast_to(_heat(np.linspace(1, 0, picture.height))[:, None], (picture.height, 12, 3))
     ends = Image.new("RGB", (40, picture.height), PAPER)
     ImageDraw.Draw(ends).text((4, 0), f"{100 * high:.0f} %", INK, _font(FONT_SIZE))
@@ -143,7 +164,9 @@ def _check(images, mask, prediction, patch, grid, visible_ids, predicted_cells):
     if images.ndim != 4 or images.shape != prediction.shape:
         raise ValueError(f"images {images.shape} and prediction {prediction.shape} must both be (N, C, H, W)")
     if images.shape[2:] != (grid[0] * patch[0], grid[1] * patch[1]):
-        raise ValueError(f"a grid of {grid} patches of {patch} pixels does not cover images of {images.shape[2:]}")
+        raise ValueError(
+            f"a grid of {grid} patches of {patch} pixels does not cover images of {images.shape[2:]}"
+        )
     if mask.shape != (len(images), grid[0] * grid[1]):
         raise ValueError(f"mask is {mask.shape}, expected (N, L) = {(len(images), grid[0] * grid[1])}")
     if (visible_ids is None) != (predicted_cells is None):
@@ -155,7 +178,9 @@ def _check(images, mask, prediction, patch, grid, visible_ids, predicted_cells):
         raise ValueError(f"visible_ids {true.shape} and predicted_cells {said.shape} must both be (N, n)")
     for name, cells in (("visible_ids", true), ("predicted_cells", said)):
         if cells.size and not 0 <= cells.min() <= cells.max() < grid[0] * grid[1]:
-            raise ValueError(f"{name} holds {cells.min()}..{cells.max()}, outside the cells of the grid {grid}")
+            raise ValueError(
+                f"{name} holds {cells.min()}..{cells.max()}, outside the cells of the grid {grid}"
+            )
 
 
 def _rgb(images):
@@ -192,9 +217,11 @@ def _positions(picture, true, said, grid):
     for t, s in wrong + [(t, s) for t, s in pairs if t == s]:
         above[s] -= 1  # how many patches will lie on this one: the lower a card, the further it sticks out
         cards.append((min(above[s], 3), t, s))
-    for depth, t, s in sorted(cards, key=lambda card: -card[0]):  # top cards last, else one may hide the next cell's
+    for depth, t, s in sorted(
+        cards, key=lambda card: -card[0]
+    ):  # top cards last, else one may hide the next cell's
         (x, y), (tx, ty) = corner(s, shift=r * depth), corner(t)
-        board.paste(Image.fromarray(picture[ty:ty + ch, tx:tx + cw]), (x, y))
+        board.paste(Image.fromarray(picture[ty : ty + ch, tx : tx + cw]), (x, y))
         draw.rectangle([x, y, x + cw - 1, y + ch - 1], outline=RIGHT if t == s else WRONG, width=edge)
     for t, _ in wrong:
         x, y = middle(t)

@@ -4,17 +4,60 @@ A run is a folder with log.txt; runs that follow it lie in it, and their figures
 a folder of runs; each may have flags.json, {flag: value} of what was swept,
 and the folder sweep.json. Where these are missing, the flags stored in the runs' checkpoints are compared.
 """
+
 import json
 import os
 from dataclasses import dataclass, field, replace
 
 # Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
 MOST_SWEPT = 4
-_PLACES = {"data_path", "output_dir", "log_dir", "resume", "device", "num_workers", "local_rank", "print_freq",
-           "predictions", "save_every_epochs", "save_minutes", "save_steps", "keep", "picture_epochs"}  # never what is swept
-PREFERRED = ("finetune/test_acc1", "linprobe/test_acc1", "test_acc1", "test_position", "test_position_acc", "test_pixel",
-             "knn20_cls", "knn20_avg", "train_position", "train_position_acc", "train_pixel", "train_loss")
+_PLACES = {
+    "data_path",
+    "output_dir",
+    "log_dir",
+    "resume",
+    "device",
+    "num_workers",
+    "local_rank",
+    "print_freq",
+    "predictions",
+    "save_every_epochs",
+    "save_minutes",
+    "save_steps",
+    "keep",
+    "picture_epochs",
+}  # never what is swept
+PREFERRED = (
+    "finetune/test_acc1",
+    "linprobe/test_acc1",
+    "test_acc1",
+    "test_position",
+    "test_position_acc",
+    "test_pixel",
+    "knn20_cls",
+    "knn20_avg",
+    "train_position",
+    "train_position_acc",
+    "train_pixel",
+    "train_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +69,9 @@ class RunRecord:
     flags: dict
     log: list[dict]
     point: str = ""  # what runs that differ by their seed alone have in common
-    follow_ups: list[dict] = field(default_factory=list)  # lines of the runs that follow it, names with their folder's
+    follow_ups: list[dict] = field(
+        default_factory=list
+    )  # lines of the runs that follow it, names with their folder's
 
     def last(self, metric: str) -> float | None:
         """The metric in the last epoch that has it."""
@@ -37,13 +82,18 @@ def read_run(folder: str, name: str = "") -> RunRecord:
     """ValueError where a folder has no log.txt with at least one epoch."""
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} has no log.txt: give the --output_dir of a run, or a folder of such folders")
+        raise ValueError(
+            f"{folder} has no log.txt: give the --output_dir of a run, or a folder of such folders"
+        )
     log = _lines(path)
     if not log:
         raise ValueError(f"{path} is empty: no epoch is finished yet")
     name = name or os.path.basename(os.path.normpath(folder))
-    after = [{f"{sub}/{k}": v for k, v in line.items()}
-             for sub in _subruns(folder) for line in _lines(os.path.join(folder, sub, "log.txt"))]
+    after = [
+        {f"{sub}/{k}": v for k, v in line.items()}
+        for sub in _subruns(folder)
+        for line in _lines(os.path.join(folder, sub, "log.txt"))
+    ]
     return RunRecord(name, folder, _flags(folder), log, name, after)
 
 
@@ -103,11 +153,16 @@ def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
         known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
         swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
         noted = any(os.path.isfile(os.path.join(run.folder, "flags.json")) for run in runs)
-        if len(swept) > MOST_SWEPT and not noted:  # runs that happen to lie together: their names say more than 40 flags
+        if (
+            len(swept) > MOST_SWEPT and not noted
+        ):  # runs that happen to lie together: their names say more than 40 flags
             return [replace(run, flags={"run": run.name}) for run in runs], ["run"], []
     own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
     alone = os.path.basename(os.path.normpath(folder))  # where seeds are all that differs
-    runs = [replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name)) for r, f in zip(runs, own)]
+    runs = [
+        replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name))
+        for r, f in zip(runs, own)
+    ]
     return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
 
 
@@ -142,8 +197,12 @@ def aggregate(runs: list[RunRecord], flag: str, metric: str) -> dict[str, list[A
             continue
         others = _others(run.flags, flag, "seed")
         groups.setdefault(others, {}).setdefault(_hashable(run.flags[flag]), []).append(value)
-    return {others: [Aggregate(x, tuple(values)) for x, values in sorted(rows.items(), key=lambda row: _order(row[0]))]
-            for others, rows in sorted(groups.items())}
+    return {
+        others: [
+            Aggregate(x, tuple(values)) for x, values in sorted(rows.items(), key=lambda row: _order(row[0]))
+        ]
+        for others, rows in sorted(groups.items())
+    }
 
 
 def _others(flags, *without):
@@ -167,7 +226,9 @@ def metrics_of(runs: list[RunRecord], asked: list[str] | None = None) -> list[st
     if asked:
         return asked
     usual = [m for m in PREFERRED if m in known]
-    return [m for m in usual if m.replace("train_", "test_") == m or m.replace("train_", "test_") not in known][:3]
+    return [
+        m for m in usual if m.replace("train_", "test_") == m or m.replace("train_", "test_") not in known
+    ][:3]
 
 
 def sweep_table(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: float | None) -> str:
@@ -179,6 +240,11 @@ def sweep_table(groups: dict[str, list[Aggregate]], flag: str, metric: str, chan
     for others, rows in groups.items():
         for row in rows:
             half = "one seed" if row.interval is None else f"± {row.interval:.4f}"
-            cells = [others] * many + [str(row.x), f"{row.mean:.4f}", half, ", ".join(f"{v:.4f}" for v in row.values)]
+            cells = [others] * many + [
+                str(row.x),
+                f"{row.mean:.4f}",
+                half,
+                ", ".join(f"{v:.4f}" for v in row.values),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """Model FLOPs utilisation: the products of an update, each counted once, and the device's rate of linear layers."""
+
 import time
 
 import torch
@@ -10,8 +11,10 @@ from torch.utils.module_tracker import ModuleTracker
 
 # Attention on a CPU, which torch's own table lacks in some versions, is counted as on a GPU.
 _FUSED, _FUSED_ON_CPU = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"
-_FORMULAS = {getattr(torch.ops.aten, _FUSED_ON_CPU + end): flop_registry[getattr(torch.ops.aten, _FUSED + end)]
-             for end in ("", "_backward")} | flop_registry
+_FORMULAS = {
+    getattr(torch.ops.aten, _FUSED_ON_CPU + end): flop_registry[getattr(torch.ops.aten, _FUSED + end)]
+    for end in ("", "_backward")
+} | flop_registry
 
 
 class FlopCounter(TorchDispatchMode):
@@ -46,7 +49,9 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def peak_flops(model: nn.Module, device: torch.device, dtype: torch.dtype, compile_mode: str | None) -> float | None:
+def peak_flops(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, compile_mode: str | None
+) -> float | None:
     """What utilisation is a share of; None where the model's work cannot be counted.
 
     That is so where compiled code repeats work to save memory, where it has products of its own (max-autotune's templates),
@@ -68,7 +73,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     generator = torch.Generator(device).manual_seed(0)
     n, seconds = 128, 0.0
-    while n < 8192 and seconds < 0.01:  # a processor without instructions for a precision is a hundred times slower
+    while (
+        n < 8192 and seconds < 0.01
+    ):  # a processor without instructions for a precision is a hundred times slower
         n *= 2
         x, weight = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
         seconds = min(linear_seconds(x, weight) for _ in range(2))

@@ -1,4 +1,5 @@
 """What stops or spares a run: losses that are not finite, images that cannot be read, a full disk."""
+
 import contextlib
 import errno
 import json
@@ -49,7 +50,10 @@ class BadImages:
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
             latest = os.fsencode(names[-1]).decode(errors="backslashreplace")  # names of files may be no text
-            print(f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {latest}", flush=True)
+            print(
+                f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {latest}",
+                flush=True,
+            )
             if self.dir:
                 path = os.path.join(self.dir, "bad_images.txt")
                 with survive_full_disk(), open(path, "a+", errors="surrogateescape") as f:
@@ -59,22 +63,36 @@ class BadImages:
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
             where = os.path.join(self.dir or "", "bad_images.txt")
-            raise ValueError(f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more "
-                             f"than --max_bad_images {self.max_share}: mend or remove them, they are listed in {where}")
+            raise ValueError(
+                f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more "
+                f"than --max_bad_images {self.max_share}: mend or remove them, they are listed in {where}"
+            )
 
 
-def write_replay(output_dir: str | None, error: NonFiniteLoss, sampler, epoch: int, updates: int, accum_iter: int,
-                 seed: int) -> None:
+def write_replay(
+    output_dir: str | None,
+    error: NonFiniteLoss,
+    sampler,
+    epoch: int,
+    updates: int,
+    accum_iter: int,
+    seed: int,
+) -> None:
     """Leave what is needed to see the failing step again: seeds and the image indices of all its micro-batches."""
     if not dist.is_main() or not output_dir or not hasattr(sampler, "global_batch"):
         return
     first = (error.step - epoch * updates) * accum_iter
     replay = {
-        "step": error.step, "epoch": epoch, "seed": seed, "world_size": dist.world_size(),
+        "step": error.step,
+        "epoch": epoch,
+        "seed": seed,
+        "world_size": dist.world_size(),
         "values": {k: str(v) for k, v in error.values.items()},
-        "micro_batches": [[int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, first + accum_iter)],
+        "micro_batches": [
+            [int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, first + accum_iter)
+        ],
         "how": "the same command resumes from checkpoint-last.pth and reaches the same step with the same data, "
-               "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
+        "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
     }
     path = os.path.join(output_dir, f"replay-step{error.step}.json")
     with survive_full_disk(), open(path, "w") as f:

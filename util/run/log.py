@@ -3,6 +3,7 @@
 Step metrics stay on the device, unread, until a log point; there they are averaged over ranks in one collective, so
 that nothing waits for the device in between and every rank sees the same numbers.
 """
+
 import csv
 import json
 import math
@@ -27,10 +28,18 @@ class Log:
     work on an image, which the run's first update counts, speed is also reported as `mfu`, a percentage of that rate.
     """
 
-    def __init__(self, output_dir: str | None, log_dir: str | None = None, print_freq: int = 20,
-                 chance: dict[str, float] | None = None, loss_tag: str = "train_loss"):
+    def __init__(
+        self,
+        output_dir: str | None,
+        log_dir: str | None = None,
+        print_freq: int = 20,
+        chance: dict[str, float] | None = None,
+        loss_tag: str = "train_loss",
+    ):
         self.output_dir, self.print_freq, self.chance = output_dir, print_freq, chance or {}
-        self.loss_tag = loss_tag  # MAE's TensorBoard names differ: train_loss in pretraining, loss in fine-tuning
+        self.loss_tag = (
+            loss_tag  # MAE's TensorBoard names differ: train_loss in pretraining, loss in fine-tuning
+        )
         self._bar = None
         self.board = Board(log_dir) if dist.is_main() and log_dir else None
         self.peak_flops: float | None = None
@@ -51,8 +60,15 @@ class Log:
                 with open(path, "w") as f:
                     f.writelines(kept)
 
-    def start_epoch(self, epoch: int, epochs: int, first: int, updates: int, images_per_update: int,
-                    meters: dict[str, float] | None = None) -> None:
+    def start_epoch(
+        self,
+        epoch: int,
+        epochs: int,
+        first: int,
+        updates: int,
+        images_per_update: int,
+        meters: dict[str, float] | None = None,
+    ) -> None:
         self.epoch, self.epochs, self.updates, self.images = epoch, epochs, updates, images_per_update
         self.done = first
         self.meters = dict(meters or {})
@@ -61,8 +77,14 @@ class Log:
         if dist.is_main() and sys.stdout.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=updates, initial=first, desc=f"epoch {epoch + 1}/{epochs}", unit="step",
-                             dynamic_ncols=True, leave=False)
+            self._bar = tqdm(
+                total=updates,
+                initial=first,
+                desc=f"epoch {epoch + 1}/{epochs}",
+                unit="step",
+                dynamic_ncols=True,
+                leave=False,
+            )
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], lr: float, waited: float) -> None:
         """Note the metrics of update `step` (device scalars, not read here)."""
@@ -95,7 +117,9 @@ class Log:
         """Read what was noted, on all ranks together; raise NonFiniteLoss on all of them if anything is not finite."""
         if not self._steps:
             return
-        table = dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).cpu().double()  # (steps, metrics)
+        table = (
+            dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).cpu().double()
+        )  # (steps, metrics)
         for (step, names, _, lr), row in zip(self._steps, table.tolist()):
             values = dict(zip(names, row))
             if not all(map(math.isfinite, row)):
@@ -120,10 +144,14 @@ class Log:
         rate = speed["img_per_s"]
         left = self.updates * (self.epochs - self.epoch) - self.done
         eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
-        terms = [f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
-                 for k, v in last.items()]
+        terms = [
+            f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
+            for k, v in last.items()
+        ]
         if self.board is not None:
-            x = int((self.epoch + self.done / self.updates) * 1000)  # MAE's x axis: comparable across batch sizes
+            x = int(
+                (self.epoch + self.done / self.updates) * 1000
+            )  # MAE's x axis: comparable across batch sizes
             self.board.scalar(self.loss_tag, last["loss"], x)
             self.board.scalar("lr", lr, x)
             for name in last.keys() - {"loss"}:
@@ -132,18 +160,24 @@ class Log:
                 self.board.scalar(f"speed/{name}", value, x)
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}")
+                f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}"
+            )
             if self.done < self.updates:
                 return
             self._bar.close()
             self._bar = None
         width = len(str(self.updates))
         reserved = f" (reserved {mb:.0f})" if (mb := reserved_memory_mb()) else ""
-        print(f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
-              + "  ".join(terms)
-              + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
-              + f"  img/s: {rate:.1f}" + (f" (mfu {speed['mfu']:.0f}%)" if "mfu" in speed else "")
-              + f"  max mem: {peak_memory_mb():.0f}" + reserved, flush=True)
+        print(
+            f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
+            + "  ".join(terms)
+            + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
+            + f"  img/s: {rate:.1f}"
+            + (f" (mfu {speed['mfu']:.0f}%)" if "mfu" in speed else "")
+            + f"  max mem: {peak_memory_mb():.0f}"
+            + reserved,
+            flush=True,
+        )
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
@@ -165,7 +199,9 @@ class Log:
         """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours."""
         line = {f"train_{k}": v for k, v in self.averages().items()} | extra | {"epoch": self.epoch}
         line |= {f"chance_{k}": v for k, v in self.chance.items()}
-        line |= self.speed((self.done - self._epoch_first) * self.images, self._total_seconds, self._total_wait)
+        line |= self.speed(
+            (self.done - self._epoch_first) * self.images, self._total_seconds, self._total_wait
+        )
         self._total_wait = self._total_seconds = 0.0
         self.meters = {}
         self.write_line(line)
@@ -196,14 +232,18 @@ def write_predictions(path: str, rows: list[tuple[int, int, int, float]], index)
         out.writerow(["image", "label", "prediction", "probability", "correct"])
         for i, label, predicted, p in rows:
             known = index.classes[label] if label >= 0 else "unreadable"
-            out.writerow([index.name(i), known, index.classes[predicted], f"{p:.6f}", int(label == predicted)])
+            out.writerow(
+                [index.name(i), known, index.classes[predicted], f"{p:.6f}", int(label == predicted)]
+            )
     print(f"wrote {len(rows)} predictions to {path}", flush=True)
 
 
 def duration(seconds: float) -> str:
     seconds = int(seconds)
     days, rest = divmod(seconds, 86400)
-    return (f"{days} day{'s' * (days > 1)}, " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return (
+        f"{days} day{'s' * (days > 1)}, " if days else ""
+    ) + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
 
 
 def reserved_memory_mb() -> float:

@@ -26,4 +26,7 @@ class Board:
             call(self.writer)
         except OSError as e:  # of the writer's own thread, which ends with it
             self.writer = None
-            print(f"warning: nothing more is written for TensorBoard to {self.log_dir}: {e}; training goes on", flush=True)
+            print(
+                f"warning: nothing more is written for TensorBoard to {self.log_dir}: {e}; training goes on",
+                flush=True,
+            )

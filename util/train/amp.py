@@ -1,4 +1,5 @@
 """Mixed precision: what --amp means on a device."""
+
 import contextlib
 
 import torch

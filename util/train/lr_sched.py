@@ -1,4 +1,5 @@
 """Schedules as pure functions of progress: nothing to save, nothing to resume."""
+
 import math
 
 

@@ -1,4 +1,5 @@
 """AdamW and LARS, parameter groups, layer-wise learning rates, and a moving average of the weights."""
+
 from collections.abc import Callable, Iterable
 
 import torch
@@ -26,9 +27,15 @@ def param_groups(
             continue
         decay = 0.0 if p.ndim <= 1 or name in skip else weight_decay
         scale = layer_decay ** (num_layers - layer_id(name)) if layer_decay < 1 and layer_id else 1.0
-        group = groups.setdefault((scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group = groups.setdefault(
+            (scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale}
+        )
         group["params"].append(p)
-    return sorted(groups.values(), key=lambda g: g["weight_decay"]) if layer_decay == 1 else list(groups.values())
+    return (
+        sorted(groups.values(), key=lambda g: g["weight_decay"])
+        if layer_decay == 1
+        else list(groups.values())
+    )
 
 
 class WeightAverage(AveragedModel):
@@ -67,7 +74,9 @@ def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=devices <= {"cpu", "cuda"})
 
 
-def lars(heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def lars(
+    heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """LARS over heads that learn side by side, each at its factor of the rate; two groups a head.
 
     As MAE has it: matrices move by 0.001 of their norm times the rate, biases by plain momentum.
@@ -77,11 +86,14 @@ def lars(heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_dec
     groups = []
     for head, scale in zip(heads, lr_grid):
         for matrix in (True, False):
-            groups.append({
-                "params": [p for p in head.parameters() if (p.ndim > 1) == matrix], "lr_scale": scale,
-                "weight_decay": weight_decay if matrix else 0.0,
-                "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
-            })
+            groups.append(
+                {
+                    "params": [p for p in head.parameters() if (p.ndim > 1) == matrix],
+                    "lr_scale": scale,
+                    "weight_decay": weight_decay if matrix else 0.0,
+                    "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
+                }
+            )
     return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 

@@ -1,4 +1,5 @@
 """What a run carries from step to step: model, optimizer, scaler, counters; its randomness, and one update of it."""
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,16 +36,25 @@ class TrainState:
         if self.sharded:
             model, optimizer = (fsdp.whole(x, keep=dist.is_main()) for x in (model, optimizer))
         return {
-            "model": model, "optimizer": optimizer,
-            "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step, "updates_per_epoch": updates,
-            "best": self.best, "best_epoch": self.best_epoch, "meters": self.meters, "args": args,
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "epoch": epoch,
+            "step": self.step,
+            "updates_per_epoch": updates,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "meters": self.meters,
+            "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}
 
     def load_dict(self, saved: dict, path: str, updates: int, exact: bool = True) -> None:
         """Continue from a checkpoint; MAE's own files, other batch sizes and streams (not `exact`) at an epoch's start."""
         load_strict(self.model, saved, path)
         if "optimizer" not in saved:
-            raise ValueError(f"{path} has weights only, no optimizer: start from it with --init_from, not --resume")
+            raise ValueError(
+                f"{path} has weights only, no optimizer: start from it with --init_from, not --resume"
+            )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
@@ -56,9 +66,9 @@ class TrainState:
         if saved.get("updates_per_epoch") == updates:
             self.step, self.meters = saved["step"], saved.get("meters", {})
         elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
-            dist.say("the number of steps per epoch has changed: the unfinished epoch starts again")
+            dist.print_rank0("the number of steps per epoch has changed: the unfinished epoch starts again")
         if not exact and self.step % updates:
-            dist.say("the data are a stream: the unfinished epoch starts again")
+            dist.print_rank0("the data are a stream: the unfinished epoch starts again")
             self.step, self.meters = self.step - self.step % updates, {}
 
 
@@ -70,7 +80,9 @@ def seed_step(seed: int, micro_step: int) -> None:
     np.random.seed(int(value[1] & np.uint64(0xFFFFFFFF)))
 
 
-def apply_gradients(state: TrainState, clip_grad: float | None, before_step: Callable[[], None] | None = None) -> Tensor:
+def apply_gradients(
+    state: TrainState, clip_grad: float | None, before_step: Callable[[], None] | None = None
+) -> Tensor:
     """Unscale, clip, `before_step`, step, clear. Returns the gradient norm before clipping, on the device."""
     state.scaler.unscale_(state.optimizer)
     params = [p for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -81,7 +93,9 @@ def apply_gradients(state: TrainState, clip_grad: float | None, before_step: Cal
     if state.sharded:
         norm = norm.full_tensor()
     if state.scaler.is_enabled():
-        norm = norm.nan_to_num(0.0, 0.0, 0.0)  # an overflow is no accident in float16: the scaler skips the step
+        norm = norm.nan_to_num(
+            0.0, 0.0, 0.0
+        )  # an overflow is no accident in float16: the scaler skips the step
     if before_step is not None:
         before_step()
     state.scaler.step(state.optimizer)

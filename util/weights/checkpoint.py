@@ -4,6 +4,7 @@ A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimiz
 unfinished epoch), `best`, `classes` (their names, in the order of a classifier's outputs), and named extras. `epoch` is
 the last finished one, so that MAE's rule "resume at epoch + 1" holds for ours too.
 """
+
 import argparse
 import os
 
@@ -40,13 +41,20 @@ def describe_mismatch(own: dict, found: dict) -> str:
     """One line on how two state dicts differ in names and shapes; '' when they fit."""
     missing = [k for k in own if k not in found]
     extra = [k for k in found if k not in own]
-    shapes = [f"{k} is {tuple(found[k].shape)}, not {tuple(own[k].shape)}"
-              for k in own if k in found and own[k].shape != found[k].shape]
+    shapes = [
+        f"{k} is {tuple(found[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in found and own[k].shape != found[k].shape
+    ]
 
     def some(names):
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    parts = [f"missing {some(missing)}" if missing else "", f"unexpected {some(extra)}" if extra else "", some(shapes)]
+    parts = [
+        f"missing {some(missing)}" if missing else "",
+        f"unexpected {some(extra)}" if extra else "",
+        some(shapes),
+    ]
     return "; ".join(p for p in parts if p)
 
 
@@ -91,10 +99,33 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
 
 # Flags that may differ between a run and its continuation without changing what is computed.
 HARMLESS = {
-    "data_path", "output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "compile",
-    "save_every_epochs", "save_minutes", "save_steps", "keep", "print_freq", "picture_epochs", "predictions", "eval",
-    "dist_backend", "dist_timeout", "dist_url", "dist_on_itp", "local_rank", "world_size", "start_epoch", "max_bad_images",
-    "dry_run", "strategy", "grad_checkpointing",
+    "data_path",
+    "output_dir",
+    "log_dir",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "resume",
+    "compile",
+    "save_every_epochs",
+    "save_minutes",
+    "save_steps",
+    "keep",
+    "print_freq",
+    "picture_epochs",
+    "predictions",
+    "eval",
+    "dist_backend",
+    "dist_timeout",
+    "dist_url",
+    "dist_on_itp",
+    "local_rank",
+    "world_size",
+    "start_epoch",
+    "max_bad_images",
+    "dry_run",
+    "strategy",
+    "grad_checkpointing",
 }
 
 
@@ -119,11 +150,15 @@ def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str,
 def say_continuing(path: str, state: dict, args: dict) -> None:
     old = state.get("args") or {}
     changed = changed_args(old, args)
-    dist.say(f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else ""))
+    dist.print_rank0(
+        f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else "")
+    )
     for name in ("finetune", "init_from"):
         if args.get(name) and old.get(name, "") != args[name]:
-            dist.say(f"warning: --{name} {args[name]} is not read: the run goes on from its own weights; for a new run give "
-                     "another --output_dir")
+            dist.print_rank0(
+                f"warning: --{name} {args[name]} is not read: the run goes on from its own weights; for a new run give "
+                "another --output_dir"
+            )
 
 
 def other_than_trained(state: dict | None, args: dict, more: tuple[str, ...] = ()) -> str:
@@ -135,12 +170,16 @@ def other_than_trained(state: dict | None, args: dict, more: tuple[str, ...] = (
 
 def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
     """Flags that differ between a checkpoint and this run, as 'name: old -> new'."""
-    return [f"{k}: {old[k]} -> {v}" for k, v in sorted(new.items())
-            if k in old and k not in ignore and str(old[k]) != str(v) and [old[k]] != v]  # MAE's --input_size is one number
+    return [
+        f"{k}: {old[k]} -> {v}"
+        for k, v in sorted(new.items())
+        if k in old and k not in ignore and str(old[k]) != str(v) and [old[k]] != v
+    ]  # MAE's --input_size is one number
 
 
 def plain_args(args: argparse.Namespace) -> dict:
     """Arguments as plain values that `weights_only` loads: numbers, strings, lists of them."""
+
     def plain(v):
         if isinstance(v, (list, tuple)):
             return [plain(x) for x in v]

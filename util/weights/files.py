@@ -1,4 +1,5 @@
 """Files of weights: reading them without running code, and telling from keys and shapes what they hold."""
+
 import argparse
 import contextlib
 import json
@@ -14,14 +15,20 @@ import torch
 
 # kind -> (what to call it, the flags that take it)
 KINDS = {
-    "pretraining": ("a full pretraining checkpoint (encoder and decoder)",
-                    "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; visualize.py"),
-    "self-distillation": ("a SERE checkpoint (student and teacher)",
-                          "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher"),
+    "pretraining": (
+        "a full pretraining checkpoint (encoder and decoder)",
+        "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; visualize.py",
+    ),
+    "self-distillation": (
+        "a SERE checkpoint (student and teacher)",
+        "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher",
+    ),
     "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
-    "classifier": ("a fine-tuned classifier",
-                   "main_finetune.py --resume, with --eval to evaluate; its encoder alone, made by checkpoints.py export "
-                   "--to encoder, is for --finetune"),
+    "classifier": (
+        "a fine-tuned classifier",
+        "main_finetune.py --resume, with --eval to evaluate; its encoder alone, made by checkpoints.py export "
+        "--to encoder, is for --finetune",
+    ),
     "probe": ("a linear probe", "main_linprobe.py --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
     "dino": ("a DINO-style file of student and teacher", "checkpoints.py import"),
@@ -48,7 +55,10 @@ def load(path: str) -> dict:
         return _load_safetensors(path)
     # Python 3.13 moved pathlib's classes; files name them as the Python that wrote them did.
     paths = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)
-    allowed = [argparse.Namespace, *((c, f"{home}.{c.__name__}") for c in paths for home in ("pathlib", "pathlib._local"))]
+    allowed = [
+        argparse.Namespace,
+        *((c, f"{home}.{c.__name__}") for c in paths for home in ("pathlib", "pathlib._local")),
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,7 +73,9 @@ def load(path: str) -> dict:
                 f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
                 "Checkpoints hold tensors and plain values only: re-save its 'model' entry where you trust the file"
             ) from None
-        raise ValueError(f"{path} is no checkpoint: its pickle cannot be read as tensors and plain values") from None
+        raise ValueError(
+            f"{path} is no checkpoint: its pickle cannot be read as tensors and plain values"
+        ) from None
     except Exception as e:  # damaged files fail in many ways, and the remedy is one
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} is truncated or no checkpoint ({reason}): use another one") from None
@@ -71,8 +83,10 @@ def load(path: str) -> dict:
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     state = _unwrap(state, path)
     if isinstance(state.get("args"), argparse.Namespace):
-        state["args"] = {k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
-                         for k, v in vars(state["args"]).items()}
+        state["args"] = {
+            k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
+            for k, v in vars(state["args"]).items()
+        }
     return state
 
 
@@ -107,9 +121,13 @@ def _unwrap(state: dict, path: str) -> dict:
     """Find the weights where others put them: at the top, in 'state_dict' (timm), in 'teacher' (DINO)."""
     if "model" not in state and state and all(torch.is_tensor(v) for v in state.values()):
         return {"model": state}
-    entry = next((k for k in ("model", "state_dict", "teacher", "student") if isinstance(state.get(k), dict)), None)
+    entry = next(
+        (k for k in ("model", "state_dict", "teacher", "student") if isinstance(state.get(k), dict)), None
+    )
     if entry is None:
-        raise ValueError(f"{path} has no entry 'model'; it has {', '.join(map(str, list(state)[:8])) or 'nothing'}")
+        raise ValueError(
+            f"{path} has no entry 'model'; it has {', '.join(map(str, list(state)[:8])) or 'nothing'}"
+        )
     # DistributedDataParallel puts its own name in front, and DINO trains one.
     return state | {"model": {k.removeprefix("module."): v for k, v in state[entry].items()}}
 
@@ -142,8 +160,14 @@ def evaluated_weights(state: dict) -> dict:
 def encoder_weights(state: dict) -> dict:
     """The weights of a pretrained encoder in a checkpoint: of self-distillation the teacher's, which is what its authors
     evaluate; pixel decoder, prototypes, relation heads and mask token stay behind."""
-    weights = state["teacher"] if kind_of(state) == "self-distillation" and "teacher" in state else evaluated_weights(state)
-    return {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "ibot_head.", "sr_"))}
+    weights = (
+        state["teacher"]
+        if kind_of(state) == "self-distillation" and "teacher" in state
+        else evaluated_weights(state)
+    )
+    return {
+        k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "ibot_head.", "sr_"))
+    }
 
 
 def check_kind(state: dict, path: str, wanted: str) -> None:
@@ -151,7 +175,9 @@ def check_kind(state: dict, path: str, wanted: str) -> None:
     kind = kind_of(state)
     if kind != wanted:
         has = f" (it has {', '.join(list(state['model'])[:4])})" if kind == "unknown" else ""
-        raise ValueError(f"{path} is {KINDS[kind][0]}{has}, not {KINDS[wanted][0]}: it is for {KINDS[kind][1]}")
+        raise ValueError(
+            f"{path} is {KINDS[kind][0]}{has}, not {KINDS[wanted][0]}: it is for {KINDS[kind][1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,26 +205,38 @@ def architecture(state: dict, path: str) -> Architecture:
     """Read off the weights (and the image size off the flags); ValueError where they are no plain Vision Transformer."""
     weights = state["model"]
     if "patch_embed.proj.weight" not in weights or "blocks.0.attn.qkv.weight" not in weights:
-        raise ValueError(f"{path} is {KINDS[kind_of(state)][0]} that holds no plain Vision Transformer; it has "
-                         + ", ".join(list(weights)[:4]))
+        raise ValueError(
+            f"{path} is {KINDS[kind_of(state)][0]} that holds no plain Vision Transformer; it has "
+            + ", ".join(list(weights)[:4])
+        )
     other = [k for k in SO_VIT if k in weights]
     if other or "blocks.0.attn.qkv.bias" not in weights:
-        raise ValueError(f"{path} has parts of So-ViT ({', '.join(other) or 'no attn.qkv.bias'}), which a plain Vision "
-                         "Transformer lacks")
+        raise ValueError(
+            f"{path} has parts of So-ViT ({', '.join(other) or 'no attn.qkv.bias'}), which a plain Vision "
+            "Transformer lacks"
+        )
     dim, in_chans, ph, pw = weights["patch_embed.proj.weight"].shape
     decoder = weights.get("decoder_embed.weight")
     return Architecture(
-        dim=dim, depth=_depth(weights, "blocks."), mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        patch_size=(ph, pw), in_chans=in_chans, img_size=_img_size(state, (ph, pw)),
-        decoder_dim=0 if decoder is None else decoder.shape[0], decoder_depth=_depth(weights, "decoder_blocks."),
+        dim=dim,
+        depth=_depth(weights, "blocks."),
+        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        patch_size=(ph, pw),
+        in_chans=in_chans,
+        img_size=_img_size(state, (ph, pw)),
+        decoder_dim=0 if decoder is None else decoder.shape[0],
+        decoder_depth=_depth(weights, "decoder_blocks."),
         classes=weights["head.weight"].shape[0] if "head.weight" in weights else 0,
-        pool="avg" if "fc_norm.weight" in weights else "cls", pos_embed="pos_embed" in weights,
+        pool="avg" if "fc_norm.weight" in weights else "cls",
+        pos_embed="pos_embed" in weights,
         labels=tuple(sorted({k.split(".")[1] for k in weights if k.startswith("pos_head.")})),
     )
 
 
 def _depth(weights, prefix):
-    return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix)), default=-1)
+    return 1 + max(
+        (int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix)), default=-1
+    )
 
 
 def _img_size(state, patch):
@@ -227,8 +265,10 @@ def square_grid(cells: int) -> tuple[int, int]:
     """(side, side) of a square grid; ValueError where it cannot be one."""
     side = round(cells**0.5)
     if side * side != cells:
-        raise ValueError(f"cannot tell the grid of a positional embedding with {cells} cells: the checkpoint has no "
-                         "--input_size")
+        raise ValueError(
+            f"cannot tell the grid of a positional embedding with {cells} cells: the checkpoint has no "
+            "--input_size"
+        )
     return side, side
 
 

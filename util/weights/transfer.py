@@ -1,4 +1,5 @@
 """Weights of one model as the start of another."""
+
 import re
 
 import torch
@@ -20,7 +21,9 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
     own, found = model.state_dict(), encoder_weights(state)
     if kind == "self-distillation":
         notes.append("the teacher's weights")
-    elif kind == "classifier" and (any(k in found for k in SO_VIT) or not any(k.startswith("blocks.") for k in found)):
+    elif kind == "classifier" and (
+        any(k in found for k in SO_VIT) or not any(k.startswith("blocks.") for k in found)
+    ):
         # Only of a plain Vision Transformer there are encoders by themselves, which checkpoints.py exports.
         found = {k: v for k, v in found.items() if not k.startswith("head")}
         notes.append("of a classifier, whose head is left behind")
@@ -34,8 +37,10 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
             # DeiT's second token is new, and so is its place, which patches come after.
             more = table.new_zeros(1, max(0, own["pos_embed"].shape[1] - table.shape[1]), table.shape[2])
             found["pos_embed"] = torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1)
-            notes.append("positional embedding from the checkpoint"
-                         + (f", resized from {grid} to {model.grid}" if grid != model.grid else ""))
+            notes.append(
+                "positional embedding from the checkpoint"
+                + (f", resized from {grid} to {model.grid}" if grid != model.grid else "")
+            )
         elif not model.pos_embed.requires_grad:  # nothing could learn it from another start
             found["pos_embed"] = own["pos_embed"]
             notes.append("the checkpoint has no positional embedding: the fixed sine-cosine one")
@@ -53,13 +58,17 @@ def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init:
     if "fc_norm.weight" in own and any(k.startswith("pos_head.") for k in found.keys() & own.keys()):
         # MAE starts a new norm after the mean; a label head that goes on needs the norm that it has learned with.
         found |= {f"fc_{k}": v for k, v in found.items() if k.startswith("norm.")}
-    found = {k: v for k, v in found.items() if k in own or not k.startswith(("norm.", "pos_embed", "pos_head."))}
+    found = {
+        k: v for k, v in found.items() if k in own or not k.startswith(("norm.", "pos_embed", "pos_head."))
+    }
     problem = describe_mismatch({k: v for k, v in own.items() if k not in heads or k in found}, found)
     if problem:
         made_by = (state.get("args") or {}).get("model")
-        raise ValueError(f"the encoder in {path} does not fit --model: {problem}"
-                         + (f". It was made with --model {made_by}" if made_by else "")
-                         + "; choose the classifier of the same size and patch")
+        raise ValueError(
+            f"the encoder in {path} does not fit --model: {problem}"
+            + (f". It was made with --model {made_by}" if made_by else "")
+            + "; choose the classifier of the same size and patch"
+        )
     model.load_state_dict(found, strict=False)
     new = sorted({k.split(".")[0] for k in heads - found.keys()})
     return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
@@ -95,7 +104,9 @@ def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
     own, found = model.state_dict(), dict(state["model"])
     heads = tuple(k for k in (*own, *found) if k.startswith(("pos_head.", "sr_")))
     kept = misfits(own, found, {k for k in heads if k in own})
-    kept |= {name for name, p in model.named_parameters() if name.endswith("pos_embed") and not p.requires_grad}
+    kept |= {
+        name for name, p in model.named_parameters() if name.endswith("pos_embed") and not p.requires_grad
+    }
     notes = []
     if "pos_embed" in own and "pos_embed" not in kept:
         if "pos_embed" in found:
@@ -105,15 +116,23 @@ def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
             kept.add("pos_embed")
     elif "pos_embed" in found and "pos_embed" not in own:
         notes.append("its positional embedding is left out")
-    found = {k: v for k, v in found.items() if k not in kept and not (k not in own and (k in heads or k == "pos_embed"))}
+    found = {
+        k: v
+        for k, v in found.items()
+        if k not in kept and not (k not in own and (k in heads or k == "pos_embed"))
+    }
     load_strict(model, state | {"model": found}, path, kept)
-    new = sorted({k.split(".")[0] for k in kept if k in heads or (k == "pos_embed" and model.pos_embed.requires_grad)})
+    new = sorted(
+        {k.split(".")[0] for k in kept if k in heads or (k == "pos_embed" and model.pos_embed.requires_grad)}
+    )
     return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
 
 
 def new_parameters(pretrained: dict | None) -> set[str]:
     """What a pretrained encoder does not bring: a positional embedding, where it had none, and DeiT's second token."""
-    return {"pos_embed", "dist_token"} - encoder_weights(pretrained).keys() if pretrained is not None else set()
+    return (
+        {"pos_embed", "dist_token"} - encoder_weights(pretrained).keys() if pretrained is not None else set()
+    )
 
 
 def _grid_of(state: dict, cells: int) -> tuple[int, int]:

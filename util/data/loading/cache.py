@@ -3,6 +3,7 @@
 `cached` is what mains call. From memory, samples have the bits that they have without a cache. On the device,
 `resample` also cuts the crops.
 """
+
 import contextlib
 import copy
 import math
@@ -49,21 +50,26 @@ def cached(loader, where: str, device: torch.device):
         return loader
     dataset = loader.dataset
     if not isinstance(dataset, ImageDataset):
-        raise ValueError(f"{dataset.summary()}: --cache_data {where} keeps images from folders, tars and "
-                         "lists of files, not from timm's readers: give --cache_data none")
+        raise ValueError(
+            f"{dataset.summary()}: --cache_data {where} keeps images from folders, tars and "
+            "lists of files, not from timm's readers: give --cache_data none"
+        )
     if getattr(dataset.transform, "dct_scaling", False):
-        raise ValueError(f"--dct_scaling decodes a file anew for each crop, and --cache_data {where} only "
-                         "once: leave one of them out")
+        raise ValueError(
+            f"--dct_scaling decodes a file anew for each crop, and --cache_data {where} only "
+            "once: leave one of them out"
+        )
     if where == "device":
         return DeviceLoader(loader, device)
     assert where == "memory", where
-    dataset.pixels = Pixels(dataset.index, dataset.in_chans, threads=loader.num_workers)
+    dataset.pixels = CachedPixels(dataset.index, dataset.in_chans, threads=loader.num_workers)
     return loader
 
 
 # --- in the host's memory ---
 
-class Pixels:
+
+class CachedPixels:
     """All images of an index, decoded: `pixels[i]` is uint8 (C, H, W), a view that must not be changed.
 
     The images lie one after the other in a few large tensors. Nobody writes to these later, so forked workers
@@ -81,8 +87,9 @@ class Pixels:
         errors: why an image cannot be read, by its number.
     """
 
-    def __init__(self, index: ImageIndex, in_chans: int, threads: int = 1,
-                 device: torch.device | None = None):
+    def __init__(
+        self, index: ImageIndex, in_chans: int, threads: int = 1, device: torch.device | None = None
+    ):
         begin = time.monotonic()
         self.in_chans = in_chans
         self.place = np.zeros((len(index), 4), np.int64)
@@ -100,8 +107,10 @@ class Pixels:
                 free = self._keep(i, image, free)
         seconds = time.monotonic() - begin
         unreadable = f"; {len(self.errors)} cannot be read" if self.errors else ""
-        dist.say(f"{index.path}: {len(index)} images decoded in {seconds:.1f} s, {self.nbytes / MB:.0f} MB "
-                 f"in memory{unreadable}")
+        dist.print_rank0(
+            f"{index.path}: {len(index)} images decoded in {seconds:.1f} s, {self.nbytes / MB:.0f} MB "
+            f"in memory{unreadable}"
+        )
 
     def _keep(self, i, image, free):
         if isinstance(image, Exception):
@@ -182,8 +191,9 @@ class Need(NamedTuple):
     gpu_left: float
 
 
-def check_room(index: ImageIndex, memory: float, padded: float, device: torch.device | None,
-               largest: str = "the largest") -> None:
+def check_room(
+    index: ImageIndex, memory: float, padded: float, device: torch.device | None, largest: str = "the largest"
+) -> None:
     """ValueError on all ranks where the images of an index do not fit somewhere.
 
     Args:
@@ -206,12 +216,14 @@ def check_room(index: ImageIndex, memory: float, padded: float, device: torch.de
             raise ValueError(
                 f"{images}{extra} would take about {wanted / MB:.0f} MB on {host}, by all its ranks, and "
                 f"{left / MB:.0f} MB are left: give --cache_data {instead}, or smaller images "
-                "(python -m util.data repack PATH TARGET --long_side N)")
+                "(python -m util.data repack PATH TARGET --long_side N)"
+            )
     for rank in ranks:
         if rank.gpu > rank.gpu_left:
             raise ValueError(
                 f"{images}, padded to {largest}, would take about {rank.gpu / MB:.0f} MB on a GPU of "
-                f"{rank.host}, which has {rank.gpu_left / MB:.0f} MB left: give --cache_data memory, or none")
+                f"{rank.host}, which has {rank.gpu_left / MB:.0f} MB left: give --cache_data memory, or none"
+            )
 
 
 def available_memory(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> float:
@@ -236,8 +248,11 @@ def available_memory(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> flo
 
 def _machine_memory(proc):
     try:
-        return next(1024 * float(line.split()[1]) for line in _lines(proc, "meminfo")
-                    if line.startswith("MemAvailable"))
+        return next(
+            1024 * float(line.split()[1])
+            for line in _lines(proc, "meminfo")
+            if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
@@ -246,8 +261,9 @@ def _group_memory(folder):
     """What a control group has left. ValueError for "max", which is no limit."""
     limit, used = (float(_lines(folder, name)[0]) for name in ("memory.max", "memory.current"))
     # Cached files count as used, and are dropped when memory is short.
-    dropped = next(float(line.split()[1]) for line in _lines(folder, "memory.stat")
-                   if line.startswith("inactive_file"))
+    dropped = next(
+        float(line.split()[1]) for line in _lines(folder, "memory.stat") if line.startswith("inactive_file")
+    )
     return limit - used + dropped
 
 
@@ -257,6 +273,7 @@ def _lines(folder, name):
 
 
 # --- on the device ---
+
 
 class DeviceLoader:
     """Batches as a Loader's, of images that stay on the device and are cropped, resized and flipped there.
@@ -271,20 +288,28 @@ class DeviceLoader:
             raise ValueError(
                 "--cache_data device cuts one crop of an image and flips it, and these augmentations do "
                 "more: give --cache_data memory, or leave out what is more (in fine-tuning --aa '' and no "
-                "--color_jitter, in pretraining --sr_views same)")
+                "--color_jitter, in pretraining --sr_views same)"
+            )
         cover = getattr(dataset.transform, "cover", dataset.transform.size)
         if min(a - b for a, b in zip(cover, dataset.transform.size)) < 0:
-            raise ValueError("--cache_data device does not pad images, as a centre crop of more than an image "
-                             "needs: give --crop_pct 1 or less, or --cache_data memory")
+            raise ValueError(
+                "--cache_data device does not pad images, as a centre crop of more than an image "
+                "needs: give --crop_pct 1 or less, or --cache_data memory"
+            )
         self.dataset = dataset
         self.sampler = loader.sampler
         self.batch_size = loader.batch_size
-        pixels = Pixels(dataset.index, dataset.in_chans, loader.num_workers, device)
+        pixels = CachedPixels(dataset.index, dataset.in_chans, loader.num_workers, device)
         self.images = padded_images(pixels, dataset.index, device)
-        dist.say(f"{dataset.index.path}: {self.images.nbytes / MB:.0f} MB on {device}")
+        dist.print_rank0(f"{dataset.index.path}: {self.images.nbytes / MB:.0f} MB on {device}")
         windows = Windows(dataset, pixels.place[:, 2:].copy(), pixels.errors)
-        self.windows = build_loader(windows, loader.sampler, batch_size=loader.batch_size,
-                                    num_workers=loader.num_workers, pin_memory=loader.pin_memory)
+        self.windows = build_loader(
+            windows,
+            loader.sampler,
+            batch_size=loader.batch_size,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+        )
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -296,7 +321,7 @@ class DeviceLoader:
             yield {"image": resample(self.images, batch["index"], windows, size)} | batch
 
 
-def padded_images(pixels: Pixels, index: ImageIndex, device: torch.device) -> torch.Tensor:
+def padded_images(pixels: CachedPixels, index: ImageIndex, device: torch.device) -> torch.Tensor:
     """uint8 (n, C, H, W) on the device; zero beyond an image's own size, and where it cannot be read.
 
     Raises ValueError, on all ranks together, where that does not fit. `index` names the images.
@@ -304,8 +329,10 @@ def padded_images(pixels: Pixels, index: ImageIndex, device: torch.device) -> to
     sizes = pixels.place[:, 2:]
     shape = pixels.in_chans, *sizes.max(axis=0).clip(min=1).tolist()
     # What was probed to estimate the size need not have been the largest, and one large image enlarges all.
-    largest = " and ".join(f"{index.name(i)} ({sizes[i, 0]} x {sizes[i, 1]} pixels)"
-                           for i in sorted(set(sizes.argmax(axis=0).tolist())))
+    largest = " and ".join(
+        f"{index.name(i)} ({sizes[i, 0]} x {sizes[i, 1]} pixels)"
+        for i in sorted(set(sizes.argmax(axis=0).tolist()))
+    )
     check_room(index, 0.0, float(len(pixels) * math.prod(shape)), device, largest)
     images = torch.zeros(len(pixels), *shape, dtype=torch.uint8, device=device)
     count = max(1, COPIED // math.prod(shape))
@@ -326,6 +353,7 @@ class Windows(Dataset):
 
     `index` is the image to look at. In evaluation the window of an image that cannot be read is all zero.
     """
+
     exact_resume = True
 
     def __init__(self, dataset: ImageDataset, sizes: np.ndarray, errors: dict[int, str]):
@@ -347,8 +375,9 @@ class Windows(Dataset):
 
 
 @torch.no_grad()
-def resample(images: torch.Tensor, rows: torch.Tensor, windows: torch.Tensor,
-             size: tuple[int, int]) -> torch.Tensor:
+def resample(
+    images: torch.Tensor, rows: torch.Tensor, windows: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
     """What `windows` show of `images[rows]`, by PIL's antialiased bicubic filter -> uint8 (B, C, h, w).
 
     The steps are those of torchvision and of the native library: along the rows first, then along the

@@ -1,4 +1,5 @@
 """Batches for training and evaluation on this rank, and their way to the device."""
+
 import atexit
 import multiprocessing
 import signal
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from util import dist
 from util.data.loading.samplers import EpochSampler, EvalSampler
-from util.data.transforms import normalize
+from util.data.pixels import Pixels
 from util.dist.allocator import return_freed_memory
 
 
@@ -41,15 +42,19 @@ class Loader(DataLoader):
 @lru_cache(maxsize=1)  # once
 def _kill_workers_at_exit():
     """multiprocessing ends daemons by SIGTERM at exit and waits for them: for ever, as it is blocked. So kill first."""
+
     def kill():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a worker that crashed
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()
+
     atexit.register(kill)
 
 
-def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> Loader:
+def build_loader(
+    dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> Loader:
     """Batches as `collate` makes them, by workers that persist, with one thread each, and leave signals to the parent.
 
     `sampler` must be None for a stream, whose last, partial batches are dropped.
@@ -59,9 +64,17 @@ def build_loader(dataset, sampler, *, batch_size: int, num_workers: int = 0, pin
         dataset.dataset.set_loader_cfg(num_workers=num_workers)
     if num_workers > 0:
         _kill_workers_at_exit()
-    return Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate,
-                  pin_memory=pin_memory, drop_last=stream, persistent_workers=num_workers > 0,
-                  worker_init_fn=return_freed_memory)
+    return Loader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        drop_last=stream,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=return_freed_memory,
+    )
 
 
 def check_same_everywhere(dataset) -> None:
@@ -72,8 +85,10 @@ def check_same_everywhere(dataset) -> None:
     found = dist.gather_objects((dataset.index.digest(), f"{len(dataset)} on {socket.gethostname()}"))
     if len({digest for digest, _ in found}) > 1:
         places = ", ".join(sorted({where for _, where in found}))
-        raise ValueError(f"the ranks list different images in {dataset.index.path}: {places}. Copy the data to the nodes "
-                         "again, or give one copy that all of them see")
+        raise ValueError(
+            f"the ranks list different images in {dataset.index.path}: {places}. Copy the data to the nodes "
+            "again, or give one copy that all of them see"
+        )
 
 
 def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -81,21 +96,31 @@ def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_m
     sampler = None
     check_same_everywhere(dataset)
     if dataset.exact_resume:
-        sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size(), seed=seed)
-    return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+        sampler = EpochSampler(
+            len(dataset), batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size(), seed=seed
+        )
+    return build_loader(
+        dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory
+    )
 
 
 def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """This rank's share of all samples, each once over all ranks."""
     check_same_everywhere(dataset)
     sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size()) if dataset.exact_resume else None
-    return build_loader(dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+    return build_loader(
+        dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory
+    )
 
 
 def some_samples(dataset, n: int) -> list[dict]:
     """Up to n samples to show, spread over the data set and the same at every call; a stream's first ones."""
     n = min(n, len(dataset))
-    return [dataset[i * len(dataset) // n] for i in range(n)] if dataset.exact_resume else list(islice(dataset, n))
+    return (
+        [dataset[i * len(dataset) // n] for i in range(n)]
+        if dataset.exact_resume
+        else list(islice(dataset, n))
+    )
 
 
 def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:
@@ -114,7 +139,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterator[dict]:
+def device_batches(loader: Iterable, device: torch.device, pixels: Pixels) -> Iterator[dict]:
     """Batches with uint8 views (`image`, ...) normalised to float32 on the device; on CUDA the next one is copied while one
     is used."""
     copy_stream = _copy_stream(device) if device.type == "cuda" else None
@@ -122,7 +147,10 @@ def device_batches(loader: Iterable, device: torch.device, mean, std) -> Iterato
     def move(batch: dict) -> dict:
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         # Features that were computed before, boxes and masks pass as they are.
-        return {k: normalize(v, mean, std) if torch.is_tensor(v) and v.dtype == torch.uint8 else v for k, v in batch.items()}
+        return {
+            k: pixels.normalize(v) if torch.is_tensor(v) and v.dtype == torch.uint8 else v
+            for k, v in batch.items()
+        }
 
     if copy_stream is None:
         for batch in loader:

@@ -1,4 +1,5 @@
 """Which samples, in which order: `(epoch, index)`, from which everything random about a sample follows."""
+
 from functools import lru_cache
 
 import torch
@@ -24,14 +25,24 @@ class EpochSampler(Sampler):
     depend on the number of ranks. A tail shorter than G is dropped.
     """
 
-    def __init__(self, n: int, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 shuffle: bool = True):
+    def __init__(
+        self,
+        n: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
         self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.batches_per_epoch = n // (batch_size * world_size)
         if self.batches_per_epoch == 0:
-            raise ValueError(f"{n} images are fewer than one batch: --batch_size {batch_size} x {world_size} ranks = "
-                             f"{batch_size * world_size}. Lower --batch_size to {n // world_size} or less.")
+            raise ValueError(
+                f"{n} images are fewer than one batch: --batch_size {batch_size} x {world_size} ranks = "
+                f"{batch_size * world_size}. Lower --batch_size to {n // world_size} or less."
+            )
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
@@ -51,7 +62,7 @@ class EpochSampler(Sampler):
     def global_batch(self, epoch: int, m: int) -> torch.Tensor:
         """int64 (G,): the indices of all ranks' m-th micro-batch, in rank order."""
         size = self.batch_size * self.world_size
-        return _permutation(self.n, self.seed, epoch, self.shuffle)[m * size:(m + 1) * size]
+        return _permutation(self.n, self.seed, epoch, self.shuffle)[m * size : (m + 1) * size]
 
 
 @lru_cache(maxsize=1)

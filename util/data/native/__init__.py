@@ -5,6 +5,7 @@
 Plain C behind ctypes, so it depends on no version of Python or torch, and runs without the interpreter's lock. Where it
 was not built, torchvision gives the same crops, with the same pixels up to rounding, in more time.
 """
+
 import ctypes
 import hashlib
 import operator
@@ -32,19 +33,40 @@ def source_id() -> str:
 
 def build(library: Path = LIBRARY, flags: tuple[str, ...] = ()) -> None:
     """Compile to `library` with $CC (default cc) and $CFLAGS. Raises ValueError with the compiler's own words."""
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")  # replaced at once: running processes keep the old one
-    command = [*shlex.split(os.environ.get("CC", "cc")), "-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-fPIC", "-shared",
-               f'-DSOURCE_ID="{source_id()}"', *flags, *shlex.split(os.environ.get("CFLAGS", "")),
-               *map(str, sorted(FOLDER.glob("*.c"))), "-o", str(temporary), *shlex.split(os.environ.get("LDFLAGS", "")),
-               "-ljpeg", "-lm"]
+    temporary = library.with_suffix(
+        f".{os.getpid()}.tmp"
+    )  # replaced at once: running processes keep the old one
+    command = [
+        *shlex.split(os.environ.get("CC", "cc")),
+        "-std=c11",
+        "-D_DEFAULT_SOURCE",
+        "-O3",
+        "-fPIC",
+        "-shared",
+        f'-DSOURCE_ID="{source_id()}"',
+        *flags,
+        *shlex.split(os.environ.get("CFLAGS", "")),
+        *map(str, sorted(FOLDER.glob("*.c"))),
+        "-o",
+        str(temporary),
+        *shlex.split(os.environ.get("LDFLAGS", "")),
+        "-ljpeg",
+        "-lm",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise ValueError(f"no C compiler: {error}. Install one (apt-get install gcc) or name it by CC=...") from error
+        raise ValueError(
+            f"no C compiler: {error}. Install one (apt-get install gcc) or name it by CC=..."
+        ) from error
     if done.returncode:
-        hint = ("libjpeg-turbo's headers are missing: apt-get install libjpeg62-turbo-dev (Debian), libjpeg-turbo8-dev "
-                "(Ubuntu), dnf install libjpeg-turbo-devel, or conda install libjpeg-turbo with CFLAGS=-I$CONDA_PREFIX/include "
-                "LDFLAGS='-L$CONDA_PREFIX/lib -Wl,-rpath,$CONDA_PREFIX/lib'\n" if "jpeglib.h" in done.stderr else "")
+        hint = (
+            "libjpeg-turbo's headers are missing: apt-get install libjpeg62-turbo-dev (Debian), libjpeg-turbo8-dev "
+            "(Ubuntu), dnf install libjpeg-turbo-devel, or conda install libjpeg-turbo with CFLAGS=-I$CONDA_PREFIX/include "
+            "LDFLAGS='-L$CONDA_PREFIX/lib -Wl,-rpath,$CONDA_PREFIX/lib'\n"
+            if "jpeglib.h" in done.stderr
+            else ""
+        )
         raise ValueError(f"{hint}{shlex.join(command)} failed:\n{done.stderr}")
     os.replace(temporary, library)
 
@@ -60,7 +82,10 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         if found.native_source_id().decode() != source_id():
             return None, f"JPEGs by torchvision; the native library is out of date: `{BUILD}`"
         if found.native_ready():
-            return None, f"JPEGs by torchvision; the native library meets another libjpeg than it was built for: `{BUILD}`"
+            return (
+                None,
+                f"JPEGs by torchvision; the native library meets another libjpeg than it was built for: `{BUILD}`",
+            )
     except (OSError, AttributeError) as error:
         return None, f"JPEGs by torchvision; the native library cannot be loaded ({error}): `{BUILD}`"
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -92,7 +117,9 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (size[1], size[0]) if library().native_size(data, len(data), size) == 0 else None
 
 
-def crop_jpeg(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int], flags: int = 0) -> torch.Tensor | None:
+def crop_jpeg(
+    data: bytes, box: tuple[int, int, int, int], size: tuple[int, int], flags: int = 0
+) -> torch.Tensor | None:
     """The crop of a JPEG, resized as PIL's bicubic does -> uint8 RGB (3, *size).
 
     Only what the crop needs is decoded; with restart markers that includes the entropy-coded data.
@@ -108,33 +135,51 @@ def crop_jpeg(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int]
     """
     (top, left, height, width), size = _sides(box, size)
     out = torch.empty((3, *size), dtype=torch.uint8)
-    status = library().native_crop(data, len(data), (ctypes.c_int32 * 4)(left, top, width, height), out.data_ptr(),
-                                   size[1], size[0], flags)
+    status = library().native_crop(
+        data,
+        len(data),
+        (ctypes.c_int32 * 4)(left, top, width, height),
+        out.data_ptr(),
+        size[1],
+        size[0],
+        flags,
+    )
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for a crop of {width} x {height} pixels")
     return None if status else out
 
 
-def crop_pixels(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int],
-                flags: int = 0) -> torch.Tensor:
+def crop_pixels(
+    image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int], flags: int = 0
+) -> torch.Tensor:
     """The same of a decoded image, uint8 (3, H, W) -> uint8 (3, *size), with the bits that its file gives.
 
     `flags` are FLIP_X and FLIP_Y, and PORTABLE for tests. ValueError for another kind of tensor, and for a
     box that does not lie in the image.
     """
-    if (image.device.type != "cpu" or image.layout != torch.strided or image.dtype != torch.uint8
-            or image.dim() != 3 or len(image) != 3):
-        raise ValueError(f"found {image.dtype} {tuple(image.shape)}, {image.layout}, on {image.device}; "
-                         "expected uint8 (3, H, W) on the CPU")
+    if (
+        image.device.type != "cpu"
+        or image.layout != torch.strided
+        or image.dtype != torch.uint8
+        or image.dim() != 3
+        or len(image) != 3
+    ):
+        raise ValueError(
+            f"found {image.dtype} {tuple(image.shape)}, {image.layout}, on {image.device}; "
+            "expected uint8 (3, H, W) on the CPU"
+        )
     (top, left, height, width), size = _sides(box, size)
     if max(image.shape) > LARGEST or top + height > image.shape[1] or left + width > image.shape[2]:
-        raise ValueError(f"the box {top, left, height, width} does not lie in an image of "
-                         f"{tuple(image.shape[1:])}, or a side of that has more than {LARGEST} pixels")
+        raise ValueError(
+            f"the box {top, left, height, width} does not lie in an image of "
+            f"{tuple(image.shape[1:])}, or a side of that has more than {LARGEST} pixels"
+        )
     image = image.contiguous()  # C reads row after row
     out = torch.empty((3, *size), dtype=torch.uint8)
     ints = (ctypes.c_int32 * 4)(left, top, width, height)
-    status = library().native_crop_pixels(image.data_ptr(), *image.shape[1:], ints, out.data_ptr(),
-                                          size[1], size[0], flags)
+    status = library().native_crop_pixels(
+        image.data_ptr(), *image.shape[1:], ints, out.data_ptr(), size[1], size[0], flags
+    )
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for a crop of {width} x {height} pixels")
     if status:
@@ -146,8 +191,10 @@ def _sides(box, size):
     """The same as Python's integers. ValueError for impossible ones, of which ctypes would keep 32 bit."""
     (top, left, height, width), (h, w) = (tuple(map(operator.index, numbers)) for numbers in (box, size))
     if min(top, left) < 0 or min(height, width, h, w) < 1 or max(top, left, height, width, h, w) > LARGEST:
-        raise ValueError(f"the box {top, left, height, width}, resized to {h, w}, is impossible: a side has "
-                         f"1 to {LARGEST} pixels, and the top left corner is not negative")
+        raise ValueError(
+            f"the box {top, left, height, width}, resized to {h, w}, is impossible: a side has "
+            f"1 to {LARGEST} pixels, and the top left corner is not negative"
+        )
     return (top, left, height, width), (h, w)
 
 

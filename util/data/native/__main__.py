@@ -1,8 +1,9 @@
 """Build the native library, or say whether it is there.
 
-    python -m util.data.native build
-    python -m util.data.native status
+python -m util.data.native build
+python -m util.data.native status
 """
+
 import argparse
 import sys
 
@@ -10,7 +11,9 @@ from util.data import native
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m util.data.native", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m util.data.native", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("command", choices=("build", "status"))
     command = parser.parse_args(argv).command
     try:

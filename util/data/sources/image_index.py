@@ -4,6 +4,7 @@ A listing is a few numpy arrays (names as one blob of bytes), not a million Pyth
 its memory, because numpy has no per-element reference counts that would copy the pages. Every form of the same
 data set gives the same order, that of torchvision's ImageFolder: class, then folder, then file name.
 """
+
 import glob
 import hashlib
 import os
@@ -64,7 +65,7 @@ class ImageIndex:
     def name(self, i: int) -> str:
         """Path of image i relative to `root`, or its member name in the tar."""
         start = self._ends[i - 1] if i > 0 else self._first_start
-        return os.fsdecode(self._blob[start:self._ends[i]].tobytes())
+        return os.fsdecode(self._blob[start : self._ends[i]].tobytes())
 
     def read(self, i: int) -> bytes:
         """The undecoded bytes of image i. Raises OSError if they cannot be read."""
@@ -144,29 +145,42 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
     """Raise ValueError unless both splits have the same class names: else equal labels would mean different classes."""
     if train.classes == val.classes:
         return
-    only = [some_names(sorted(set(a.classes) - set(b.classes))) or "none" for a, b in ((train, val), (val, train))]
-    raise ValueError(f"{len(train.classes)} training and {len(val.classes)} validation classes in {train.path} differ; "
-                     f"only in training: {only[0]}; only in validation: {only[1]}. Give both the same class folders.")
+    only = [
+        some_names(sorted(set(a.classes) - set(b.classes))) or "none" for a, b in ((train, val), (val, train))
+    ]
+    raise ValueError(
+        f"{len(train.classes)} training and {len(val.classes)} validation classes in {train.path} differ; "
+        f"only in training: {only[0]}; only in validation: {only[1]}. Give both the same class folders."
+    )
 
 
 # --- the layouts ---
+
 
 def _index_folder(path, split, labels):
     root, kind = os.path.join(path, split), "class folders" if labels else "folder"
     if os.path.isdir(root):
         cache = os.path.join(path, ".index", f"{split}.npz")
-        return ImageIndex(path, root, kind, load_cache(cache, root) or list_folder(root, cache), labels=labels)
+        return ImageIndex(
+            path, root, kind, load_cache(cache, root) or list_folder(root, cache), labels=labels
+        )
     if os.path.isfile(root + ".tar"):
         return _index_tars(path, f"{split}.tar", [root + ".tar"], root + ".tar.index.npz", labels)
     cache = os.path.join(path, ".index", "root.npz")
-    arrays = load_cache(cache, path) if split == "train" else None  # before globbing, which would list a flat folder too
+    arrays = (
+        load_cache(cache, path) if split == "train" else None
+    )  # before globbing, which would list a flat folder too
     if arrays is None:
         if shards := sorted(glob.glob(glob.escape(root) + "-*.tar")):
             return _index_tars(path, f"{len(shards)} tar shards", shards, root + ".index.npz", labels)
-        if compressed := [f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)]:
+        if compressed := [
+            f for f in glob.glob(glob.escape(root) + "*") if f.lower().endswith(COMPRESSED_SUFFIXES)
+        ]:
             raise compressed_error(compressed[0])
         if split != "train":
-            raise NoSplit(f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.\n{LAYOUTS}")
+            raise NoSplit(
+                f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_found(path)}.\n{LAYOUTS}"
+            )
         arrays = list_folder(path, cache)
     _check_not_a_parent(path, unpack_names(arrays["stamped"]))
     return ImageIndex(path, path, kind, arrays, labels=labels)
@@ -178,8 +192,10 @@ def _index_tars(path, kind, tars, cache, labels):
 
 def _index_file(path, split, labels):
     if split != "train":
-        raise NoSplit(f"{path} is one file, which serves for training only; for {split} give the folder that holds "
-                      f"{split}/ or {split}.tar.\n{LAYOUTS}")
+        raise NoSplit(
+            f"{path} is one file, which serves for training only; for {split} give the folder that holds "
+            f"{split}/ or {split}.tar.\n{LAYOUTS}"
+        )
     if path.lower().endswith(COMPRESSED_SUFFIXES):
         raise compressed_error(path)
     if path.lower().endswith(".tar"):
@@ -193,11 +209,15 @@ def _index_file(path, split, labels):
     if not names:
         raise _misplaced(f"{path} lists no images.")
     if labels:
-        raise _misplaced(f"{path} is a list of {len(names)} paths, which has no labels; they come from class folders.")
+        raise _misplaced(
+            f"{path} is a list of {len(names)} paths, which has no labels; they come from class folders."
+        )
     root = os.path.dirname(os.path.abspath(path))
     first = os.path.join(root, os.fsdecode(names[0]))
     if not os.path.isfile(first):
-        raise ValueError(f"the first path in {path} does not exist: {first}. Paths are relative to the list's folder.")
+        raise ValueError(
+            f"the first path in {path} does not exist: {first}. Paths are relative to the list's folder."
+        )
     return ImageIndex(path, root, "list of paths", from_names(names, sort=False), labels=False)
 
 
@@ -208,32 +228,51 @@ def _check(index, split, labels):
         raise ValueError(
             f"{where} holds {index.ignored} loose images and no class folders, so they have no labels. ImageNet's "
             f"validation archive unpacks flat: move every image to {split}/<class>/, with the same class folders as "
-            "train/ (a script known as valprep.sh does it).")
+            "train/ (a script known as valprep.sh does it)."
+        )
     if len(index) == 0 and index.ignored:
-        raise _misplaced(f"{where} holds {index.ignored} loose images and no class folders, so they have no labels.")
+        raise _misplaced(
+            f"{where} holds {index.ignored} loose images and no class folders, so they have no labels."
+        )
     if len(index) == 0:
-        raise _misplaced(f"no images in {where}" + (f": found {_found(index.root)}." if not index.tars else "."))
+        raise _misplaced(
+            f"no images in {where}" + (f": found {_found(index.root)}." if not index.tars else ".")
+        )
     if labels and not index.classes:  # noted by an earlier version, which took the class of /a/1.jpg for ""
-        raise ValueError(f"the listing of {where} has {len(index)} images and no classes: delete the .index.npz beside it")
+        raise ValueError(
+            f"the listing of {where} has {len(index)} images and no classes: delete the .index.npz beside it"
+        )
     counts = np.bincount(index.labels, minlength=len(index.classes)) if index.classes else []
     if empty := [name for name, count in zip(index.classes, counts) if count == 0]:
-        raise ValueError(f"class folders without images in {where}: {some_names(empty)}. Remove or fill them: "
-                         "an empty folder would still count as a class.")
-    if len(index.classes) == 1 and all(index.name(i).count("/") > 1 for i in (0, len(index) // 2, len(index) - 1)):
-        raise _misplaced(f"the only class in {where} is {index.classes[0]!r} and its images lie deeper, as in "
-                         f"{index.name(0)}: they seem to be one folder too deep.")
+        raise ValueError(
+            f"class folders without images in {where}: {some_names(empty)}. Remove or fill them: "
+            "an empty folder would still count as a class."
+        )
+    if len(index.classes) == 1 and all(
+        index.name(i).count("/") > 1 for i in (0, len(index) // 2, len(index) - 1)
+    ):
+        raise _misplaced(
+            f"the only class in {where} is {index.classes[0]!r} and its images lie deeper, as in "
+            f"{index.name(0)}: they seem to be one folder too deep."
+        )
 
 
 def _check_not_a_parent(path, folders):
     """Refuse a folder that has no train/ of its own but holds whole data sets: it would mix train and val."""
     validation = {"val", "valid", "validation", "test"}
     if other := sorted(f for f in folders if f in validation | {"training"}):
-        raise _misplaced(f"{path} has no train/ but {some_names(other)}: found {_found(path)}. Rename the training folder "
-                         "to train/, or give it as the path.")
-    train, val = ({os.path.dirname(f) for f in folders if os.path.basename(f) in n} for n in ({"train"}, validation))
+        raise _misplaced(
+            f"{path} has no train/ but {some_names(other)}: found {_found(path)}. Rename the training folder "
+            "to train/, or give it as the path."
+        )
+    train, val = (
+        {os.path.dirname(f) for f in folders if os.path.basename(f) in n} for n in ({"train"}, validation)
+    )
     if nested := sorted(train & val):
-        raise _misplaced(f"{path} has no train/: found {_found(path)}. Did you mean {os.path.join(path, nested[0])}, "
-                         "which holds train/ and a validation folder?")
+        raise _misplaced(
+            f"{path} has no train/: found {_found(path)}. Did you mean {os.path.join(path, nested[0])}, "
+            "which holds train/ and a validation folder?"
+        )
 
 
 def _misplaced(message):
@@ -244,10 +283,13 @@ def _found(folder):
     with os.scandir(folder) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     folders = [e.name for e in entries if e.is_dir()]
-    others = [e.name for e in entries if not e.is_dir() and not os.fsencode(e.name).lower().endswith(IMAGE_SUFFIXES)]
+    others = [
+        e.name for e in entries if not e.is_dir() and not os.fsencode(e.name).lower().endswith(IMAGE_SUFFIXES)
+    ]
     images = len(entries) - len(folders) - len(others)
-    return (f"{len(folders)} folders{': ' * bool(folders)}{some_names(folders)} and {images} images"
-            + (f" and {len(others)} other files: {some_names(others)}" if others else ""))
+    return f"{len(folders)} folders{': ' * bool(folders)}{some_names(folders)} and {images} images" + (
+        f" and {len(others)} other files: {some_names(others)}" if others else ""
+    )
 
 
 def some_names(names: list[str], most: int = 5) -> str:

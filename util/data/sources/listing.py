@@ -4,6 +4,7 @@ A listing is a dictionary: names (one blob of bytes), ends (where each name ends
 first folder of the name, or -1), classes (their sorted names); of tars also shard, offset and size of each image; and
 `stamped` with `stamps`, the files or folders it was made from with their times and sizes, by which a cache is checked.
 """
+
 import contextlib
 import hashlib
 import os
@@ -14,7 +15,19 @@ import zipfile
 
 import numpy as np
 
-IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".tif", b".tiff", b".ppm", b".pgm", b".gif", b".npy")
+IMAGE_SUFFIXES = (
+    b".jpg",
+    b".jpeg",
+    b".png",
+    b".webp",
+    b".bmp",
+    b".tif",
+    b".tiff",
+    b".ppm",
+    b".pgm",
+    b".gif",
+    b".npy",
+)
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
 CACHE_FOLDERS_ABOVE = 20_000  # images; a smaller folder is listed faster than a cache of it is worth
 
@@ -56,7 +69,9 @@ def list_tars(tars: list[str], cache: str) -> dict[str, np.ndarray]:
             names.append(name)
             for column, value in zip(columns.values(), (shard, offset, size)):
                 column.append(value)
-    arrays = from_names(names, **{k: np.array(v, np.int32 if k == "shard" else np.int64) for k, v in columns.items()})
+    arrays = from_names(
+        names, **{k: np.array(v, np.int32 if k == "shard" else np.int64) for k, v in columns.items()}
+    )
     arrays |= dict(stamped=stamped, stamps=stamps)
     _save_cache(cache, base, arrays)
     return arrays
@@ -70,14 +85,21 @@ def from_names(names: list[bytes], folders=(), sort: bool = True, **columns) -> 
     classes = sorted({f for f in firsts if f is not None} | set(folders))
     number = {None: -1} | {name: i for i, name in enumerate(classes)}
     return dict(
-        names=np.frombuffer(b"".join(names), np.uint8), ends=np.cumsum([len(n) for n in names], dtype=np.int64),
-        labels=np.array([number[f] for f in firsts], np.int32), classes=_pack_names(classes),
-        **{k: np.asarray(v)[np.asarray(order, np.int64)] for k, v in columns.items()})
+        names=np.frombuffer(b"".join(names), np.uint8),
+        ends=np.cumsum([len(n) for n in names], dtype=np.int64),
+        labels=np.array([number[f] for f in firsts], np.int32),
+        classes=_pack_names(classes),
+        **{k: np.asarray(v)[np.asarray(order, np.int64)] for k, v in columns.items()},
+    )
 
 
 def _order(name):
     folder, _, file = name.rpartition(b"/")
-    return folder.partition(b"/")[0], folder, file  # as ImageFolder: not plain path order, nested folders come last
+    return (
+        folder.partition(b"/")[0],
+        folder,
+        file,
+    )  # as ImageFolder: not plain path order, nested folders come last
 
 
 def unpack_names(blob: np.ndarray) -> list[str]:
@@ -123,11 +145,14 @@ def _tar_members(path):
 
 def compressed_error(path: str) -> ValueError:
     """The error for an archive that would have to be unpacked for every image."""
-    return ValueError(f"{path} is compressed, so single images cannot be read from it. Unpack it once, for example "
-                      "with `gunzip <file>.tar.gz` or `unzip`, and give the .tar or the folder.")
+    return ValueError(
+        f"{path} is compressed, so single images cannot be read from it. Unpack it once, for example "
+        "with `gunzip <file>.tar.gz` or `unzip`, and give the .tar or the folder."
+    )
 
 
 # --- the cache ---
+
 
 def load_cache(cache: str, base: str) -> dict[str, np.ndarray] | None:
     """The cached arrays if every file or folder under `base` that they were made from is unchanged, else None."""
@@ -146,7 +171,9 @@ def load_cache(cache: str, base: str) -> dict[str, np.ndarray] | None:
 def _elsewhere(cache):
     """Where the listing of a folder goes that is not the user's to write in, as a cluster's copy of ImageNet."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
-    return os.path.join(home, "mae_pl", hashlib.sha256(os.fsencode(os.path.abspath(cache))).hexdigest()[:32] + ".npz")
+    return os.path.join(
+        home, "mae_pl", hashlib.sha256(os.fsencode(os.path.abspath(cache))).hexdigest()[:32] + ".npz"
+    )
 
 
 def _save_cache(cache, base, arrays):

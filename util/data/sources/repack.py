@@ -3,6 +3,7 @@
 Without `long_side` nothing is lost: JPEGs keep their coefficients and get restart markers, so that a crop's own part of
 the entropy-coded data can be decoded alone. With it, images are shrunk to that length and encoded anew as well.
 """
+
 import contextlib
 import glob
 import hashlib
@@ -29,8 +30,16 @@ MARKED, ENCODED, COPIED = "given restart markers", "encoded anew", "copied as th
 UNREADABLE = "unreadable, copied as they are"
 
 
-def repack(source: str, target: str, *, split: str = "train", long_side: int | None = None, quality: int = 90,
-           num_workers: int = 0, shard_images: int = SHARD_IMAGES) -> Counter:
+def repack(
+    source: str,
+    target: str,
+    *,
+    split: str = "train",
+    long_side: int | None = None,
+    quality: int = 90,
+    num_workers: int = 0,
+    shard_images: int = SHARD_IMAGES,
+) -> Counter:
     """Write `target`/<split>-*.tar with the images and class folders of one split of `source`; see `build_index` for paths.
 
     A call that was stopped is continued by the same one: finished shards stay in a hidden folder until the last is
@@ -46,8 +55,15 @@ def repack(source: str, target: str, *, split: str = "train", long_side: int | N
         raise ValueError(f"quality {quality} must be in 1..100 and long_side {long_side} positive")
     index = build_index(source, split, labels=False)
     # What decides the shards' content; a resumed call must agree in all of it.
-    settings = dict(source=os.path.abspath(source), split=split, images=len(index), names=_digest(index), long_side=long_side,
-                    quality=quality if long_side else None, shard_images=shard_images)
+    settings = dict(
+        source=os.path.abspath(source),
+        split=split,
+        images=len(index),
+        names=_digest(index),
+        long_side=long_side,
+        quality=quality if long_side else None,
+        shard_images=shard_images,
+    )
     _check_files(index)
     folder = _claim(target, split, settings)
     shards = -(-len(index) // shard_images)
@@ -55,8 +71,14 @@ def repack(source: str, target: str, *, split: str = "train", long_side: int | N
     parts = [os.path.join(folder, os.path.basename(path)) for path in finals]
     wanted = [k for k in range(shards) if not os.path.exists(parts[k]) and not os.path.exists(finals[k])]
     order = [i for k in wanted for i in range(k * shard_images, min((k + 1) * shard_images, len(index)))]
-    loader = DataLoader(_Converted(index, long_side, quality), batch_size=None, sampler=order, num_workers=num_workers,
-                        collate_fn=_unchanged, prefetch_factor=32 if num_workers else None)
+    loader = DataLoader(
+        _Converted(index, long_side, quality),
+        batch_size=None,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        prefetch_factor=32 if num_workers else None,
+    )
     counts, bad, before, after = Counter(), [], 0, 0
     with tqdm(total=len(index), initial=len(index) - len(order), unit=" images", disable=None) as progress:
         converted = iter(loader)
@@ -120,7 +142,9 @@ class _Converted(Dataset):
     def __getitem__(self, i) -> tuple[str, bytes, str, int]:
         name = self.index.name(i)
         if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{name} lies outside {self.index.root}: repack folders and tars, not lists of distant paths")
+            raise ValueError(
+                f"{name} lies outside {self.index.root}: repack folders and tars, not lists of distant paths"
+            )
         try:
             data = self.index.read(i)
         except OSError as error:
@@ -161,7 +185,9 @@ def _check_files(index):
         return
     paths = (os.path.join(index.root, index.name(i)) for i in range(len(index)))
     if bad := [path for path in paths if not os.access(path, os.R_OK)]:
-        raise ValueError(f"{len(bad)} of {len(index)} files cannot be opened: {some_names(bad)}: mend or remove them")
+        raise ValueError(
+            f"{len(bad)} of {len(index)} files cannot be opened: {some_names(bad)}: mend or remove them"
+        )
 
 
 def _names(index) -> Iterator[bytes]:
@@ -183,9 +209,13 @@ def _claim(target, split, settings):
         with open(note) as file:
             found = json.load(file)
         if found != settings:
-            changed = ", ".join(f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v)
-            raise ValueError(f"{target} holds {split} shards of another call ({changed}): give the same settings, or delete "
-                             f"{folder} and {split}-*.tar")
+            changed = ", ".join(
+                f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v
+            )
+            raise ValueError(
+                f"{target} holds {split} shards of another call ({changed}): give the same settings, or delete "
+                f"{folder} and {split}-*.tar"
+            )
     else:
         taken = [p for p in (split, f"{split}.tar") if os.path.exists(os.path.join(target, p))]
         taken += [os.path.basename(p) for p in glob.glob(glob.escape(os.path.join(target, split)) + "-*.tar")]
@@ -204,8 +234,10 @@ def _check(index, target, split, shards):
     time.sleep(min(SETTLE_SECONDS, max(0.0, newest + SETTLE_SECONDS - time.time())))
     made = build_index(target, split, labels=False)
     if len(made) != len(index) or _folders(made) != _folders(index):
-        raise ValueError(f"{target} holds {len(made)} images and {index.path} {len(index)}, or their folders differ: delete "
-                         f"{split}-*.tar and .repack-{split} there and repack again")
+        raise ValueError(
+            f"{target} holds {len(made)} images and {index.path} {len(index)}, or their folders differ: delete "
+            f"{split}-*.tar and .repack-{split} there and repack again"
+        )
     print(made.summary())
 
 

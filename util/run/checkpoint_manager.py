@@ -1,4 +1,5 @@
 """When a run saves, which files it keeps, and that no second run writes between them."""
+
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from util.weights.checkpoint import LAST, save_atomic
 OWNER = ".owner.json"
 
 
-class Keeper:
+class CheckpointManager:
     """Saves a run's state in `output_dir`. Only rank 0 may call its methods.
 
     `checkpoint-last.pth` is written every `save_minutes` (at the next log point), every `save_steps` updates, and at
@@ -24,12 +25,28 @@ class Keeper:
     the one with the higher SLURM_RESTART_COUNT owns the folder, whichever comes last.
     """
 
-    def __init__(self, output_dir: str, save_every_epochs: int = 20, save_minutes: float = 30, save_steps: int = 0,
-                 keep: int = 0):
-        self.dir, self.every, self.minutes, self.steps = output_dir, save_every_epochs, save_minutes, save_steps
+    def __init__(
+        self,
+        output_dir: str,
+        save_every_epochs: int = 20,
+        save_minutes: float = 30,
+        save_steps: int = 0,
+        keep: int = 0,
+    ):
+        self.dir, self.every, self.minutes, self.steps = (
+            output_dir,
+            save_every_epochs,
+            save_minutes,
+            save_steps,
+        )
         self.keep, self.saved_at = keep, time.monotonic()
-        self.me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                   "job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+        self.me = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        }
 
     def claim(self) -> None:
         """Become the folder's owner and remove what killed runs have left half written."""
@@ -57,8 +74,10 @@ class Keeper:
         if owner["token"] == self.me["token"] or older or (only_newer_restart and not newer):
             return
         who = f"job {owner['job']}, restart {owner['restart']}" if owner["job"] else "a run"
-        raise ValueError(f"{self.dir} belongs to {who} that was started on {owner['host']} at {owner['since']}, after this "
-                         "one: this one stops without saving; give every run its own --output_dir")
+        raise ValueError(
+            f"{self.dir} belongs to {who} that was started on {owner['host']} at {owner['since']}, after this "
+            "one: this one stops without saving; give every run its own --output_dir"
+        )
 
     def time_due(self) -> bool:
         """Whether the time since the last save asks for one; on rank 0, whose clock decides."""

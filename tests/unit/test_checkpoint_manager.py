@@ -1,4 +1,5 @@
 """Who may write into a run's folder, and that a stop at an epoch's end loses nothing."""
+
 import json
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from processes import assert_same, last, log_lines, start
 from util import dist
-from util.run.keeper import OWNER, Keeper
+from util.run.checkpoint_manager import OWNER, CheckpointManager
 
 
 def keeper(folder, monkeypatch, job=None, restart=None):
@@ -14,7 +15,7 @@ def keeper(folder, monkeypatch, job=None, restart=None):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, str(value))
-    return Keeper(str(folder))
+    return CheckpointManager(str(folder))
 
 
 def value(folder) -> int:
@@ -88,8 +89,14 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
-NODELISTS = {"node1": "node1", "node[1-4,7],gpu2": "node1", "gpu-a[003-010]": "gpu-a003", "a1,b2": "a1",
-             "r[1-2]n[03,05]": "r1n03", "n[5]": "n5"}
+NODELISTS = {
+    "node1": "node1",
+    "node[1-4,7],gpu2": "node1",
+    "gpu-a[003-010]": "gpu-a003",
+    "a1,b2": "a1",
+    "r[1-2]n[03,05]": "r1n03",
+    "n[5]": "n5",
+}
 
 
 @pytest.mark.parametrize("nodelist", NODELISTS)
@@ -98,14 +105,22 @@ def test_first_host(nodelist):
 
 
 def test_ranks_of_an_srun_step():
-    step = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
-            "SLURM_STEP_NODELIST": "n[1-2]"}
+    step = {
+        "SLURM_JOB_ID": "5",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+    }
     found = dist.slurm_ranks(step)
     port = found.pop("MASTER_PORT")
     assert found == {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}
     assert 10000 <= int(port) < 30000
-    ports = {port} | {dist.slurm_ranks(step | other)["MASTER_PORT"] for other in (
-        {"SLURM_JOB_ID": "6"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})}
+    ports = {port} | {
+        dist.slurm_ranks(step | other)["MASTER_PORT"]
+        for other in ({"SLURM_JOB_ID": "6"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})
+    }
     assert len(ports) == 4, "each job, step and restart meets at its own port"
     assert dist.slurm_ranks(step | {"RANK": "0"}) == {}, "torchrun within srun has the last word"
     batch = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}

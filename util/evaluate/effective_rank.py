@@ -1,10 +1,12 @@
 """How many directions features use: the measure that shows a collapse."""
+
 import torch
 from torch import Tensor, nn
 
 from util import dist
 
 RANK_IMAGES = 512  # are enough to see a collapse
+
 
 def effective_rank(features: Tensor) -> float:
     """Features (n, d) -> exp of the entropy of their normalised singular values, in [1, min(n, d)] (RankMe, Garrido et
@@ -27,6 +29,8 @@ def log_ranks(backbone: nn.Module, batches, log, epoch: int) -> dict[str, float]
         rows.append(torch.stack([tokens[:, 0], tokens[:, backbone.num_prefix :].mean(1)]).float())
     cls, mean = torch.cat(rows, dim=1)
     ranks = {"effective_rank_cls": effective_rank(cls), "effective_rank_avg": effective_rank(mean)}
-    dist.say("* " + "  ".join(f"{k} {v:.1f}" for k, v in ranks.items()) + f" of {min(cls.shape)} at most")
+    dist.print_rank0(
+        "* " + "  ".join(f"{k} {v:.1f}" for k, v in ranks.items()) + f" of {min(cls.shape)} at most"
+    )
     log.scalars({f"perf/{k}": v for k, v in ranks.items()}, epoch)
     return ranks
