@@ -88,9 +88,30 @@ COUNT, SHARE = number(1), number(0, 1, float)
 BELOW_ONE = number(0, 0.999, float)
 
 
+def with_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser with --help: the given one if it has it already, else a `Parser` with the same flags.
+
+    Mains make their parsers with add_help=False, because the launchers use them as parents of another parser.
+    """
+    if parser.add_help:
+        return parser
+    return Parser(parents=[parser], description=parser.description)
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse with a main's parser (made with add_help=False, so that submitit can use it as a parent) and --help."""
-    return Parser(parents=[parser], description=parser.description).parse_args(argv)
+    """Parse a command line, sys.argv by default, with the parser of a main. It has --help in any case."""
+    return with_help(parser).parse_args(argv)
+
+
+def answer_at_once(name: str, parser: argparse.ArgumentParser) -> None:
+    """Parse the command line before the heavy imports of a script, if the script is run and not imported.
+
+    A script calls it as ``answer_at_once(__name__, get_args_parser())`` between its parser and the imports that take
+    seconds. --help, an unknown flag and a wrong value then answer at once. The result is thrown away: the
+    script parses again when it runs its main.
+    """
+    if name == "__main__":
+        parse(parser)
 
 
 def accept_odd_names() -> None:
