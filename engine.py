@@ -1,12 +1,13 @@
-"""The one training loop. A main supplies ``loss_fn(model, batch) -> (loss, {name: scalar tensor})``.
+"""The training loop.
 
-Randomness: data order is a function of (seed, epoch), a sample's augmentation and mask of (seed, epoch, index), all
-other draws of (seed, step, rank). No generator state is stored, and a run may stop and go on at any step.
+A main supplies an `Objective`; `fit` runs its updates. Data order is a function of (seed, epoch). A sample's
+augmentation and mask are functions of (seed, epoch, index). All other draws are functions of (seed, step,
+rank). No generator state is stored, so a run can stop and continue at any step.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,43 +15,43 @@ from torch import Tensor, nn
 
 from util import dist
 from util.cluster import slurm
-from util.data.loading.loader import device_batches
-from util.data.pixels import Pixels
+from util.data.loading.loader import Loader, device_batches
 from util.dist import fsdp
 from util.run import plan
-from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, peak_flops
 from util.run.guards import BadImages, NonFiniteLoss, write_replay
-from util.run.log import Log, peak_memory_mb
-from util.train.amp import AMP, autocast
+from util.run.log import peak_memory_mb
+from util.run.session import Session
+from util.train.amp import AMP
 from util.train.lr_sched import set_lr
+from util.train.objective import Objective
+from util.train.setup import Budget, Setup
 from util.train.state import TrainState, apply_gradients, seed_step
+
+__all__ = ["Budget", "Objective", "Session", "Setup", "fit"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the steps of a run share and do not change."""
+    """What the updates of a run share and do not change.
 
+    `model` is the model as the main made it. `wrapped` is the same model behind DistributedDataParallel and
+    torch.compile; the loss calls that one.
+    """
+
+    model: nn.Module
     wrapped: nn.Module
-    sharded: bool
-    loss_fn: Callable
-    loader: Iterable
-    lr_at: Callable[[float], float]
-    device: torch.device
-    mean: tuple
-    std: tuple
-    log: Log
-    keeper: CheckpointManager | None
+    objective: Objective
+    loader: Loader
+    setup: Setup
+    budget: Budget
+    session: Session
     stop: dist.StopSignal
     bad_images: BadImages
-    args: dict
-    seed: int
-    accum_iter: int
-    clip_grad: float | None
-    amp: str
-    after_step: Callable[[int], None] | None
-    before_update: Callable[[float], None] | None
-    before_step: Callable[[], None] | None
+
+    @property
+    def sharded(self) -> bool:
+        return fsdp.is_sharded(self.model)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -58,9 +59,21 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        # Whole ones: batches that do not fill an update are dropped, as are images that do not fill a batch. So the number
-        # depends on the effective batch alone, however ranks and micro-batches share it.
-        return self.batches_per_epoch // self.accum_iter
+        # Batches that do not fill an update are dropped, as are images that do not fill a batch.
+        # So the number depends on the effective batch alone, not on how ranks and micro-batches share it.
+        return self.batches_per_epoch // self.budget.accum_iter
+
+    @property
+    def images_per_update(self) -> int:
+        return self.loader.batch_size * self.budget.accum_iter * dist.world_size()
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[dict]:
+        """Yield the epoch's batches on the device, without the first `skip`."""
+        if self.loader.dataset.exact_resume:
+            self.loader.sampler.set_position(epoch, skip)
+        else:
+            self.loader.dataset.set_epoch(epoch)
+        return device_batches(self.loader, self.setup.device, self.setup.pixels)
 
     def save(
         self,
@@ -70,28 +83,42 @@ class Run:
         best: bool = False,
         must: bool = False,
     ) -> None:
-        """Rank 0 saves; a full disk stops the run only where the state would be lost (`must`)."""
-        if self.keeper is None or not (dist.is_main() or self.sharded):
+        """Save on rank 0. A full disk stops the run only if the state would be lost (`must`)."""
+        checkpoints = self.session.checkpoints
+        if checkpoints is None or not (dist.is_main() or self.sharded):
             return
-        saved = state.to_dict(epoch, self.updates_per_epoch, self.args)
-        if classes := getattr(getattr(self.loader.dataset, "index", None), "classes", None):
-            saved["classes"] = classes  # what the outputs mean
+        saved = state.to_dict(epoch, self.updates_per_epoch, self.session.flags)
+        classes = getattr(getattr(self.loader.dataset, "index", None), "classes", None)
+        if classes:
+            saved["classes"] = classes  # the meaning of the model's outputs
         if not dist.is_main():
             return
         try:
-            self.keeper.save(saved, numbered, best)
-        except OSError as e:
+            checkpoints.save(saved, numbered, best)
+        except OSError as error:
             if must:
                 raise
-            print(f"warning: {e}; training goes on and the next save tries again", flush=True)
+            print(f"warning: {error}; training continues and the next save tries again", flush=True)
 
     def time_to_save(self) -> bool:
-        """Whether the clock asks for a save: rank 0's, on which the others wait only where they must take part."""
-        due = self.keeper is not None and self.keeper.time_due()
-        return dist.from_main(due) if self.sharded else due
+        """Whether the clock asks for a save.
+
+        Rank 0's clock decides. The other ranks wait for its answer only if the model is sharded: a save then
+        needs all of them.
+        """
+        checkpoints = self.session.checkpoints
+        due = checkpoints is not None and checkpoints.time_due()
+        if self.sharded:
+            return dist.from_main(due)
+        return due
+
+    def step_to_save(self, step: int) -> bool:
+        """Whether update number `step` asks for a save; the same on every rank."""
+        checkpoints = self.session.checkpoints
+        return checkpoints is not None and checkpoints.step_due(step)
 
     def leave(self, state: TrainState, epoch: int) -> None:
-        """Save, have SLURM start the job again where it would not, and let no rank exit before that is done."""
+        """Save and ask SLURM to requeue the job if it would not do so itself; no rank exits before that."""
         received = [name for name in dist.gather_objects(self.stop.received) if name]
         self.save(state, epoch, must=True)
         dist.print_rank0(f"stopped by {received[0]} after step {state.step}: state saved")
@@ -100,266 +127,276 @@ class Run:
         dist.barrier()
 
 
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    setup: Setup,
+    budget: Budget,
+    session: Session,
+) -> bool:
+    """Train `model` for `budget.epochs`, from the start or from the checkpoint `session.start`.
+
+    In a dry run a few updates are measured, the plan of the whole run is printed, and nothing is written.
+    Returns True when all epochs are done. Returns False when a signal asked to stop, after saving the state.
+    Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises ValueError for settings that
+    cannot work.
+    """
+    wrapped = _wrap(model, setup, budget)
+    stop = dist.StopSignal(slurm.requeue_at_the_limit)
+    bad_images = BadImages(loader.dataset, session.log.output_dir, budget.max_bad_images)
+    run = Run(model, wrapped, objective, loader, setup, budget, session, stop, bad_images)
+    if budget.accum_iter > run.batches_per_epoch:
+        raise ValueError(
+            f"`accum_iter` {budget.accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
+            "lower it or `batch_size`"
+        )
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp == "fp16")
+    state = TrainState(model, optimizer, scaler, extras=objective.state())
+    start = _load_start(run, state)
+    if session.dry_run:
+        dist.print_rank0(_plan(run, state, start))
+        return True
+    # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
+    first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
+    session.log.truncate(first_epoch)
+    if first_epoch >= budget.epochs:
+        dist.print_rank0(
+            f"all {budget.epochs} epochs are done already: nothing to do (raise the number of epochs, or "
+            f"choose "
+            "another output folder)"
+        )
+        return True
+    session.log.peak_flops = peak_flops(
+        model, setup.device, AMP[setup.amp] or torch.float32, budget.compile_mode
+    )
+    if session.checkpoints is not None and dist.is_main():
+        session.checkpoints.claim()
+        plan.write_record(session.checkpoints.dir, session.flags, _resolved(run, state, start))
+    with run.stop, slurm.lost_peers(run.stop):
+        return all(train_one_epoch(run, state, epoch) for epoch in range(first_epoch, budget.epochs))
+
+
+def _wrap(model: nn.Module, setup: Setup, budget: Budget) -> nn.Module:
+    """Put DistributedDataParallel and torch.compile around a model as far as the run needs them."""
+    wrapped = model
+    # A sharded model averages its gradients itself.
+    if dist.world_size() > 1 and not fsdp.is_sharded(model):
+        wrapped = dist.data_parallel(model, setup.device)
+    if budget.compile_mode:
+        wrapped = torch.compile(wrapped, mode=budget.compile_mode)
+    return wrapped
+
+
+def _load_start(run: Run, state: TrainState) -> str:
+    """Load the checkpoint that the run continues, if there is one; return a phrase about the start."""
+    if run.session.start is None:
+        return "step 0: there is no checkpoint to continue"
+    path, saved = run.session.start
+    state.load_dict(saved, path, run.updates_per_epoch, run.loader.dataset.exact_resume)
+    # The loaded tensors are as large as the state itself, and the caller keeps its reference to the end.
+    saved.clear()
+    return f"continues {path} at step {state.step}"
+
+
+def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
+    """Train from the state's step to the end of `epoch`, evaluate, log and save.
+
+    Returns False, after saving the state, if a signal asked to stop.
+    """
+    log = run.session.log
+    updates = run.updates_per_epoch
+    log.start_epoch(
+        epoch,
+        run.budget.epochs,
+        state.step - epoch * updates,
+        updates,
+        run.images_per_update,
+        state.meters,
+    )
+    try:
+        finished = run_updates(run, state, epoch)
+    except NonFiniteLoss as error:
+        write_replay(
+            log.output_dir, error, run.loader.sampler, epoch, updates, run.budget.accum_iter, run.budget.seed
+        )
+        raise
+    # Ask again before the evaluation, which may take longer than a scheduler waits.
+    if not finished or run.stop.agreed(now=True):
+        run.leave(state, epoch - 1)
+        return False
+    log.end_epoch(evaluate_epoch(run, state, epoch))
+    state.meters = {}
+    save_epoch(run, state, epoch)
+    return True
+
+
+def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
+    """Train from the state's step to the end of `epoch`; return False if all ranks agreed to stop before."""
+    updates = run.updates_per_epoch
+    first = state.step - epoch * updates
+    if first == updates:  # the run stopped just before the evaluation of this epoch
+        return True
+    stream = run.batches(epoch, first * run.budget.accum_iter)
+    run.wrapped.train()
+    for update in range(first, updates):
+        done = epoch + update / updates
+        lr = run.budget.lr_at(done)
+        set_lr(state.optimizer, lr)
+        run.objective.before_update(done)
+        try:
+            metrics, waited = train_one_update(run, state, stream, _counter(run))
+        except StopIteration:
+            # The stream ended before its announced length.
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step = (epoch + 1) * updates
+            run.session.log.flush()
+            break
+        run.session.log.step(state.step - 1, metrics, lr, waited)
+        stopping = run.stop.agreed()
+        _log_and_save(run, state, epoch, stopping)
+        if stopping:
+            return update + 1 == updates
+    return True
+
+
+def _counter(run: Run) -> FlopCounter | None:
+    """Return a counter for the one update whose operations are counted, the first of the run."""
+    if run.session.log.wants_flops:
+        return FlopCounter()
+    return None
+
+
+def _log_and_save(run: Run, state: TrainState, epoch: int, stopping: bool) -> None:
+    """At a log point, or before a save or a stop, read the metrics, check them, and save if that is due."""
+    log = run.session.log
+    save_now = run.step_to_save(state.step)
+    if not (log.due or save_now or stopping):
+        return
+    log.flush()  # raises before anything non-finite can be saved
+    run.bad_images.check()
+    state.meters = log.meters
+    # The end of the epoch saves by itself. Clocks differ between ranks, so only rank 0's counts here.
+    last = state.step == (epoch + 1) * run.updates_per_epoch
+    if not last and (save_now or run.time_to_save()):
+        run.save(state, epoch - 1)
+
+
 def train_one_update(
     run: Run, state: TrainState, stream: Iterator[dict], counter: FlopCounter | None = None
-) -> tuple[dict, float]:
-    """One optimizer step over `accum_iter` micro-batches: mean metrics, and seconds spent waiting for data."""
+) -> tuple[dict[str, Tensor], float]:
+    """Run one optimizer step over `accum_iter` micro-batches.
+
+    Returns the mean metrics, scalars on the device, and the seconds spent waiting for data. Raises
+    StopIteration at the end of the stream.
+    """
+    accum_iter = run.budget.accum_iter
     sums: dict[str, Tensor] = {}
     waited = 0.0
-    for micro in range(run.accum_iter):
+    for micro in range(accum_iter):
         before = time.monotonic()
         batch = next(stream)
         waited += time.monotonic() - before
         run.bad_images.add(batch.get("bad", ()))
-        seed_step(run.seed, state.step * run.accum_iter + micro)
-        # Gradients cross the network once per update, with the last micro-batch.
-        local = micro < run.accum_iter - 1
-        if run.sharded:
-            state.model.set_requires_gradient_sync(not local)
-        # Only here: what prepares data may start processes, which would count for ever.
-        counted = counter or contextlib.nullcontext()
-        with (
-            counted,
-            run.wrapped.no_sync() if local and hasattr(run.wrapped, "no_sync") else contextlib.nullcontext(),
-        ):
-            with autocast(run.device, run.amp):
-                loss, terms = run.loss_fn(run.wrapped, batch)
-            state.scaler.scale(loss / run.accum_iter).backward()
+        seed_step(run.budget.seed, state.step * accum_iter + micro)
+        # The counter is active only here: data loading may start processes, which would inherit it.
+        with counter or contextlib.nullcontext(), _gradient_sync(run, last=micro + 1 == accum_iter):
+            with run.setup.autocast():
+                loss, terms = run.objective.loss(run.wrapped, batch)
+            state.scaler.scale(loss / accum_iter).backward()
         for name, value in ({"loss": loss} | terms).items():
-            value = value.detach() / run.accum_iter
-            sums[name] = sums[name] + value if name in sums else value
-    sums["grad_norm"] = apply_gradients(state, run.clip_grad, run.before_step)
-    if run.after_step is not None:
-        run.after_step(state.step)
+            share = value.detach() / accum_iter
+            if name in sums:
+                share = sums[name] + share
+            sums[name] = share
+    sums["grad_norm"] = apply_gradients(state, run.budget.clip_grad, run.objective.before_step)
+    run.objective.after_step(state.step)
     state.step += 1
+    if counter is not None:
+        run.session.log.image_flops = counter.total / (accum_iter * run.loader.batch_size)
     return sums, waited
 
 
-def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
-    """Train from the state's step to the end of `epoch`; returns False if a stop was asked and agreed on before."""
-    updates, first = run.updates_per_epoch, state.step - epoch * run.updates_per_epoch
-    if first == updates:  # stopped just before its evaluation
-        return True
-    if run.loader.dataset.exact_resume:
-        run.loader.sampler.set_position(epoch, first * run.accum_iter)
-    else:
-        run.loader.dataset.set_epoch(epoch)
-    run.wrapped.train()
-    stream = device_batches(run.loader, run.device, Pixels(run.mean, run.std))
-    for u in range(first, updates):
-        done = epoch + u / updates
-        lr = run.lr_at(done)
-        set_lr(state.optimizer, lr)
-        if run.before_update is not None:
-            run.before_update(done)
-        counter = FlopCounter() if run.log.wants_flops else None
-        try:
-            metrics, waited = train_one_update(run, state, stream, counter)
-        except StopIteration:  # a stream shorter than it said
-            state.optimizer.zero_grad(set_to_none=True)
-            state.step = (epoch + 1) * updates
-            run.log.flush()
-            break
-        if counter is not None:
-            run.log.image_flops = counter.total / (run.accum_iter * run.loader.batch_size)
-        run.log.step(state.step - 1, metrics, lr, waited)
-        stopping = run.stop.agreed()
-        save_now = run.keeper is not None and run.keeper.step_due(state.step)
-        if run.log.due or save_now or stopping:
-            run.log.flush()  # raises before anything non-finite can be saved
-            run.bad_images.check()
-            state.meters = run.log.meters
-            # The epoch's end saves by itself; clocks differ between ranks, and only rank 0 saves here.
-            if u + 1 < updates and (save_now or run.time_to_save()):
-                run.save(state, epoch - 1)
-        if stopping:
-            return u + 1 == updates
-    return True
+def _gradient_sync(run: Run, last: bool) -> contextlib.AbstractContextManager:
+    """Return the context of a micro-batch: gradients cross the network once per update, with the last one."""
+    if run.sharded:
+        run.model.set_requires_gradient_sync(last)
+    elif not last and hasattr(run.wrapped, "no_sync"):
+        return run.wrapped.no_sync()
+    return contextlib.nullcontext()
 
 
-def fit(
-    model: nn.Module,
-    loss_fn: Callable,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable,
-    *,
-    epochs: int,
-    lr_at: Callable[[float], float],
-    device: torch.device,
-    mean: tuple,
-    std: tuple,
-    log: Log,
-    keeper: CheckpointManager | None = None,
-    args: dict | None = None,
-    resume: tuple[str, dict] | None = None,
-    seed: int = 0,
-    accum_iter: int = 1,
-    clip_grad: float | None = None,
-    amp: str = "fp32",
-    compile_mode: str | None = None,
-    max_bad_images: float = 0.01,
-    after_step: Callable[[int], None] | None = None,
-    after_epoch: Callable[[int, TrainState], dict[str, float]] | None = None,
-    before_update: Callable[[float], None] | None = None,
-    before_step: Callable[[], None] | None = None,
-    extras: dict[str, nn.Module] | None = None,
-    dry_run: bool = False,
-) -> bool:
-    """Train `model` for `epochs`, from the start or from a checkpoint, `resume` = (path, loaded dictionary).
-
-    `lr_at(epochs done, fractional) -> learning rate`. `before_update(epochs done)` runs before each update, which is where
-    other schedules are set; `before_step()` when its gradients are complete and clipped; `after_step(step)` after it.
-    `after_epoch(epoch, state)` returns figures for the epoch's log line. `extras` are saved and resumed by name beside
-    the model. `compile_mode` is a mode of torch.compile, None for a model that is not compiled. With `dry_run` a few
-    steps are measured, the plan of the whole run is printed, and nothing is written.
-    Returns True when all epochs are done, False when a signal asked to stop (the state is then saved). Raises
-    NonFiniteLoss on all ranks together and leaves a replay file; ValueError for settings that cannot work.
-    """
-    sharded = fsdp.is_sharded(model)
-    wrapped = dist.data_parallel(model, device) if dist.world_size() > 1 and not sharded else model
-    run = Run(
-        torch.compile(wrapped, mode=compile_mode) if compile_mode else wrapped,
-        sharded,
-        loss_fn,
-        loader,
-        lr_at,
-        device,
-        mean,
-        std,
-        log,
-        keeper,
-        dist.StopSignal(slurm.requeue_at_the_limit),
-        BadImages(loader.dataset, log.output_dir, max_bad_images),
-        args or {},
-        seed,
-        accum_iter,
-        clip_grad,
-        amp,
-        after_step,
-        before_update,
-        before_step,
-    )
-    updates = run.updates_per_epoch
-    if accum_iter > run.batches_per_epoch:
-        raise ValueError(
-            f"--accum_iter {accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
-            "lower it or --batch_size"
-        )
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    state = TrainState(model, optimizer, scaler, extras=extras or {})
-    if resume is not None:
-        state.load_dict(resume[1], resume[0], updates, loader.dataset.exact_resume)
-        resume[1].clear()  # as large as the state itself, and the caller holds it to the end
-    started = (
-        f"continues {resume[0]} at step {state.step}"
-        if resume
-        else "step 0: there is no checkpoint to continue"
-    )
-    if dry_run:
-        dist.print_rank0(_plan(run, state, epochs, started))
-        return True
-    # Sums of an epoch whose steps are all done: only its evaluation is missing.
-    first_epoch = (state.step - bool(state.meters)) // updates
-    log.truncate(first_epoch)
-    images_per_update = loader.batch_size * accum_iter * dist.world_size()
-    if first_epoch >= epochs:
-        dist.print_rank0(
-            f"all {epochs} epochs are done already: nothing to do (raise --epochs, or choose another --output_dir)"
-        )
-    else:
-        log.peak_flops = peak_flops(model, device, AMP[amp] or torch.float32, compile_mode)
-    if first_epoch < epochs and keeper is not None and dist.is_main():
-        keeper.claim()
-        plan.write_record(keeper.dir, run.args, _resolved(run, state, started))
-    with run.stop, slurm.lost_peers(run.stop):
-        for epoch in range(first_epoch, epochs):
-            log.start_epoch(
-                epoch, epochs, state.step - epoch * updates, updates, images_per_update, state.meters
-            )
-            try:
-                finished = train_one_epoch(run, state, epoch)
-            except NonFiniteLoss as e:
-                write_replay(log.output_dir, e, loader.sampler, epoch, updates, accum_iter, seed)
-                raise
-            if not finished or run.stop.agreed(now=True):  # evaluation may take longer than a scheduler waits
-                run.leave(state, epoch - 1)
-                return False
-            log.end_epoch(_finish_epoch(run, state, epoch, after_epoch))
-            state.meters = {}
-            last, best = epoch + 1 == epochs, state.best_epoch == epoch
-            due = keeper is not None and (
-                keeper.keeps(epoch) or keeper.step_due(state.step) or run.time_to_save()
-            )
-            if keeper is not None and (last or best or due):
-                run.save(state, epoch, epoch if last or keeper.keeps(epoch) else None, best, must=last)
-    return True
-
-
-def _resolved(run: Run, state: TrainState, started: str) -> dict:
-    """What became of the flags on this machine, for run.json."""
-    return {
-        "device": str(run.device),
-        "amp": run.amp,
-        "ranks": dist.world_size(),
-        "sharded": run.sharded,
-        "start": started,
-        "effective_batch": run.loader.batch_size * run.accum_iter * dist.world_size(),
-        "updates_per_epoch": run.updates_per_epoch,
-        "lr": state.optimizer.defaults["lr"],
-        "mean": list(run.mean),
-        "std": list(run.std),
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "images": len(run.loader.dataset),
-        "matmul_gflops": run.log.peak_flops and run.log.peak_flops / 1e9,
-    }
-
-
-def _plan(run: Run, state: TrainState, epochs: int, started: str) -> str:
-    """Measure a few updates, which change weights in memory only, and describe the whole run."""
-    step, updates, kept = state.step, run.updates_per_epoch, 0
-
-    def batches(epoch: int) -> Iterator[dict]:
-        if run.loader.dataset.exact_resume:
-            run.loader.sampler.set_position(epoch)
-        return device_batches(run.loader, run.device, Pixels(run.mean, run.std))
-
-    run.wrapped.train()
-    if run.before_update is not None:
-        run.before_update(step / updates)
-    measured = plan.measure(
-        lambda stream, counter: train_one_update(run, state, stream, counter)[1],
-        batches,
-        run.device,
-        AMP[run.amp] or torch.float32,
-        peak_memory_mb,
-    )
-    if run.keeper is not None:
-        kept = len({e for e in range(epochs) if run.keeper.keeps(e)} | {epochs - 1})
-        kept = min(kept, run.keeper.keep) if run.keeper.keep else kept
-    saved = state.to_dict(0, updates, {})
-    return plan.describe(
-        measured,
-        model=state.model,
-        device=run.device,
-        amp=run.amp,
-        updates=updates,
-        epochs=epochs,
-        step=step,
-        start=started,
-        images_per_update=run.loader.batch_size * run.accum_iter * dist.world_size(),
-        saved_mb=plan.size_mb(saved),
-        kept=kept,
-        folder=run.keeper.dir if run.keeper is not None else None,
-    )
-
-
-def _finish_epoch(run: Run, state: TrainState, epoch: int, after_epoch: Callable | None) -> dict[str, float]:
-    """The figures of the epoch's end; if they fail, what the epoch has learned is saved first."""
+def evaluate_epoch(run: Run, state: TrainState, epoch: int) -> dict[str, float]:
+    """Return the figures of the epoch's end. If they fail, save first what the epoch has learned."""
+    # Ranks have their own batch statistics. What is evaluated on many ranks must be what is saved.
     for module in (state.model, *state.extras.values()):
-        dist.share_buffers(module)  # what is evaluated on many ranks is what is saved
+        dist.share_buffers(module)
     try:
-        return after_epoch(epoch, state) if after_epoch else {}
+        return run.objective.after_epoch(epoch, state)
     except Exception:
+        # Saving a sharded model needs all ranks, and the others may not have failed.
         if not run.sharded:
             run.save(state, epoch - 1)
         raise
+
+
+def save_epoch(run: Run, state: TrainState, epoch: int) -> None:
+    """Save at the end of an epoch if it is the last one, the best one, or due."""
+    checkpoints = run.session.checkpoints
+    if checkpoints is None:
+        return
+    last = epoch + 1 == run.budget.epochs
+    best = state.best_epoch == epoch
+    keeps = checkpoints.keeps(epoch)
+    due = keeps or run.step_to_save(state.step) or run.time_to_save()
+    if last or best or due:
+        numbered = None
+        if last or keeps:
+            numbered = epoch
+        run.save(state, epoch, numbered, best, must=last)
+
+
+def _resolved(run: Run, state: TrainState, start: str) -> dict:
+    """Describe for run.json what became of the flags on this machine."""
+    log = run.session.log
+    return {
+        "device": str(run.setup.device),
+        "amp": run.setup.amp,
+        "ranks": dist.world_size(),
+        "sharded": run.sharded,
+        "start": start,
+        "effective_batch": run.images_per_update,
+        "updates_per_epoch": run.updates_per_epoch,
+        "lr": state.optimizer.defaults["lr"],
+        "mean": list(run.setup.pixels.mean),
+        "std": list(run.setup.pixels.std),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "images": len(run.loader.dataset),
+        "matmul_gflops": log.peak_flops and log.peak_flops / 1e9,
+    }
+
+
+def _plan(run: Run, state: TrainState, start: str) -> str:
+    """Measure a few updates, which change weights in memory only, and describe the whole run."""
+    step = state.step
+    updates = run.updates_per_epoch
+    run.wrapped.train()
+    run.objective.before_update(step / updates)
+    measured = plan.measure(
+        lambda stream, counter: train_one_update(run, state, stream, counter)[1],
+        run.batches,
+        run.setup.device,
+        AMP[run.setup.amp] or torch.float32,
+        peak_memory_mb,
+    )
+    planned = plan.PlannedRun(
+        epochs=run.budget.epochs,
+        updates=updates,
+        step=step,
+        images_per_update=run.images_per_update,
+        start=start,
+        saved_mb=plan.size_mb(state.to_dict(0, updates, {})),
+        checkpoints=run.session.checkpoints,
+    )
+    return plan.describe(measured, planned, state.model, run.setup.device, run.setup.amp)

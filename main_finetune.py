@@ -1,17 +1,21 @@
 """Train classifiers: fine-tune a pretrained encoder, train from scratch, or evaluate.
 
-    python main_finetune.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR     # fine-tune
-    python main_finetune.py --model swin_tiny --pos_label rpl --data_path DIR                               # from scratch
-    python main_finetune.py --eval --resume FT/checkpoint-best.pth --model vit_base_patch16 --data_path DIR # evaluate
+    python main_finetune.py --model vit_base_patch16 --data_path DIR --finetune RUN/checkpoint-last.pth
+    python main_finetune.py --model vit_base_patch16 --data_path DIR --eval --resume FT/checkpoint-best.pth
+    python main_finetune.py --model swin_tiny --data_path DIR --pos_label rpl              # from scratch
 
-Positional embedding and positional labels are independent: L = L_class + pos_weight * L_position (Zhang et al. 2023,
-Eq. 6). Labels stay the cells of the grid after augmentation; mixup and cutmix mix class targets only.
+Positional embedding and positional labels are independent: L = L_class + pos_weight * L_position (Zhang et
+al. 2023, Eq. 6). Labels stay the cells of the grid after augmentation. Mixup and CutMix mix class targets
+only.
 
-Exit codes: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
+Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
+wrong input.
 """
 
+import argparse
 import os
 import sys
+from dataclasses import dataclass
 
 from util.flags.groups import (
     add_augment_flags,
@@ -28,451 +32,526 @@ from util.flags.groups import (
     pair,
     resolve_head,
 )
-from util.flags.parser import BELOW_ONE, SHARE, Parser, number, parse, run
+from util.flags.parser import BELOW_ONE, SHARE, Parser, answer_at_once, number, parse, run
 
 
 def get_args_parser() -> Parser:
     p = Parser(
         description="Fine-tuning, training from scratch, and evaluation of classifiers", add_help=False
     )
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, so_vit_*, or timm/NAME"
-    )
-    g.add_argument(
-        "--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's"
-    )
-    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decides")
-    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
-    g.add_argument(
-        "--global_pool",
-        dest="pool",
-        action="store_const",
-        const="avg",
-        default=None,
-        help="classify the mean of the patch tokens (default, but for DeiT, So-ViT and under second order)",
-    )
-    g.add_argument(
-        "--cls_token", dest="pool", action="store_const", const="cls", help="classify the class token"
-    )
-    g.add_argument(
-        "--patch_embed",
-        default=None,
-        choices=["linear", "conv"],
-        help="of vit_*, deit_* (linear) and so_vit_* (conv); conv cannot start from a masked checkpoint",
-    )
-    g.add_argument(
-        "--swin_merge_last", action="store_true", help="keep Swin's last patch merging (7x7 cells at 224)"
-    )
-    g.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="run each block again in backward: less memory, a fifth to a third more time",
-    )
+    add_model_flags(p.add_argument_group("model"))
     add_position_flags(p, pos_embed="learned", pos_label="auto")
-    p.add_argument(
-        "--pos_embed_init",
-        default="zero",
-        choices=["zero", "sincos", "normal"],
-        help="start of the positional embedding that a checkpoint lacks",
-    )
-    add_head_flags(p, "on any model; linear, but for so_vit_*; with --resume, the checkpoint's")
+    start = "initial values of a positional embedding that the checkpoint lacks"
+    p.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"], help=start)
+    add_head_flags(p, "class head of any model; with --resume, the checkpoint's")
     add_data_flags(p)
     add_optim_flags(p, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5)
     add_run_flags(p)
-    g = p.add_argument_group("fine-tuning")
-    g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
-    g.add_argument(
-        "--layer_decay", default=0.75, type=SHARE, help="learning rate factor per layer, from the top down"
-    )
-    g.add_argument(
-        "--partial", default=None, type=int, metavar="K", help="train the last K blocks and the heads only"
-    )
-    g.add_argument(
-        "--ema", default=0.0, type=float, metavar="DECAY", help="evaluate a moving average of the weights"
-    )
-    g.add_argument(
-        "--distill",
-        default="",
-        metavar="MODEL",
-        help="teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint",
-    )
-    g.add_argument(
-        "--distill_checkpoint",
-        default="",
-        help="a checkpoint of main_finetune.py; timm's pretrained weights if not given",
-    )
+    add_finetuning_flags(p.add_argument_group("fine-tuning"))
     add_augment_flags(p)
     g = p.add_argument_group("evaluation")
     add_eval_flags(g)
-    g.add_argument(
-        "--classes",
-        default="",
-        metavar="PATH",
-        help="names of the model's outputs, for --eval on some of its classes: a list, or a folder with all of "
-        "them; not needed for ImageNet's, nor for files that store them",
+    classes = (
+        "names of the model's outputs, for --eval on some of its classes: a list, or a folder with all of "
+        "them; "
+        "not needed for ImageNet's classes, nor for files that store the names"
     )
-    g.add_argument(
-        "--crop_pct",
-        default=None,
-        type=number(0.05, kind=float),
-        help="centre crop's share of the resized image",
-    )
+    g.add_argument("--classes", default="", metavar="PATH", help=classes)
+    crop = "side of the centre crop, as a share of the resized image"
+    g.add_argument("--crop_pct", default=None, type=number(0.05, kind=float), help=crop)
     g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
     return p
 
 
-if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
-    ARGS = parse(get_args_parser())
+def add_model_flags(g) -> None:
+    g.add_argument(
+        "--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, so_vit_*, or timm/NAME"
+    )
+    patch = "patch size, if other than the model's"
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decide")
+    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
+    average = (
+        "classify the mean of the patch tokens (default, except for DeiT, So-ViT and second-order heads)"
+    )
+    g.add_argument(
+        "--global_pool", dest="pool", action="store_const", const="avg", default=None, help=average
+    )
+    g.add_argument(
+        "--cls_token", dest="pool", action="store_const", const="cls", help="classify the class token"
+    )
+    embed = (
+        "patch embedding of vit_* and deit_* (linear by default) and so_vit_* (conv); conv cannot start "
+        "from a "
+        "masked autoencoder"
+    )
+    g.add_argument("--patch_embed", default=None, choices=["linear", "conv"], help=embed)
+    merge = "keep Swin's last patch merging (7x7 cells at 224)"
+    g.add_argument("--swin_merge_last", action="store_true", help=merge)
+    recompute = "recompute each block in backward: less memory, a fifth to a third more time"
+    g.add_argument("--grad_checkpointing", action="store_true", help=recompute)
+
+
+def add_finetuning_flags(g) -> None:
+    g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
+    decay = "learning rate factor per layer, from the top down"
+    g.add_argument("--layer_decay", default=0.75, type=SHARE, help=decay)
+    partial = "train only the last K blocks and the heads"
+    g.add_argument("--partial", default=None, type=int, metavar="K", help=partial)
+    average = "evaluate a moving average of the weights"
+    g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help=average)
+    teacher = "teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint"
+    g.add_argument("--distill", default="", metavar="MODEL", help=teacher)
+    weights = "a checkpoint of main_finetune.py; timm's pretrained weights if not given"
+    g.add_argument("--distill_checkpoint", default="", help=weights)
+
+
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 import torch
+from torch import Tensor, nn
 
-import engine
 from backbones.registry import build_classifier, freeze_all_but, known_classes
 from backbones.teacher import build_teacher
+from engine import Objective, Session, Setup, fit
 from util import dist
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
+from util.data.pixels import Pixels
 from util.data.sources.image_index import ImageIndex, check_same_classes, class_names, some_names
 from util.data.transforms import eval_transform, finetune_transform
 from util.dist import fsdp
-from util.evaluate.supervised import evaluate, make_augment, make_criterion, make_loss_fn
-from util.run.checkpoint_manager import CheckpointManager
+from util.evaluate.supervised import evaluate
 from util.run.log import Log
-from util.train.amp import described, resolve_amp
-from util.train.lr_sched import effective_lr, warmup_cosine
+from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.train.amp import resolve_amp
+from util.train.lr_sched import effective_lr
 from util.train.optim import WeightAverage, adamw, param_groups
+from util.train.state import TrainState
+from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
 
-# What make_augment takes of the flags.
-BATCH_FLAGS = (
-    "batch_size",
-    "reprob",
-    "remode",
-    "recount",
-    "mixup",
-    "cutmix",
-    "cutmix_minmax",
-    "mixup_prob",
-    "mixup_switch_prob",
-    "mixup_mode",
-    "smoothing",
-)
+
+@dataclass
+class Start:
+    """Where a run starts: the checkpoint that it continues or evaluates, the encoder that it fine-tunes, or
+    neither.
+
+    `finetune` is the path of the encoder, also if a continued run no longer reads it. `new_parameters` are
+    those that the encoder's file lacks; they are trained even with --partial.
+    """
+
+    resume: tuple[str, dict] | None
+    finetune: str
+    pretrained: dict | None
+    new_parameters: list[str]
+
+    @property
+    def saved(self) -> dict | None:
+        if self.resume is None:
+            return None
+        return self.resume[1]
+
+    @property
+    def trained(self) -> dict | None:
+        """The checkpoint that says how its model was trained, or None."""
+        return self.saved or self.pretrained
 
 
-def check_flags(args) -> None:
-    """ValueError for flags that contradict each other, before anything is read."""
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
-    if args.eval and args.dry_run:
-        raise ValueError("--dry_run plans training, and --eval is none: leave one of them out")
-    if args.classes and not args.eval:
-        raise ValueError(
-            "--classes names the outputs of a model for --eval; in training the data's class folders do"
-        )
+@dataclass(frozen=True)
+class Choices:
+    """What flags may leave open, resolved: classes in the order of the outputs, labels, and head."""
+
+    classes: list[str]
+    labels: dict[str, str]
+    head: dict
+
+    @property
+    def positions(self) -> bool:
+        return self.labels["pos_label"] != "none"
+
+
+@dataclass
+class Finetuning(Objective):
+    """Supervised training of a classifier, which is evaluated after each epoch; the best epoch is noted."""
+
+    model: nn.Module
+    supervised: SupervisedLoss
+    setup: Setup
+    choices: Choices
+    val_loader: object
+    predictions: str = ""
+    average: WeightAverage | None = None
+    log: Log | None = None
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.supervised(model, batch)
+
+    def after_step(self, step: int) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
+        evaluated = self.model
+        if self.average is not None:
+            evaluated = self.average.module
+        with fsdp.gathered(evaluated) as whole:
+            stats = self.evaluate(whole)
+        if state.best is None or stats["acc1"] > state.best:
+            state.best = stats["acc1"]
+            state.best_epoch = epoch
+        dist.print_rank0(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")
+        # MAE's names in TensorBoard.
+        self.log.scalars({f"perf/test_{name}": stats[name] for name in ("acc1", "acc5", "loss")}, epoch)
+        figures = {f"test_{name}": value for name, value in stats.items() if name != "images"}
+        return figures | {"n_parameters": trained_parameters(self.model)}
+
+    def state(self) -> dict[str, nn.Module]:
+        if self.average is None:
+            return {}
+        return {"ema": self.average}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        classes = self.choices.classes
+        return evaluate(model, self.val_loader, classes, self.setup, self.choices.positions, self.predictions)
+
+
+def trained_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that contradict each other, before anything is read."""
+    compile_mode(args)
+    check_evaluation_flags(args)
     if args.distill and "distilled" not in args.model:
         raise ValueError(
-            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}"
+            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
+            f"{args.model}"
         )
     if args.swin_merge_last and not args.model.startswith("swin_"):
         raise ValueError(
             f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
         )
-    if args.predictions and not os.path.isdir(os.path.dirname(os.path.abspath(args.predictions))):
-        raise ValueError(f"--predictions {args.predictions}: there is no such folder")
-    if not args.eval and args.cache_data == "device" and (args.aa or args.color_jitter):
-        raise ValueError(
-            "--cache_data device cuts one crop of an image and flips it, and RandAugment and colour jitter do "
-            "more: give --cache_data memory, or --aa '' without --color_jitter"
-        )
     if args.ema and args.strategy == "fsdp":
         raise ValueError(
             "--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them"
         )
+    richer = args.aa or args.color_jitter
+    if not args.eval and args.cache_data == "device" and richer:
+        raise ValueError(
+            "--cache_data device cuts one crop of an image and flips it; RandAugment and colour jitter do "
+            "more: "
+            "give --cache_data memory, or --aa '' without --color_jitter"
+        )
 
 
-def build_data(args, size, mean, device):
-    """Training loader (None for --eval) and validation loader over the same classes."""
-    common = dict(in_chans=args.in_chans, seed=args.seed)
-    val = build_dataset(args.data_path, "val", eval_transform(size, args.crop_pct), evaluation=True, **common)
+def check_evaluation_flags(args: argparse.Namespace) -> None:
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs --resume FILE, the fine-tuned checkpoint to evaluate")
+    if args.eval and args.dry_run:
+        raise ValueError("--dry_run plans training, and --eval does not train: leave one of them out")
+    if args.classes and not args.eval:
+        raise ValueError(
+            "--classes names the outputs of a model for --eval; in training the data's class folders do"
+        )
+    folder = os.path.dirname(os.path.abspath(args.predictions))
+    if args.predictions and not os.path.isdir(folder):
+        raise ValueError(f"--predictions {args.predictions}: there is no such folder")
+
+
+def find_start(args: argparse.Namespace) -> Start:
+    """Return the run's own last checkpoint, --resume, or the encoder of --finetune."""
+    output_dir = args.output_dir
+    if args.eval:
+        output_dir = ""
+    resume = checkpoint.load_start(output_dir, args.resume)
+    before = {}
+    if resume is not None:
+        before = resume[1].get("args") or {}
+    # Layer decay, and which parameters are trained, depend on whether there was an encoder.
+    finetune = args.finetune or before.get("finetune", "")
+    new_parameters = before.get("new_parameters")
+    pretrained = None
+    # Older checkpoints do not store the new parameters; then the encoder's file tells.
+    needed = resume is None or (args.partial is not None and new_parameters is None)
+    if finetune and needed:
+        pretrained = checkpoint.load(finetune)
+        pretrained.pop("optimizer", None)  # twice the size of the weights, and not needed
+    if new_parameters is None:
+        new_parameters = sorted(transfer.new_parameters(pretrained))
+    return Start(resume, finetune, pretrained, new_parameters)
+
+
+def build_data(args: argparse.Namespace, setup: Setup):
+    """Return the training loader (None for --eval) and the validation loader, over the same classes."""
+    options = dict(in_chans=args.in_chans, seed=args.seed)
+    transform = eval_transform(setup.size, args.crop_pct)
+    val = build_dataset(args.data_path, "val", transform, evaluation=True, **options)
     if not hasattr(val, "index"):
         raise ValueError(
             f"--data_path {args.data_path}: timm's readers serve pretraining only; a classifier needs class "
-            "folders or tars"
+            f"folders "
+            "or tars"
         )
-    loading = dict(
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-    )
-    val_loader = cached(eval_loader(val, **loading), args.cache_data, device)
-    classes = val.index.classes
-    crop = args.crop_pct or (224 / 256 if min(size) <= 224 else 1.0)
-    dist.print_rank0(
-        f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {crop:.3f}, bicubic, classes in the order "
-        f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
-    )
+    pin_memory = args.pin_mem and setup.device.type == "cuda"
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
+    describe_evaluation(val, setup.size, args.crop_pct)
     if args.eval:
         return None, val_loader
-    augment = dict(
+    augment = finetune_transform(
+        setup.size,
+        in_chans=args.in_chans,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
         hflip=args.hflip,
         vflip=args.vflip,
         crop_scale=ascending(args.crop_scale, "--crop_scale"),
-        mean=mean,
+        mean=setup.pixels.mean,
     )
-    train = build_dataset(
-        args.data_path, "train", finetune_transform(size, in_chans=args.in_chans, **augment), **common
-    )
+    train = build_dataset(args.data_path, "train", augment, **options)
     check_same_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
-    return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device), val_loader
+    return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
 
 
-def resolve_labels(args, saved: dict | None) -> dict[str, str]:
-    """--pos_label auto: the checkpoint's own when fine-tuning or going on, none from scratch and for evaluation.
+def describe_evaluation(val, size: tuple[int, int], crop_pct: float | None) -> None:
+    """Print on which crops of which images the model is evaluated."""
+    share = crop_pct
+    if not share:
+        share = 1.0
+        if min(size) <= 224:
+            share = 224 / 256
+    classes = ", ".join(val.index.classes[:3])
+    if len(val.index.classes) > 3:
+        classes += ", ..."
+    dist.print_rank0(
+        f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {share:.3f}, bicubic, "
+        f"classes in the order {classes}"
+    )
 
-    --pos_tokens, if not given, are the checkpoint's as well: its label head has learned from these.
+
+def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices:
+    """Resolve what the flags leave open by the checkpoint at the start and the data."""
+    classes = resolve_classes(args, start, data)
+    labels = resolve_labels(args, start.trained)
+    path = ""
+    if start.resume is not None:
+        path = start.resume[0]
+    return Choices(classes, labels, resolve_head(vars(args), args.model, start.saved, path))
+
+
+def resolve_labels(args: argparse.Namespace, trained: dict | None) -> dict[str, str]:
+    """Return --pos_label and --pos_tokens.
+
+    --pos_label auto is the checkpoint's when fine-tuning or continuing, and none from scratch and for
+    evaluation. --pos_tokens, if not given, are the checkpoint's as well, because its label head has learned
+    from these.
     """
-    before = (saved or {}).get("args") or {}
-    label = "none" if args.eval else before.get("pos_label", "none")
-    return {
-        "pos_label": label if args.pos_label == "auto" else args.pos_label,
-        "pos_tokens": args.pos_tokens or before.get("pos_tokens") or "half",
-    }
+    before = (trained or {}).get("args") or {}
+    label = args.pos_label
+    if label == "auto":
+        label = "none"
+        if not args.eval:
+            label = before.get("pos_label", "none")
+    return {"pos_label": label, "pos_tokens": args.pos_tokens or before.get("pos_tokens") or "half"}
 
 
-def resolve_classes(args, saved: dict | None, start: str, data: ImageIndex) -> list[str]:
-    """The model's classes in the order of its outputs: the data's, or those of the checkpoint that is evaluated."""
+def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) -> list[str]:
+    """Return the classes in the order of the outputs: the data's, or those of the checkpoint to evaluate."""
     classes = data.classes
+    place = data.path
+    kind = "class folders"
     if args.eval:
-        classes = known_classes(saved, start, classes, class_names(args.classes) if args.classes else None)
-    elif (saved or {}).get("classes", classes) != classes:
+        given = None
+        if args.classes:
+            given = class_names(args.classes)
+        place = start.resume[0]
+        kind = "outputs"
+        classes = known_classes(start.saved, place, classes, given)
+    elif start.saved is not None and start.saved.get("classes", classes) != classes:
         raise ValueError(
-            f"{start} was trained on the classes {some_names(saved['classes'])}, the data have "
+            f"{start.resume[0]} was trained on the classes {some_names(start.saved['classes'])}, the data "
+            f"have "
             f"{some_names(classes)}: give the data that it was made with, or another --output_dir"
         )
     if args.nb_classes not in (None, len(classes)):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {start if args.eval else data.path} has {len(classes)} "
-            f"{'outputs' if args.eval else 'class folders'}: leave --nb_classes out, or check the path"
+            f"--nb_classes {args.nb_classes}, but {place} has {len(classes)} {kind}: leave --nb_classes out, "
+            "or check the path"
         )
     return classes
 
 
-def build_model(
-    args, size, num_classes: int, labels: dict, head: dict, saved: dict | None, pretrained: dict | None
-):
-    before = (saved or {}).get("args") or {}
-    options = head_options(args.model, head) | dict(
-        img_size=size,
-        in_chans=args.in_chans,
-        num_classes=num_classes,
-        drop_path=args.drop_path,
-        pos_embed=args.pos_embed,
-        rpl_pairs=args.rpl_pairs,
-        **labels,
-        # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
-        head_init_std=2e-5 if args.finetune else 0.02,
-    )
-    if (
-        pretrained is not None
-        and head["patch_embed"] == "conv"
-        and "patch_embed.stem.0.weight" not in pretrained["model"]
-    ):
+def check_convolutional_start(start: Start) -> None:
+    """Raise ValueError if an encoder without a convolutional patch embedding should start one that has it."""
+    if "patch_embed.stem.0.weight" not in start.pretrained["model"]:
         raise ValueError(
-            f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
-            "embedded one by one, most of them masked, and a token of this embedding sees 33x33 pixels, masked "
-            "ones among them. Leave --finetune out, or take --patch_embed linear"
+            f"--patch_embed conv cannot start from {start.finetune}: its encoder learned from patches that "
+            f"were "
+            "embedded one by one, most of them masked; a token of this embedding sees 33x33 pixels, masked "
+            "ones "
+            "among them. Leave --finetune out, or choose --patch_embed linear"
         )
-    if pool := args.pool or (before.get("pool") if args.eval else None):
+
+
+def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start: Start) -> nn.Module:
+    """Build the classifier; its weights are loaded by `load_weights`."""
+    options = head_options(args.model, choices.head)
+    if choices.head["patch_embed"] == "conv" and start.pretrained is not None:
+        check_convolutional_start(start)
+    pool = args.pool
+    if args.eval and not pool:
+        pool = (start.saved.get("args") or {}).get("pool")
+    if pool:
         options["pool"] = pool
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     if args.swin_merge_last:
         options["merge_last"] = True
-    return build_classifier(args.model, **options)
+    # MAE starts the head of a pretrained encoder near zero.
+    head_init_std = 0.02
+    if start.finetune:
+        head_init_std = 2e-5
+    return build_classifier(
+        args.model,
+        img_size=setup.size,
+        in_chans=args.in_chans,
+        num_classes=len(choices.classes),
+        drop_path=args.drop_path,
+        pos_embed=args.pos_embed,
+        rpl_pairs=args.rpl_pairs,
+        head_init_std=head_init_std,
+        **choices.labels,
+        **options,
+    ).to(setup.device)
 
 
-def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
-    """The encoder of --finetune, or none; one line says which."""
-    if pretrained is None:
+def load_weights(args: argparse.Namespace, model: nn.Module, start: Start, flags: dict) -> None:
+    """Load the encoder of --finetune, if a new run has one; print a line about the start."""
+    if start.resume is not None:
+        checkpoint.say_continuing(*start.resume, flags)
+    elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
-        return
-    dist.print_rank0(
-        f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
-        + transfer.init_encoder(model, pretrained, args.finetune, args.pos_embed_init)
+    else:
+        note = transfer.init_encoder(model, start.pretrained, start.finetune, args.pos_embed_init)
+        changed = checkpoint.other_than_trained(start.pretrained, flags)
+        dist.print_rank0(f"encoder from {start.finetune}{changed}; {note}")
+    start.pretrained = None  # its memory is needed
+    if args.partial is not None:
+        freeze_all_but(model, args.partial, keep=set(start.new_parameters))
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace, model: nn.Module, setup: Setup, choices: Choices, start: Start, val_loader
+) -> int:
+    """Evaluate --resume; nothing is trained."""
+    path, saved = start.resume
+    checkpoint.load_for_evaluation(model, saved, path)
+    text = f"evaluating {path} in {setup.precision}"
+    if "ema" in saved:
+        text += ", the moving average of its weights"
+    changed = checkpoint.other_than_trained(saved, stored_flags(args, start, setup, choices))
+    dist.print_rank0(text + changed)
+    evaluate(model, val_loader, choices.classes, setup, choices.positions, args.predictions)
+    dist.shutdown()
+    return 0
+
+
+def build_objective(
+    args: argparse.Namespace, model: nn.Module, setup: Setup, choices: Choices, val_loader
+) -> Finetuning:
+    """Build the loss, and the moving average if there is one."""
+    erasing = Erasing(args.reprob, args.remode, args.recount)
+    mixing = Mixing(
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode
     )
+    augment = BatchAugmentation(len(choices.classes), args.smoothing, erasing, mixing, setup.device)
+    augment.check(args.batch_size)
+    supervised = SupervisedLoss(augment, args.smoothing, choices.positions, args.pos_weight)
+    if args.distill:
+        supervised.teacher = build_teacher(
+            args.distill,
+            args.distill_checkpoint,
+            classes=choices.classes,
+            img_size=setup.size,
+            in_chans=args.in_chans,
+            mean=setup.pixels.mean,
+            std=setup.pixels.std,
+        ).to(setup.device)
+    return Finetuning(model, supervised, setup, choices, val_loader, args.predictions)
 
 
-def build_optimizer(args, model, batch: int) -> torch.optim.Optimizer:
-    """AdamW for an effective batch. Layer decay belongs to fine-tuning; from scratch all layers learn alike."""
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module, start: Start, lr: float
+) -> torch.optim.Optimizer:
+    """Return AdamW. Layer decay belongs to fine-tuning; from scratch all layers learn at the same rate."""
+    layer_decay = 1.0
+    if start.finetune:
+        layer_decay = args.layer_decay
     groups = param_groups(
-        model,
-        args.weight_decay,
-        model.no_weight_decay(),
-        args.layer_decay if args.finetune else 1.0,
-        model.layer_id,
-        model.num_layers,
+        model, args.weight_decay, model.no_weight_decay(), layer_decay, model.layer_id, model.num_layers
     )
-    return adamw(groups, effective_lr(args.lr, args.blr, batch), betas=(0.9, 0.999))
+    return adamw(groups, lr, betas=(0.9, 0.999))
 
 
-def main(args) -> int:
+def stored_flags(args: argparse.Namespace, start: Start, setup: Setup, choices: Choices) -> dict:
+    """Return the flags that checkpoints store, with what became of those that were left open."""
+    resolved = {
+        "finetune": start.finetune,
+        "new_parameters": start.new_parameters,
+        "mean": list(setup.pixels.mean),
+        "std": list(setup.pixels.std),
+    }
+    return checkpoint.plain_args(args) | resolved | choices.labels | choices.head
+
+
+def main(args: argparse.Namespace) -> int:
     check_flags(args)
-    compiling = compile_mode(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = resolve_amp(args.amp, device)
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
 
-    # Where to start: own last checkpoint, --resume, --finetune, scratch
-    plain = checkpoint.plain_args(args)
-    resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
-    start, saved = resume or ("", None)
-    before = (saved or {}).get("args") or {}
-    args.finetune = args.finetune or before.get(
-        "finetune", ""
-    )  # layer decay and what is trained depend on it
-    new = before.get(
-        "new_parameters"
-    )  # which stay trained with --partial; the encoder's file tells, where it is read
-    pretrained = None
-    if args.finetune and (saved is None or (args.partial is not None and new is None)):
-        pretrained = checkpoint.load(args.finetune)
-        pretrained.pop("optimizer", None)  # twice the weights, and for nothing
-    new = sorted(transfer.new_parameters(pretrained)) if new is None else new
-    plain |= {"finetune": args.finetune, "new_parameters": new}
+    # Data, as the encoder has learned to see them
+    start = find_start(args)
+    pixels = Pixels(*channel_stats(args, start.trained))
+    setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
+    loader, val_loader = build_data(args, setup)
+    choices = resolve(args, start, val_loader.dataset.index)
 
-    # Data: images as the encoder has learned to see them
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
-    plain |= {"mean": list(mean), "std": list(std)}
-    loader, val_loader = build_data(args, size, mean, device)
-
-    # Model
-    classes = resolve_classes(args, saved, start, val_loader.dataset.index)
-    num_classes = len(classes)
-    labels = resolve_labels(args, saved or pretrained)
-    pos_label = labels["pos_label"]
-    head = resolve_head(vars(args), args.model, saved, start)
-    plain |= labels | head
+    # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, size, num_classes, labels, head, saved, pretrained).to(device)
-    evaluation = dict(
-        positions=pos_label != "none",
-        device=device,
-        mean=mean,
-        std=std,
-        amp=amp,
-        predictions=args.predictions,
-    )
+    model = build_model(args, setup, choices, start)
     if args.eval:
-        checkpoint.load_for_evaluation(model, saved, args.resume)
-        average = ", the moving average of its weights" if "ema" in saved else ""
-        dist.print_rank0(
-            f"evaluating {args.resume} in {described(amp, device)}{average}"
-            + checkpoint.other_than_trained(saved, plain)
-        )
-        evaluate(model, val_loader, classes, **evaluation)
-        dist.shutdown()
-        return 0
-    if saved is not None:
-        checkpoint.say_continuing(start, saved, plain)
-    else:
-        start_weights(args, model, pretrained, plain)
-    if args.partial is not None:
-        freeze_all_but(model, args.partial, keep=set(new))
-    pretrained = None  # its memory is needed
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
+    flags = stored_flags(args, start, setup, choices)
+    load_weights(args, model, start, flags)
     if args.strategy == "fsdp":
-        fsdp.shard(model, device, amp)
-
-    # Loss
-    augment, mixed = make_augment(num_classes, device, **{name: getattr(args, name) for name in BATCH_FLAGS})
-    teacher = (
-        build_teacher(
-            args.distill,
-            args.distill_checkpoint,
-            classes=classes,
-            img_size=size,
-            in_chans=args.in_chans,
-            mean=mean,
-            std=std,
-        ).to(device)
-        if args.distill
-        else None
-    )
-    loss_fn = make_loss_fn(
-        augment, make_criterion(args.smoothing, mixed), pos_label, args.pos_weight, teacher
-    )
-
-    # Optimizer and what is kept
-    batch = args.batch_size * args.accum_iter * dist.world_size()
-    optimizer = build_optimizer(args, model, batch)
-    lr = optimizer.defaults["lr"]
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dist.print_rank0(
-        f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "
-        f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; "
-        f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
-        f"{dist.world_size()} = {batch}, lr {lr:.3g}"
-    )
-
-    extras, after_step = {}, None
+        fsdp.shard(model, device, setup.amp)
+    objective = build_objective(args, model, setup, choices, val_loader)
     if args.ema:
-        ema = WeightAverage(model, args.ema)
-        extras, after_step = {"ema": ema}, lambda step: ema.update_parameters(model)
-    log_dir = None if args.dry_run else args.log_dir or args.output_dir
-    log = Log(args.output_dir, log_dir, args.print_freq, model.chance(), loss_tag="loss")
-    keeper = None
-    if args.output_dir:
-        keeper = CheckpointManager(
-            args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
-        )
+        objective.average = WeightAverage(model, args.ema)
 
-    def after_epoch(epoch: int, state) -> dict[str, float]:
-        with fsdp.gathered(ema.module if args.ema else model) as whole:
-            stats = evaluate(whole, val_loader, classes, **evaluation)
-        if state.best is None or stats["acc1"] > state.best:
-            state.best, state.best_epoch = stats["acc1"], epoch
-        dist.print_rank0(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")
-        log.scalars({f"perf/test_{k}": stats[k] for k in ("acc1", "acc5", "loss")}, epoch)
-        return {f"test_{k}": v for k, v in stats.items() if k != "images"} | {"n_parameters": parameters}
-
-    finished = engine.fit(
-        model,
-        loss_fn,
-        optimizer,
-        loader,
-        epochs=args.epochs,
-        device=device,
-        mean=mean,
-        std=std,
-        log=log,
-        keeper=keeper,
-        lr_at=lambda done: warmup_cosine(
-            done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
-        ),
-        args=plain,
-        resume=resume,
-        seed=args.seed,
-        accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad,
-        amp=amp,
-        compile_mode=compiling,
-        max_bad_images=args.max_bad_images,
-        after_step=after_step,
-        after_epoch=after_epoch,
-        extras=extras,
-        dry_run=args.dry_run,
+    # Optimizer
+    lr = effective_lr(args.lr, args.blr, effective_batch(args))
+    optimizer = build_optimizer(args, model, start, lr)
+    dist.print_rank0(
+        f"{args.model}: {trained_parameters(model) / 1e6:.2f} M trained parameters, "
+        f"{len(choices.classes)} classes, {choices.head['head']} head, "
+        f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {choices.labels['pos_label']}; "
+        f"{setup}; {describe_batch(args, lr)}"
     )
+
+    session = Session.open(args, flags, start.resume, model.chance(), loss_tag="loss")
+    objective.log = session.log
+    finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)
     dist.shutdown()
-    return 0 if finished else 75
+    return 0 if finished else STOPPED
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, ARGS))
+    sys.exit(run(main, parse(get_args_parser())))

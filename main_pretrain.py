@@ -1,13 +1,17 @@
-"""Pretrain a masked autoencoder whose encoder has no positional embedding and learns positional labels instead.
+"""Pretrain a masked autoencoder whose encoder has no positional embedding and learns positional labels
+instead.
 
-    python main_pretrain.py                                                       # the demo set
-    torchrun --nproc_per_node 8 main_pretrain.py @recipes/mae_pl_vit_base.args --data_path DIR --output_dir RUN
+    python main_pretrain.py                                                                    # the demo set
+    torchrun --nproc_per_node 8 main_pretrain.py @recipes/mae_pl_vit_base.args --data_path DIR --output_dir R
 
-Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
+Exit codes: 0 all epochs are done; 75 a signal stopped the run, its state is saved, and the same command
+continues it; 2 wrong input.
 """
 
+import argparse
 import os
 import sys
+from dataclasses import dataclass, field
 
 from util.flags.groups import (
     add_data_flags,
@@ -20,64 +24,47 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import SHARE, Parser, parse, run
+from util.flags.parser import SHARE, Parser, answer_at_once, parse, run
 
 
 def get_args_parser() -> Parser:
     p = Parser(description="MAE pretraining with positional labels", add_help=False)
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="mae_vit_large_patch16", help="a name in models_mae_pl.MODELS")
-    g.add_argument(
-        "--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's"
-    )
-    g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
-    g.add_argument(
-        "--norm_pix_loss", action="store_true", help="normalise the target by each patch's mean and variance"
-    )
-    g.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="run each block again in backward: less memory, a fifth to a third more time",
-    )
+    add_model_flags(p.add_argument_group("model"))
     add_position_flags(p, pos_embed="none", pos_label="apl")
     add_self_relation_flags(p, spatial=0.0, channel=0.0)
-    p.add_argument(
-        "--sr_views",
-        default="same",
-        choices=["same", "two"],
-        help="the teacher sees the whole image of which the student sees a part, or another crop",
-    )
+    views = "images of the relations' teacher: the whole image that the student sees masked, or another crop"
+    p.add_argument("--sr_views", default="same", choices=["same", "two"], help=views)
     add_data_flags(p)
-    p.add_argument(
-        "--crop_scale",
-        default=[0.2, 1.0],
-        type=float,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="area of the random crop, as a share of the image",
-    )
-    p.add_argument("--hflip", default=0.5, type=SHARE, help="chance of a left-right flip")
-    p.add_argument(
-        "--dct_scaling",
-        action="store_true",
-        help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels",
-    )
+    area = "area of the random crop, as a share of the image"
+    p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"), help=area)
+    p.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a left-right flip")
+    dct = "decode large JPEGs at half size or less if the crop allows it: faster, slightly different pixels"
+    p.add_argument("--dct_scaling", action="store_true", help=dct)
     add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
-    p.add_argument(
-        "--picture_epochs", default=20, type=int, help="evaluate and draw reconstructions every N epochs"
-    )
+    pictures = "evaluate and draw reconstructions every N epochs"
+    p.add_argument("--picture_epochs", default=20, type=int, metavar="N", help=pictures)
     return p
 
 
-if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
-    ARGS = parse(get_args_parser())
+def add_model_flags(g) -> None:
+    g.add_argument("--model", default="mae_vit_large_patch16", help="a name in models_mae_pl.MODELS")
+    patch = "patch size, if other than the model's"
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
+    normalise = "normalise the pixel targets by each patch's mean and variance"
+    g.add_argument("--norm_pix_loss", action="store_true", help=normalise)
+    recompute = "recompute each block in backward: less memory, a fifth to a third more time"
+    g.add_argument("--grad_checkpointing", action="store_true", help=recompute)
+
+
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 import torch
+from torch import Tensor, nn
 
-import engine
+from engine import Objective, Session, Setup, fit
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import dist
@@ -96,23 +83,206 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import eval_transform, pretrain_transform, unnormalize
 from util.dist import fsdp
-from util.evaluate import evaluation
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
+from util.evaluate.passes import mean_terms
 from util.report.panels import reconstruction_panel, save_png, unnormalize_patches
-from util.run.checkpoint_manager import CheckpointManager
 from util.run.guards import survive_full_disk
-from util.run.log import Log
-from util.train.amp import autocast, described, resolve_amp
-from util.train.lr_sched import cosine, effective_lr, warmup_cosine
+from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.train.amp import resolve_amp
+from util.train.lr_sched import cosine, effective_lr
 from util.train.optim import adamw, param_groups
+from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 
 
-def build_model(args) -> MaskedAutoencoderViT:
+class Relations:
+    """SERE's losses between visible tokens, learned from a moving average of the model that sees whole
+    images.
+
+    `weights` maps `sr_spatial` and `sr_channel` to the weights of their losses. The average's momentum rises
+    from `momentum` to 1 over `epochs`.
+    """
+
+    def __init__(self, model: MaskedAutoencoderViT, weights: dict[str, float], momentum: float, epochs: int):
+        device = model.cls_token.device
+        self.teacher = copy_parameters(RelationTeacher(model).to(device), model)
+        self.weights = weights
+        self.first_momentum = momentum
+        self.momentum = momentum
+        self.epochs = epochs
+        self._update = MomentumUpdate(self.teacher, model)
+
+    def targets(self, batch: dict) -> dict[str, Tensor]:
+        """Return what the teacher sees in the image, or in its second crop if the batch has one."""
+        if "second" in batch:
+            return self.teacher(batch["second"]) | {"boxes": batch["boxes"]}
+        return self.teacher(batch["image"])
+
+    def set_momentum(self, done: float) -> None:
+        self.momentum = cosine(done, start=self.first_momentum, end=1.0, total=self.epochs)
+
+    def follow(self) -> None:
+        self._update(self.momentum)
+
+
+@dataclass
+class Pretraining(Objective):
+    """L = pixel + pos_weight * position (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6), and SERE's relation
+    losses.
+    """
+
+    model: MaskedAutoencoderViT
+    mask_ratio: float
+    pos_weight: float
+    relations: Relations | None = None
+    evaluation: "Evaluation | None" = None
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.relations is None:
+            return self.reconstruction_loss(model, batch)
+        loss, losses = self.reconstruction_loss(model, batch, self.relations.targets(batch))
+        return loss + sum(weight * losses[name] for name, weight in self.relations.weights.items()), losses
+
+    def reconstruction_loss(
+        self, model: nn.Module, batch: dict, relation_targets: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss without relations; with targets for them, their losses are among the terms."""
+        # The mask is a function of the sample's key, as its crop is: it does not depend on ranks, workers or
+        # resumes.
+        noise = sample_noise(batch["key"], self.model.patch_embed.num_patches)
+        ids_keep = random_masking(noise, self.mask_ratio)
+        losses, _, _ = model(
+            batch["image"], ids_keep=ids_keep, want_pred=False, relation_targets=relation_targets
+        )
+        loss = losses["pixel"]
+        if "position" in losses:
+            loss = loss + self.pos_weight * losses["position"]
+        return loss, losses
+
+    def before_update(self, done: float) -> None:
+        if self.relations is not None:
+            self.relations.set_momentum(done)
+
+    def after_step(self, step: int) -> None:
+        if self.relations is not None:
+            self.relations.follow()
+
+    def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
+        if self.evaluation is None or not self.evaluation.due(epoch):
+            return {}
+        return self.evaluation.run(self, epoch)
+
+    def state(self) -> dict[str, nn.Module]:
+        if self.relations is None:
+            return {}
+        return {"teacher": self.relations.teacher}
+
+
+@dataclass
+class Evaluation:
+    """Losses on the validation images, effective ranks, and a picture of reconstructions, every `every`
+    epochs.
+    """
+
+    setup: Setup
+    session: Session
+    loader: object  # of the training images, which are shown if there are no validation images
+    val_loader: object | None
+    every: int
+    epochs: int
+    shown: list[dict] = field(init=False)
+
+    def __post_init__(self):
+        self.shown = some_samples(self.shown_set, 4)
+
+    @property
+    def shown_set(self):
+        return (self.val_loader or self.loader).dataset
+
+    def due(self, epoch: int) -> bool:
+        return epoch + 1 == self.epochs or (self.every >= 1 and (epoch + 1) % self.every == 0)
+
+    def run(self, objective: Pretraining, epoch: int) -> dict[str, float]:
+        """Return the figures of log.txt and write the picture."""
+        stats: dict[str, float] = {}
+        with fsdp.gathered(objective.model) as whole:
+            if self.val_loader is not None:
+                # Relations are normalised by the batch of all ranks, and ranks may have unequal shares of
+                # these images.
+                loss = objective.reconstruction_loss
+                if objective.relations is None:
+                    loss = objective.loss
+                stats = self.losses(whole, loss)
+            if objective.relations is not None:
+                stats |= self.ranks(whole, epoch)
+            if dist.is_main() and self.session.log.output_dir:
+                self.draw(whole, objective.mask_ratio, epoch)
+        return {f"test_{name}": value for name, value in stats.items()}
+
+    def losses(self, model: MaskedAutoencoderViT, loss_fn) -> dict[str, float]:
+        """Return the losses on the validation images; print them beside their chance levels."""
+        stats = mean_terms(model, loss_fn, self.val_loader, self.setup)
+        images = stats.pop("images")
+        terms = []
+        for name, value in stats.items():
+            terms.append(f"{name} {value:.4f}")
+            if name in self.session.log.chance:
+                terms[-1] += f" (chance {self.session.log.chance[name]:.4f})"
+        dist.print_rank0(f"* {images} val images  " + "  ".join(terms))
+        return stats
+
+    def ranks(self, model: MaskedAutoencoderViT, epoch: int) -> dict[str, float]:
+        samples = sample_batches(self.shown_set, RANK_IMAGES, self.loader.batch_size)
+        batches = device_batches(samples, self.setup.device, self.setup.pixels)
+        with self.setup.autocast():
+            return log_ranks(model, batches, self.session.log, epoch)
+
+    def draw(self, model: MaskedAutoencoderViT, mask_ratio: float, epoch: int) -> None:
+        batch = next(device_batches([collate(self.shown)], self.setup.device, self.setup.pixels))
+        panel = draw(model, batch["image"], batch["key"], mask_ratio, self.setup.pixels)
+        path = os.path.join(self.session.log.output_dir, "pictures", f"epoch-{epoch:04d}.png")
+        with survive_full_disk():
+            save_png(panel, path)
+            print(f"picture: {path}", flush=True)
+        self.session.log.picture("reconstruction", panel, epoch)
+
+
+@torch.no_grad()
+def draw(model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: float, pixels: Pixels):
+    """Return a picture (H, W, 3) uint8 of original, masked image, reconstruction and predicted positions, a
+    row each.
+    """
+    model.eval()
+    ids_keep = random_masking(sample_noise(keys, model.patch_embed.num_patches), mask_ratio)  # (B, n)
+    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred = pred.float()
+    title = "reconstruction"
+    if model.norm_pix_loss:
+        # Such a model predicts neither brightness nor contrast of a patch. The picture takes the true ones.
+        pred = unnormalize_patches(pred, model.patchify(images))
+        title = "reconstruction (true patch mean/std)"
+    cells = {}
+    if model.pos_head is not None and hasattr(model.pos_head, "apl"):
+        tokens = model.forward_encoder(images, ids_keep)[:, 1:]  # (B, n, C)
+        cells = {"visible_ids": ids_keep, "predicted_cells": model.pos_head.apl.logits(tokens).argmax(-1)}
+    return reconstruction_panel(
+        unnormalize(images, pixels.mean, pixels.std) / 255,
+        mask,
+        unnormalize(model.unpatchify(pred), pixels.mean, pixels.std) / 255,
+        patch_size=model.patch_size,
+        grid=model.grid,
+        reconstruction_title=title,
+        **cells,
+    )
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> MaskedAutoencoderViT:
     if args.model not in MODELS:
         raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
-    patch = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
-    return MODELS[args.model](
+    options = {}
+    if args.patch_size:
+        options["patch_size"] = pair(args.patch_size, "--patch_size")
+    model = MODELS[args.model](
         img_size=pair(args.input_size, "--input_size"),
         in_chans=args.in_chans,
         norm_pix_loss=args.norm_pix_loss,
@@ -124,237 +294,115 @@ def build_model(args) -> MaskedAutoencoderViT:
         sr_channel=args.sr_channel > 0,
         sr_temp_spatial=args.sr_temp_spatial,
         sr_temp_channel=args.sr_temp_channel,
-        **patch,
-    )
+        **options,
+    ).to(device)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
 
 
-def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float, teacher=None, relation_weights=None):
-    """L = pixel + pos_weight * position (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6).
-
-    With a teacher also relation_weights[name] * losses[name] for `sr_spatial` and `sr_channel` (SERE).
-    """
-
-    def loss_fn(model, batch):
-        # The mask is the sample's own, as its crop is: the same on any number of ranks, workers and resumes.
-        ids_keep = random_masking(sample_noise(batch["key"], num_patches), mask_ratio)
-        targets = {}
-        if teacher is not None and "second" in batch:
-            targets = {"relation_targets": teacher(batch["second"]) | {"boxes": batch["boxes"]}}
-        elif teacher is not None:
-            targets = {"relation_targets": teacher(batch["image"])}
-        losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False, **targets)
-        loss = losses["pixel"]
-        if "position" in losses:
-            loss = loss + pos_weight * losses["position"]
-        if teacher is not None:
-            loss = loss + sum(relation_weights[name] * losses[name] for name in relation_weights)
-        return loss, losses
-
-    return loss_fn
+def relation_weights(args: argparse.Namespace) -> dict[str, float]:
+    """Return the weights of the relation losses that are on."""
+    weights = {"sr_spatial": args.sr_spatial, "sr_channel": args.sr_channel}
+    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def follow_model(teacher: RelationTeacher, model: MaskedAutoencoderViT, momentum: float, epochs: int) -> dict:
-    """What `engine.fit` needs to keep a teacher: its average moves after each update, ever slower."""
-    now, update = {}, MomentumUpdate(teacher, model)
-    return dict(
-        before_update=lambda done: now.update(momentum=cosine(done, start=momentum, end=1.0, total=epochs)),
-        after_step=lambda step: update(now["momentum"]),
-        extras={"teacher": teacher},
-    )
-
-
-def evaluate(model, loss_fn, loader, chance: dict[str, float], **options) -> dict[str, float]:
-    """The losses on the validation images, printed beside the level of guessing; `options` are evaluation.evaluate's."""
-    stats = evaluation.evaluate(model, loss_fn, loader, **options)
-    images = stats.pop("images")
-    dist.print_rank0(
-        f"* {images} val images  "
-        + "  ".join(
-            f"{k} {v:.4f}" + (f" (chance {chance[k]:.4f})" if k in chance else "") for k, v in stats.items()
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that contradict each other, before anything is read."""
+    compile_mode(args)
+    relations = relation_weights(args)
+    if args.strategy == "fsdp" and relations:
+        raise ValueError(
+            "--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
+            "parameters; "
+            "leave it out"
         )
-    )
-    return stats
-
-
-@torch.no_grad()
-def draw(model, images, keys, mask_ratio: float, mean, std):
-    """Original | masked | reconstruction | predicted positions, one row per image -> (H, W, 3) uint8."""
-    model.eval()
-    L = model.patch_embed.num_patches
-    ids_keep = random_masking(sample_noise(keys, L), mask_ratio)
-    _, pred, mask = model(images, ids_keep=ids_keep)
-    pred = pred.float()
-    if model.norm_pix_loss:
-        pred = unnormalize_patches(pred, model.patchify(images))
-    cells = None
-    if model.pos_head is not None and hasattr(model.pos_head, "apl"):
-        cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
-    return reconstruction_panel(
-        unnormalize(images, mean, std) / 255,
-        mask,
-        unnormalize(model.unpatchify(pred), mean, std) / 255,
-        patch_size=model.patch_size,
-        grid=model.grid,
-        visible_ids=None if cells is None else ids_keep,
-        predicted_cells=cells,
-        reconstruction_title="reconstruction (true patch mean/std)"
-        if model.norm_pix_loss
-        else "reconstruction",
-    )
-
-
-def build_data(args, size, device, two_views: bool):
-    """Training loader, and validation loader or None."""
-    data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
-    if two_views and args.dct_scaling:
+    if args.dct_scaling and relations and args.sr_views == "two":
         raise ValueError(
             "--dct_scaling crops one view and does not go with --sr_views two: leave one of them out"
         )
-    crop = size, ascending(args.crop_scale, "--crop_scale"), args.hflip
-    augment = TwoViews(*crop) if two_views else pretrain_transform(*crop, dct_scaling=args.dct_scaling)
-    train = build_dataset(args.data_path, "train", augment, **data)
+
+
+def build_data(args: argparse.Namespace, setup: Setup):
+    """Return the training loader, and the validation loader or None."""
+    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
+    crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
+    if relation_weights(args) and args.sr_views == "two":
+        augment = TwoViews(*crop)
+    else:
+        augment = pretrain_transform(*crop, dct_scaling=args.dct_scaling)
+    train = build_dataset(args.data_path, "train", augment, **options)
     dist.print_rank0(train.summary())
-    loading = dict(
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-    )
-    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device)
+    pin_memory = args.pin_mem and setup.device.type == "cuda"
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
+    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
-        val = build_dataset(args.data_path, "val", eval_transform(size), evaluation=True, **data)
+        val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     except NoSplit:
         val = None
     if len(set(dist.gather_objects(val is None))) > 1:
         raise ValueError(
-            f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes again"
+            f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes "
+            f"again"
         )
     if val is None:
         dist.print_rank0(
             "no val images beside the training images: pictures show training images, nothing is evaluated"
         )
         return loader, None
-    return loader, cached(eval_loader(val, **loading), args.cache_data, device)
+    return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
 
 
-def main(args) -> int:
+def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) -> tuple[str, dict] | None:
+    """Return the checkpoint to continue: the run's own, or --resume; otherwise load --init_from, if given."""
+    start = checkpoint.continue_from(args.output_dir, args.resume, flags)
+    if start is not None:
+        return start
+    if not args.init_from:
+        dist.print_rank0("starting from scratch")
+        return None
+    note = transfer.init_from(objective.model, checkpoint.load(args.init_from), args.init_from)
+    if objective.relations is not None:
+        copy_parameters(objective.relations.teacher, objective.model)
+    dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
+    return None
+
+
+def main(args: argparse.Namespace) -> int:
+    check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = resolve_amp(args.amp, device)
-    compiling = compile_mode(args)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    pixels = Pixels(*channel_stats(args))
+    setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
-
-    # Data
-    relations = {
-        name: w for name, w in (("sr_spatial", args.sr_spatial), ("sr_channel", args.sr_channel)) if w > 0
-    }
-    loader, val_loader = build_data(args, size, device, two_views=bool(relations) and args.sr_views == "two")
+    loader, val_loader = build_data(args, setup)
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args).to(device)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+    model = build_model(args, device)
     if args.strategy == "fsdp":
-        if relations:
-            raise ValueError(
-                "--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
-                "parameters; leave it out"
-            )
-        fsdp.shard(model, device, amp)
-    L = model.patch_embed.num_patches
+        fsdp.shard(model, device, setup.amp)
     chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
-    teacher = copy_parameters(RelationTeacher(model).to(device), model) if relations else None
-    loss_fn = make_loss_fn(L, args.mask_ratio, args.pos_weight, teacher, relations)
-    # Relations are normalised by the batch of all ranks, and ranks may have unequal shares of the validation images.
-    eval_loss_fn = loss_fn if teacher is None else make_loss_fn(L, args.mask_ratio, args.pos_weight)
+    objective = Pretraining(model, args.mask_ratio, args.pos_weight)
+    if weights := relation_weights(args):
+        objective.relations = Relations(model, weights, args.ema_momentum, args.epochs)
 
     # Optimizer
-    batch = args.batch_size * args.accum_iter * dist.world_size()
-    lr = effective_lr(args.lr, args.blr, batch)
-    # As MAE: class and mask token are decayed in pretraining, and MAE's own files continue.
+    lr = effective_lr(args.lr, args.blr, effective_batch(args))
+    # Class and mask token are decayed as in MAE, so that its own files continue with the same groups.
     optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     dist.print_rank0(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {L} patches; "
-        f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
-        f"{dist.world_size()} = {batch}, lr {lr:.3g}"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{model.patch_embed.num_patches} patches; {setup}; {describe_batch(args, lr)}"
     )
 
-    # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
-    plain = checkpoint.plain_args(args)
-    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
-    if resume is None and args.init_from:
-        note = transfer.init_from(model, checkpoint.load(args.init_from), args.init_from)
-        if teacher is not None:
-            copy_parameters(teacher, model)
-        dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
-    elif resume is None:
-        dist.print_rank0("starting from scratch")
-
-    log_dir = None if args.dry_run else args.log_dir or args.output_dir
-    log = Log(args.output_dir, log_dir, args.print_freq, chance)
-    keeper = None
-    if args.output_dir:
-        keeper = CheckpointManager(
-            args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
-        )
-    shown_set = (val_loader or loader).dataset
-    shown = some_samples(shown_set, 4)
-
-    def after_epoch(epoch: int, state) -> dict[str, float]:
-        if epoch + 1 < args.epochs and (args.picture_epochs < 1 or (epoch + 1) % args.picture_epochs):
-            return {}
-        with fsdp.gathered(model) as whole:
-            stats = {}
-            if val_loader is not None:
-                stats = evaluate(
-                    whole, eval_loss_fn, val_loader, chance, device=device, mean=mean, std=std, amp=amp
-                )
-            if teacher is not None:
-                batches = device_batches(
-                    sample_batches(shown_set, RANK_IMAGES, args.batch_size), device, Pixels(mean, std)
-                )
-                with autocast(device, amp):
-                    stats |= log_ranks(whole, batches, log, epoch)
-            if dist.is_main() and args.output_dir:
-                images = next(device_batches([collate(shown)], device, Pixels(mean, std)))
-                panel = draw(whole, images["image"], images["key"], args.mask_ratio, mean, std)
-                path = os.path.join(args.output_dir, "pictures", f"epoch-{epoch:04d}.png")
-                with survive_full_disk():
-                    save_png(panel, path)
-                    print(f"picture: {path}", flush=True)
-                log.picture("reconstruction", panel, epoch)
-        return {f"test_{k}": v for k, v in stats.items()}
-
-    finished = engine.fit(
-        model,
-        loss_fn,
-        optimizer,
-        loader,
-        epochs=args.epochs,
-        device=device,
-        mean=mean,
-        std=std,
-        log=log,
-        keeper=keeper,
-        lr_at=lambda done: warmup_cosine(
-            done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
-        ),
-        args=plain,
-        resume=resume,
-        seed=args.seed,
-        accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad,
-        amp=amp,
-        compile_mode=compiling,
-        max_bad_images=args.max_bad_images,
-        dry_run=args.dry_run,
-        after_epoch=after_epoch,
-        **(follow_model(teacher, model, args.ema_momentum, args.epochs) if teacher is not None else {}),
-    )
+    flags = checkpoint.plain_args(args)
+    session = Session.open(args, flags, find_start(args, flags, objective), chance)
+    objective.evaluation = Evaluation(setup, session, loader, val_loader, args.picture_epochs, args.epochs)
+    finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)
     dist.shutdown()
-    return 0 if finished else 75
+    return 0 if finished else STOPPED
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, ARGS))
+    sys.exit(run(main, parse(get_args_parser())))

@@ -1,15 +1,19 @@
 """Pretrain by self-distillation with self-relations: SERE (Li et al. 2022) on iBOT (Zhou et al. 2022).
 
     torchrun --nproc_per_node 8 main_sere.py @recipes/sere_vit_small.args --data_path DIR --output_dir RUN
-    python main_sere.py ... --sr_spatial 0 --sr_channel 0 --cls_weight 1 --patch_weight 1           # iBOT alone
+    python main_sere.py ... --sr_spatial 0 --sr_channel 0 --cls_weight 1 --patch_weight 1     # iBOT alone
 
-The checkpoint holds the student (`model`), the teacher and the centres; what fine-tuning and probing take is the teacher.
+The checkpoint holds the student (`model`), the teacher and the centres. Fine-tuning and probing take the
+teacher.
 
-Exit codes: 0 all epochs done, 75 stopped by a signal with the state saved (the same command goes on), 2 wrong input.
+Exit codes: 0 all epochs are done; 75 a signal stopped the run, its state is saved, and the same command
+continues it; 2 wrong input.
 """
 
 import argparse
+import math
 import sys
+from dataclasses import dataclass, replace
 
 from util.flags.groups import (
     add_data_flags,
@@ -21,71 +25,24 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import BELOW_ONE, Parser, number, parse, run
+from util.flags.parser import BELOW_ONE, Parser, answer_at_once, number, parse, run
 
 
 def get_args_parser() -> Parser:
     p = Parser(description="iBOT and SERE pretraining", add_help=False)
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="sere_vit_small_patch16", help="a name in models_sere.MODELS")
-    g.add_argument(
-        "--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help="other than the model's"
-    )
-    g.add_argument(
-        "--pos_embed", default="learned", choices=["none", "sincos", "learned"], help="encoder's embedding"
-    )
-    g.add_argument(
-        "--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the student's last block"
-    )
-    g.add_argument(
-        "--out_dim", default=8192, type=number(2), help="prototypes, shared by class tokens and patches"
-    )
-    g.add_argument(
-        "--norm_last_layer",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-        help="prototypes of unit length; else each has a learned scale",
-    )
+    add_model_flags(p.add_argument_group("model"))
     g = p.add_argument_group("losses")
     g.add_argument("--cls_weight", default=1.65, type=float, help="weight of the class-token loss")
     g.add_argument("--patch_weight", default=1.65, type=float, help="weight of the masked-patch loss")
     add_self_relation_flags(p, spatial=0.2, channel=0.5)
+    start = "the teacher's temperature at the start"
+    g.add_argument("--warmup_teacher_temp", default=0.04, type=float, help=start)
     g.add_argument(
-        "--warmup_teacher_temp", default=0.04, type=float, help="where the teacher's temperature starts"
+        "--teacher_temp", default=0.07, type=float, help="the teacher's temperature after its ramp"
     )
-    g.add_argument("--teacher_temp", default=0.07, type=float, help="where its ramp ends")
     g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
     add_data_flags(p)
-    p.add_argument(
-        "--local_size",
-        default=[96],
-        type=int,
-        nargs="+",
-        metavar=("H", "W"),
-        help="size of local crops, H [W]",
-    )
-    p.add_argument(
-        "--local_crops_number", default=10, type=number(0), help="local crops per image; 0 for none"
-    )
-    p.add_argument(
-        "--global_crops_scale",
-        default=[0.4, 1.0],
-        type=float,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="area of the two global crops, as a share of the image",
-    )
-    p.add_argument("--local_crops_scale", default=[0.05, 0.4], type=float, nargs=2, metavar=("MIN", "MAX"))
-    p.add_argument(
-        "--pred_ratio",
-        default=[0.0, 0.3],
-        type=float,
-        nargs="+",
-        help="masked share; a crop draws one of them",
-    )
-    p.add_argument(
-        "--pred_ratio_var", default=[0.0, 0.2], type=float, nargs="+", help="half width of each one's range"
-    )
+    add_crop_flags(p)
     add_optim_flags(
         p,
         batch_size=64,
@@ -97,24 +54,52 @@ def get_args_parser() -> Parser:
         clip_grad=0.3,
         clip_help="largest gradient norm of each parameter by itself; 0 is off",
     )
-    p.add_argument("--weight_decay_end", default=0.4, type=float, help="where the weight decay's cosine ends")
     p.add_argument(
-        "--freeze_last_layer", default=1.0, type=float, metavar="EPOCHS", help="keep the prototypes that long"
+        "--weight_decay_end", default=0.4, type=float, help="weight decay at the end of its cosine"
     )
+    frozen = "keep the prototypes fixed that long"
+    p.add_argument("--freeze_last_layer", default=1.0, type=float, metavar="EPOCHS", help=frozen)
     add_run_flags(p)
     return p
 
 
-if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
-    ARGS = parse(get_args_parser())
+def add_model_flags(g) -> None:
+    g.add_argument("--model", default="sere_vit_small_patch16", help="a name in models_sere.MODELS")
+    patch = "patch size, if other than the model's"
+    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    kinds = ["none", "sincos", "learned"]
+    g.add_argument("--pos_embed", default="learned", choices=kinds, help="the encoder's positional embedding")
+    depth = "stochastic depth of the student's last block"
+    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help=depth)
+    prototypes = "number of prototypes, shared by class tokens and patches"
+    g.add_argument("--out_dim", default=8192, type=number(2), help=prototypes)
+    unit = "prototypes of unit length; without it each has a learned scale"
+    g.add_argument("--norm_last_layer", default=True, action=argparse.BooleanOptionalAction, help=unit)
 
-import math
-from collections.abc import Callable
+
+def add_crop_flags(p) -> None:
+    size = "size of local crops, H [W]"
+    p.add_argument("--local_size", default=[96], type=int, nargs="+", metavar=("H", "W"), help=size)
+    p.add_argument(
+        "--local_crops_number", default=10, type=number(0), help="local crops per image; 0 for none"
+    )
+    area = "area of the two global crops, as a share of the image"
+    limits = ("MIN", "MAX")
+    p.add_argument("--global_crops_scale", default=[0.4, 1.0], type=float, nargs=2, metavar=limits, help=area)
+    area = "area of the local crops, as a share of the image"
+    p.add_argument("--local_crops_scale", default=[0.05, 0.4], type=float, nargs=2, metavar=limits, help=area)
+    ratio = "masked share of the patches; each crop draws one of them"
+    p.add_argument("--pred_ratio", default=[0.0, 0.3], type=float, nargs="+", help=ratio)
+    width = "half width of the range around each of them"
+    p.add_argument("--pred_ratio_var", default=[0.0, 0.2], type=float, nargs="+", help=width)
+
+
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 import torch
+from torch import Tensor, nn
 
-import engine
+from engine import Objective, Session, Setup, fit
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import dist
@@ -125,23 +110,141 @@ from util.data.multicrop import MultiCrop
 from util.data.pixels import Pixels
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
-from util.run.checkpoint_manager import CheckpointManager
-from util.run.log import Log
-from util.train.amp import autocast, described, resolve_amp
-from util.train.lr_sched import cosine, effective_lr, ramp, warmup_cosine
+from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.train.amp import resolve_amp
+from util.train.lr_sched import cosine, effective_lr, ramp
 from util.train.optim import adamw, clip_each, param_groups
+from util.train.state import TrainState
 from util.weights import checkpoint
 
 
-def build_model(args) -> SereStudent:
+@dataclass(frozen=True)
+class Schedules:
+    """Momentum, weight decay, temperature and freezing as pure functions of the epochs done."""
+
+    epochs: int
+    first_momentum: float
+    first_weight_decay: float
+    last_weight_decay: float
+    first_temperature: float
+    last_temperature: float
+    ramp_epochs: float
+    frozen_epochs: float
+
+    def momentum(self, done: float) -> float:
+        return cosine(done, start=self.first_momentum, end=1.0, total=self.epochs)
+
+    def weight_decay(self, done: float) -> float:
+        return cosine(done, start=self.first_weight_decay, end=self.last_weight_decay, total=self.epochs)
+
+    def temperature(self, done: float) -> float:
+        return ramp(done, start=self.first_temperature, end=self.last_temperature, length=self.ramp_epochs)
+
+    def frozen(self, done: float) -> bool:
+        """Whether the prototypes do not learn yet."""
+        return done < self.frozen_epochs
+
+
+@dataclass
+class SelfDistillation(Objective):
+    """L = sum of weight * loss: class tokens, masked patches, and relations (1.65, 1.65, 0.2 and 0.5 in
+    SERE).
+
+    `most_masked` is the largest number of masked cells that a crop can have.
+    """
+
+    student: SereStudent
+    teacher: SereTeacher
+    centres: nn.ModuleDict
+    weights: dict[str, float]
+    most_masked: int
+    schedules: Schedules
+    clip_grad: float = 0.0
+    ranks: "Ranks | None" = None
+
+    def __post_init__(self):
+        self.done = 0.0
+        self._update = MomentumUpdate(self.teacher, self.student)
+
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Schedule the weight decay of an optimizer's groups; those without decay, biases and norms, stay so.
+
+        Groups are remembered by number: loading a checkpoint replaces the optimizer's group dictionaries.
+        """
+        self.optimizer = optimizer
+        self.decayed = [i for i, group in enumerate(optimizer.param_groups) if group["weight_decay"]]
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch["mask"].flatten(0, 1)  # (B*2, L)
+        # Every crop gets the same number of cells, so that nothing waits for the device to count them.
+        # Surplus cells are not masked and do not count.
+        ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : self.most_masked]
+        targets = self.teacher(batch["image"], ids, self.centres, self.schedules.temperature(self.done))
+        losses = model(batch["image"], batch["local"], batch["mask"], ids, batch["boxes"], targets)
+        # 0 means that the teacher puts all weight on one prototype.
+        entropy = torch.special.entr(targets["cls"]).sum(-1).mean()
+        loss = sum(self.weights[name] * value for name, value in losses.items())
+        return loss, losses | {"teacher_entropy": entropy}
+
+    def before_update(self, done: float) -> None:
+        self.done = done
+        weight_decay = self.schedules.weight_decay(done)
+        for i in self.decayed:
+            self.optimizer.param_groups[i]["weight_decay"] = weight_decay
+
+    def before_step(self) -> None:
+        if self.clip_grad:
+            groups = self.optimizer.param_groups
+            clip_each([p for group in groups for p in group["params"]], self.clip_grad)
+        if self.schedules.frozen(self.done):
+            for p in self.student.ibot_head.last_layer():
+                p.grad = None
+
+    def after_step(self, step: int) -> None:
+        self._update(self.schedules.momentum(self.done))
+
+    def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
+        if self.ranks is None or not dist.is_main():
+            return {}
+        return self.ranks.run(self.teacher, epoch)
+
+    def state(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "centres": self.centres}
+
+
+@dataclass
+class Ranks:
+    """Effective ranks of the teacher's features on training images without augmentation. They show a
+    collapse.
+    """
+
+    setup: Setup
+    session: Session
+    dataset: object
+    batch_size: int
+
+    def run(self, teacher: SereTeacher, epoch: int) -> dict[str, float]:
+        samples = sample_batches(self.dataset, RANK_IMAGES, self.batch_size)
+        batches = device_batches(samples, self.setup.device, self.setup.pixels)
+        with self.setup.autocast():
+            ranks = log_ranks(teacher, batches, self.session.log, epoch)
+        return {f"test_{name}": value for name, value in ranks.items()}
+
+
+def build_model(args: argparse.Namespace) -> SereStudent:
     if args.model not in MODELS:
         raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
-    patch = {"patch_size": pair(args.patch_size, "--patch_size")} if args.patch_size else {}
+    options = {}
+    if args.patch_size:
+        options["patch_size"] = pair(args.patch_size, "--patch_size")
+    local_size = None
+    if args.local_crops_number:
+        local_size = pair(args.local_size, "--local_size")
     return MODELS[args.model](
         img_size=pair(args.input_size, "--input_size"),
         in_chans=args.in_chans,
         pos_embed=args.pos_embed,
-        local_size=pair(args.local_size, "--local_size") if args.local_crops_number else None,
+        local_size=local_size,
         drop_path=args.drop_path,
         out_dim=args.out_dim,
         norm_last_layer=args.norm_last_layer,
@@ -149,15 +252,16 @@ def build_model(args) -> SereStudent:
         sr_channel=args.sr_channel > 0,
         sr_temp_spatial=args.sr_temp_spatial,
         sr_temp_channel=args.sr_temp_channel,
-        **patch,
+        **options,
     )
 
 
-def mask_ranges(args) -> list[tuple[float, float]]:
-    """Ranges of the masked share, of which each global crop draws one."""
+def mask_ranges(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Return the ranges of the masked share; each global crop draws one of them."""
     if len(args.pred_ratio) != len(args.pred_ratio_var):
         raise ValueError(
-            f"--pred_ratio has {len(args.pred_ratio)} values and --pred_ratio_var {len(args.pred_ratio_var)}: "
+            f"--pred_ratio has {len(args.pred_ratio)} values and --pred_ratio_var "
+            f"{len(args.pred_ratio_var)}: "
             "give a width for each"
         )
     ranges = [(ratio - width, ratio + width) for ratio, width in zip(args.pred_ratio, args.pred_ratio_var)]
@@ -168,66 +272,85 @@ def mask_ranges(args) -> list[tuple[float, float]]:
     return ranges
 
 
-def schedules(args) -> Callable[[float], dict[str, float]]:
-    """Epochs done -> the values of all schedules but the learning rate's, a pure function."""
-
-    def at(done: float) -> dict[str, float]:
-        return {
-            "momentum": cosine(done, start=args.ema_momentum, end=1.0, total=args.epochs),
-            "weight_decay": cosine(
-                done, start=args.weight_decay, end=args.weight_decay_end, total=args.epochs
-            ),
-            "temperature": ramp(
-                done,
-                start=args.warmup_teacher_temp,
-                end=args.teacher_temp,
-                length=args.warmup_teacher_temp_epochs,
-            ),
-            "frozen": done < args.freeze_last_layer,
-        }
-
-    return at
-
-
-def make_loss_fn(teacher: SereTeacher, centres, now: dict, weights: dict[str, float], most_masked: int):
-    """L = sum of weight * loss (SERE's published weights: 1.65, 1.65, 0.2 and 0.5)."""
-
-    def loss_fn(model, batch):
-        mask = batch["mask"].flatten(0, 1)  # (B*2, L)
-        # As many cells for every crop, so that nothing waits for the device to count them; surplus ones do not count.
-        ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most_masked]
-        targets = teacher(batch["image"], ids, centres, now["temperature"])
-        losses = model(batch["image"], batch["local"], batch["mask"], ids, batch["boxes"], targets)
-        spread = torch.special.entr(targets["cls"]).sum(-1).mean()  # 0: all weight on one prototype
-        return sum(weights[name] * value for name, value in losses.items()), losses | {
-            "teacher_entropy": spread
-        }
-
-    return loss_fn
-
-
-def chance_levels(model: SereStudent, args) -> dict[str, float]:
-    """Losses of uniform distributions, by their names in the log; a crop without masked cells counts 0 in `patch`."""
-    spread = math.log(args.out_dim)
-    points = [2 * math.log(math.prod(model.points))]
-    if args.local_crops_number:
-        points.append(2 * args.local_crops_number * math.log(math.prod(model.local_grid)))
-    return (
-        {
-            "cls": spread,
-            "patch": spread * sum(r > 0 for r in args.pred_ratio) / len(args.pred_ratio),
-            "teacher_entropy": spread,
-        }
-        | ({"sr_spatial": sum(points) / (2 + 2 * args.local_crops_number)} if args.sr_spatial else {})
-        | ({"sr_channel": math.log(model.dim)} if args.sr_channel else {})
+def build_objective(args: argparse.Namespace, student: SereStudent, device: torch.device) -> SelfDistillation:
+    """Build the teacher, which starts as a copy of the student, the centres, and the schedules."""
+    teacher = copy_parameters(SereTeacher(student).to(device), student)
+    weights = {
+        "cls": args.cls_weight,
+        "patch": args.patch_weight,
+        "sr_spatial": args.sr_spatial,
+        "sr_channel": args.sr_channel,
+    }
+    most = max(high for _, high in mask_ranges(args))
+    schedules = Schedules(
+        args.epochs,
+        args.ema_momentum,
+        args.weight_decay,
+        args.weight_decay_end,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.freeze_last_layer,
+    )
+    return SelfDistillation(
+        student,
+        teacher,
+        make_centres(args.out_dim).to(device),
+        weights,
+        max(1, int(most * student.patch_embed.num_patches)),
+        schedules,
+        args.clip_grad,
     )
 
 
-def main(args) -> int:
+def chance_levels(args: argparse.Namespace, model: SereStudent) -> dict[str, float]:
+    """Return the losses of uniform distributions, by their names in the log."""
+    uniform = math.log(args.out_dim)
+    # A crop without masked cells counts 0 in the patch loss.
+    masked = sum(ratio > 0 for ratio in args.pred_ratio) / len(args.pred_ratio)
+    chance = {"cls": uniform, "patch": uniform * masked, "teacher_entropy": uniform}
+    if args.sr_spatial:
+        # Two maps of global crops, and each local crop against both global ones.
+        maps = 2 * math.log(math.prod(model.points))
+        if args.local_crops_number:
+            maps += 2 * args.local_crops_number * math.log(math.prod(model.local_grid))
+        chance["sr_spatial"] = maps / (2 + 2 * args.local_crops_number)
+    if args.sr_channel:
+        chance["sr_channel"] = math.log(model.dim)
+    return chance
+
+
+def build_data(args: argparse.Namespace, setup: Setup, grid: tuple[int, int]):
+    """Return the loader of multi-crop batches, and the images without augmentation."""
+    crops = MultiCrop(
+        setup.size,
+        pair(args.local_size, "--local_size"),
+        args.local_crops_number,
+        grid,
+        global_scale=ascending(args.global_crops_scale, "--global_crops_scale"),
+        local_scale=ascending(args.local_crops_scale, "--local_crops_scale"),
+        mask_ratios=mask_ranges(args),
+    )
+    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
+    train = build_dataset(args.data_path, "train", crops, **options)
+    dist.print_rank0(train.summary())
+    pin_memory = args.pin_mem and setup.device.type == "cuda"
+    loader = train_loader(
+        train,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
+    )
+    plain = build_dataset(args.data_path, "train", eval_transform(setup.size), **options)
+    return cached(loader, args.cache_data, setup.device), plain
+
+
+def main(args: argparse.Namespace) -> int:
+    compile_mode(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    amp = resolve_amp(args.amp, device)
-    compiling = compile_mode(args)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    pixels = Pixels(*channel_stats(args))
+    setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
     if args.strategy == "fsdp":
@@ -235,123 +358,35 @@ def main(args) -> int:
             "--strategy fsdp is for runs without a teacher, which averages whole parameters: leave it out"
         )
 
-    # Model, teacher, losses
+    # Student, teacher, data
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args).to(device)
-    teacher = copy_parameters(SereTeacher(model).to(device), model)
-    move_teacher = MomentumUpdate(teacher, model)
-    centres = make_centres(args.out_dim).to(device)
-    now, schedule = {}, schedules(args)
-    ranges = mask_ranges(args)
-    most_masked = max(1, int(max(high for _, high in ranges) * model.patch_embed.num_patches))
-    weights = {
-        "cls": args.cls_weight,
-        "patch": args.patch_weight,
-        "sr_spatial": args.sr_spatial,
-        "sr_channel": args.sr_channel,
-    }
-    loss_fn = make_loss_fn(teacher, centres, now, weights, most_masked)
-
-    # Data
-    crops = MultiCrop(
-        size,
-        pair(args.local_size, "--local_size"),
-        args.local_crops_number,
-        model.grid,
-        global_scale=ascending(args.global_crops_scale, "--global_crops_scale"),
-        local_scale=ascending(args.local_crops_scale, "--local_crops_scale"),
-        mask_ratios=ranges,
-    )
-    data = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
-    train = build_dataset(args.data_path, "train", crops, **data)
-    dist.print_rank0(train.summary())
-    loader = train_loader(
-        train,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-    )
-    loader = cached(loader, args.cache_data, device)
-    shown = build_dataset(args.data_path, "train", eval_transform(size), **data)
+    objective = build_objective(args, model, device)
+    loader, plain = build_data(args, setup, model.grid)
 
     # Optimizer
-    batch = args.batch_size * args.accum_iter * dist.world_size()
-    lr = effective_lr(args.lr, args.blr, batch)
-    groups = param_groups(model, 1.0, model.no_weight_decay())
-    decayed = [i for i, group in enumerate(groups) if group["weight_decay"]]
-    optimizer = adamw(groups, lr, betas=(0.9, 0.999))
-    trained = [p for group in groups for p in group["params"]]
+    lr = effective_lr(args.lr, args.blr, effective_batch(args))
+    # Weight decay is 1 here, to tell decayed groups from others; its schedule sets the value before each
+    # update.
+    optimizer = adamw(param_groups(model, 1.0, model.no_weight_decay()), lr, betas=(0.9, 0.999))
+    objective.use(optimizer)
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     dist.print_rank0(
-        f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M trained parameters; "
-        f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
-        f"{dist.world_size()} = {batch}, lr {lr:.3g}"
+        f"{args.model}: {trained / 1e6:.1f} M trained parameters; {setup}; {describe_batch(args, lr)}"
     )
 
-    plain = checkpoint.plain_args(args)
-    resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
-    if resume is None:
+    flags = checkpoint.plain_args(args)
+    start = checkpoint.continue_from(args.output_dir, args.resume, flags)
+    if start is None:
         dist.print_rank0("starting from scratch")
-    log_dir = None if args.dry_run else args.log_dir or args.output_dir
-    log = Log(args.output_dir, log_dir, args.print_freq, chance_levels(model, args))
-    keeper = None
-    if args.output_dir:
-        keeper = CheckpointManager(
-            args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
-        )
-
-    def before_update(done: float) -> None:
-        now.update(schedule(done))
-        for i in decayed:
-            optimizer.param_groups[i]["weight_decay"] = now["weight_decay"]
-
-    def before_step() -> None:
-        if args.clip_grad:
-            clip_each(trained, args.clip_grad)
-        if now["frozen"]:
-            for p in model.ibot_head.last_layer():
-                p.grad = None
-
-    def after_epoch(epoch: int, state) -> dict[str, float]:
-        if not dist.is_main():
-            return {}
-        batches = device_batches(
-            sample_batches(shown, RANK_IMAGES, args.batch_size), device, Pixels(mean, std)
-        )
-        with autocast(device, amp):
-            return {f"test_{k}": v for k, v in log_ranks(teacher, batches, log, epoch).items()}
-
-    finished = engine.fit(
-        model,
-        loss_fn,
-        optimizer,
-        loader,
-        epochs=args.epochs,
-        device=device,
-        mean=mean,
-        std=std,
-        log=log,
-        keeper=keeper,
-        lr_at=lambda done: warmup_cosine(
-            done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
-        ),
-        args=plain,
-        resume=resume,
-        seed=args.seed,
-        accum_iter=args.accum_iter,
-        amp=amp,
-        compile_mode=compiling,
-        max_bad_images=args.max_bad_images,
-        before_update=before_update,
-        before_step=before_step,
-        after_step=lambda step: move_teacher(now["momentum"]),
-        after_epoch=after_epoch,
-        extras={"teacher": teacher, "centres": centres},
-        dry_run=args.dry_run,
-    )
+    session = Session.open(args, flags, start, chance_levels(args, model))
+    objective.ranks = Ranks(setup, session, plain, args.batch_size)
+    # Gradients are clipped in `before_step`, each parameter by itself.
+    budget = replace(open_budget(args, lr), clip_grad=None)
+    finished = fit(model, objective, optimizer, loader, setup, budget, session)
     dist.shutdown()
-    return 0 if finished else 75
+    return 0 if finished else STOPPED
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, ARGS))
+    sys.exit(run(main, parse(get_args_parser())))

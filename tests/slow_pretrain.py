@@ -9,28 +9,27 @@ import time
 import torch
 
 import main_pretrain
-import tiny  # noqa: F401  (puts mae_test into the registry)
+import tiny  # puts mae_test into the registry
 from main_pretrain import get_args_parser
 from util import dist
 
 
+def slow(loss_fn):
+    steps = []
+
+    def slowed(model, batch):
+        steps.append(batch)
+        here = (str(len(steps)), os.environ.get("SLURM_RESTART_COUNT", "0"), dist.rank() + 1)
+        if here == (os.environ.get("TEST_HANG"), "0", dist.world_size()):
+            torch.futures.Future().wait()
+        time.sleep(float(os.environ.get("TEST_STEP", 0)))
+        return loss_fn(model, batch)
+
+    return slowed
+
+
 def main(args) -> int:
-    make_loss_fn = main_pretrain.make_loss_fn
-
-    def slow(*a):
-        loss_fn, steps = make_loss_fn(*a), []
-
-        def slowed(model, batch):
-            steps.append(batch)
-            here = (str(len(steps)), os.environ.get("SLURM_RESTART_COUNT", "0"), dist.rank() + 1)
-            if here == (os.environ.get("TEST_HANG"), "0", dist.world_size()):
-                torch.futures.Future().wait()
-            time.sleep(float(os.environ.get("TEST_STEP", 0)))
-            return loss_fn(model, batch)
-
-        return slowed
-
-    main_pretrain.make_loss_fn = slow
+    tiny.wrap_loss(main_pretrain, slow)
     return main_pretrain.main(args)
 
 

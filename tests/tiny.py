@@ -45,24 +45,35 @@ models_sere.MODELS["sere_test"] = sere_test
 models.MODELS["vit_test"] = vit_test
 
 
+def wrap_loss(main, wrap) -> None:
+    """Let a main train with the loss `wrap(objective.loss)`."""
+    fit = main.fit
+
+    def wrapped_fit(model, objective, *rest):
+        objective.loss = wrap(objective.loss)
+        return fit(model, objective, *rest)
+
+    main.fit = wrapped_fit
+
+
 def disturb(main, nan: str | None, kill: str | None) -> None:
-    """Wrap the main's loss: poison it, or send this process a signal, on one rank in the n-th call of the process."""
-    original = main.make_loss_fn
+    """Poison a main's loss, or send this process a signal, on one rank in the n-th call of the process."""
+    calls = []
 
-    def make_loss_fn(*args):
-        loss_fn, calls = original(*args), []
-
+    def wrap(loss_fn):
         def disturbed(model, batch):
             loss, terms = loss_fn(model, batch)
             here = f"{dist.rank()}:{len(calls)}"
             calls.append(here)
             if kill and kill.startswith(here + ":"):
                 os.kill(os.getpid(), getattr(signal, kill.split(":")[2]))
-            return (loss * float("nan") if nan == here else loss), terms
+            if nan == here:
+                loss = loss * float("nan")
+            return loss, terms
 
         return disturbed
 
-    main.make_loss_fn = make_loss_fn
+    wrap_loss(main, wrap)
 
 
 def forbid_waiting(mode: str) -> None:

@@ -16,7 +16,7 @@ ROOMS = {
     "models": "layers",
     "backbones": "layers models util.flags util.weights util.data",
     "engine": "util.cluster util.data util.dist util.run util.train",
-    "tools": "backbones layers models util.data util.report util.weights",
+    "tools": "backbones layers models util.data util.flags util.report util.weights",
     "doors": "tools util.flags util.report",
     "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report util.run util.train "
     "util.weights",
@@ -27,8 +27,8 @@ ROOMS = {
     "util.dist": "",
     "util.data": "util.flags util.dist",
     "util.weights": "layers util.dist",
-    "util.train": "util.dist util.weights",
-    "util.run": "util.dist util.weights",
+    "util.train": "util.data util.dist util.weights",
+    "util.run": "util.flags util.dist util.train util.weights",
     "util.evaluate": "util.data util.dist util.train util.run",
     "util.report": "util.weights",
     "util.cluster": "mains util.flags util.dist util.data",
@@ -76,7 +76,8 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
     # A package's name alone is no import of what it holds.
-    return {name for name in found & MODULES if not any(other.startswith(f"{name}.") for other in found)}
+    ours = found & MODULES
+    return {name for name in ours if not any(other.startswith(f"{name}.") for other in ours)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -60,6 +60,11 @@ def sere_batch(B=5, num_local=3):
     return batch | {k: batch[k] / 255 - 0.5 for k in ("image", "local")}
 
 
+def objective(model, teacher, centres, weights, temperature) -> main_sere.SelfDistillation:
+    schedules = main_sere.Schedules(1, 0.99, 0.1, 0.1, temperature, temperature, 0, 0)
+    return main_sere.SelfDistillation(model, teacher, centres, weights, 12, schedules)
+
+
 @pytest.mark.parametrize("pos_embed", ["learned", "none"])
 def test_losses_are_those_of_an_explicit_loop_over_pairs(pos_embed):
     model, batch = sere(pos_embed=pos_embed), sere_batch()
@@ -68,10 +73,9 @@ def test_losses_are_those_of_an_explicit_loop_over_pairs(pos_embed):
     centres = make_centres(24)
     centres["cls"].mean.normal_(), centres["patch"].mean.normal_()
     before = {k: c.mean.clone() for k, c in centres.items()}
-    mask, boxes, now = batch["mask"], batch["boxes"], {"temperature": 0.06}
-    loss, losses = main_sere.make_loss_fn(
-        teacher, centres, now, dict(cls=2, patch=3, sr_spatial=5, sr_channel=7), 12
-    )(model, batch)
+    mask, boxes, temperature = batch["mask"], batch["boxes"], 0.06
+    weights = dict(cls=2, patch=3, sr_spatial=5, sr_channel=7)
+    loss, losses = objective(model, teacher, centres, weights, temperature).loss(model, batch)
 
     def encode(net, x, grid, m=None):
         x = net.patch_embed.embed_patches(
@@ -170,14 +174,9 @@ def test_few_local_crops(num_local):
         sere() if num_local else tiny.sere_test(img_size=SIZE, local_size=None, out_dim=24),
         sere_batch(3, num_local),
     )
-    loss_fn = main_sere.make_loss_fn(
-        copy_parameters(SereTeacher(model), model),
-        make_centres(24),
-        {"temperature": 0.05},
-        dict(cls=1, patch=1, sr_spatial=1, sr_channel=1),
-        12,
-    )
-    loss, _ = loss_fn(model, batch)
+    weights = dict(cls=1, patch=1, sr_spatial=1, sr_channel=1)
+    teacher = copy_parameters(SereTeacher(model), model)
+    loss, _ = objective(model, teacher, make_centres(24), weights, 0.05).loss(model, batch)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -242,16 +241,14 @@ def test_crops_belong_to_their_boxes_and_masks_are_blocks():
 
 def test_schedules_clipping_and_effective_rank():
     args = parse(main_sere.get_args_parser(), ["--epochs", "100"])
-    at = main_sere.schedules(args)
-    assert at(0) == pytest.approx(
-        {"momentum": 0.996, "weight_decay": 0.04, "temperature": 0.04, "frozen": True}
-    )
-    half = at(50.0)
-    assert half["momentum"] == pytest.approx(0.998) and half["weight_decay"] == pytest.approx(0.22)
-    assert (
-        half["temperature"] == 0.07 and at(15)["temperature"] == pytest.approx(0.055) and not half["frozen"]
-    )
-    assert at(100)["momentum"] == 1.0 and at(100)["weight_decay"] == pytest.approx(0.4)
+    at = main_sere.build_objective(args, sere(), torch.device("cpu")).schedules
+    values = [
+        (at.momentum(t), at.weight_decay(t), at.temperature(t), at.frozen(t)) for t in (0, 15, 50.0, 100)
+    ]
+    assert values[0] == pytest.approx((0.996, 0.04, 0.04, True))
+    assert values[1][2] == pytest.approx(0.055)
+    assert values[2] == pytest.approx((0.998, 0.22, 0.07, False))
+    assert values[3] == pytest.approx((1.0, 0.4, 0.07, False))
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)]
     grads = [torch.tensor([3.0, 0.0, 4.0]), torch.full((4,), 0.01)]
     for p, g in zip(params, grads):

@@ -18,7 +18,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_sere
-import tiny  # noqa: F401 (registers the models)
+import tiny
 from processes import assert_same, last, log_lines
 from util import dist
 from util.data.datasets import ImageDataset, TimmDataset, build_dataset
@@ -488,11 +488,9 @@ def test_a_killed_run_on_the_device_resumes_with_the_same_bits(tmp_path, monkeyp
     """Here the device is the CPU. It also ends with the bits of a run without a cache."""
     flags = ["--model", "mae_test", "--epochs", 2, "--picture_epochs", 1000, "--save_steps", 1, "--lr", 1e-2]
     device = ["--cache_data", "device"]
-    make_loss_fn, calls = main_pretrain.make_loss_fn, []
+    calls = []
 
-    def killing(*args):
-        loss_fn = make_loss_fn(*args)
-
+    def killing(loss_fn):
         def killed(model, batch):
             calls.append(batch)
             if len(calls) == 8:  # the third of five updates of the second epoch
@@ -502,7 +500,8 @@ def test_a_killed_run_on_the_device_resumes_with_the_same_bits(tmp_path, monkeyp
         return killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(main_pretrain, "make_loss_fn", killing)
+        patch.setattr(main_pretrain, "fit", main_pretrain.fit)
+        tiny.wrap_loss(main_pretrain, killing)
         call(main_pretrain, *flags, *device, "--output_dir", tmp_path / "parts")
     assert last(tmp_path / "parts")["step"] == 7
     assert call(main_pretrain, *flags, *device, "--num_workers", 1, "--output_dir", tmp_path / "parts") == 0

@@ -31,7 +31,7 @@ def test_a_later_run_takes_the_folder_over(tmp_path, monkeypatch):
     first.claim()
     first.save(state(1))
     second.claim()
-    with pytest.raises(ValueError, match=r"belongs to a run that was started on .*, after this one"):
+    with pytest.raises(ValueError, match=r"belongs to a run that started later, on .*: this run stops without saving"):
         first.save(state(2))
     assert value(tmp_path) == 1
     second.save(state(3))

@@ -30,6 +30,7 @@ from util.data import datasets, transforms
 from util.data.datasets import ImageDataset, build_dataset
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler, EvalSampler, sample_seed
+from util.data.pixels import Pixels
 from util.data.sources import image_index, listing
 from util.data.sources.image_index import build_index, check_same_classes
 from util.data.transforms import (
@@ -41,10 +42,11 @@ from util.data.transforms import (
     pretrain_transform,
     unnormalize,
 )
-from util.evaluate import evaluation
+from util.evaluate.passes import extract_features, mean_terms
 from util.flags.parser import parse, run
 from util.run.guards import BadImages
 from util.run.log import write_predictions
+from util.train.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -783,15 +785,15 @@ def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
     def loss_fn(model, batch):
         return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
 
-    options = dict(device=torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
-    stats = evaluation.evaluate(torch.nn.Flatten(), loss_fn, loader, **options)
+    setup = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.0,) * 3, (1.0,) * 3))
+    stats = mean_terms(torch.nn.Flatten(), loss_fn, loader, setup)
     assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
     assert stats["loss"] == pytest.approx(
         np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5
     )
     assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
     assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
-    x, y = evaluation.features(lambda images: images.flatten(1)[:, :5], loader, **options)
+    x, y = extract_features(lambda images: images.flatten(1)[:, :5], loader, setup)
     assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
         s["label"] for s in whole
     ]
@@ -806,14 +808,8 @@ def test_an_evaluation_on_nothing_says_so(tmp_path):
         pin_memory=False,
     )
     with pytest.raises(ValueError, match="none of the 4 images to evaluate on can be decoded"):
-        evaluation.evaluate(
-            torch.nn.Flatten(),
-            lambda model, batch: (torch.zeros(()), {}),
-            loader,
-            device=torch.device("cpu"),
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-        )
+        setup = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.0,) * 3, (1.0,) * 3))
+        mean_terms(torch.nn.Flatten(), lambda model, batch: (torch.zeros(()), {}), loader, setup)
 
 
 def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
@@ -902,7 +898,8 @@ def test_validation_during_pretraining_loads_as_fast_as_training(tmp_path):
         ["--data_path", str(tmp_path), "--batch_size", "2", "--num_workers", "5"],
     )
     for device, pinned in (("cuda", True), ("cpu", False)):
-        loaders = main_pretrain.build_data(args, (16, 16), torch.device(device), two_views=False)
+        setup = Setup(torch.device(device), "fp32", (16, 16), Pixels((0.5,) * 3, (0.5,) * 3))
+        loaders = main_pretrain.build_data(args, setup)
         assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == [(5, pinned)] * 2
 
 

@@ -23,15 +23,20 @@ from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.probe import Probe, pooled
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from models_vit import DistilledVisionTransformer
+from util.data.pixels import Pixels
 from util.data.sources.image_index import class_names
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from util.evaluate import supervised
 from util.evaluate.accuracy import classification
 from util.evaluate.knn import knn_accuracy, knn_votes, nearest
+from util.evaluate.supervised import make_eval_fn
 from util.flags.parser import parse
 from util.train.lr_sched import set_lr
 from util.train.optim import lars, param_groups
+from util.train.setup import Setup
+from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
+
+SETUP = Setup(torch.device("cpu"), "fp32", (64, 64), Pixels(IMAGENET_MEAN, IMAGENET_STD))
 
 
 @pytest.fixture
@@ -458,14 +463,13 @@ def test_embedding_and_labels_are_independent(tmp_path, capsys, pos_embed, pos_l
 def test_mixup_mixes_class_targets_only():
     torch.manual_seed(0)
     np.random.seed(0)
-    args = parse(main_finetune.get_args_parser(), ["--mixup", "0.8", "--reprob", "0", "--batch_size", "4"])
-    flags = {name: getattr(args, name) for name in main_finetune.BATCH_FLAGS}
-    augment, mixed = supervised.make_augment(5, torch.device("cpu"), **flags)
+    augment = BatchAugmentation(5, 0.1, Erasing(), Mixing(mixup=0.8), torch.device("cpu"))
+    with pytest.raises(ValueError, match="mixup and cutmix need an even `batch_size`, found 3"):
+        augment.check(3)
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_label="apl")
     seen = {}
     vit.pos_head.register_forward_pre_hook(lambda m, inputs: seen.update(inputs=inputs))
-    criterion = supervised.make_criterion(0.1, mixed)
-    loss_fn = supervised.make_loss_fn(augment, criterion, "apl", 0.25)
+    loss_fn = SupervisedLoss(augment, 0.1, positions=True, pos_weight=0.25)
     batch = {"image": torch.randn(4, 3, 32, 32), "label": torch.tensor([0, 1, 2, 3])}
     np.random.seed(3)
     loss, terms = loss_fn(vit, batch)
@@ -487,11 +491,8 @@ def test_distillation_learns_the_teachers_answer():
     )
     for head in (student.head, student.head_dist):
         torch.nn.init.normal_(head.weight)
-    criterion = supervised.make_criterion(0.0, False)
     answers = torch.tensor([4, 0, 2])
-    loss_fn = supervised.make_loss_fn(
-        lambda x, y: (x, y), criterion, "none", 0.5, teacher=lambda x: F.one_hot(answers, 5).float()
-    )
+    loss_fn = SupervisedLoss(lambda x, y: (x, y), teacher=lambda x: F.one_hot(answers, 5).float())
     batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([1, 2, 3])}
     loss, terms = loss_fn(student, batch)
     own, distilled = student(batch["image"], distillation=True)
@@ -809,7 +810,7 @@ def test_evaluation_counts_by_hand():
     torch.manual_seed(0)
     logits, label = torch.randn(12, 8), torch.randint(0, 8, (12,))
     label[3] = -1  # unreadable
-    loss, terms = supervised.make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
+    loss, terms = make_eval_fn(False)(lambda x: logits, {"image": torch.zeros(12), "label": label})
     keep = label >= 0
     top5 = logits.topk(5, dim=1).indices
     assert terms["images"] == 11
@@ -848,7 +849,7 @@ def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(n
     }
     args = parse(main_linprobe.get_args_parser(), ["--model", name, "--finetune", "x.pth"])
     backbone, images = (
-        main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")),
+        main_linprobe.load_backbone(args, state, SETUP, {}),
         torch.randn(2, 3, 64, 64),
     )
     assert torch.equal(backbone.forward_features(images), model.forward_features(images))
@@ -892,7 +893,10 @@ def test_a_head_that_is_lost_does_not_end_the_others():
     with torch.no_grad():
         probe.head[2].weight.mul_(1e20)
     batch = {"image": torch.randn(8, 6), "label": torch.arange(8) % 4}
-    loss, terms = main_linprobe.make_loss_fn(lambda x: x)(probe, batch)
+    objective = main_linprobe.Probing(
+        probe, torch.nn.Identity(), ["lr1", "lr64"], "linear probe", SETUP, None
+    )
+    loss, terms = objective.loss(probe, batch)
     loss.backward()
     alone = torch.nn.functional.cross_entropy(probe(batch["image"])[0], batch["label"])
     assert loss == alone == terms["loss_head"] and (probe.head[2].weight.grad == 0).all()

@@ -109,7 +109,7 @@ def test_the_plans_of_the_other_mains(tmp_path, capsys):
         and call(main_finetune, "--eval", "--resume", "x", "--dry_run") == 2
     )
     errors = capsys.readouterr().err
-    assert "--knn trains nothing" in errors and "--eval is none" in errors
+    assert "--knn trains nothing" in errors and "--eval does not train" in errors
 
 
 def test_two_ranks_plan_together(tmp_path):

@@ -13,10 +13,13 @@ import main_linprobe
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from util.data.loading import loader
 from util.data.pixels import Pixels
-from util.evaluate import evaluation
+from util.evaluate.passes import mean_terms
 from util.flags.groups import compile_mode
 from util.run import flops, log
 from util.train.optim import WeightAverage, clip_each
+from util.train.setup import Setup
+
+SETUP = Setup(torch.device("cpu"), "fp32", (8, 8), Pixels((0.5,), (0.5,)))
 
 
 class Operators(TorchDispatchMode):
@@ -118,14 +121,7 @@ def test_evaluation_makes_no_tensor_of_a_number_per_batch(monkeypatch):
     made, plain = [], torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or plain(*args, **kwargs))
     batches = [dict(image=torch.full((n, 3), float(n)), index=torch.arange(n), bad=[]) for n in (4, 4, 2)]
-    stats = evaluation.evaluate(
-        nn.Identity(),
-        lambda model, b: (b["image"].mean(), {}),
-        batches,
-        device=torch.device("cpu"),
-        mean=(0.5,),
-        std=(0.5,),
-    )
+    stats = mean_terms(nn.Identity(), lambda model, b: (b["image"].mean(), {}), batches, SETUP)
     assert made == []
     assert stats == {"loss": pytest.approx((4 * 4 + 4 * 4 + 2 * 2) / 10), "images": 10}
 
@@ -137,14 +133,7 @@ def test_batches_that_cannot_be_read_as_a_whole_or_in_part_are_left_out():
         )
 
     batches = [batch([1.0, 100.0, 3.0], 0, [1]), batch([100.0, 100.0], 3, [3, 4]), batch([8.0], 5, [])]
-    stats = evaluation.evaluate(
-        nn.Identity(),
-        lambda model, b: (b["image"].mean(), {}),
-        batches,
-        device=torch.device("cpu"),
-        mean=(0.5,),
-        std=(0.5,),
-    )
+    stats = mean_terms(nn.Identity(), lambda model, b: (b["image"].mean(), {}), batches, SETUP)
     assert stats == {"loss": pytest.approx(4.0), "images": 3}
 
 

@@ -1,18 +1,20 @@
-"""How many directions features use: the measure that shows a collapse."""
+"""Effective rank: the number of directions that features use. It shows a collapse."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from util import dist
 
-RANK_IMAGES = 512  # are enough to see a collapse
+RANK_IMAGES = 512  # enough images to see a collapse
 
 
 def effective_rank(features: Tensor) -> float:
-    """Features (n, d) -> exp of the entropy of their normalised singular values, in [1, min(n, d)] (RankMe, Garrido et
-    al. 2023, Eq. 1).
+    """Return exp of the entropy of the normalised singular values of features (n, d), in [1, min(n, d)].
 
-    1 means that all images have the same features up to a factor. Reads the result from the device; nan for zeros.
+    Source: RankMe (Garrido et al. 2023, Eq. 1). 1 means that all images have the same features up to a
+    factor; features that are all zero give nan. Reads the result from the device.
     """
     values = torch.linalg.svdvals(features.float())
     p = values / values.sum()
@@ -20,17 +22,19 @@ def effective_rank(features: Tensor) -> float:
 
 
 @torch.no_grad()
-def log_ranks(backbone: nn.Module, batches, log, epoch: int) -> dict[str, float]:
-    """Effective ranks of the class token and of the mean patch token of normalised images, `image` in each batch; printed,
-    and shown in the log's TensorBoard."""
+def log_ranks(backbone: nn.Module, batches: Iterable[dict], log, epoch: int) -> dict[str, float]:
+    """Return the effective ranks of the class token and of the mean patch token; print and log them.
+
+    `batches` hold normalised images, `image` (B, C, H, W).
+    """
     rows = []
     for batch in batches:
         tokens = backbone.forward_features(batch["image"])  # (B, prefix + L, C)
-        rows.append(torch.stack([tokens[:, 0], tokens[:, backbone.num_prefix :].mean(1)]).float())
+        patches = tokens[:, backbone.num_prefix :].mean(1)  # (B, C)
+        rows.append(torch.stack([tokens[:, 0], patches]).float())  # (2, B, C)
     cls, mean = torch.cat(rows, dim=1)
     ranks = {"effective_rank_cls": effective_rank(cls), "effective_rank_avg": effective_rank(mean)}
-    dist.print_rank0(
-        "* " + "  ".join(f"{k} {v:.1f}" for k, v in ranks.items()) + f" of {min(cls.shape)} at most"
-    )
-    log.scalars({f"perf/{k}": v for k, v in ranks.items()}, epoch)
+    text = "  ".join(f"{name} {value:.1f}" for name, value in ranks.items())
+    dist.print_rank0(f"* {text} of {min(cls.shape)} at most")
+    log.scalars({f"perf/{name}": value for name, value in ranks.items()}, epoch)
     return ranks

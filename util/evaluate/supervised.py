@@ -1,108 +1,33 @@
-"""Supervised training: what happens to its batches, its loss with positional labels and a teacher, and its evaluation."""
+"""Evaluation of classifiers: accuracy, loss, position terms, and a table of predictions."""
+
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from util import dist
-from util.evaluate import evaluation
 from util.evaluate.accuracy import classification
+from util.evaluate.passes import mean_terms
 from util.run.log import write_predictions
+from util.train.setup import Setup
 
 
-def make_augment(
-    num_classes: int,
-    device: torch.device,
-    *,
-    batch_size: int,
-    reprob: float,
-    remode: str,
-    recount: int,
-    mixup: float,
-    cutmix: float,
-    cutmix_minmax: list[float] | None,
-    mixup_prob: float,
-    mixup_switch_prob: float,
-    mixup_mode: str,
-    smoothing: float,
-):
-    """What happens to a batch on the device, by timm: random erasing, then mixup or cutmix.
+def make_eval_fn(
+    positions: bool, record: Callable[[dict, Tensor], None] | None = None, columns: Tensor | None = None
+) -> Callable:
+    """Return a function (model, batch) -> (loss, terms) for `mean_terms`: accuracies in percent, and position
+    terms.
 
-    Returns `augment(images, labels) -> (images, targets)`, and whether it mixes: targets are then soft, (B, num_classes).
-    Raises ValueError for an odd batch, whose images cannot be mixed in pairs.
-    """
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
-
-    erase = RandomErasing(reprob, mode=remode, max_count=recount, device=device) if reprob > 0 else None
-    mix = None
-    if mixup > 0 or cutmix > 0 or cutmix_minmax:
-        if batch_size % 2:
-            raise ValueError(f"mixup and cutmix need an even --batch_size, found {batch_size}")
-        mix = Mixup(
-            mixup,
-            cutmix,
-            cutmix_minmax,
-            mixup_prob,
-            mixup_switch_prob,
-            mixup_mode,
-            label_smoothing=smoothing,
-            num_classes=num_classes,
-        )
-
-    def augment(images, labels):
-        if erase is not None:
-            images = erase(images)
-        return mix(images, labels) if mix is not None else (images, labels)
-
-    return augment, mix is not None
-
-
-def make_criterion(smoothing: float, mixed: bool):
-    """Cross-entropy with class indices and label smoothing, or with the soft targets that mixup makes."""
-    return lambda logits, target: F.cross_entropy(
-        logits.float(), target, label_smoothing=0.0 if mixed else smoothing
-    )
-
-
-def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=None):
-    """L_class + pos_weight * L_position (Zhang et al. 2023, Eq. 6) of a batch after `augment(images, labels)`.
-
-    With a `teacher`, a classifier, L_class is the mean of the class token's loss and the distillation token's.
-    """
-
-    def loss_fn(model, batch):
-        x, target = augment(batch["image"], batch["label"])
-        terms = {}
-        if teacher is None:
-            out = model(x, positions=pos_label != "none")
-        else:
-            out = model(x, positions=pos_label != "none", distillation=True)
-        logits, positions = out if pos_label != "none" else (out, {})
-        if teacher is not None:
-            # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns the teacher's answer.
-            logits, from_teacher = logits
-            with torch.no_grad():
-                answer = teacher(x).argmax(-1)
-            terms["distill"] = F.cross_entropy(from_teacher.float(), answer)
-            terms["class"] = criterion(logits, target)
-            loss = (terms["class"] + terms["distill"]) / 2
-        else:
-            loss = terms["class"] = criterion(logits, target)
-        if positions:
-            loss = loss + pos_weight * positions["position"]
-        return loss, terms | positions
-
-    return loss_fn
-
-
-def make_eval_fn(positions: bool, record=None, columns=None):
-    """Accuracy in percent and loss over the readable images of a batch; `record(batch, logits)` sees each batch.
-
-    `columns` are the model's outputs that belong to the labels 0, 1, ..., where these are not all of its outputs in order.
+    `record(batch, logits)` sees each batch. `columns` are the model's outputs for the labels 0, 1, ... if
+    these are not all of its outputs in order.
     """
 
     def eval_fn(model, batch):
-        logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
+        terms = {}
+        if positions:
+            logits, terms = model(batch["image"], positions=True)
+        else:
+            logits = model(batch["image"])
         if columns is not None:
             logits = logits[:, columns]  # (B, outputs) -> (B, labels)
         if record is not None:
@@ -114,35 +39,44 @@ def make_eval_fn(positions: bool, record=None, columns=None):
 
 
 def evaluate(
-    model, loader, classes: list[str], *, positions: bool, device, mean, std, amp: str, predictions: str = ""
+    model, loader, classes: list[str], setup: Setup, positions: bool, predictions: str = ""
 ) -> dict[str, float]:
-    """Exact on any number of ranks; prints MAE's line and what it was measured on, writes `predictions` if that is a path.
+    """Return accuracies, loss and position terms, exact on any number of ranks; print MAE's line.
 
-    `classes` are those of the model's outputs; the data may have some of them, and answers are then among these.
+    `classes` are the classes of the model's outputs. The data may have only some of them; the prediction is
+    then the best of these. `predictions` is the path of a CSV file to write, or ''.
     """
-    rows, data, columns = [], loader.dataset.index.classes, None
-    if data != classes:
-        dist.print_rank0(
-            f"the data have {len(data)} of the model's {len(classes)} classes: its answer is the best of these"
-        )
-        number = {name: i for i, name in enumerate(classes)}
-        columns = torch.tensor([number[name] for name in data], device=device)
+    rows: list[tuple[int, int, int, float]] = []
 
-    def record(batch, logits):
+    def record(batch: dict, logits: Tensor) -> None:
         top = logits.float().softmax(-1).max(-1)
-        rows.extend(
-            zip(batch["index"].tolist(), batch["label"].tolist(), top.indices.tolist(), top.values.tolist())
-        )
+        columns = (batch["index"], batch["label"], top.indices, top.values)
+        rows.extend(zip(*(column.tolist() for column in columns)))
 
-    eval_fn = make_eval_fn(positions, record if predictions else None, columns)
-    stats = evaluation.evaluate(model, eval_fn, loader, device=device, mean=mean, std=std, amp=amp)
-    dist.print_rank0(
-        f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
-        + (f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}" if positions else "")
-        + f" on {stats['images']} of {len(loader.dataset)} images"
-    )
+    columns = _columns(loader.dataset.index.classes, classes, setup.device)
     if predictions:
-        all_rows = sorted(row for rows in dist.gather_objects(rows) for row in rows)
+        eval_fn = make_eval_fn(positions, record, columns)
+    else:
+        # Without a table nothing is read from the device until the end.
+        eval_fn = make_eval_fn(positions, None, columns)
+    stats = mean_terms(model, eval_fn, loader, setup)
+    text = f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+    if positions:
+        text += f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}"
+    dist.print_rank0(f"{text} on {stats['images']} of {len(loader.dataset)} images")
+    if predictions:
+        all_rows = sorted(row for part in dist.gather_objects(rows) for row in part)
         if dist.is_main():
             write_predictions(predictions, all_rows, loader.dataset.index)
     return stats
+
+
+def _columns(data: list[str], classes: list[str], device: torch.device) -> Tensor | None:
+    """Return the model's outputs for the classes of the data; None if these are all outputs in order."""
+    if data == classes:
+        return None
+    dist.print_rank0(
+        f"the data have {len(data)} of the model's {len(classes)} classes: predictions are the best of these"
+    )
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[name] for name in data], device=device)

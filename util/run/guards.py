@@ -1,47 +1,62 @@
-"""What stops or spares a run: losses that are not finite, images that cannot be read, a full disk."""
+"""Guards of a run: non-finite losses stop it, undecodable images are counted, a full disk is survived."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 
 from util import dist
 
 
 class NonFiniteLoss(RuntimeError):
-    """Raised on every rank at the first log point after a non-finite value; `.step` is the update that made it."""
+    """Raised on every rank at the first log point after a non-finite value; `step` is the update that made
+    it.
+    """
 
     def __init__(self, step: int, values: dict[str, float]):
-        self.step, self.values = step, values
+        self.step = step
+        self.values = values
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
         super().__init__(f"non-finite at step {step}: {bad}")
 
 
 @contextlib.contextmanager
-def survive_full_disk():
-    """What is only reported must not end a run, on one rank while the others wait: a note instead."""
+def survive_full_disk() -> Iterator[None]:
+    """Report a full disk and continue.
+
+    A report that cannot be written must not end a run, least of all on one rank while the others wait for it.
+    """
     try:
         yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"warning: {e}; training goes on", flush=True)
+        print(f"warning: {error}; training continues", flush=True)
 
 
 class BadImages:
-    """Images that could not be decoded: counted once each, listed in bad_images.txt, an error above a share."""
+    """Images that could not be decoded: counted once each, listed in bad_images.txt, an error above a
+    share.
+    """
 
     def __init__(self, dataset, output_dir: str | None, max_share: float):
-        self.dataset, self.dir, self.max_share = dataset, output_dir, max_share
+        self.dataset = dataset
+        self.dir = output_dir
+        self.max_share = max_share
         self.new: set[int] = set()
         self.known: set[int] = set()
 
-    def add(self, indices) -> None:
+    def add(self, indices: Iterable[int]) -> None:
+        """Note images of this rank; nothing is compared with other ranks before `check`."""
         self.new.update(indices)
 
     def check(self) -> None:
-        """At a log point, on all ranks together."""
+        """Exchange new images between ranks, at a log point, on all ranks together.
+
+        Raises ValueError if the share of bad images is too large.
+        """
         new = set().union(*dist.gather_objects(self.new)) - self.known
         self.new = set()
         if not new:
@@ -49,24 +64,30 @@ class BadImages:
         self.known |= new
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
-            latest = os.fsencode(names[-1]).decode(errors="backslashreplace")  # names of files may be no text
+            # File names may hold bytes that are not valid UTF-8.
+            latest = os.fsencode(names[-1]).decode(errors="backslashreplace")
+            count = len(self.known)
             print(
-                f"warning: {len(self.known)} images cannot be decoded and are skipped, the latest: {latest}",
-                flush=True,
+                f"warning: {count} images cannot be decoded and are skipped, the latest: {latest}", flush=True
             )
-            if self.dir:
-                path = os.path.join(self.dir, "bad_images.txt")
-                with survive_full_disk(), open(path, "a+", errors="surrogateescape") as f:
-                    f.seek(0)
-                    listed = set(f.read().splitlines())  # before a restart
-                    f.writelines(name + "\n" for name in names if name not in listed)
+            self._list(names)
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
-            where = os.path.join(self.dir or "", "bad_images.txt")
+            path = os.path.join(self.dir or "", "bad_images.txt")
             raise ValueError(
-                f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more "
-                f"than --max_bad_images {self.max_share}: mend or remove them, they are listed in {where}"
+                f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more than "
+                f"`max_bad_images` {self.max_share}: repair or remove them, they are listed in {path}"
             )
+
+    def _list(self, names: list[str]) -> None:
+        """Append names to bad_images.txt that are not in it since an earlier start of the run."""
+        if not self.dir:
+            return
+        path = os.path.join(self.dir, "bad_images.txt")
+        with survive_full_disk(), open(path, "a+", errors="surrogateescape") as f:
+            f.seek(0)
+            listed = set(f.read().splitlines())
+            f.writelines(name + "\n" for name in names if name not in listed)
 
 
 def write_replay(
@@ -78,21 +99,20 @@ def write_replay(
     accum_iter: int,
     seed: int,
 ) -> None:
-    """Leave what is needed to see the failing step again: seeds and the image indices of all its micro-batches."""
+    """Write what reproduces the failing step: its seed and the image indices of all its micro-batches."""
     if not dist.is_main() or not output_dir or not hasattr(sampler, "global_batch"):
         return
     first = (error.step - epoch * updates) * accum_iter
+    batches = [sampler.global_batch(epoch, micro) for micro in range(first, first + accum_iter)]
     replay = {
         "step": error.step,
         "epoch": epoch,
         "seed": seed,
         "world_size": dist.world_size(),
-        "values": {k: str(v) for k, v in error.values.items()},
-        "micro_batches": [
-            [int(i) for i in sampler.global_batch(epoch, m)] for m in range(first, first + accum_iter)
-        ],
-        "how": "the same command resumes from checkpoint-last.pth and reaches the same step with the same data, "
-        "augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
+        "values": {name: str(value) for name, value in error.values.items()},
+        "micro_batches": [[int(index) for index in batch] for batch in batches],
+        "how": "the same command resumes from checkpoint-last.pth and reaches the same step with the same "
+        "data, augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
     }
     path = os.path.join(output_dir, f"replay-step{error.step}.json")
     with survive_full_disk(), open(path, "w") as f:

@@ -1,7 +1,7 @@
-"""What a run says: console lines or a progress bar, log.txt (one JSON object per epoch), TensorBoard.
+"""The log of a run: console lines or a progress bar, log.txt (one JSON object per epoch), and TensorBoard.
 
-Step metrics stay on the device, unread, until a log point; there they are averaged over ranks in one collective, so
-that nothing waits for the device in between and every rank sees the same numbers.
+Step metrics stay on the device, unread, until a log point. There they are averaged over ranks in one
+collective, so that nothing waits for the device in between and every rank sees the same numbers.
 """
 
 import csv
@@ -11,6 +11,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -19,13 +22,29 @@ from util.run.guards import NonFiniteLoss, survive_full_disk
 from util.run.tensorboard import Board
 
 
-class Log:
-    """Collects step metrics and writes them out; `board` is TensorBoard's on rank 0, or None.
+@dataclass(frozen=True)
+class Interval:
+    """The updates between two log points: their number, seconds, seconds spent waiting for data, and last
+    rate.
+    """
 
-    `chance` holds the level of guessing for metrics that have one; it is printed beside them and written to log.txt.
-    `meters` are the sums of the unfinished epoch: a checkpoint takes them along, so that an interrupted epoch reports
-    the same averages as an uninterrupted one. With `peak_flops`, a device's measured rate, and `image_flops`, the model's
-    work on an image, which the run's first update counts, speed is also reported as `mfu`, a percentage of that rate.
+    updates: int
+    seconds: float
+    waited: float
+    lr: float
+
+
+class Log:
+    """Collects step metrics and writes them out.
+
+    `board` is TensorBoard's writer on rank 0, or None. `chance` holds the chance levels of the metrics that
+    have one; they are printed beside these and written to log.txt. `loss_tag` is the loss's name in
+    TensorBoard, where MAE's names differ: train_loss in pretraining, loss in fine-tuning.
+
+    `meters` are the sums of the unfinished epoch. A checkpoint stores them, so that an interrupted epoch
+    reports the same averages as an uninterrupted one. With `peak_flops`, the device's measured rate, and
+    `image_flops`, the model's operations per image, which the run's first update counts, speed is also
+    reported as `mfu`, a percentage of that rate.
     """
 
     def __init__(
@@ -36,29 +55,35 @@ class Log:
         chance: dict[str, float] | None = None,
         loss_tag: str = "train_loss",
     ):
-        self.output_dir, self.print_freq, self.chance = output_dir, print_freq, chance or {}
-        self.loss_tag = (
-            loss_tag  # MAE's TensorBoard names differ: train_loss in pretraining, loss in fine-tuning
-        )
-        self._bar = None
-        self.board = Board(log_dir) if dist.is_main() and log_dir else None
+        self.output_dir = output_dir
+        self.print_freq = print_freq
+        self.chance = chance or {}
+        self.loss_tag = loss_tag
+        self.board: Board | None = None
+        if dist.is_main() and log_dir:
+            self.board = Board(log_dir)
         self.peak_flops: float | None = None
         self.image_flops: float | None = None
         self.meters: dict[str, float] = {}
+        self._bar = None
+        # (step, names, values on the device, learning rate) of the updates since the last log point
         self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
-        self._wait = 0.0
-        self._total_wait = self._total_seconds = 0.0
+        self._waited = 0.0
+        self._total_waited = 0.0
+        self._total_seconds = 0.0
 
     def truncate(self, epoch: int) -> None:
         """Drop the lines of log.txt from `epoch` on: a resumed run writes them again."""
         path = os.path.join(self.output_dir or "", "log.txt")
-        if self.output_dir and dist.is_main() and os.path.exists(path):
-            with open(path) as f:
-                lines = f.readlines()
-            kept = [line for line in lines if _epoch_of(line) < epoch]
-            if len(kept) < len(lines):  # a run that is done keeps the time of its end
-                with open(path, "w") as f:
-                    f.writelines(kept)
+        if not (self.output_dir and dist.is_main() and os.path.exists(path)):
+            return
+        with open(path) as f:
+            lines = f.readlines()
+        earlier = [line for line in lines if _epoch_of(line) < epoch]
+        # A file that stays as it is keeps its modification time, the end of a finished run.
+        if len(earlier) < len(lines):
+            with open(path, "w") as f:
+                f.writelines(earlier)
 
     def start_epoch(
         self,
@@ -69,29 +94,30 @@ class Log:
         images_per_update: int,
         meters: dict[str, float] | None = None,
     ) -> None:
-        self.epoch, self.epochs, self.updates, self.images = epoch, epochs, updates, images_per_update
+        """Begin at update `first` of `updates`; `meters` are the sums of the updates before it."""
+        self.epoch = epoch
+        self.epochs = epochs
+        self.updates = updates
+        self.images = images_per_update
         self.done = first
         self.meters = dict(meters or {})
-        self._since = self._epoch_start = time.monotonic()
         self._epoch_first = first
+        self._epoch_start = time.monotonic()
+        self._since = self._epoch_start
+        # A progress bar for people at a terminal; lines for files.
         if dist.is_main() and sys.stdout.isatty():
             from tqdm import tqdm
 
+            title = f"epoch {epoch + 1}/{epochs}"
             self._bar = tqdm(
-                total=updates,
-                initial=first,
-                desc=f"epoch {epoch + 1}/{epochs}",
-                unit="step",
-                dynamic_ncols=True,
-                leave=False,
+                total=updates, initial=first, desc=title, unit="step", dynamic_ncols=True, leave=False
             )
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], lr: float, waited: float) -> None:
-        """Note the metrics of update `step` (device scalars, not read here)."""
-        names = list(metrics)
-        values = torch.stack([v.detach().float().reshape(()) for v in metrics.values()])
-        self._steps.append((step, names, values, lr))
-        self._wait += waited
+        """Note the metrics of update `step`, device scalars that are not read here."""
+        values = torch.stack([value.detach().float().reshape(()) for value in metrics.values()])  # (metrics,)
+        self._steps.append((step, list(metrics), values, lr))
+        self._waited += waited
         self.done += 1
         if self._bar is not None:
             self._bar.update()
@@ -106,78 +132,111 @@ class Log:
         return self.peak_flops is not None and self.image_flops is None
 
     def speed(self, images: float, seconds: float, waited: float) -> dict[str, float]:
-        """Images per second of all ranks, the share of time spent waiting for data, and `mfu` in % where it is known."""
+        """Return images per second of all ranks, the share of time spent waiting for data, and `mfu` in % if
+        known.
+        """
         seconds = max(seconds, 1e-9)
-        out = {"img_per_s": images / seconds, "data_wait": waited / seconds}
+        speed = {"img_per_s": images / seconds, "data_wait": waited / seconds}
         if self.peak_flops and self.image_flops is not None:
-            out["mfu"] = 100 * out["img_per_s"] * self.image_flops / (self.peak_flops * dist.world_size())
-        return out
+            speed["mfu"] = 100 * speed["img_per_s"] * self.image_flops / (self.peak_flops * dist.world_size())
+        return speed
 
     def flush(self) -> None:
-        """Read what was noted, on all ranks together; raise NonFiniteLoss on all of them if anything is not finite."""
+        """Read the noted metrics, on all ranks together; raise NonFiniteLoss on all if a value is not
+        finite.
+        """
         if not self._steps:
             return
-        table = (
-            dist.mean_over_ranks(torch.stack([s[2] for s in self._steps])).cpu().double()
-        )  # (steps, metrics)
-        for (step, names, _, lr), row in zip(self._steps, table.tolist()):
-            values = dict(zip(names, row))
+        # One collective and one copy to the host for all updates since the last log point.
+        table = dist.mean_over_ranks(torch.stack([values for _, _, values, _ in self._steps]))
+        rows = table.cpu().double().tolist()  # (steps, metrics)
+        last: dict[str, float] = {}
+        for (step, names, _, lr), row in zip(self._steps, rows):
+            last = dict(zip(names, row))
             if not all(map(math.isfinite, row)):
                 self._steps.clear()
-                raise NonFiniteLoss(step, values)
-            for name, value in (values | {"lr": lr}).items():
-                self.meters[name] = self.meters.get(name, 0.0) + value
-            self.meters["steps"] = self.meters.get("steps", 0) + 1
-        steps, self._steps = self._steps, []
+                raise NonFiniteLoss(step, last)
+            self._add(last | {"lr": lr, "steps": 1})
         now = time.monotonic()
-        seconds, wait = now - self._since, self._wait
-        self._since, self._wait = now, 0.0
-        self._total_seconds += seconds
-        self._total_wait += wait
+        interval = Interval(len(self._steps), now - self._since, self._waited, self._steps[-1][3])
+        self._steps = []
+        self._since = now
+        self._waited = 0.0
+        self._total_seconds += interval.seconds
+        self._total_waited += interval.waited
         if dist.is_main():
-            self._report(values, steps[-1][3], len(steps), seconds, wait)
+            self._report(last, interval)
 
-    def _report(self, last: dict[str, float], lr: float, steps: int, seconds: float, wait: float) -> None:
-        """MAE's line, with the terms, chance levels, rate and share of time spent waiting for data."""
-        average = self.averages()
-        speed = self.speed(steps * self.images, seconds, wait)
-        rate = speed["img_per_s"]
-        left = self.updates * (self.epochs - self.epoch) - self.done
-        eta = left * (time.monotonic() - self._epoch_start) / max(1, self.done - self._epoch_first)
-        terms = [
-            f"{k}: {v:.4f} ({average[k]:.4f}{f', chance {self.chance[k]:.4f}' if k in self.chance else ''})"
-            for k, v in last.items()
-        ]
-        if self.board is not None:
-            x = int(
-                (self.epoch + self.done / self.updates) * 1000
-            )  # MAE's x axis: comparable across batch sizes
-            self.board.scalar(self.loss_tag, last["loss"], x)
-            self.board.scalar("lr", lr, x)
-            for name in last.keys() - {"loss"}:
-                self.board.scalar(f"train/{name}", last[name], x)
-            for name, value in speed.items():
-                self.board.scalar(f"speed/{name}", value, x)
+    def _add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.meters[name] = self.meters.get(name, 0) + value
+
+    def _report(self, last: dict[str, float], interval: Interval) -> None:
+        speed = self.speed(interval.updates * self.images, interval.seconds, interval.waited)
+        self._report_to_board(last, interval.lr, speed)
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {last['loss']:.4f} {rate:.0f} img/s data {100 * wait / seconds:.0f}% eta {duration(eta)}"
-            )
+            data = f"data {100 * interval.waited / interval.seconds:.0f}%"
+            rate = f"{speed['img_per_s']:.0f} img/s"
+            self._bar.set_postfix_str(f"loss {last['loss']:.4f} {rate} {data} eta {self._time_left()}")
             if self.done < self.updates:
                 return
+            # The epoch's last log point is a line that stays.
             self._bar.close()
             self._bar = None
+        print(self._line(last, interval, speed), flush=True)
+
+    def _report_to_board(self, last: dict[str, float], lr: float, speed: dict[str, float]) -> None:
+        if self.board is None:
+            return
+        # MAE's x axis: thousandths of an epoch, comparable across batch sizes.
+        x = int((self.epoch + self.done / self.updates) * 1000)
+        self.board.scalar(self.loss_tag, last["loss"], x)
+        self.board.scalar("lr", lr, x)
+        for name in last.keys() - {"loss"}:
+            self.board.scalar(f"train/{name}", last[name], x)
+        for name, value in speed.items():
+            self.board.scalar(f"speed/{name}", value, x)
+
+    def _line(self, last: dict[str, float], interval: Interval, speed: dict[str, float]) -> str:
+        """Return MAE's line, with the terms, chance levels, rate and share of time spent waiting for data."""
         width = len(str(self.updates))
-        reserved = f" (reserved {mb:.0f})" if (mb := reserved_memory_mb()) else ""
-        print(
-            f"Epoch: [{self.epoch}]  [{self.done:{width}d}/{self.updates}]  eta: {duration(eta)}  lr: {lr:.6f}  "
-            + "  ".join(terms)
-            + f"  time: {seconds / steps:.4f}  data: {wait / steps:.4f} ({100 * wait / seconds:.0f}%)"
-            + f"  img/s: {rate:.1f}"
-            + (f" (mfu {speed['mfu']:.0f}%)" if "mfu" in speed else "")
-            + f"  max mem: {peak_memory_mb():.0f}"
-            + reserved,
-            flush=True,
-        )
+        share = 100 * interval.waited / interval.seconds
+        rate = f"img/s: {speed['img_per_s']:.1f}"
+        if "mfu" in speed:
+            rate += f" (mfu {speed['mfu']:.0f}%)"
+        memory = f"max mem: {peak_memory_mb():.0f}"
+        if reserved := reserved_memory_mb():
+            memory += f" (reserved {reserved:.0f})"
+        parts = [
+            f"Epoch: [{self.epoch}]",
+            f"[{self.done:{width}d}/{self.updates}]",
+            f"eta: {self._time_left()}",
+            f"lr: {interval.lr:.6f}",
+            *self._terms(last),
+            f"time: {interval.seconds / interval.updates:.4f}",
+            f"data: {interval.waited / interval.updates:.4f} ({share:.0f}%)",
+            rate,
+            memory,
+        ]
+        return "  ".join(parts)
+
+    def _terms(self, last: dict[str, float]) -> list[str]:
+        """Return a text for each metric: its last value, the epoch's average, and the chance level."""
+        average = self.averages()
+        terms = []
+        for name, value in last.items():
+            beside = f"{average[name]:.4f}"
+            if name in self.chance:
+                beside += f", chance {self.chance[name]:.4f}"
+            terms.append(f"{name}: {value:.4f} ({beside})")
+        return terms
+
+    def _time_left(self) -> str:
+        """Return the time to the end of the run at this epoch's speed, as [days, ]hours:minutes:seconds."""
+        left = self.updates * (self.epochs - self.epoch) - self.done
+        done = max(1, self.done - self._epoch_first)
+        seconds = left * (time.monotonic() - self._epoch_start) / done
+        return str(timedelta(seconds=int(seconds)))
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         """Show figures of an epoch's end in TensorBoard."""
@@ -186,75 +245,82 @@ class Log:
                 self.board.scalar(name, value, (epoch + 1) * 1000)
 
     def picture(self, name: str, image, epoch: int) -> None:
-        """Show a (H, W, 3) uint8 picture in TensorBoard."""
+        """Show a picture (H, W, 3) uint8 in TensorBoard."""
         if self.board is not None:
             self.board.image(name, image, (epoch + 1) * 1000)
 
     def averages(self) -> dict[str, float]:
-        """Means over the updates of the epoch so far."""
+        """Return the means over the updates of the epoch so far."""
         steps = self.meters.get("steps", 0)
-        return {k: v / steps for k, v in self.meters.items() if k != "steps"} if steps else {}
+        if not steps:
+            return {}
+        return {name: total / steps for name, total in self.meters.items() if name != "steps"}
 
     def end_epoch(self, extra: dict[str, float]) -> dict[str, float]:
         """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours."""
-        line = {f"train_{k}": v for k, v in self.averages().items()} | extra | {"epoch": self.epoch}
-        line |= {f"chance_{k}": v for k, v in self.chance.items()}
-        line |= self.speed(
-            (self.done - self._epoch_first) * self.images, self._total_seconds, self._total_wait
-        )
-        self._total_wait = self._total_seconds = 0.0
+        line = {f"train_{name}": value for name, value in self.averages().items()}
+        line |= extra | {"epoch": self.epoch}
+        line |= {f"chance_{name}": value for name, value in self.chance.items()}
+        images = (self.done - self._epoch_first) * self.images
+        line |= self.speed(images, self._total_seconds, self._total_waited)
+        self._total_seconds = 0.0
+        self._total_waited = 0.0
         self.meters = {}
         self.write_line(line)
         return line
 
     def write_line(self, line: dict[str, float]) -> None:
         """Append one JSON object to log.txt."""
-        if dist.is_main():
-            if self.board is not None:
-                self.board.flush()
-            if self.output_dir:
-                with survive_full_disk(), open(os.path.join(self.output_dir, "log.txt"), "a") as f:
-                    f.write(json.dumps(line) + "\n")
+        if not dist.is_main():
+            return
+        if self.board is not None:
+            self.board.flush()
+        if self.output_dir:
+            with survive_full_disk(), open(os.path.join(self.output_dir, "log.txt"), "a") as f:
+                f.write(json.dumps(line) + "\n")
 
 
 def _epoch_of(line: str) -> float:
-    """Of a line of log.txt; infinite for one that a full disk or a lost node has cut off."""
+    """Return the epoch of a line of log.txt; infinity for a line that a full disk or a lost node has cut
+    off.
+    """
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError):
         return math.inf
 
 
-def write_predictions(path: str, rows: list[tuple[int, int, int, float]], index) -> None:
-    """A CSV line per image: name, label, prediction (class names), probability; rows as (image, label, class, p)."""
-    with open(path, "w", newline="", errors="surrogateescape") as f:  # names of files may be no text
-        out = csv.writer(f)
-        out.writerow(["image", "label", "prediction", "probability", "correct"])
-        for i, label, predicted, p in rows:
-            known = index.classes[label] if label >= 0 else "unreadable"
-            out.writerow(
-                [index.name(i), known, index.classes[predicted], f"{p:.6f}", int(label == predicted)]
-            )
+def write_predictions(path: str, rows: Sequence[tuple[int, int, int, float]], index) -> None:
+    """Write a CSV line per image: name, label, predicted class, probability, and whether it is correct.
+
+    `rows` are (image, label, predicted class, probability), numbers in the data set's order. A label of -1 is
+    an image that could not be decoded.
+    """
+    # File names may hold bytes that are not valid UTF-8.
+    with open(path, "w", newline="", errors="surrogateescape") as f:
+        writer = csv.writer(f)
+        writer.writerow(["image", "label", "prediction", "probability", "correct"])
+        for image, label, predicted, probability in rows:
+            name = "unreadable"
+            if label >= 0:
+                name = index.classes[label]
+            row = [index.name(image), name, index.classes[predicted], f"{probability:.6f}"]
+            writer.writerow([*row, int(label == predicted)])
     print(f"wrote {len(rows)} predictions to {path}", flush=True)
 
 
-def duration(seconds: float) -> str:
-    seconds = int(seconds)
-    days, rest = divmod(seconds, 86400)
-    return (
-        f"{days} day{'s' * (days > 1)}, " if days else ""
-    ) + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
 def reserved_memory_mb() -> float:
-    """Most memory that CUDA's allocator has held, free blocks included, which other processes cannot have; 0 without CUDA."""
+    """Return the most memory that CUDA's allocator has held, in MB; 0 without CUDA.
+
+    It includes free blocks, which other processes cannot use.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 2**20
     return 0.0
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process: the device's allocator on CUDA, resident memory otherwise."""
+    """Return the peak memory of this process in MB: allocated memory on CUDA, resident memory otherwise."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""What a run will cost, measured over a few steps before it begins; and run.json, which says what a run was."""
+"""A run's cost, measured over a few updates before it begins; and run.json, the record of a run."""
 
 import contextlib
 import json
@@ -16,20 +16,24 @@ import torch
 from torch import nn
 
 from util import dist
+from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, matmul_rate, synchronize
 
-WARMUP, STEPS, SECONDS = (
-    2,
-    8,
-    20.0,
-)  # updates before the clock starts, updates measured, and when to measure fewer
+WARMUP = 2  # updates before the clock starts: the first ones make handles and fill caches
+STEPS = 8  # updates that are measured
+SECONDS = 20.0  # fewer updates are measured if they would take longer
+DATA_BOUND = 30  # percent of the time spent waiting for data, above which more workers are suggested
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One update of this rank: seconds, those of them spent waiting for data, floating-point operations; and the
-    device's rate at a large matrix product, its peak memory, and mean and std of the first batch after normalisation."""
+    """One update of this rank.
+
+    `seconds` is its duration, `waited` the part spent waiting for data, `flops` its floating-point
+    operations. `peak_flops` is the device's rate at a large matrix product. `sample_mean` and `sample_std`
+    are per channel, of the first batch after normalisation.
+    """
 
     seconds: float
     waited: float
@@ -45,6 +49,36 @@ class Measured:
         return self.flops / self.seconds / self.peak_flops
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """The run that a dry run describes: `updates` per epoch, `step` updates done, and the size of a
+    checkpoint.
+    """
+
+    epochs: int
+    updates: int
+    step: int
+    images_per_update: int
+    start: str
+    saved_mb: float
+    checkpoints: CheckpointManager | None
+
+    @property
+    def updates_left(self) -> int:
+        return max(0, self.epochs * self.updates - self.step)
+
+    @property
+    def kept(self) -> int:
+        """Number of numbered checkpoints that the folder holds at the end."""
+        if self.checkpoints is None:
+            return 0
+        # The last epoch is always kept.
+        numbered = {epoch for epoch in range(self.epochs) if self.checkpoints.keeps(epoch)} | {
+            self.epochs - 1
+        }
+        return min(len(numbered), self.checkpoints.keep or len(numbered))
+
+
 def measure(
     step: Callable[[Iterator[dict], FlopCounter | None], float],
     batches: Callable[[int], Iterator[dict]],
@@ -52,115 +86,145 @@ def measure(
     dtype: torch.dtype,
     memory_mb: Callable[[], float],
 ) -> Measured:
-    """Run `step(stream, counter) -> seconds waited for data` a few times on `batches(epoch)`, epoch after epoch."""
-    samples = []
+    """Run a few updates and return what one costs.
 
-    def stream():
+    `step(stream, counter)` runs one update and returns the seconds that it waited for data. `batches(epoch)`
+    yields the batches of an epoch; epochs follow each other until enough updates are measured.
+    """
+    first_images: list[torch.Tensor] = []
+
+    def endless() -> Iterator[dict]:
         epoch = 0
         while True:
             for batch in batches(epoch):
-                if not samples:
-                    # A copy: mixup and random erasing change the batch in place.
-                    samples.append(batch["image"].detach().float().clone())
+                if not first_images:
+                    # A copy, because mixup and random erasing change the batch in place.
+                    first_images.append(batch["image"].detach().float().clone())
                 yield batch
             epoch += 1
 
-    endless = stream()
+    stream = endless()
     counter = FlopCounter()
-    step(endless, counter)
+    step(stream, counter)
     for _ in range(WARMUP - 1):
-        step(endless, None)
-    done = waited = 0
+        step(stream, None)
     synchronize(device)
     begin = time.monotonic()
-    # The number of steps must be the same on every rank: they wait for each other within a step.
-    first = step(endless, None)
+    waited = step(stream, None)
     synchronize(device)
-    one = dist.gather_objects(time.monotonic() - begin)[0]
-    waited, done = first, 1
-    while done < min(STEPS, max(1, SECONDS / one)):
-        waited += step(endless, None)
-        done += 1
+    # Ranks wait for each other within an update, so all must measure as many: rank 0's first update decides.
+    seconds_of_one = dist.gather_objects(time.monotonic() - begin)[0]
+    steps = 1
+    while steps < min(STEPS, max(1, SECONDS / seconds_of_one)):
+        waited += step(stream, None)
+        steps += 1
     synchronize(device)
-    seconds = (time.monotonic() - begin) / done
+    seconds = (time.monotonic() - begin) / steps
+    # Before the matrix product below, which needs memory of its own.
     memory = memory_mb()
-    dims = [
-        d for d in range(samples[0].dim()) if d != samples[0].dim() - 3
-    ]  # (B, C, H, W), or (B, crops, C, H, W)
-    std, mean = torch.std_mean(samples[0], dim=dims)
-    return Measured(
-        seconds,
-        waited / done,
-        float(counter.total),
-        matmul_rate(device, dtype),
-        memory,
-        mean.tolist(),
-        std.tolist(),
-    )
+    mean, std = _channel_statistics(first_images[0])
+    rate = matmul_rate(device, dtype)
+    return Measured(seconds, waited / steps, float(counter.total), rate, memory, mean, std)
 
 
-def size_mb(*states: dict) -> float:
-    """Megabytes of all tensors in nested dictionaries and lists."""
-
-    def count(x):
-        if torch.is_tensor(x):
-            return x.numel() * x.element_size()
-        if isinstance(x, dict):
-            return sum(map(count, x.values()))
-        return sum(map(count, x)) if isinstance(x, (list, tuple)) else 0
-
-    return sum(map(count, states)) / 2**20
+def _channel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel of images (B, C, H, W) or (B, crops, C, H, W)."""
+    channel = images.dim() - 3
+    others = [d for d in range(images.dim()) if d != channel]
+    std, mean = torch.std_mean(images, dim=others)
+    return mean.tolist(), std.tolist()
 
 
-def describe(
-    m: Measured,
-    *,
-    model: nn.Module,
-    device: torch.device,
-    amp: str,
-    images_per_update: int,
-    updates: int,
-    epochs: int,
-    step: int,
-    start: str,
-    saved_mb: float,
-    kept: int,
-    folder: str | None,
-) -> str:
-    """The plan as text: a line each for data, steps, model, speed, time, disk, and where the run would start."""
-    left = max(0, epochs * updates - step)
-    seconds, mb = left * m.seconds, saved_mb * (kept + 2 * (kept > 0))
-    there = next((p for p in parents(folder or ".") if os.path.isdir(p)), ".")
-    numbers = [
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) / 1e6:.2f} M"
-        for trained in (False, True)
-    ]
-    wait = 100 * m.waited / m.seconds
+def size_mb(state) -> float:
+    """Return the megabytes of all tensors in nested dictionaries and lists."""
+    return _bytes(state) / 2**20
+
+
+def _bytes(state) -> int:
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(_bytes, state.values()))
+    if isinstance(state, (list, tuple)):
+        return sum(map(_bytes, state))
+    return 0
+
+
+def describe(measured: Measured, run: PlannedRun, model: nn.Module, device: torch.device, amp: str) -> str:
+    """Return the plan as text: a line each for data, steps, model, speed, time, disk, and the start."""
     lines = {
-        "samples": f"after normalisation mean {listed(m.sample_mean)}, std {listed(m.sample_std)} (0 and 1 fit the data)",
-        "steps": f"{updates} per epoch, {images_per_update} images each; {left} to go of {epochs} x {updates}",
-        "model": f"{numbers[0]} parameters, {numbers[1]} trained; {m.flops / 1e9:.3g} GFLOP per update and rank",
-        "memory": f"{m.memory_mb:.0f} MB at most {'on the GPU' if device.type == 'cuda' else 'in the process'}, and workers",
-        "speed": f"{images_per_update / m.seconds:.1f} images/s, {m.seconds:.3f} s per update, {wait:.0f} % of it waiting for "
-        "data" + (": data-bound, more --num_workers may help" if wait > 30 else ""),
-        "utilisation": f"{100 * m.utilisation:.0f} % of the {m.peak_flops / 1e9:.4g} GFLOP/s of a matrix product in {amp} on "
-        f"{device}, measured here",
-        "time": f"{seconds / 3600:.2f} hours for what is left, evaluation not counted",
-        "disk": f"{mb:.0f} MB at most: {kept} numbered checkpoints of {saved_mb:.1f} MB, the last, and one that is being "
-        f"written; {shutil.disk_usage(there).free / 2**20:.0f} MB are free",
-        "start": start,
+        "samples": _samples(measured),
+        "steps": f"{run.updates} per epoch, {run.images_per_update} images each; "
+        f"{run.updates_left} to go of {run.epochs} x {run.updates}",
+        "model": _model_size(model) + f"; {measured.flops / 1e9:.3g} GFLOP per update and rank",
+        "memory": _memory(measured, device),
+        "speed": _speed(measured, run),
+        "utilisation": f"{100 * measured.utilisation:.0f} % of the {measured.peak_flops / 1e9:.4g} GFLOP/s "
+        f"of a matrix product in {amp} on {device}, measured here",
+        "time": f"{run.updates_left * measured.seconds / 3600:.2f} hours to the end, without evaluation",
+        "disk": _disk(run),
+        "start": run.start,
     }
     return "\n".join(
         ["plan (nothing is written):", *(f"  {name:<12} {text}" for name, text in lines.items())]
     )
 
 
-def listed(values: list[float]) -> str:
-    return " ".join(f"{v:.2f}" for v in values[:4]) + (" ..." if len(values) > 4 else "")
+def _samples(measured: Measured) -> str:
+    mean = _listed(measured.sample_mean)
+    std = _listed(measured.sample_std)
+    return f"after normalisation mean {mean}, std {std} (0 and 1 fit the data)"
 
 
-def parents(path: str) -> Iterator[str]:
-    """A path, its folder, that one's folder, ..."""
+def _model_size(model: nn.Module) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
+
+
+def _memory(measured: Measured, device: torch.device) -> str:
+    place = "in the process"
+    if device.type == "cuda":
+        place = "on the GPU"
+    return f"{measured.memory_mb:.0f} MB at most {place}, and workers"
+
+
+def _speed(measured: Measured, run: PlannedRun) -> str:
+    rate = run.images_per_update / measured.seconds
+    wait = 100 * measured.waited / measured.seconds
+    text = f"{rate:.1f} images/s, {measured.seconds:.3f} s per update, {wait:.0f} % of it waiting for data"
+    if wait > DATA_BOUND:
+        text += ": data-bound, more data workers may help"
+    return text
+
+
+def _disk(run: PlannedRun) -> str:
+    folder = "."
+    copies = 0
+    if run.checkpoints is not None:
+        folder = run.checkpoints.dir
+        # Besides the numbered ones: the last checkpoint, and one that is being written.
+        copies = run.kept + 2
+    # The folder may not exist yet. Its nearest existing parent is on the same disk.
+    existing = next((path for path in _with_parents(folder) if os.path.isdir(path)), ".")
+    free = shutil.disk_usage(existing).free / 2**20
+    return (
+        f"{run.saved_mb * copies:.0f} MB at most: {run.kept} numbered checkpoints of {run.saved_mb:.1f} MB, "
+        f"the last, "
+        f"and one that is being written; {free:.0f} MB are free"
+    )
+
+
+def _listed(values: list[float]) -> str:
+    """Return up to four values as text, and an ellipsis for the rest."""
+    text = " ".join(f"{value:.2f}" for value in values[:4])
+    if len(values) > 4:
+        text += " ..."
+    return text
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    """Yield a path, its folder, the folder of that, and so on."""
     path = os.path.abspath(path)
     yield path
     while os.path.dirname(path) != path:
@@ -169,20 +233,14 @@ def parents(path: str) -> Iterator[str]:
 
 
 def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
-    """run.json: flags, what became of them, versions, commit, host, devices; earlier starts of the run are kept.
+    """Write run.json: flags, what became of them, versions, commit, host and devices.
 
-    A disk that is full, or a folder that is gone, must not end a run here: it is a note.
+    Earlier starts of the run are kept in it. A full disk or a missing folder is only reported: it must not
+    end a run here.
     """
     if not folder or not dist.is_main():
         return
-    path, earlier = os.path.join(folder, "run.json"), []
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open(path) as f:
-            before = json.load(f)
-        earlier = [
-            *before["earlier_starts"],
-            {k: before[k] for k in ("started", "host", "commit", "resolved")},
-        ]
+    path = os.path.join(folder, "run.json")
     record = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "host": socket.gethostname(),
@@ -191,47 +249,56 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
         "resolved": resolved,
         "versions": versions(),
         "devices": devices(),
-        "earlier_starts": earlier,
+        "earlier_starts": _earlier_starts(path),
     }
     try:
         with open(path + ".partial", "w") as f:
             json.dump(record, f, indent=1)
         os.replace(path + ".partial", path)
-    except OSError as e:
-        print(f"warning: could not write {path}: {e}", flush=True)
+    except OSError as error:
+        print(f"warning: could not write {path}: {error}", flush=True)
+
+
+def _earlier_starts(path: str) -> list[dict]:
+    """Return the starts that an existing run.json tells of; none if it is missing or damaged."""
+    try:
+        with open(path) as f:
+            before = json.load(f)
+        return [*before["earlier_starts"], {k: before[k] for k in ("started", "host", "commit", "resolved")}]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, of the main packages, and of CUDA if there is one."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+            installed[name] = metadata.version(name)
+    if torch.version.cuda:
+        installed["cuda"] = torch.version.cuda
+    return installed
 
 
 def devices() -> list[str]:
-    """The GPUs that this process sees, else the processor."""
+    """Return the names of the GPUs that this process sees, or else of the processor."""
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     name = platform.processor() or platform.machine()
-    with (
-        contextlib.suppress(OSError, StopIteration),
-        open("/proc/cpuinfo") as f,
-    ):  # Linux knows more than platform says
+    # On Linux /proc/cpuinfo names the model, which `platform` does not.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as f:
         name = next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
     return [f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
 
 
 def commit() -> str | None:
-    """The code's git commit, with a + where files differ from it; None outside a repository or without git."""
+    """Return the code's git commit, with a + if files differ from it; None outside a repository or without
+    git.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
-        said = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return said.stdout.strip() or None
+    return answer.stdout.strip() or None

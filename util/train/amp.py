@@ -1,4 +1,4 @@
-"""Mixed precision: what --amp means on a device."""
+"""Mixed precision: the meaning of fp32, bf16, fp16 and auto on a device."""
 
 import contextlib
 
@@ -8,25 +8,36 @@ AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """The context in which a forward pass runs at precision fp32, bf16 or fp16."""
+    """Return the context in which a forward pass runs at precision fp32, bf16 or fp16."""
     return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
 
 
 def products(device: torch.device) -> str:
-    """What float32 matrix products run in: "TF32" (11 bits of precision) on CUDA, as `dist.init` sets it, else "fp32"."""
-    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return "TF32" if tf32 else "fp32"
+    """Return the precision of float32 matrix products.
+
+    "TF32" has 11 bits of precision; `dist.init` turns it on for CUDA. Everywhere else it is "fp32".
+    """
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return "TF32"
+    return "fp32"
 
 
 def described(amp: str, device: torch.device) -> str:
-    """A precision as the output names it: fp32 says what its products run in, where that is not float32."""
-    return "fp32 with TF32 products" if amp == "fp32" and products(device) == "TF32" else amp
+    """Return the name of a precision for messages; fp32 names the precision of its products if that is
+    lower.
+    """
+    if amp == "fp32" and products(device) == "TF32":
+        return "fp32 with TF32 products"
+    return amp
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """The precision that --amp auto means on a device: bf16 on GPUs that have it, else fp16; fp32 on the CPU."""
+    """Resolve "auto" on a device: bf16 on GPUs that support it, fp16 on other GPUs, fp32 elsewhere."""
     if amp != "auto":
         return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    # Older GPUs emulate bf16, which is slower than fp16 there.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16"

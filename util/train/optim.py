@@ -1,51 +1,55 @@
 """AdamW and LARS, parameter groups, layer-wise learning rates, and a moving average of the weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
 def param_groups(
     model: nn.Module,
     weight_decay: float,
-    skip: set[str] = frozenset(),
+    skip: Collection[str] = frozenset(),
     layer_decay: float = 1.0,
     layer_id: Callable[[str], int] | None = None,
     num_layers: int = 0,
 ) -> list[dict]:
-    """Groups for AdamW: biases, norms and the names in `skip` are not decayed, everything else is.
+    """Return groups for AdamW. Biases, norms and the names in `skip` are not decayed.
 
-    With `layer_decay` below 1 each depth has its own groups, whose `lr_scale` is layer_decay ** (num_layers - depth),
-    so that the head learns at the full rate (BEiT, MAE appendix A.1); depths come from `layer_id(parameter name)`.
-    Without it there are two groups, in MAE's order: first what is not decayed.
+    With `layer_decay` below 1 each depth has its own groups. Their `lr_scale` is layer_decay ** (num_layers -
+    depth), so that the head learns at the full rate (BEiT; MAE appendix A.1). `layer_id` maps a parameter's
+    name to its depth. Without layer decay there are two groups, in MAE's order: first the one without weight
+    decay.
     """
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        decay = 0.0 if p.ndim <= 1 or name in skip else weight_decay
-        scale = layer_decay ** (num_layers - layer_id(name)) if layer_decay < 1 and layer_id else 1.0
-        group = groups.setdefault(
-            (scale, decay > 0), {"params": [], "weight_decay": decay, "lr_scale": scale}
-        )
-        group["params"].append(p)
-    return (
-        sorted(groups.values(), key=lambda g: g["weight_decay"])
-        if layer_decay == 1
-        else list(groups.values())
-    )
+        decay = weight_decay
+        if p.ndim <= 1 or name in skip:
+            decay = 0.0
+        scale = 1.0
+        if layer_decay < 1 and layer_id:
+            scale = layer_decay ** (num_layers - layer_id(name))
+        new = {"params": [], "weight_decay": decay, "lr_scale": scale}
+        groups.setdefault((scale, decay > 0), new)["params"].append(p)
+    found = list(groups.values())
+    if layer_decay == 1:
+        # Optimizer states are loaded by position, and MAE's files have this order.
+        found.sort(key=lambda group: group["weight_decay"])
+    return found
 
 
 class WeightAverage(AveragedModel):
-    """Exponential moving average of parameters and of batch statistics, over the same window; other buffers are copied.
+    """Exponential moving average of parameters and batch statistics, over the same window; other buffers are
+    copied.
 
-    Statistics belong to the weights that they were taken with: the live model's are not those of the average. Integers
-    (counters, index tables) must not be averaged: rounding would lower them.
+    Batch statistics belong to the weights that they were taken with, so those of the live model do not fit
+    the average. Integers (counters, index tables) must not be averaged: rounding would lower them.
 
-    The state dict is torch's AveragedModel's. Its own update copies the counter of updates to the device each time, and
-    waits for that.
+    The state dict is that of torch's AveragedModel. The update differs: torch's copies its counter to the
+    device each time and waits for the copy.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -54,52 +58,58 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """average = decay * average + (1 - decay) * model; the first update copies the model."""
+        """Set average = decay * average + (1 - decay) * model; the first update copies the model."""
         averages = [*self.module.parameters(), *self.module.buffers()]
         current = [*model.parameters(), *model.buffers()]
-        pairs = list(zip(averages, current, strict=True))
-        first = int(self.n_averaged) == 0  # a counter on the CPU
-        blended = [] if first else [pair for pair in pairs if pair[0].is_floating_point()]
-        copied = pairs if first else [pair for pair in pairs if not pair[0].is_floating_point()]
-        for average, value in copied:
-            average.copy_(value)
-        if blended:
-            torch._foreach_lerp_(*map(list, zip(*blended)), 1 - self.decay)
+        first = int(self.n_averaged) == 0  # the counter lives on the CPU
+        blended: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for average, value in zip(averages, current, strict=True):
+            if first or not average.is_floating_point():
+                average.copy_(value)
+            else:
+                blended[0].append(average)
+                blended[1].append(value)
+        if blended[0]:
+            # One kernel for all tensors of a type instead of one for each.
+            torch._foreach_lerp_(*blended, 1 - self.decay)
         self.n_averaged += 1
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW in its fused form (one kernel over all parameters; CPU and CUDA have it), else PyTorch's default."""
-    devices = {p.device.type for g in groups for p in g["params"]}
+    """Return AdamW, in its fused form on devices that have one: one kernel updates all parameters."""
+    devices = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=devices <= {"cpu", "cuda"})
 
 
 def lars(
     heads: Iterable[nn.Module], lr_grid: list[float], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """LARS over heads that learn side by side, each at its factor of the rate; two groups a head.
+    """Return LARS over heads that learn side by side, each at its factor of the rate, with two groups per
+    head.
 
-    As MAE has it: matrices move by 0.001 of their norm times the rate, biases by plain momentum.
+    As in MAE, matrices move by 0.001 of their norm times the rate, and biases by plain momentum.
     """
     from timm.optim import Lars  # timm takes seconds to import
 
     groups = []
     for head, scale in zip(heads, lr_grid):
-        for matrix in (True, False):
-            groups.append(
-                {
-                    "params": [p for p in head.parameters() if (p.ndim > 1) == matrix],
-                    "lr_scale": scale,
-                    "weight_decay": weight_decay if matrix else 0.0,
-                    "always_adapt": matrix,  # timm leaves the adaptation out where nothing is decayed
-                }
-            )
+        matrices = [p for p in head.parameters() if p.ndim > 1]
+        biases = [p for p in head.parameters() if p.ndim <= 1]
+        # timm would not adapt the rate of parameters without weight decay, hence `always_adapt`.
+        groups.append(
+            {"params": matrices, "lr_scale": scale, "weight_decay": weight_decay, "always_adapt": True}
+        )
+        groups.append({"params": biases, "lr_scale": scale, "weight_decay": 0.0, "always_adapt": False})
     return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 
 def clip_each(params: list[nn.Parameter], max_norm: float) -> None:
-    """Shrink every parameter's gradient to a norm of at most `max_norm`, each by itself (DINO), without host sync."""
+    """Shrink the gradient of every parameter to a norm of at most `max_norm`, each by itself (DINO).
+
+    Nothing is read from the device.
+    """
     grads = [p.grad for p in params if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))  # (number of parameters,)
+    # The same small number as torch's clip_grad_norm_ has against a division by zero.
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factors.unbind())

@@ -1,4 +1,4 @@
-"""What a run carries from step to step: model, optimizer, scaler, counters; its randomness, and one update of it."""
+"""The state of a run: model, optimizer, scaler and counters; its random seeds; and the end of an update."""
 
 import random
 from collections.abc import Callable
@@ -15,13 +15,17 @@ from util.weights.checkpoint import load_strict
 
 @dataclass
 class TrainState:
-    """Everything a checkpoint stores. `extras` are named objects with state_dict (a teacher, an average)."""
+    """Everything that a checkpoint stores.
+
+    `best` and `best_epoch` are the best figure that `after_epoch` noted, and its epoch. `meters` are the
+    log's sums of the unfinished epoch. `extras` are modules saved by name (a teacher, an average).
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    best: float | None = None  # the best figure that `after_epoch` noted, and the epoch that gave it
+    best: float | None = None
     best_epoch: int | None = None
     meters: dict[str, float] = field(default_factory=dict)
     extras: dict[str, nn.Module] = field(default_factory=dict)
@@ -30,12 +34,16 @@ class TrainState:
     def sharded(self) -> bool:
         return fsdp.is_sharded(self.model)
 
-    def to_dict(self, epoch: int, updates: int, args: dict) -> dict:
-        """The checkpoint; all ranks must call it together where the model is sharded, and rank 0 gets it."""
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+    def to_dict(self, epoch: int, updates: int, flags: dict) -> dict:
+        """Return the checkpoint. If the model is sharded, all ranks must call this together, and rank 0 gets
+        it.
+        """
+        model = self.model.state_dict()
+        optimizer = self.optimizer.state_dict()
         if self.sharded:
-            model, optimizer = (fsdp.whole(x, keep=dist.is_main()) for x in (model, optimizer))
-        return {
+            model = fsdp.whole(model, keep=dist.is_main())
+            optimizer = fsdp.whole(optimizer, keep=dist.is_main())
+        state = {
             "model": model,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
@@ -45,36 +53,51 @@ class TrainState:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "meters": self.meters,
-            "args": args,
-        } | {name: x.state_dict() for name, x in self.extras.items()}
+            "args": flags,
+        }
+        return state | {name: module.state_dict() for name, module in self.extras.items()}
 
     def load_dict(self, saved: dict, path: str, updates: int, exact: bool = True) -> None:
-        """Continue from a checkpoint; MAE's own files, other batch sizes and streams (not `exact`) at an epoch's start."""
+        """Continue from a checkpoint at its step, or at the start of its unfinished epoch.
+
+        The latter holds for MAE's own files, for another number of updates per epoch, and for data streams
+        (not `exact`). Raises ValueError if the checkpoint has no optimizer or other weights.
+        """
         load_strict(self.model, saved, path)
         if "optimizer" not in saved:
             raise ValueError(
-                f"{path} has weights only, no optimizer: start from it with --init_from, not --resume"
+                f"{path} has weights but no optimizer: start from it by `init_from`, not `resume`"
             )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
-        for name, x in self.extras.items():
+        for name, module in self.extras.items():
             if name in saved:
-                x.load_state_dict(saved[name])
-        self.best, self.best_epoch = saved.get("best"), saved.get("best_epoch")
-        self.step, self.meters = (int(saved.get("epoch", -1)) + 1) * updates, {}
+                module.load_state_dict(saved[name])
+        self.best = saved.get("best")
+        self.best_epoch = saved.get("best_epoch")
+        self._load_position(saved, updates, exact)
+
+    def _load_position(self, saved: dict, updates: int, exact: bool) -> None:
+        # MAE's files store the last finished epoch and no step.
+        self.step = (int(saved.get("epoch", -1)) + 1) * updates
+        self.meters = {}
         if saved.get("updates_per_epoch") == updates:
-            self.step, self.meters = saved["step"], saved.get("meters", {})
+            self.step = saved["step"]
+            self.meters = saved.get("meters", {})
         elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
             dist.print_rank0("the number of steps per epoch has changed: the unfinished epoch starts again")
-        if not exact and self.step % updates:
+        unfinished = self.step % updates
+        if not exact and unfinished:
             dist.print_rank0("the data are a stream: the unfinished epoch starts again")
-            self.step, self.meters = self.step - self.step % updates, {}
+            self.step -= unfinished
+            self.meters = {}
 
 
 def seed_step(seed: int, micro_step: int) -> None:
-    """Seed all model-side randomness (drop path, mixup, sampled pairs) for one micro-step on this rank."""
+    """Seed all randomness of the model (drop path, mixup, sampled pairs) for one micro-step of this rank."""
     value = np.random.SeedSequence([seed, micro_step, dist.rank()]).generate_state(2, np.uint64)
+    # torch takes 63 bits, numpy's old generator 32.
     torch.manual_seed(int(value[0] >> np.uint64(1)))
     random.seed(int(value[1]))
     np.random.seed(int(value[1] & np.uint64(0xFFFFFFFF)))
@@ -83,9 +106,12 @@ def seed_step(seed: int, micro_step: int) -> None:
 def apply_gradients(
     state: TrainState, clip_grad: float | None, before_step: Callable[[], None] | None = None
 ) -> Tensor:
-    """Unscale, clip, `before_step`, step, clear. Returns the gradient norm before clipping, on the device."""
+    """Unscale and clip the gradients, call `before_step`, update, and clear them.
+
+    Returns the gradient norm before clipping, a scalar on the device.
+    """
     state.scaler.unscale_(state.optimizer)
-    params = [p for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
+    params = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     if clip_grad:
         norm = torch.nn.utils.clip_grad_norm_(params, clip_grad)
     else:
@@ -93,9 +119,9 @@ def apply_gradients(
     if state.sharded:
         norm = norm.full_tensor()
     if state.scaler.is_enabled():
-        norm = norm.nan_to_num(
-            0.0, 0.0, 0.0
-        )  # an overflow is no accident in float16: the scaler skips the step
+        # An overflow in float16 is expected: the scaler skips the step. It must not count as a non-finite
+        # loss.
+        norm = norm.nan_to_num(0.0, 0.0, 0.0)
     if before_step is not None:
         before_step()
     state.scaler.step(state.optimizer)

@@ -1,0 +1,106 @@
+"""Passes over a whole data set on any number of ranks: mean terms and features. Each readable image counts
+once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from util import dist
+from util.data.loading.loader import device_batches
+from util.train.setup import Setup
+
+
+@torch.no_grad()
+def mean_terms(model: nn.Module, loss_fn: Callable, loader, setup: Setup) -> dict[str, float]:
+    """Return the means of loss_fn's terms over all readable images of all ranks, and `images`, their number.
+
+    `loss_fn(model, batch)` returns (loss, {name: scalar tensor}). Batches are weighted by their size, or by
+    the term `images` if loss_fn returns one. Raises ValueError if no image can be decoded.
+    """
+    model.eval()
+    # Sums over a million images lose digits in float32. MPS has nothing better.
+    exact = torch.float64
+    if setup.device.type == "mps":
+        exact = torch.float32
+    zero = torch.zeros((), dtype=exact, device=setup.device)
+    sums: dict[str, Tensor] = {}
+    unreadable = 0
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        unreadable += len(set(batch["bad"]))
+        batch = _readable(batch)
+        if batch is None:
+            continue
+        with setup.autocast():
+            loss, terms = loss_fn(model, batch)
+        terms = {"loss": loss} | terms
+        # A number, not a tensor: making a tensor waits for the device.
+        images = terms.pop("images", len(batch["image"]))
+        for name, value in terms.items():
+            sums[name] = sums.get(name, zero) + value.to(exact) * images
+        sums["images"] = sums.get("images", zero) + images
+    unreadable = sum(dist.gather_objects(unreadable))
+    # A rank may have no images at all, and then it has no sums.
+    names = sorted(set().union(*dist.gather_objects(set(sums))))
+    if not names:
+        raise ValueError(
+            f"none of the {len(loader.dataset)} images to evaluate on can be decoded: "
+            "python -m util.data check lists them"
+        )
+    totals = dist.sum_over_ranks(torch.stack([sums.get(name, zero) for name in names])).tolist()
+    means = dict(zip(names, totals))
+    count = means.pop("images")
+    if unreadable:
+        dist.print_rank0(f"warning: {unreadable} images cannot be decoded and are left out of the evaluation")
+    return {name: total / max(count, 1) for name, total in means.items()} | {"images": int(count)}
+
+
+def _readable(batch: dict) -> dict | None:
+    """Return the batch without the black images that stand in for undecodable ones; None if nothing is
+    left.
+    """
+    bad = set(batch["bad"])
+    if not bad:
+        return batch
+    rows = [row for row, index in enumerate(batch["index"].tolist()) if index not in bad]
+    if not rows:
+        return None
+    tensors = {name: value[rows] for name, value in batch.items() if torch.is_tensor(value)}
+    return batch | tensors
+
+
+@torch.no_grad()
+def extract_features(
+    function: Callable[[Tensor], Tensor], loader, setup: Setup, gather: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) and labels (n,) of all readable images, in the data set's order, on the device.
+
+    `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the images of all
+    ranks.
+    """
+    n = len(loader.dataset)
+    features: Tensor | None = None
+    # Labels are stored plus one: 0 marks an image of another rank, or an undecodable one.
+    labels = torch.zeros(n, dtype=torch.int64, device=setup.device)
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        with setup.autocast():
+            rows = function(batch["image"]).float()
+        if features is None:
+            # In place from the start: a second copy would need gigabytes for ImageNet.
+            features = rows.new_zeros(n, rows.shape[1])
+        features[batch["index"]] = rows
+        labels[batch["index"]] = batch["label"] + 1
+    if features is None:
+        features = torch.empty(0)
+    width = max(dist.gather_objects(features.shape[-1]))
+    if not len(features):  # this rank has no images
+        features = torch.zeros(n, width, device=setup.device)
+    if gather:
+        # Each row is zero on all ranks but one.
+        features = dist.sum_over_ranks(features)
+        labels = dist.sum_over_ranks(labels)
+    readable = labels > 0
+    if readable.all():
+        return features, labels - 1
+    return features[readable], labels[readable] - 1

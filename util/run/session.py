@@ -1,0 +1,82 @@
+"""A run's folder: its log, its checkpoints, and the checkpoint that it continues."""
+
+import argparse
+from dataclasses import dataclass
+
+from util import dist
+from util.flags.groups import compile_mode
+from util.run.checkpoint_manager import CheckpointManager
+from util.run.log import Log
+from util.train.lr_sched import warmup_cosine
+from util.train.setup import Budget
+
+STOPPED = 75  # exit code of a run that a signal stopped after saving its state (EX_TEMPFAIL)
+
+
+@dataclass
+class Session:
+    """What the engine writes to, and where it starts.
+
+    `flags` are stored in every checkpoint. `start` is (path, loaded checkpoint), or None for a fresh run. In
+    a dry run a few updates are measured and nothing is written.
+    """
+
+    log: Log
+    flags: dict
+    checkpoints: CheckpointManager | None = None
+    start: tuple[str, dict] | None = None
+    dry_run: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        args: argparse.Namespace,
+        flags: dict,
+        start: tuple[str, dict] | None,
+        chance: dict[str, float] | None = None,
+        loss_tag: str = "train_loss",
+    ) -> "Session":
+        """Open the run that the flags of a main describe.
+
+        `chance` maps names of metrics to their chance levels. `loss_tag` is the loss's name in TensorBoard.
+        """
+        log_dir = args.log_dir or args.output_dir
+        if args.dry_run:
+            log_dir = None
+        checkpoints = None
+        if args.output_dir:
+            checkpoints = CheckpointManager(
+                args.output_dir, args.save_every_epochs, args.save_minutes, args.save_steps, args.keep
+            )
+        log = Log(args.output_dir, log_dir, args.print_freq, chance, loss_tag)
+        return cls(log, flags, checkpoints, start, args.dry_run)
+
+
+def open_budget(args: argparse.Namespace, lr: float) -> Budget:
+    """Return the training budget that the flags of a main describe, with MAE's schedule to the learning rate
+    `lr`.
+    """
+
+    def lr_at(done: float) -> float:
+        return warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs)
+
+    return Budget(
+        args.epochs,
+        lr_at,
+        seed=args.seed,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        compile_mode=compile_mode(args),
+        max_bad_images=args.max_bad_images,
+    )
+
+
+def effective_batch(args: argparse.Namespace) -> int:
+    """Return the number of images per update, over all ranks and micro-batches."""
+    return args.batch_size * args.accum_iter * dist.world_size()
+
+
+def describe_batch(args: argparse.Namespace, lr: float) -> str:
+    """Return the effective batch and the learning rate as text."""
+    product = f"{args.batch_size} x {args.accum_iter} x {dist.world_size()}"
+    return f"effective batch {product} = {effective_batch(args)}, lr {lr:.3g}"
