@@ -98,7 +98,7 @@ from util.data.transforms import eval_transform, pretrain_transform, unnormalize
 from util.dist import fsdp
 from util.evaluate import evaluation
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
-from util.report.panels import reconstruction_panel, save_png, unnormalize_patches
+from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
 from util.run.checkpoint_manager import CheckpointManager
 from util.run.guards import survive_full_disk
 from util.run.log import Log
@@ -186,17 +186,16 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     pred = pred.float()
     if model.norm_pix_loss:
         pred = unnormalize_patches(pred, model.patchify(images))
-    cells = None
+    positions = None
     if model.pos_head is not None and hasattr(model.pos_head, "apl"):
-        cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
+        logits = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:])
+        positions = PredictedPositions(ids_keep, logits.argmax(-1))
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255,
         mask,
         unnormalize(model.unpatchify(pred), mean, std) / 255,
         patch_size=model.patch_size,
-        grid=model.grid,
-        visible_ids=None if cells is None else ids_keep,
-        predicted_cells=cells,
+        positions=positions,
         reconstruction_title="reconstruction (true patch mean/std)"
         if model.norm_pix_loss
         else "reconstruction",
