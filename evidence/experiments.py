@@ -79,7 +79,7 @@ SWIN_APL = setting("supervised_swin", pos_embed="learned", pos_label="apl")
 
 EXPERIMENTS = {
     "supervised_vit": Experiment(FINETUNE, "Supervised ViT (Table 1)", SUPERVISED),
-    "supervised_swin": Experiment(FINETUNE, "Supervised Swin, the paper's (Table 2)", SUPERVISED),
+    "supervised_swin": Experiment(FINETUNE, "Supervised Swin of the paper (Table 2)", SUPERVISED),
     "label_weight": Experiment(
         FINETUNE,
         "Weight of the label loss (Figure 5)",
@@ -92,22 +92,22 @@ EXPERIMENTS = {
         SUPERVISED,
         shared={"hflip 0.5, vflip 0.0, pos_label none": VIT, "hflip 0.5, vflip 0.0, pos_label apl": VIT_APL},
     ),
-    "supervised_deit": Experiment(FINETUNE, "DeiT (Table 5's shape)", SUPERVISED),
-    "supervised_nest": Experiment(FINETUNE, "NesT (Table 5's shape)", SUPERVISED),
-    "mae": Experiment(PRETRAIN, "Masked autoencoders (Table 7's shape)", MAE),
-    "mae_long": Experiment(PRETRAIN, "Masked autoencoders, four times as long", MAE),
+    "supervised_deit": Experiment(FINETUNE, "DeiT (after Table 5)", SUPERVISED),
+    "supervised_nest": Experiment(FINETUNE, "NesT (after Table 5)", SUPERVISED),
+    "mae": Experiment(PRETRAIN, "Masked autoencoders (after Table 7)", MAE),
+    "mae_long": Experiment(PRETRAIN, "Masked autoencoders, trained four times as long", MAE),
     "mae_wide": Experiment(
         PRETRAIN, "Masked autoencoders at ViT-Ti's width, on a GPU", (PIXEL, *PLACE, FINETUNED, *PROBED)
     ),
     "mae_scratch": Experiment(FINETUNE, "The same fine-tuning from scratch", SUPERVISED),
     "mask_ratio": Experiment(PRETRAIN, "Position loss against mask ratio (Figure 8)", (PIXEL, *PLACE)),
     "mae_tokens": Experiment(
-        PRETRAIN, "Positional embedding and width of the label's token", (PIXEL, *PLACE)
+        PRETRAIN, "Positional embedding, and half or whole tokens for the label", (PIXEL, *PLACE)
     ),
-    "rpl_pairs": Experiment(PRETRAIN, "All pairs of relative labels, or 8 drawn per query", (PIXEL, *PLACE)),
+    "rpl_pairs": Experiment(PRETRAIN, "Relative labels: all pairs, or 8 per query", (PIXEL, *PLACE)),
     "pos_embed_init": Experiment(
         PRETRAIN,
-        "How the positional embedding comes back",
+        "Initialisation of the positional embedding in fine-tuning",
         (
             Column("zero %", "finetune/test_acc1"),
             Column("sincos %", "finetune-2/test_acc1"),
@@ -123,7 +123,9 @@ EXPERIMENTS = {
             "swin_merge_last False, pos_label apl": SWIN_APL,
         },
     ),
-    "sere_mae_apl": Experiment(PRETRAIN, "MAE + APL, budget of SERE's comparison", (*PROBED, *RANKS)),
+    "sere_mae_apl": Experiment(
+        PRETRAIN, "MAE + APL, at the budget of the SERE comparison", (*PROBED, *RANKS)
+    ),
     "sere_mae_apl_sr": Experiment(PRETRAIN, "MAE + APL + same-view self-relations", (*PROBED, *RANKS)),
     "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
     "sere_ibot_sr": Experiment(SERE, "iBOT + self-relations (SERE)", (*PROBED, *RANKS)),

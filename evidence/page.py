@@ -97,11 +97,11 @@ def section(name: str, results: Results) -> str:
     if name not in results:
         return f"No finished runs yet: `python -m evidence run {name} --data DIR` ({link})."
     result = results[name]
-    machines = ", ".join(result["machines"]) or "unknown"
+    machines = "; ".join(result["machines"]) or "an unknown machine"
     text = (
         f"`python -m evidence run {name} --data DIR --results OWN` ({link}, "
-        f"[logs](evidence/results/{name})). Machine: {machines}. "
-        f"torch {result['versions'].get('torch', '?')}. {result['hours']:g} hours of runs. "
+        f"[logs](evidence/results/{name})). Trained on {machines}; "
+        f"torch {result['versions'].get('torch', '?')}; {result['hours']:g} hours of runs. "
         "Means over seeds ± half the width of the 95 % interval."
     )
     if result["missing"]:

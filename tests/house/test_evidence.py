@@ -285,7 +285,7 @@ def test_the_page_agrees_with_the_results():
     assert page.filled(text, page.blocks(results)) == text
     lines = [line for line in text.splitlines() if line.startswith("### ")]
     headings = {page.anchor(line.removeprefix("### ")) for line in lines}
-    assert page.anchor("DeiT (Table 5's shape)") == "deit-table-5s-shape"
+    assert page.anchor("Crops, flips (Table 3's)") == "crops-flips-table-3s"
     linked = set(re.findall(r"\]\(#([^)]+)\)", text))
     assert len(linked) >= 15 and linked <= headings
     with pytest.raises(ValueError, match="one place <!-- nothing -->"):
