@@ -36,12 +36,14 @@ def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     positions = commands.add_parser("positions", help="draw the predictions of the label head")
     attention = commands.add_parser("attention", help="draw where the class token looks")
     for command in (reconstruct, positions, attention):
+        # Positional, because both are required.
         command.add_argument("file")
         command.add_argument("out")
         command.add_argument(
             "--data_path", default="", help="folder, tar or list of images; the embedded demo set if empty"
         )
         command.add_argument("--images", default=4, type=int, help="number of images to draw")
+    # Attention is that of whole images.
     for command in (reconstruct, positions):
         command.add_argument("--mask_ratio", default=None, type=float, help="as in training if not given")
     positions.add_argument(
@@ -64,6 +66,7 @@ def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands that draw runs and sweeps."""
     curves = commands.add_parser("curves", help="plot log.txt of runs")
+    # The picture comes first here, since there may be any number of runs.
     curves.add_argument("out")
     curves.add_argument("runs", nargs="*")
     curves.add_argument(
@@ -100,6 +103,7 @@ from util.report.panels import save_png
 
 def main(args: argparse.Namespace) -> int:
     """Draw what the command asks for. Raises ValueError for a number of images below 1."""
+    # Commands without these flags pass.
     for name in ("images", "measure"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")

@@ -33,6 +33,7 @@ def get_args_parser() -> Parser:
     """The parser of the command line up to `--`."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=["list", "run", "collect", "write"])
+    # Checked in `main`: argparse's choices do not accept an empty list of names.
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
     p.add_argument("--data", default="", help="folder that holds the folders of the data sets")
     p.add_argument("--runs", default="runs/evidence", help="folder for the runs")
@@ -84,6 +85,7 @@ def run_command(args: argparse.Namespace, extra: list[str]) -> int:
             # Now, not after hours of training.
             path = os.path.join(args.results, f"{name}.json")
             check_same_flags(path, results.get(name), main_flags(words), shlex.join(recipe(name)))
+    # One experiment that fails does not stop the others.
     failed = run_experiments(command_lines, args.max_parallel)
     if failed:
         print(f"failed: {', '.join(failed)}; their logs are named above", file=sys.stderr)
@@ -118,6 +120,7 @@ def list_command(folder: str) -> int:
         if name in results:
             state = f"{len(results[name]['runs'])} runs"
         print(f"{name:18} {experiment.title}: {state}")
+    # Of a mixed verdict, the parts are on the page.
     for letter, (claim, contrasts) in CLAIMS.items():
         print(f"{letter}  {combined_verdict([c.verdict(results) for c in contrasts])}: {claim}")
     return 0

@@ -73,6 +73,7 @@ def flag_effect(
     **same: object,
 ) -> Contrast:
     """What a flag does: its second value against its first one, the flags `same` being equal."""
+    # The name is in the order of the difference.
     low, high = values
     name = experiment + "".join(f", {k} {v}" for k, v in same.items())
     return Contrast(
@@ -116,6 +117,7 @@ def over_scratch(experiment: str, scratch: Setting) -> Contrast:
     return Contrast(
         f"{experiment}: MAE (PE), fine-tuned with PE - scratch with PE",
         plain_mae(experiment),
+        # Training from scratch has no pretraining, so that its figure is its own.
         (scratch,),
         "finetune/test_acc1",
         minus_metric="test_acc1",
@@ -172,6 +174,7 @@ CLAIMS: dict[str, tuple[str, list[Contrast]]] = {
         # DeiT and NesT always have the PE of their models.
         + [gain(e, label, None) for e in ("supervised_deit", "supervised_nest") for label in LABELS],
     ),
+    # With and without PE, on all data sets and models that were run so.
     "d": (
         "PE + label beats label alone (ViT +0.92 / +1.07, Swin-T +0.62 / +0.78)",
         [
@@ -180,6 +183,7 @@ CLAIMS: dict[str, tuple[str, list[Contrast]]] = {
             for label in LABELS
         ],
     ),
+    # The paper gives no margin for "equal".
     "e": (
         "RPL beats APL on Swin, with PE and without; on ViT they are equal (here: within 1 point)",
         [relative_over_absolute("supervised_swin", pe) for pe in ("none", "learned")]
@@ -190,6 +194,7 @@ CLAIMS: dict[str, tuple[str, list[Contrast]]] = {
         # CIFAR-10 has five times as many images as Mini-ImageNet-20.
         [gain_over_gain("supervised_vit", "cifar10_vit", label) for label in LABELS],
     ),
+    # A ViT attends globally, a Swin within windows.
     "g": (
         "The gain is larger for global than for window attention (ViT-B 1.20, Swin-B 0.41 to 0.74)",
         [gain_over_gain("supervised_vit", "supervised_swin", label) for label in LABELS],

@@ -29,6 +29,7 @@ class Experiment:
     `shared` are settings that another experiment trains with the same flags: {name in the table: setting}.
     """
 
+    # The module's name, as the launcher takes it.
     main: str
     title: str
     columns: tuple[Column, ...]
@@ -38,6 +39,7 @@ class Experiment:
 
 def recipe(name: str) -> list[str]:
     """The words of an experiment's recipe."""
+    # The parser reads @FILE as the mains do: comments and quotes included.
     path = os.path.join(HERE, "recipes", f"{name}.args")
     return Parser(add_help=False).with_recipes([f"@{path}"])
 
@@ -50,6 +52,7 @@ PLACE = (
     Column("position accuracy %", "test_position_acc", 100),
 )
 SUPERVISED = (TOP1, CLASS_LOSS, *PLACE)
+# The follow-up runs of a pretraining, in the order of its recipe.
 FINETUNED = Column("fine-tuned %", "finetune/test_acc1")
 WITH_APL = Column("with APL %", "finetune-2/test_acc1")
 # A follow-up run of the same main gets a number: linprobe is kNN alone, linprobe-2 the probe of the mean

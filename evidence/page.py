@@ -34,6 +34,7 @@ def filled(text: str, contents: dict[str, str]) -> str:
 
 def checklist(results: Results) -> str:
     """A row for each claim: its verdict, and every part with its difference and 95 % interval."""
+    # The first column has the letters by which the text refers to claims.
     header = [
         "",
         "claim",
@@ -118,6 +119,7 @@ def section(name: str, results: Results) -> str:
 
 def rows_of(result: dict) -> dict[str, list[dict]]:
     """{setting: the figures of each seed}."""
+    # Runs are sorted by seed first, so that the seeds of a setting are apart.
     rows: dict[str, list[dict]] = {}
     for run in result["runs"]:
         setting = ", ".join(f"{k} {v}" for k, v in run["flags"].items() if k != "seed")

@@ -55,6 +55,7 @@ def collect_experiment(name: str, runs: str, results: str) -> None:
     folder = os.path.join(runs, name)
     path = os.path.join(results, f"{name}.json")
     result = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
+    # Results of an earlier collection, perhaps from another machine.
     before = load(results).get(name)
     check_same_flags(path, before, result["flags"], result["recipe"])
     if before:
@@ -76,6 +77,7 @@ def load(results: str) -> dict[str, dict]:
 
 def noted_flags(words: list[str]) -> str:
     """Flags without --data_path: the place of the data is not part of the experiment."""
+    # The flag and its value are two words.
     flags = []
     previous = ""
     for word in words:
@@ -87,6 +89,7 @@ def noted_flags(words: list[str]) -> str:
 
 def merged(before: dict, new: dict) -> dict:
     """New results, and earlier runs of the same flags that they do not have."""
+    # Runs of the same name are the same setting and seed; the new ones win.
     names = {run["name"] for run in new["runs"]}
     earlier = [run for run in before["runs"] if run["name"] not in names]
     earlier_names = {run["name"] for run in earlier}
@@ -150,6 +153,7 @@ def _but(flags: list[str], others: list[str]) -> str:
 
 def write_json(path: str, result: dict) -> None:
     """Write a result with one line per run, so that a new run changes one line of the file."""
+    # json.dump has one indentation for all levels: one line, or a line for each number.
     lines = []
     for key, value in result.items():
         text = json.dumps(value)
@@ -184,9 +188,8 @@ def figures_of(run: RunRecord) -> dict[str, float]:
 
 
 def is_finished(folder: str) -> bool:
-    """Whether the launcher noted the run as finished; runs without a launcher have no note, and count as
-    finished.
-    """
+    """Whether the launcher noted the run as finished."""
+    # A run that was started without the launcher has no note, and counts as finished.
     return read_note(folder).get("state", "finished") == "finished"
 
 

@@ -22,6 +22,7 @@ class Setting:
 
     def runs(self, results: Results) -> list[dict]:
         """The runs with these flags; none if the experiment was not run."""
+        # Flags that are not named here may have any value.
         runs = results.get(self.experiment, {}).get("runs", [])
         return [run for run in runs if all(run["flags"].get(k) == v for k, v in self.flags)]
 
@@ -78,6 +79,7 @@ class Contrast:
         # {seed: figure} of each setting.
         plus = [s.per_seed(results, self.metric) for s in self.plus]
         minus = [s.per_seed(results, self.minus_metric or self.metric) for s in self.minus]
+        # A seed that one side lacks has no pair.
         seeds = sorted(set.intersection(*(set(figures) for figures in plus + minus)))
         return Aggregate(self.name, tuple(_total(plus, seed) - _total(minus, seed) for seed in seeds))
 

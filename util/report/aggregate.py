@@ -77,6 +77,7 @@ def aggregate(runs: list[RunRecord], flag: str, metric: str) -> dict[str, list[A
         figure = run.last(metric)
         if figure is None or flag not in run.flags:
             continue
+        # Runs that differ by their seed alone are one setting.
         group = groups.setdefault(setting_name(run.flags, flag, "seed"), {})
         group.setdefault(_hashable(run.flags[flag]), []).append(figure)
     return {others: _sorted_aggregates(group) for others, group in sorted(groups.items())}

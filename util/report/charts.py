@@ -123,6 +123,7 @@ def _chance_levels(runs: Sequence[RunRecord], metric: str) -> list[float]:
 
 def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunRecord]) -> None:
     labels = list(looks)
+    # Handles of their own: a point may have no curve in the first panel.
     handles = [Line2D([], [], markersize=4, color=look.color, marker=look.marker) for look in looks.values()]
     if references:
         points = {run.point for run in references}
@@ -152,6 +153,7 @@ def sweep(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: fl
     """
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
+    # As text, because a flag may have numbers and words as values.
     values = sorted({row.x for rows in groups.values() for row in rows}, key=str)
     numeric = all(isinstance(x, (int, float)) for x in values)
     # Values that are not numbers stand side by side, in the order of their names.
@@ -299,6 +301,7 @@ def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     images (N, H, W, 3) in [0, 1]; maps (N, heads, h, w). Each map's colours go from 0 to its own largest
     value.
     """
+    # Two more columns: the image, and the mean over heads.
     heads = maps.shape[1]
     # Inches: a square for each map, and the title.
     figure = Figure(figsize=(1.5 * (2 + heads), 1.6 * len(images) + 0.5), layout="constrained")
@@ -323,6 +326,7 @@ def save(figure: Figure, path: str) -> str:
 
 def data_uri(figure: Figure) -> str:
     """The figure as an SVG in a data: URI, for a page that needs no other file."""
+    # SVG stays sharp at any size of the page.
     out = io.BytesIO()
     figure.savefig(out, format="svg")
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()

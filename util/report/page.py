@@ -51,6 +51,7 @@ def page(folder: str, metrics: list[str] | None = None) -> str:
 
 
 def _document(title: str, body: str) -> str:
+    # The style is inside the page, which must not need another file.
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
@@ -61,6 +62,7 @@ def _document(title: str, body: str) -> str:
 def summary(runs: list[RunRecord], missing: list[str]) -> str:
     """A paragraph: the number of runs, of epochs done, and the planned runs that have no figures yet."""
     epochs = sorted({len(run.log) for run in runs})
+    # Runs of a sweep may have been stopped at different epochs.
     plural = "s" * (len(runs) > 1)
     text = f"{len(runs)} run{plural}, {' or '.join(map(str, epochs))} epochs done"
     if missing:
@@ -86,6 +88,7 @@ def _sweep_parts(runs: list[RunRecord], swept: list[str], metrics: list[str] | N
 
 def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
     """A table with a row per run: the swept flags, and the figures of its last epoch."""
+    # In the order of log.txt; a dictionary, because a set has no order.
     keys = dict.fromkeys(key for run in runs for key in run.log[-1])
     metrics = [key for key in keys if key.startswith(("train_", "test_")) or key in ("img_per_s", "mfu")]
     # The flag `run` is the name, which is in the first column anyway.
@@ -129,16 +132,19 @@ def _newest_picture(folder: str) -> str:
     names = [name for name in os.listdir(folder) if name.endswith(".png")]
     if not names:
         return ""
+    # Epochs have leading zeros in the names.
     return os.path.join(folder, max(names))
 
 
 def _image(uri: str, caption: str) -> str:
+    # Names of folders are in captions, and may hold any character.
     text = html.escape(caption)
     return f'<figure><img alt="{text}" src="{uri}"><figcaption>{text}</figcaption></figure>'
 
 
 def _flags(folder: str, runs: list[RunRecord]) -> Iterator[str]:
     """The flags and the machine of each run, as sweep.json and run.json have them, folded away."""
+    # Dozens of lines for each run, so that they are closed at first.
     yield "<h2>Flags</h2>"
     paths = [os.path.join(folder, "sweep.json"), *(os.path.join(run.folder, "run.json") for run in runs)]
     for path in filter(os.path.isfile, paths):

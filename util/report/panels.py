@@ -124,6 +124,7 @@ def accuracy_map(correct: Array, ids: Array, grid: tuple[int, int]) -> np.ndarra
         raise ValueError(
             f"{correct.size} predictions for {ids.size} ids; the grid {tuple(grid)} has ids 0..{cells - 1}"
         )
+    # Predictions of each cell, and how many of them are right.
     seen = np.bincount(ids, minlength=cells)
     right = np.bincount(ids, weights=correct, minlength=cells)
     return np.where(seen > 0, right / np.maximum(seen, 1), np.nan).reshape(grid)

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+# More flags than this are not a sweep, unless a file says so.
 MOST_SWEPT = 4
 # Flags of places and of bookkeeping: two runs that differ in these alone have the same settings.
 NEVER_SWEPT = {
@@ -63,6 +64,7 @@ class RunRecord:
 
     def last(self, metric: str) -> float | None:
         """The metric in the last epoch that logged it, None if no epoch did."""
+        # Follow-up runs have prefixed names, so that the order of the two lists does not matter.
         lines = reversed(self.follow_ups + self.log)
         return next((line[metric] for line in lines if metric in line), None)
 
@@ -157,6 +159,7 @@ def read_sweep(folder: str) -> Sweep:
     runs = [read_run(os.path.join(folder, name)) for name in run_folders(folder)]
     if not runs:
         raise ValueError(f"{folder} holds no runs: a sweep is a folder of folders with a log.txt each")
+    # Written by the launcher; folders that were put together by hand have none.
     plan = read_json(os.path.join(folder, "sweep.json"))
     swept = _planned_flags(plan)
     if not swept:

@@ -33,12 +33,14 @@ class Table:
 
     def text(self) -> str:
         """The table in aligned columns, two spaces apart, for a terminal."""
+        # Blanks at the end of a line would wrap in a narrow terminal.
         lines = [self.header, *self.rows]
         widths = _widths(lines)
         return "\n".join("  ".join(_padded(cells, widths)).rstrip() for cells in lines)
 
 
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    # Of each column, in characters.
     return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
