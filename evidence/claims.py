@@ -117,7 +117,7 @@ def over_scratch(experiment: str, scratch: Setting) -> Contrast:
     return Contrast(
         f"{experiment}: MAE (PE), fine-tuned with PE - scratch with PE",
         plain_mae(experiment),
-        # Training from scratch has no pretraining, so that its figure is its own.
+        # Training from scratch is no follow-up run, so that its figure has no prefix.
         (scratch,),
         "finetune/test_acc1",
         minus_metric="test_acc1",

@@ -9,12 +9,13 @@ import glob
 import json
 import os
 import shlex
+from typing import Any
 
 from evidence.experiments import recipe
 from util.cluster.job import read_note
 from util.report.runs import RunRecord, read_json, read_sweep, run_folders
 
-# Keys of log.txt that tell how a run went, not what it found.
+# Keys of log.txt that describe the course of a run, not its results.
 NOT_RESULTS = ("epoch", "train_lr", "train_grad_norm", "n_parameters", "data_wait", "mfu")
 
 
@@ -164,7 +165,7 @@ def write_json(path: str, result: dict) -> None:
         f.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def rounded(value: object, digits: int = 6) -> object:
+def rounded(value: Any, digits: int = 6) -> Any:
     """A float with so many significant digits; any other value as it is."""
     if not isinstance(value, float):
         return value

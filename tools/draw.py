@@ -4,20 +4,21 @@ Legend: N images, L grid cells, n visible patches, P = patch height * patch widt
 numbered row by row.
 """
 
+import argparse
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.positional import relative_labels
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
+from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import build_dataset
 from util.data.loading.loader import collate, some_samples
@@ -36,13 +37,15 @@ from util.report.runs import RunRecord, is_sweep, metrics_of, read_run, read_swe
 from util.weights import checkpoint
 from util.weights.files import KINDS, kind_of
 
+# What `load_model` returns.
+Model = MaskedAutoencoderViT | VisionTransformer
 # Images that go through the model at once.
 BATCH = 50
 # (mean, std) of each channel, as images were normalised.
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def load_model(path: str) -> tuple[nn.Module, dict]:
+def load_model(path: str) -> tuple[Model, dict]:
     """The model of a checkpoint, and the flags stored with it.
 
     Raises ValueError if the file holds neither a masked autoencoder nor a Vision Transformer.
@@ -56,7 +59,7 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
 
 
 def load_images(
-    model: nn.Module, flags: dict, data_path: str, first: int, n: int = 0
+    model: Model, flags: dict, data_path: str, first: int, n: int = 0
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Stats]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
@@ -64,7 +67,7 @@ def load_images(
     The first batch has `first` images. Raises ValueError if no image can be read.
     """
     stats = channel_stats(
-        SimpleNamespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
+        argparse.Namespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
     )
     dataset = _evaluation_set(model, data_path)
     samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
@@ -77,13 +80,18 @@ def load_images(
     return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def _evaluation_set(model: nn.Module, data_path: str):
+def _evaluation_set(model: Model, data_path: str):
     transform = eval_transform(tuple(model.img_size))
-    options = dict(in_chans=model.in_chans, labels=False, evaluation=True)
+
+    def split(name: str):
+        return build_dataset(
+            data_path, name, transform, in_chans=model.in_chans, labels=False, evaluation=True
+        )
+
     try:
-        return build_dataset(data_path, "val", transform, **options)
+        return split("val")
     except NoSplit:
-        return build_dataset(data_path, "train", transform, **options)
+        return split("train")
 
 
 def _spread_first(samples: list[dict], first: int) -> list[dict]:
@@ -104,7 +112,7 @@ def as_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return pixels[..., channels]
 
 
-def visible_cells(model: nn.Module, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
+def visible_cells(model: Model, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
     """The cells (B, n) of the model's input: the unmasked ones of a masked autoencoder, all of a classifier.
 
     The mask ratio is that of training if not given.
@@ -117,7 +125,7 @@ def visible_cells(model: nn.Module, keys: Tensor, mask_ratio: float | None, flag
     return random_masking(sample_noise(keys, num_patches), mask_ratio)
 
 
-def label_tokens(model: nn.Module, images: Tensor, ids_keep: Tensor) -> Tensor:
+def label_tokens(model: Model, images: Tensor, ids_keep: Tensor) -> Tensor:
     """Normalised patch tokens (B, n, C) of the visible cells: the input of label heads."""
     if isinstance(model, MaskedAutoencoderViT):
         return model.forward_encoder(images, ids_keep)[:, 1:]
@@ -177,7 +185,7 @@ def reconstruct(
 
 
 def _unnormalized(pred: Tensor, patches: Tensor, ids_keep: Tensor, stats: str) -> tuple[Tensor, str]:
-    """A normalised prediction in pixel values, and the title that says whose mean and deviation it has."""
+    """A normalised prediction in the units of the images, and a title that names the statistics used."""
     if stats == "true":
         title = "reconstruction (uses ground-truth patch mean/std)"
         return unnormalize_patches(pred, patches), title
@@ -268,7 +276,7 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
     return charts.positions(shown, target, predicted, per_cell, answers.confusions(), model.grid, title)
 
 
-def _predict_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> LabelPredictions:
+def _predict_labels(model: Model, batches: Iterable[tuple[Tensor, Tensor]]) -> LabelPredictions:
     """The predictions for batches of images (B, C, H, W) and their visible cells (B, n)."""
     # A model with both heads is drawn by its absolute labels, which can be shown as arrows.
     kind = "rpl"
@@ -290,7 +298,7 @@ def _predict_labels(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) 
     return LabelPredictions(kind, model.grid, torch.cat(ids), torch.cat(target), torch.cat(predicted))
 
 
-def _positions_title(model: nn.Module, answers: LabelPredictions) -> str:
+def _positions_title(model: Model, answers: LabelPredictions) -> str:
     images, visible = answers.ids.shape[:2]
     # A model with one head calls its chance level position_acc, without the kind.
     levels = model.pos_head.chance(visible)
@@ -314,7 +322,7 @@ def attention(path: str, data_path: str, n: int) -> Figure:
     return charts.attention(as_pixels(images, *stats), maps.numpy(), title)
 
 
-def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+def class_attention(model: Model, images: Tensor) -> Tensor:
     """Attention weights (B, heads, L) of the last block's class token over the patches.
 
     They add up to less than 1: the softmax also covers the prefix tokens.

@@ -40,14 +40,14 @@ def label_contrast(**options) -> Contrast:
 def test_differences_are_paired_by_seed_and_intervals_are_students():
     apl = rng.normal(40, 1, 5)
     none = rng.normal(38, 1, 5)
-    found = {
+    results = {
         "vit": experiment(
             {("apl", s): v for s, v in enumerate(apl)}
             | {("none", s): none[s] for s in (4, 2, 0, 1, 3)}
             | {("apl", 9): 99.0}
         )
     }
-    difference = label_contrast().differences(found)
+    difference = label_contrast().differences(results)
     np.testing.assert_allclose(difference.values, apl - none)  # seed 9 has no partner
     interval = stats.ttest_1samp(apl - none, 0).confidence_interval(0.95)
     assert difference.mean - difference.interval == pytest.approx(interval.low)
@@ -69,25 +69,25 @@ def test_differences_are_paired_by_seed_and_intervals_are_students():
     ],
 )
 def test_verdicts_follow_from_the_interval(differences, margin, verdict):
-    found = {
+    results = {
         "vit": experiment(
             {("apl", s): 50 + d for s, d in enumerate(differences)} | {("none", s): 50.0 for s in range(5)}
         )
     }
-    assert label_contrast(margin=margin).verdict(found) == verdict
+    assert label_contrast(margin=margin).verdict(results) == verdict
     assert label_contrast(margin=margin).verdict({}) == "not run"
 
 
 def test_lower_losses_are_better_and_gains_are_compared():
     figures = {("none", s): 2.0 + s for s in range(3)} | {("apl", s): 1.5 + s for s in range(3)}
-    found = {"vit": experiment(figures, "train_class")}
+    results = {"vit": experiment(figures, "train_class")}
     loss = Contrast(
         "vit: apl - none",
         (setting("vit", pos_label="apl"),),
         (setting("vit", pos_label="none"),),
         "train_class",
     )
-    assert loss.verdict(found) == "contradicted" and loss.reversed().verdict(found) == "supported"
+    assert loss.verdict(results) == "contradicted" and loss.reversed().verdict(results) == "supported"
     assert loss.reversed().name == "vit: train_class, none - apl"
     two = {
         e: {
@@ -110,9 +110,9 @@ def test_lower_losses_are_better_and_gains_are_compared():
 
 
 def test_flags_that_select_several_settings_are_refused():
-    found = {"vit": experiment({("apl", 0): 1.0, ("none", 0): 2.0})}
+    results = {"vit": experiment({("apl", 0): 1.0, ("none", 0): 2.0})}
     with pytest.raises(ValueError, match="several runs of seed 0"):
-        setting("vit").per_seed(found, "test_acc1")
+        setting("vit").per_seed(results, "test_acc1")
 
 
 @pytest.mark.parametrize(
@@ -155,21 +155,21 @@ def collected_sweep(tmp_path):
 
 
 def test_last_epochs_of_finished_runs_are_collected(collected_sweep, tmp_path):
-    found = records.collect(str(collected_sweep))
-    assert [r["figures"] for r in found["runs"]] == [
+    results = records.collect(str(collected_sweep))
+    assert [r["figures"] for r in results["runs"]] == [
         {"test_pixel": pytest.approx(0.123457 - s, abs=1e-6), "finetune/test_acc1": 40.0 + s} for s in (0, 1)
     ]
-    assert found["missing"] == ["seed=3", "seed=2"]
+    assert results["missing"] == ["seed=3", "seed=2"]
     columns = (Column("top-1 %", "finetune/test_acc1"), Column("no", "none"))
-    header, _, row = page.table(page.rows_of(found), columns).markdown().splitlines()
+    header, _, row = page.table(page.rows_of(results), columns).markdown().splitlines()
     assert header == "| setting | seeds | top-1 % |"
     assert row == "| all | 2 | 40.50 ± 6.35 |"
 
 
 def test_results_and_logs_are_copied(collected_sweep, tmp_path):
-    found = records.collect(str(collected_sweep))
-    records.write_json(str(tmp_path / "x.json"), found)
-    assert json.loads((tmp_path / "x.json").read_text()) == found
+    results = records.collect(str(collected_sweep))
+    records.write_json(str(tmp_path / "x.json"), results)
+    assert json.loads((tmp_path / "x.json").read_text()) == results
     records.copy_logs(str(tmp_path), str(tmp_path / "out"))
     copied = read_sweep(str(tmp_path / "out"))[0]
     assert [records.figures_of(r) for r in copied] == [
@@ -199,9 +199,9 @@ def test_results_of_the_same_flags_are_merged():
     # The same run, collected again.
     before = result("ab", 2.0, "M")
     before["runs"][1]["hours"] = 1.0
-    found = result("b", 1.0, "M")
-    found["runs"][0]["hours"] = 1.0
-    assert records.merged(before, found)["hours"] == 2.0
+    results = result("b", 1.0, "M")
+    results["runs"][0]["hours"] = 1.0
+    assert records.merged(before, results)["hours"] == 2.0
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -253,7 +253,7 @@ def test_training_from_scratch_is_the_fine_tuning_without_an_encoder(pretrained,
 
 
 def test_shared_settings_are_rows_of_the_table():
-    found = {
+    results = {
         "supervised_vit": {
             "runs": [
                 {
@@ -271,7 +271,7 @@ def test_shared_settings_are_rows_of_the_table():
             "missing": [],
         },
     }
-    rows = page.section("label_weight", found).splitlines()[-2:]
+    rows = page.section("label_weight", results).splitlines()[-2:]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| pos_weight 0.25", "1"],
         ["| pos_weight 0.5 (runs of supervised_vit)", "2"],

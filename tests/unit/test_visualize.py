@@ -387,6 +387,9 @@ def test_references_are_grey_and_behind(sweep, tmp_path):
         "mask_ratio=0.9,seed=0",
         "reference: mask_ratio 0.5",
     ]
+
+
+def test_references_alone_are_drawn_as_runs(sweep, tmp_path):
     assert call("curves", tmp_path / "a.png", sweep / "mask_ratio=0.9,seed=0", "--reference", sweep) == 0
     assert call("curves", tmp_path / "b.png", "--reference", sweep) == 0
     assert Image.open(tmp_path / "a.png").size[0] == Image.open(tmp_path / "b.png").size[0]
@@ -411,6 +414,9 @@ def test_a_report_is_one_page_without_links(sweep, tmp_path):
         "sweep.json",
     ):
         assert words in text
+
+
+def test_a_run_has_a_report_too(sweep, tmp_path):
     assert call("report", sweep / "mask_ratio=0.5,seed=0", tmp_path / "one.html") == 0
     assert "<h1>Run mask_ratio=0.5,seed=0</h1>" in (tmp_path / "one.html").read_text()
 

@@ -123,7 +123,7 @@ def _chance_levels(runs: Sequence[RunRecord], metric: str) -> list[float]:
 
 def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunRecord]) -> None:
     labels = list(looks)
-    # Handles of their own: a point may have no curve in the first panel.
+    # Not those of the curves: a point may have no curve in the first panel.
     handles = [Line2D([], [], markersize=4, color=look.color, marker=look.marker) for look in looks.values()]
     if references:
         points = {run.point for run in references}
@@ -157,7 +157,7 @@ def sweep(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: fl
     values = sorted({row.x for rows in groups.values() for row in rows}, key=str)
     numeric = all(isinstance(x, (int, float)) for x in values)
     # Values that are not numbers stand side by side, in the order of their names.
-    places = {x: i for i, x in enumerate(values)}
+    places: dict = {x: i for i, x in enumerate(values)}
     if numeric:
         places = {x: x for x in values}
     for colour, (others, rows) in zip(cycle(COLOURS), groups.items()):
@@ -187,7 +187,7 @@ def _draw_sweep(axes: Axes, x: list[float], rows: list[Aggregate], others: str, 
         axes.plot([place] * len(row.values), row.values, ".", color=colour, alpha=0.5)
 
 
-def _name_ticks(axes: Axes, places: dict[object, float]) -> None:
+def _name_ticks(axes: Axes, places: dict) -> None:
     names = [str(x) for x in places]
     rotation = 0
     if len("".join(names)) > 50:

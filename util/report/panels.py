@@ -92,7 +92,7 @@ def reconstruction_panel(
         scale = _readable_scale(images, patch)
     removed = _removed_pixels(mask, grid, patch)
     original = _rgb(images)  # (N, H, W, 3)
-    masked = np.where(removed, np.uint8(REMOVED), original)
+    masked = np.where(removed, np.array(REMOVED, np.uint8), original)
     filled = np.where(removed, _rgb(prediction), original)
     columns = [[_enlarged(p, scale) for p in column] for column in (original, masked, filled)]
     names = ["original", f"masked {100 * (mask > 0.5).mean():.0f} %", reconstruction_title]
