@@ -85,7 +85,7 @@ from util.data.transforms import eval_transform, pretrain_transform, unnormalize
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms
-from util.report.panels import reconstruction_panel, save_png, unnormalize_patches
+from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
 from util.run.guards import survive_full_disk
 from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
 from util.train.amp import resolve_amp
@@ -261,18 +261,17 @@ def draw(model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: 
         # Such a model predicts neither brightness nor contrast of a patch. The picture takes the true ones.
         pred = unnormalize_patches(pred, model.patchify(images))
         title = "reconstruction (true patch mean/std)"
-    cells = {}
+    positions = None
     if model.pos_head is not None and hasattr(model.pos_head, "apl"):
         tokens = model.forward_encoder(images, ids_keep)[:, 1:]  # (B, n, C)
-        cells = {"visible_ids": ids_keep, "predicted_cells": model.pos_head.apl.logits(tokens).argmax(-1)}
+        positions = PredictedPositions(ids_keep, model.pos_head.apl.logits(tokens).argmax(-1))
     return reconstruction_panel(
         unnormalize(images, pixels.mean, pixels.std) / 255,
         mask,
         unnormalize(model.unpatchify(pred), pixels.mean, pixels.std) / 255,
         patch_size=model.patch_size,
-        grid=model.grid,
+        positions=positions,
         reconstruction_title=title,
-        **cells,
     )
 
 

@@ -1,1 +1,1 @@
-"""The paper's claims as experiments: recipes, their results, and what follows from them."""
+"""Experiments that test the claims of the paper: recipes, results and verdicts."""

@@ -1,93 +1,142 @@
-"""Pictures of what a model has learned, and of runs."""
+"""Pictures of what a model has learned, and charts of runs.
 
+Legend: N images, L grid cells, n visible patches, P = patch height * patch width * channels. Cells are
+numbered row by row.
+"""
+
+import argparse
 import os
 from collections import Counter
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from layers.positional import relative_labels
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
+from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import build_dataset
 from util.data.loading.loader import collate, some_samples
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import eval_transform, normalize, unnormalize
 from util.flags.groups import channel_stats
-from util.report import charts, runs
-from util.report import page as report
-from util.report.panels import accuracy_map, reconstruction_panel, unnormalize_patches
+from util.report import charts
+from util.report.aggregate import aggregate, chance_of, sweep_table
+from util.report.panels import (
+    PredictedPositions,
+    accuracy_map,
+    reconstruction_panel,
+    unnormalize_patches,
+)
+from util.report.runs import RunRecord, is_sweep, metrics_of, read_run, read_sweep
 from util.weights import checkpoint
 from util.weights.files import KINDS, kind_of
 
+# What `load_model` returns.
+Model = MaskedAutoencoderViT | VisionTransformer
+# Images that go through the model at once.
 BATCH = 50
+# (mean, std) of each channel, as images were normalised.
+Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def load_model(path: str):
-    """(model, flags) of a checkpoint; ValueError for files that hold no model of ours or MAE's."""
+def load_model(path: str) -> tuple[Model, dict]:
+    """The model of a checkpoint, and the flags stored with it.
+
+    Raises ValueError if the file holds neither a masked autoencoder nor a Vision Transformer.
+    """
     state = checkpoint.load(path)
-    if kind_of(state) not in ("pretraining", "classifier", "encoder"):
-        raise ValueError(
-            f"{path} is {KINDS[kind_of(state)][0]}, which cannot be drawn: it is for {KINDS[kind_of(state)][1]}"
-        )
+    kind = kind_of(state)
+    if kind not in ("pretraining", "classifier", "encoder"):
+        name, use = KINDS[kind]
+        raise ValueError(f"{path} is {name}, which cannot be drawn: it is for {use}")
     return model_of(state, path), state.get("args") or {}
 
 
-def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
-    """Up to n images spread over the validation (else the training) set: batches of (images, keys), and mean and std.
+def load_images(
+    model: Model, flags: dict, data_path: str, first: int, n: int = 0
+) -> tuple[Iterator[tuple[Tensor, Tensor]], Stats]:
+    """Up to n images spread over the validation set, or over the training set if there is no other.
 
-    The first `first` of them are spread, too: data sets are often in the order of their classes.
+    Returns batches of (images (B, C, H, W), keys (B,)) and the statistics by which images were normalised.
+    The first batch has `first` images. Raises ValueError if no image can be read.
     """
     stats = channel_stats(
-        SimpleNamespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
+        argparse.Namespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
     )
-    options = dict(in_chans=model.in_chans, labels=False, evaluation=True)
-    transform = eval_transform(tuple(model.img_size))
-    try:
-        dataset = build_dataset(data_path, "val", transform, **options)
-    except NoSplit:
-        dataset = build_dataset(data_path, "train", transform, **options)
-    samples = [s for s in some_samples(dataset, max(first, n)) if not s["bad"]]
-    front = range(0, len(samples), max(1, len(samples) // first))[
-        :first
-    ]  # places, as a stream's samples have no index
-    samples = [samples[i] for i in front] + [s for i, s in enumerate(samples) if i not in front]
+    dataset = _evaluation_set(model, data_path)
+    samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
-    ends = [first, *range(first + BATCH, len(samples) + BATCH, BATCH)]
-    batches = (collate(samples[a:b]) for a, b in zip([0, *ends], ends) if samples[a:b])
-    return ((normalize(b["image"], *stats), b["key"]) for b in batches), stats
+    samples = _spread_first(samples, first)
+    # The first batch is the one that is drawn; the others are measured only.
+    starts = [0, *range(first, len(samples), BATCH)]
+    batches = (collate(samples[a:b]) for a, b in zip(starts, [*starts[1:], len(samples)]))
+    return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def as_pixels(images: Tensor, mean, std) -> np.ndarray:
+def _evaluation_set(model: Model, data_path: str):
+    transform = eval_transform(tuple(model.img_size))
+
+    def split(name: str):
+        return build_dataset(
+            data_path, name, transform, in_chans=model.in_chans, labels=False, evaluation=True
+        )
+
+    try:
+        return split("val")
+    except NoSplit:
+        return split("train")
+
+
+def _spread_first(samples: list[dict], first: int) -> list[dict]:
+    """Move `first` samples that are spread over all of them to the front."""
+    # Data sets are often sorted by class: without this, only the first class would be drawn. These are places
+    # in the list, because samples of a stream have no index of their own.
+    front = range(0, len(samples), max(1, len(samples) // first))[:first]
+    rest = [sample for i, sample in enumerate(samples) if i not in front]
+    return [samples[i] for i in front] + rest
+
+
+def as_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Normalised (N, C, H, W) -> (N, H, W, 3) in [0, 1]; one and two channels are shown grey."""
     pixels = (unnormalize(images, mean, std).clamp(0, 255) / 255).permute(0, 2, 3, 1).numpy()
-    return pixels[..., [0, 1, 2] if images.shape[1] >= 3 else [0, 0, 0]]
+    channels = [0, 0, 0]
+    if images.shape[1] >= 3:
+        channels = [0, 1, 2]
+    return pixels[..., channels]
 
 
-def visible_cells(model, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
-    """(B, n) cells: at a masked autoencoder's mask ratio; all of a classifier's."""
-    L = model.patch_embed.num_patches
+def visible_cells(model: Model, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
+    """The cells (B, n) of the model's input: the unmasked ones of a masked autoencoder, all of a classifier.
+
+    The mask ratio is that of training if not given.
+    """
+    num_patches = model.patch_embed.num_patches
     if not isinstance(model, MaskedAutoencoderViT):
-        return torch.arange(L).expand(len(keys), -1)
-    ratio = mask_ratio if mask_ratio is not None else float(flags.get("mask_ratio", 0.75))
-    return random_masking(sample_noise(keys, L), ratio)
+        return torch.arange(num_patches).expand(len(keys), -1)
+    if mask_ratio is None:
+        mask_ratio = float(flags.get("mask_ratio", 0.75))
+    return random_masking(sample_noise(keys, num_patches), mask_ratio)
 
 
-def label_tokens(model, images: Tensor, ids: Tensor) -> Tensor:
-    """Normalised patch tokens (B, n, C) of the visible cells: what label heads read."""
+def label_tokens(model: Model, images: Tensor, ids_keep: Tensor) -> Tensor:
+    """Normalised patch tokens (B, n, C) of the visible cells: the input of label heads."""
     if isinstance(model, MaskedAutoencoderViT):
-        return model.forward_encoder(images, ids)[:, 1:]
+        return model.forward_encoder(images, ids_keep)[:, 1:]
     return model.label_tokens(model.forward_features(images))
 
 
 def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Tensor:
-    """Normalised predictions (N, L, P) with the mean brightness and contrast of each image's visible patches."""
+    """Undo the normalisation of predictions (N, L, P) by the visible patches' brightness and contrast."""
     visible = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))  # (N, n, P)
-    std = (visible.var(-1, keepdim=True) + 1e-6).sqrt().mean(1, keepdim=True)
+    # The same epsilon as in MAE's normalisation.
+    std = (visible.var(-1, keepdim=True) + 1e-6).sqrt().mean(1, keepdim=True)  # (N, 1, 1)
     return pred * std + visible.mean((1, 2), keepdim=True)
 
 
@@ -95,48 +144,98 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 def reconstruct(
     path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
 ) -> np.ndarray:
-    """The picture of `util.report.panels.reconstruction_panel` for n images, titled by the statistics that it uses."""
+    """The picture of `reconstruction_panel` for n images, as uint8 (H', W', 3).
+
+    A model with a normalised target does not predict brightness and contrast. `stats` says where they come
+    from: "true" for each patch's own, "visible" for those of the image's visible patches; the title says so
+    too. `norm_pix_loss` declares a normalised target for files without this flag. Raises ValueError if the
+    file has no decoder.
+    """
     model, flags = load_model(path)
     if not isinstance(model, MaskedAutoencoderViT):
         raise ValueError(
             f"{path} has no decoder, so there is nothing to reconstruct with: give the full pretraining "
             "checkpoint (checkpoint-last.pth of main_pretrain.py, or MAE's *_full.pth)"
         )
+    if flags.get("norm_pix_loss") is None and not norm_pix_loss:
+        print(
+            f"{path} does not say whether its target was normalised, so the prediction is taken as pixels: "
+            "pass norm_pix_loss if it was normalised"
+        )
     batches, (mean, std) = load_images(model, flags, data_path, n)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
     _, pred, mask = model(images, ids_keep=ids_keep)
-    title, patches = "reconstruction", model.patchify(images)
-    if flags.get("norm_pix_loss") is None and not norm_pix_loss:
-        print(
-            f"{path} does not say whether its target was normalised: taken as pixels; --norm_pix_loss if it was"
-        )
+    title = "reconstruction"
+    # Without a normalised target, the prediction has the units of the images already.
     if norm_pix_loss or model.norm_pix_loss:
-        true = stats == "true"
-        title = (
-            "reconstruction (uses ground-truth patch mean/std)"
-            if true
-            else "reconstruction (mean/std of visible patches)"
-        )
-        pred = unnormalize_patches(pred, patches) if true else visible_stats_patches(pred, patches, ids_keep)
-    cells = None
+        pred, title = _unnormalized(pred, model.patchify(images), ids_keep, stats)
+    positions = None
     if hasattr(model.pos_head, "apl"):
-        cells = model.pos_head.apl.logits(label_tokens(model, images, ids_keep)).argmax(-1)
+        logits = model.pos_head.apl.logits(label_tokens(model, images, ids_keep))  # (N, n, L)
+        positions = PredictedPositions(ids_keep, logits.argmax(-1))
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255,
         mask,
         unnormalize(model.unpatchify(pred), mean, std) / 255,
         patch_size=model.patch_size,
-        grid=model.grid,
-        visible_ids=None if cells is None else ids_keep,
-        predicted_cells=cells,
+        positions=positions,
         reconstruction_title=title,
     )
 
 
-def confusion(true: Tensor, said: Tensor, k: int) -> np.ndarray:
-    """(k, k) shares of what was said, across, for each true value, down; rows add up to 1, or to 0 where none is."""
-    counts = torch.bincount(true.flatten() * k + said.flatten(), minlength=k * k).reshape(k, k).double()
+def _unnormalized(pred: Tensor, patches: Tensor, ids_keep: Tensor, stats: str) -> tuple[Tensor, str]:
+    """A normalised prediction in the units of the images, and a title that names the statistics used."""
+    if stats == "true":
+        title = "reconstruction (uses ground-truth patch mean/std)"
+        return unnormalize_patches(pred, patches), title
+    return visible_stats_patches(pred, patches, ids_keep), "reconstruction (mean/std of visible patches)"
+
+
+@dataclass(frozen=True)
+class LabelPredictions:
+    """The predictions of a label head for all visible patches of N images.
+
+    Absolute labels: target and predicted cells (N, n). Relative labels: offsets (N, n, n). `ids`, of the same
+    shape, is the cell of the patch that each prediction is about (of an offset's first patch).
+    """
+
+    kind: str  # apl or rpl
+    grid: tuple[int, int]
+    ids: Tensor
+    target: Tensor
+    predicted: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return (self.target == self.predicted).double().mean().item()
+
+    def confusions(self) -> list[charts.Confusion]:
+        """Confusion matrices of rows and of columns."""
+        # The matrix of all cells would have L * L entries, too many to read.
+        h, w = self.grid
+        if self.kind == "apl":
+            rows = confusion(self.target // w, self.predicted // w, h)
+            columns = confusion(self.target % w, self.predicted % w, w)
+            return [charts.Confusion("row", rows, 0), charts.Confusion("column", columns, 0)]
+        target_rows, target_columns = offsets(self.target, self.grid)
+        rows_predicted, columns_predicted = offsets(self.predicted, self.grid)
+        rows = confusion(target_rows, rows_predicted, 2 * h - 1)
+        columns = confusion(target_columns, columns_predicted, 2 * w - 1)
+        return [
+            charts.Confusion("row offset", rows, 1 - h),
+            charts.Confusion("column offset", columns, 1 - w),
+        ]
+
+
+def confusion(target: Tensor, predicted: Tensor, size: int) -> np.ndarray:
+    """The confusion matrix (size, size): for each target, down, the share of each prediction, across.
+
+    Rows add up to 1, or to 0 for values that are never a target.
+    """
+    # One code for each (target, predicted) pair, so that a single bincount fills the matrix.
+    codes = target.flatten() * size + predicted.flatten()
+    counts = torch.bincount(codes, minlength=size * size).reshape(size, size).double()  # (size, size)
     return (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 
@@ -147,109 +246,162 @@ def offsets(codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float | None):
-    """A chart of what the label head says about unseen images: arrows with absolute labels, offsets with relative ones."""
+def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float | None) -> Figure:
+    """A chart of a label head's predictions on unseen images.
+
+    Accuracies are measured over `measure` images. For absolute labels, n of them are drawn with arrows.
+    Raises ValueError if the model has no label head.
+    """
     model, flags = load_model(path)
     if model.pos_head is None:
         raise ValueError(
-            f"{path} has no label head (--pos_label none, or exported without): there are no positions to draw"
+            f"{path} has no label head (`pos_label` none, or exported without it): no positions to draw"
         )
-    (h, w), absolute = model.grid, hasattr(model.pos_head, "apl")
     batches, stats = load_images(model, flags, data_path, n, measure)
-    ids, true, said, shown = [], [], [], None
-    for images, keys in batches:
-        shown = as_pixels(images, *stats) if shown is None else shown
-        cells = visible_cells(model, keys, mask_ratio, flags)
-        head, tokens = (
-            (model.pos_head.apl if absolute else model.pos_head.rpl),
-            label_tokens(model, images, cells),
-        )
-        said.append(head.logits(tokens).argmax(-1))
-        true.append(cells if absolute else relative_labels(model.grid, cells, cells))
-        ids.append(cells if absolute else cells[:, :, None].expand_as(true[-1]))
-    ids, true, said = (torch.cat(x) for x in (ids, true, said))
-    if absolute:
-        tables = [
-            ("row", confusion(true // w, said // w, h), 0),
-            ("column", confusion(true % w, said % w, w), 0),
-        ]
-    else:
-        pairs = zip(
-            ("row offset", "column offset"), offsets(true, model.grid), offsets(said, model.grid), (h, w)
-        )
-        tables = [(name, confusion(t, s, 2 * k - 1), 1 - k) for name, t, s, k in pairs]
-    kind = "apl" if absolute else "rpl"
-    level = model.pos_head.chance(ids.shape[1])
-    title = (
-        f"{'absolute' if absolute else 'relative'} labels of {len(true)} images, {ids.shape[1]} of {h * w} patches "
-        f"visible: {100 * (true == said).double().mean():.1f} % right, chance "
-        f"{100 * level.get(f'{kind}_acc', level['position_acc']):.1f} %"
+    first = next(batches)
+    shown = as_pixels(first[0], *stats)  # (n, H, W, 3)
+    # A generator: the normalised images of all batches would take several hundred MB.
+    seen = (
+        (images, visible_cells(model, keys, mask_ratio, flags)) for images, keys in chain([first], batches)
     )
-    k = len(shown)
-    arrows = (true[:k].numpy(), said[:k].numpy()) if absolute else (np.zeros((k, 0), int),) * 2
-    return charts.positions(
-        shown, *arrows, accuracy_map(true == said, ids, model.grid), tables, model.grid, title
+    answers = _predict_labels(model, seen)
+    # Relative labels have no arrows: their chart has no images.
+    target = np.zeros((len(shown), 0), int)
+    predicted = target
+    if answers.kind == "apl":
+        target = answers.target[: len(shown)].numpy()
+        predicted = answers.predicted[: len(shown)].numpy()
+    per_cell = accuracy_map(answers.target == answers.predicted, answers.ids, model.grid)
+    title = _positions_title(model, answers)
+    return charts.positions(shown, target, predicted, per_cell, answers.confusions(), model.grid, title)
+
+
+def _predict_labels(model: Model, batches: Iterable[tuple[Tensor, Tensor]]) -> LabelPredictions:
+    """The predictions for batches of images (B, C, H, W) and their visible cells (B, n)."""
+    # A model with both heads is drawn by its absolute labels, which can be shown as arrows.
+    kind = "rpl"
+    if hasattr(model.pos_head, "apl"):
+        kind = "apl"
+    head = getattr(model.pos_head, kind)
+    ids = []
+    target = []
+    predicted = []
+    for images, cells in batches:
+        logits = head.logits(label_tokens(model, images, cells))
+        labels = cells
+        if kind == "rpl":
+            labels = relative_labels(model.grid, cells, cells)  # (B, n, n)
+            cells = cells[:, :, None]  # (B, n, 1)
+        ids.append(cells.expand_as(labels))
+        target.append(labels)
+        predicted.append(logits.argmax(-1))  # (B, n) or (B, n, n)
+    return LabelPredictions(kind, model.grid, torch.cat(ids), torch.cat(target), torch.cat(predicted))
+
+
+def _positions_title(model: Model, answers: LabelPredictions) -> str:
+    images, visible = answers.ids.shape[:2]
+    # A model with one head calls its chance level position_acc, without the kind.
+    levels = model.pos_head.chance(visible)
+    chance = levels.get(f"{answers.kind}_acc", levels["position_acc"])
+    name = {"apl": "absolute", "rpl": "relative"}[answers.kind]
+    cells = model.grid[0] * model.grid[1]
+    return (
+        f"{name} labels of {images} images, {visible} of {cells} patches visible: "
+        f"{100 * answers.accuracy:.1f} % right, chance {100 * chance:.1f} %"
     )
 
 
 @torch.no_grad()
-def attention(path: str, data_path: str, n: int):
+def attention(path: str, data_path: str, n: int) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
     batches, stats = load_images(model, flags, data_path, n)
-    images = next(batches)[0]
-    maps = class_attention(model, images).reshape(len(images), -1, *model.grid)
+    images, _ = next(batches)
+    maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)
     title = "attention of the class token in the last block; each map from 0 to its own largest"
     return charts.attention(as_pixels(images, *stats), maps.numpy(), title)
 
 
-def class_attention(model, images: Tensor) -> Tensor:
-    """Softmax weights (B, heads, L) of the last block's class token over the patches; its prefix tokens have the rest."""
-    last, seen = model.blocks[-1].attn, []
-    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+def class_attention(model: Model, images: Tensor) -> Tensor:
+    """Attention weights (B, heads, L) of the last block's class token over the patches.
+
+    They add up to less than 1: the softmax also covers the prefix tokens.
+    """
+    attn = model.blocks[-1].attn
+    inputs: list[Tensor] = []
+    hook = attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     if isinstance(model, MaskedAutoencoderViT):
         model.forward_encoder(images, torch.arange(model.patch_embed.num_patches).expand(len(images), -1))
     else:
         model.forward_features(images)
     hook.remove()
-    B, N, C = seen[0].shape
-    q, k, _ = last.qkv(seen[0]).reshape(B, N, 3, last.num_heads, C // last.num_heads).permute(2, 0, 3, 1, 4)
+    # Fused attention kernels do not return the weights, so they are computed again from the block's input.
+    B, N, C = inputs[0].shape
+    qkv = attn.qkv(inputs[0]).reshape(B, N, 3, attn.num_heads, C // attn.num_heads)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
     return weights[:, :, 0, model.num_prefix :]
 
 
 def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
-    """The chart, and its table as Markdown beside it and on the screen."""
-    records, swept, missing = runs.read_sweep(folder)
-    flag = flag or next((f for f in swept if f != "seed"), "seed")
+    """Write the chart of a sweep to `out`, and its table as Markdown next to it; print the table too.
+
+    By default the flag is the first swept one that is not the seed, and the metric the first usual one.
+    Raises ValueError if the flag was not swept, or if no run has the metric.
+    """
+    runs, swept, missing = read_sweep(folder)
+    flag = flag or next((name for name in swept if name != "seed"), "seed")
     if flag not in swept:
         raise ValueError(
-            f"--flag {flag} was not swept in {folder}; there are {', '.join(swept) or 'no differences'}"
+            f"`flag` {flag} was not swept in {folder}; swept: {', '.join(swept) or 'no flag differs'}"
         )
-    found = runs.metrics_of(records, [metric] if metric else None)
-    if not found:
-        raise ValueError(f"no run in {folder} has a usual figure: name one by --metric")
-    metric = found[0]
-    groups, chance = runs.aggregate(records, flag, metric), report.chance_of(records, metric)
-    table = runs.sweep_table(groups, flag, metric, chance)
+    requested = []
+    if metric:
+        requested.append(metric)
+    metrics = metrics_of(runs, requested)
+    if not metrics:
+        raise ValueError(f"no run in {folder} has one of the usual figures: name one by `metric`")
+    metric = metrics[0]
+    groups = aggregate(runs, flag, metric)
+    chance = chance_of(runs, metric)
+    table = sweep_table(groups, flag, metric, chance).markdown()
     charts.save(charts.sweep(groups, flag, metric, chance), out)
     with open(os.path.splitext(out)[0] + ".md", "w") as f:
         f.write(table + "\n")
-    print(table + (f"\nwithout figures so far: {', '.join(missing)}" if missing else ""))
+    print(table)
+    if missing:
+        print(f"no figures yet: {', '.join(missing)}")
 
 
-def read_runs(folders: list[str]) -> list[runs.RunRecord]:
-    """Of each folder the run, or, where it is a sweep, all of its runs, the seeds of a setting as one point.
+def read_runs(folders: list[str]) -> list[RunRecord]:
+    """The runs in several folders, each a run or a sweep; the seeds of a setting have the same point.
 
-    Where two folders have a point of the same name, what tells their paths apart comes before it.
+    If two folders have a point of the same name, the part of the path in which they differ comes before it.
     """
-    found = [runs.read_sweep(f)[0] if runs.is_sweep(f) else [runs.read_run(f)] for f in folders]
-    paths = [os.path.abspath(f) for f in folders]
-    above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    times = Counter(point for records in found for point in {r.point for r in records})
+    if not folders:
+        return []
+    groups = [_runs_in(folder) for folder in folders]
+    paths = [os.path.abspath(folder) for folder in folders]
+    # Folders of the same name differ in the path above them.
+    parent = os.path.commonpath([os.path.dirname(path) for path in paths])
+    times = Counter(point for runs in groups for point in {run.point for run in runs})
     out = []
-    for path, records in zip(paths, found):
-        own = os.path.relpath(path, above)
-        names = {r.point: own if r.point == os.path.basename(path) else f"{own}: {r.point}" for r in records}
-        out += [r if times[r.point] == 1 else replace(r, point=names[r.point]) for r in records]
+    for path, runs in zip(paths, groups):
+        for run in runs:
+            if times[run.point] > 1:
+                run = replace(run, point=_point_with_path(run.point, path, parent))
+            out.append(run)
     return out
+
+
+def _runs_in(folder: str) -> list[RunRecord]:
+    if is_sweep(folder):
+        return read_sweep(folder).runs
+    return [read_run(folder)]
+
+
+def _point_with_path(point: str, path: str, parent: str) -> str:
+    prefix = os.path.relpath(path, parent)
+    if point == os.path.basename(path):
+        return prefix
+    return f"{prefix}: {point}"

@@ -1,4 +1,4 @@
-"""Pictures of models say what the models say; charts and pages of runs show the figures of log.txt."""
+"""Pictures of models show their predictions; charts and pages of runs show the figures of log.txt."""
 
 import json
 import math
@@ -17,13 +17,17 @@ from models_mae_pl import MODELS
 from tools import draw
 from util.flags.parser import run
 from util.report import charts, runs
-from util.report import page as report
+from util.report.aggregate import Aggregate, aggregate, student_quantile
+from util.report.page import page
+from util.report.tables import Table
 
 CELLS = 16
 
 
 def saved(path, model, **args) -> str:
-    name = "mae_test" if hasattr(model, "decoder_blocks") else "vit_test"
+    name = "vit_test"
+    if hasattr(model, "decoder_blocks"):
+        name = "mae_test"
     args = {
         "model": name,
         "pos_label": "apl",
@@ -41,36 +45,37 @@ def call(*argv) -> int:
 
 @pytest.fixture
 def constant_answer(tmp_path):
-    """A masked autoencoder that predicts zeros and says cell 5 for every patch."""
+    """A masked autoencoder that predicts zeros as pixels, and cell 5 for every patch."""
     model = MODELS["mae_test"](img_size=(32, 32), pos_label="apl", pos_embed="none")
     with torch.no_grad():
-        model.decoder_pred.weight.zero_(), model.decoder_pred.bias.zero_()
         last = model.pos_head.apl.classifier
-        last.weight.zero_(), last.bias.zero_()
+        for layer in (model.decoder_pred, last):
+            layer.weight.zero_()
+            layer.bias.zero_()
         last.bias[5] = 1.0
     return model, saved(tmp_path / "c.pth", model)
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
 def test_positions_are_those_of_the_head(constant_answer, monkeypatch):
     _, file = constant_answer
     seen = {}
     monkeypatch.setattr(
         charts,
         "positions",
-        lambda *args: seen.update(zip(("images", "true", "said", "cells", "tables", "grid", "title"), args)),
+        lambda *args: seen.update(
+            zip(("images", "target", "predicted", "cells", "confusions", "grid", "title"), args)
+        ),
     )
     draw.positions(file, "", n=3, measure=40, mask_ratio=None)
-    assert seen["images"].shape == (3, 32, 32, 3) and seen["true"].shape == (3, 8), (
-        "half of 16 patches, as in training"
-    )
-    assert (seen["said"] == 5).all() and seen["cells"][1, 1] == 1 and np.nansum(seen["cells"]) == 1
-    for (_, table, first), right in zip(seen["tables"], (1, 1)):  # cell 5 is row 1, column 1
-        assert (table[:, right] == 1).all() and table.sum() == 4 and first == 0
-    assert (
-        "absolute labels of 40 images, 8 of 16 patches visible: " in seen["title"]
-        and "chance 6.2 %" in seen["title"]
-    )
+    assert seen["images"].shape == (3, 32, 32, 3)
+    # Half of 16 patches, as in training.
+    assert seen["target"].shape == (3, 8)
+    assert (seen["predicted"] == 5).all() and seen["cells"][1, 1] == 1 and np.nansum(seen["cells"]) == 1
+    # Cell 5 is row 1, column 1.
+    for _, shares, first in seen["confusions"]:
+        assert (shares[:, 1] == 1).all() and shares.sum() == 4 and first == 0
+    assert "absolute labels of 40 images, 8 of 16 patches visible: " in seen["title"]
+    assert "chance 6.2 %" in seen["title"]
 
 
 def test_relative_positions(tmp_path, monkeypatch):
@@ -78,17 +83,20 @@ def test_relative_positions(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(charts, "positions", lambda *args: seen.extend(args))
     with torch.no_grad():
-        weight = model.pos_head.rpl.classifier
-        weight.weight.zero_(), weight.bias.zero_()
-        weight.bias[(2 - 1) * 5 + 2] = 1.0  # no offset: row 0, column 0
+        last = model.pos_head.rpl.classifier
+        last.weight.zero_()
+        last.bias.zero_()
+        # No offset: row 0, column 0.
+        last.bias[(2 - 1) * 5 + 2] = 1.0
     draw.positions(saved(tmp_path / "r.pth", model, input_size=[16, 24], mask_ratio=0.0), "", 2, 10, None)
     assert seen[1].shape == (2, 0) and (seen[3] == 1 / 6).all(), "right for the pair of a patch with itself"
     assert [(table.shape, first) for _, table, first in seen[4]] == [((3, 3), -1), ((5, 5), -2)]
     assert (seen[4][0][1][:, 1] == 1).all() and (seen[4][1][1][:, 2] == 1).all()
 
 
-def test_reconstruct_draws_the_prediction_and_says_whose_statistics(constant_answer, tmp_path, monkeypatch):
-    model, file = constant_answer
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments of the last picture drawn by `reconstruct`."""
     seen = {}
 
     def panel(images, mask, prediction, **options):
@@ -96,32 +104,33 @@ def test_reconstruct_draws_the_prediction_and_says_whose_statistics(constant_ans
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr(draw, "reconstruction_panel", panel)
-    assert call("reconstruct", file, tmp_path / "a.png", "--mask_ratio", 0.75) == 0
-    grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # zeros are the mean colour
-    assert torch.allclose(seen["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6), (
-        "up to 8 bits"
-    )
-    assert seen["reconstruction_title"] == "reconstruction" and seen["mask"].sum(1).eq(12).all()
-    assert (seen["predicted_cells"] == 5).all() and seen["visible_ids"].shape == (4, 4)
+    return seen
 
+
+def test_reconstruct_draws_the_prediction(constant_answer, drawn, tmp_path):
+    assert call("reconstruct", constant_answer[1], tmp_path / "a.png", "--mask_ratio", 0.75) == 0
+    # Zeros are the mean colour, up to 8 bits.
+    grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    assert torch.allclose(drawn["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6)
+    assert drawn["reconstruction_title"] == "reconstruction" and drawn["mask"].sum(1).eq(12).all()
+    assert (drawn["positions"].predicted == 5).all() and drawn["positions"].target.shape == (4, 4)
+
+
+def test_a_reconstruction_names_its_statistics(constant_answer, drawn, tmp_path):
+    model, file = constant_answer
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss") == 0
-    assert seen["reconstruction_title"] == "reconstruction (uses ground-truth patch mean/std)"
-    patches = model.patchify(seen["images"])
-    means = (
-        patches.unflatten(-1, (64, 3)).mean(-1).mean(-1)
-    )  # zeros are each patch's own mean over pixels and channels
-    own = model.patchify(seen["prediction"]).unflatten(-1, (64, 3))
-    assert (
-        torch.allclose(own.std(2), torch.zeros(4, 16, 3), atol=1e-4)
-        and (own.mean((2, 3)) - means).abs().max() < 0.05
-    )
+    assert drawn["reconstruction_title"] == "reconstruction (uses ground-truth patch mean/std)"
+    # Zeros are each patch's own mean over pixels and channels.
+    means = model.patchify(drawn["images"]).unflatten(-1, (64, 3)).mean((2, 3))  # (N, L)
+    filled = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
+    assert torch.allclose(filled.std(2), torch.zeros(4, 16, 3), atol=1e-4)
+    assert (filled.mean((2, 3)) - means).abs().max() < 0.05
 
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss", "--stats", "visible") == 0
-    assert seen["reconstruction_title"] == "reconstruction (mean/std of visible patches)"
-    flat = model.patchify(seen["prediction"]).unflatten(-1, (64, 3))
-    assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6), (
-        "one brightness for the whole image"
-    )
+    assert drawn["reconstruction_title"] == "reconstruction (mean/std of visible patches)"
+    flat = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
+    # One brightness for the whole image.
+    assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6)
 
 
 def test_statistics_of_visible_patches():
@@ -140,20 +149,21 @@ def test_attention_is_that_of_the_model():
     with torch.no_grad():
         maps = draw.class_attention(model, images)
         assert maps.shape == (2, 2, 6)
-        attn, x = model.blocks[-1].attn, []
+        attn = model.blocks[-1].attn
+        x = []
         attn.register_forward_pre_hook(lambda module, inputs: x.append(inputs[0]))
         out = []
         attn.register_forward_hook(lambda module, inputs, output: out.append(output))
         model(images)
-        x, out = x[0], out[0]
-        values = attn.qkv(x)[..., 64:].reshape(2, 7, 2, 16)  # (B, N, heads, 16)
-        own = (1 - maps.sum(-1))[..., None] * values[:, 0]  # the class token looks at itself, too
-        mixed = own + torch.einsum("bhl,blhd->bhd", maps, values[:, 1:])
-        assert torch.allclose(attn.proj(mixed.flatten(1)), out[:, 0], atol=1e-5)
+        values = attn.qkv(x[0])[..., 64:].reshape(2, 7, 2, 16)  # (B, N, heads, 16)
+        # The class token attends to itself too.
+        to_itself = (1 - maps.sum(-1))[..., None] * values[:, 0]
+        mixed = to_itself + torch.einsum("bhl,blhd->bhd", maps, values[:, 1:])
+        assert torch.allclose(attn.proj(mixed.flatten(1)), out[0][:, 0], atol=1e-5)
 
 
 def test_all_samples_of_a_stream_are_used(constant_answer, monkeypatch):
-    """They have no index of their own."""
+    """Samples of a stream have no index of their own."""
     model, _ = constant_answer
     samples = [
         {"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
@@ -173,7 +183,7 @@ def test_pictures_of_every_kind_are_drawn(constant_answer, tmp_path, command):
     assert min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_relation_heads_are_no_part_of_what_is_drawn(constant_answer, tmp_path):
+def test_relation_heads_are_ignored(constant_answer, tmp_path):
     state = torch.load(constant_answer[1], weights_only=True)
     state["model"]["sr_spatial.norm.weight"] = torch.ones(4)
     torch.save(state, tmp_path / "sr.pth")
@@ -196,7 +206,6 @@ def test_wrong_files_are_refused(tmp_path, capsys):
     assert not (tmp_path / "o.png").exists()
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
 def make_run(folder, values, flags=None, name="test_position", chance=4.0, **args):
     folder.mkdir(parents=True)
     lines = [
@@ -212,7 +221,7 @@ def make_run(folder, values, flags=None, name="test_position", chance=4.0, **arg
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two mask ratios with three and one seeds; a third has not begun."""
+    """Two mask ratios with three seeds and one seed; a third ratio has not started."""
     folder = tmp_path / "sweep"
     points = [(0.5, 0, 2.0), (0.5, 1, 3.0), (0.5, 2, 4.0), (0.9, 0, 5.0)]
     for ratio, seed, value in points:
@@ -236,20 +245,18 @@ def sweep(tmp_path):
 def test_seeds_of_a_point_are_put_together(sweep, tmp_path, capsys):
     records, swept, missing = runs.read_sweep(str(sweep))
     assert swept == ["mask_ratio", "seed"] and missing == ["mask_ratio=0.95,seed=0"]
-    (rows,) = runs.aggregate(records, "mask_ratio", "test_position").values()
+    (rows,) = aggregate(records, "mask_ratio", "test_position").values()
     assert [(row.x, row.mean) for row in rows] == [(0.5, 3.0), (0.9, 5.0)]
-    assert rows[0].interval == pytest.approx(4.303 * 1 / math.sqrt(3)) and rows[1].interval is None
+    assert rows[0].interval == pytest.approx(4.302653 * 1 / math.sqrt(3)) and rows[1].interval is None
     assert call("sweep", sweep, tmp_path / "s.png") == 0
     table = (tmp_path / "s.md").read_text()
-    assert (
-        "| 0.5 | 3.0000 | ± 2.4843 | 2.0000, 3.0000, 4.0000 |" in table
-        and "| 0.9 | 5.0000 | one seed | 5.0000 |" in table
-    )
+    assert "| 0.5 | 3.0000 | ± 2.4841 | 2.0000, 3.0000, 4.0000 |" in table
+    assert "| 0.9 | 5.0000 | one seed | 5.0000 |" in table
     assert "test_position (chance 4.0000)" in table
-    assert "without figures so far: mask_ratio=0.95,seed=0" in capsys.readouterr().out
+    assert "no figures yet: mask_ratio=0.95,seed=0" in capsys.readouterr().out
 
 
-def test_flags_that_moved_together_are_read_apart(tmp_path):
+def test_flags_that_were_swept_together_are_separate(tmp_path):
     for h, v in ((0.0, 0.0), (0.5, 0.5)):
         make_run(tmp_path / "s" / f"hflip={h},vflip={v}", [2.0], {"hflip": h, "vflip": v})
     (tmp_path / "s" / "sweep.json").write_text(
@@ -268,7 +275,7 @@ def test_runs_that_differ_by_their_seed_alone_are_one_point(tmp_path):
     assert [r.point for r in runs.read_sweep(str(tmp_path / "s"))[0]] == ["s", "s"]
 
 
-def test_flags_come_from_checkpoints_where_a_sweep_left_no_notes(tmp_path):
+def test_flags_come_from_checkpoints_if_nothing_was_noted(tmp_path):
     for ratio in (0.25, 0.75):
         make_run(tmp_path / "s" / f"r{ratio}", [ratio], mask_ratio=ratio, lr=1e-3, output_dir=f"/x/{ratio}")
     records, swept, missing = runs.read_sweep(str(tmp_path / "s"))
@@ -276,47 +283,50 @@ def test_flags_come_from_checkpoints_where_a_sweep_left_no_notes(tmp_path):
     assert [r.flags for r in records] == [{"mask_ratio": 0.25}, {"mask_ratio": 0.75}]
 
 
-def test_runs_that_only_lie_together_are_told_apart_by_their_names(tmp_path):
-    """Six flags differ, and nothing says that they were swept."""
+def test_unrelated_runs_in_one_folder_are_compared_by_name(tmp_path):
+    """Six flags differ, and no file says that they were swept."""
     for i, name in enumerate(("first", "second")):
         make_run(tmp_path / "s" / name, [2.0 + i], **{f"flag{k}": i for k in range(6)}, seed=i)
     records, swept, missing = runs.read_sweep(str(tmp_path / "s"))
     assert [r.point for r in records] == ["first", "second"] and (swept, missing) == (["run"], [])
     assert call("sweep", tmp_path / "s", tmp_path / "s.png", "--metric", "test_position") == 0
     assert "| first | 2.0000 | one seed | 2.0000 |\n| second | 3.0000 |" in (tmp_path / "s.md").read_text()
-    assert report.page(str(tmp_path / "s")).count("<th>run</th>") == 1 + len(runs.metrics_of(records)), (
-        "not twice in a table"
-    )
-    for name in ("first", "second"):  # what a sweep has noted is what was swept, however much
+    # Not twice in a table.
+    assert page(str(tmp_path / "s")).count("<th>run</th>") == 1 + len(runs.metrics_of(records))
+
+
+def test_noted_flags_count_as_swept_however_many_they_are(tmp_path):
+    for name in ("first", "second"):
+        make_run(tmp_path / "s" / name, [2.0])
         (tmp_path / "s" / name / "flags.json").write_text(json.dumps({f"flag{k}": name for k in range(6)}))
     assert runs.read_sweep(str(tmp_path / "s"))[1] == [f"flag{k}" for k in range(6)]
 
 
-def test_other_swept_flags_make_lines_of_their_own(tmp_path):
+def test_other_swept_flags_make_separate_lines(tmp_path):
     for weight in (0.0, 1.0):
         for label in ("apl", "rpl"):
             make_run(
                 tmp_path / "s" / f"{weight}{label}", [weight], {"pos_weight": weight, "pos_label": label}
             )
     records, *_ = runs.read_sweep(str(tmp_path / "s"))
-    groups = runs.aggregate(records, "pos_weight", "test_position")
+    groups = aggregate(records, "pos_weight", "test_position")
     assert {k: [row.x for row in rows] for k, rows in groups.items()} == {
         "pos_label apl": [0, 1],
         "pos_label rpl": [0, 1],
     }
-    groups = runs.aggregate(records, "pos_label", "test_position")  # no numbers: places with names
+    groups = aggregate(records, "pos_label", "test_position")
     assert [row.x for row in groups["pos_weight 0.0"]] == ["apl", "rpl"]
     figure = charts.sweep(groups, "pos_label", "test_position", None)
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["apl", "rpl"]
 
 
-def test_what_follows_a_run_counts_for_its_point(tmp_path):
+def test_follow_up_runs_count_for_their_point(tmp_path):
     for weight in (0.0, 0.5):
         make_run(tmp_path / "s" / f"w{weight}", [3.0], {"pos_weight": weight})
         make_run(tmp_path / "s" / f"w{weight}" / "finetune", [10.0, 20.0 + weight], name="test_acc1")
-    records, swept, _ = runs.read_sweep(str(tmp_path / "s"))
+    records = runs.read_sweep(str(tmp_path / "s")).runs
     assert len(records) == 2 and runs.metrics_of(records)[0] == "finetune/test_acc1"
-    (rows,) = runs.aggregate(records, "pos_weight", "finetune/test_acc1").values()
+    (rows,) = aggregate(records, "pos_weight", "finetune/test_acc1").values()
     assert [row.mean for row in rows] == [20.0, 20.5] and records[0].last("test_position") == 3.0
 
 
@@ -336,7 +346,7 @@ def test_runs_of_the_same_name_in_two_folders_are_two_points(tmp_path):
     assert [r.point for r in draw.read_runs([str(tmp_path / "a")])] == ["finetune", "probea"]
 
 
-def test_more_points_than_colours_can_be_told_apart(sweep):
+def test_more_points_than_colours_look_different(sweep):
     record = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0"))
     figure = charts.curves([replace(record, point=str(i)) for i in range(20)])
     looks = {(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()}
@@ -345,7 +355,7 @@ def test_more_points_than_colours_can_be_told_apart(sweep):
 
 def test_long_names_below_a_chart_do_not_overlap():
     for names, rotation in ((["apl", "rpl"], 0), ([f"a_long_name_{i}" for i in range(9)], 90)):
-        rows = [runs.Aggregate(name, (1.0,)) for name in names]
+        rows = [Aggregate(name, (1.0,)) for name in names]
         labels = charts.sweep({"": rows}, "run", "test_acc1", None).axes[0].get_xticklabels()
         assert [(label.get_text(), label.get_rotation()) for label in labels] == [
             (name, rotation) for name in names
@@ -362,51 +372,58 @@ def test_curves_show_the_log_and_chance(sweep):
 
 
 def test_references_are_grey_and_behind(sweep, tmp_path):
-    record, seeds = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0")), draw.read_runs([str(sweep)])
+    record = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0"))
+    seeds = draw.read_runs([str(sweep)])
     figure = charts.curves([record], [s for s in seeds if s.point == "mask_ratio 0.5"])
     lines = [
         (line.get_color(), line.get_ydata()[-1])
         for line in figure.axes[0].lines
         if line.get_linestyle() == "--"
     ]
-    own = charts.COLOURS[0]
-    assert [colour for colour, _ in lines] == [charts.BEHIND] * (len(lines) - 1) + [own] and len(lines) > 1
-    assert lines[-1] == (own, 5.0) and all(y != 5.0 for _, y in lines[:-1])
+    first = charts.COLOURS[0]
+    assert [colour for colour, _ in lines] == [charts.BEHIND] * (len(lines) - 1) + [first] and len(lines) > 1
+    assert lines[-1] == (first, 5.0) and all(y != 5.0 for _, y in lines[:-1])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
         "mask_ratio=0.9,seed=0",
         "reference: mask_ratio 0.5",
     ]
+
+
+def test_references_alone_are_drawn_as_runs(sweep, tmp_path):
     assert call("curves", tmp_path / "a.png", sweep / "mask_ratio=0.9,seed=0", "--reference", sweep) == 0
     assert call("curves", tmp_path / "b.png", "--reference", sweep) == 0
     assert Image.open(tmp_path / "a.png").size[0] == Image.open(tmp_path / "b.png").size[0]
     assert call("curves", tmp_path / "c.png") == 2
 
 
-def test_a_report_is_one_page_that_asks_for_nothing(sweep, tmp_path):
+def test_a_report_is_one_page_without_links(sweep, tmp_path):
     Image.new("RGB", (8, 8)).save((sweep / "mask_ratio=0.9,seed=0").joinpath("p.png"))
     (sweep / "mask_ratio=0.9,seed=0" / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(sweep / "mask_ratio=0.9,seed=0" / "pictures" / "epoch-0001.png")
     assert call("report", sweep) == 0
-    page = (sweep / "report.html").read_text()
-    links = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
-    assert links and all(link.startswith("data:image/") for link in links), "nothing from outside"
-    assert "<script" not in page and "@import" not in page
+    text = (sweep / "report.html").read_text()
+    links = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", text)
+    assert links and all(link.startswith("data:image/") for link in links)
+    assert "<script" not in text and "@import" not in text
     assert sum(link.startswith("data:image/png") for link in links) == 1
-    for text in (
+    for words in (
         "test_position against mask_ratio",
-        "± 2.4843",
-        "without figures so far: mask_ratio=0.95,seed=0",
+        "± 2.4841",
+        "no figures yet: mask_ratio=0.95,seed=0",
         "mask_ratio=0.5,seed=2",
         "sweep.json",
     ):
-        assert text in page
+        assert words in text
+
+
+def test_a_run_has_a_report_too(sweep, tmp_path):
     assert call("report", sweep / "mask_ratio=0.5,seed=0", tmp_path / "one.html") == 0
     assert "<h1>Run mask_ratio=0.5,seed=0</h1>" in (tmp_path / "one.html").read_text()
 
 
 def test_names_are_escaped(tmp_path):
     make_run(tmp_path / "<b>x", [1.0], {"model": "<script>alert(1)</script>"})
-    assert "<script" not in report.page(str(tmp_path / "<b>x"))
+    assert "<script" not in page(str(tmp_path / "<b>x"))
 
 
 @pytest.mark.parametrize(
@@ -417,13 +434,14 @@ def test_names_are_escaped(tmp_path):
         (["sweep", "DIR", "OUT"], "holds no runs"),
         (
             ["sweep", "DIR/sweep", "OUT", "--metric", "acc"],
-            "no run has a metric acc; there are chance_position, epoch",
+            "no run has a metric acc; the metrics are chance_position, epoch",
         ),
         (["sweep", "DIR/sweep", "OUT", "--flag", "lr"], "--flag lr was not swept"),
-        (["curves", "OUT", "DIR/empty"], "no epoch is finished yet"),
+        (["curves", "OUT", "DIR/empty"], "the run has not finished an epoch yet"),
+        (["curves", "OUT"], "give folders with a log.txt, or --reference"),
     ],
 )
-def test_what_is_no_run_says_so(sweep, tmp_path, capsys, argv, message):
+def test_folders_without_runs_are_refused(sweep, tmp_path, capsys, argv, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.txt").write_text("")
     if message == "has no log.txt" and argv[0] == "report":
@@ -434,3 +452,28 @@ def test_what_is_no_run_says_so(sweep, tmp_path, capsys, argv, message):
     argv = [a.replace("DIR", str(tmp_path)).replace("OUT", str(tmp_path / "o.png")) for a in argv]
     assert call(*argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_table_is_written_as_markdown_html_and_text():
+    table = Table(["run", "loss"], [["a|b", "1.5"], ["<c>", "10"]])
+    assert table.markdown() == "| run | loss |\n|---|---|\n| a\\|b | 1.5 |\n| <c> | 10 |"
+    assert table.markdown(padded=True).splitlines() == [
+        "| run  | loss |",
+        "|------|------|",
+        "| a\\|b | 1.5  |",
+        "| <c>  | 10   |",
+    ]
+    assert table.html() == (
+        "<table><tr><th>run</th><th>loss</th></tr><tr><td>a|b</td><td>1.5</td></tr>"
+        "<tr><td>&lt;c&gt;</td><td>10</td></tr></table>"
+    )
+    assert table.text() == "run  loss\na|b  1.5\n<c>  10"
+
+
+@pytest.mark.parametrize(
+    "degrees,quantile",
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (120, 1.980)],
+)
+def test_quantiles_of_students_t_are_those_of_the_printed_table(degrees, quantile):
+    """Abramowitz and Stegun, Table 26.10."""
+    assert round(student_quantile(degrees), 3) == quantile

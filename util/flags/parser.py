@@ -130,6 +130,7 @@ FLAG_OF = {
     "iters": "so_iters",
     "dropout": "so_dropout",
     "second_order": "head",
+    "references": "reference",
 }
 
 

@@ -1,1 +1,1 @@
-"""Runs and predictions as charts, pictures and pages."""
+"""Runs and predictions as charts, pictures, tables and pages."""

@@ -1,34 +1,20 @@
-"""What finished runs and sweeps left on the disk: flags, a line of figures per epoch, and the seeds of a point together.
+"""Runs and sweeps as they are on disk: their flags, and one line of figures per epoch.
 
-A run is a folder with log.txt; runs that follow it lie in it, and their figures are named `finetune/test_acc1`. A sweep is
-a folder of runs; each may have flags.json, {flag: value} of what was swept,
-and the folder sweep.json. Where these are missing, the flags stored in the runs' checkpoints are compared.
+A run is a folder with a log.txt. Follow-up runs are in its subfolders, and their figures are named
+`finetune/test_acc1`. A sweep is a folder of runs. Its file sweep.json lists the planned runs, and the
+flags.json of each run has the values of the swept flags. If these files are missing, the flags stored in the
+runs' checkpoints are compared.
 """
 
 import json
 import os
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-# Two-sided 95 % quantile of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
+# More flags than this are not a sweep, unless a file says so.
 MOST_SWEPT = 4
-_PLACES = {
+# Flags of places and of bookkeeping: two runs that differ in these alone have the same settings.
+NEVER_SWEPT = {
     "data_path",
     "output_dir",
     "log_dir",
@@ -43,7 +29,8 @@ _PLACES = {
     "save_steps",
     "keep",
     "picture_epochs",
-}  # never what is swept
+}
+# Figures to show by default, the most telling first.
 PREFERRED = (
     "finetune/test_acc1",
     "linprobe/test_acc1",
@@ -62,189 +49,173 @@ PREFERRED = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its folder's name, the flags that matter here, and log.txt as dictionaries, one per epoch."""
+    """One run: the name of its folder, its flags, and log.txt as one dictionary per epoch.
+
+    In a sweep, `flags` are the swept ones only, and all runs that differ by their seed alone have the same
+    `point`. `follow_ups` are the log lines of follow-up runs, each figure prefixed by its folder.
+    """
 
     name: str
     folder: str
     flags: dict
     log: list[dict]
-    point: str = ""  # what runs that differ by their seed alone have in common
-    follow_ups: list[dict] = field(
-        default_factory=list
-    )  # lines of the runs that follow it, names with their folder's
+    point: str = ""
+    follow_ups: list[dict] = field(default_factory=list)
 
     def last(self, metric: str) -> float | None:
-        """The metric in the last epoch that has it."""
-        return next((line[metric] for line in reversed(self.follow_ups + self.log) if metric in line), None)
+        """The metric in the last epoch that logged it, None if no epoch did."""
+        # Follow-up runs have prefixed names, so that the order of the two lists does not matter.
+        lines = reversed(self.follow_ups + self.log)
+        return next((line[metric] for line in lines if metric in line), None)
+
+
+class Sweep(NamedTuple):
+    """The runs of a sweep, the swept flags, and the planned runs that have no figures yet."""
+
+    runs: list[RunRecord]
+    swept: list[str]
+    missing: list[str]
 
 
 def read_run(folder: str, name: str = "") -> RunRecord:
-    """ValueError where a folder has no log.txt with at least one epoch."""
+    """Read a run. Raises ValueError if the folder has no log.txt with at least one epoch."""
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
         raise ValueError(
-            f"{folder} has no log.txt: give the --output_dir of a run, or a folder of such folders"
+            f"{folder} has no log.txt: give the output folder of a run, or a folder of such folders"
         )
-    log = _lines(path)
+    log = _log_lines(path)
     if not log:
-        raise ValueError(f"{path} is empty: no epoch is finished yet")
+        raise ValueError(f"{path} is empty: the run has not finished an epoch yet")
+    # normpath drops a slash at the end.
     name = name or os.path.basename(os.path.normpath(folder))
-    after = [
-        {f"{sub}/{k}": v for k, v in line.items()}
-        for sub in _subruns(folder)
-        for line in _lines(os.path.join(folder, sub, "log.txt"))
-    ]
-    return RunRecord(name, folder, _flags(folder), log, name, after)
+    return RunRecord(name, folder, _flags(folder), log, name, _follow_ups(folder))
 
 
-def _lines(path):
-    out = []
+def _follow_ups(folder: str) -> list[dict]:
+    lines = []
+    for subfolder in run_folders(folder):
+        for line in _log_lines(os.path.join(folder, subfolder, "log.txt")):
+            lines.append({f"{subfolder}/{key}": value for key, value in line.items()})
+    return lines
+
+
+def _log_lines(path: str) -> list[dict]:
+    lines = []
     with open(path) as f:
         for line in f:
             try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a run is writing, or was when it was killed
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                # The last line is incomplete while a run writes it, or if the run was killed then.
                 continue
-    return out
+    return lines
 
 
-def _flags(folder):
-    """The first that is there: what was swept, what the run noted, what its checkpoint stores."""
-    for name in ("flags.json", "run.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path) as f:
-                found = json.load(f)
-            return found.get("flags", found) if name == "run.json" else found
+def read_json(path: str) -> dict:
+    """The dictionary in a JSON file, {} if there is no such file."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def _flags(folder: str) -> dict:
+    """The flags of a run: the swept ones if noted, else those in run.json, else those in its checkpoint."""
+    path = os.path.join(folder, "flags.json")
+    if os.path.isfile(path):
+        return read_json(path)
+    path = os.path.join(folder, "run.json")
+    if os.path.isfile(path):
+        note = read_json(path)
+        return note.get("flags", note)
     path = os.path.join(folder, "checkpoint-last.pth")
     if not os.path.isfile(path):
         return {}
-    from util.weights.files import load  # torch takes seconds to import
+    # Imported here because torch takes seconds to import, and most folders have one of the files above.
+    from util.weights.files import load
 
     return load(path).get("args") or {}
 
 
+def run_folders(folder: str) -> list[str]:
+    """The sorted names of all subfolders that are runs."""
+    if not os.path.isdir(folder):
+        return []
+    return [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n, "log.txt"))]
+
+
 def is_sweep(folder: str) -> bool:
-    """Whether a folder holds runs rather than being one."""
-    return not os.path.isfile(os.path.join(folder, "log.txt")) and bool(_subruns(folder))
+    """Whether a folder holds runs and is not a run itself."""
+    return not os.path.isfile(os.path.join(folder, "log.txt")) and bool(run_folders(folder))
 
 
-def _subruns(folder):
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [n for n in names if os.path.isfile(os.path.join(folder, n, "log.txt"))]
+def read_sweep(folder: str) -> Sweep:
+    """Read all runs of a sweep. Raises ValueError if the folder holds no runs.
 
-
-def read_sweep(folder: str) -> tuple[list[RunRecord], list[str], list[str]]:
-    """(runs with the swept flags only, the names of these flags, names of points that have no figures yet).
-
-    Where nothing says what was swept and more than MOST_SWEPT flags differ, the one flag is `run`, the folder's name.
+    If no file says what was swept, all flags that differ between runs count as swept. If they are more than
+    MOST_SWEPT, the runs are probably unrelated: the only swept flag is then `run`, the run's name.
     """
-    runs = [read_run(os.path.join(folder, name)) for name in _subruns(folder)]
+    runs = [read_run(os.path.join(folder, name)) for name in run_folders(folder)]
     if not runs:
         raise ValueError(f"{folder} holds no runs: a sweep is a folder of folders with a log.txt each")
-    path, planned, swept = os.path.join(folder, "sweep.json"), [], []
-    if os.path.isfile(path):
-        with open(path) as f:
-            plan = json.load(f)
-        planned = [point["name"] for point in plan.get("points", [])]
-        names = [flag for together in plan.get("sweep", {}) for flag in together.split("+")]
-        swept = list(dict.fromkeys([*names, *(k for p in plan.get("points", []) for k in p["flags"])]))
+    # Written by the launcher; folders that were put together by hand have none.
+    plan = read_json(os.path.join(folder, "sweep.json"))
+    swept = _planned_flags(plan)
     if not swept:
-        known = sorted(set().union(*(run.flags for run in runs)) - _PLACES)
-        swept = [k for k in known if len({str(run.flags.get(k)) for run in runs}) > 1]
+        swept = _differing_flags(runs)
         noted = any(os.path.isfile(os.path.join(run.folder, "flags.json")) for run in runs)
-        if (
-            len(swept) > MOST_SWEPT and not noted
-        ):  # runs that happen to lie together: their names say more than 40 flags
-            return [replace(run, flags={"run": run.name}) for run in runs], ["run"], []
-    own = [{k: r.flags[k] for k in swept if k in r.flags} for r in runs]
-    alone = os.path.basename(os.path.normpath(folder))  # where seeds are all that differs
-    runs = [
-        replace(r, flags=f, point=_others(f, "seed") or (alone if "seed" in f else r.name))
-        for r, f in zip(runs, own)
-    ]
-    return runs, swept, [name for name in planned if name not in {r.name for r in runs}]
+        # A table of unrelated runs would have dozens of columns, and their names tell more.
+        if len(swept) > MOST_SWEPT and not noted:
+            return Sweep([replace(run, flags={"run": run.name}) for run in runs], ["run"], [])
+    sweep_name = os.path.basename(os.path.normpath(folder))
+    runs = [_with_swept_flags(run, swept, sweep_name) for run in runs]
+    names = {run.name for run in runs}
+    missing = [point["name"] for point in plan.get("points", []) if point["name"] not in names]
+    return Sweep(runs, swept, missing)
 
 
-@dataclass(frozen=True)
-class Aggregate:
-    """A metric at one value of a flag: every seed's figure, and what they say together."""
-
-    x: object
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
-
-    @property
-    def interval(self) -> float | None:
-        """Half of the 95 % interval of the mean (Student's t); None for a single seed."""
-        n = len(self.values)
-        if n < 2:
-            return None
-        variance = sum((v - self.mean) ** 2 for v in self.values) / (n - 1)
-        t = _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.6 / (n - 1)
-        return t * (variance / n) ** 0.5
+def _planned_flags(plan: dict) -> list[str]:
+    """The swept flags of a sweep.json, in its order; `hflip+vflip` are two flags that were swept together."""
+    flags = [flag for joint in plan.get("sweep", {}) for flag in joint.split("+")]
+    for point in plan.get("points", []):
+        flags += point["flags"]
+    return list(dict.fromkeys(flags))
 
 
-def aggregate(runs: list[RunRecord], flag: str, metric: str) -> dict[str, list[Aggregate]]:
-    """{values of the other swept flags: a row per value of `flag`, sorted}; runs that differ by seed alone join."""
-    groups: dict[str, dict] = {}
-    for run in runs:
-        value = run.last(metric)
-        if value is None or flag not in run.flags:
-            continue
-        others = _others(run.flags, flag, "seed")
-        groups.setdefault(others, {}).setdefault(_hashable(run.flags[flag]), []).append(value)
-    return {
-        others: [
-            Aggregate(x, tuple(values)) for x, values in sorted(rows.items(), key=lambda row: _order(row[0]))
-        ]
-        for others, rows in sorted(groups.items())
-    }
+def _differing_flags(runs: list[RunRecord]) -> list[str]:
+    flags = sorted(set().union(*(run.flags for run in runs)) - NEVER_SWEPT)
+    # As text, because values may be lists, which have no hash.
+    return [flag for flag in flags if len({str(run.flags.get(flag)) for run in runs}) > 1]
 
 
-def _others(flags, *without):
-    return ", ".join(f"{k} {v}" for k, v in sorted(flags.items()) if k not in without)
+def _with_swept_flags(run: RunRecord, swept: list[str], sweep_name: str) -> RunRecord:
+    """Reduce a run's flags to the swept ones, and name the point that it shares with other seeds."""
+    flags = {flag: run.flags[flag] for flag in swept if flag in run.flags}
+    point = setting_name(flags, "seed")
+    if not point and "seed" in flags:
+        # Only seeds differ: the whole sweep is one point.
+        point = sweep_name
+    return replace(run, flags=flags, point=point or run.name)
 
 
-def _hashable(value):
-    return tuple(value) if isinstance(value, list) else value
+def setting_name(flags: dict, *without: str) -> str:
+    """Flags in words, such as `pos_embed none, pos_label apl`, without those named."""
+    return ", ".join(f"{flag} {value}" for flag, value in sorted(flags.items()) if flag not in without)
 
 
-def _order(x):
-    return (0, x, "") if isinstance(x, (int, float)) else (1, 0, str(x))
+def metrics_of(runs: list[RunRecord], requested: list[str] | None = None) -> list[str]:
+    """The metrics to show: the requested ones, else up to three of PREFERRED.
 
-
-def metrics_of(runs: list[RunRecord], asked: list[str] | None = None) -> list[str]:
-    """The metrics to show: those asked for (ValueError names what there is), else up to three usual ones."""
-    known = sorted({k for run in runs for line in run.log + run.follow_ups for k in line})
-    for metric in asked or []:
-        if metric not in known:
-            raise ValueError(f"no run has a metric {metric}; there are {', '.join(known)}")
-    if asked:
-        return asked
-    usual = [m for m in PREFERRED if m in known]
-    return [
-        m for m in usual if m.replace("train_", "test_") == m or m.replace("train_", "test_") not in known
-    ][:3]
-
-
-def sweep_table(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: float | None) -> str:
-    """The figures as a Markdown table: mean, all seeds, 95 % interval."""
-    title = metric + (f" (chance {chance:.4f})" if chance is not None else "")
-    many = len(groups) > 1
-    head = ["others"] * many + [flag, title, "95 % interval", "each seed"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for others, rows in groups.items():
-        for row in rows:
-            half = "one seed" if row.interval is None else f"± {row.interval:.4f}"
-            cells = [others] * many + [
-                str(row.x),
-                f"{row.mean:.4f}",
-                half,
-                ", ".join(f"{v:.4f}" for v in row.values),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    Raises ValueError if no run has a requested metric; the message lists all metrics.
+    """
+    metrics = {key for run in runs for line in run.log + run.follow_ups for key in line}
+    for metric in requested or []:
+        if metric not in metrics:
+            raise ValueError(f"no run has a metric {metric}; the metrics are {', '.join(sorted(metrics))}")
+    if requested:
+        return requested
+    # Up to three, as each is a chart of its own. A training figure is left out if the same figure of
+    # validation is there.
+    superseded = {metric.replace("test_", "train_") for metric in metrics if "test_" in metric}
+    return [metric for metric in PREFERRED if metric in metrics - superseded][:3]
