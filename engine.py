@@ -193,11 +193,11 @@ def _load_start(run: Run, state: TrainState) -> str:
     """Load the checkpoint that the run continues, if there is one; return a phrase about the start."""
     if run.session.start is None:
         return "step 0: there is no checkpoint to continue"
-    path, saved = run.session.start
-    state.load_dict(saved, path, run.updates_per_epoch, run.loader.dataset.exact_resume)
+    start = run.session.start
+    state.load_checkpoint(start, run.updates_per_epoch, run.loader.dataset.exact_resume)
     # The loaded tensors are as large as the state itself, and the caller keeps its reference to the end.
-    saved.clear()
-    return f"continues {path} at step {state.step}"
+    start.release()
+    return f"continues {start.path} at step {state.step}"
 
 
 def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:

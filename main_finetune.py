@@ -131,6 +131,7 @@ from util.train.optim import WeightAverage, adamw, param_groups
 from util.train.state import TrainState
 from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
+from util.weights.types import Checkpoint, stored_flags
 
 
 @dataclass
@@ -142,21 +143,15 @@ class Start:
     those that the encoder's file lacks; they are trained even with --partial.
     """
 
-    resume: tuple[str, dict] | None
+    resume: Checkpoint | None
     finetune: str
-    pretrained: dict | None
+    pretrained: Checkpoint | None
     new_parameters: list[str]
 
     @property
-    def saved(self) -> dict | None:
-        if self.resume is None:
-            return None
-        return self.resume[1]
-
-    @property
-    def trained(self) -> dict | None:
-        """The checkpoint that says how its model was trained, or None."""
-        return self.saved or self.pretrained
+    def trained(self) -> dict:
+        """The stored flags that tell how the model was trained; {} from scratch."""
+        return stored_flags(self.resume or self.pretrained)
 
 
 @dataclass(frozen=True)
@@ -267,9 +262,7 @@ def find_start(args: argparse.Namespace) -> Start:
     if args.eval:
         output_dir = ""
     resume = checkpoint.load_start(output_dir, args.resume)
-    before = {}
-    if resume is not None:
-        before = resume[1].get("args") or {}
+    before = stored_flags(resume)
     # Layer decay, and which parameters are trained, depend on whether there was an encoder.
     finetune = args.finetune or before.get("finetune", "")
     new_parameters = before.get("new_parameters")
@@ -278,7 +271,7 @@ def find_start(args: argparse.Namespace) -> Start:
     needed = resume is None or (args.partial is not None and new_parameters is None)
     if finetune and needed:
         pretrained = checkpoint.load(finetune)
-        pretrained.pop("optimizer", None)  # twice the size of the weights, and not needed
+        pretrained.drop_optimizer()
     if new_parameters is None:
         new_parameters = sorted(transfer.new_parameters(pretrained))
     return Start(resume, finetune, pretrained, new_parameters)
@@ -337,26 +330,22 @@ def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices
     """Resolve what the flags leave open by the checkpoint at the start and the data."""
     classes = resolve_classes(args, start, data)
     labels = resolve_labels(args, start.trained)
-    path = ""
-    if start.resume is not None:
-        path = start.resume[0]
-    return Choices(classes, labels, resolve_head(vars(args), args.model, start.saved, path))
+    return Choices(classes, labels, resolve_head(vars(args), args.model, start.resume))
 
 
-def resolve_labels(args: argparse.Namespace, trained: dict | None) -> dict[str, str]:
+def resolve_labels(args: argparse.Namespace, trained: dict) -> dict[str, str]:
     """Return --pos_label and --pos_tokens.
 
     --pos_label auto is the checkpoint's when fine-tuning or continuing, and none from scratch and for
     evaluation. --pos_tokens, if not given, are the checkpoint's as well, because its label head has learned
     from these.
     """
-    before = (trained or {}).get("args") or {}
     label = args.pos_label
     if label == "auto":
         label = "none"
         if not args.eval:
-            label = before.get("pos_label", "none")
-    return {"pos_label": label, "pos_tokens": args.pos_tokens or before.get("pos_tokens") or "half"}
+            label = trained.get("pos_label", "none")
+    return {"pos_label": label, "pos_tokens": args.pos_tokens or trained.get("pos_tokens") or "half"}
 
 
 def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) -> list[str]:
@@ -368,12 +357,12 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
         given = None
         if args.classes:
             given = class_names(args.classes)
-        place = start.resume[0]
+        place = start.resume.path
         kind = "outputs"
-        classes = known_classes(start.saved, place, classes, given)
-    elif start.saved is not None and start.saved.get("classes", classes) != classes:
+        classes = known_classes(start.resume, classes, given)
+    elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
-            f"{start.resume[0]} was trained on the classes {some_names(start.saved['classes'])}, the data "
+            f"{start.resume.path} was trained on the classes {some_names(start.resume.classes)}, the data "
             f"have "
             f"{some_names(classes)}: give the data that it was made with, or another --output_dir"
         )
@@ -387,7 +376,7 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
 
 def check_convolutional_start(start: Start) -> None:
     """Raise ValueError if an encoder without a convolutional patch embedding should start one that has it."""
-    if "patch_embed.stem.0.weight" not in start.pretrained["model"]:
+    if "patch_embed.stem.0.weight" not in start.pretrained.model:
         raise ValueError(
             f"--patch_embed conv cannot start from {start.finetune}: its encoder learned from patches that "
             f"were "
@@ -404,7 +393,7 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
         check_convolutional_start(start)
     pool = args.pool
     if args.eval and not pool:
-        pool = (start.saved.get("args") or {}).get("pool")
+        pool = start.resume.args.get("pool")
     if pool:
         options["pool"] = pool
     if args.patch_size:
@@ -432,11 +421,11 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
 def load_weights(args: argparse.Namespace, model: nn.Module, start: Start, flags: dict) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
-        checkpoint.say_continuing(*start.resume, flags)
+        checkpoint.print_continuing(start.resume, flags)
     elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
     else:
-        note = transfer.init_encoder(model, start.pretrained, start.finetune, args.pos_embed_init)
+        note = transfer.init_encoder(model, start.pretrained, args.pos_embed_init)
         changed = checkpoint.other_than_trained(start.pretrained, flags)
         dist.print_rank0(f"encoder from {start.finetune}{changed}; {note}")
     start.pretrained = None  # its memory is needed
@@ -450,12 +439,12 @@ def evaluate_checkpoint(
     args: argparse.Namespace, model: nn.Module, setup: Setup, choices: Choices, start: Start, val_loader
 ) -> int:
     """Evaluate --resume; nothing is trained."""
-    path, saved = start.resume
-    checkpoint.load_for_evaluation(model, saved, path)
-    text = f"evaluating {path} in {setup.precision}"
-    if "ema" in saved:
+    saved = start.resume
+    checkpoint.load_for_evaluation(model, saved)
+    text = f"evaluating {saved.path} in {setup.precision}"
+    if saved.ema is not None:
         text += ", the moving average of its weights"
-    changed = checkpoint.other_than_trained(saved, stored_flags(args, start, setup, choices))
+    changed = checkpoint.other_than_trained(saved, flags_to_store(args, start, setup, choices))
     dist.print_rank0(text + changed)
     evaluate(model, val_loader, choices.classes, setup, choices.positions, args.predictions)
     dist.shutdown()
@@ -499,7 +488,7 @@ def build_optimizer(
     return adamw(groups, lr, betas=(0.9, 0.999))
 
 
-def stored_flags(args: argparse.Namespace, start: Start, setup: Setup, choices: Choices) -> dict:
+def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices: Choices) -> dict:
     """Return the flags that checkpoints store, with what became of those that were left open."""
     resolved = {
         "finetune": start.finetune,
@@ -507,7 +496,7 @@ def stored_flags(args: argparse.Namespace, start: Start, setup: Setup, choices: 
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
     }
-    return checkpoint.plain_args(args) | resolved | choices.labels | choices.head
+    return checkpoint.plain_flags(vars(args)) | resolved | choices.labels | choices.head
 
 
 def main(args: argparse.Namespace) -> int:
@@ -528,7 +517,7 @@ def main(args: argparse.Namespace) -> int:
     model = build_model(args, setup, choices, start)
     if args.eval:
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
-    flags = stored_flags(args, start, setup, choices)
+    flags = flags_to_store(args, start, setup, choices)
     load_weights(args, model, start, flags)
     if args.strategy == "fsdp":
         fsdp.shard(model, device, setup.amp)

@@ -103,6 +103,7 @@ from util.train.lr_sched import effective_lr
 from util.train.optim import lars
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
+from util.weights.types import Checkpoint
 
 LOST = 100  # times the loss of guessing
 
@@ -142,11 +143,11 @@ def check_head_flags(args: argparse.Namespace) -> None:
         raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
 
 
-def as_trained(args: argparse.Namespace, start: tuple[str, dict] | None) -> argparse.Namespace:
+def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.Namespace:
     """Return the flags; if a probe is evaluated, those that are not given are as it was trained."""
     before = {}
     if args.eval:
-        before = start[1].get("args") or {}
+        before = start.args
     resolved = {"pool": args.pool or "cls"}
     for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
@@ -233,22 +234,21 @@ class Probing(Objective):
         return torch.zeros((), device=batch["label"].device), terms
 
 
-def load_backbone(args: argparse.Namespace, state: dict, setup: Setup, flags: dict) -> nn.Module:
+def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, flags: dict) -> nn.Module:
     """Return the frozen encoder of --finetune in evaluation mode; all tokens of a ViT come after the final
     norm.
     """
-    before = state.get("args") or {}
     if args.model.startswith(("swin", "timm/")):
         # How these embed positions, and what they pool, is their own.
-        options = trained_options(before)
+        options = trained_options(state.args)
     else:
         # What the encoder learned with is what it is probed with. Pooling by class token keeps its final
         # norm, for the patch tokens too.
         options = {"pos_embed": "none", "pool": "cls"}
-        if "pos_embed" in state["model"]:
+        if "pos_embed" in state.model:
             options["pos_embed"] = "learned"
-        if before.get("patch_embed"):
-            options["patch_embed"] = before["patch_embed"]
+        if state.args.get("patch_embed"):
+            options["patch_embed"] = state.args["patch_embed"]
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
     if args.patch_size:
@@ -256,7 +256,7 @@ def load_backbone(args: argparse.Namespace, state: dict, setup: Setup, flags: di
     model = build_classifier(
         args.model, img_size=setup.size, in_chans=args.in_chans, num_classes=0, **options
     )
-    dist.print_rank0(transfer.init_encoder(model, state, args.finetune, "zero"))
+    dist.print_rank0(transfer.init_encoder(model, state, "zero"))
     dist.print_rank0(f"encoder from {args.finetune}{checkpoint.other_than_trained(state, flags)}")
     if args.pool == "cls" and not model.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
@@ -386,23 +386,23 @@ def build_objective(args: argparse.Namespace, backbone: nn.Module, setup: Setup,
     return Probing(probe.to(setup.device), features, names, kind, setup, val_loader)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: dict, flags: dict) -> int:
+def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Checkpoint, flags: dict) -> int:
     """Evaluate the trained probe --resume; nothing is trained."""
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))
     dist.print_rank0(f"evaluating {args.resume}{changed}")
     classes = objective.val_loader.dataset.index.classes
-    if saved.get("classes", classes) != classes:
+    if saved.classes not in (None, classes):
         raise ValueError(
-            f"{args.resume} was trained on the classes {some_names(saved['classes'])}, the data have "
+            f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "
             f"{some_names(classes)}"
         )
-    checkpoint.load_strict(objective.probe, saved, args.resume)
+    checkpoint.load_strict(objective.probe, saved)
     objective.evaluate()
     dist.shutdown()
     return 0
 
 
-def find_start(args: argparse.Namespace) -> tuple[str, dict] | None:
+def find_start(args: argparse.Namespace) -> Checkpoint | None:
     """Return the probe to continue or to evaluate."""
     output_dir = args.output_dir
     if args.eval or args.knn:
@@ -416,10 +416,10 @@ def main(given: argparse.Namespace) -> int:
     start = find_start(given)
     args = as_trained(given, start)
     pretrained = checkpoint.load(args.finetune)
-    pretrained.pop("optimizer", None)  # twice the size of the weights, and not needed
-    pixels = Pixels(*channel_stats(args, pretrained))
+    pretrained.drop_optimizer()
+    pixels = Pixels(*channel_stats(args, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
-    flags = checkpoint.plain_args(args) | {"mean": list(pixels.mean), "std": list(pixels.std)}
+    flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
 
@@ -433,7 +433,7 @@ def main(given: argparse.Namespace) -> int:
     if args.cached:
         loader = cache_features(args, objective, loader)
     if args.eval:
-        return evaluate_checkpoint(args, objective, start[1], flags)
+        return evaluate_checkpoint(args, objective, start, flags)
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))
@@ -444,7 +444,7 @@ def main(given: argparse.Namespace) -> int:
         f"effective batch {effective_batch(args)}, lr {lr:.3g} x {grid}"
     )
     if start is not None:
-        checkpoint.say_continuing(*start, flags)
+        checkpoint.print_continuing(start, flags)
     session = Session.open(args, flags, start, loss_tag="loss")
     objective.log = session.log
     finished = fit(objective.probe, objective, optimizer, loader, setup, open_budget(args, lr), session)

@@ -93,6 +93,7 @@ from util.train.lr_sched import cosine, effective_lr
 from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
+from util.weights.types import Checkpoint
 
 
 class Relations:
@@ -352,7 +353,7 @@ def build_data(args: argparse.Namespace, setup: Setup):
     return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
 
 
-def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) -> tuple[str, dict] | None:
+def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) -> Checkpoint | None:
     """Return the checkpoint to continue: the run's own, or --resume; otherwise load --init_from, if given."""
     start = checkpoint.continue_from(args.output_dir, args.resume, flags)
     if start is not None:
@@ -360,7 +361,7 @@ def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) ->
     if not args.init_from:
         dist.print_rank0("starting from scratch")
         return None
-    note = transfer.init_from(objective.model, checkpoint.load(args.init_from), args.init_from)
+    note = transfer.init_from(objective.model, checkpoint.load(args.init_from))
     if objective.relations is not None:
         copy_parameters(objective.relations.teacher, objective.model)
     dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
@@ -395,7 +396,7 @@ def main(args: argparse.Namespace) -> int:
         f"{model.patch_embed.num_patches} patches; {setup}; {describe_batch(args, lr)}"
     )
 
-    flags = checkpoint.plain_args(args)
+    flags = checkpoint.plain_flags(vars(args))
     session = Session.open(args, flags, find_start(args, flags, objective), chance)
     objective.evaluation = Evaluation(setup, session, loader, val_loader, args.picture_epochs, args.epochs)
     finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)

@@ -375,7 +375,7 @@ def main(args: argparse.Namespace) -> int:
         f"{args.model}: {trained / 1e6:.1f} M trained parameters; {setup}; {describe_batch(args, lr)}"
     )
 
-    flags = checkpoint.plain_args(args)
+    flags = checkpoint.plain_flags(vars(args))
     start = checkpoint.continue_from(args.output_dir, args.resume, flags)
     if start is None:
         dist.print_rank0("starting from scratch")

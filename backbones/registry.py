@@ -8,6 +8,7 @@ import models_vit
 from backbones import so_vit, swin
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
+from util.weights.types import Checkpoint
 
 MODELS = models_vit.MODELS | swin.MODELS | so_vit.MODELS
 
@@ -28,16 +29,16 @@ def build_classifier(name: str, **options):
     return MODELS[name](**options)
 
 
-def known_classes(state: dict, path: str, data: list[str], given: list[str] | None = None) -> list[str]:
+def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = None) -> list[str]:
     """Names of a stored classifier's classes in the order of its outputs, for an evaluation on the classes `data`.
 
     They are the `given` ones, else those stored beside the weights, else ImageNet's where there are 1000 outputs and the
     data are named like some of them, else the data's own. Raises ValueError where the number of outputs contradicts them
     or a class of the data is not among them.
     """
-    known = given or state.get("classes")
+    known = given or saved.classes
     outputs = (
-        len(state["model"].get("head.bias", ())) or None
+        len(saved.model.get("head.bias", ())) or None
     )  # of a linear head; others are left to the loading
     if known is None and outputs == 1000 and len(data) < outputs:
         from timm.data import ImageNetInfo
@@ -46,17 +47,17 @@ def known_classes(state: dict, path: str, data: list[str], given: list[str] | No
         known = known if set(data) <= set(known) else None
     if known is None and all(name.isdigit() for name in data) and sorted(data, key=int) != data:
         raise ValueError(
-            f"the data's classes are numbers, which folders sort as {some_names(data)}; {path} does not say what "
+            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does not say what "
             "its outputs are called: name them by --classes, in their order"
         )
     if outputs not in (None, len(known or data)):
         raise ValueError(
-            f"{path} tells {outputs} classes apart, and there are {len(known or data)} "
+            f"{saved.path} tells {outputs} classes apart, and there are {len(known or data)} "
             f"{'given' if given else 'in the data'}: name all, in the order of its outputs, by --classes"
         )
     if known and (unknown := sorted(set(data) - set(known))):
         raise ValueError(
-            f"{path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
+            f"{saved.path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
             "other data, or their folders have other names, and --classes gives these in the order of its outputs"
         )
     return known or data

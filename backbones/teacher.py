@@ -26,17 +26,17 @@ def build_teacher(
     """
     if file:
         saved = load(file)
-        flags = saved.get("args") or {}
-        if saved.get("classes", classes) != classes:
+        flags = saved.args
+        if saved.classes not in (None, classes):
             raise ValueError(
-                f"--distill_checkpoint {file} knows the classes {some_names(saved['classes'])}, the data have "
+                f"--distill_checkpoint {file} knows the classes {some_names(saved.classes)}, the data have "
                 f"{some_names(classes)}: fine-tune a teacher on them"
             )
-        options = head_options(name, resolve_head({}, name, saved, file)) | trained_options(flags)
+        options = head_options(name, resolve_head({}, name, saved)) | trained_options(flags)
         teacher = build_classifier(
             name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
         )
-        load_for_evaluation(teacher, saved, file)
+        load_for_evaluation(teacher, saved)
         own = flags.get("mean") or mean, flags.get("std") or std
     else:
         teacher = pretrained_teacher(name, len(classes))

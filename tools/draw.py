@@ -35,7 +35,7 @@ from util.report.panels import (
 )
 from util.report.runs import RunRecord, is_sweep, metrics_of, read_run, read_sweep
 from util.weights import checkpoint
-from util.weights.files import KINDS, kind_of
+from util.weights.types import KINDS
 
 # What `load_model` returns.
 Model = MaskedAutoencoderViT | VisionTransformer
@@ -51,11 +51,10 @@ def load_model(path: str) -> tuple[Model, dict]:
     Raises ValueError if the file holds neither a masked autoencoder nor a Vision Transformer.
     """
     state = checkpoint.load(path)
-    kind = kind_of(state)
-    if kind not in ("pretraining", "classifier", "encoder"):
-        name, use = KINDS[kind]
-        raise ValueError(f"{path} is {name}, which cannot be drawn: it is for {use}")
-    return model_of(state, path), state.get("args") or {}
+    if state.kind not in ("pretraining", "classifier", "encoder"):
+        name, commands = KINDS[state.kind]
+        raise ValueError(f"{path} is {name}, which cannot be drawn: it is for {commands}")
+    return model_of(state), state.args
 
 
 def load_images(

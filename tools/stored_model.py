@@ -5,18 +5,19 @@ import torch
 import models_mae_pl
 import models_vit
 from backbones.registry import MODELS
+from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import describe_mismatch
-from util.weights.files import Architecture, architecture, evaluated_weights
+from util.weights.types import Checkpoint
 
 
-def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
+def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
     """The model whose weights a checkpoint holds, with these weights, in evaluation mode.
 
     All but the number of heads shows in the weights: that comes from the stored flags, else from the models of the
     same size, else it is 64 channels a head (32 in the decoder). Without any sign of the image size it is 14 patches
     a side. Raises ValueError for what is no plain Vision Transformer.
     """
-    a, args = architecture(state, path), state.get("args") or {}
+    a, args = architecture(saved), saved.args
     heads, decoder_heads, _ = heads_of(a, args)
     options = dict(
         img_size=a.img_size or (14 * a.patch_size[0], 14 * a.patch_size[1]),
@@ -41,16 +42,18 @@ def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | mod
     else:
         kind = (
             models_vit.DistilledVisionTransformer
-            if "dist_token" in state["model"]
+            if "dist_token" in saved.model
             else models_vit.VisionTransformer
         )
         model = kind(**options, num_classes=a.classes, pool=a.pool)
     weights = {
-        k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")
+        k: v for k, v in saved.evaluated_weights().items() if not k.startswith("sr_")
     }  # SERE's relation heads
     problem = describe_mismatch(model.state_dict(), weights)
     if problem:
-        raise ValueError(f"{path} holds no plain Vision Transformer, it differs in its parts: {problem}")
+        raise ValueError(
+            f"{saved.path} holds no plain Vision Transformer, it differs in its parts: {problem}"
+        )
     model.load_state_dict(weights)
     return model.eval()
 

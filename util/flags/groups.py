@@ -1,6 +1,7 @@
 """Command lines: MAE's flags, files of flags, and help that works. Imports nothing heavy: --help answers at once."""
 
 import argparse
+from typing import Protocol
 
 from util.flags.parser import COUNT, SHARE, number
 
@@ -173,22 +174,30 @@ def second_order_options(flags: dict) -> dict:
     }
 
 
-def resolve_head(given: dict, model: str, saved: dict | None, path: str) -> dict:
-    """--head, --so_* and --patch_embed: as given, else as in the checkpoint `saved` from `path` that goes on.
+class Stored(Protocol):
+    """A checkpoint in memory (util.weights.types.Checkpoint)."""
+
+    path: str
+    model: dict
+    args: dict
+
+
+def resolve_head(given: dict, model: str, saved: Stored | None) -> dict:
+    """--head, --so_* and --patch_embed: as given, else as in the checkpoint `saved` that goes on.
 
     --head then has a value, and --patch_embed where it is conv; None is the model's own. Raises ValueError where --head is
     not that of the checkpoint, and on --so_* flags that belong to another head.
     """
-    before = (saved or {}).get("args") or {}
+    before, weights = (saved.args, saved.model) if saved is not None else ({}, {})
     flags = {
         name: before.get(name) if given.get(name) is None else given[name]
         for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)
     }
-    if any(name.startswith("head.") for name in (saved or {}).get("model", ())):
-        found = "second_order" if "head.pool.start" in saved["model"] else "linear"
+    if any(name.startswith("head.") for name in weights):
+        found = "second_order" if "head.pool.start" in weights else "linear"
         if given.get("head") not in (None, found):
             raise ValueError(
-                f"{path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "
+                f"{saved.path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "
                 "choose another --output_dir"
             )
         flags["head"] = found
@@ -372,11 +381,11 @@ def ascending(values: list[float], flag: str) -> tuple[float, float]:
 
 
 def channel_stats(
-    args: argparse.Namespace, saved: dict | None = None
+    args: argparse.Namespace, stored: dict | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: as given, else as the checkpoint `saved` was trained, else ImageNet's for 3 channels and their
-    mean for 1."""
-    before = (saved or {}).get("args") or {}
+    """(mean, std) per channel: as given, else as `stored` in a checkpoint, else ImageNet's for 3 channels and their mean
+    for 1."""
+    before = stored or {}
     default = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}.get(args.in_chans)
     if before.get("in_chans") == args.in_chans and before.get("mean") and before.get("std"):
         default = before["mean"], before["std"]

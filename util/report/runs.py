@@ -135,7 +135,7 @@ def _flags(folder: str) -> dict:
     # Imported here because torch takes seconds to import, and most folders have one of the files above.
     from util.weights.files import load
 
-    return load(path).get("args") or {}
+    return load(path).args
 
 
 def run_folders(folder: str) -> list[str]:

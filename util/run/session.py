@@ -9,6 +9,7 @@ from util.run.checkpoint_manager import CheckpointManager
 from util.run.log import Log
 from util.train.lr_sched import warmup_cosine
 from util.train.setup import Budget
+from util.weights.types import Checkpoint
 
 STOPPED = 75  # exit code of a run that a signal stopped after saving its state (EX_TEMPFAIL)
 
@@ -17,14 +18,14 @@ STOPPED = 75  # exit code of a run that a signal stopped after saving its state 
 class Session:
     """What the engine writes to, and where it starts.
 
-    `flags` are stored in every checkpoint. `start` is (path, loaded checkpoint), or None for a fresh run. In
+    `flags` are stored in every checkpoint. `start` is the checkpoint to continue, or None for a fresh run. In
     a dry run a few updates are measured and nothing is written.
     """
 
     log: Log
     flags: dict
     checkpoints: CheckpointManager | None = None
-    start: tuple[str, dict] | None = None
+    start: Checkpoint | None = None
     dry_run: bool = False
 
     @classmethod
@@ -32,7 +33,7 @@ class Session:
         cls,
         args: argparse.Namespace,
         flags: dict,
-        start: tuple[str, dict] | None,
+        start: Checkpoint | None,
         chance: dict[str, float] | None = None,
         loss_tag: str = "train_loss",
     ) -> "Session":

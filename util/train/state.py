@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from util import dist
 from util.dist import fsdp
 from util.weights.checkpoint import load_strict
+from util.weights.types import Checkpoint
 
 
 @dataclass
@@ -57,16 +58,17 @@ class TrainState:
         }
         return state | {name: module.state_dict() for name, module in self.extras.items()}
 
-    def load_dict(self, saved: dict, path: str, updates: int, exact: bool = True) -> None:
+    def load_checkpoint(self, checkpoint: Checkpoint, updates: int, exact: bool = True) -> None:
         """Continue from a checkpoint at its step, or at the start of its unfinished epoch.
 
         The latter holds for MAE's own files, for another number of updates per epoch, and for data streams
         (not `exact`). Raises ValueError if the checkpoint has no optimizer or other weights.
         """
-        load_strict(self.model, saved, path)
+        load_strict(self.model, checkpoint)
+        saved = checkpoint.entries
         if "optimizer" not in saved:
             raise ValueError(
-                f"{path} has weights but no optimizer: start from it by `init_from`, not `resume`"
+                f"{checkpoint.path} has weights but no optimizer: start from it by `init_from`, not `resume`"
             )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):
