@@ -92,6 +92,7 @@ from torch import nn
 import engine
 from backbones.registry import build_classifier, trained_options
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
+from layers.second_order import SecondOrder
 from util import dist
 from util.data.datasets import TensorSamples, build_dataset
 from util.data.loading.cache import cached
@@ -335,9 +336,8 @@ def main(args) -> int:
     lr_grid = args.lr_grid
     torch.manual_seed(args.seed)
     if second_order:
-        probe = SecondOrderProbe(
-            backbone.dim, num_classes, len(lr_grid), second_order_options(vars(args))
-        ).to(device)
+        options = SecondOrder(**second_order_options(vars(args)))
+        probe = SecondOrderProbe(backbone.dim, num_classes, len(lr_grid), options).to(device)
     else:
         probe = Probe(backbone.dim, num_classes, len(lr_grid)).to(device)
     kind, names = (
