@@ -1,4 +1,4 @@
-"""Common tools of the benchmarks: interleaved timing, medians with spread, peak memory, records, a table, the machine."""
+"""Tools that all benchmarks share: interleaved timing, spreads, peak memory, records, tables, the machine."""
 
 import ctypes
 import gc
@@ -39,6 +39,7 @@ class Record:
     def __init__(self, path: str | None = None, head: dict | None = None):
         self.path = path
         self.head = head or {}
+        # Values are plain (numbers, texts, lists, dictionaries), since they are written as JSON.
         self.results: dict = {}
 
     def add(self, section: str, row: dict) -> None:
@@ -73,6 +74,7 @@ def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
         found = measure()
     except torch.OutOfMemoryError:
         found = dict(error="out of memory")
+    # After the handler: while it runs, the exception's traceback still refers to the model.
     free_gpu_memory()
     return found
 
@@ -160,6 +162,7 @@ def interleaved(
         prepare: called with a variant's key before each of its calls, unmeasured.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in variants}
+    # The first call of a variant allocates and loads what later ones find ready.
     for key, call in variants.items():
         for _ in range(warmup):
             prepare(key)
@@ -183,6 +186,7 @@ def freed_memory(
     (util/dist/allocator.py). The others run with glibc's default. After a switch one of `calls` runs
     unmeasured, so that the process holds the memory that it needs.
     """
+    # None: unknown, so the first call of `prepare` always switches.
     now: bool | None = None
 
     def prepare(key: Key) -> None:
@@ -203,13 +207,15 @@ def freed_memory(
 
 def trim() -> None:
     """Return freed memory to the system, if the C library can."""
+    # glibc has it; musl and macOS do not.
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim:
         malloc_trim(0)
 
 
 def clock_for(device_type: str) -> Callable[[], float]:
-    """Clock for ratios: wall time on a GPU, CPU time of all threads on a CPU, which other processes may share."""
+    """Clock for ratios: wall time on a GPU, CPU time of all threads on a CPU."""
+    # Other processes may use the same CPU, and wall time would measure them too.
     if device_type == "cpu":
         return time.process_time
     return time.perf_counter
@@ -221,6 +227,7 @@ def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
     On a CPU this is resident memory, which includes the allocator's and the libraries': run the call once
     before, and read the figure as an upper bound. It is nan on systems other than Linux.
     """
+    # Garbage that is collected during the call would lower the figure.
     gc.collect()
     if cuda:
         return peak_gpu_memory(call)
@@ -240,6 +247,7 @@ def peak_gpu_memory(call: Callable[[], object]) -> float:
     """Largest memory in MiB that a call allocates on the GPU in addition to what was allocated before it."""
     import torch
 
+    # The host runs ahead of the GPU: earlier work must be finished before the counters are read.
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -296,6 +304,7 @@ def table(rows: list[dict]) -> str:
     """A Markdown table. The keys of the first row are the columns."""
     lines = [list(rows[0])]
     lines += [[cell(value) for value in row.values()] for row in rows]
+    # Padded, so that the table can be read as plain text too.
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines
@@ -305,7 +314,7 @@ def table(rows: list[dict]) -> str:
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, memory, accelerator, versions and commit (with "+" if tracked files differ from it)."""
+    """Processor, cores, memory, accelerator, versions, and the commit as `_commit` gives it."""
     # Only if the benchmark has imported it.
     torch = sys.modules.get("torch")
     gpu = None
@@ -314,6 +323,7 @@ def machine() -> dict[str, object]:
         threads = torch.get_num_threads()
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_name()
+    # A package that is missing is left out.
     versions = {package: _version(package) for package in PACKAGES}
     installed = {package: version for package, version in versions.items() if version}
     return dict(
@@ -334,6 +344,7 @@ def machine() -> dict[str, object]:
 def _cpu() -> str:
     """Name of the processor."""
     try:
+        # `platform.processor()` is empty or only the architecture on most Linux systems.
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
@@ -363,7 +374,7 @@ def _git(*words: str) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of this checkout, with "+" if tracked files differ from it; None outside of git."""
+    """Commit of this checkout, with "+" if tracked files differ from it; None without git."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         if _git("status", "--porcelain", "--untracked-files=no"):
