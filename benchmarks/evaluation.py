@@ -1,5 +1,4 @@
-"""Evaluation: feature extraction against the forward pass alone, a grid of probes against one, nearest
-neighbours.
+"""Evaluation: feature extraction against the forward pass alone, a grid of probes, nearest neighbours.
 
     python benchmarks/run.py evaluation                            ViT-B/16, small enough for a CPU
     python benchmarks/run.py evaluation --device cuda --batch_size 256 --batches 20 \\

@@ -1,5 +1,4 @@
-"""Training step of the masked autoencoder: ours against transformers' ViTMAE and an MAE made of timm's
-blocks.
+"""Training step of the masked autoencoder: ours against transformers' ViTMAE and an MAE of timm's blocks.
 
     python benchmarks/run.py step                                ViT-B/16, batch 16 on a CPU, float32 and bf16
     python benchmarks/run.py step --device cuda --compile --grad_checkpointing \\

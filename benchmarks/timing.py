@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from util.dist.allocator import keep_freed_memory, return_freed_memory
-
-# Functions that need torch import it themselves: a benchmark without torch should not pay for its import.
-if TYPE_CHECKING:
-    import torch
 
 Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +68,6 @@ def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
     The memory that it held is freed in both cases. So `measure` must create its model, and its caller must
     not hold a reference to it.
     """
-    import torch
-
     try:
         found = measure()
     except torch.OutOfMemoryError:
@@ -81,8 +79,6 @@ def unless_out_of_memory(measure: Callable[[], dict]) -> dict:
 
 def free_gpu_memory() -> None:
     """Free all GPU memory that nothing refers to any more."""
-    import torch
-
     # Compiled code may refer to its model, so it is dropped first.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -91,31 +87,25 @@ def free_gpu_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def wait_for(device: "torch.device") -> None:
+def wait_for(device: torch.device) -> None:
     """Wait until the device has finished its work. A CPU always has."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def default_device() -> str:
     """Name of the default device: the GPU if there is one."""
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     return "cpu"
 
 
-def choose_device(name: str) -> "torch.device":
+def choose_device(name: str) -> torch.device:
     """Return the device of that name, and set the precision of float32 products as training does
     (`util.dist.init`).
 
     Peers run with this setting too.
     """
-    import torch
-
     device = torch.device(name)
     if device.type == "cuda":
         # TF32.
@@ -123,7 +113,7 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
-def default_amps(device: "torch.device") -> list[str]:
+def default_amps(device: torch.device) -> list[str]:
     """Precisions that are measured by default: bf16 on a GPU, fp32 and bf16 on a CPU."""
     if device.type == "cuda":
         return ["bf16"]
@@ -245,8 +235,6 @@ def peak_memory(call: Callable[[], object], cuda: bool = False) -> float:
 
 def peak_gpu_memory(call: Callable[[], object]) -> float:
     """Largest memory in MiB that a call allocates on the GPU in addition to what was allocated before it."""
-    import torch
-
     # The host runs ahead of the GPU: earlier work must be finished before the counters are read.
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -254,6 +242,25 @@ def peak_gpu_memory(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def kept_for_backward(forward: Callable[[], Tensor], inputs: list[Tensor]) -> int:
+    """Bytes that the graph of `forward` keeps for backward, without `inputs`. Each storage counts once."""
+    excluded = {x.untyped_storage().data_ptr() for x in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        # Views of a tensor share its storage.
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        loss = forward()
+    # The graph lives as long as the loss: until here, no storage was freed and its address used again.
+    del loss
+    return sum(kept.values())
 
 
 def status_kib(name: str) -> int:
@@ -315,14 +322,9 @@ def table(rows: list[dict]) -> str:
 
 def machine() -> dict[str, object]:
     """Processor, cores, memory, accelerator, versions, and the commit as `_commit` gives it."""
-    # Only if the benchmark has imported it.
-    torch = sys.modules.get("torch")
     gpu = None
-    threads = None
-    if torch:
-        threads = torch.get_num_threads()
-        if torch.cuda.is_available():
-            gpu = torch.cuda.get_device_name()
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     # A package that is missing is left out.
     versions = {package: _version(package) for package in PACKAGES}
     installed = {package: version for package, version in versions.items() if version}
@@ -334,7 +336,7 @@ def machine() -> dict[str, object]:
             gpu=gpu,
             system=platform.platform(),
             load_1min=os.getloadavg()[0],
-            threads=threads,
+            threads=torch.get_num_threads(),
         ),
         versions=dict(python=platform.python_version()) | installed,
         commit=_commit(),
