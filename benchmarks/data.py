@@ -230,6 +230,7 @@ def loader_rows(wall: dict[str, list[float]], cpu: dict[str, list[float]], image
 
 def onto_device(dataset: Dataset, loading: Loading, device: torch.device) -> list[float]:
     """Images per second in each round, of batches that are normalised on the device (`device_batches`)."""
+    # Paths are not interleaved here, as no ratio is formed.
     rates = []
     for _ in range(loading.rounds):
         loader = build_loader(
@@ -311,6 +312,7 @@ def endurance(dataset: Dataset, minutes: float, workers: int, batch_size: int, r
     loader = build_loader(dataset, sampler, batch_size=sampler.batch_size, num_workers=workers)
     start = time.monotonic()
     rows: list[dict] = []
+    # Images read so far.
     images = 0
     epoch = 0
     while len(rows) < reads:
@@ -360,6 +362,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def run_endurance(args: argparse.Namespace, record: Record) -> None:
     """Measure and print the memory of a long run."""
+    # Labels are not needed, so the images may lie in one folder.
     dataset = ImageDataset(build_index(args.data_path, labels=False), pretrain_transform(SIZE))
     found = endurance(dataset, args.endurance, args.num_workers, args.batch_size)
     workers = f"{args.num_workers} workers"

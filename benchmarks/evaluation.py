@@ -57,6 +57,7 @@ class InMemory(list):
 
 def in_memory(batches: int, batch_size: int, classes: int) -> InMemory:
     """Random uint8 images (B, 3, 224, 224) with random labels, the same in every run."""
+    # uint8, as a loader gives them: normalisation is part of feature extraction.
     generator = torch.Generator().manual_seed(0)
     return InMemory(
         dict(
@@ -114,6 +115,7 @@ def extraction(bench: Bench) -> dict:
         )
         wait_for(bench.device)
 
+    # The share is the rate of extraction relative to the forward pass.
     calls = {"forward": forward, "features": whole}
     seconds = interleaved(calls, bench.rounds, clock=clock_for(bench.device.type))
     images = len(bench.batches.dataset)
@@ -161,6 +163,7 @@ def probing(bench: Bench) -> dict:
         ("encoder in the step", bench.features, ready),
         ("cached features", lambda x: x, stored),
     ):
+        # All heads of a grid learn in one step.
         calls = {heads: probe_step(bench, heads, function, data) for heads in (1, len(GRID))}
         seconds = interleaved(calls, bench.rounds, clock=clock_for(bench.device.type))
         found[kind] = dict(
@@ -173,6 +176,7 @@ def probing(bench: Bench) -> dict:
 
 def neighbours(queries: int, bank: int, width: int, rounds: int, device: torch.device) -> dict:
     """Seconds and memory of a nearest-neighbour search, and both extrapolated to ImageNet."""
+    # Random features: the search takes the same time for any.
     query_features = torch.randn(queries, width, device=device)
     bank_features = torch.randn(bank, width, device=device)
 

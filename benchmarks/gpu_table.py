@@ -131,6 +131,7 @@ def step_line(row: dict, rates: dict[tuple[str, str, str], float]) -> dict[str, 
 
 def launches_section(found: list[dict]) -> list[str]:
     """Launches of a step: time on the host and on the device, and the longest kernels."""
+    # Kernels of all models come after all tables.
     lines = []
     kernels = []
     for results in found:
@@ -141,7 +142,6 @@ def launches_section(found: list[dict]) -> list[str]:
             lines += ["", table([launches_line(row) for row in rows])]
         for row in rows:
             kernels += kernel_lines(row)
-    # The lists of kernels come after all tables.
     return titled("Launches", lines + kernels)
 
 
@@ -259,6 +259,7 @@ def evaluation_section(found: list[dict]) -> list[str]:
 
 def evaluation_lines(results: dict) -> list[str]:
     """A list item for each figure of a record, then for each part that failed."""
+    # A part that failed is {"error": text}; one that did not run is missing.
     extraction = results.get("extraction", {})
     probing = results.get("probing", {})
     knn = results.get("neighbours", {})
@@ -325,6 +326,7 @@ def page(records: list[dict], log: str) -> str:
 
 def write_page(folder: str, more: list[str]) -> None:
     """Write FOLDER/table.md from the records in the folder, further records, and the log."""
+    # gpu.sh names the records of data and evaluation separately, as they are in another folder.
     records = load([*map(str, Path(folder).glob("*.json")), *more])
     log_file = Path(folder, "log.txt")
     log = ""

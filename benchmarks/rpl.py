@@ -157,6 +157,7 @@ def add_ratios(rows: list[dict], within_rounds: bool) -> None:
 
 def memory(amps: list[str], batches: list[int], device: torch.device, record: Record) -> None:
     """Record the memory of the swept form at growing batches, and of its input's gradient."""
+    # The same head for all batches, so that its weights do not count.
     head = new_head(device)
 
     def measure(amp: str, images: int) -> dict:
@@ -190,6 +191,7 @@ TOKENS = {"MAE": VISIBLE, "classifier": ALL}
 
 def measure_shares(name: str, amp: str, batch: int, rounds: int, device: torch.device) -> dict:
     """{"rows": the head over all pairs, and over 8 of them} relative to the step of a ViT-B/16."""
+    # The step and both heads take turns.
     step = step_without_labels(name, amp, torch.randn(batch, 3, 224, 224, device=device))
     tokens = Batch(batch, TOKENS[name], amp, device)
     heads = {pairs: tokens.call(swept, new_head(device, pairs)) for pairs in (0, 8)}
@@ -291,6 +293,7 @@ def main(argv: list[str], record: Record | None = None) -> dict:
     results = record.results
     device = choose_device(args.device)
     amps = args.amp or default_amps(device)
+    # The tokens and cells are random, and the same in every run.
     torch.manual_seed(0)
     print("times are wall time on a GPU, and CPU time of all threads on a CPU")
 

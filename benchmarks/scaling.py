@@ -82,6 +82,7 @@ def parameter_bytes(module: nn.Module) -> int:
 
 def units(name: str) -> list[Unit]:
     """Layers of an MAE in the order of the forward pass: embedding, encoder blocks, the decoder."""
+    # On the meta device a model costs neither memory nor time.
     with torch.device("meta"):
         model = MODELS[name](pos_embed="sincos", pos_label="none")
     L = model.patch_embed.num_patches
@@ -112,6 +113,7 @@ def ddp_seconds(layers: list[Unit], micro: Micro, optimizer: float, network: Net
     for i, layer in reversed(list(enumerate(layers))):
         now += micro.backward * layer.share
         pending += layer.size
+        # A full bucket is sent, and at the end the rest.
         if pending >= cap or i == 0:
             free = max(now, free) + 2 * network.half(pending, gpus)
             pending = 0.0
@@ -135,6 +137,7 @@ def fsdp_seconds(layers: list[Unit], micro: Micro, optimizer: float, network: Ne
             free = max(free, issued) + network.half(layer.size, gpus)
             issued = max(now, free)
             now = issued + micro.forward * layer.share
+        # Backward, in the opposite order.
         issued = now
         scatter = 0.0
         for layer in reversed(layers):
@@ -201,8 +204,10 @@ def simulate(name: str, measured: Measured, cluster: Cluster, gpus: int, strateg
     compute = images * measured.per_image
     forward = compute * measured.forward_share
     micro = Micro(forward, compute * (1 - measured.forward_share), micro_steps)
+    # Seconds of an update.
     seconds = SECONDS[strategy](layers, micro, measured.optimizer, cluster.network, gpus)
     rate = cluster.global_batch / seconds
+    # Of one epoch.
     hours = IMAGENET / rate / 3600
     # The same update on one GPU.
     alone_steps, alone_images = plan(measured.batch, cluster.global_batch, 1)

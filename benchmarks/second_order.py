@@ -99,6 +99,7 @@ class Step:
         size = (setup.batch_size, 3, setup.input_size, setup.input_size)
         self.images = torch.randn(size, device=self.device)
         self.labels = torch.randint(setup.classes, (setup.batch_size,), device=self.device)
+        # Fixed input of the head alone.
         with torch.no_grad(), autocast(self.device, self.amp):
             self.tokens = self.model.forward_features(self.images)
 
@@ -189,6 +190,7 @@ def shown_rows(rows: dict[str, dict]) -> list[dict[str, str]]:
     """The printed table: times in ms (median), memory in MiB, and what a head adds to the linear one."""
     if any("error" in row for row in rows.values()):
         return [{"head": name, "": str(row)} for name, row in rows.items()]
+    # A head's time is compared with the linear head's, and its difference given as a share of the whole step.
     base = rows["linear"]
     # The peak on a GPU, else what is kept for backward.
     memory = "kept_mib"

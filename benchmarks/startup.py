@@ -44,6 +44,7 @@ def help_seconds(rounds: int) -> dict[str, dict[str, float]]:
     for main_file in sorted(ROOT.glob("main_*.py")):
         seconds = []
         for _ in range(rounds):
+            # A new process each time: Python's start and all imports count.
             start = time.perf_counter()
             subprocess.run([sys.executable, str(main_file), "--help"], check=True, capture_output=True)
             seconds.append(time.perf_counter() - start)
@@ -56,6 +57,7 @@ def generate(folder: str, files: int, classes: int) -> None:
     for c in range(classes):
         path = os.path.join(folder, "train", f"n{c:08d}")
         os.makedirs(path)
+        # Classes get equal shares of the files.
         for k in range(c, files, classes):
             name = os.path.join(path, f"n{c:08d}_{k}.JPEG")
             # Without Python's file objects, which take several times as long.
@@ -88,6 +90,7 @@ class Names(ImageDataset):
 
 def worker_mib(index, workers: int, touched: int) -> float:
     """Private memory of a worker in MiB after the workers have looked up `touched` names, as a median."""
+    # Reading an entry of a Python list would copy its page in the worker; arrays stay shared.
     dataset = Names(index, normalize)
     order = torch.randint(len(index), (touched,), generator=torch.Generator().manual_seed(0)).tolist()
     loader = torch.utils.data.DataLoader(dataset, batch_size=1000, sampler=order, num_workers=workers)
@@ -122,6 +125,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def measure_listing(folder: str, rounds: int, record: Record) -> None:
     """Record the listing of a folder: time, memory and cache, and the memory in workers."""
+    # The first start writes the cache, the others read it.
     first = start_once(folder)
     again = [start_once(folder) for _ in range(rounds)]
     cache = sum(path.stat().st_size for path in Path(folder, ".index").iterdir()) / 2**20

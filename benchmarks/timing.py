@@ -32,7 +32,7 @@ class Record:
     With a path, the file is rewritten after every row, so a process that is killed leaves the rows before.
 
     Attributes:
-        head: values that stand beside the results in the file, such as the machine.
+        head: further values in the file, such as the machine.
         results: lists of rows and single values, by name. A benchmark's `main` returns it.
     """
 

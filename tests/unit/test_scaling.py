@@ -63,7 +63,7 @@ def test_fsdp_gathers_one_layer_ahead():
     layers = [Unit(20.0, 0.5), Unit(20.0, 0.5)]
     network = Network(node=5.0, card=1.0, latency=0.0)  # 1/2 * 20 / 5
     # Forward: gather 0..2; compute 2..5 during the next gather 2..4; compute 5..8. Backward: gather of layer
-    # 2 8..10, seen by all; compute 10..16 during the gather of layer 1 10..12; compute 16..22 beside the
+    # 2 8..10, seen by all; compute 10..16 during the gather of layer 1 10..12; compute 16..22 during the
     # scatter of layer 2 16..18; scatter of layer 1 22..24; half an optimizer of 4.
     assert fsdp_seconds(layers, Micro(6.0, 12.0), 4.0, network, 2) == pytest.approx(26.0)
     assert fsdp_seconds(layers, Micro(6.0, 12.0), 4.0, FREE, 2) == pytest.approx(20.0)
