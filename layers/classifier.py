@@ -1,5 +1,4 @@
-"""What every classifier has in common: pooling, class head, positional-label head; independent of the
-backbone.
+"""What every classifier has in common: pooling, class head, positional-label head; independent of the backbone.
 
 Shapes: B batch, N patch tokens, C channels of a token, K classes.
 """
@@ -15,11 +14,10 @@ POOLS = ("avg", "cls")
 class Classifier:
     """Mixin that makes a backbone a classifier, without a prefix in front of the backbone's state-dict keys.
 
-    The backbone is an `nn.Module` with `forward_features(x) -> (B, num_prefix + N, C)`, row-major, and the
-    attributes `dim`, `grid` (h, w) and `num_prefix`. It names this class first among its bases and calls
-    `init_classifier` once its own parameters stand. Its tokens leave `forward_features` normalised, or else
-    it sets `fc_norm`, which comes after the average, as in MAE's fine-tuning. The mixin adds `head.*` and,
-    with labels, `pos_head.*`.
+    The backbone is an `nn.Module` with `forward_features(x) -> (B, num_prefix + N, C)`, row-major, and the attributes
+    `dim`, `grid` (h, w) and `num_prefix`. It names this class first among its bases and calls `init_classifier` once
+    its own parameters stand. Its tokens leave `forward_features` normalised, or else it sets `fc_norm`, which comes
+    after the average, as in MAE's fine-tuning. The mixin adds `head.*` and, with labels, `pos_head.*`.
     """
 
     def init_classifier(
@@ -35,13 +33,12 @@ class Classifier:
     ) -> None:
         """Create the heads; with `num_classes` 0 the model's output are the pooled features, (B, C).
 
-        `pool` is 'avg' (mean of the patch tokens) or 'cls' (class token). `head_init_std` is MAE's for
-        fine-tuning; 0.02 is usual from scratch. `pos_label`, `pos_tokens` and `rpl_pairs` are explained at
-        `PositionalHead`. `head_width` is the width of the pooled features, `dim` if not given. The class head
-        is linear on the pooled features; with `second_order`, keyword arguments of `SecondOrderHead` (a
-        dictionary, {} for its defaults), it is that head on all patch tokens, fused with the pooled features.
-        Raises ValueError on an unknown pooling, a missing class token, labels or second order on a grid of
-        one cell.
+        `pool` is 'avg' (mean of the patch tokens) or 'cls' (class token). `head_init_std` is MAE's for fine-tuning;
+        0.02 is usual from scratch. `pos_label`, `pos_tokens` and `rpl_pairs` are explained at `PositionalHead`.
+        `head_width` is the width of the pooled features, `dim` if not given. The class head is linear on the pooled
+        features; with `second_order`, keyword arguments of `SecondOrderHead` (a dictionary, {} for its defaults), it
+        is that head on all patch tokens, fused with the pooled features.
+        Raises ValueError on an unknown pooling, a missing class token, labels or second order on a grid of one cell.
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, found {pool!r}")
@@ -91,8 +88,8 @@ class Classifier:
     def label_tokens(self, tokens: Tensor) -> Tensor:
         """What `forward_features` gives, (B, num_prefix + N, C) -> normalised patch tokens (B, N, C).
 
-        Positional labels and second-order heads read tokens after the final norm; where the norm comes after
-        the average, it is applied to each token here.
+        Positional labels and second-order heads read tokens after the final norm; where the norm comes after the
+        average, it is applied to each token here.
         """
         patches = tokens[:, self.num_prefix :]
         return patches if self.fc_norm is None else self.fc_norm(patches)
@@ -102,11 +99,9 @@ class Classifier:
         return {} if self.pos_head is None else self.pos_head(self.label_tokens(tokens))
 
     def forward(self, x: Tensor, positions: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, in_chans, H, W) -> logits (B, K); with `positions` (logits, {position, position_acc,
-        ...}).
+        """Images (B, in_chans, H, W) -> logits (B, K); with `positions` (logits, {position, position_acc, ...}).
 
-        The label heads run only when asked for, in training as in evaluation (Sec. 3: they are dropped
-        afterwards).
+        The label heads run only when asked for, in training as in evaluation (Sec. 3: they are dropped afterwards).
         """
         tokens = self.forward_features(x)  # (B, num_prefix + N, C)
         logits = self.class_logits(tokens)

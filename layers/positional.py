@@ -1,7 +1,7 @@
 """Positional labels: tokens learn to say where they come from (Zhang et al., AAAI 2023, arXiv 2206.04981).
 
-Absolute labels (APL, Eq. 1-6): a token is classified into its cell of the grid. Relative labels (RPL, Eq.
-7-9): every ordered pair of tokens is classified into its 2-D offset. Cells are numbered row by row.
+Absolute labels (APL, Eq. 1-6): a token is classified into its cell of the grid. Relative labels (RPL, Eq. 7-9): every
+ordered pair of tokens is classified into its 2-D offset. Cells are numbered row by row.
 
 Shapes: B batch, n tokens given (all of the grid, or the visible ones), D width, h w the grid, L = h*w cells.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Pairs whose logits exist at one time. On a 14x14 grid that is about 190 MB in float32 on a GPU, which wants
-# large kernels; a CPU is faster where a chunk (8 MB) stays near its cache, and holds all 49 x 49 pairs of an
-# MAE's image (benchmarks/README.md).
+# Pairs whose logits exist at one time. On a 14x14 grid that is about 190 MB in float32 on a GPU, which wants large
+# kernels; a CPU is faster where a chunk (8 MB) stays near its cache, and holds all 49 x 49 pairs of an MAE's image
+# (benchmarks/README.md).
 PAIRS_PER_CHUNK = {"cpu": 2_560, "cuda": 65_536}
 
 
@@ -48,11 +48,9 @@ def apl_chance(grid: tuple[int, int]) -> tuple[float, float]:
 
 
 def rpl_chance(grid: tuple[int, int], num_tokens: int) -> tuple[float, float]:
-    """(cross-entropy, accuracy) of the best constant answer for all pairs of `num_tokens` randomly kept
-    cells.
+    """(cross-entropy, accuracy) of the best constant answer for all pairs of `num_tokens` randomly kept cells.
 
-    Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and the pairs i = j are 1/n of
-    all.
+    Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and the pairs i = j are 1/n of all.
     """
     (h, w), n = grid, num_tokens
     cells = h * w
@@ -70,16 +68,15 @@ class _SweptPairLoss(torch.autograd.Function):
     """Sum of -log p(y_ij) over pairs, and the number of right answers, without ever holding all logits.
 
     One sweep over chunks of pairs forms loss and gradients together: g = gelu(q_i + k_j), logits = g W^T + b,
-    d_logits = softmax - onehot. Nothing is kept for backward but the finished gradients, in float32 whatever
-    the precision of the products, and unscaled: a mean over B*n*m pairs inside would underflow in float16.
+    d_logits = softmax - onehot. Nothing is kept for backward but the finished gradients, in float32 whatever the
+    precision of the products, and unscaled: a mean over B*n*m pairs inside would underflow in float16.
     """
 
     @staticmethod
     def forward(ctx, q, k, weight, bias, query_codes, key_codes, centre, with_grad):
         B, n, hidden = q.shape
         m, offsets = k.shape[1], len(weight)
-        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of
-        # 16.
+        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of 16.
         weight = F.pad(weight, (0, 0, 0, -offsets % 16))
         bias = F.pad(bias, (0, -offsets % 16), value=-math.inf)
         loss = torch.zeros((), device=q.device, dtype=_accumulator(q.dtype))
@@ -155,8 +152,8 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
 
 
 def images_per_chunk(batch: int, most: int, even: bool) -> int:
-    """Images whose pairs make a chunk, at most `most`. With `even` it is the largest number that divides the
-    batch, unless that is less than half of `most`: chunks of one shape are compiled once."""
+    """Images whose pairs make a chunk, at most `most`. With `even` it is the largest number that divides the batch, unless
+    that is less than half of `most`: chunks of one shape are compiled once."""
     most = min(most, batch)
     if not even:
         return most
@@ -168,11 +165,11 @@ _compiled_chunk = None  # made at the first call on CUDA; False where compiling 
 
 
 def _chunk_on_cuda(q, k, weight, bias, label, with_grad):
-    """`_pair_chunk`, compiled: its pointwise work and its reductions fuse, so that a float32 copy of bf16
-    logits never reaches the device's memory. The loop over chunks stays Python.
+    """`_pair_chunk`, compiled: its pointwise work and its reductions fuse, so that a float32 copy of bf16 logits never
+    reaches the device's memory. The loop over chunks stays Python.
 
-    Chunks without gradients are those of evaluation, of many shapes, each of which would be compiled: they
-    stay eager. Where nothing can be compiled, a warning, and eager.
+    Chunks without gradients are those of evaluation, of many shapes, each of which would be compiled: they stay eager.
+    Where nothing can be compiled, a warning, and eager.
     """
     global _compiled_chunk
     if with_grad and _compiled_chunk is None:
@@ -193,8 +190,7 @@ def _chunk_on_cuda(q, k, weight, bias, label, with_grad):
 
 @torch.compiler.disable  # its loop over chunks would be unrolled into the graph: thousands of nodes, minutes of compiling
 def pair_loss(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, grid, query_ids: Tensor, key_ids: Tensor):
-    """Mean cross-entropy of gelu(q_i + k_j) W^T + b against the offset labels of all pairs (Eq. 9), and
-    accuracy.
+    """Mean cross-entropy of gelu(q_i + k_j) W^T + b against the offset labels of all pairs (Eq. 9), and accuracy.
 
     q (B, n, H), k (B, m, H), W (offsets, H), b (offsets,); cells query_ids (B, n), key_ids (B, m).
     Memory beyond the gradients of the inputs does not grow with B, n or m.
@@ -241,13 +237,11 @@ class AbsoluteLabel(nn.Module):
 
 
 class RelativeLabel(nn.Module):
-    """RPL (Sec. 3.2): first half of token i and second half of token j -> Linear, GELU, Linear -> one of the
-    offsets.
+    """RPL (Sec. 3.2): first half of token i and second half of token j -> Linear, GELU, Linear -> one of the offsets.
 
-    The first linear of a concatenated pair is the sum of two per-token projections, and nothing nonlinear
-    stands between the last two linears, so that they act as one matrix; both are exact. ``pairs=N`` draws N
-    partners per image and step for its queries, an unbiased estimate of Eq. 9; 0 takes all ordered pairs, i =
-    j included.
+    The first linear of a concatenated pair is the sum of two per-token projections, and nothing nonlinear stands
+    between the last two linears, so that they act as one matrix; both are exact. ``pairs=N`` draws N partners per
+    image and step for its queries, an unbiased estimate of Eq. 9; 0 takes all ordered pairs, i = j included.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int], tokens: str = "half", pairs: int = 0):
@@ -281,8 +275,8 @@ class RelativeLabel(nn.Module):
         q, k = self.project(x)
         key_ids = ids
         if self.training and 0 < self.pairs < x.shape[1]:
-            # One draw of partners serves all queries of an image: each query's partners are uniform, and keys
-            # need no gather per query.
+            # One draw of partners serves all queries of an image: each query's partners are uniform, and keys need
+            # no gather per query.
             drawn = torch.rand(ids.shape, device=x.device).argsort(dim=1)[:, : self.pairs]  # (B, N)
             k = k.gather(1, drawn.unsqueeze(-1).expand(-1, -1, k.shape[-1]))
             key_ids = ids.gather(1, drawn)
@@ -294,8 +288,8 @@ class PositionalHead(nn.Module):
     """The label heads of a model: ``kind`` is 'apl', 'rpl' or 'apl+rpl'; with both, the losses are added.
 
     ``head(tokens, ids)`` takes patch tokens after the final norm (B, n, D) and their cells (B, n) and returns
-    {name: scalar}: `position`, `position_acc`, and with both kinds the parts `apl`, `apl_acc`, `rpl`,
-    `rpl_acc`. `ids` None means all cells in order.
+    {name: scalar}: `position`, `position_acc`, and with both kinds the parts `apl`, `apl_acc`, `rpl`, `rpl_acc`.
+    `ids` None means all cells in order.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int], kind: str, tokens: str = "half", rpl_pairs: int = 0):

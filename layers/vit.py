@@ -14,9 +14,9 @@ PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
 class ViTBackbone(nn.Module):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
-    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned";
-    `patch_embed` is "linear" (MAE's) or "conv" (So-ViT's, for images of which nothing is masked). Attributes:
-    `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`, `num_layers`.
+    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned"; `patch_embed` is
+    "linear" (MAE's) or "conv" (So-ViT's, for images of which nothing is masked).
+    Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`, `num_layers`.
     """
 
     prefix_names = ("cls_token",)  # learned tokens that go before the patches, in their order
@@ -73,8 +73,7 @@ class ViTBackbone(nn.Module):
     ) -> Tensor:
         """Images of any size that patches divide -> all tokens before the final norm (B, num_prefix + L, C).
 
-        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch
-        embedding.
+        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch embedding.
         """
         grid = self.grid_of(x.shape[-2:])
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)
@@ -108,8 +107,7 @@ class ViTBackbone(nn.Module):
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the
-        heads.
+        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the heads.
 
         The final norm counts as a head, as in MAE and BEiT.
         """
