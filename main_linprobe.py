@@ -84,6 +84,7 @@ from torch import Tensor, nn
 from backbones.registry import build_classifier, trained_options
 from engine import Objective, Session, Setup, fit
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
+from layers.second_order import SecondOrder
 from util import dist
 from util.data.datasets import TensorSamples, build_dataset
 from util.data.loading.cache import cached
@@ -379,7 +380,8 @@ def build_objective(args: argparse.Namespace, backbone: nn.Module, setup: Setup,
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     if second_order:
         kind = "second-order probe"
-        probe = SecondOrderProbe(backbone.dim, num_classes, heads, second_order_options(vars(args)))
+        options = SecondOrder(**second_order_options(vars(args)))
+        probe = SecondOrderProbe(backbone.dim, num_classes, heads, options)
     else:
         kind = "linear probe"
         probe = Probe(backbone.dim, num_classes, heads)

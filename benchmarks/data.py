@@ -1,10 +1,11 @@
-"""From JPEGs to uint8 crops: images per second and core against torchvision's ImageFolder + PIL, alone and in a loader.
+"""From JPEGs to uint8 crops: images per second and core against torchvision's ImageFolder with PIL.
 
-    python benchmarks/run.py data --data_path photos.tar        a tar or a folder of JPEGs; the demo's without it
+    python benchmarks/run.py data --data_path photos.tar                     a tar or a folder of JPEGs
     python benchmarks/run.py data --data_path photos.tar --endurance 20      whether memory grows
 
-After the loader's rows the last ones add the way to the device, as in training: on a GPU batches are pinned, copied
-beside other work and normalised there.
+The default is the demo set. The data paths are measured in a single thread, then in a loader with workers.
+The last rows add the way to the device, as in training: on a GPU batches are pinned, copied during other
+work, and normalised there.
 """
 
 import argparse
@@ -13,14 +14,28 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
-from benchmarks.timing import Record, choose_device, interleaved, ratio, shown, spread, table, wait_for
+from benchmarks.timing import (
+    Record,
+    choose_device,
+    default_device,
+    interleaved,
+    ratio,
+    rotated,
+    shown,
+    spread,
+    table,
+    wait_for,
+)
 from util.data import native
 from util.data.datasets import DEMO, ImageDataset
 from util.data.loading.loader import build_loader, device_batches
@@ -32,56 +47,67 @@ from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
 
 SIZE = 224
 BASELINE = "torchvision ImageFolder + PIL, float32"
-WITHOUT_LIBRARY, NATIVE = "torchvision.io + v2, uint8 (without the library)", "native, original files"
+WITHOUT_LIBRARY = "torchvision.io + v2, uint8 (without the library)"
+NATIVE = "native, original files"
+BOUNDED = "native, shards of long side 500"
+# Clock ticks per second of the CPU times in /proc.
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class WithoutNative(ImageDataset):
-    """The same samples where the library was not built."""
+    """The same samples, decoded as on a machine without the native library."""
 
     def __getitem__(self, item):
-        library, native.library = native.library, lambda: None
+        # Replaced for each sample: other data sets of this process go on using the library.
+        library = native.library
+        native.library = lambda: None
         try:
             return super().__getitem__(item)
         finally:
             native.library = library
 
 
-def unpack(index, folder):
-    """As a class folder for ImageFolder, whatever the source's layout."""
-    folder = Path(folder, "train")
+def unpack(index, folder: str) -> str:
+    """Write the images as class folders for ImageFolder, from any layout. Returns their parent folder."""
+    train = Path(folder, "train")
     for i in range(len(index)):
         name = Path(index.name(i))
-        path = folder / (name if len(name.parts) > 1 else Path("all", name))
+        if len(name.parts) == 1:
+            # ImageFolder needs a class.
+            name = Path("all", name)
+        path = train / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(index.read(i))
-    return str(folder.parent)
+    return str(train.parent)
 
 
-def datasets(data_path, scratch):
-    """Name -> data set; the baseline first. Shards are made in `scratch`."""
+def baselines(folder: str) -> dict[str, Dataset]:
+    """ImageFolder with PIL: name -> data set."""
+    augment = [
+        tv.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=tv.InterpolationMode.BICUBIC),
+        tv.RandomHorizontalFlip(),
+    ]
+    pil = tv.Compose([*augment, tv.ToTensor(), tv.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    # Without the conversion to float32, which our paths leave to the device.
+    pil_uint8 = tv.Compose([*augment, tv.PILToTensor()])
+    images = os.path.join(folder, "train")
+    return {BASELINE: ImageFolder(images, pil), "the same, uint8": ImageFolder(images, pil_uint8)}
+
+
+def datasets(data_path: str, scratch: str) -> dict[str, Dataset]:
+    """Name -> data set, the baseline first. Shards are made in the folder `scratch`."""
     folder = unpack(build_index(data_path, labels=False), scratch)
-    pil = tv.Compose(
-        [
-            tv.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=tv.InterpolationMode.BICUBIC),
-            tv.RandomHorizontalFlip(),
-            tv.ToTensor(),
-            tv.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    pil_uint8 = tv.Compose([*pil.transforms[:2], tv.PILToTensor()])
-    made = {
-        BASELINE: ImageFolder(os.path.join(folder, "train"), pil),
-        "the same, uint8": ImageFolder(os.path.join(folder, "train"), pil_uint8),
-    }
-    files, crop = build_index(folder), pretrain_transform(SIZE)
+    made = baselines(folder)
+    files = build_index(folder)
+    crop = pretrain_transform(SIZE)
     made[WITHOUT_LIBRARY] = WithoutNative(files, crop)
     if not native.library():
-        print(f"the rest needs the native library: `{native.BUILD}` ({native.describe()})")
+        print(f"the other paths need the native library: `{native.BUILD}` ({native.describe()})")
         return made
     made[NATIVE] = ImageDataset(files, crop)
-    made["native, original files, DCT scaling"] = ImageDataset(
-        files, pretrain_transform(SIZE, dct_scaling=True)
-    )
+    scaled = pretrain_transform(SIZE, dct_scaling=True)
+    made["native, original files, DCT scaling"] = ImageDataset(files, scaled)
+    # The long side in pixels; None keeps the size of the images.
     for name, bound in (("lossless shards", None), ("shards of long side 500", 500)):
         target = os.path.join(scratch, name.replace(" ", "_"))
         repack.repack(folder, target, long_side=bound, num_workers=2)
@@ -89,157 +115,227 @@ def datasets(data_path, scratch):
     return made
 
 
-def per_core(sets, rounds, images):
-    """One thread of this process; seconds are the CPU time of all its threads."""
+def read_images(dataset: Dataset, images: int) -> Callable[[], None]:
+    """A function that reads so many images, from the first again after the last."""
 
-    def whole(dataset):
-        def call():
-            for i in range(images):
-                dataset[i % len(dataset)]
+    def call() -> None:
+        for i in range(images):
+            dataset[i % len(dataset)]
 
-        return call
+    return call
 
+
+def per_core(sets: dict[str, Dataset], rounds: int, images: int) -> list[dict]:
+    """Rows of all paths in one thread of this process; seconds are CPU time."""
+    calls = {name: read_images(dataset, images) for name, dataset in sets.items()}
+    # A loader's worker has one thread, too.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = interleaved({k: whole(d) for k, d in sets.items()}, rounds, clock=time.process_time)
+    seconds = interleaved(calls, rounds, clock=time.process_time)
     torch.set_num_threads(before)
     return [
         dict(
-            path=k,
-            ms=spread([t / images * 1e3 for t in s]),
-            images_per_s=spread([images / t for t in s]),
-            ratio=ratio(seconds[BASELINE], s),
+            path=name,
+            ms=spread([t / images * 1e3 for t in times]),
+            images_per_s=spread([images / t for t in times]),
+            ratio=ratio(seconds[BASELINE], times),
         )
-        for k, s in seconds.items()
+        for name, times in seconds.items()
     ]
 
 
-def shuffled(dataset, batches, batch_size, workers):
-    """Positions in the data set for so many batches, and for those that workers prepare ahead."""
-    order = torch.randperm((batches + 2 * workers) * batch_size, generator=torch.Generator().manual_seed(0))
-    return order.remainder(len(dataset)).tolist()
+@dataclass(frozen=True)
+class Loading:
+    """How a loader is measured: rounds of `batches` batches, read by `workers` processes."""
+
+    rounds: int
+    batches: int
+    batch_size: int
+    workers: int
+
+    @property
+    def images(self) -> int:
+        """Images of a round."""
+        return self.batches * self.batch_size
+
+    def order(self, dataset: Dataset) -> list[int]:
+        """Shuffled positions in the data set for one round."""
+        # Each worker prepares two batches ahead.
+        positions = (self.batches + 2 * self.workers) * self.batch_size
+        order = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
+        return order.remainder(len(dataset)).tolist()
 
 
-def in_a_loader(sets, rounds, batches, batch_size, workers, record):
-    """Shuffled batches from worker processes, collated: images per second of wall time, and CPU time of all processes.
+def loader_of(dataset: Dataset, loading: Loading) -> DataLoader:
+    """The loader of a path: torch's own for the baselines, else the one of our mains."""
+    make = build_loader
+    if isinstance(dataset, ImageFolder):
+        make = DataLoader
+    # A list of positions serves as a sampler.
+    order = loading.order(dataset)
+    return make(dataset, sampler=order, batch_size=loading.batch_size, num_workers=loading.workers)
 
-    On a machine that others use too, only the CPU time says what a path costs. The record has all rows after each path.
+
+def timed_round(dataset: Dataset, loading: Loading) -> tuple[float, float]:
+    """Seconds of one round in a loader: wall time, and CPU time of all processes."""
+    batches = iter(loader_of(dataset, loading))
+    # The start of the workers is not measured.
+    for _ in range(loading.workers):
+        next(batches)
+    used = cpu_seconds()
+    start = time.perf_counter()
+    for _ in range(loading.batches):
+        next(batches)
+    wall = time.perf_counter() - start
+    # CPU time counts in ticks. At least one: ratios divide by it.
+    return wall, max(cpu_seconds() - used, 1 / TICKS)
+
+
+def in_a_loader(sets: dict[str, Dataset], loading: Loading, record: Record) -> None:
+    """Measure shuffled and collated batches from worker processes, and record a row for each path.
+
+    On a machine that others use too, only the CPU time is the cost of a path.
     """
-    names = [k for k in sets if "DCT" not in k]
-    wall, cpu = ({k: [] for k in names} for _ in range(2))
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            dataset = sets[name]
-            sampler = shuffled(dataset, batches, batch_size, workers)
-            make = torch.utils.data.DataLoader if isinstance(dataset, ImageFolder) else build_loader
-            batch_iterator = iter(make(dataset, sampler=sampler, batch_size=batch_size, num_workers=workers))
-            for _ in range(workers):  # the workers' start
-                next(batch_iterator)
-            start, used = time.perf_counter(), cpu_seconds()
-            for _ in range(batches):
-                next(batch_iterator)
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(max(cpu_seconds() - used, 1 / os.sysconf("SC_CLK_TCK")))  # it counts ticks
-            del batch_iterator
-            record.set("loader", loader_rows(wall, cpu, batches * batch_size))
+    # DCT scaling hardly differs from full decoding.
+    names = [name for name in sets if "DCT" not in name]
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(loading.rounds):
+        for name in rotated(names, i):
+            wall_seconds, used_seconds = timed_round(sets[name], loading)
+            # Every round is recorded, so that a run that is killed leaves rows.
+            wall[name].append(wall_seconds)
+            cpu[name].append(used_seconds)
+            record.set("loader", loader_rows(wall, cpu, loading.images))
 
 
-def loader_rows(wall, cpu, images):
-    """Rows of the paths measured so far; a ratio is of the rounds that the path and the baseline have both run."""
+def loader_rows(wall: dict[str, list[float]], cpu: dict[str, list[float]], images: int) -> list[dict]:
+    """Rows of the paths that were measured so far, from their seconds in each round."""
     rows = []
     for name in wall:
+        # Ratios need rounds that both the path and the baseline have finished.
         n = min(len(wall[name]), len(wall[BASELINE]))
-        if n:
-            rows.append(
-                dict(
-                    path=name,
-                    images_per_s=spread([images / t for t in wall[name]]),
-                    ratio=ratio(wall[BASELINE][:n], wall[name][:n]),
-                    cpu_ms=spread([t / images * 1e3 for t in cpu[name]]),
-                    cpu_ratio=ratio(cpu[BASELINE][:n], cpu[name][:n]),
-                )
-            )
+        if not n:
+            continue
+        row = dict(
+            path=name,
+            images_per_s=spread([images / t for t in wall[name]]),
+            ratio=ratio(wall[BASELINE][:n], wall[name][:n]),
+            cpu_ms=spread([t / images * 1e3 for t in cpu[name]]),
+            cpu_ratio=ratio(cpu[BASELINE][:n], cpu[name][:n]),
+        )
+        rows.append(row)
     return rows
 
 
-def onto_device(dataset, rounds, batches, batch_size, workers, device):
-    """Images per second in each round, of batches that are normalised on the device (loader.device_batches)."""
+def onto_device(dataset: Dataset, loading: Loading, device: torch.device) -> list[float]:
+    """Images per second in each round, of batches that are normalised on the device (`device_batches`)."""
+    # Paths are not interleaved here, as no ratio is formed.
     rates = []
-    for _ in range(rounds):
-        sampler = shuffled(dataset, batches, batch_size, workers)
+    for _ in range(loading.rounds):
         loader = build_loader(
-            dataset, sampler, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda"
+            dataset,
+            loading.order(dataset),
+            batch_size=loading.batch_size,
+            num_workers=loading.workers,
+            pin_memory=device.type == "cuda",
         )
         stream = device_batches(loader, device, Pixels(IMAGENET_MEAN, IMAGENET_STD))
-        for _ in range(workers):  # the workers' start
+        # The start of the workers is not measured.
+        for _ in range(loading.workers):
             next(stream)
         wait_for(device)
         start = time.perf_counter()
-        for _ in range(batches):
+        for _ in range(loading.batches):
             next(stream)
         wait_for(device)
-        rates.append(batches * batch_size / (time.perf_counter() - start))
+        rates.append(loading.images / (time.perf_counter() - start))
+        # The workers must end before those of the next round start.
         stream.close()
         del stream, loader
     return rates
 
 
-def cpu_seconds():
+def worker_pids() -> list[int]:
+    """Process ids of the running workers."""
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def cpu_seconds() -> float:
     """User and system time of this process and its running children."""
     ticks = 0
-    for pid in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
+    for pid in [os.getpid(), *worker_pids()]:
+        # The name of the process, in parentheses, may contain spaces. After it, fields 11 and 12 are utime
+        # and stime.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return ticks / TICKS
 
 
-def memory():
-    """MiB of this process and of its workers together: resident, and what no other process shares (private pages)."""
+def mapped_mib(pids: list[int], names: set[str]) -> float:
+    """Sum of some fields of /proc/PID/smaps_rollup over processes, in MiB."""
+    kib = 0
+    for pid in pids:
+        # The first line is the range of addresses.
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, size, *_ = line.split()
+            if name in names:
+                kib += int(size)
+    return kib / 1024
+
+
+def memory() -> dict[str, float]:
+    """MiB of this process and of all its workers: resident, and unique (pages of one process only)."""
     found = {}
-    for who, pids in dict(
-        parent=[os.getpid()], workers=[p.pid for p in multiprocessing.active_children()]
-    ).items():
-        lines = [
-            line.split()
-            for pid in pids
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-        ]
-        for what, names in dict(resident=["Rss:"], unique=["Private_Clean:", "Private_Dirty:"]).items():
-            found[f"{who} {what}"] = sum(int(size) for name, size, *_ in lines if name in names) / 1024
+    for who, pids in (("parent", [os.getpid()]), ("workers", worker_pids())):
+        found[f"{who} resident"] = mapped_mib(pids, {"Rss:"})
+        found[f"{who} unique"] = mapped_mib(pids, {"Private_Clean:", "Private_Dirty:"})
     return found
 
 
-def slope(images, mib):
-    """Least squares, MiB per 100,000 images."""
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in (images, mib))
-    x, y = x - x.mean(), y - y.mean()
+def slope(images: list[int], mib: list[float]) -> float:
+    """Slope of memory over images by least squares, in MiB per 100,000 images."""
+    # float64: products of counts and MiB are large, their differences small.
+    x = torch.tensor(images, dtype=torch.float64)
+    y = torch.tensor(mib, dtype=torch.float64)
+    x = x - x.mean()
+    y = y - y.mean()
     return 1e5 * float((x @ y) / (x @ x))
 
 
-def endurance(dataset, minutes, workers, batch_size, reads=20):
-    """Memory while images are loaded for `minutes`, epoch after epoch; slopes leave the first fifth out, the warm-up."""
+def endurance(dataset: Dataset, minutes: float, workers: int, batch_size: int, reads: int = 20) -> dict:
+    """Memory while images are loaded for so many minutes, epoch after epoch, read `reads` times.
+
+    The slopes leave out the first fifth, in which processes warm up.
+    """
     sampler = EpochSampler(len(dataset), batch_size=min(batch_size, len(dataset)), seed=0)
     loader = build_loader(dataset, sampler, batch_size=sampler.batch_size, num_workers=workers)
-    start, rows, images, epoch = time.monotonic(), [], 0, 0
+    start = time.monotonic()
+    rows: list[dict] = []
+    # Images read so far.
+    images = 0
+    epoch = 0
     while len(rows) < reads:
         sampler.set_position(epoch)
+        # An epoch is always finished, as in training.
         for batch in loader:
             images += len(batch["image"])
-            if len(rows) < reads and time.monotonic() - start >= 60 * minutes * (len(rows) + 1) / reads:
+            due = 60 * minutes * (len(rows) + 1) / reads
+            if len(rows) < reads and time.monotonic() - start >= due:
                 rows.append(dict(images=images, epoch=epoch) | memory())
         epoch += 1
-    kept = rows[len(rows) // 5 :]
-    return dict(
-        rows=rows,
-        mib_per_100k={
-            k: slope([r["images"] for r in kept], [r[k] for r in kept])
-            for k in rows[0]
-            if k not in ("images", "epoch")
-        },
-    )
+    return dict(rows=rows, mib_per_100k=slopes(rows[len(rows) // 5 :]))
+
+
+def slopes(rows: list[dict]) -> dict[str, float]:
+    """Slope of each memory figure of the rows, in MiB per 100,000 images."""
+    images = [row["images"] for row in rows]
+    names = [name for name in rows[0] if name not in ("images", "epoch")]
+    return {name: slope(images, [row[name] for row in rows]) for name in names}
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Flags of this benchmark."""
     parser = argparse.ArgumentParser(prog="run.py data", description=__doc__.partition("\n")[0])
     parser.add_argument("--data_path", default=DEMO, help="JPEGs, as for training")
     parser.add_argument("--rounds", type=int, default=7)
@@ -254,105 +350,110 @@ def get_parser() -> argparse.ArgumentParser:
         type=float,
         default=0,
         metavar="MINUTES",
-        help="instead: memory while the loader runs for so long",
+        help="measure memory instead, while the loader runs for so long",
     )
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of the last rows, in which batches go there; decoding is the CPU's work",
+        default=default_device(),
+        help="destination of the batches in the last rows; decoding always runs on the CPU",
     )
     return parser
 
 
-def main(argv, record: Record | None = None) -> dict:
-    args, record = get_parser().parse_args(argv), record or Record()
+def run_endurance(args: argparse.Namespace, record: Record) -> None:
+    """Measure and print the memory of a long run."""
+    # Labels are not needed, so the images may lie in one folder.
+    dataset = ImageDataset(build_index(args.data_path, labels=False), pretrain_transform(SIZE))
+    found = endurance(dataset, args.endurance, args.num_workers, args.batch_size)
+    workers = f"{args.num_workers} workers"
+    print(f"{len(dataset)} images of {args.data_path}, {native.describe()}, {workers}; MiB")
+    print(table([endurance_line(row) for row in found["rows"]]))
+    slopes = ", ".join(f"{name} {value:+.1f}" for name, value in found["mib_per_100k"].items())
+    print(f"MiB per 100,000 images after the first fifth: {slopes}")
+    record.set("images", len(dataset))
+    record.set("endurance", found)
+
+
+def endurance_line(row: dict) -> dict[str, object]:
+    """A row of the printed table: counts as they are, MiB with one decimal place."""
+    line = {}
+    for name, value in row.items():
+        line[name] = value
+        if isinstance(value, float):
+            line[name] = f"{value:.1f}"
+    return line
+
+
+def mean_size(index) -> list[float]:
+    """Mean width and height of the images in pixels."""
+    sizes = [Image.open(io.BytesIO(index.read(i))).size for i in range(len(index))]
+    return torch.tensor(sizes).float().mean(0).tolist()
+
+
+def run_one_core(sets: dict[str, Dataset], args: argparse.Namespace, record: Record) -> None:
+    """Measure and print all paths in one thread."""
+    rows = per_core(sets, args.rounds, args.images)
+    record.set("per_core", rows)
+    print(f"\none core, one thread; {args.rounds} rounds of {args.images} images, median [min..max]")
+    lines = [
+        {
+            "path": row["path"],
+            "ms/image (CPU)": shown(row["ms"]),
+            "images/s": shown(row["images_per_s"], 0),
+            "times the first": shown(row["ratio"]),
+        }
+        for row in rows
+    ]
+    print(table(lines))
+
+
+def run_loader(sets: dict[str, Dataset], loading: Loading, record: Record) -> None:
+    """Measure and print all paths in a loader."""
+    in_a_loader(sets, loading, record)
+    print(f"\nDataLoader, {loading.workers} workers, batches of {loading.batch_size}, wall time")
+    lines = [
+        {
+            "path": row["path"],
+            "images/s": shown(row["images_per_s"], 0),
+            "times the first": shown(row["ratio"]),
+            "ms/image (CPU, all)": shown(row["cpu_ms"]),
+            "of CPU": shown(row["cpu_ratio"]),
+        }
+        for row in record.results["loader"]
+    ]
+    print(table(lines), flush=True)
+
+
+def run_device(sets: dict[str, Dataset], loading: Loading, device: torch.device, record: Record) -> None:
+    """Measure and print the fastest paths on their way to the device."""
+    # Without the library neither of them exists.
+    names = [name for name in (NATIVE, BOUNDED) if name in sets]
+    for name in names or [WITHOUT_LIBRARY]:
+        rates = onto_device(sets[name], loading, device)
+        record.add("device", dict(path=name, device=device.type, images_per_s=spread(rates)))
+    print(f"\nthe same with the way to the device ({device.type}), normalised there, wall time")
+    rows = record.results["device"]
+    print(table([{"path": row["path"], "images/s": shown(row["images_per_s"], 0)} for row in rows]))
+
+
+def main(argv: list[str], record: Record | None = None) -> dict:
+    """Measure data paths, or with --endurance the memory of a long run. Returns the figures."""
+    args = get_parser().parse_args(argv)
+    record = record or Record()
     device = choose_device(args.device)
     if args.endurance:
-        dataset = ImageDataset(build_index(args.data_path, labels=False), pretrain_transform(SIZE))
-        found = endurance(dataset, args.endurance, args.num_workers, args.batch_size)
-        print(
-            f"{len(dataset)} images of {args.data_path}, {native.describe()}, {args.num_workers} workers; MiB"
-        )
-        print(
-            table(
-                [
-                    {k: v if isinstance(v, int) else f"{v:.1f}" for k, v in row.items()}
-                    for row in found["rows"]
-                ]
-            )
-        )
-        print(
-            "MiB per 100,000 images after the first fifth: "
-            + ", ".join(f"{k} {v:+.1f}" for k, v in found["mib_per_100k"].items())
-        )
-        record.set("images", len(dataset))
-        record.set("endurance", found)
+        run_endurance(args, record)
         return record.results
+    loading = Loading(args.rounds, args.batches, args.batch_size, args.num_workers)
     with tempfile.TemporaryDirectory() as scratch:
         sets = datasets(args.data_path, scratch)
-        native_or_not = sets.get(NATIVE, sets[WITHOUT_LIBRARY])
-        index = native_or_not.index
-        sizes = (
-            torch.tensor([Image.open(io.BytesIO(index.read(i))).size for i in range(len(index))])
-            .float()
-            .mean(0)
-            .tolist()
-        )
-        print(f"\n{len(index)} images, mean {sizes[0]:.0f} x {sizes[1]:.0f}")
+        index = sets.get(NATIVE, sets[WITHOUT_LIBRARY]).index
+        width, height = mean_size(index)
+        print(f"\n{len(index)} images, mean {width:.0f} x {height:.0f}")
         record.set("images", len(index))
-        record.set("mean_size", sizes)
-        record.set("per_core", per_core(sets, args.rounds, args.images))
-        results = record.results
-        print(f"\none core, one thread; {args.rounds} rounds of {args.images} images, median [min..max]")
-        print(
-            table(
-                [
-                    dict(
-                        path=r["path"],
-                        **{
-                            "ms/image (CPU)": shown(r["ms"]),
-                            "images/s": shown(r["images_per_s"], 0),
-                            "times the first": shown(r["ratio"]),
-                        },
-                    )
-                    for r in results["per_core"]
-                ]
-            )
-        )
+        record.set("mean_size", [width, height])
+        run_one_core(sets, args, record)
         if args.batches:
-            in_a_loader(sets, args.rounds, args.batches, args.batch_size, args.num_workers, record)
-            print(f"\nDataLoader, {args.num_workers} workers, batches of {args.batch_size}, wall time")
-            print(
-                table(
-                    [
-                        dict(
-                            path=r["path"],
-                            **{
-                                "images/s": shown(r["images_per_s"], 0),
-                                "times the first": shown(r["ratio"]),
-                                "ms/image (CPU, all)": shown(r["cpu_ms"]),
-                                "of CPU": shown(r["cpu_ratio"]),
-                            },
-                        )
-                        for r in results["loader"]
-                    ]
-                ),
-                flush=True,
-            )
-            for name in [k for k in (NATIVE, "native, shards of long side 500") if k in sets] or [
-                WITHOUT_LIBRARY
-            ]:
-                rates = onto_device(
-                    sets[name], args.rounds, args.batches, args.batch_size, args.num_workers, device
-                )
-                record.add("device", dict(path=name, device=device.type, images_per_s=spread(rates)))
-            print(f"\nthe same with the way to the device ({device.type}), normalised there, wall time")
-            print(
-                table(
-                    [
-                        dict(path=r["path"], **{"images/s": shown(r["images_per_s"], 0)})
-                        for r in results["device"]
-                    ]
-                )
-            )
-    return results
+            run_loader(sets, loading, record)
+            run_device(sets, loading, device, record)
+    return record.results

@@ -1,34 +1,40 @@
 #!/usr/bin/env bash
-# Measure and check everything on one GPU, in stages. Each stage has its own time limit and its own file, which is written
-# row by row: a stage that fails or takes too long costs no other stage anything.
+# Measure and check everything on one GPU, in stages. Each stage has its own time limit and its own file, which is
+# rewritten after every row. A stage that fails or takes too long does not affect the others.
 #
-#   make gpu                                              all stages but learn, without haste
+#   make gpu                                              all stages but learn, with generous limits
 #   bash benchmarks/gpu.sh [STAGE...]                     some of the functions run_STAGE below
-#   LIMIT=385 bash benchmarks/gpu.sh env check ...        at most so many seconds for all; later stages are left out
+#   LIMIT=385 bash benchmarks/gpu.sh env check ...        at most so many seconds in total; later stages are left out
 #   TINY=1 PY=.venv/bin/python bash benchmarks/gpu.sh     a rehearsal on a CPU, with tiny models
 #
-# On an H200 with 16 cores all stages take about 14 minutes. learn takes 4 to 5 for what is asked, and 9 for all. Measured
-# there: large 47 s without its compiled model, small 60 without CUDA graphs, rpl 34, e2e 18. base took more than 120. The
-# rest is estimated: a process takes 12 s to start, and 35 s to compile a model of size S or B. Two calls fit into 13
-# minutes. The first one begins with what has not been measured there yet:
+# On an H200 with 16 cores all stages take about 14 minutes. learn takes 4 to 5 minutes for its question, and 9 for all.
+# Measured there: large 47 s without its compiled model, small 60 s without CUDA graphs, rpl 34 s, e2e 18 s. base took
+# more than 120 s. The rest is estimated: a process takes 12 s to start, and 35 s to compile a model of size S or B. Two
+# calls fit into 13 minutes. The first one begins with the stages that have not been measured there yet:
 #
 #   LIMIT=385 QUICK= bash benchmarks/gpu.sh check huge launches data eval small base_apl e2e_compiled
 #   LIMIT=345 QUICK= bash benchmarks/gpu.sh learn
 #
-# Variables: OUT is the folder of the results (runs/gpu, of a rehearsal runs/gpu-rehearsal), PY the Python (with the packages of
-# `pip install -e .[test]`), CAPS multiplies the time limits of the stages
-# (for a GPU slower than an H200), BATCH is the batch size (256), DATA a folder with photos.tar (JPEGs in an uncompressed
-# tar; the demo's images without it) and, for learn, mini_imagenet20/{train,val}.tar (.gpu).
-# QUICK= (empty) leaves out the compiled ViT-L, which takes a minute to compile, and the second half of learn.
-# Results: log.txt, table.md, {launches,small,base,base_apl,large,huge,rpl}.json; learn.tgz. What data and eval measured
-# is in the table, and as JSON in the log.
+# Variables:
+#   OUT     folder of the results (runs/gpu; runs/gpu-rehearsal in a rehearsal)
+#   PY      the Python (with the packages of `pip install -e .[test]`)
+#   CAPS    factor of the stages' time limits (for a GPU slower than an H200)
+#   LIMIT   seconds for all stages together
+#   BATCH   batch size (256)
+#   DATA    folder with photos.tar, JPEGs in an uncompressed tar (without it, the demo's images), and for learn
+#           mini_imagenet20/{train,val}.tar (.gpu)
+#   QUICK=  (empty) leaves out the compiled ViT-L, which takes a minute to compile, and the second half of learn
+#   TINY    not empty: a rehearsal on a CPU
 #
-# On a machine that has no compiler: copy the checkout, DATA, and the native library, which another machine with the same
-# processor architecture builds so that it finds a copy of libjpeg beside it:
+# Results: log.txt, table.md, {launches,small,base,base_apl,large,huge,rpl}.json; learn.tgz. The figures of data and eval
+# are in the table, and as JSON in the log.
+#
+# On a machine without a compiler, copy the checkout, DATA, and the native library. Build the library on another machine
+# with the same processor architecture, so that it finds a copy of libjpeg in its own folder:
 #   LDFLAGS='-Wl,-rpath,$ORIGIN' python -m util.data.native build
 #   cp -L /usr/lib/x86_64-linux-gnu/libjpeg.so.62 util/data/native/
-# git ignores *.so: util/data/native/libmaepl.so and util/data/native/libjpeg.so.62 must be copied by name. Without them
-# images are decoded more slowly. torch.compile needs a C compiler; without one, rows of compiled models say so.
+# git ignores *.so, so util/data/native/libmaepl.so and util/data/native/libjpeg.so.62 must be copied by name. Without
+# them images are decoded more slowly. torch.compile needs a C compiler; without one, rows of compiled models say so.
 set -u
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}; DATA=${DATA:-.gpu}; TINY=${TINY:-}; BATCH=${BATCH:-256}; CAPS=${CAPS:-1}; LIMIT=${LIMIT:-36000}
@@ -45,12 +51,12 @@ CORES=$(env -u OMP_NUM_THREADS nproc)  # nproc prints OMP_NUM_THREADS where that
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
 pick() { if [ -n "$TINY" ]; then echo "$2"; else echo "$1"; fi; }  # GPU'S REHEARSAL'S
 
-# `timeout` leads a process group of its own, and ends with the command that it started. The command's children may go on
-# after that: a main saves a checkpoint first, and workers of loaders block the signal. They would write to WORK while it
-# is removed, and take time from the next stage. So the rest of the group is killed.
+# `timeout` leads its own process group, and ends with the command that it started. The command's children may run on: a
+# main saves a checkpoint first, and workers of loaders block the signal. They would write to WORK while it is removed,
+# and take time from the next stage. So the rest of the group is killed.
 end_group() { [ -z "$GROUP" ] || kill -KILL -- "-$GROUP" 2> /dev/null; GROUP=; }
 
-stage() {  # NAME SECONDS COMMAND...: output goes to the log, its last lines are shown; then the table is made anew
+stage() {  # NAME SECONDS COMMAND...: write the output to the log, show its last lines, and rewrite the table
     local name=$1 cap rc at left
     cap=$(pick "$(($2 * CAPS))" 2400); shift 2; at=$(date +%s); left=$((LIMIT - at + BEGIN))
     [ "$left" -lt 10 ] && { echo "== $name: left out, $left s are left" | tee -a "$LOG"; return; }
@@ -69,15 +75,15 @@ run_env() {
     stage env 30 bash -c "uname -m; ldd --version | head -1; gcc --version | head -1; echo $CORES cores; df -h /dev/shm | tail -1
         nvidia-smi | head -15; ls -l util/data/native/*.so*; $PY -m util.data.native status
         $PY -c \"import torch, torchvision, timm; print(torch.__version__, torchvision.__version__, timm.__version__)
-from util.flops import matmul_rate
+from util.run.flops import matmul_rate
 d = torch.device('$DEV')
 print({str(t): round(matmul_rate(d, t) / 1e12, 2) for t in (torch.float32, torch.bfloat16)}, 'TFLOP/s')\""
 }
 run_check() { stage check 150 env $(pick "" MAE_PL_REHEARSE=1) $PY -m pytest -q -rP --show-capture=stdout -p no:cacheprovider \
-    tests/test_gpu.py $(pick "-n 8" "--deselect tests/test_gpu.py::test_a_run_learns_and_continues[compiled]
-    --deselect tests/test_gpu.py::test_a_run_learns_and_continues[graphs]"); }
+    tests/process/test_gpu.py $(pick "-n 8" "--deselect tests/process/test_gpu.py::test_a_run_learns_and_continues[compiled]
+    --deselect tests/process/test_gpu.py::test_a_run_learns_and_continues[graphs]"); }
 
-measure() {  # STAGE SECONDS ROUNDS MODEL VARIANT...: a model in its own process
+measure() {  # STAGE SECONDS ROUNDS MODEL VARIANT...: measure a model in its own process
     local name=$1 cap=$2 rounds=$3 model=$4; shift 4
     stage "$name" "$cap" env OMP_NUM_THREADS="$(pick "$CORES" 1)" $PY benchmarks/run.py step --device $DEV --one_by_one \
         --amp "$(pick bf16 fp32)" --rounds "$(pick "$rounds" 1)" --steps "$(pick 5 1)" --json "$OUT/$name.json" \
@@ -88,7 +94,7 @@ run_small() { measure small 130 5 mae_vit_small_patch16 mae apl transformers tim
 run_base() {
     measure base 160 5 mae_vit_base_patch16 mae apl transformers timm rpl8 rpl $(pick "compiled compiled-apl" "")
 }
-run_base_apl() { measure base_apl 80 5 mae_vit_base_patch16 apl $(pick compiled-apl ""); }  # the last of run_base alone
+run_base_apl() { measure base_apl 80 5 mae_vit_base_patch16 apl $(pick compiled-apl ""); }  # the last variants of run_base
 run_large() { measure large 120 3 mae_vit_large_patch16 mae apl transformers timm rpl8 $(pick "${QUICK-compiled}" ""); }
 run_huge() { measure huge 100 3 mae_vit_huge_patch14 mae transformers recomputed apl timm; }
 
@@ -104,7 +110,7 @@ run_rpl() {
     stage rpl 60 $PY benchmarks/run.py rpl --device $DEV --amp "$(pick bf16 fp32)" --rounds "$(pick 5 1)" \
         --json "$OUT/rpl.json" --naive_batch "$(pick 16 1)" --batch_sizes $(pick "128 256" 1) --step_batch "$(pick 128 1)"
 }
-to_log() {  # NAME: what it measured, as one line; a file of its own would be one more to carry
+to_log() {  # NAME: write the figures to the log as one line, so that there is no further file to copy
     [ ! -e "$WORK/$1.json" ] || { tr -d '\n' < "$WORK/$1.json"; echo; } >> "$LOG"
 }
 run_data() {
@@ -118,7 +124,7 @@ run_eval() {
         --queries "$(pick 10000 100)" --bank "$(pick 1281167 1000)"
     to_log eval
 }
-e2e() {  # NAME SECONDS FLAGS...: JPEGs from disk, decoded, to the training step; what `--dry_run` measures
+e2e() {  # NAME SECONDS FLAGS...: from JPEGs on disk to the training step, as `--dry_run` measures it
     local name=$1 cap=$2; shift 2
     mkdir -p "$WORK/photos"; tar -xf "$PHOTOS" -C "$WORK/photos"
     # Each photo is listed 64 times, so that an epoch has enough batches.
@@ -130,13 +136,13 @@ e2e() {  # NAME SECONDS FLAGS...: JPEGs from disk, decoded, to the training step
 run_e2e() { e2e e2e 40; }
 run_e2e_compiled() { e2e e2e_compiled 60 --compile; }
 
-# The experiment of evidence/recipes/mae_wide.args, which says what is asked. Small models leave a GPU idle between kernels, so
-# that several runs go side by side: first what is asked, then what explains it, as far as time goes.
+# The experiment of evidence/recipes/mae_wide.args, which states its question. Small models leave a GPU idle between
+# kernels, so several runs share it: first those that answer the question, then, if time allows, those that explain it.
 learn() {  # SEED PE+LABEL
     $PY submitit_pretrain.py --cluster debug --job_dir "$WORK/mae_wide" @"$WORK/learn.args" --device $DEV \
         --data_path "$DATA/mini_imagenet20" --sweep seed="$1" pos_embed+pos_label="$2" > "$WORK/learn-$1-$2.log" 2>&1
 }
-side_by_side() {  # PE+LABEL...: all seeds of these
+side_by_side() {  # PE+LABEL...: all seeds of these settings at the same time
     local seed setting
     for seed in $SEEDS; do for setting in "$@"; do learn "$seed" "$setting" & done; done
     wait
@@ -159,4 +165,4 @@ echo "== machine: ${GPU%%$'\n'*}, $CORES cores" >> "$LOG"
 for name in "$@"; do "run_$name"; done
 [ -e "$OUT/table.md" ] && cat "$OUT/table.md"
 echo "== all: $(($(date +%s) - BEGIN)) s; results are in $OUT" | tee -a "$LOG"
-echo "To share them, open an issue or pull request of this repository that adds the folder to results/gpu/."
+echo "To share them, open an issue or pull request of this repository that adds the folder to evidence/results/gpu/."

@@ -6,7 +6,7 @@ Shapes: B batch, N patch tokens, C channels of a token, K classes.
 from torch import Tensor, nn
 
 from layers.positional import PositionalHead
-from layers.second_order import SecondOrderHead
+from layers.second_order import SecondOrder, SecondOrderHead
 
 POOLS = ("avg", "cls")
 
@@ -68,7 +68,8 @@ class Classifier:
         if second_order is None or self.num_classes == 0:
             self.head = make_head(width, self.num_classes, std)
         else:
-            self.head = SecondOrderHead(self.dim, width, self.num_classes, std, **second_order)
+            options = SecondOrder(**second_order)
+            self.head = SecondOrderHead(self.dim, width, self.num_classes, std, options)
 
     def class_logits(self, tokens: Tensor) -> Tensor:
         """What `forward_features` gives, (B, num_prefix + N, C) -> logits (B, K)."""

@@ -1,4 +1,7 @@
-"""Positional embeddings: the fixed 2-D sine-cosine table of MAE, and resizing one table to another grid."""
+"""Positional embeddings: MAE's fixed 2-D sine-cosine table, and resizing a table to another grid.
+
+Shapes: L positions, (h, w) the grid of patches, C channels of a token.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,10 @@ from torch import Tensor
 
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """(L,) positions -> (L, dim): sines of all frequencies, then cosines (float64)."""
+    """Positions (L,) -> (L, dim) in float64: the sines of all frequencies, then their cosines.
+
+    `dim` is even. The frequencies are those of Vaswani et al. 2017, Sec. 3.5.
+    """
     assert dim % 2 == 0
     omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angle = positions.double()[:, None] * omega[None]  # (L, dim/2)
@@ -14,31 +20,34 @@ def sincos_1d(dim: int, positions: Tensor) -> Tensor:
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], num_prefix: int = 1) -> Tensor:
-    """MAE's frozen table for a grid (h, w): (1, num_prefix + h*w, dim) float32, zeros for the prefix tokens.
+    """MAE's frozen table for a grid (h, w): (1, num_prefix + h*w, dim) in float32, with zeros for prefix
+    tokens.
 
-    The first half of the channels encodes the column, the second half the row: MAE's meshgrid puts the width first,
-    and released weights depend on it.
+    Raises ValueError if `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a 2-D sine-cosine embedding needs a width that is a multiple of 4, found {dim}")
+        raise ValueError(f"a 2-D sine-cosine embedding needs a `dim` that is a multiple of 4, found {dim}")
     h, w = grid
-    rows = torch.arange(h).repeat_interleave(w)
-    cols = torch.arange(w).repeat(h)
+    rows = torch.arange(h).repeat_interleave(w)  # (h*w,)
+    cols = torch.arange(w).repeat(h)  # (h*w,)
+    # Columns come first, then rows: MAE's meshgrid puts the width first, and released weights depend on it.
     table = torch.cat([sincos_1d(dim // 2, cols), sincos_1d(dim // 2, rows)], dim=1)  # (h*w, dim)
     return torch.cat([torch.zeros(num_prefix, dim), table.float()])[None]
 
 
 def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of (1, prefix + h*w, C) from one grid (h, w) to another; prefix rows are kept as they are.
+    """Resize a table (1, prefix + h*w, C) from one grid (h, w) to another by bicubic interpolation.
 
-    The size is given, never a scale factor: a factor is rounded and can be off by one.
+    The rows of prefix tokens do not change.
     """
     if tuple(old_grid) == tuple(new_grid):
         return table
     num_prefix = table.shape[1] - old_grid[0] * old_grid[1]
     assert num_prefix >= 0, (table.shape, old_grid)
-    prefix, cells = table[:, :num_prefix], table[:, num_prefix:]
+    prefix = table[:, :num_prefix]
+    cells = table[:, num_prefix:]
     cells = cells.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()  # (1, C, h, w)
+    # The size is given, not a scale factor: a factor is rounded, and the size can then be off by one.
     cells = F.interpolate(cells, size=tuple(new_grid), mode="bicubic", align_corners=False)
-    cells = cells.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    cells = cells.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)  # (1, h*w, C) of the new grid
     return torch.cat([prefix, cells], dim=1)

@@ -1,6 +1,6 @@
 """Pre-norm Transformer blocks and the patch embedding, with MAE's parameter names.
 
-Shapes: B batch, N tokens, L patches, n visible patches, C channels of a token, h w the grid of patches.
+Shapes: B batch, N tokens, L patches, n visible patches, C channels of a token, (h, w) the grid of patches.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, (B, heads, N, d) each; `mask` broadcasts to (B, heads, N, N), true = may attend.
+    """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1) -> (B, heads, N, d).
 
-    PyTorch's fused kernel everywhere but in low-precision training on a CPU: there its backward is several times
-    slower than two plain matrix products (``benchmarks/README.md``).
+    Args:
+        q, k, v: (B, heads, N, d) each.
+        mask: boolean, broadcasts to (B, heads, N, N); a query may attend to a key where it is true.
     """
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+    # PyTorch's fused kernel has a slow backward in low precision on a CPU. Two plain matrix products are
+    # several times faster there (benchmarks/README.md).
+    low_precision = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cpu" and low_precision and torch.is_grad_enabled():
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
         if mask is not None:
             weights = weights.masked_fill(~mask, -torch.inf)
@@ -26,26 +30,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value projection."""
+    """Multi-head self-attention with one fused query-key-value projection, (B, N, C) -> (B, N, C).
+
+    Raises ValueError if `dim` is not a multiple of `num_heads`.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"the width {dim} is not a multiple of the number of heads {num_heads}")
+            raise ValueError(f"`dim` {dim} is not a multiple of `num_heads` {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C); `mask` as in `attention`."""
         B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)  # (B, N, 3, heads, C/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, C/heads) each
-        x = attention(q, k, v, mask).transpose(1, 2).reshape(B, N, C)
+        x = attention(q, k, v, mask).transpose(1, 2).reshape(B, N, C)  # heads side by side again
         return self.proj(x)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, linear: (..., dim) -> (..., dim) through `hidden` channels."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -57,11 +65,13 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (Huang et al. 2016): a branch is dropped with probability `rate`, else scaled up.
+    """Stochastic depth per sample (Huang et al. 2016), (B, ...) -> (B, ...).
 
-    `Mlp` and this are timm's; they stand here because importing timm doubles the start-up time of a pretraining run
-    that needs nothing else of it.
+    In training a sample's branch is zero with probability `rate`, and else scaled by 1 / (1 - rate).
     """
+
+    # timm has this class and `Mlp` too. A pretraining run needs nothing else of timm, and importing it would
+    # double the start-up time.
 
     def __init__(self, rate: float):
         super().__init__()
@@ -70,12 +80,16 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        # One draw per sample, shape (B, 1, ...).
         keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.rate)
         return x * keep / (1 - self.rate)
 
 
 class Block(nn.Module):
-    """``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``; stochastic depth on both branches."""
+    """A pre-norm block: ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``, (B, N, C) -> (B, N, C).
+
+    `drop_path` is the rate of stochastic depth on both branches.
+    """
 
     def __init__(
         self,
@@ -91,7 +105,10 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        # It has no parameters, so the state dict is the same with and without it.
+        self.drop_path: nn.Module = nn.Identity()
+        if drop_path > 0:
+            self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -99,89 +116,108 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) -> Tensor:
-    """One block after the other; with `recompute` only their inputs are kept, and backward runs each a second time.
+    """Apply the blocks one after the other, (B, N, C) -> (B, N, C).
 
-    The second run draws the same random numbers (stochastic depth), so that gradients are the same numbers.
+    With `recompute` autograd stores only the input of each block, and backward runs each block a second time.
     """
+    recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+        if recompute:
+            # The second run draws the same random numbers (stochastic depth), so gradients have the same
+            # bits.
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = block(x)
     return x
 
 
 def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Cells (h, w) of an image; ValueError where patches do not fill it."""
+    """Grid (h, w) of patches of an image, for sizes (H, W) in pixels.
+
+    Raises ValueError if the patches do not fill the image.
+    """
     for side, patch, name in zip(img_size, patch_size, ("height", "width")):
         if side % patch:
+            # The nearest sizes that fit; the smaller one is at least one patch.
+            smaller = max(side // patch, 1) * patch
+            larger = (side // patch + 1) * patch
             raise ValueError(
-                f"the image {name} {side} is not a multiple of the patch {name} {patch}: choose --input_size "
-                f"{side // patch * patch or patch} or {side // patch * patch + patch}, or another --patch_size"
+                f"the image {name} {side} is not a multiple of the patch {name} {patch}: choose `img_size` "
+                f"{smaller} or {larger}, or another `patch_size`"
             )
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
 def check_images(imgs: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
-    """ValueError where a batch has another shape than the model was built for."""
+    """Raise ValueError if a batch (B, channels, H, W) has another shape than the model was built for."""
     if imgs.shape[1:] != (in_chans, *img_size):
         raise ValueError(
             f"the model takes images of (channels, height, width) {(in_chans, *img_size)}, "
-            f"found {tuple(imgs.shape[1:])}: give the same --input_size and --in_chans to data and model"
+            f"found {tuple(imgs.shape[1:])}: give the same `img_size` and `in_chans` to data and model"
         )
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. The weight is a convolution's, as in MAE's and timm's state dicts.
+    """Linear embedding of non-overlapping patches, (B, in_chans, H, W) -> (B, L, dim), row by row.
 
-    ``img_size`` and ``patch_size`` are (H, W); tokens come out row by row.
+    The weight has the shape of a convolution's, as in the state dicts of MAE and timm. `img_size` and
+    `patch_size` are (H, W) in pixels. Raises ValueError if the patches do not fill the image.
     """
 
     def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, dim: int):
         super().__init__()
-        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.in_chans = in_chans
         self.grid = patch_grid(img_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        # MAE initialises it like a linear layer: it is one.
+        # MAE initialises it as the linear layer (C, in_chans*ph*pw) that it is.
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
 
     def check(self, imgs: Tensor) -> None:
+        """Raise ValueError if the images do not fit this embedding."""
         check_images(imgs, self.in_chans, self.img_size)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, L, C)."""
+        """(B, in_chans, H, W) -> (B, L, C). Raises ValueError on images of another shape."""
         self.check(imgs)
-        return self.proj(imgs).flatten(2).transpose(1, 2)
+        return self.proj(imgs).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, L, C)
 
     def embed_patches(self, patches: Tensor) -> Tensor:
-        """(B, n, ph*pw*in_chans) from `patchify` -> (B, n, C): the same product as `forward`, for some patches only."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(
-            1
-        )  # (C, in_chans, ph, pw) -> (C, ph*pw*in_chans)
+        """Embed some patches only, given as rows of `patchify`: (B, n, ph*pw*in_chans) -> (B, n, C)."""
+        weight = self.proj.weight.permute(0, 2, 3, 1)  # (C, in_chans, ph, pw) -> (C, ph, pw, in_chans)
+        weight = weight.flatten(1)  # (C, ph*pw*in_chans)
         return F.linear(patches, weight, self.proj.bias)
 
 
 def patchify(imgs: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, c, h*ph, w*pw) -> (B, h*w, ph*pw*c), pixels of a patch in (row, column, channel) order as in MAE."""
+    """Cut images into patches, (B, c, h*ph, w*pw) -> (B, h*w, ph*pw*c).
+
+    The values of a patch are in (row, column, channel) order, as in MAE.
+    """
     B, c, H, W = imgs.shape
     ph, pw = patch_size
-    x = imgs.reshape(B, c, H // ph, ph, W // pw, pw)
+    x = imgs.reshape(B, c, H // ph, ph, W // pw, pw)  # (B, c, h, ph, w, pw)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // ph) * (W // pw), ph * pw * c)
 
 
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Inverse of `patchify`: (B, h*w, ph*pw*c) -> (B, c, h*ph, w*pw)."""
-    B, L, P = patches.shape
-    (ph, pw), (h, w) = patch_size, grid
-    x = patches.reshape(B, h, w, ph, pw, P // (ph * pw))
+    """Put patches together, the inverse of `patchify`: (B, h*w, ph*pw*c) -> (B, c, h*ph, w*pw)."""
+    B, _, P = patches.shape
+    ph, pw = patch_size
+    h, w = grid
+    x = patches.reshape(B, h, w, ph, pw, P // (ph * pw))  # (B, h, w, ph, pw, c)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * ph, w * pw)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (B, n) of the tokens x (B, N, C) -> (B, n, C)."""
+    """Select the tokens with indices `ids` (B, n) from x (B, N, C) -> (B, n, C)."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
-    """MAE's initialisation, for ``model.apply``: xavier-uniform linears, zero biases, unit norms."""
+    """MAE's initialisation, for ``model.apply``: Xavier-uniform linear layers, zero biases, unit norms."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

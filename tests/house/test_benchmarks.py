@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and front; nothing is timed here."""
+"""The arithmetic of the benchmarks, and the command that runs them. Nothing is timed here."""
 
 import json
 import os
@@ -19,8 +19,9 @@ from benchmarks import run as front
 ROOT = Path(__file__).parents[2]
 
 
-def test_interleaved_rotates_the_order_and_charges_each_its_own():
-    now, calls = [0.0], []
+def test_interleaved_rotates_the_order_and_times_each_variant():
+    now = [0.0]
+    calls = []
 
     def variant(name, cost):
         def call():
@@ -37,7 +38,8 @@ def test_interleaved_rotates_the_order_and_charges_each_its_own():
 
 
 def test_freed_memory_is_switched_with_a_call_in_between(monkeypatch):
-    calls, switches = [], []
+    calls = []
+    switches = []
     monkeypatch.setattr(timing, "keep_freed_memory", lambda: switches.append("keep"))
     monkeypatch.setattr(timing, "return_freed_memory", lambda: switches.append("return"))
     monkeypatch.setattr(timing, "trim", lambda: switches.append("trim"))
@@ -77,8 +79,8 @@ def test_front_lists_and_refuses():
 
 
 @pytest.fixture
-def own_benchmark(tmp_path, monkeypatch):
-    """`benchmarks/run.py own` with the given body of its main, by name of the file that `--json` is to write."""
+def small_benchmark(tmp_path, monkeypatch):
+    """A function that runs a benchmark with the given body of `main`, and writes x.json."""
 
     def call(body, *argv):
         (tmp_path / "own.py").write_text(f'"""One."""\ndef main(argv, record=None):\n{body}\n')
@@ -93,8 +95,8 @@ def own_benchmark(tmp_path, monkeypatch):
     return call
 
 
-def test_front_writes_figures_with_the_machine(tmp_path, own_benchmark):
-    assert own_benchmark("    record.set('argv', argv)", "--rounds", "2") == 0
+def test_front_writes_figures_with_the_machine(tmp_path, small_benchmark):
+    assert small_benchmark("    record.set('argv', argv)", "--rounds", "2") == 0
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["results"] == {"argv": ["--rounds", "2"]} and record["benchmark"] == "own"
     assert record["machine"]["cpu"] and record["versions"]["torch"] and record["machine"]["cores"] >= 1
@@ -102,9 +104,9 @@ def test_front_writes_figures_with_the_machine(tmp_path, own_benchmark):
         front.main(["nothing"])
 
 
-def test_a_benchmark_that_ends_early_leaves_its_rows(tmp_path, own_benchmark):
+def test_a_benchmark_that_ends_early_leaves_its_rows(tmp_path, small_benchmark):
     with pytest.raises(KeyboardInterrupt):
-        own_benchmark("    record.add('rows', dict(ms=1.5))\n    raise KeyboardInterrupt")
+        small_benchmark("    record.add('rows', dict(ms=1.5))\n    raise KeyboardInterrupt")
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["results"] == {"rows": [{"ms": 1.5}]} and record["versions"]
     assert [p.name for p in tmp_path.glob("x.json*")] == ["x.json"], "no partial file is left"
@@ -114,7 +116,7 @@ STEP = ["--device", "cpu", "--models", "mae_test", "--batch_size", "2", "--amp",
 
 
 def fail_at(monkeypatch, variant, error):
-    """The variant's model cannot be built."""
+    """Make the building of a variant's model fail."""
     build = step.build
 
     def broken(name, *args):
@@ -170,7 +172,8 @@ def test_the_obvious_form_of_rpl_may_be_too_large(monkeypatch):
 
 
 def test_operators_are_counted_without_views_and_allocations():
-    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    x = torch.ones(2, 3)
+    weight = torch.ones(4, 3)
     with launches.OperatorCounter() as counter:
         (x @ weight.t()).relu_().view(8)[2:]
         torch.empty(5)
@@ -178,7 +181,7 @@ def test_operators_are_counted_without_views_and_allocations():
 
 
 def test_launches_of_a_model_whose_operators_are_known(monkeypatch):
-    """Against a count by hand; the real model of the same name has more."""
+    """A small model is compared with a count by hand. The real model of the same name has more launches."""
     argv = [
         "--device",
         "cpu",
@@ -212,7 +215,7 @@ def test_launches_of_a_model_whose_operators_are_known(monkeypatch):
 
 
 def test_launches_times_all_variants_before_it_counts_and_compiled_ones_last(monkeypatch):
-    """Which of them fails costs the others nothing."""
+    """A variant that fails does not stop the others."""
     order = []
 
     def timed(name, variant, amp, images, repeats):
@@ -241,7 +244,7 @@ def test_launches_times_all_variants_before_it_counts_and_compiled_ones_last(mon
 
 
 def test_launches_and_kernels_among_events():
-    """As torch's profiler gives them: calls of the host, and what ran on the device for them."""
+    """Events as in torch's profiler: calls on the host, and the kernels and copies on the device."""
 
     def event(name, device, us=0.0, named_range=False):
         return SimpleNamespace(
@@ -275,115 +278,115 @@ def spread(value):
     return dict(median=value, min=value / 2, max=value * 2)
 
 
-def test_table_of_a_gpu(tmp_path):
-    """From records as the benchmarks write them, one of them cut off."""
-    head = dict(machine=dict(gpu="GPU X", cpu="CPU Y", cores=3), versions={"torch": "9.9"}, commit="abc")
+STEP_ROW = dict(model="mae_vit_base_patch16", amp="bf16", batch_size=256)
+LAUNCHES_ROW = dict(model="mae_vit_small_patch16", amp="bf16", batch_size=256, pixels=224)
+LOG = """== e2e: begins at 3 s
+noise
+plan (nothing is written):
+  memory       14243 MB at most on the GPU, and workers
+  speed        4321.5 images/s, 0.070 s per update, 2 % of it waiting for data
+  utilisation  28 % of the 7.618e+05 GFLOP/s of a matrix product
+== e2e: rc 0 after 9 s
+== e2e_compiled: begins at 12 s
+noise
+no compiler
+== e2e_compiled: rc 1 after 2 s
+"""
 
-    def row(variant, rate, **more):
-        return dict(
-            model="mae_vit_base_patch16",
-            variant=variant,
-            amp="bf16",
-            batch_size=256,
-            seconds=spread(256 / rate),
-            images_per_s=spread(rate),
-            mfu=spread(0.5),
-            **more,
-        )
 
-    rows = [
-        row(step.OURS, 3000.0, peak_allocated_mib=2048.0),
-        row(step.COMPILED, 4500.0, compile_s=20.0),
-        row(step.HF, 1500.0),
-        dict(
-            model="mae_vit_base_patch16", variant=step.TIMM, amp="bf16", batch_size=256, error="out of memory"
-        ),
+def step_row(variant, rate, **more):
+    """A row of the step benchmark, at so many images per second."""
+    times = dict(seconds=spread(256 / rate), images_per_s=spread(rate), mfu=spread(0.5))
+    return STEP_ROW | dict(variant=variant) | times | more
+
+
+def results_of_a_gpu():
+    """File name -> (benchmark, results) as the benchmarks write them. One record was cut off."""
+    steps = [
+        step_row(step.OURS, 3000.0, peak_allocated_mib=2048.0),
+        step_row(step.COMPILED, 4500.0, compile_s=20.0),
+        step_row(step.HF, 1500.0),
+        STEP_ROW | dict(variant=step.TIMM, error="out of memory"),
     ]
-    files = {
-        "base": ("step", dict(matmul_peak={"bf16": 7e14}, rows=rows)),
+    launched = dict(
+        variant=step.OURS,
+        launches=1200,
+        kernels=1300,
+        host_ms=spread(30.0),
+        step_ms=spread(31.0),
+        busy_ms=17.5,
+        us_per_launch=25.0,
+        longest=[dict(name="gemm", ms=6.5, times=80)],
+    )
+    failed = dict(variant=step.LABELS["graphs"], error="out of memory")
+    launches_rows = [LAUNCHES_ROW | launched, LAUNCHES_ROW | failed]
+    return {
+        "base": ("step", dict(matmul_peak={"bf16": 7e14}, rows=steps)),
         "cut": ("step", dict(matmul_peak={"bf16": 7e14})),
         "rpl": ("rpl", dict(forms=[dict(form="obvious", amp="bf16", batch_size=16, error="out of memory")])),
-        "launches": (
-            "launches",
-            dict(
-                launch_us=spread(4.0),
-                rows=[
-                    dict(
-                        model="mae_vit_small_patch16",
-                        variant=step.OURS,
-                        amp="bf16",
-                        batch_size=256,
-                        pixels=224,
-                        launches=1200,
-                        kernels=1300,
-                        host_ms=spread(30.0),
-                        step_ms=spread(31.0),
-                        busy_ms=17.5,
-                        us_per_launch=25.0,
-                        longest=[dict(name="gemm", ms=6.5, times=80)],
-                    ),
-                    dict(
-                        model="mae_vit_small_patch16",
-                        variant=step.LABELS["graphs"],
-                        amp="bf16",
-                        batch_size=256,
-                        pixels=224,
-                        error="out of memory",
-                    ),
-                ],
-            ),
-        ),
+        "launches": ("launches", dict(launch_us=spread(4.0), rows=launches_rows)),
         "data": ("data", dict(device=[dict(path="native", images_per_s=spread(9000.0))])),
     }
-    for name, (benchmark, results) in files.items():
+
+
+@pytest.fixture
+def gpu_page(tmp_path):
+    """The page that gpu_table writes from these records and a log."""
+    head = dict(machine=dict(gpu="GPU X", cpu="CPU Y", cores=3), versions={"torch": "9.9"}, commit="abc")
+    for name, (benchmark, results) in results_of_a_gpu().items():
         (tmp_path / f"{name}.json").write_text(json.dumps(head | dict(benchmark=benchmark, results=results)))
+    # This record has no GPU, and its file comes first by name.
     on_cpu = head | dict(machine=head["machine"] | dict(gpu=None), benchmark="startup", results={})
     (tmp_path / "a.json").write_text(json.dumps(on_cpu))
-    (tmp_path / "log.txt").write_text(
-        "== e2e: begins at 3 s\nnoise\nplan (nothing is written):\n"
-        "  memory       14243 MB at most on the GPU, and workers\n"
-        "  speed        4321.5 images/s, 0.070 s per update, 2 % of it waiting for data\n"
-        "  utilisation  28 % of the 7.618e+05 GFLOP/s of a matrix product\n== e2e: rc 0 after 9 s\n"
-        "== e2e_compiled: begins at 12 s\nnoise\nno compiler\n== e2e_compiled: rc 1 after 2 s\n"
-    )
+    (tmp_path / "log.txt").write_text(LOG)
     gpu_table.write_page(str(tmp_path), [str(tmp_path / "missing.json")])
-    text = (tmp_path / "table.md").read_text()
-    assert text.startswith("# GPU X\n") and "Commit abc" in text and "bf16 700 TFLOP/s" in text
+    return (tmp_path / "table.md").read_text()
 
-    def cells_of(start):
-        return [
-            [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)
-        ]
 
-    cells = {
-        line.split(" | ")[1].strip(): [c.strip() for c in line.split("|")]
-        for line in text.splitlines()
-        if line.startswith("| mae_vit_base")
-    }
-    columns = [
-        c.strip() for c in next(line for line in text.splitlines() if line.startswith("| model")).split("|")
-    ]
-    ours, compiled, timm = (dict(zip(columns, cells[name])) for name in (step.OURS, step.COMPILED, step.TIMM))
-    assert (ours["images/s"], ours["x transformers"], ours["x timm"], ours["peak GiB"]) == (
-        "3000",
-        "2.00",
-        "",
-        "2.00",
-    )
+def cells_of(page, start):
+    """The cells of all lines that start so."""
+    lines = [line for line in page.splitlines() if line.startswith(start)]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_page_of_a_gpu_names_the_machine(gpu_page):
+    assert gpu_page.startswith("# GPU X\n")
+    assert "Commit abc" in gpu_page
+    assert "bf16 700 TFLOP/s" in gpu_page
+    # As in step.py, which gpu_table does not import.
+    assert (gpu_table.HF, gpu_table.TIMM) == (step.HF, step.TIMM)
+
+
+def test_page_of_a_gpu_has_training_steps(gpu_page):
+    columns = cells_of(gpu_page, "| model")[0]
+    rows = {row[1]: dict(zip(columns, row)) for row in cells_of(gpu_page, "| mae_vit_base")}
+    ours = rows[step.OURS]
+    assert (ours["images/s"], ours["x transformers"], ours["x timm"]) == ("3000", "2.00", "")
+    assert ours["peak GiB"] == "2.00"
+    compiled = rows[step.COMPILED]
     assert (compiled["x transformers"], compiled["compile s"], compiled["MFU"]) == ("3.00", "20.0", "0.50")
-    assert timm["images/s"] == "out of memory" and timm["x transformers"] == ""
-    assert "9000 [4500..18000]" in text and "noise" not in text
-    assert cells_of("| e2e") == [
-        ["e2e", "4321.5", "2", "28", "14243"],
-        ["e2e_compiled", "no plan: no compiler", "", "", ""],
-    ]
-    issued, step_ms = "30.00 [15.00..60.00]", "31.00 [15.50..62.00]"
-    assert [row[2:] for row in cells_of("| mae_vit_small")] == [
+    timm = rows[step.TIMM]
+    assert (timm["images/s"], timm["x transformers"]) == ("out of memory", "")
+
+
+def test_page_of_a_gpu_has_launches(gpu_page):
+    issued = "30.00 [15.00..60.00]"
+    step_ms = "31.00 [15.50..62.00]"
+    assert [row[2:] for row in cells_of(gpu_page, "| mae_vit_small")] == [
         [step.OURS, "bf16", "256", "1200", "1300", issued, "17.50", step_ms, "25.0"],
         [step.LABELS["graphs"], "bf16", "256", "out of memory", "", "", "", "", ""],
     ]
-    assert "4.00 [2.00..8.00] us" in text and "- 6.50 ms in 80: `gemm`" in text
-    assert (gpu_table.HF, gpu_table.TIMM) == (step.HF, step.TIMM)
+    assert "4.00 [2.00..8.00] us" in gpu_page
+    assert "- 6.50 ms in 80: `gemm`" in gpu_page
+
+
+def test_page_of_a_gpu_has_data_and_end_to_end_stages(gpu_page):
+    assert "9000 [4500..18000]" in gpu_page
+    assert "noise" not in gpu_page
+    assert cells_of(gpu_page, "| e2e") == [
+        ["e2e", "4321.5", "2", "28", "14243"],
+        ["e2e_compiled", "no plan: no compiler", "", "", ""],
+    ]
 
 
 def test_a_table_without_records_names_the_machine_of_the_log(tmp_path):
@@ -394,7 +397,7 @@ def test_a_table_without_records_names_the_machine_of_the_log(tmp_path):
     assert (tmp_path / "table.md").read_text().startswith("# GPU X, 16 cores\n")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_script_for_gpus_says_that_there_is_none(tmp_path):
     environment = os.environ | {"PY": sys.executable, "OUT": str(tmp_path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The embedded demo set: small enough to live in the repository, balanced, readable, and what its generator draws."""
+"""The embedded demo set is small, balanced, readable, and equal to the drawings of its generator."""
 
 import importlib.util
 import io
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "data" / "demo"
 
 
 def read(split):
-    """[(member, JPEG bytes)] in the order of the tar."""
+    """All (member, JPEG bytes) in the order of the tar."""
     with tarfile.open(FOLDER / f"{split}.tar") as tar:
         return [(member, tar.extractfile(member).read()) for member in tar]
 
@@ -41,9 +41,8 @@ def test_members(split, per_class, generator):
     members = [member for member, _ in read(split)]
     classes = [member.name.split("/")[0] for member in members]
     assert Counter(classes) == dict.fromkeys(generator.CLASSES, per_class)
-    assert (
-        classes[:10] == classes[10:20] == list(generator.CLASSES)
-    )  # in turn: any prefix of the tar is balanced
+    # Classes take turns, so any prefix of the tar is balanced.
+    assert classes[:10] == classes[10:20] == list(generator.CLASSES)
     assert [member.name for member in members[::10]] == [
         f"balloon/{number:04d}.jpg" for number in range(per_class)
     ]
@@ -55,7 +54,8 @@ def test_pictures_are_64_pixel_rgb_jpegs(split):
     for member, data in read(split):
         picture = Image.open(io.BytesIO(data))
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (64, 64)), member.name
-        assert np.asarray(picture).std() > 15, member.name  # neither blank nor almost
+        # Neither blank nor almost.
+        assert np.asarray(picture).std() > 15, member.name
 
 
 def test_no_picture_occurs_twice():
@@ -64,11 +64,11 @@ def test_no_picture_occurs_twice():
     ]
     pictures = np.stack(pictures)
     squares = (pictures**2).sum(1)
-    distance = (squares[:, None] + squares - 2 * pictures @ pictures.T) / pictures.shape[
-        1
-    ]  # mean squared difference
+    # Mean squared differences of all pairs.
+    distance = (squares[:, None] + squares - 2 * pictures @ pictures.T) / pictures.shape[1]
     np.fill_diagonal(distance, np.inf)
-    assert distance.min() > 20  # also no near-copies, so val measures something
+    # No near-copies either: validation pictures would otherwise be in the training set.
+    assert distance.min() > 20
 
 
 def test_generator_draws_what_is_stored(generator):
@@ -76,7 +76,8 @@ def test_generator_draws_what_is_stored(generator):
         member, data = read(split)[0]
         name, number = member.name.removesuffix(".jpg").split("/")
         drawn = np.asarray(generator.draw(split, name, int(number))).astype(float)
-        assert np.abs(drawn - decode(data)).mean() < 6  # the loss of one JPEG compression
+        # The loss of one JPEG compression.
+        assert np.abs(drawn - decode(data)).mean() < 6
 
 
 def test_tars_are_reproducible(generator, tmp_path, monkeypatch):
@@ -89,14 +90,18 @@ def test_tars_are_reproducible(generator, tmp_path, monkeypatch):
 
 
 def test_layout_carries_position():
-    """The nearest training patch names the row and the column of a validation patch far better than chance."""
+    """The nearest training patch predicts row and column of a validation patch far better than chance."""
 
     def patches(split):  # (pictures, 64 cells, 192)
         pixels = np.stack([decode(data) for _, data in read(split)]).astype(np.float32)
         return pixels.reshape(-1, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(pixels), 64, 192)
 
-    train, val = patches("train").reshape(-1, 192), patches("val").reshape(-1, 192)
+    train = patches("train").reshape(-1, 192)
+    val = patches("val").reshape(-1, 192)
     distance = (train**2).sum(1) - 2 * val @ train.T
-    named, true = distance.argmin(1) % 64, np.arange(len(val)) % 64
-    assert (named == true).mean() > 0.25  # chance: 1/64
-    assert (named // 8 == true // 8).mean() > 0.4 and (named % 8 == true % 8).mean() > 0.4  # chance: 1/8
+    predicted = distance.argmin(1) % 64
+    true = np.arange(len(val)) % 64
+    # Chance is 1/64 for the cell, and 1/8 for the row and the column.
+    assert (predicted == true).mean() > 0.25
+    assert (predicted // 8 == true // 8).mean() > 0.4
+    assert (predicted % 8 == true % 8).mean() > 0.4

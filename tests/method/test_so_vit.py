@@ -21,6 +21,7 @@ from commands import accuracy, call, pretrained
 from layers.conv_embed import ConvTokenEmbed
 from layers.probe import SecondOrderProbe, pooled_and_patches
 from layers.second_order import (
+    SecondOrder,
     SecondOrderHead,
     SecondOrderPooling,
     cross_covariance,
@@ -187,7 +188,7 @@ def test_fusions():
     torch.manual_seed(0)
     tokens, feature = matrices(4, 9, 12, dtype=torch.float32), matrices(4, 7, dtype=torch.float32)
     heads = {
-        f: shaken(SecondOrderHead(12, 7, 5, 0.02, dims=(4, 3), fusion=f)).eval()
+        f: shaken(SecondOrderHead(12, 7, 5, 0.02, SecondOrder(dims=(4, 3), fusion=f))).eval()
         for f in ("sum", "concat", "visual")
     }
     added, joined, visual = heads.values()
@@ -214,7 +215,7 @@ def test_fusions():
 
 
 def test_dropout_falls_on_the_second_order_feature():
-    head = SecondOrderHead(12, 7, 5, 0.02, dims=(4, 3), dropout=0.5)
+    head = SecondOrderHead(12, 7, 5, 0.02, SecondOrder(dims=(4, 3), dropout=0.5))
     seen = []
     head.fc_visual.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     head.fc_class.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
@@ -225,17 +226,17 @@ def test_dropout_falls_on_the_second_order_feature():
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(fusion="both"), "--so_fusion takes one of sum, concat, visual, found 'both'"),
-        (dict(alpha=0.0), "--so_alpha takes a power above 0"),
-        (dict(dropout=1.0), "--so_dropout takes a share"),
-        (dict(iters=0), "--so_iters 0"),
-        (dict(heads=0), "--so_heads 0"),
-        (dict(dims=(8, 0)), "--so_dims 8 0"),
+        (dict(fusion="both"), "`fusion` takes one of sum, concat, visual, found 'both'"),
+        (dict(alpha=0.0), "`alpha` takes a power above 0"),
+        (dict(dropout=1.0), "`dropout` takes a share"),
+        (dict(iters=0), "`iters` 0"),
+        (dict(heads=0), "`heads` 0"),
+        (dict(dims=(8, 0)), "`dims` 8 0"),
     ],
 )
 def test_heads_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        SecondOrderHead(8, 8, 2, 0.02, **options)
+        SecondOrderHead(8, 8, 2, 0.02, SecondOrder(**options))
 
 
 # --- the embedding ----------------------------------------------------------------------------------------------------
@@ -269,11 +270,11 @@ def test_a_token_sees_33_pixels(patch):
 
 
 def test_the_embedding_says_what_does_not_fit():
-    with pytest.raises(ValueError, match="--patch_size 16 or 8, found 14x14"):
+    with pytest.raises(ValueError, match="`patch_size` 16 or 8, found 14x14"):
         ConvTokenEmbed((28, 28), (14, 14), 3, 8)
-    with pytest.raises(ValueError, match=r"height 40 is not a multiple .* choose --input_size 32 or 48"):
+    with pytest.raises(ValueError, match=r"height 40 is not a multiple .* choose `img_size` 32 or 48"):
         ConvTokenEmbed((40, 32), (16, 16), 3, 8)
-    with pytest.raises(ValueError, match="--input_size and --in_chans"):
+    with pytest.raises(ValueError, match="`img_size` and `in_chans`"):
         ConvTokenEmbed((32, 32), (16, 16), 3, 8)(torch.zeros(1, 1, 32, 32))
 
 
@@ -723,7 +724,7 @@ def test_the_probe_reads_frozen_tokens_after_the_norm():
     x = torch.randn(2, 3, 32, 32)
     tokens = pooled_and_patches(vit, x, "cls")
     assert torch.equal(tokens, vit.forward_features(x)) and not tokens.requires_grad
-    probe = SecondOrderProbe(32, 5, 2, {"dims": (6, 4)}).eval()
+    probe = SecondOrderProbe(32, 5, 2, SecondOrder(dims=(6, 4))).eval()
     feature = probe.head[0](tokens[:, 0])
     assert torch.equal(probe(tokens), torch.stack([h(tokens[:, 1:], feature) for h in probe.head[1:]]))
 

@@ -27,7 +27,7 @@ from util import dist
 from util.cluster.launch import launch
 from util.dist import fsdp
 from util.flags.parser import parse, run
-from util.run import checkpoint_manager as keeper
+from util.run import checkpoint_manager
 from util.run.log import Log
 from util.weights import checkpoint
 
@@ -184,7 +184,7 @@ def test_a_full_disk_under_tensorboard_does_not_end_a_run(tmp_path, capsys, monk
     for name in ("add_scalar", "add_image", "flush"):
         monkeypatch.setattr(SummaryWriter, name, full)
     code, text = pretrain(tmp_path, capsys, "--picture_epochs", 1)
-    assert code == 0 and text.count("nothing more is written for TensorBoard") == 1, text
+    assert code == 0 and text.count("no more TensorBoard files are written") == 1, text
     assert (tmp_path / "run" / "checkpoint-0.pth").exists()
 
 
@@ -513,9 +513,9 @@ def test_a_full_disk_in_mid_run_does_not_end_the_run(tmp_path, capsys, monkeypat
             raise OSError("could not save: No space left on device")
         real(state, path, writer)
 
-    monkeypatch.setattr(keeper, "save_atomic", sometimes_full)
+    monkeypatch.setattr(checkpoint_manager, "save_atomic", sometimes_full)
     code, text = pretrain(tmp_path, capsys, "--save_steps", 2)
-    assert code == 0 and calls == [2, 4, 5] and "training goes on and the next save tries again" in text
+    assert code == 0 and calls == [2, 4, 5] and "training continues and the next save tries again" in text
 
 
 def make_tar(path, images: dict[str, bytes]) -> None:

@@ -125,6 +125,7 @@ def accept_odd_names() -> None:
 FLAG_OF = {
     "img_size": "input_size",
     "dims": "so_dims",
+    "heads": "so_heads",
     "fusion": "so_fusion",
     "alpha": "so_alpha",
     "iters": "so_iters",
