@@ -135,8 +135,9 @@ from util import dist
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
-from util.data.sources.image_index import ImageIndex, check_same_classes, class_names, some_names
-from util.data.transforms import eval_transform, finetune_transform
+from util.data.sources.image_index import ImageIndex, check_same_classes, some_names
+from util.data.sources.layouts import class_names
+from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, make_augment, make_criterion, make_loss_fn
 from util.run.checkpoint_manager import CheckpointManager
@@ -219,9 +220,7 @@ def build_data(args, size, mean, device):
     augment = dict(
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        crop_scale=ascending(args.crop_scale, "--crop_scale"),
+        crop=CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip),
         mean=mean,
     )
     train = build_dataset(

@@ -26,7 +26,7 @@ from benchmarks.timing import (
 )
 from layers.probe import Probe, pooled
 from main_linprobe import make_loss_fn
-from util.data.transforms import normalize
+from util.data.pixels import normalize
 from util.evaluate import evaluation
 from util.evaluate.knn import nearest
 from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.timing import ROOT, Record, spread, table
 from util.data.datasets import ImageDataset
-from util.data.sources.image_index import build_index
-from util.data.transforms import normalize
+from util.data.pixels import normalize
+from util.data.sources.layouts import build_index
 
 
 def help_seconds(rounds):

@@ -21,15 +21,19 @@ import main_sere
 import tiny  # noqa: F401 (registers the models)
 from processes import assert_same, last, log_lines
 from util import dist
-from util.data.datasets import ImageDataset, TimmDataset, build_dataset
-from util.data.loading import cache
-from util.data.loading.cache import CachedPixels, cached, resample
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.loading import cached_pixels, device_loader, memory, resample
+from util.data.loading.cache import cached
+from util.data.loading.cached_pixels import CachedPixels
 from util.data.loading.loader import build_loader, device_batches, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler
 from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, build_index
-from util.data.transforms import decode, eval_transform, finetune_transform, pretrain_transform
+from util.data.sources.image_index import ImageIndex
+from util.data.sources.layouts import build_index
+from util.data.timm_datasets import TimmDataset
+from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.flags.parser import parse, run
 
 CPU = torch.device("cpu")
@@ -86,7 +90,7 @@ def compare(found, expected, most=0) -> None:
 TRAINING = {
     "pretrain": pretrain_transform((24, 20), vflip=0.5),
     "small crops": pretrain_transform(40, (0.05, 0.3)),
-    "finetune": finetune_transform((20, 24), auto_augment="", vflip=0.5),
+    "finetune": finetune_transform((20, 24), auto_augment="", crop=CropSettings(vflip=0.5)),
 }
 MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
 EVALUATION = {
@@ -102,7 +106,7 @@ def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monke
     if native:
         request.getfixturevalue("library")
     else:
-        monkeypatch.setattr("util.data.native.LIBRARY", tmp_path / "absent.so")
+        monkeypatch.setattr("util.data.native.bindings.LIBRARY", tmp_path / "absent.so")
     transform, evaluation = (TRAINING | MORE | EVALUATION)[name], name in EVALUATION
     expected = samples(folder, transform, "none", evaluation=evaluation)
     assert sum(len(batch["bad"]) for batch in expected) >= 2 * len(BROKEN)
@@ -156,8 +160,8 @@ def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch
     loader = cached(build_loader(dataset, [(4, i) for i in range(12)], batch_size=12), "device", CPU)
     (whole,), (windows,) = loader, loader.windows
     for chunk in (1, 40_000):  # of one image, and of a few
-        monkeypatch.setattr(cache, "CHUNK", chunk)
-        again = resample(loader.images, whole["index"], windows["window"], (24, 20))
+        monkeypatch.setattr(resample, "CHUNK", chunk)
+        again = resample.resample(loader.images, whole["index"], windows["window"], (24, 20))
         assert torch.equal(again, whole["image"])
     alone = cached(build_loader(dataset, [(4, 7)], batch_size=1), "device", CPU)
     assert torch.equal(next(iter(alone))["image"][0], whole["image"][7])
@@ -166,13 +170,13 @@ def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch
 def test_products_are_exact_where_the_run_allows_tf32(folder, monkeypatch):
     dataset = ImageDataset(build_index(folder), TRAINING["pretrain"])
     loader = cached(build_loader(dataset, [0], batch_size=1), "device", CPU)
-    make, inside = cache._resample, []
+    make, inside = resample._resample, []
 
     def recorded(*args):
         inside.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
         return make(*args)
 
-    monkeypatch.setattr(cache, "_resample", recorded)
+    monkeypatch.setattr(resample, "_resample", recorded)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
@@ -236,13 +240,13 @@ def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short
     images = torch.zeros(12, channels, max(short, size), long, dtype=torch.uint8)
     images.random_(generator=torch.Generator().manual_seed(0))
     rows, windows = torch.arange(12), torch.tensor([transform.window(*shape) for shape in shapes])
-    monkeypatch.setattr(cache, "CHUNK", 1)
+    monkeypatch.setattr(resample, "CHUNK", 1)
     with Peak() as one:
-        expected = resample(images, rows[-1:], windows[-1:], transform.size)
+        expected = resample.resample(images, rows[-1:], windows[-1:], transform.size)
     assert one.most < 4 * 2**20
-    monkeypatch.setattr(cache, "CHUNK", 2**20)
+    monkeypatch.setattr(resample, "CHUNK", 2**20)
     with Peak() as peak:
-        found = resample(images, rows, windows, transform.size)
+        found = resample.resample(images, rows, windows, transform.size)
     assert 2**20 < peak.most < 4 * 2**20 + 2 * found.nbytes, peak.most  # floats, and the results on top
     assert torch.equal(found[-1:], expected)
 
@@ -250,8 +254,8 @@ def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short
 def test_the_largest_weight_is_that_of_all_positions():
     """Here one in the middle. The first four are smaller, and so are the last four, which are shown."""
     start, length, full, flip, first = (torch.tensor([value]) for value in (0, 27, 14, 0, 10))
-    part, part_unit = cache.Axis(start, length, full, first, flip, 14).weights(4, 27)
-    whole, unit = cache.Axis(start, length, full, start, flip, 14).weights(14, 27)
+    part, part_unit = resample.Axis(start, length, full, first, flip, 14).weights(4, 27)
+    whole, unit = resample.Axis(start, length, full, start, flip, 14).weights(14, 27)
     ends, middle = torch.cat([whole[:, :4], whole[:, 10:]]).max() * unit, whole.max() * unit
     assert ends < 0.5 < middle, "so that without it the weights would get one bit more"
     assert part_unit == unit and (part - whole[:, 10:]).abs().max() <= 1
@@ -295,7 +299,9 @@ def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("util.data.pixels.normalize", lambda images, mean, std: seen.append(images) or images)
     made = []
-    monkeypatch.setattr(cache, "resample", lambda *args: made.append(resample(*args)) or made[-1])
+    monkeypatch.setattr(
+        device_loader, "resample", lambda *args: made.append(resample.resample(*args)) or made[-1]
+    )
     assert len(list(device_batches(loader, CPU, Pixels((0.5,), (0.5,))))) == 3
     assert [image.data_ptr() for image in seen] == [image.data_ptr() for image in made]
 
@@ -304,7 +310,7 @@ def test_images_lie_in_several_tensors(folder, monkeypatch):
     """Each as large as SLAB or its image; what is read does not depend on it."""
     index = build_index(folder)
     whole = CachedPixels(index, 3)
-    monkeypatch.setattr(cache, "SLAB", 9000)
+    monkeypatch.setattr(cached_pixels, "SLAB", 9000)
     parts = CachedPixels(index, 3, threads=3)
     assert len(whole.slabs) == 1 and len(parts.slabs) > 4
     for i in range(12):
@@ -318,7 +324,7 @@ def test_images_lie_in_several_tensors(folder, monkeypatch):
 def test_few_decoded_images_wait(folder, monkeypatch):
     """Threads that decode faster than images are kept must not fill the memory."""
     made, kept, waiting = [], [], []
-    keep, decoded = CachedPixels._keep, cache.decode
+    keep, decoded = CachedPixels._keep, cached_pixels.decode
 
     def slow(self, i, image, free):
         time.sleep(0.05)
@@ -326,26 +332,26 @@ def test_few_decoded_images_wait(folder, monkeypatch):
         kept.append(i)
         return keep(self, i, image, free)
 
-    monkeypatch.setattr(cache, "PROBED", 0)
-    monkeypatch.setattr(cache, "decode", lambda *args: made.append(args) or decoded(*args))
+    monkeypatch.setattr(cached_pixels, "PROBED", 0)
+    monkeypatch.setattr(cached_pixels, "decode", lambda *args: made.append(args) or decoded(*args))
     monkeypatch.setattr(CachedPixels, "_keep", slow)
     pixels = CachedPixels(build_index(folder), 3, threads=2)
     assert kept == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
     assert max(waiting) <= 5  # two for each thread, and the one that is kept
     with ThreadPoolExecutor(2) as pool:
-        assert list(cache.in_order(pool, str, range(9), 3)) == list("012345678")
+        assert list(cached_pixels.in_order(pool, str, range(9), 3)) == list("012345678")
 
 
 def test_images_go_to_the_device_in_parts(folder, monkeypatch):
     """Of COPIED bytes, or of one image; what arrives does not depend on it."""
     index, sizes, zeros = build_index(folder), [], torch.zeros
     pixels = CachedPixels(index, 3)
-    whole = cache.padded_images(pixels, index, CPU)
+    whole = device_loader.padded_images(pixels, index, CPU)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
     for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
-        monkeypatch.setattr(cache, "COPIED", copied)
+        monkeypatch.setattr(device_loader, "COPIED", copied)
         sizes.clear()
-        assert torch.equal(cache.padded_images(pixels, index, CPU), whole)
+        assert torch.equal(device_loader.padded_images(pixels, index, CPU), whole)
         parts = [shape[0] for (shape,) in sizes[1:]]
         assert sum(parts) == 12 and max(parts) == images
 
@@ -358,13 +364,15 @@ def test_what_cannot_be_cached_is_refused_with_advice(folder):
         return train_loader(build_dataset(folder, "train", transform, **kwargs), seed=0, **LOADING)
 
     for transform in MORE.values():
-        with pytest.raises(ValueError, match=r"give --cache_data memory, or .*--aa ''.*--sr_views same"):
+        with pytest.raises(
+            ValueError, match=r"give `cache_data` memory, or .*`auto_augment` ''.*`sr_views` same"
+        ):
             cached(loader(transform), "device", CPU)
     padded = build_loader(build_dataset(folder, "train", eval_transform(16, 1.2)), range(12), batch_size=4)
-    with pytest.raises(ValueError, match=r"give --crop_pct 1 or less, or --cache_data memory"):
+    with pytest.raises(ValueError, match=r"give `crop_pct` 1 or less, or `cache_data` memory"):
         cached(padded, "device", CPU)
     for where in ("memory", "device"):
-        with pytest.raises(ValueError, match=r"--dct_scaling decodes a file anew .* leave one of them out"):
+        with pytest.raises(ValueError, match=r"`dct_scaling` decodes a file anew .* leave one of them out"):
             cached(loader(pretrain_transform(16, dct_scaling=True)), where, CPU)
         timms = TimmDataset([0] * 8, pretrain_transform(16), name="hfds/x")
         with pytest.raises(ValueError, match=r"hfds/x: 8 images .*not from timm's readers: give .*none"):
@@ -375,17 +383,17 @@ def test_what_cannot_be_cached_is_refused_with_advice(folder):
 def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
     index = build_index(folder)
     readable = [decode(index.read(i)) for i in range(12) if i not in BROKEN]
-    memory = sum(image.numel() for image in readable) / len(readable) * 12
+    unpadded = sum(image.numel() for image in readable) / len(readable) * 12
     padded = 12 * 3 * max(image.shape[1] for image in readable) * max(image.shape[2] for image in readable)
-    for device, needed in ((None, memory), (CPU, memory + padded)):
+    for device, needed in ((None, unpadded), (CPU, unpadded + padded)):
         for room in (needed + 1, needed - 1):
-            monkeypatch.setattr(cache, "available_memory", lambda room=room: room)
+            monkeypatch.setattr(memory, "available_memory", lambda room=room: room)
             if room > needed:
                 CachedPixels(index, 3, device=device)
                 continue
             with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
                 CachedPixels(index, 3, device=device)
-    monkeypatch.setattr(cache, "available_memory", lambda: memory + 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: unpadded + 1)
     for room in (padded + 1, padded - 1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
         if room > padded:
@@ -394,12 +402,12 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
         with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
             CachedPixels(index, 3, device=torch.device("cuda"))
     # Two ranks share a host; on both the set must be refused, or one would wait for the other.
-    monkeypatch.setattr(cache, "available_memory", lambda: 1.5 * memory)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * unpadded)
     CachedPixels(index, 3)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
     with pytest.raises(ValueError, match="by all its ranks"):
         CachedPixels(index, 3)
-    small = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    small = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
     with pytest.raises(ValueError, match="on elsewhere"):
         CachedPixels(index, 3)
@@ -410,30 +418,30 @@ def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_pa
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(encoded(i, (300, 200) if i == 5 else (32, 32), "PNG"))
     index, device = build_index(tmp_path, labels=False), torch.device(device)
-    monkeypatch.setattr(cache, "PROBED", 2)  # images 0 and 4
+    monkeypatch.setattr(cached_pixels, "PROBED", 2)  # images 0 and 4
     padded = 8 * 3 * 300 * 200
-    monkeypatch.setattr(cache, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
+    monkeypatch.setattr(memory, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
     pixels = CachedPixels(index, 3, device=device)
     message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
     with pytest.raises(ValueError, match=message):
-        cache.padded_images(pixels, index, device)
+        device_loader.padded_images(pixels, index, device)
     # The height and the width may be those of two images.
     (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
     index = build_index(tmp_path, labels=False)
     with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
-        cache.padded_images(CachedPixels(index, 3, device=device), index, device)
+        device_loader.padded_images(CachedPixels(index, 3, device=device), index, device)
     # All ranks refuse where one of them lacks the memory.
-    monkeypatch.setattr(cache, "available_memory", lambda: 1e9)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))
-    other = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    other = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, other])
     with pytest.raises(ValueError, match="on elsewhere"):
-        cache.padded_images(pixels, index, device)
+        device_loader.padded_images(pixels, index, device)
 
 
 def test_available_memory_is_what_is_left(tmp_path):
-    found = cache.available_memory()
+    found = memory.available_memory()
     assert 1e6 < found < 1e14
     proc, groups = tmp_path / "proc", tmp_path / "groups"
 
@@ -447,7 +455,7 @@ def test_available_memory_is_what_is_left(tmp_path):
         write(groups / name / "memory.stat", f"anon {used - inactive}\ninactive_file {inactive}\n")
 
     def left():
-        return cache.available_memory(str(proc), str(groups))
+        return memory.available_memory(str(proc), str(groups))
 
     assert left() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "macOS has no /proc"
     write(proc / "meminfo", "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")

@@ -26,21 +26,17 @@ from torchvision.transforms import v2
 import main_pretrain
 from util import dist
 from util.data import __main__ as commands
-from util.data import datasets, transforms
+from util.data import datasets, formats
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode, is_plain_jpeg
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
-from util.data.loading.samplers import EpochSampler, EvalSampler, sample_seed
+from util.data.loading.samplers import EpochSampler, EvalSampler
+from util.data.pixels import normalize, unnormalize
+from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing
-from util.data.sources.image_index import build_index, check_same_classes
-from util.data.transforms import (
-    _is_plain_jpeg,
-    decode,
-    eval_transform,
-    finetune_transform,
-    normalize,
-    pretrain_transform,
-    unnormalize,
-)
+from util.data.sources.image_index import check_same_classes
+from util.data.sources.layouts import build_index
+from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate import evaluation
 from util.flags.parser import parse, run
 from util.run.guards import BadImages
@@ -396,7 +392,7 @@ def test_class_names_must_agree(tmp_path):
 @pytest.mark.filterwarnings("error:.*ransparency")
 def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeypatch):
     if not torchvision:
-        monkeypatch.setattr(transforms, "decode_jpeg", None)
+        monkeypatch.setattr(formats, "decode_jpeg", None)
     image = picture(1, mode="RGBA").convert(mode) if mode != "P" else picture(1).quantize(256)
     data = encode(image, format, **options)
     expected = Image.open(io.BytesIO(data))
@@ -407,7 +403,7 @@ def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeyp
     expected = np.asarray(expected.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])).reshape(40, 48, channels)
     found = decode(data, channels)
     assert found.dtype == torch.uint8 and (found.numpy() == expected.transpose(2, 0, 1)).all()
-    assert _is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
+    assert is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
     for part in (0.5, 0.9):
         with pytest.raises(ValueError, match="not a readable image"):
             decode(data[: int(len(data) * part)], channels)
@@ -519,7 +515,7 @@ def test_eval_transform_covers_rectangles():
 @pytest.mark.parametrize("mode, mean", [("RGB", (0.4, 0.5, 0.6)), ("L", (0.5,))])
 def test_finetune_transform_is_timms(mode, mean):
     image = picture(4, size=(60, 50), mode=mode)
-    transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, vflip=0.2)
+    transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, crop=CropSettings(vflip=0.2))
     reference = timm.data.create_transform(
         (24, 32),
         is_training=True,
@@ -536,12 +532,12 @@ def test_finetune_transform_is_timms(mode, mean):
             (reference, image),
             (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean))),
         ):
-            with datasets._seeded(seed):
+            with seeded(seed):
                 outputs.append(f(x))
         assert torch.equal(outputs[-1], outputs[-2]) and outputs[-1].dtype == torch.uint8
     hardest = finetune_transform(16, in_chans=len(mean), mean=mean, auto_augment="rand-m10-n6-inc1")
     for seed in range(60):  # the highest magnitude posterises to 0 bits, which new versions of Pillow refuse
-        with datasets._seeded(seed):
+        with seeded(seed):
             assert hardest(decode(encode(image), len(mean))).shape == (len(mean), 16, 16)
 
 
@@ -564,7 +560,7 @@ def timms_draws(height, width, key, monkeypatch, **options):
             "resized_crop",
             lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked),
         )
-        with datasets._seeded(key):
+        with seeded(key):
             found = np.asarray(transform(Image.new("RGB", (width, height))))
     row, column = np.argwhere(found.max(-1) if found.shape[-1] == 3 else found.max(0))[0]
     return *boxes[0], bool(column), bool(row)
@@ -574,11 +570,11 @@ def timms_draws(height, width, key, monkeypatch, **options):
 def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
     """Also where no crop fits. An existing run must go on with the crops that it has begun with."""
     options = dict(scale=(0.08, 1.0), hflip=0.3, vflip=0.6)
-    ours = finetune_transform(8, auto_augment="", crop_scale=options["scale"], hflip=0.3, vflip=0.6)
+    ours = finetune_transform(8, auto_augment="", crop=CropSettings(**options))
     keys = [sample_seed(0, epoch, 5) for epoch in range(50)]
     found = [ours.draw(height, width, key) for key in keys]
     assert found == [timms_draws(height, width, key, monkeypatch, **options) for key in keys]
-    with datasets._seeded(keys[0]):
+    with seeded(keys[0]):
         assert ours.draw(height, width) == found[0], "by the global generators, too"
     assert len({flips for *_, flips in found}) == 2
 
@@ -602,11 +598,13 @@ def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
     channels, keys = {"RGB": 3, "L": 1}[mode], [sample_seed(2, epoch, 0) for epoch in range(30)]
     data = encode(picture(4, size=(97, 81), mode=mode), format)
     (tmp_path / "x.jpg").write_bytes(data)
-    transform = finetune_transform((24, 32), in_chans=channels, auto_augment=None, vflip=0.5)
+    transform = finetune_transform(
+        (24, 32), in_chans=channels, auto_augment=None, crop=CropSettings(vflip=0.5)
+    )
     dataset = ImageDataset(build_index(tmp_path, labels=False), transform, in_chans=channels, seed=2)
     errors = []
     for epoch, key in enumerate(keys):
-        with datasets._seeded(key):
+        with seeded(key):
             expected = np.asarray(through_pil(decode(data, channels), (24, 32), vflip=0.5))
         found = dataset[epoch, 0]["image"].numpy()
         assert found.shape == expected.shape == (channels, 24, 32) and found.dtype == np.uint8
@@ -629,9 +627,9 @@ def test_color_jitter_and_other_filters_still_go_through_timm():
             use_prefetcher=True,
             **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options,
         )
-        with datasets._seeded(7):
+        with seeded(7):
             expected = reference(v2.functional.to_pil_image(image))
-        with datasets._seeded(7):
+        with seeded(7):
             assert torch.equal(transform(image), expected)
 
 
@@ -641,7 +639,7 @@ def test_finetune_transform_of_other_channel_counts():
             finetune_transform(16, in_chans=5, **kwargs)
     image = torch.randint(0, 256, (5, 40, 30), dtype=torch.uint8)
     torch.manual_seed(0)
-    found = finetune_transform(16, in_chans=5, auto_augment=None, crop_scale=(0.2, 1))(image)
+    found = finetune_transform(16, in_chans=5, auto_augment=None, crop=CropSettings((0.2, 1)))(image)
     torch.manual_seed(0)
     assert torch.equal(found, pretrain_transform(16)(image))
 
@@ -747,9 +745,7 @@ def test_unreadable_images_are_replaced_and_reported(tmp_path):
     for count in (24, 3):
         shutil.rmtree(tmp_path / "train")
         broken = dataset_of(tmp_path, n=count, broken=range(24))
-        with pytest.raises(
-            ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"
-        ):
+        with pytest.raises(ValueError, match=r"20 images in a row could not be read.*not a readable image"):
             broken[0]
 
 
@@ -855,7 +851,7 @@ def test_epoch_sampler_by_brute_force(world_size, batch_size, shuffle):
     assert (seen[0] != seen[1] != seen[2] != seen[0]) if shuffle else seen[0] == list(range(18))
     other = EpochSampler(n, batch_size=total, seed=6)
     assert [i for _, i in other] != seen[0]
-    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: --batch_size 3 x 2 ranks = 6"):
+    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: `batch_size` 3 x 2 ranks = 6"):
         EpochSampler(5, batch_size=3, rank=0, world_size=2, seed=0)
 
 

@@ -21,9 +21,12 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the run of this file by itself
 
 from util.data import native
-from util.data.datasets import ImageDataset, _seeded, build_dataset
-from util.data.sources.image_index import build_index
-from util.data.transforms import decode, finetune_transform, pretrain_transform
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.native import bindings, compiler
+from util.data.seeding import seeded
+from util.data.sources.layouts import build_index
+from util.data.transforms import CropSettings, finetune_transform, pretrain_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_BITS = torch.backends.cpu.get_cpu_capability() in (
@@ -271,7 +274,10 @@ def odd_files():
 
 @pytest.mark.parametrize(
     "transform",
-    [pretrain_transform((24, 20), vflip=0.5), finetune_transform((24, 20), auto_augment="", vflip=0.5)],
+    [
+        pretrain_transform((24, 20), vflip=0.5),
+        finetune_transform((24, 20), auto_augment="", crop=CropSettings(vflip=0.5)),
+    ],
 )
 def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, transform):
     """Every kind of file, damaged ones too: same crop, same flip, same pixels, same list of bad images."""
@@ -288,7 +294,7 @@ def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, tr
     assert torch.equal(torch.get_rng_state(), state)
     direct = {name for name, data in files.items() if pretrain_transform(8).crop_jpeg(data) is not None}
     assert direct == {"plain", "grey", "rotated"}
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "absent.so")
     assert "python -m util.data.native build" in dataset.summary() and native.library() is None
     slow = [dataset[epoch, i] for epoch in range(4) for i in range(len(dataset))]
     for a, b in zip(fast, slow, strict=True):
@@ -298,7 +304,11 @@ def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, tr
 
 
 @pytest.mark.parametrize(
-    "transform", [pretrain_transform(24, vflip=0.5), finetune_transform(24, auto_augment="", vflip=0.5)]
+    "transform",
+    [
+        pretrain_transform(24, vflip=0.5),
+        finetune_transform(24, auto_augment="", crop=CropSettings(vflip=0.5)),
+    ],
 )
 def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform):
     data = jpeg(picture())
@@ -324,7 +334,7 @@ def check_finetuning_against_pil(files, size, least):
     )
     pairs = []
     for key, data in enumerate(files):
-        with _seeded(key):
+        with seeded(key):
             expected = np.asarray(slow(F.to_pil_image(decode(data))))
         pairs.append((fast.crop_jpeg(data, key).numpy(), expected))
     assert psnr(*(np.stack(side) for side in zip(*pairs))) >= least
@@ -365,7 +375,7 @@ def test_impossible_boxes_are_refused(library):
 def test_damaged_files_neither_crash_nor_leak_nor_change(library):
     """Bits flipped and bytes cut at random, in another process so that a crash is seen, and its memory can be measured."""
     done = subprocess.run(
-        [sys.executable, __file__, str(native.LIBRARY)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, __file__, str(bindings.LIBRARY)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -430,12 +440,12 @@ def test_absent_foreign_and_outdated_libraries_mean_the_slower_path(built, tmp_p
         path = tmp_path / f"{message[:4]}.so"
         if content:
             path.write_bytes(content)
-        monkeypatch.setattr(native, "LIBRARY", path)
+        monkeypatch.setattr(bindings, "LIBRARY", path)
         assert native.library() is None and message in native.describe()
         assert pretrain_transform(8).crop_jpeg(jpeg(picture())) is None
     shutil.copy(built, tmp_path / "old.so")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "old.so")
-    monkeypatch.setattr(native, "source_id", lambda: "of other files")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "old.so")
+    monkeypatch.setattr(compiler, "source_id", lambda: "of other files")
     assert native.library() is None and "out of date" in native.describe()
 
 
@@ -451,6 +461,6 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    native.LIBRARY = Path(sys.argv[1])
+    bindings.LIBRARY = Path(sys.argv[1])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(0 if fuzz(*map(int, sys.argv[2:])) else 1)

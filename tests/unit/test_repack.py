@@ -14,9 +14,11 @@ from test_native import assert_same_pixels, jpeg, picture
 from util.data import __main__ as commands
 from util.data import native
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.native import bindings
 from util.data.sources import repack
-from util.data.sources.image_index import build_index
-from util.data.transforms import decode, pretrain_transform
+from util.data.sources.layouts import build_index
+from util.data.transforms import pretrain_transform
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -158,12 +160,12 @@ def test_wrong_calls_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="already holds train: choose another"):
         repack.repack(path, path)
     for kwargs in (dict(quality=0), dict(quality=101), dict(long_side=0)):
-        with pytest.raises(ValueError, match="must be in"):
+        with pytest.raises(ValueError, match="must be (in 1..100|positive), found"):
             repack.repack(path, str(tmp_path / "target"), **kwargs)
     (tmp_path / "list.txt").write_text("source/../source/train/a/0.jpg\n")
     with pytest.raises(ValueError, match="lies outside"):
         repack.repack(str(tmp_path / "list.txt"), str(tmp_path / "target"))
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "absent.so")
     with pytest.raises(ValueError, match=r"needs the native library: .python -m util.data.native build"):
         repack.repack(path, str(tmp_path / "other"))
 
@@ -192,7 +194,7 @@ def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
     folder.mkdir(parents=True)
     (folder / "1.jpg").write_bytes(jpeg(picture()))
     (folder / "2.jpg").symlink_to("gone.jpg")
-    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: mend or remove them"):
+    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: repair or remove them"):
         repack.repack(str(tmp_path / "folder"), str(tmp_path / "target"))
     assert not (tmp_path / "target").exists()
     (folder / "2.jpg").unlink()
