@@ -67,7 +67,7 @@ def command(args: argparse.Namespace) -> int:
 
 def print_unreadable(index: ImageIndex, in_chans: int, num_workers: int) -> int:
     """Print the names of unreadable images; return 1 if there are any, and 0 otherwise."""
-    # In evaluation an unreadable image is counted, and no other one replaces it. A small crop takes least time.
+    # In evaluation no other image replaces an unreadable one. A small crop takes least time.
     dataset = ImageDataset(index, eval_transform(8), in_chans=in_chans, evaluation=True)
     loader = build_loader(dataset, EvalSampler(len(index)), batch_size=64, num_workers=num_workers)
     bad = [i for batch in loader for i in batch["bad"]]

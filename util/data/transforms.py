@@ -13,7 +13,7 @@ instead, which the key seeds. Some transforms have further methods, which caller
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -322,7 +322,7 @@ def finetune_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     interpolation: str = "bicubic",
     mean: Sequence[float] = IMAGENET_MEAN,
-) -> Any:
+) -> Callable[..., Any]:
     """timm's training augmentation of a uint8 (in_chans, H, W) image; random erasing follows on the device.
 
     The transform draws what timm draws. Without auto_augment and color_jitter only a bicubic crop and flips
@@ -342,17 +342,13 @@ def finetune_transform(
     if in_chans not in (1, 3):
         if changes_colours:
             raise ValueError(
-                f"`auto_augment` and `color_jitter` work on 1 or 3 channels, not on {in_chans}: turn both off "
-                "(`auto_augment` '' and no `color_jitter`)"
+                f"`auto_augment` {auto_augment!r} and `color_jitter` {color_jitter} work on 1 or 3 channels, "
+                f"not on {in_chans}: turn both off (`auto_augment` '' and no `color_jitter`)"
             )
         return _geometric_transform(_pair(input_size), crop, interpolation)
     # The fast way, without a PIL image.
     if interpolation == "bicubic" and not changes_colours:
         return TimmCrop(input_size, crop)
-    mean = tuple(mean)
-    # A mean of RGB also serves grey images, and one value serves all channels.
-    if len(mean) != in_chans:
-        mean = (sum(mean) / len(mean),) * in_chans
     return TimmAugment(
         _pair(input_size),
         scale=crop.scale,
@@ -362,8 +358,15 @@ def finetune_transform(
         color_jitter=color_jitter,
         auto_augment=auto_augment or None,
         interpolation=interpolation,
-        mean=mean,
+        mean=_per_channel(mean, in_chans),
     )
+
+
+def _per_channel(mean: Sequence[float], channels: int) -> tuple[float, ...]:
+    # A mean of RGB also serves grey images, and one value serves all channels.
+    if len(mean) != channels:
+        return (sum(mean) / len(mean),) * channels
+    return tuple(mean)
 
 
 def _geometric_transform(size: Size, crop: CropSettings, interpolation: str) -> v2.Compose:

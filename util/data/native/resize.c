@@ -1,6 +1,6 @@
-/* Antialiased bicubic resizing, as PIL's: the Keys filter with a = -0.5, stretched by the scale. It is applied along the rows
- * and then along the columns, and the result is rounded to 8 bits each time. All arithmetic is on integers, so that
- * every processor gives the same bits. */
+/* Antialiased bicubic resizing, as PIL's: the Keys filter with a = -0.5, stretched by the scale. It is applied along
+ * the rows and then along the columns, and the result is rounded to 8 bits each time. All arithmetic is on integers, so
+ * that every processor gives the same bits. */
 #include "native.h"
 #include <math.h>
 #include <stdlib.h>
