@@ -49,7 +49,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         index: ImageIndex,
-        transform: Callable,
+        transform: Any,
         *,
         in_chans: int = 3,
         seed: int = 0,

@@ -44,15 +44,15 @@ def seeded(key: int) -> Iterator[None]:
     torch_state = torch.default_generator.get_state()
     python_state = random.getstate()
     # Exchanging numpy's bit generator takes 2 us; saving and restoring its state would take 300 us.
-    numpy_bits = np.random.get_bit_generator()
-    np.random.set_bit_generator(_numpy_bits)
+    numpy_bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    np.random.set_bit_generator(_numpy_bits)  # type: ignore[attr-defined]
     try:
         _seed_all(key)
         yield
     finally:
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
-        np.random.set_bit_generator(numpy_bits)
+        np.random.set_bit_generator(numpy_bits)  # type: ignore[attr-defined]
 
 
 def _seed_all(key: int) -> None:

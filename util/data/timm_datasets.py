@@ -107,7 +107,7 @@ def build_timm_dataset(
             f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files"
         )
     dataset = _open(data_path, split, in_chans, seed, evaluation)
-    options = dict(name=data_path, in_chans=in_chans, seed=seed)
+    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
         return TimmIterableDataset(dataset, transform, **options)

@@ -151,7 +151,8 @@ class RandomCrop:
         return Window(*crop.box, *self.size, flip_x=int(crop.flip_x), flip_y=int(crop.flip_y))
 
     def __call__(self, image: torch.Tensor, key: int | None = None) -> torch.Tensor:
-        crop = self.draw(*image.shape[-2:], key)
+        height, width = image.shape[-2:]
+        crop = self.draw(height, width, key)
         # The library takes RGB only. Both ways give the same pixels, up to rounding.
         if image.shape[0] == 3 and native.library():
             return native.crop_pixels(image, crop.box, self.size, crop.native_flags)
@@ -203,8 +204,8 @@ class TorchvisionCrop(RandomCrop):
             w = round(math.sqrt(area * aspect))
             if 0 < w <= width and 0 < h <= height:
                 # First the row, then the column: the order of torchvision's draws.
-                top = torch.randint(height - h + 1, (1,), generator=generator).item()
-                left = torch.randint(width - w + 1, (1,), generator=generator).item()
+                top = int(torch.randint(height - h + 1, (1,), generator=generator))
+                left = int(torch.randint(width - w + 1, (1,), generator=generator))
                 return top, left, h, w
         return None
 

@@ -37,7 +37,7 @@ class Loader(DataLoader):
     could end one.
     """
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Any:
         blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
@@ -92,7 +92,7 @@ def build_loader(
         pin_memory=pin_memory,
         drop_last=stream,
         persistent_workers=num_workers > 0,
-        worker_init_fn=return_freed_memory,
+        worker_init_fn=return_freed_memory,  # type: ignore[arg-type]
     )
 
 

@@ -84,7 +84,7 @@ def _encode(image: Image.Image, quality: int) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     encoded = native.add_restart_markers(file.getvalue())
+    assert encoded is not None, "the new JPEG cannot be read"
     # PIL's sizes are (W, H).
-    readable = encoded is not None and decode(encoded, 3).shape[1:] == image.size[::-1]
-    assert readable, "the new JPEG cannot be read"
+    assert decode(encoded, 3).shape[1:] == image.size[::-1], "the new JPEG has another size"
     return encoded

@@ -106,9 +106,9 @@ class ImageIndex:
     def digest(self) -> str:
         """Return a hash of names, order and labels; it is the same wherever the same images are listed."""
         # Not of paths or times, which differ between nodes.
-        content = hashlib.sha256(self._blob)
+        content = hashlib.sha256(self._blob.data)
         for array in (self._ends, self.labels):
-            content.update(np.ascontiguousarray(array))
+            content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
     def summary(self) -> str:

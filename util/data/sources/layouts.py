@@ -89,12 +89,12 @@ def _index_folder(path: str, split: str, labels: bool) -> ImageIndex:
     if labels:
         kind = "class folders"
     if os.path.isdir(root):
-        arrays = _listed_folder(root, os.path.join(path, ".index", f"{split}.npz"))
-        return ImageIndex(path, root, kind, arrays, labels=labels)
+        listing = _listed_folder(root, os.path.join(path, ".index", f"{split}.npz"))
+        return ImageIndex(path, root, kind, listing, labels=labels)
     if os.path.isfile(root + ".tar"):
         return _index_tars(path, f"{split}.tar", [root + ".tar"], root + ".tar.index.npz", labels)
     cache = os.path.join(path, ".index", "root.npz")
-    arrays = None
+    arrays: Listing | None = None
     if split == "train":
         arrays = load_listing(cache, path)  # before globbing, which would list a flat folder as well
     if arrays is None:

@@ -143,7 +143,8 @@ def _tar_members(path: str) -> list[tuple[bytes, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep all members: gigabytes for a large set
+                # tarfile would keep all members: gigabytes for a large set.
+                tar.members.clear()  # type: ignore[attr-defined]
                 name = _member_name(member.name)
                 if not _is_image(name):
                     continue

@@ -81,7 +81,7 @@ def _saved(cache: str, base: str, arrays: Listing) -> bool:
             if os.path.dirname(folder) == os.path.abspath(base):
                 arrays["stamps"][0] = stamp(base)
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, cache)
         return True
     except OSError:
