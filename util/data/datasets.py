@@ -34,9 +34,9 @@ class ImageDataset(Dataset):
     A sample is a dictionary: image uint8 (C, H, W); label int, -1 without one; index int; key int, its
     `sample_seed`; bad list[int]. It depends on (seed, epoch, index) only, not on worker or rank.
 
-    If image i cannot be read, i goes into `bad`, and another sample, drawn by the first one's key, replaces
-    it. With `evaluation=True` the sample keeps its index and becomes a zero image with label -1 instead, so
-    that it can be left out and counted. Raises ValueError after 20 unreadable draws.
+    If image i cannot be read, i goes into `bad`, and another sample replaces it, drawn with the key of i.
+    With `evaluation=True` the sample keeps its index and becomes a zero image with label -1 instead, so that
+    it can be left out and counted. Raises ValueError after 20 unreadable draws.
 
     Attributes:
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,

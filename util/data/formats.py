@@ -43,7 +43,7 @@ class Format:
 
     Attributes:
         suffixes: of its files, in lower case.
-        matches: tells from a file's bytes and the wanted number of channels whether `decode` can be used.
+        matches: bytes, wanted number of channels -> whether `decode` can be used.
         decode: bytes, number of channels -> uint8 (in_chans, H, W); may raise any exception.
         read_by_pil: whether PIL opens these files as well. Repacking copies the others unchanged.
     """
@@ -55,7 +55,7 @@ class Format:
 
 
 def format_of(data: bytes, in_chans: int = 3) -> Format:
-    """Return the format of a file; the last entry of `FORMATS` takes what no other matches."""
+    """Return the first format that matches a file; the last one matches every file."""
     return next(kind for kind in FORMATS if kind.matches(data, in_chans))
 
 
@@ -153,7 +153,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-# The first format that matches a file decodes it.
+# The order counts: the first format that matches a file decodes it.
 FORMATS = (
     Format((".npy",), _is_npy, _decode_npy, read_by_pil=False),
     Format((".jpg", ".jpeg"), _is_fast_jpeg, _decode_fast_jpeg),

@@ -91,7 +91,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
 
 def is_timm_path(data_path: str) -> bool:
     """Tell whether a path has the form <reader>/<name>[=<root>] and is not an existing file."""
-    # An existing folder wins, e.g. ./torch/train.
+    # An existing folder has priority, e.g. ./torch/train.
     return data_path.partition("/")[0].lower() in READERS and not os.path.exists(data_path)
 
 

@@ -180,7 +180,7 @@ class RandomCrop:
 
 
 def _happens(chance: float, generator: torch.Generator | None) -> bool:
-    # torchvision and timm leave out a flip whose chance is 0. To draw for it would change later draws.
+    # MAE and timm have no step for a flip whose chance is 0. A draw for it would change later draws.
     return chance > 0 and torch.rand(1, generator=generator).item() < chance
 
 
@@ -381,7 +381,7 @@ def _geometric_transform(size: Size, crop: CropSettings, interpolation: str) -> 
             antialias=True,
         )
     ]
-    # torchvision draws even for a flip whose chance is 0, which would change later draws.
+    # torchvision's flips draw even if their chance is 0, which would change later draws.
     if crop.hflip > 0:
         steps.append(v2.RandomHorizontalFlip(crop.hflip))
     if crop.vflip > 0:

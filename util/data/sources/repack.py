@@ -89,7 +89,7 @@ def repack(
     )
     _check_files(index)
     folder = _claim(target, split, settings)
-    shards = _plan(len(index), shard_images, f"{split}-{{:05d}}.tar", target, folder)
+    shards = _plan(len(index), shard_images, split, target, folder)
     missing = [shard for shard in shards if not shard.exists()]
     images = _Conversion(index, long_side, quality)
     report = _write(missing, images, num_workers)
@@ -109,11 +109,11 @@ def _check_sizes(long_side: int | None, quality: int) -> None:
         raise ValueError(f"`long_side` must be positive, found {long_side}")
 
 
-def _plan(n: int, shard_images: int, name: str, target: str, folder: str) -> list[Shard]:
-    """Divide n images into shards; `name` is a format with a place for the shard's number."""
+def _plan(n: int, shard_images: int, split: str, target: str, folder: str) -> list[Shard]:
+    """Divide n images into shards, which are written to `folder` and moved to `target` in the end."""
     shards = []
     for number, first in enumerate(range(0, n, shard_images)):
-        file = name.format(number)
+        file = f"{split}-{number:05d}.tar"
         images = range(first, min(first + shard_images, n))
         shards.append(Shard(images, os.path.join(folder, file), os.path.join(target, file)))
     return shards
