@@ -46,7 +46,7 @@ def generate(folder, files, classes):
 def start_seconds(folder):
     """In a new process, as a run does it: (seconds of build_index, MiB of memory that it added)."""
     code = (
-        "import sys, time; from util.image_index import build_index\n"
+        "import sys, time; from util.data.sources.layouts import build_index\n"
         "def mib(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20\n"
         "before, start = mib(), time.perf_counter(); index = build_index(sys.argv[1])\n"
         "print(time.perf_counter() - start, mib() - before, len(index))"
