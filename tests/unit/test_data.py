@@ -561,7 +561,7 @@ def test_eval_transform_covers_rectangles():
     )
     found = eval_transform((32, 96), crop_pct=1.0)(torch.from_numpy(ramp).permute(2, 0, 1))
     assert found.shape == (3, 32, 96)
-    # (100, 200) -> (48, 96), of which the middle 32 rows are left: the whole width, and nothing is padded
+    # (100, 200) -> (48, 96), then the middle 32 rows: the whole width is shown, and nothing is padded
     assert found[0, 5, 0] <= 1 and found[0, 5, -1] >= 198
     assert abs(int(found[1, 0, 0]) - 17) <= 1 and abs(int(found[1, -1, 0]) - 82) <= 1
 

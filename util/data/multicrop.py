@@ -68,7 +68,7 @@ class MultiCrop:
     Args:
         grid: (h, w), the cells of a global crop.
         global_scale, local_scale: ranges of a crop's share of the image's area.
-        mask_ratios: (low, high) ranges, of which each global crop draws one.
+        mask_ratios: (low, high) ranges; each global crop draws one of them.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ def collate(samples: list[dict]) -> dict:
     It has `image` uint8 (B, C, H, W) and other views; `label`, `index` and `key`, int64 (B,); and `bad`, a
     list of indices.
     """
-    # `bad` is the one field of which samples have different numbers.
+    # Samples have different numbers of `bad` indices, so these cannot be stacked.
     batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
