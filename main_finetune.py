@@ -119,8 +119,9 @@ from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_same_classes, class_names, some_names
-from util.data.transforms import eval_transform, finetune_transform
+from util.data.sources.image_index import ImageIndex, check_same_classes, some_names
+from util.data.sources.layouts import class_names
+from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate
 from util.run.log import Log
@@ -299,9 +300,7 @@ def build_data(args: argparse.Namespace, setup: Setup):
         in_chans=args.in_chans,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        crop_scale=ascending(args.crop_scale, "--crop_scale"),
+        crop=CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip),
         mean=setup.pixels.mean,
     )
     train = build_dataset(args.data_path, "train", augment, **options)

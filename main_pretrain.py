@@ -79,9 +79,9 @@ from util.data.loading.loader import (
     train_loader,
 )
 from util.data.multicrop import TwoViews
-from util.data.pixels import Pixels
+from util.data.pixels import Pixels, unnormalize
 from util.data.sources.image_index import NoSplit
-from util.data.transforms import eval_transform, pretrain_transform, unnormalize
+from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms

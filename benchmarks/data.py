@@ -42,8 +42,9 @@ from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
 from util.data.pixels import Pixels
 from util.data.sources import repack
-from util.data.sources.image_index import build_index
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
+from util.data.sources.layouts import build_index
+from util.data.transforms import pretrain_transform
+from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 224
 BASELINE = "torchvision ImageFolder + PIL, float32"

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.timing import ROOT, Record, shown, spread, table
 from util.data.datasets import ImageDataset
-from util.data.sources.image_index import build_index
-from util.data.transforms import normalize
+from util.data.pixels import normalize
+from util.data.sources.layouts import build_index
 
 # Run in a new process with a folder as its argument. statm counts pages.
 START = """
 import os, sys, time
-from util.data.sources.image_index import build_index
+from util.data.sources.layouts import build_index
 
 def mib():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

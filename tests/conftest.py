@@ -49,8 +49,9 @@ def built(tmp_path_factory) -> Path:
 def library(built, monkeypatch):
     """Everything decodes by the native library; without this fixture it depends on what the checkout holds."""
     from util.data import native
+    from util.data.native import bindings
 
-    monkeypatch.setattr(native, "LIBRARY", built)
+    monkeypatch.setattr(bindings, "LIBRARY", built)
     assert native.library(), native.describe()
 
 

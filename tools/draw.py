@@ -22,8 +22,9 @@ from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import build_dataset
 from util.data.loading.loader import collate, some_samples
+from util.data.pixels import normalize, unnormalize
 from util.data.sources.image_index import NoSplit
-from util.data.transforms import eval_transform, normalize, unnormalize
+from util.data.transforms import eval_transform
 from util.flags.groups import channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table

@@ -18,8 +18,8 @@ from processes import FINETUNE, PRETRAIN, SERE, last, log_lines, start
 from util.data.datasets import build_dataset
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
-from util.data.pixels import Pixels
-from util.data.transforms import normalize, pretrain_transform
+from util.data.pixels import Pixels, normalize
+from util.data.transforms import pretrain_transform
 from util.dist import fsdp
 from util.run.flops import synchronize
 from util.train.amp import autocast

@@ -1,4 +1,4 @@
-"""Images that are decoded once: the same samples from memory, and from the device up to its rounding."""
+"""Images that are decoded once give the same samples: from memory, and from the device up to rounding."""
 
 import contextlib
 import io
@@ -21,20 +21,25 @@ import main_sere
 import tiny
 from processes import assert_same, last, log_lines
 from util import dist
-from util.data.datasets import ImageDataset, TimmDataset, build_dataset
-from util.data.loading import cache
-from util.data.loading.cache import CachedPixels, cached, resample
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.loading import cached_pixels, device_loader, memory, resample
+from util.data.loading.cache import cached
+from util.data.loading.cached_pixels import CachedPixels
 from util.data.loading.loader import build_loader, device_batches, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler
 from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, build_index
-from util.data.transforms import decode, eval_transform, finetune_transform, pretrain_transform
+from util.data.sources.image_index import ImageIndex
+from util.data.sources.layouts import build_index
+from util.data.timm_datasets import TimmDataset
+from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.flags.parser import parse, run
 
 CPU = torch.device("cpu")
-# Elsewhere torch resizes with other rounding than PIL and the native library do; see test_native.py.
+# On other processors torch rounds differently from PIL and the native library; see test_native.py.
 SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+GREY_LEVELS = 1 + int(not SAME_BITS)
 LOADING = dict(batch_size=4, num_workers=0, pin_memory=False)
 BROKEN = 3, 8
 
@@ -64,14 +69,18 @@ def folder(tmp_path_factory) -> Path:
 def samples(folder, transform, where, *, evaluation=False, epochs=(0, 3), **kwargs) -> list[dict]:
     """All batches of two epochs, each of the data set."""
     dataset = build_dataset(folder, "train", transform, seed=5, evaluation=evaluation, **kwargs)
-    loader = eval_loader(dataset, **LOADING) if evaluation else train_loader(dataset, seed=5, **LOADING)
-    loader = cached(loader, where, CPU)
-    found = []
+    if evaluation:
+        loader = cached(eval_loader(dataset, **LOADING), where, CPU)
+        return [batch for _ in epochs for batch in loader]
+    return batches_of(cached(train_loader(dataset, seed=5, **LOADING), where, CPU), epochs)
+
+
+def batches_of(loader, epochs=(0, 3)) -> list[dict]:
+    batches = []
     for epoch in epochs:
-        if not evaluation:
-            loader.sampler.set_position(epoch)
-        found += list(loader)
-    return found
+        loader.sampler.set_position(epoch)
+        batches += list(loader)
+    return batches
 
 
 def compare(found, expected, most=0) -> None:
@@ -86,7 +95,7 @@ def compare(found, expected, most=0) -> None:
 TRAINING = {
     "pretrain": pretrain_transform((24, 20), vflip=0.5),
     "small crops": pretrain_transform(40, (0.05, 0.3)),
-    "finetune": finetune_transform((20, 24), auto_augment="", vflip=0.5),
+    "finetune": finetune_transform((20, 24), auto_augment="", crop=CropSettings(vflip=0.5)),
 }
 MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
 EVALUATION = {
@@ -102,8 +111,9 @@ def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monke
     if native:
         request.getfixturevalue("library")
     else:
-        monkeypatch.setattr("util.data.native.LIBRARY", tmp_path / "absent.so")
-    transform, evaluation = (TRAINING | MORE | EVALUATION)[name], name in EVALUATION
+        monkeypatch.setattr("util.data.native.bindings.LIBRARY", tmp_path / "absent.so")
+    transform = (TRAINING | MORE | EVALUATION)[name]
+    evaluation = name in EVALUATION
     expected = samples(folder, transform, "none", evaluation=evaluation)
     assert sum(len(batch["bad"]) for batch in expected) >= 2 * len(BROKEN)
     compare(samples(folder, transform, "memory", evaluation=evaluation), expected)
@@ -111,11 +121,12 @@ def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monke
 
 @pytest.mark.parametrize("name", [*TRAINING, *EVALUATION])
 def test_samples_of_the_device_are_the_same(library, folder, name):
-    """Bit for bit where images shrink little, as here; so are labels, keys, stand-ins and black images."""
-    transform, evaluation = (TRAINING | EVALUATION)[name], name in EVALUATION
+    """Bit for bit, as images shrink little here; so are labels, keys, replacements and black images."""
+    transform = (TRAINING | EVALUATION)[name]
+    evaluation = name in EVALUATION
     expected = samples(folder, transform, "none", evaluation=evaluation)
     found = samples(folder, transform, "device", evaluation=evaluation)
-    compare(found, expected, most=0 if SAME_BITS or not evaluation else 2)
+    compare(found, expected, most=2 * int(evaluation and not SAME_BITS))
     assert any(batch["image"].any() for batch in found)
     if evaluation:
         black = [batch["image"][batch["index"] == i] for batch in found for i in BROKEN]
@@ -126,15 +137,18 @@ def test_samples_of_the_device_are_the_same(library, folder, name):
 def test_large_reductions_on_the_device_differ_by_a_grey_level_at_most(library, tmp_path, size):
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(encoded(i, (400 + 60 * (i % 2), 300)))
-    index, different, values = build_index(tmp_path, labels=False), 0, 0
+    index = build_index(tmp_path, labels=False)
+    different = 0
+    values = 0
     for transform in (pretrain_transform(size, (0.5, 1.0)), eval_transform(size)):
         dataset = ImageDataset(index, transform)
         loader = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
         (found,) = loader
         expected = torch.stack([dataset[i]["image"] for i in range(6)])
         difference = (found["image"].int() - expected.int()).abs()
-        assert difference.max() <= (1 if SAME_BITS else 2)
-        different, values = different + int((difference > 0).sum()), values + difference.numel()
+        assert difference.max() <= GREY_LEVELS
+        different += int((difference > 0).sum())
+        values += difference.numel()
     assert different <= 1e-3 * values or not SAME_BITS, (different, values)
 
 
@@ -154,25 +168,27 @@ def test_other_channel_counts_on_the_device(tmp_path, channels):
 def test_a_sample_of_the_device_does_not_depend_on_its_batch(folder, monkeypatch):
     dataset = ImageDataset(build_index(folder), pretrain_transform((24, 20), vflip=0.5), seed=2)
     loader = cached(build_loader(dataset, [(4, i) for i in range(12)], batch_size=12), "device", CPU)
-    (whole,), (windows,) = loader, loader.windows
+    (whole,) = loader
+    (windows,) = loader.windows
     for chunk in (1, 40_000):  # of one image, and of a few
-        monkeypatch.setattr(cache, "CHUNK", chunk)
-        again = resample(loader.images, whole["index"], windows["window"], (24, 20))
+        monkeypatch.setattr(resample, "CHUNK", chunk)
+        again = resample.resample(loader.images, whole["index"], windows["window"], (24, 20))
         assert torch.equal(again, whole["image"])
     alone = cached(build_loader(dataset, [(4, 7)], batch_size=1), "device", CPU)
     assert torch.equal(next(iter(alone))["image"][0], whole["image"][7])
 
 
-def test_products_are_exact_where_the_run_allows_tf32(folder, monkeypatch):
+def test_products_are_exact_even_if_the_run_allows_tf32(folder, monkeypatch):
     dataset = ImageDataset(build_index(folder), TRAINING["pretrain"])
     loader = cached(build_loader(dataset, [0], batch_size=1), "device", CPU)
-    make, inside = cache._resample, []
+    make = resample._resample
+    inside = []
 
     def recorded(*args):
         inside.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
         return make(*args)
 
-    monkeypatch.setattr(cache, "_resample", recorded)
+    monkeypatch.setattr(resample, "_resample", recorded)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
@@ -185,33 +201,41 @@ def test_products_are_exact_where_the_run_allows_tf32(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_batches_of_which_no_image_can_be_read_are_black(tmp_path, size):
-    """The last batch, here; with one image a batch, also others."""
+def test_batches_without_a_readable_image_are_black(tmp_path, size):
+    """Here this is the last batch; with one image per batch, others as well."""
     for i in range(6):
-        (tmp_path / f"{i}.png").write_bytes(b"junk" if i in (1, 3, 4, 5) else encoded(i, (40, 30), "PNG"))
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, (40, 30), "PNG"))
+    for i in (1, 3, 4, 5):
+        (tmp_path / f"{i}.png").write_bytes(b"junk")
     dataset = ImageDataset(build_index(tmp_path, labels=False), eval_transform(24), evaluation=True)
     expected = list(build_loader(dataset, range(6), batch_size=size))
     found = list(cached(build_loader(dataset, range(6), batch_size=size), "device", CPU))
-    compare(found, expected, most=0 if SAME_BITS else 2)
+    compare(found, expected, most=2 * int(not SAME_BITS))
     assert not found[-1]["image"].any() and found[-1]["label"].tolist() == [-1] * size
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors that were alive at a time."""
+    """The most bytes of tensors that were alive at one time."""
 
     def __init__(self):
         super().__init__()
-        self.tensors, self.alive, self.most = {}, 0, 0
+        self.tensors = {}
+        self.alive = 0
+        self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        results = made
+        if not isinstance(made, (tuple, list)):
+            results = [made]
+        for tensor in results:
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, tensor.untyped_storage())
         return made
 
     def _add(self, tensor, storage):
-        place, size = storage.data_ptr(), storage.nbytes()
+        place = storage.data_ptr()
+        size = storage.nbytes()
         if place not in self.tensors:
             self.tensors[place] = 0
             self.alive += size
@@ -230,35 +254,38 @@ class Peak(TorchDispatchMode):
     "long, short, channels, size", [(2000, 8, 3, 32), (2000, 8, 1, 8), (300, 300, 3, 24)]
 )
 def test_a_part_of_a_batch_takes_no_more_than_its_share(monkeypatch, long, short, channels, size):
-    """Also with an elongated image, of which the filter has many positions; one image takes what it needs."""
+    """An elongated image, whose filter has many positions, included; a single image takes what it needs."""
     transform = eval_transform(size)
     shapes = [(size, size)] * 11 + [(short, long)]
     images = torch.zeros(12, channels, max(short, size), long, dtype=torch.uint8)
     images.random_(generator=torch.Generator().manual_seed(0))
-    rows, windows = torch.arange(12), torch.tensor([transform.window(*shape) for shape in shapes])
-    monkeypatch.setattr(cache, "CHUNK", 1)
+    rows = torch.arange(12)
+    windows = torch.tensor([transform.window(*shape) for shape in shapes])
+    monkeypatch.setattr(resample, "CHUNK", 1)
     with Peak() as one:
-        expected = resample(images, rows[-1:], windows[-1:], transform.size)
+        expected = resample.resample(images, rows[-1:], windows[-1:], transform.size)
     assert one.most < 4 * 2**20
-    monkeypatch.setattr(cache, "CHUNK", 2**20)
+    monkeypatch.setattr(resample, "CHUNK", 2**20)
     with Peak() as peak:
-        found = resample(images, rows, windows, transform.size)
-    assert 2**20 < peak.most < 4 * 2**20 + 2 * found.nbytes, peak.most  # floats, and the results on top
+        found = resample.resample(images, rows, windows, transform.size)
+    # CHUNK counts floats; the results come on top.
+    assert 2**20 < peak.most < 4 * 2**20 + 2 * found.nbytes, peak.most
     assert torch.equal(found[-1:], expected)
 
 
 def test_the_largest_weight_is_that_of_all_positions():
-    """Here one in the middle. The first four are smaller, and so are the last four, which are shown."""
+    """Here it is one in the middle. The last four are shown, and are smaller, as are the first four."""
     start, length, full, flip, first = (torch.tensor([value]) for value in (0, 27, 14, 0, 10))
-    part, part_unit = cache.Axis(start, length, full, first, flip, 14).weights(4, 27)
-    whole, unit = cache.Axis(start, length, full, start, flip, 14).weights(14, 27)
-    ends, middle = torch.cat([whole[:, :4], whole[:, 10:]]).max() * unit, whole.max() * unit
+    part, part_unit = resample.Axis(start, length, full, first, flip, 14).weights(4, 27)
+    whole, unit = resample.Axis(start, length, full, start, flip, 14).weights(14, 27)
+    ends = torch.cat([whole[:, :4], whole[:, 10:]]).max() * unit
+    middle = whole.max() * unit
     assert ends < 0.5 < middle, "so that without it the weights would get one bit more"
     assert part_unit == unit and (part - whole[:, 10:]).abs().max() <= 1
 
 
 def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
-    """The largest weight is one of all positions, of which the centre crop shows few."""
+    """The largest weight is that of all positions, and the centre crop shows few of them."""
     sizes = [(2000, 8), (32, 32), (8, 700), (300, 40), (33, 31), (90, 200)]
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.png").write_bytes(encoded(i, size, "PNG"))
@@ -267,7 +294,7 @@ def test_elongated_images_on_the_device_are_the_same(library, tmp_path):
         dataset = ImageDataset(index, transform)
         (found,) = cached(build_loader(dataset, range(6), batch_size=6), "device", CPU)
         expected = torch.stack([dataset[i]["image"] for i in range(6)])
-        assert (found["image"].int() - expected.int()).abs().max() <= (1 if SAME_BITS else 2)
+        assert (found["image"].int() - expected.int()).abs().max() <= GREY_LEVELS
 
 
 @pytest.mark.parametrize("where", ["memory", "device"])
@@ -275,17 +302,13 @@ def test_files_are_decoded_once_and_workers_make_the_same(folder, where, monkeyp
     expected = samples(folder, TRAINING["pretrain"], "none")
     dataset = build_dataset(folder, "train", TRAINING["pretrain"], seed=5)
     loader = cached(train_loader(dataset, seed=5, batch_size=4, num_workers=2, pin_memory=False), where, CPU)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     readable = [decode(dataset.index.read(i)) for i in range(12) if i not in BROKEN]
-    assert "12 images decoded in 0." in said and "MB in memory; 2 cannot be read" in said
+    assert "12 images decoded in 0." in printed and "MB in memory; 2 cannot be read" in printed
     pixels = sum(image.numel() for image in readable)
     assert where == "device" or dataset.pixels.nbytes == pixels
     monkeypatch.setattr(ImageIndex, "read", lambda *args: pytest.fail("a file was read again"))
-    found = []
-    for epoch in (0, 3):
-        loader.sampler.set_position(epoch)
-        found += list(loader)
-    compare(found, expected)
+    compare(batches_of(loader), expected)
     assert len(loader) == 3 and loader.batch_size == 4 and loader.dataset is dataset
 
 
@@ -295,16 +318,18 @@ def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("util.data.pixels.normalize", lambda images, mean, std: seen.append(images) or images)
     made = []
-    monkeypatch.setattr(cache, "resample", lambda *args: made.append(resample(*args)) or made[-1])
+    monkeypatch.setattr(
+        device_loader, "resample", lambda *args: made.append(resample.resample(*args)) or made[-1]
+    )
     assert len(list(device_batches(loader, CPU, Pixels((0.5,), (0.5,))))) == 3
     assert [image.data_ptr() for image in seen] == [image.data_ptr() for image in made]
 
 
 def test_images_lie_in_several_tensors(folder, monkeypatch):
-    """Each as large as SLAB or its image; what is read does not depend on it."""
+    """Each has the size of SLAB or of its image; the images do not depend on it."""
     index = build_index(folder)
     whole = CachedPixels(index, 3)
-    monkeypatch.setattr(cache, "SLAB", 9000)
+    monkeypatch.setattr(cached_pixels, "SLAB", 9000)
     parts = CachedPixels(index, 3, threads=3)
     assert len(whole.slabs) == 1 and len(parts.slabs) > 4
     for i in range(12):
@@ -316,55 +341,62 @@ def test_images_lie_in_several_tensors(folder, monkeypatch):
 
 
 def test_few_decoded_images_wait(folder, monkeypatch):
-    """Threads that decode faster than images are kept must not fill the memory."""
-    made, kept, waiting = [], [], []
-    keep, decoded = CachedPixels._keep, cache.decode
+    """Threads that decode faster than images are stored must not fill the memory."""
+    made = []
+    stored = []
+    waiting = []
+    keep = CachedPixels._keep
+    decoded = cached_pixels.decode
 
     def slow(self, i, image, free):
         time.sleep(0.05)
-        waiting.append(len(made) - len(kept))
-        kept.append(i)
+        waiting.append(len(made) - len(stored))
+        stored.append(i)
         return keep(self, i, image, free)
 
-    monkeypatch.setattr(cache, "PROBED", 0)
-    monkeypatch.setattr(cache, "decode", lambda *args: made.append(args) or decoded(*args))
+    monkeypatch.setattr(cached_pixels, "PROBED", 0)
+    monkeypatch.setattr(cached_pixels, "decode", lambda *args: made.append(args) or decoded(*args))
     monkeypatch.setattr(CachedPixels, "_keep", slow)
     pixels = CachedPixels(build_index(folder), 3, threads=2)
-    assert kept == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
+    assert stored == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
     assert max(waiting) <= 5  # two for each thread, and the one that is kept
     with ThreadPoolExecutor(2) as pool:
-        assert list(cache.in_order(pool, str, range(9), 3)) == list("012345678")
+        assert list(cached_pixels.in_order(pool, str, range(9), 3)) == list("012345678")
 
 
 def test_images_go_to_the_device_in_parts(folder, monkeypatch):
-    """Of COPIED bytes, or of one image; what arrives does not depend on it."""
-    index, sizes, zeros = build_index(folder), [], torch.zeros
+    """A part has COPIED bytes, or one image; the result does not depend on it."""
+    index = build_index(folder)
+    sizes = []
+    zeros = torch.zeros
     pixels = CachedPixels(index, 3)
-    whole = cache.padded_images(pixels, index, CPU)
+    whole = device_loader.padded_images(pixels, index, CPU)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
     for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
-        monkeypatch.setattr(cache, "COPIED", copied)
+        monkeypatch.setattr(device_loader, "COPIED", copied)
         sizes.clear()
-        assert torch.equal(cache.padded_images(pixels, index, CPU), whole)
+        assert torch.equal(device_loader.padded_images(pixels, index, CPU), whole)
         parts = [shape[0] for (shape,) in sizes[1:]]
         assert sum(parts) == 12 and max(parts) == images
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
-def test_what_cannot_be_cached_is_refused_with_advice(folder):
+def test_other_data_sets_and_transforms_are_refused_with_advice(folder):
     def loader(transform, **kwargs):
         return train_loader(build_dataset(folder, "train", transform, **kwargs), seed=0, **LOADING)
 
     for transform in MORE.values():
-        with pytest.raises(ValueError, match=r"give --cache_data memory, or .*--aa ''.*--sr_views same"):
+        with pytest.raises(
+            ValueError, match=r"give `cache_data` memory, or .*`auto_augment` ''.*`sr_views` same"
+        ):
             cached(loader(transform), "device", CPU)
     padded = build_loader(build_dataset(folder, "train", eval_transform(16, 1.2)), range(12), batch_size=4)
-    with pytest.raises(ValueError, match=r"give --crop_pct 1 or less, or --cache_data memory"):
+    with pytest.raises(ValueError, match=r"give `crop_pct` 1 or less, or `cache_data` memory"):
         cached(padded, "device", CPU)
     for where in ("memory", "device"):
-        with pytest.raises(ValueError, match=r"--dct_scaling decodes a file anew .* leave one of them out"):
+        with pytest.raises(ValueError, match=r"`dct_scaling` decodes a file anew .* leave one of them out"):
             cached(loader(pretrain_transform(16, dct_scaling=True)), where, CPU)
         timms = TimmDataset([0] * 8, pretrain_transform(16), name="hfds/x")
         with pytest.raises(ValueError, match=r"hfds/x: 8 images .*not from timm's readers: give .*none"):
@@ -375,17 +407,17 @@ def test_what_cannot_be_cached_is_refused_with_advice(folder):
 def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
     index = build_index(folder)
     readable = [decode(index.read(i)) for i in range(12) if i not in BROKEN]
-    memory = sum(image.numel() for image in readable) / len(readable) * 12
+    unpadded = sum(image.numel() for image in readable) / len(readable) * 12
     padded = 12 * 3 * max(image.shape[1] for image in readable) * max(image.shape[2] for image in readable)
-    for device, needed in ((None, memory), (CPU, memory + padded)):
+    for device, needed in ((None, unpadded), (CPU, unpadded + padded)):
         for room in (needed + 1, needed - 1):
-            monkeypatch.setattr(cache, "available_memory", lambda room=room: room)
+            monkeypatch.setattr(memory, "available_memory", lambda room=room: room)
             if room > needed:
                 CachedPixels(index, 3, device=device)
                 continue
             with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
                 CachedPixels(index, 3, device=device)
-    monkeypatch.setattr(cache, "available_memory", lambda: memory + 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: unpadded + 1)
     for room in (padded + 1, padded - 1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
         if room > padded:
@@ -393,13 +425,13 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
             continue
         with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
             CachedPixels(index, 3, device=torch.device("cuda"))
-    # Two ranks share a host; on both the set must be refused, or one would wait for the other.
-    monkeypatch.setattr(cache, "available_memory", lambda: 1.5 * memory)
+    # Two ranks share a host. Both must refuse the set, or one would wait for the other.
+    monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * unpadded)
     CachedPixels(index, 3)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
     with pytest.raises(ValueError, match="by all its ranks"):
         CachedPixels(index, 3)
-    small = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    small = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
     with pytest.raises(ValueError, match="on elsewhere"):
         CachedPixels(index, 3)
@@ -409,33 +441,36 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
 def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_path, monkeypatch, device):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(encoded(i, (300, 200) if i == 5 else (32, 32), "PNG"))
-    index, device = build_index(tmp_path, labels=False), torch.device(device)
-    monkeypatch.setattr(cache, "PROBED", 2)  # images 0 and 4
+    index = build_index(tmp_path, labels=False)
+    device = torch.device(device)
+    monkeypatch.setattr(cached_pixels, "PROBED", 2)  # images 0 and 4
     padded = 8 * 3 * 300 * 200
-    monkeypatch.setattr(cache, "available_memory", lambda: padded - 1 if device.type == "cpu" else 1e5)
+    room = {"cpu": padded - 1, "cuda": 1e5}[device.type]
+    monkeypatch.setattr(memory, "available_memory", lambda: room)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
     pixels = CachedPixels(index, 3, device=device)
     message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
     with pytest.raises(ValueError, match=message):
-        cache.padded_images(pixels, index, device)
+        device_loader.padded_images(pixels, index, device)
     # The height and the width may be those of two images.
     (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
     index = build_index(tmp_path, labels=False)
     with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
-        cache.padded_images(CachedPixels(index, 3, device=device), index, device)
-    # All ranks refuse where one of them lacks the memory.
-    monkeypatch.setattr(cache, "available_memory", lambda: 1e9)
+        device_loader.padded_images(CachedPixels(index, 3, device=device), index, device)
+    # All ranks refuse if one of them lacks the memory.
+    monkeypatch.setattr(memory, "available_memory", lambda: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))
-    other = cache.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
+    other = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, other])
     with pytest.raises(ValueError, match="on elsewhere"):
-        cache.padded_images(pixels, index, device)
+        device_loader.padded_images(pixels, index, device)
 
 
 def test_available_memory_is_what_is_left(tmp_path):
-    found = cache.available_memory()
+    found = memory.available_memory()
     assert 1e6 < found < 1e14
-    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    proc = tmp_path / "proc"
+    groups = tmp_path / "groups"
 
     def write(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -447,7 +482,7 @@ def test_available_memory_is_what_is_left(tmp_path):
         write(groups / name / "memory.stat", f"anon {used - inactive}\ninactive_file {inactive}\n")
 
     def left():
-        return cache.available_memory(str(proc), str(groups))
+        return memory.available_memory(str(proc), str(groups))
 
     assert left() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "macOS has no /proc"
     write(proc / "meminfo", "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
@@ -481,7 +516,7 @@ def call(main, *flags) -> int:
 
 
 class Killed(BaseException):
-    """Which nothing catches."""
+    """An error that nothing catches."""
 
 
 def test_a_killed_run_on_the_device_resumes_with_the_same_bits(tmp_path, monkeypatch, capsys):
@@ -525,38 +560,52 @@ def test_ranks_share_the_samples_and_not_the_cache(folder):
     assert [len(loader.images) for loader in loaders] == [12, 12, 12]
 
 
-def test_every_main_takes_a_cache(tmp_path, capsys):
-    """From memory each ends with the bits of a run without one; main_sere refuses the device."""
+MAINS = dict(pretrain=main_pretrain, finetune=main_finetune, linprobe=main_linprobe, sere=main_sere)
+
+
+@pytest.fixture(scope="module")
+def main_flags(tmp_path_factory) -> dict[str, list]:
+    """Flags of a short run of each main; the probe needs the checkpoint of a pretraining."""
+    pretrained = tmp_path_factory.mktemp("pretrained")
     flags = dict(
         pretrain=["--model", "mae_test", "--picture_epochs", 1],
         finetune=["--model", "vit_test"],
-        linprobe=["--model", "vit_test", "--finetune", tmp_path / "pretrain-none" / "checkpoint-last.pth"],
+        linprobe=["--model", "vit_test", "--finetune", pretrained / "checkpoint-last.pth"],
         sere=["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32],
     )
-    mains = dict(pretrain=main_pretrain, finetune=main_finetune, linprobe=main_linprobe, sere=main_sere)
-    for name, main in mains.items():
-        for where in ("none", "memory"):
-            out = tmp_path / f"{name}-{where}"
-            assert call(main, *flags[name], "--output_dir", out, "--cache_data", where) == 0
-        assert_same(last(tmp_path / f"{name}-none"), last(tmp_path / f"{name}-memory"))
-        capsys.readouterr()
+    assert call(main_pretrain, *flags["pretrain"], "--output_dir", pretrained) == 0
+    return flags
+
+
+@pytest.mark.parametrize("name", list(MAINS))
+def test_every_main_has_the_same_bits_from_memory(tmp_path, main_flags, name):
+    for where in ("none", "memory"):
+        flags = [*main_flags[name], "--output_dir", tmp_path / where, "--cache_data", where]
+        assert call(MAINS[name], *flags) == 0
+    assert_same(last(tmp_path / "none"), last(tmp_path / "memory"))
+
+
+def test_mains_refuse_the_device_with_advice(tmp_path, main_flags, capsys):
     refused = ["--cache_data", "device", "--output_dir", tmp_path / "device"]
     for name in ("finetune", "sere"):
-        assert call(mains[name], *flags[name], *refused) == 2
+        assert call(MAINS[name], *main_flags[name], *refused) == 2
         assert "give --cache_data memory" in capsys.readouterr().err
     two = ["--sr_spatial", 0.2, "--sr_views", "two"]
-    assert call(main_pretrain, *flags["pretrain"], *two, *refused) == 2
+    assert call(main_pretrain, *main_flags["pretrain"], *two, *refused) == 2
     assert "--sr_views same" in capsys.readouterr().err
     for more in ([], ["--eval", "--resume", tmp_path / "device" / "checkpoint-last.pth"]):
-        assert call(main_finetune, *flags["finetune"], "--aa", "", *refused, *more) == 0, "as advised"
-    for more in ([], ["--knn"]):
-        out = tmp_path / f"probe{len(more)}"
-        assert call(main_linprobe, *flags["linprobe"], *refused[:2], *more, "--output_dir", out) == 0
+        assert call(main_finetune, *main_flags["finetune"], "--aa", "", *refused, *more) == 0, "as advised"
+
+
+@pytest.mark.parametrize("more", [[], ["--knn"]])
+def test_the_probe_takes_images_from_the_device(tmp_path, main_flags, more):
+    flags = [*main_flags["linprobe"], "--cache_data", "device", *more, "--output_dir", tmp_path]
+    assert call(main_linprobe, *flags) == 0
 
 
 @pytest.mark.gpu
 def test_a_gpu_resamples_to_the_same_bits(folder):
-    """Also where the run allows TF32, whose products would not be exact."""
+    """Even if the run allows TF32, whose products would not be exact."""
     torch.set_float32_matmul_precision("high")
     cuda = torch.device("cuda")
     for transform, evaluation in ((TRAINING["pretrain"], False), (EVALUATION["tall"], True)):
@@ -582,5 +631,8 @@ def test_a_gpu_resamples_to_the_same_bits(folder):
 )
 def test_fine_tuning_refuses_its_augmentation_before_it_reads_anything(flags, refused):
     args = main_finetune.get_args_parser().parse_args(["--cache_data", "device", *flags])
-    with pytest.raises(ValueError, match="--aa ''") if refused else contextlib.nullcontext():
+    expectation = contextlib.nullcontext()
+    if refused:
+        expectation = pytest.raises(ValueError, match="--aa ''")
+    with expectation:
         main_finetune.check_flags(args)

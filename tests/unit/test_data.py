@@ -1,4 +1,7 @@
-"""Images in, batches out: listings, decoding, augmentation, samplers, loader. Images are generated; real if present."""
+"""From images on disk to batches: listings, decoding, augmentation, samplers, loader.
+
+Images are generated; some tests also use real ones if they are present.
+"""
 
 import io
 import os
@@ -11,6 +14,7 @@ import sys
 import tarfile
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,22 +30,17 @@ from torchvision.transforms import v2
 import main_pretrain
 from util import dist
 from util.data import __main__ as commands
-from util.data import datasets, transforms
+from util.data import datasets, formats
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode, is_plain_jpeg
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
-from util.data.loading.samplers import EpochSampler, EvalSampler, sample_seed
-from util.data.pixels import Pixels
+from util.data.loading.samplers import EpochSampler, EvalSampler
+from util.data.pixels import Pixels, normalize, unnormalize
+from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing
-from util.data.sources.image_index import build_index, check_same_classes
-from util.data.transforms import (
-    _is_plain_jpeg,
-    decode,
-    eval_transform,
-    finetune_transform,
-    normalize,
-    pretrain_transform,
-    unnormalize,
-)
+from util.data.sources.image_index import check_same_classes
+from util.data.sources.layouts import build_index
+from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
 from util.flags.parser import parse, run
 from util.run.guards import BadImages
@@ -56,11 +55,10 @@ ORDER = ["a/10.jpeg", "a/9.jpg", "a/z.JPG", "a/x/1.png", "a/x-y/0.jpg", "a-b/1.j
 
 def picture(seed=0, size=(48, 40), mode="RGB"):
     """A smooth random image of (W, H), in which one pixel of shift is visible."""
-    channels = len(mode) if mode != "L" else 1
+    channels = len(mode)  # one letter for each
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, channels), dtype=np.uint8)
-    return Image.fromarray(noise.squeeze(), mode if channels < 3 else None).resize(
-        size, Image.Resampling.BICUBIC
-    )
+    image = Image.fromarray(noise.squeeze())  # (12, 12, 1) -> (12, 12), grey
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def encode(image, format="PNG", **kwargs):
@@ -75,7 +73,9 @@ def write(root, names, broken=()):
         path.parent.mkdir(parents=True, exist_ok=True)
         format = Image.registered_extensions()[path.suffix.lower()]
         data = encode(picture(i, size=(40 + i % 7, 36 + i % 5)), format)
-        path.write_bytes(b"junk" if name in broken else data)
+        if name in broken:
+            data = b"junk"
+        path.write_bytes(data)
     return str(root)
 
 
@@ -99,7 +99,10 @@ def names_of(index):
 def same(a, b):
     assert a.keys() == b.keys()
     for k in a:
-        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+        if isinstance(a[k], torch.Tensor):
+            assert torch.equal(a[k], b[k]), k
+        else:
+            assert a[k] == b[k], k
 
 
 # --- the index ---
@@ -152,18 +155,17 @@ def test_every_layout_gives_the_same_samples(tmp_path, transform):
 @pytest.mark.skipif(not REAL.is_dir(), reason="real images are not beside the repository")
 def test_real_tar_equals_real_folder(tmp_path):
     with tarfile.open(REAL / "mini_imagenet20" / "val.tar") as tar:
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4
+        safely = {}
+        if hasattr(tarfile, "data_filter"):  # since Python 3.11.4
+            safely = {"filter": "data"}
         tar.extractall(tmp_path / "val", members=tar.getmembers()[:300], **safely)
         pack(tmp_path / "val.tar", tmp_path / "val", [m.name for m in tar.getmembers()[:300]], prefix="")
     index = build_index(tmp_path, "val")
     (tmp_path / "val").rename(tmp_path / "moved")
     tar_index = build_index(tmp_path, "val")
     assert (index.kind, tar_index.kind) == ("class folders", "val.tar")
-    assert (
-        names_of(index) == names_of(tar_index)
-        and index.classes == tar_index.classes
-        and len(index.classes) == 20
-    )
+    assert names_of(index) == names_of(tar_index)
+    assert index.classes == tar_index.classes and len(index.classes) == 20
     (tmp_path / "moved").rename(tmp_path / "val")
     a, b = (ImageDataset(x, pretrain_transform(64)) for x in (index, tar_index))
     for i in range(0, 300, 7):
@@ -171,47 +173,68 @@ def test_real_tar_equals_real_folder(tmp_path):
     os.symlink(REAL / "photos.tar", tmp_path / "photos.tar")  # so that nothing is written beside the real one
     photos = build_index(tmp_path / "photos.tar", labels=False)
     data = photos.read(100)
-    assert (
-        decode(data, 3).numpy() == np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
-    ).all()
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # (H, W, 3)
+    assert (decode(data, 3).numpy() == expected.transpose(2, 0, 1)).all()
 
 
-def test_tar_index_is_cached_and_checked(tmp_path, monkeypatch):
+def old_tar(tmp_path):
+    """A tar of NAMES that is old enough for its listing to be cached, and the folder of its files."""
     root = write(tmp_path / "src", NAMES)
     tar = pack(tmp_path / "train.tar", root, NAMES)
-    build_index(tmp_path)
-    assert not Path(tar + ".index.npz").exists()  # just written: its time cannot be trusted yet
     age(tar)
+    return tar, root
+
+
+def test_a_tar_is_indexed_once(tmp_path, monkeypatch):
+    tar, _ = old_tar(tmp_path)
     first = build_index(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3  # no temporary files
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("the tar was indexed again"))
-        second = build_index(tmp_path)
-        assert names_of(second) == names_of(first) == ORDER and second.read(5) == first.read(5)
-        assert np.array_equal(first.labels, second.labels) and second.classes == first.classes
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: pytest.fail("the tar was indexed again"))
+    second = build_index(tmp_path)
+    assert names_of(second) == names_of(first) == ORDER
+    assert second.read(5) == first.read(5)
+    assert np.array_equal(first.labels, second.labels) and second.classes == first.classes
     with np.load(tar + ".index.npz", allow_pickle=False) as arrays:
         assert all(a.dtype.kind in "iu" for a in arrays.values())
+
+
+def test_a_tar_that_was_just_written_is_not_cached(tmp_path):
+    tar = pack(tmp_path / "train.tar", write(tmp_path / "src", NAMES), NAMES)
+    build_index(tmp_path)
+    assert not Path(tar + ".index.npz").exists()  # its time cannot be trusted yet
+
+
+def test_a_changed_tar_or_a_damaged_cache_is_indexed_again(tmp_path):
+    tar, root = old_tar(tmp_path)
+    build_index(tmp_path)
     pack(tar, root, NAMES[:4])
     assert names_of(build_index(tmp_path)) == [n for n in ORDER if n in NAMES[:4]]
     age(tar)
     build_index(tmp_path)
     os.truncate(tar + ".index.npz", 300)
     assert len(build_index(tmp_path)) == 4
-    os.remove(tar + ".index.npz")
+
+
+def test_the_cache_of_a_tar_lies_beside_it_or_in_the_users_cache(tmp_path, monkeypatch):
+    tar, root = old_tar(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert len(build_index("train.tar")) == 4 and Path(tar + ".index.npz").exists()
+    assert len(build_index("train.tar")) == 8 and Path(tar + ".index.npz").exists()
     os.remove(tar + ".index.npz")
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(root) / "cache"))
-    tmp_path.chmod(0o555)  # not the user's to write in: the listing goes to the user's cache
-    assert len(build_index(tmp_path)) == 4 and not Path(tar + ".index.npz").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(listing, "_tar_members", lambda path: pytest.fail("the tar was listed again"))
-        assert len(build_index(tmp_path)) == 4 and len(list((Path(root) / "cache" / "mae_pl").iterdir())) == 1
+    tmp_path.chmod(0o555)  # the user may not write here
+    assert len(build_index(tmp_path)) == 8 and not Path(tar + ".index.npz").exists()
+    monkeypatch.setattr(listing, "_tar_members", lambda path: pytest.fail("the tar was listed again"))
+    assert len(build_index(tmp_path)) == 8
+    assert len(list((Path(root) / "cache" / "mae_pl").iterdir())) == 1
     tmp_path.chmod(0o755)
+
+
+def test_a_tar_that_shrinks_later_is_an_error_of_its_images(tmp_path):
+    tar, _ = old_tar(tmp_path)
     index = build_index(tmp_path)
     os.truncate(tar, Path(tar).stat().st_size // 2)
     with pytest.raises(OSError, match="ends inside"):
-        [index.read(i) for i in range(4)]
+        [index.read(i) for i in range(8)]
 
 
 @pytest.mark.parametrize("place", ["train", "."])
@@ -232,11 +255,14 @@ def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place
         assert names_of(build_index(tmp_path.name)) == ORDER[3:]
     write(tmp_path / place, ["a/x/0.jpg"])  # in a nested folder
     assert names_of(build_index(tmp_path)) == ["a/x/0.jpg", *ORDER[3:]]
-    write(
-        tmp_path / "whole", ["train/a/1.jpg", "val/a/1.jpg"]
-    )  # a bad layout stays bad when its listing is cached
-    age(tmp_path, *folders, *(tmp_path / "whole").rglob("*"), tmp_path / "whole")
-    for _ in range(2 if place == "." else 0):
+
+
+def test_a_bad_layout_stays_bad_when_its_listing_is_cached(tmp_path, monkeypatch):
+    write(tmp_path, ORDER[3:])
+    write(tmp_path / "whole", ["train/a/1.jpg", "val/a/1.jpg"])
+    age(tmp_path, *tmp_path.rglob("*"))
+    monkeypatch.setattr(listing, "CACHE_FOLDERS_ABOVE", 1)
+    for _ in range(2):
         with pytest.raises(ValueError, match="Did you mean"):
             build_index(tmp_path)
 
@@ -256,12 +282,9 @@ def test_more_shards_than_open_files_and_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(image_index, "MAX_OPEN_TARS", 2)
     root = write(tmp_path / "src", ORDER)
     os.link(Path(root, "a/9.jpg"), Path(root, "b/9.jpg"))
+    linked = {3: ["a/9.jpg", "b/9.jpg"]}  # in the last shard
     for i in range(4):
-        pack(
-            tmp_path / f"train-{i}.tar",
-            root,
-            ORDER[2 * i : 2 * i + 2] + (["a/9.jpg", "b/9.jpg"] if i == 3 else []),
-        )
+        pack(tmp_path / f"train-{i}.tar", root, ORDER[2 * i : 2 * i + 2] + linked.get(i, []))
     index = build_index(tmp_path)
     index.read(0)
     index = pickle.loads(pickle.dumps(index))  # as for a spawned worker, with a file open
@@ -398,24 +421,50 @@ def test_class_names_must_agree(tmp_path):
 @pytest.mark.filterwarnings("error:.*ransparency")
 def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeypatch):
     if not torchvision:
-        monkeypatch.setattr(transforms, "decode_jpeg", None)
-    image = picture(1, mode="RGBA").convert(mode) if mode != "P" else picture(1).quantize(256)
-    data = encode(image, format, **options)
-    expected = Image.open(io.BytesIO(data))
-    if channels == 1 and format == "JPEG" and mode == "RGB":
-        expected.draft("L", None)  # the file's own luma; RGB and back is not the same
-    if mode == "P" and format == "PNG":
-        expected = expected.convert("RGBA")
-    expected = np.asarray(expected.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])).reshape(40, 48, channels)
-    found = decode(data, channels)
-    assert found.dtype == torch.uint8 and (found.numpy() == expected.transpose(2, 0, 1)).all()
-    assert _is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
+        monkeypatch.setattr(formats, "decode_jpeg", None)
+    data = encode(in_mode(mode), format, **options)
+    expected = np.asarray(by_pil(data, mode, channels)).reshape(40, 48, channels)
+    decoded = decode(data, channels)
+    assert decoded.dtype == torch.uint8 and (decoded.numpy() == expected.transpose(2, 0, 1)).all()
+    assert is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
     for part in (0.5, 0.9):
         with pytest.raises(ValueError, match="not a readable image"):
             decode(data[: int(len(data) * part)], channels)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     with pytest.raises(ValueError, match="decompression bomb"):  # torchvision has no such limit
         decode(data, channels)
+
+
+def in_mode(mode):
+    if mode == "P":
+        return picture(1).quantize(256)
+    return picture(1, mode="RGBA").convert(mode)
+
+
+def by_pil(data, mode, channels):
+    """PIL's image of a file, whose own mode is `mode`, in the mode of 1, 3 or 4 channels."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == "JPEG" and mode == "RGB" and channels == 1:
+        image.draft("L", None)  # the luma in the file; by way of RGB it would change
+    if image.format == "PNG" and mode == "P":
+        image = image.convert("RGBA")
+    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def test_every_format_has_suffixes_and_a_decoder():
+    assert len(set(formats.IMAGE_SUFFIXES)) == len(formats.IMAGE_SUFFIXES)
+    assert {b".jpg", b".png", b".npy"} <= set(formats.IMAGE_SUFFIXES)
+    assert formats.format_of(encode(picture())).decode(encode(picture()), 3).shape == (3, 40, 48)
+    assert formats.format_of(b"") is formats.FORMATS[-1], "the last one takes what no other matches"
+
+
+def test_a_new_format_is_one_entry_of_the_table(monkeypatch):
+    def decode_raw(data, in_chans):
+        return torch.frombuffer(bytearray(data[4:]), dtype=torch.uint8).view(in_chans, 2, 2)
+
+    raw = formats.Format((".raw",), lambda data, _: data[:4] == b"RAW!", decode_raw, read_by_pil=False)
+    monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
+    assert decode(b"RAW!" + bytes(range(12))).tolist()[2] == [[8, 9], [10, 11]]
 
 
 def test_decode_16_bit_arrays_and_junk():
@@ -469,9 +518,8 @@ def test_pretrain_transform_is_torchvisions_on_pil(size, scale):
         expected = reference(image).int()
         torch.manual_seed(seed)
         found = transform(tensor)
-        assert (
-            found.dtype == torch.uint8 and (found.int() - expected).abs().max() <= 2
-        )  # a pixel of shift gives > 20
+        assert found.dtype == torch.uint8
+        assert (found.int() - expected).abs().max() <= 2  # a pixel of shift gives > 20
         torch.manual_seed(seed)
         box = tv.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
         torch.manual_seed(seed)
@@ -483,7 +531,8 @@ def test_pretrain_transform_is_torchvisions_on_pil(size, scale):
 )
 def test_boxes_and_flips_are_torchvisions(height, width):
     """Also where no crop of the wanted area and aspect ratio fits into the image."""
-    ours, theirs = pretrain_transform(8, hflip=0.3, vflip=0.6), v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    ours = pretrain_transform(8, hflip=0.3, vflip=0.6)
+    theirs = v2.RandomResizedCrop(8, scale=(0.2, 1.0))
     for seed in range(50):
         torch.manual_seed(seed)
         box = theirs.make_params([torch.empty(1, height, width)])
@@ -498,13 +547,13 @@ def test_boxes_and_flips_are_torchvisions(height, width):
 @pytest.mark.parametrize("size, crop_pct", [(32, None), (48, 0.9), (256, None)])
 def test_eval_transform_is_torchvisions_on_pil(source, size, crop_pct):
     image = picture(3, size=source)
-    resize = int(size / (crop_pct or (224 / 256 if size <= 224 else 1)))
+    default = {32: 224 / 256, 256: 1.0}
+    resize = int(size / (crop_pct or default[size]))
     reference = tv.Compose(
         [tv.Resize(resize, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()]
     )
-    assert (
-        eval_transform(size, crop_pct)(decode(encode(image))).int() - reference(image).int()
-    ).abs().max() <= 2
+    found = eval_transform(size, crop_pct)(decode(encode(image)))
+    assert (found.int() - reference(image).int()).abs().max() <= 2
 
 
 def test_eval_transform_covers_rectangles():
@@ -513,7 +562,7 @@ def test_eval_transform_covers_rectangles():
     )
     found = eval_transform((32, 96), crop_pct=1.0)(torch.from_numpy(ramp).permute(2, 0, 1))
     assert found.shape == (3, 32, 96)
-    # (100, 200) -> (48, 96), the middle 32 rows: the whole width, a third of the height is cut, and nothing is padded
+    # (100, 200) -> (48, 96), then the middle 32 rows: the whole width is shown, and nothing is padded
     assert found[0, 5, 0] <= 1 and found[0, 5, -1] >= 198
     assert abs(int(found[1, 0, 0]) - 17) <= 1 and abs(int(found[1, -1, 0]) - 82) <= 1
 
@@ -521,7 +570,7 @@ def test_eval_transform_covers_rectangles():
 @pytest.mark.parametrize("mode, mean", [("RGB", (0.4, 0.5, 0.6)), ("L", (0.5,))])
 def test_finetune_transform_is_timms(mode, mean):
     image = picture(4, size=(60, 50), mode=mode)
-    transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, vflip=0.2)
+    transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, crop=CropSettings(vflip=0.2))
     reference = timm.data.create_transform(
         (24, 32),
         is_training=True,
@@ -538,17 +587,20 @@ def test_finetune_transform_is_timms(mode, mean):
             (reference, image),
             (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean))),
         ):
-            with datasets._seeded(seed):
+            with seeded(seed):
                 outputs.append(f(x))
         assert torch.equal(outputs[-1], outputs[-2]) and outputs[-1].dtype == torch.uint8
     hardest = finetune_transform(16, in_chans=len(mean), mean=mean, auto_augment="rand-m10-n6-inc1")
     for seed in range(60):  # the highest magnitude posterises to 0 bits, which new versions of Pillow refuse
-        with datasets._seeded(seed):
+        with seeded(seed):
             assert hardest(decode(encode(image), len(mean))).shape == (len(mean), 16, 16)
 
 
 def timms_draws(height, width, key, monkeypatch, **options):
-    """top, left, height, width, flipped left-right, upside down: what timm's transform does to an image of that size."""
+    """What timm's transform does to an image of that size.
+
+    Returns top, left, height, width, flipped left-right, upside down.
+    """
     transform = timm.data.create_transform(
         8,
         is_training=True,
@@ -558,29 +610,32 @@ def timms_draws(height, width, key, monkeypatch, **options):
         interpolation="bicubic",
         **options,
     )
-    boxes, marked = [], np.zeros((8, 8, 3), np.uint8)
-    marked[0, 0] = 255
+    boxes = []
+    marked = np.zeros((8, 8, 3), np.uint8)
+    marked[0, 0] = 255  # flips move this corner
     with monkeypatch.context() as patch:
         patch.setattr(
             timm.data.transforms.F,
             "resized_crop",
             lambda image, *box: boxes.append(box[:4]) or Image.fromarray(marked),
         )
-        with datasets._seeded(key):
+        with seeded(key):
             found = np.asarray(transform(Image.new("RGB", (width, height))))
-    row, column = np.argwhere(found.max(-1) if found.shape[-1] == 3 else found.max(0))[0]
+    if found.shape[-1] != 3:
+        found = found.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    row, column = np.argwhere(found.max(-1))[0]
     return *boxes[0], bool(column), bool(row)
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (72, 72), (10, 400), (400, 10), (50, 199)])
 def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
-    """Also where no crop fits. An existing run must go on with the crops that it has begun with."""
+    """Also if no crop fits. A run that is resumed must continue with the crops that it began with."""
     options = dict(scale=(0.08, 1.0), hflip=0.3, vflip=0.6)
-    ours = finetune_transform(8, auto_augment="", crop_scale=options["scale"], hflip=0.3, vflip=0.6)
+    ours = finetune_transform(8, auto_augment="", crop=CropSettings(**options))
     keys = [sample_seed(0, epoch, 5) for epoch in range(50)]
     found = [ours.draw(height, width, key) for key in keys]
     assert found == [timms_draws(height, width, key, monkeypatch, **options) for key in keys]
-    with datasets._seeded(keys[0]):
+    with seeded(keys[0]):
         assert ours.draw(height, width) == found[0], "by the global generators, too"
     assert len({flips for *_, flips in found}) == 2
 
@@ -601,14 +656,17 @@ def through_pil(image, size, **options):
 @pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "JPEG")])
 def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
     """Up to the rounding of the two ways to resize; a wrong crop, flip or filter is far below 50 dB."""
-    channels, keys = {"RGB": 3, "L": 1}[mode], [sample_seed(2, epoch, 0) for epoch in range(30)]
+    channels = {"RGB": 3, "L": 1}[mode]
+    keys = [sample_seed(2, epoch, 0) for epoch in range(30)]
     data = encode(picture(4, size=(97, 81), mode=mode), format)
     (tmp_path / "x.jpg").write_bytes(data)
-    transform = finetune_transform((24, 32), in_chans=channels, auto_augment=None, vflip=0.5)
+    transform = finetune_transform(
+        (24, 32), in_chans=channels, auto_augment=None, crop=CropSettings(vflip=0.5)
+    )
     dataset = ImageDataset(build_index(tmp_path, labels=False), transform, in_chans=channels, seed=2)
     errors = []
     for epoch, key in enumerate(keys):
-        with datasets._seeded(key):
+        with seeded(key):
             expected = np.asarray(through_pil(decode(data, channels), (24, 32), vflip=0.5))
         found = dataset[epoch, 0]["image"].numpy()
         assert found.shape == expected.shape == (channels, 24, 32) and found.dtype == np.uint8
@@ -631,9 +689,9 @@ def test_color_jitter_and_other_filters_still_go_through_timm():
             use_prefetcher=True,
             **dict(auto_augment=None, color_jitter=None, interpolation="bicubic") | options,
         )
-        with datasets._seeded(7):
+        with seeded(7):
             expected = reference(v2.functional.to_pil_image(image))
-        with datasets._seeded(7):
+        with seeded(7):
             assert torch.equal(transform(image), expected)
 
 
@@ -643,17 +701,15 @@ def test_finetune_transform_of_other_channel_counts():
             finetune_transform(16, in_chans=5, **kwargs)
     image = torch.randint(0, 256, (5, 40, 30), dtype=torch.uint8)
     torch.manual_seed(0)
-    found = finetune_transform(16, in_chans=5, auto_augment=None, crop_scale=(0.2, 1))(image)
+    found = finetune_transform(16, in_chans=5, auto_augment=None, crop=CropSettings((0.2, 1)))(image)
     torch.manual_seed(0)
     assert torch.equal(found, pretrain_transform(16)(image))
 
 
 def test_normalize():
-    images, mean, std = (
-        torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8),
-        (0.4, 0.5, 0.6),
-        [0.2, 0.3, 0.25],
-    )
+    images = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8)
+    mean = (0.4, 0.5, 0.6)
+    std = [0.2, 0.3, 0.25]
     found = normalize(images, mean, std)
     torch.testing.assert_close(found, tv.functional.normalize(images / 255, mean, std))
     assert torch.equal(unnormalize(found, mean, std), images)
@@ -671,52 +727,53 @@ def dataset_of(tmp_path, n=24, broken=(), **kwargs):
     return build_dataset(tmp_path, "train", kwargs.pop("transform", pretrain_transform(16)), **kwargs)
 
 
-def test_samples_depend_on_seed_epoch_and_index_only(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_depend_on_seed_epoch_and_index_only(tmp_path, workers):
     dataset = dataset_of(tmp_path, seed=7, transform=finetune_transform(16))
     sampler = EpochSampler(24, batch_size=5, rank=0, world_size=1, seed=7)
+    # In another order than the loader's.
     expected = {(e, i): dataset[e, i] for e in (1, 0) for i in reversed(range(24))}
-    for workers in (0, 2):
-        loader = build_loader(dataset, sampler, batch_size=5, num_workers=workers)
-        for epoch in (0, 1):
-            sampler.set_position(epoch)
-            for m, batch in enumerate(loader):
-                assert torch.equal(batch["index"], sampler.global_batch(epoch, m)) and batch["bad"] == []
-                for j, i in enumerate(batch["index"].tolist()):
-                    same(
-                        {k: batch[k][j] for k in ("image", "label", "key")},
-                        {k: torch.as_tensor(expected[epoch, i][k]) for k in ("image", "label", "key")},
-                    )
-                    assert (
-                        batch["key"][j] == sample_seed(7, epoch, i)
-                        and batch["label"][j] == dataset.index.labels[i]
-                    )
-            assert m == 3
+    loader = build_loader(dataset, sampler, batch_size=5, num_workers=workers)
+    for epoch in (0, 1):
+        sampler.set_position(epoch)
+        batches = list(loader)
+        assert len(batches) == 4
+        for m, batch in enumerate(batches):
+            assert torch.equal(batch["index"], sampler.global_batch(epoch, m)) and batch["bad"] == []
+            for j, i in enumerate(batch["index"].tolist()):
+                check_sample(batch, j, expected[epoch, i])
+                assert batch["key"][j] == sample_seed(7, epoch, i)
+                assert batch["label"][j] == dataset.index.labels[i]
     assert not torch.equal(expected[0, 3]["image"], expected[1, 3]["image"])
     same(dataset[3], expected[0, 3])
+
+
+def check_sample(batch, j, expected):
+    for name in ("image", "label", "key"):
+        assert torch.equal(batch[name][j], torch.as_tensor(expected[name])), name
 
 
 def test_loading_leaves_the_global_generators_alone(tmp_path):
     dataset = dataset_of(tmp_path, transform=lambda x: x + random.randrange(99) + np.random.randint(99))
     draws = []
     for load in (False, True):
-        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
         for _ in range(3):
             if load:
                 dataset[1, 2]
             draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
     assert draws[:3] == draws[3:]
-    random.seed(2), np.random.seed(2)
-    assert torch.equal(
-        dataset[1, 2]["image"], dataset[1, 2]["image"]
-    )  # random and numpy.random are seeded too
+    random.seed(2)
+    np.random.seed(2)
+    # random and numpy.random are seeded as well
+    assert torch.equal(dataset[1, 2]["image"], dataset[1, 2]["image"])
 
 
 def test_sample_seed_is_frozen_and_well_mixed():
-    frozen = [
-        1279368494785126216,
-        1700482428262628912,
-        7510213797696614745,
-    ]  # a change would break every resume
+    # A change would break every resume.
+    frozen = [1279368494785126216, 1700482428262628912, 7510213797696614745]
     assert [sample_seed(0, 0, 0), sample_seed(0, 0, 1), sample_seed(1, 2, 3)] == frozen
     seeds = [sample_seed(s, e, i) for s in range(5) for e in range(20) for i in range(100)]
     assert len(set(seeds)) == len(seeds) and min(seeds) >= 0 and max(seeds) < 2**63
@@ -736,30 +793,36 @@ def test_unreadable_images_are_replaced_and_reported(tmp_path):
             found = dataset[epoch, i]
             same(found, dataset[epoch, tried[-1]] | dict(bad=tried[:-1]))
             assert found["key"] == sample_seed(0, epoch, tried[-1]) and found["image"].any()
-    assert len({dataset[epoch, 2]["index"] for epoch in range(8)}) > 4, (
-        "not the neighbour, which may be broken as well"
-    )
+    replacements = {dataset[epoch, 2]["index"] for epoch in range(8)}
+    assert len(replacements) > 4, "not the neighbour, which may be damaged as well"
     assert collate([dataset[i] for i in (1, 2)])["bad"][0] == 2
+    os.remove(tmp_path / "train" / dataset.index.name(1))
+    assert dataset[1]["bad"][0] == 1  # a missing file
+
+
+def test_unreadable_images_are_black_in_evaluation(tmp_path):
+    dataset_of(tmp_path, broken=(4,))
     evaluation = ImageDataset(build_index(tmp_path), eval_transform(16), evaluation=True)
     found = evaluation[2]
     assert (found["index"], found["label"], found["bad"]) == (2, -1, [2]) and not found["image"].any()
     assert evaluation[1]["label"] == 0 and evaluation[1]["image"].any()
-    os.remove(tmp_path / "train" / evaluation.index.name(1))
-    assert dataset[1]["bad"][0] == 1  # gone altogether
-    for count in (24, 3):
-        shutil.rmtree(tmp_path / "train")
-        broken = dataset_of(tmp_path, n=count, broken=range(24))
-        with pytest.raises(
-            ValueError, match=r"20 images drawn one after the other cannot be read.*not a readable image"
-        ):
-            broken[0]
+
+
+@pytest.mark.parametrize("count", [24, 3])
+def test_a_data_set_without_a_readable_image_is_an_error(tmp_path, count):
+    broken = dataset_of(tmp_path, n=count, broken=range(24))
+    with pytest.raises(ValueError, match=r"20 images in a row could not be read.*not a readable image"):
+        broken[0]
 
 
 def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
     write(tmp_path / "a" / "train", ["x/1.png", "x/2.png", "y/3.png"])
     write(tmp_path / "b" / "train", ["x/1.png", "x/2.png", "y/3.png"])
-    write(tmp_path / "c" / "train", ["x/1.png", "y/2.png", "y/3.png"])  # as many, one of another class
+    write(
+        tmp_path / "c" / "train", ["x/1.png", "y/2.png", "y/3.png"]
+    )  # the same number, one of another class
     a, b, c = (build_dataset(tmp_path / name, "train", eval_transform(16)) for name in "abc")
+    # What the other rank sends.
     others = []
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, *others])
@@ -771,45 +834,42 @@ def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
             make(a, batch_size=1, num_workers=0, pin_memory=False)
 
 
+def mean_value(model, batch):
+    return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
+
+
+AS_THEY_ARE = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.0,) * 3, (1.0,) * 3))
+
+
+def evaluation_loader(dataset):
+    evaluated = ImageDataset(dataset.index, eval_transform(16), evaluation=True)
+    return eval_loader(evaluated, batch_size=3, num_workers=0, pin_memory=False)
+
+
 def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
-    """Wherever they lie in a batch, one batch of them alone among them; a loss function need not know of it."""
-    dataset = dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7))
-    loader = eval_loader(
-        ImageDataset(dataset.index, eval_transform(16), evaluation=True),
-        batch_size=3,
-        num_workers=0,
-        pin_memory=False,
-    )
+    """They may lie anywhere in a batch, or fill one; a loss function need not consider them."""
+    loader = evaluation_loader(dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7)))
     whole = [s for s in loader.dataset if not s["bad"]]
-
-    def loss_fn(model, batch):
-        return model(batch["image"]).mean(), {"label": batch["label"].float().mean()}
-
-    setup = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.0,) * 3, (1.0,) * 3))
-    stats = mean_terms(torch.nn.Flatten(), loss_fn, loader, setup)
-    assert stats["images"] == len(whole) == 12 - sum(bool(s["bad"]) for s in loader.dataset)
-    assert stats["loss"] == pytest.approx(
-        np.mean([s["image"].double().mean() / 255 for s in whole]), rel=1e-5
-    )
+    stats = mean_terms(torch.nn.Flatten(), mean_value, loader, AS_THEY_ARE)
+    assert stats["images"] == len(whole) == 8
+    values = [s["image"].double().mean() / 255 for s in whole]
+    assert stats["loss"] == pytest.approx(np.mean(values), rel=1e-5)
     assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
-    assert f"{12 - len(whole)} images cannot be decoded and are left out" in capsys.readouterr().out
-    x, y = extract_features(lambda images: images.flatten(1)[:, :5], loader, setup)
-    assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole])) and y.tolist() == [
-        s["label"] for s in whole
-    ]
+    assert "4 images cannot be decoded and are left out" in capsys.readouterr().out
 
 
-def test_an_evaluation_on_nothing_says_so(tmp_path):
-    dataset = dataset_of(tmp_path, n=4, broken=(0, 1, 2, 3))
-    loader = eval_loader(
-        ImageDataset(dataset.index, eval_transform(16), evaluation=True),
-        batch_size=3,
-        num_workers=0,
-        pin_memory=False,
-    )
+def test_features_leave_unreadable_images_out(tmp_path):
+    loader = evaluation_loader(dataset_of(tmp_path, n=12, broken=(0, 1, 2, 7)))
+    whole = [s for s in loader.dataset if not s["bad"]]
+    x, y = extract_features(lambda images: images.flatten(1)[:, :5], loader, AS_THEY_ARE)
+    assert torch.allclose(x, torch.stack([s["image"].flatten()[:5] / 255 for s in whole]))
+    assert y.tolist() == [s["label"] for s in whole]
+
+
+def test_an_evaluation_without_readable_images_is_an_error(tmp_path):
+    loader = evaluation_loader(dataset_of(tmp_path, n=4, broken=(0, 1, 2, 3)))
     with pytest.raises(ValueError, match="none of the 4 images to evaluate on can be decoded"):
-        setup = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.0,) * 3, (1.0,) * 3))
-        mean_terms(torch.nn.Flatten(), lambda model, batch: (torch.zeros(()), {}), loader, setup)
+        mean_terms(torch.nn.Flatten(), mean_value, loader, AS_THEY_ARE)
 
 
 def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
@@ -820,38 +880,60 @@ def test_an_error_in_a_transform_is_not_a_bad_image(tmp_path):
         dataset_of(tmp_path, n=2, transform=fail)[0]
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 6), (2, 3), (3, 2)])
+EPOCHS = (0, 1, 3)
+
+
+def indices(sampler):
+    return [i for _, i in sampler]
+
+
+def samplers(world_size, shuffle, n=23, total=6):
+    """One rank with batches of `total`, and several ranks with the same global batch."""
+    alone = EpochSampler(n, batch_size=total, seed=5, shuffle=shuffle)
+    options = dict(batch_size=total // world_size, world_size=world_size, seed=5, shuffle=shuffle)
+    return alone, [EpochSampler(n, rank=rank, **options) for rank in range(world_size)]
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_epoch_sampler_by_brute_force(world_size, batch_size, shuffle):
-    n, total = 23, 6
-    ranks = [
-        EpochSampler(n, batch_size=batch_size, rank=r, world_size=world_size, seed=5, shuffle=shuffle)
-        for r in range(world_size)
-    ]
-    reference = EpochSampler(
-        n, batch_size=total, seed=5, shuffle=shuffle
-    )  # one rank with the same global batch
-    seen = []
-    for epoch in (0, 1, 3):
-        for s in (reference, *ranks):
-            s.set_position(epoch)
-        items = list(reference)
-        assert {e for e, _ in items} == {epoch}
-        order = [i for _, i in items]
-        assert len(set(order)) == len(order) == n // total * total and set(order) <= set(range(n))
-        own = [[i for _, i in s] for s in ranks]
-        for m in range(n // total):
-            union = [i for o in own for i in o[m * batch_size : (m + 1) * batch_size]]
-            assert union == order[m * total : (m + 1) * total] == ranks[0].global_batch(epoch, m).tolist()
-        assert [len(s) for s in ranks] == [len(o) for o in own]
-        for s, o in zip(ranks, own):
-            s.set_position(epoch, 2)
-            assert [i for _, i in s] == o[2 * batch_size :] and len(s) == len(o) - 2 * batch_size
-        seen.append(order)
-    assert (seen[0] != seen[1] != seen[2] != seen[0]) if shuffle else seen[0] == list(range(18))
-    other = EpochSampler(n, batch_size=total, seed=6)
-    assert [i for _, i in other] != seen[0]
-    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: --batch_size 3 x 2 ranks = 6"):
+def test_an_epoch_has_every_index_once_up_to_the_remainder(shuffle):
+    sampler, _ = samplers(1, shuffle)
+    orders = []
+    for epoch in EPOCHS:
+        sampler.set_position(epoch)
+        assert {e for e, _ in sampler} == {epoch}
+        order = indices(sampler)
+        assert len(set(order)) == len(order) == 18 and set(order) <= set(range(23))
+        orders.append(order)
+    other = EpochSampler(23, batch_size=6, seed=6)
+    assert indices(other) != orders[0]
+    if shuffle:
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+    else:
+        assert orders == [list(range(18))] * 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_divide_the_batches_of_one_rank(world_size, shuffle):
+    alone, ranks = samplers(world_size, shuffle)
+    size = 6 // world_size
+    for epoch in EPOCHS:
+        for sampler in (alone, *ranks):
+            sampler.set_position(epoch)
+        order = indices(alone)
+        shares = [indices(sampler) for sampler in ranks]
+        assert list(map(len, ranks)) == list(map(len, shares))
+        for m in range(3):
+            batch = list(chain.from_iterable(share[m * size : (m + 1) * size] for share in shares))
+            assert batch == order[m * 6 : (m + 1) * 6] == ranks[0].global_batch(epoch, m).tolist()
+        # From the middle of the epoch on.
+        for sampler, share in zip(ranks, shares):
+            sampler.set_position(epoch, 2)
+            assert indices(sampler) == share[2 * size :] and len(sampler) == len(share) - 2 * size
+
+
+def test_fewer_images_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: `batch_size` 3 x 2 ranks = 6"):
         EpochSampler(5, batch_size=3, rank=0, world_size=2, seed=0)
 
 
@@ -863,7 +945,7 @@ def test_eval_sampler_sees_every_image_once():
 
 
 def test_workers_survive_signals_and_the_process_ends(tmp_path):
-    """A worker must outlive the signals that a scheduler sends to all, and still not keep its parent from exiting."""
+    """A worker outlives the signals that a scheduler sends to all, and does not keep its parent alive."""
     dataset_of(tmp_path, n=64)
     script = f"""
 import multiprocessing, os, signal
@@ -914,7 +996,7 @@ def test_demo_set_is_the_default(tmp_path, monkeypatch):
     assert len(build_dataset(None, "train", None)) == len(build_dataset("", "train", None)) == 8
 
 
-def test_timm_readers(tmp_path, monkeypatch):
+def test_timm_reads_a_folder_as_we_do(tmp_path):
     root = write(tmp_path / "src", ORDER)
     ours = build_dataset(root, "train", pretrain_transform(16), seed=2)
     theirs = build_dataset(f"torch/image_folder={root}", "train", pretrain_transform(16), seed=2)
@@ -923,39 +1005,42 @@ def test_timm_readers(tmp_path, monkeypatch):
         if not ORDER[i].endswith("10.jpeg"):
             same(theirs[1, i], ours[1, i])
 
-    class Stream(torch.utils.data.IterableDataset):
-        def set_epoch(self, epoch):
-            self.epoch = epoch
 
-        def __len__(self):
-            return 6
+class Stream(torch.utils.data.IterableDataset):
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-        def __iter__(self):
-            return ((picture(i), i) for i in range(6))
+    def __len__(self):
+        return 6
 
+    def __iter__(self):
+        return ((picture(i), i) for i in range(6))
+
+
+def test_a_stream_of_timm(monkeypatch):
     calls = []
     monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: calls.append((a, k)) or Stream())
     stream = build_dataset("wds/x=/shards", "val", pretrain_transform(16), evaluation=True)
-    assert (
-        calls[0][0] == ("wds/x",)
-        and calls[0][1]["root"] == "/shards"
-        and calls[0][1]["split"] == "validation"
-    )
+    names, options = calls[0]
+    assert names == ("wds/x",)
+    assert (options["root"], options["split"]) == ("/shards", "validation")
     assert not stream.exact_resume and "a run resumes at whole epochs only" in stream.summary()
     loader = build_loader(stream, None, batch_size=4)
-    first, again = next(iter(loader)), next(iter(loader))
+    first = next(iter(loader))
+    again = next(iter(loader))
     stream.set_epoch(1)
     later = next(iter(loader))
     assert stream.dataset.epoch == 1 and first["label"].tolist() == [0, 1, 2, 3] and len(list(loader)) == 1
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
 
+
+def test_what_timm_cannot_open(monkeypatch):
     def missing(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 
     monkeypatch.setattr(timm.data, "create_dataset", missing)
-    with pytest.raises(
-        ValueError, match="hfds/x needs a package that is not installed: pip install datasets"
-    ):
+    message = "hfds/x needs a package that is not installed: pip install datasets"
+    with pytest.raises(ValueError, match=message):
         build_dataset("hfds/x", "train", None)
     with pytest.raises(ValueError, match="1 or 3 channels, not 5"):
         build_dataset("hfds/x", "train", None, in_chans=5)
@@ -973,18 +1058,18 @@ def test_command_line(tmp_path, capsys):
     write(tmp_path / "bad", ORDER, broken=["b/2.jpg"])
     assert commands.main(["check", str(tmp_path / "bad"), "--num_workers", "0"]) == 1
     assert "unreadable: b/2.jpg\n1 of 8 images" in capsys.readouterr().out
-    for argv, said in (
+    for argv, message in (
         (["check", str(tmp_path / "nowhere")], "no such file or folder"),
         (["stats", "hfds/x"], "timm's readers"),
         (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
         (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
         (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths"),
     ):
-        assert commands.main(argv) == 2 and said in capsys.readouterr().err
+        assert commands.main(argv) == 2 and message in capsys.readouterr().err
 
 
-def test_names_that_are_no_text(tmp_path, capfd):
-    """Latin-1 from old archives: such a file can be read, listed, predicted and named where it is broken."""
+def test_file_names_that_are_not_utf_8(tmp_path, capfd):
+    """Old archives hold Latin-1 names. Such files can be read, listed, predicted, and named in errors."""
     write(tmp_path / "a", ORDER)
     folder = os.fsencode(tmp_path / "a") + b"/b"
     os.rename(folder + b"/2.jpg", folder + b"/caf\xe9.jpg")
@@ -995,11 +1080,11 @@ def test_names_that_are_no_text(tmp_path, capfd):
 
     with open(tmp_path / "out.txt", "w", encoding="utf-8") as out, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        bad.check()  # in a job, which no `run` has prepared
+        bad.check()  # in a job, without `run`
         assert run(lambda args: print(index.name(i)) or 0, None) == 0
     assert (tmp_path / "bad_images.txt").read_bytes() == b"b/caf\xe9.jpg\n"
-    said = (tmp_path / "out.txt").read_text()
-    assert "the latest: b/caf\\xe9.jpg\n" in said and said.endswith("\nb/caf\\udce9.jpg\n")
+    printed = (tmp_path / "out.txt").read_text()
+    assert "the latest: b/caf\\xe9.jpg\n" in printed and printed.endswith("\nb/caf\\udce9.jpg\n")
     write_predictions(
         str(tmp_path / "p.csv"), [(i, -1, 0, 0.5)], SimpleNamespace(name=index.name, classes=["x"])
     )
@@ -1017,7 +1102,8 @@ def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
                 with open(Path(root, name), "rb") as data:
                     file.addfile(member, data)
             member = tarfile.TarInfo(prefix + "b/link.jpg")
-            member.type, member.linkname = tarfile.LNKTYPE, prefix + "b/2.jpg"
+            member.type = tarfile.LNKTYPE
+            member.linkname = prefix + "b/2.jpg"
             file.addfile(member)
         return tar
 

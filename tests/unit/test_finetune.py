@@ -24,11 +24,11 @@ from layers.probe import Probe, pooled
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from models_vit import DistilledVisionTransformer
 from util.data.pixels import Pixels
-from util.data.sources.image_index import class_names
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.data.sources.layouts import class_names
 from util.evaluate.accuracy import classification
 from util.evaluate.knn import knn_accuracy, knn_votes, nearest
 from util.evaluate.supervised import make_eval_fn
+from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
 from util.flags.parser import parse
 from util.train.lr_sched import set_lr
 from util.train.optim import lars, param_groups

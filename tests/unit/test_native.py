@@ -1,8 +1,8 @@
-"""The native library: the same bits as torchvision and PIL's decoder give, for every kind of file; see test_data.py."""
+"""The native library gives the bits of torchvision's and PIL's decoders for every kind of file."""
 
-import contextlib
 import ctypes
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,15 +21,16 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the run of this file by itself
 
 from util.data import native
-from util.data.datasets import ImageDataset, _seeded, build_dataset
-from util.data.sources.image_index import build_index
-from util.data.transforms import decode, finetune_transform, pretrain_transform
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.native import bindings, compiler
+from util.data.seeding import seeded
+from util.data.sources.layouts import build_index
+from util.data.transforms import CropSettings, finetune_transform, pretrain_transform
 
 ROOT = Path(__file__).resolve().parents[2]
-SAME_BITS = torch.backends.cpu.get_cpu_capability() in (
-    "AVX2",
-    "AVX512",
-)  # elsewhere torch rounds in its own way
+# On other processors torch rounds differently.
+SAME_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def picture(size=(97, 61), mode="RGB", seed=0):
@@ -68,7 +69,7 @@ def resized(image, box, size):
 
 def assert_same_pixels(found, expected):
     difference = (found.int() - expected.int()).abs().max()
-    assert found.dtype == torch.uint8 and difference <= (0 if SAME_BITS else 1), difference
+    assert found.dtype == torch.uint8 and difference <= int(not SAME_BITS), difference
 
 
 # --- the crop ---
@@ -147,13 +148,13 @@ def test_crops_of_decoded_pixels_have_the_same_bits(library, size):
         torch.zeros(3, 3, 8, 8, dtype=torch.uint8),
     ],
 )
-def test_tensors_that_are_no_decoded_image_are_refused(library, image):
+def test_other_tensors_than_decoded_images_are_refused(library, image):
     with pytest.raises(ValueError, match=r"found .* on (meta|cpu); expected uint8 \(3, H, W\) on the CPU"):
         native.crop_pixels(image, (0, 0, 5, 5), (4, 4))
 
 
 def test_sizes_that_do_not_fit_into_32_bit_are_refused(library):
-    """Before anything is allocated in Python; in C, those of which sizes in bytes would not fit."""
+    """Python refuses them before it allocates anything. C refuses sizes whose bytes would not fit."""
     data = jpeg(picture((40, 30)))
     whole = decode(data)
     for size in ((2**32 + 8, 8), (8, 2**26 + 1), (0, 8), (8, -1)):
@@ -166,7 +167,8 @@ def test_sizes_that_do_not_fit_into_32_bit_are_refused(library):
     many = 2**26 + 1
     with pytest.raises(ValueError, match="more than 67108864 pixels"):
         native.crop_pixels(torch.zeros(1, dtype=torch.uint8).expand(3, 1, many), (0, 0, 1, 5), (1, 1))
-    planes, out = torch.zeros(3 * many, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    planes = torch.zeros(3 * many, dtype=torch.uint8)
+    out = torch.zeros(3, 8, 8, dtype=torch.uint8)
     box = (ctypes.c_int32 * 4)(0, 0, 1, 1)
     crop = native.library().native_crop_pixels
     assert crop(planes.data_ptr(), 1, many - 1, box, out.data_ptr(), 8, 8, 0) == 0
@@ -187,19 +189,16 @@ def sharpness(image):
 
 
 def check_against_pil(files, size):
-    """PIL crops and resizes the file; every path that calls itself exact must look the same."""
+    """PIL crops and resizes the file; every exact path must give the same picture."""
     for k, data in enumerate(files):
         image = Image.open(io.BytesIO(data)).convert("RGB")
         for box in boxes(image.height, image.width, n=4, seed=k)[4:]:
             top, left, height, width = box
             crop = image.crop((left, top, left + width, top + height))
-            # Pillow 13 resizes the columns first where that is cheaper, older ones the rows: both are PIL's bicubic
+            # Pillow 13 resizes the columns first if that is cheaper, and older versions the rows.
             expected = np.asarray(crop.resize(size[::-1], Image.Resampling.BICUBIC))
-            rows_first = np.asarray(
-                crop.resize((size[1], height), Image.Resampling.BICUBIC).resize(
-                    size[::-1], Image.Resampling.BICUBIC
-                )
-            ).astype(int)
+            rows = crop.resize((size[1], height), Image.Resampling.BICUBIC)
+            rows_first = np.asarray(rows.resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
             for part in (data, native.add_restart_markers(data)):
                 found = native.crop_jpeg(part, box, size).permute(1, 2, 0).numpy()
                 assert np.abs(found - rows_first).max() <= 2
@@ -230,20 +229,22 @@ def test_dct_scaling_is_a_switch_and_close(library):
         assert torch.equal(exact, scaled)
 
 
-def test_the_transform_hands_its_switch_on(library):
-    data, outputs = jpeg(picture((640, 480))), []
+def test_the_transform_passes_its_switch_to_the_library(library):
+    data = jpeg(picture((640, 480)))
+    outputs = []
     for scaling in (False, True):
         crop = pretrain_transform(16, (0.9, 1.0), dct_scaling=scaling)
         outputs.append(crop.crop_jpeg(data, 0))
     assert not torch.equal(*outputs) and (outputs[0].int() - outputs[1].int()).abs().max() < 40
 
 
-# --- what is not a plain, undamaged JPEG goes the general way, with the same result ---
+# --- other files than plain, undamaged JPEGs go to the general decoder, with the same result ---
 
 
 def odd_files():
-    image, exif = picture(), Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees: nobody here does
+    image = picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees", which no decoder here does
     files = dict(
         plain=jpeg(image),
         grey=jpeg(image.convert("L")),
@@ -269,36 +270,50 @@ def odd_files():
     return files
 
 
+def write_odd_files(folder):
+    folder.mkdir()
+    for name, data in odd_files().items():
+        (folder / f"{name}.jpg").write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "transform",
-    [pretrain_transform((24, 20), vflip=0.5), finetune_transform((24, 20), auto_augment="", vflip=0.5)],
+    [
+        pretrain_transform((24, 20), vflip=0.5),
+        finetune_transform((24, 20), auto_augment="", crop=CropSettings(vflip=0.5)),
+    ],
 )
 def test_samples_do_not_depend_on_the_library(library, tmp_path, monkeypatch, transform):
-    """Every kind of file, damaged ones too: same crop, same flip, same pixels, same list of bad images."""
-    folder = tmp_path / "train"
-    folder.mkdir()
-    files = odd_files()
-    for name, data in files.items():
-        (folder / f"{name}.jpg").write_bytes(data)
+    """Every kind of file, damaged ones as well: same crop, flip and pixels, same list of bad images."""
+    write_odd_files(tmp_path / "train")
     dataset = build_dataset(tmp_path, "train", transform, labels=False, seed=3)
+    items = list(itertools.product(range(4), range(len(dataset))))
     assert dataset.summary().endswith("; JPEGs by the native library")
-    names = [dataset.index.name(i).partition(".")[0] for i in range(len(dataset))]
     state = torch.get_rng_state()
-    fast = [dataset[epoch, i] for epoch in range(4) for i in range(len(dataset))]
+    fast = [dataset[item] for item in items]
     assert torch.equal(torch.get_rng_state(), state)
-    direct = {name for name, data in files.items() if pretrain_transform(8).crop_jpeg(data) is not None}
-    assert direct == {"plain", "grey", "rotated"}
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "absent.so")
     assert "python -m util.data.native build" in dataset.summary() and native.library() is None
-    slow = [dataset[epoch, i] for epoch in range(4) for i in range(len(dataset))]
+    slow = [dataset[item] for item in items]
+    bad = {i for sample in slow for i in sample["bad"]}
+    assert set(map(dataset.index.name, bad)) == {"truncated.jpg", "cut.jpg", "empty.jpg"}
     for a, b in zip(fast, slow, strict=True):
-        assert {k: v for k, v in a.items() if k != "image"} == {k: v for k, v in b.items() if k != "image"}
-        assert_same_pixels(a["image"], b["image"])
-    assert {names[i] for sample in slow for i in sample["bad"]} == {"truncated", "cut", "empty"}
+        assert_same_pixels(a.pop("image"), b.pop("image"))
+        assert a == b
+
+
+def test_the_library_crops_plain_jpegs_itself(library):
+    crop = pretrain_transform(8)
+    direct = {name for name, data in odd_files().items() if crop.crop_jpeg(data) is not None}
+    assert direct == {"plain", "grey", "rotated"}
 
 
 @pytest.mark.parametrize(
-    "transform", [pretrain_transform(24, vflip=0.5), finetune_transform(24, auto_augment="", vflip=0.5)]
+    "transform",
+    [
+        pretrain_transform(24, vflip=0.5),
+        finetune_transform(24, auto_augment="", crop=CropSettings(vflip=0.5)),
+    ],
 )
 def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform):
     data = jpeg(picture())
@@ -306,13 +321,15 @@ def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform
     for key in range(20):
         *box, x, y = transform.draw(61, 97, key)
         expected = native.crop_jpeg(data, box, (24, 24), x * native.FLIP_X | y * native.FLIP_Y)
-        assert torch.equal(transform.crop_jpeg(data, key), expected) and torch.equal(
-            transform(whole, key), expected
-        )
+        assert torch.equal(transform.crop_jpeg(data, key), expected)
+        assert torch.equal(transform(whole, key), expected)
 
 
 def check_finetuning_against_pil(files, size, least):
-    """Of the path that has no PIL image, against the one through PIL that it replaces; in dB, of all pixels together."""
+    """Compare the path without a PIL image with the one through PIL that it replaces.
+
+    `least` is in dB, of all pixels together.
+    """
     fast = finetune_transform(size, auto_augment="")
     slow = create_transform(
         size,
@@ -324,7 +341,7 @@ def check_finetuning_against_pil(files, size, least):
     )
     pairs = []
     for key, data in enumerate(files):
-        with _seeded(key):
+        with seeded(key):
             expected = np.asarray(slow(F.to_pil_image(decode(data))))
         pairs.append((fast.crop_jpeg(data, key).numpy(), expected))
     assert psnr(*(np.stack(side) for side in zip(*pairs))) >= least
@@ -339,12 +356,12 @@ def test_fine_tuning_on_photos_equals_pil(library, real_data):
     check_finetuning_against_pil(small, 64, 50)
 
 
-def test_other_channel_counts_and_transforms_decode_in_general(library, tmp_path):
+def test_other_channel_counts_and_transforms_use_the_general_decoder(library, tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(picture()))
     grey = ImageDataset(build_index(tmp_path, labels=False), pretrain_transform(16), in_chans=1)
     assert grey[0]["image"].shape == (1, 16, 16) and "JPEGs" not in grey.summary()
-    kept = ImageDataset(build_index(tmp_path, labels=False), lambda image: image)
-    assert kept[0]["image"].shape == (3, 61, 97)
+    unchanged = ImageDataset(build_index(tmp_path, labels=False), lambda image: image)
+    assert unchanged[0]["image"].shape == (3, 61, 97)
 
 
 def test_an_image_that_pil_would_call_a_bomb(library, monkeypatch):
@@ -363,66 +380,94 @@ def test_impossible_boxes_are_refused(library):
 
 
 def test_damaged_files_neither_crash_nor_leak_nor_change(library):
-    """Bits flipped and bytes cut at random, in another process so that a crash is seen, and its memory can be measured."""
+    """Bits are flipped and bytes cut at random.
+
+    This happens in another process, whose crash would be seen and whose memory can be measured.
+    """
     done = subprocess.run(
-        [sys.executable, __file__, str(native.LIBRARY)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, __file__, str(bindings.LIBRARY)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def fuzz(rounds=3000):
-    """Damage small JPEGs, with and without markers, and print how the memory grows after the first third.
+    """Damage small JPEGs, with and without markers; print the growth of memory after the first third.
 
-    What still gives a crop must be what the general decoder makes of it; compared where the headers are whole.
+    A crop of a damaged file must be what the general decoder makes of it. This is checked for files with
+    whole headers.
     """
     import resource
 
+    sources = fuzzed_sources()
+    rng = np.random.default_rng(0)
+    read = 0
+    memory = []
+    for i in range(rounds):
+        whole_header = i % 2 == 1  # then the entropy-coded data are reached
+        data = damaged(sources[i % len(sources)], rng, whole_header, shorten=i % 5 == 0)
+        native.add_restart_markers(data)
+        read += crops_as_the_general_decoder(data, rng, whole_header)
+        if i >= rounds // 3:
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    growth = memory[-1] - memory[0]
+    print(f"{read} of {rounds} damaged files gave a crop; peak memory grew by {growth} KiB")
+    return read > 100 and growth < 20_000
+
+
+def fuzzed_sources():
     sources = [
         jpeg(picture((90, 70))),
         jpeg(picture((90, 70)), restart_marker_blocks=2),
         jpeg(picture((50, 60), "L")),
         jpeg(picture((90, 70)), progressive=True),
     ]
-    sources += [native.add_restart_markers(s) for s in sources]
-    # the scan's header itself ends like a file: there is no scan
+    # The header of the scan itself ends like a file: there is no scan.
     endless = sources[0][: sources[0].rindex(b"\xff\xda") + 12] + b"\xff\xd9"
-    assert (
-        native.crop_jpeg(endless, (0, 0, 70, 90), (16, 16)) is None
-        and native.add_restart_markers(endless) is None
-    )
-    assert native.add_restart_markers(sources[0][:-300] + b"\xff\xd9") is None, (
-        "half of it would become grey for good"
-    )
-    rng, read, memory = np.random.default_rng(0), 0, []
-    for i in range(rounds):
-        data = bytearray(sources[i % len(sources)])
-        # in half of the rounds the headers stay whole, so that the entropy-coded data is reached
-        first = 0 if i % 2 else data.rindex(b"\xff\xda") + 12
-        for _ in range(rng.integers(1, 6)):
-            data[rng.integers(first, len(data))] ^= 1 << rng.integers(8)
-        if i % 5 == 0:
-            del data[rng.integers(0, len(data)) : -2]
-        data = bytes(data)
-        native.add_restart_markers(data)
-        size = native.jpeg_size(data)
-        if size and size[0] * size[1] < 1 << 22:
-            box = size[0] // 4, size[1] // 4, size[0] - size[0] // 4, size[1] - size[1] // 4
-            native.crop_jpeg(data, box, (16, 16), int(rng.integers(16)))
-            crop = native.crop_jpeg(data, box, (16, 16))
-            with contextlib.suppress(ValueError):
-                if crop is not None and i % 2:
-                    assert_same_pixels(crop, resized(decode(data), box, (16, 16)))
-                    read += 1
-        if i >= rounds // 3:
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    print(f"{read} of {rounds} damaged files gave a crop; peak memory grew by {memory[-1] - memory[0]} KiB")
-    return read > 100 and memory[-1] - memory[0] < 20_000
+    assert native.crop_jpeg(endless, (0, 0, 70, 90), (16, 16)) is None
+    assert native.add_restart_markers(endless) is None
+    shortened = sources[0][:-300] + b"\xff\xd9"
+    assert native.add_restart_markers(shortened) is None, "half of it would become grey for good"
+    return sources + [native.add_restart_markers(source) for source in sources]
+
+
+def damaged(source, rng, whole_header, shorten):
+    data = bytearray(source)
+    first = 0
+    if whole_header:
+        first = data.rindex(b"\xff\xda") + 12
+    for _ in range(rng.integers(1, 6)):
+        data[rng.integers(first, len(data))] ^= 1 << rng.integers(8)
+    if shorten:
+        del data[rng.integers(0, len(data)) : -2]
+    return bytes(data)
+
+
+def crops_as_the_general_decoder(data, rng, compare):
+    """Crop a damaged file, with random flags as well.
+
+    Returns whether the crop was compared with that of the general decoder.
+    """
+    size = native.jpeg_size(data)
+    if not size or size[0] * size[1] >= 1 << 22:
+        return False
+    height, width = size
+    box = height // 4, width // 4, height - height // 4, width - width // 4
+    native.crop_jpeg(data, box, (16, 16), int(rng.integers(16)))
+    crop = native.crop_jpeg(data, box, (16, 16))
+    if crop is None or not compare:
+        return False
+    try:
+        whole = decode(data)
+    except ValueError:
+        return False
+    assert_same_pixels(crop, resized(whole, box, (16, 16)))
+    return True
 
 
 # --- building and loading ---
 
 
-def test_absent_foreign_and_outdated_libraries_mean_the_slower_path(built, tmp_path, monkeypatch):
+def test_without_a_usable_library_torchvision_decodes(built, tmp_path, monkeypatch):
     for content, message in (
         (None, "faster after `python -m util.data.native build`"),
         (b"junk", "cannot be loaded"),
@@ -430,12 +475,12 @@ def test_absent_foreign_and_outdated_libraries_mean_the_slower_path(built, tmp_p
         path = tmp_path / f"{message[:4]}.so"
         if content:
             path.write_bytes(content)
-        monkeypatch.setattr(native, "LIBRARY", path)
+        monkeypatch.setattr(bindings, "LIBRARY", path)
         assert native.library() is None and message in native.describe()
         assert pretrain_transform(8).crop_jpeg(jpeg(picture())) is None
     shutil.copy(built, tmp_path / "old.so")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "old.so")
-    monkeypatch.setattr(native, "source_id", lambda: "of other files")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "old.so")
+    monkeypatch.setattr(compiler, "source_id", lambda: "of other files")
     assert native.library() is None and "out of date" in native.describe()
 
 
@@ -451,6 +496,6 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    native.LIBRARY = Path(sys.argv[1])
+    bindings.LIBRARY = Path(sys.argv[1])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(0 if fuzz(*map(int, sys.argv[2:])) else 1)
+    sys.exit(int(not fuzz(*map(int, sys.argv[2:]))))

@@ -1,4 +1,4 @@
-"""Shards from images: nothing lost, or bounded; continued where it was stopped. Images are generated."""
+"""Repacking: lossless or smaller shards, and calls that continue stopped ones. Images are generated."""
 
 import io
 import os
@@ -14,22 +14,26 @@ from test_native import assert_same_pixels, jpeg, picture
 from util.data import __main__ as commands
 from util.data import native
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import decode
+from util.data.native import bindings
 from util.data.sources import repack
-from util.data.sources.image_index import build_index
-from util.data.transforms import decode, pretrain_transform
+from util.data.sources.layouts import build_index
+from util.data.transforms import pretrain_transform
 
 pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.fixture(autouse=True)
 def impatient(request, monkeypatch):
+    """Do not wait until listings can be cached, except where a test looks for one."""
     if "workers" not in request.fixturenames:
         monkeypatch.setattr(repack, "SETTLE_SECONDS", 0.0)
 
 
 def source(tmp_path):
     """Two classes of JPEGs of several kinds and of other files, one of them unreadable."""
-    png, npy = io.BytesIO(), io.BytesIO()
+    png = io.BytesIO()
+    npy = io.BytesIO()
     picture((70, 50)).save(png, "PNG")
     np.save(npy, np.zeros((4, 5, 3), np.uint8))
     files = {
@@ -61,36 +65,55 @@ def members(folder):
 def marker(data):
     """The restart interval in a JPEG's header, or 0."""
     at = data.find(b"\xff\xdd\x00\x04")
-    return int.from_bytes(data[at + 4 : at + 6]) if at >= 0 else 0
+    if at < 0:
+        return 0
+    return int.from_bytes(data[at + 4 : at + 6])
+
+
+MARKED = ("a/0.jpg", "a/1.JPEG", "a/3.jpg", "b/2.jpg", "b/x/4.jpg")
+COPIED = ("a/2.png", "b/0.jpg", "b/1.jpg", "b/x/3.npy")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lossless_shards_give_the_same_samples(tmp_path, workers, capsys):
+def test_lossless_shards_hold_the_same_images(tmp_path, workers, capsys):
     path, files = source(tmp_path)
     target = str(tmp_path / "target")
     counts = repack.repack(path, target, num_workers=workers, shard_images=4)
     assert counts == {repack.MARKED: 5, repack.COPIED: 3, repack.UNREADABLE: 1}
     assert "unreadable: b/1.jpg" in capsys.readouterr().out
-    assert sorted(p.name for p in Path(target).glob("train-*")) == [f"train-0000{k}.tar" for k in range(3)]
+    shards = sorted(p.name for p in Path(target).glob("train-*"))
+    assert shards == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
+    assert (tmp_path / "target" / "train.index.npz").exists(), "the listing is cached"
     made = members(target)
-    assert list(made) == [
-        build_index(path).name(i) for i in range(len(files))
-    ]  # the order of the source, too
-    for name in ("a/2.png", "b/0.jpg", "b/1.jpg", "b/x/3.npy"):
-        assert made[name] == files[name]
-    for name in ("a/0.jpg", "a/1.JPEG", "a/3.jpg", "b/2.jpg", "b/x/4.jpg"):
-        assert made[name] != files[name] and torch.equal(decode(made[name]), decode(files[name]))
-        columns = -(-decode(made[name]).shape[2] // (8 if name in ("a/1.JPEG", "b/2.jpg") else 16))
-        assert marker(made[name]) > 0 and columns % marker(made[name]) == 0
-        assert native.jpeg_size(made[name])  # progressive files have become baseline ones
+    assert list(made) == [build_index(path).name(i) for i in range(len(files))], "in the order of the source"
+    assert {name: made[name] for name in COPIED} == {name: files[name] for name in COPIED}
+    for name in MARKED:
+        check_marked(name, made[name], files[name])
+
+
+def check_marked(name, made, original):
+    """A file has restart markers at a divisor of a row's MCUs, and nothing else has changed."""
+    assert made != original and torch.equal(decode(made), decode(original))
+    side = 16  # of an MCU, with chroma at half the resolution
+    if name in ("a/1.JPEG", "b/2.jpg"):
+        side = 8
+    columns = -(-decode(made).shape[2] // side)
+    assert marker(made) > 0 and columns % marker(made) == 0
+    assert native.jpeg_size(made), "a progressive file has become a baseline one"
+
+
+def test_lossless_shards_give_the_same_samples(tmp_path):
+    path, _ = source(tmp_path)
+    target = str(tmp_path / "target")
+    repack.repack(path, target, shard_images=4)
     transform = pretrain_transform((24, 32))
     ours, theirs = (build_dataset(p, "train", transform, seed=5) for p in (target, path))
     assert ours.index.classes == theirs.index.classes == ["a", "b"]
     for i in range(len(ours)):
-        a, b = ours[3, i], theirs[3, i]
-        assert {k: v for k, v in a.items() if k != "image"} == {k: v for k, v in b.items() if k != "image"}
-        assert_same_pixels(a["image"], b["image"])
-    assert os.path.exists(tmp_path / "target" / "train.index.npz")
+        made = ours[3, i]
+        original = theirs[3, i]
+        assert_same_pixels(made.pop("image"), original.pop("image"))
+        assert made == original
 
 
 def test_bounded_shards(tmp_path, capsys):
@@ -109,20 +132,21 @@ def test_bounded_shards(tmp_path, capsys):
         "b/x/4.jpg": (47, 33),
     }.items():
         assert native.jpeg_size(made[name]) == size and marker(made[name]), name
-    # small already, and smaller at its own quality than at 80
+    # Small already, and smaller at its own quality than at 80.
     assert torch.equal(decode(made["b/x/4.jpg"]), decode(files["b/x/4.jpg"]))
     assert counts == {repack.ENCODED: 6, repack.MARKED: 1, repack.COPIED: 1, repack.UNREADABLE: 1}
     expected = np.asarray(
         Image.open(io.BytesIO(files["a/2.png"])).resize((64, 46), Image.Resampling.LANCZOS)
     ).astype(int)
     error = np.abs(np.asarray(Image.open(io.BytesIO(made["a/2.png.jpg"]))) - expected)
-    assert error.mean() < 12  # 80 % quality of a noisy picture; another picture is off by 60
+    assert error.mean() < 12  # at quality 80, of a noisy picture; another picture differs by 60
     assert build_index(target).labels.tolist() == [0] * 4 + [1] * 5
 
 
 def test_a_stopped_call_is_continued(tmp_path, monkeypatch, capsys):
     path, files = source(tmp_path)
-    target, done = str(tmp_path / "target"), []
+    target = str(tmp_path / "target")
+    done = []
     convert = repack.convert
 
     def dying(data, *args):
@@ -135,7 +159,8 @@ def test_a_stopped_call_is_continued(tmp_path, monkeypatch, capsys):
         patch.setattr(repack, "convert", dying)
         with pytest.raises(KeyboardInterrupt):
             repack.repack(path, target, shard_images=4)
-    with pytest.raises(ValueError, match=r"no images|no train"):  # half a set must not look like a whole one
+    # Half a data set must not look like a whole one.
+    with pytest.raises(ValueError, match=r"no images|no train"):
         build_index(target)
     for change in (
         dict(shard_images=5),
@@ -158,12 +183,12 @@ def test_wrong_calls_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="already holds train: choose another"):
         repack.repack(path, path)
     for kwargs in (dict(quality=0), dict(quality=101), dict(long_side=0)):
-        with pytest.raises(ValueError, match="must be in"):
+        with pytest.raises(ValueError, match=r"must be (in 1..100|positive), found"):
             repack.repack(path, str(tmp_path / "target"), **kwargs)
     (tmp_path / "list.txt").write_text("source/../source/train/a/0.jpg\n")
     with pytest.raises(ValueError, match="lies outside"):
         repack.repack(str(tmp_path / "list.txt"), str(tmp_path / "target"))
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "absent.so")
     with pytest.raises(ValueError, match=r"needs the native library: .python -m util.data.native build"):
         repack.repack(path, str(tmp_path / "other"))
 
@@ -182,8 +207,8 @@ def test_command_line(tmp_path, capsys):
         ["repack", path, str(tmp_path / "target"), "--workers", "0"],
     ):
         assert commands.main(wrong) == 2
-    said = capsys.readouterr().err
-    assert "long_side 50 -> None" in said and f"Not a directory: '{file}" in said
+    errors = capsys.readouterr().err
+    assert "long_side 50 -> None" in errors and f"Not a directory: '{file}" in errors
 
 
 def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
@@ -192,7 +217,7 @@ def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
     folder.mkdir(parents=True)
     (folder / "1.jpg").write_bytes(jpeg(picture()))
     (folder / "2.jpg").symlink_to("gone.jpg")
-    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: mend or remove them"):
+    with pytest.raises(ValueError, match=r"1 of 2 files cannot be opened: .*a/2.jpg: repair or remove them"):
         repack.repack(str(tmp_path / "folder"), str(tmp_path / "target"))
     assert not (tmp_path / "target").exists()
     (folder / "2.jpg").unlink()
@@ -200,7 +225,7 @@ def test_files_that_cannot_be_opened_are_named_before_any_shard(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_worker_cannot_read_is_said_in_a_line(tmp_path, monkeypatch, capsys, workers):
+def test_an_error_of_a_worker_is_one_line(tmp_path, monkeypatch, capsys, workers):
     path, _ = source(tmp_path)
     monkeypatch.setattr(repack, "_check_files", lambda index: None)
     (tmp_path / "source" / "train" / "b" / "0.jpg").unlink()
@@ -213,8 +238,9 @@ def test_what_a_worker_cannot_read_is_said_in_a_line(tmp_path, monkeypatch, caps
     assert "Traceback" not in "".join(line for line in lines if "MAE_PL_TRACEBACK" not in line)
 
 
-def test_a_pixel_that_changed_is_noticed(monkeypatch):
-    data, other = jpeg(picture(seed=1)), jpeg(picture(seed=2))
+def test_a_rewritten_file_with_other_pixels_is_not_used(monkeypatch):
+    data = jpeg(picture(seed=1))
+    other = jpeg(picture(seed=2))
     monkeypatch.setattr(native, "add_restart_markers", lambda _: other)
     assert repack.convert(data) == (data, repack.COPIED)
 

@@ -1,1 +1,1 @@
-"""Images in, batches out."""
+"""From images on disk to batches on the device."""

@@ -1,116 +1,166 @@
 """Several crops of one image, each with its box in the image, and the block masks of iBOT.
 
-Transforms take uint8 (C, H, W) and return a dictionary of tensors, which takes the place of `image` in a sample. A box is
-(x, y, width, height, flipped) in pixels of the source image. All randomness comes from the global generators.
+Transforms take uint8 (C, H, W) and return a dictionary of tensors, which replaces `image` in a sample. A box
+is (x, y, width, height, flipped) in pixels of the source image. All draws come from the global generators.
 """
 
 import math
 import random
+from typing import NamedTuple
 
 import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+Range = tuple[float, float]
+Size = tuple[int, int]
+
 
 def crop_with_box(
-    image: torch.Tensor, size: tuple[int, int], scale: tuple[float, float], hflip: float = 0.5
+    image: torch.Tensor, size: Size, scale: Range, hflip: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random resized crop (bicubic, antialiased), flipped with chance `hflip` -> (C, *size), box float32 (5,)."""
+    """Draw a random resized crop (bicubic, antialiased), flipped with chance `hflip`.
+
+    Returns uint8 (C, *size) and its box, float32 (5,).
+    """
+    # torchvision draws the box from torch's generator; the flip comes from Python's.
     top, left, height, width = v2.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
     flipped = random.random() < hflip
     crop = F.resized_crop(
         image, top, left, height, width, list(size), v2.InterpolationMode.BICUBIC, antialias=True
-    )
-    box = torch.tensor([left, top, width, height, flipped], dtype=torch.float32)
-    return (F.horizontal_flip(crop) if flipped else crop), box
+    )  # (C, H, W) -> (C, *size)
+    if flipped:
+        crop = F.horizontal_flip(crop)
+    # The box stays that of the unflipped crop; its last value tells how to read it.
+    return crop, torch.tensor([left, top, width, height, flipped], dtype=torch.float32)
 
 
-class TwoViews:  # used as a function; a class so that it can be pickled for workers
+class TwoViews:
     """MAE's augmentation twice: `image` and `second` (C, *size), `boxes` (2, 5)."""
 
-    def __init__(self, size: tuple[int, int], crop_scale: tuple[float, float], hflip: float):
-        self.crop = size, crop_scale, hflip
+    def __init__(self, size: Size, crop_scale: Range, hflip: float):
+        self.size = size
+        self.crop_scale = crop_scale
+        self.hflip = hflip
 
     def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        (a, box_a), (b, box_b) = (crop_with_box(image, *self.crop) for _ in range(2))
-        return dict(image=a, second=b, boxes=torch.stack([box_a, box_b]))
+        first, first_box = crop_with_box(image, self.size, self.crop_scale, self.hflip)
+        second, second_box = crop_with_box(image, self.size, self.crop_scale, self.hflip)
+        return dict(image=first, second=second, boxes=torch.stack([first_box, second_box]))
+
+
+class View(NamedTuple):
+    """How one view of an image is made: its size, its share of the area, and the chances of two changes."""
+
+    size: Size
+    scale: Range
+    blur: float
+    solarize: float
 
 
 class MultiCrop:
-    """iBOT's views: `image` (2, C, *size) global crops, `local` (n, C, *local_size), `boxes` (2+n, 5), and `mask`
-    (2, L), true = a masked cell of a global crop.
+    """iBOT's views of an image.
 
-    Colour changes (jitter, grey, solarisation) are for three channels and left out of others. `grid` (h, w) are the cells
-    of a global crop, `mask_ratios` (low, high) ranges of which each crop draws one.
+    They are `image` (2, C, *size), the global crops; `local` (n, C, *local_size); `boxes` (2+n, 5); and
+    `mask` (2, L), where true marks a masked cell of a global crop. Colour changes (jitter, grey,
+    solarisation) are made on images of three channels only.
+
+    Args:
+        grid: (h, w), the cells of a global crop.
+        global_scale, local_scale: ranges of a crop's share of the image's area.
+        mask_ratios: (low, high) ranges; each global crop draws one of them.
     """
 
     def __init__(
         self,
-        size: tuple[int, int],
-        local_size: tuple[int, int],
+        size: Size,
+        local_size: Size,
         num_local: int,
-        grid: tuple[int, int],
+        grid: Size,
         *,
-        global_scale: tuple[float, float],
-        local_scale: tuple[float, float],
-        mask_ratios: list[tuple[float, float]],
+        global_scale: Range,
+        local_scale: Range,
+        mask_ratios: list[Range],
     ):
-        self.views = [(size, global_scale, 1.0, 0.0), (size, global_scale, 0.1, 0.2)]
-        self.views += [(local_size, local_scale, 0.5, 0.0)] * num_local
-        self.grid, self.mask_ratios, self.local_size = grid, mask_ratios, local_size
+        # Blur and solarisation of the two global crops differ, as in BYOL and DINO.
+        self.views = [
+            View(size, global_scale, blur=1.0, solarize=0.0),
+            View(size, global_scale, blur=0.1, solarize=0.2),
+            *[View(local_size, local_scale, blur=0.5, solarize=0.0)] * num_local,
+        ]
+        self.grid = grid
+        self.mask_ratios = mask_ratios
+        self.local_size = local_size
+        # The strengths and chances of DINO and iBOT.
         self.jitter = v2.Compose(
             [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
         )
 
-    def _view(self, image, size, scale, blur, solarize):
-        crop, box = crop_with_box(image, size, scale)
+    def _make(self, image: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        crop, box = crop_with_box(image, view.size, view.scale)
         if len(crop) == 3:
             crop = self.jitter(crop)
-        if random.random() < blur:
+        if random.random() < view.blur:
             crop = gaussian_blur(crop)
-        if random.random() < solarize and len(crop) == 3:
+        # Drawn for every image, so that the draws do not depend on the number of channels.
+        solarized = random.random() < view.solarize
+        if solarized and len(crop) == 3:
             crop = F.solarize(crop, 128)
         return crop, box
 
     def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        crops, boxes = zip(*(self._view(image, *view) for view in self.views))
+        crops, boxes = zip(*(self._make(image, view) for view in self.views))
         masks = [block_mask(self.grid, random.uniform(*random.choice(self.mask_ratios))) for _ in range(2)]
-        local = torch.stack(crops[2:]) if crops[2:] else image.new_empty(0, len(image), *self.local_size)
+        # An empty tensor instead of none, so that batches have the same names.
+        local = image.new_empty(0, len(image), *self.local_size)
+        if len(crops) > 2:
+            local = torch.stack(crops[2:])
         return dict(
             image=torch.stack(crops[:2]),
             local=local,
             boxes=torch.stack(boxes),
-            mask=torch.stack(masks).flatten(1),
+            mask=torch.stack(masks).flatten(1),  # (2, h, w) -> (2, L)
         )
 
 
 def gaussian_blur(crop: torch.Tensor) -> torch.Tensor:
-    """DINO's blur, sigma 0.1 to 2 pixels on a crop of 224, and in proportion on others."""
+    """Blur as DINO: sigma from 0.1 to 2 pixels for a crop of 224, and in proportion for others."""
     side = min(crop.shape[-2:])
     sigma = random.uniform(0.1, 2.0) * side / 224
+    # torchvision refuses a filter that reaches beyond the opposite edge.
     reach = min(math.ceil(3 * sigma), side - 1)
     return F.gaussian_blur(crop, [2 * reach + 1, 2 * reach + 1], [sigma, sigma])
 
 
-def block_mask(grid: tuple[int, int], ratio: float) -> torch.Tensor:
-    """bool (h, w) with at most ratio * h * w true cells, in rectangles (BEiT, Bao et al. 2022, Alg. 1).
+def block_mask(grid: Size, ratio: float) -> torch.Tensor:
+    """Draw a bool mask (h, w) of at most ratio * h * w true cells, in rectangles.
 
-    A rectangle has at least a ninth of the grid (less only where less is wanted) and a side ratio of 0.3 to 1/0.3.
+    Source: BEiT, Bao et al. 2022, Algorithm 1.
+
+    A rectangle covers at least a ninth of the grid, or what is left to mask, and has a side ratio of 0.3 to
+    1/0.3.
     """
     h, w = grid
-    mask, wanted = torch.zeros(h, w, dtype=torch.bool), int(ratio * h * w)
-    smallest, misses = max(1, (h // 3) * (w // 3)), 0
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    wanted = int(ratio * h * w)
+    smallest = max(1, (h // 3) * (w // 3))
+    misses = 0
+    # Ten misses in a row mean that hardly any rectangle still fits.
     while wanted > 0 and misses < 10:
         area = random.uniform(min(smallest, wanted), wanted)
         aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
-        bh, bw = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        misses += 1
-        if not (0 < bh <= h and 0 < bw <= w):
+        height = round(math.sqrt(area * aspect))
+        width = round(math.sqrt(area / aspect))
+        misses += 1  # until the rectangle is accepted
+        if not (0 < height <= h and 0 < width <= w):
             continue
-        top, left = random.randint(0, h - bh), random.randint(0, w - bw)
-        block = mask[top : top + bh, left : left + bw]
+        top = random.randint(0, h - height)
+        left = random.randint(0, w - width)
+        block = mask[top : top + height, left : left + width]
         new = block.numel() - int(block.sum())
+        # A rectangle over masked cells only, or with too many new ones, is not used.
         if 0 < new <= wanted:
             block.fill_(True)
-            wanted, misses = wanted - new, 0
+            wanted -= new
+            misses = 0
     return mask

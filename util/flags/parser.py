@@ -124,6 +124,7 @@ def accept_odd_names() -> None:
 # Parameters of library code that have another name on the command line.
 FLAG_OF = {
     "img_size": "input_size",
+    "auto_augment": "aa",
     "dims": "so_dims",
     "heads": "so_heads",
     "fusion": "so_fusion",

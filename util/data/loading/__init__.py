@@ -1,1 +1,1 @@
-"""From a data set to batches: the order of samples, workers, collation, caches."""
+"""How samples become batches: samplers, loaders with workers, and caches of decoded images."""

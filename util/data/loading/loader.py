@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from util import dist
 from util.data.loading.samplers import EpochSampler, EvalSampler
@@ -18,19 +19,25 @@ from util.dist.allocator import return_freed_memory
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> image uint8 (B, C, H, W) and other views, label, index and key int64 (B,), bad list[int]."""
+    """Stack samples to a batch.
+
+    It has `image` uint8 (B, C, H, W) and other views; `label`, `index` and `key`, int64 (B,); and `bad`, a
+    list of indices.
+    """
+    # Samples have different numbers of `bad` indices, so these cannot be stacked.
     batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers never see the signals that end a run.
+    """A DataLoader whose workers ignore the signals that end a run.
 
-    Schedulers and terminals signal every process. The parent decides what follows, and needs its workers until it has
-    saved; so they are started with these signals blocked, which leaves no moment in which one could end a worker.
+    Schedulers and terminals signal every process. The parent decides what follows and needs its workers until
+    it has saved, so they are started with these signals blocked. There is then no moment in which a signal
+    could end one.
     """
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
@@ -39,12 +46,17 @@ class Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@lru_cache(maxsize=1)  # once
-def _kill_workers_at_exit():
-    """multiprocessing ends daemons by SIGTERM at exit and waits for them: for ever, as it is blocked. So kill first."""
+@lru_cache(maxsize=1)  # registered once
+def _kill_workers_at_exit() -> None:
+    """Kill workers when the process exits.
 
-    def kill():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a worker that crashed
+    multiprocessing sends them SIGTERM at exit and waits for them. That would last forever, as they block
+    SIGTERM.
+    """
+
+    def kill() -> None:
+        # torch's handler would report each killed worker as a crash.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()
@@ -53,15 +65,22 @@ def _kill_workers_at_exit():
 
 
 def build_loader(
-    dataset, sampler, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+    dataset: Any,
+    sampler: Sampler | Iterable | None,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Loader:
-    """Batches as `collate` makes them, by workers that persist, with one thread each, and leave signals to the parent.
+    """Return a loader of batches as `collate` makes them.
 
-    `sampler` must be None for a stream, whose last, partial batches are dropped.
+    Its workers persist over epochs, use one thread each, and leave signals to the parent. `sampler` must be
+    None for a stream; the last, partial batches of a stream are dropped.
     """
+    # DataLoader refuses a sampler for a stream.
     stream = isinstance(dataset, IterableDataset)
     if stream and hasattr(dataset.dataset, "set_loader_cfg"):
-        dataset.dataset.set_loader_cfg(num_workers=num_workers)
+        dataset.dataset.set_loader_cfg(num_workers=num_workers)  # timm's streams divide by it
     if num_workers > 0:
         _kill_workers_at_exit()
     return Loader(
@@ -73,28 +92,35 @@ def build_loader(
         pin_memory=pin_memory,
         drop_last=stream,
         persistent_workers=num_workers > 0,
-        worker_init_fn=return_freed_memory,
+        worker_init_fn=return_freed_memory,  # type: ignore[arg-type]
     )
 
 
-def check_same_everywhere(dataset) -> None:
-    """ValueError on all ranks unless they list the same images: else some would be used twice, others never, or ranks wait
-    for a batch that does not come."""
+def check_same_everywhere(dataset: Any) -> None:
+    """Raise ValueError on all ranks unless they list the same images.
+
+    Otherwise some images would be used twice and others never, or ranks would wait for a batch that does not
+    come.
+    """
     if dist.world_size() == 1 or not hasattr(dataset, "index"):
         return
-    found = dist.gather_objects((dataset.index.digest(), f"{len(dataset)} on {socket.gethostname()}"))
-    if len({digest for digest, _ in found}) > 1:
-        places = ", ".join(sorted({where for _, where in found}))
+    # The hash alone would not say which node is wrong.
+    place = f"{len(dataset)} on {socket.gethostname()}"
+    listings = dist.gather_objects((dataset.index.digest(), place))
+    if len({digest for digest, _ in listings}) > 1:
+        places = ", ".join(sorted({place for _, place in listings}))
         raise ValueError(
             f"the ranks list different images in {dataset.index.path}: {places}. Copy the data to the nodes "
             "again, or give one copy that all of them see"
         )
 
 
-def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """This rank's shuffled batches, epoch by epoch; a stream keeps its own order."""
-    sampler = None
+def train_loader(
+    dataset: Any, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Return a loader of this rank's shuffled batches, epoch by epoch; a stream keeps its own order."""
     check_same_everywhere(dataset)
+    sampler = None
     if dataset.exact_resume:
         sampler = EpochSampler(
             len(dataset), batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size(), seed=seed
@@ -104,72 +130,95 @@ def train_loader(dataset, *, batch_size: int, seed: int, num_workers: int, pin_m
     )
 
 
-def eval_loader(dataset, *, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """This rank's share of all samples, each once over all ranks."""
+def eval_loader(dataset: Any, *, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Return a loader of this rank's share of all samples, each once over all ranks."""
     check_same_everywhere(dataset)
-    sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size()) if dataset.exact_resume else None
+    sampler = None
+    if dataset.exact_resume:
+        sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size())
     return build_loader(
         dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory
     )
 
 
-def some_samples(dataset, n: int) -> list[dict]:
-    """Up to n samples to show, spread over the data set and the same at every call; a stream's first ones."""
+def some_samples(dataset: Any, n: int) -> list[dict]:
+    """Return up to n samples to show, spread evenly and the same at every call.
+
+    Of a stream they are the first ones.
+    """
     n = min(n, len(dataset))
-    return (
-        [dataset[i * len(dataset) // n] for i in range(n)]
-        if dataset.exact_resume
-        else list(islice(dataset, n))
-    )
+    # A stream cannot be asked for a sample by its number.
+    if not dataset.exact_resume:
+        return list(islice(dataset, n))
+    return [dataset[i * len(dataset) // n] for i in range(n)]
 
 
-def sample_batches(dataset, n: int, batch_size: int) -> list[dict]:
-    """Up to n samples of a data set, spread over it and the same at every call, in batches."""
+def sample_batches(dataset: Dataset, n: int, batch_size: int) -> list[dict]:
+    """Return `some_samples` in batches."""
     samples = some_samples(dataset, n)
     return [collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
 
+# --- to the device ---
+
+
 @lru_cache(maxsize=8)
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which batches are copied to a device: one for the whole run.
+    """Return the stream on which batches are copied to a device, one for the whole run.
 
-    The caching allocator keeps freed blocks for the stream that they were allocated on. A new stream in every epoch
-    would leave a batch or two behind each time.
+    The caching allocator keeps freed blocks for the stream that they were allocated on. A new stream in every
+    epoch would leave a batch or two behind each time.
     """
     return torch.cuda.Stream(device)
 
 
-def device_batches(loader: Iterable, device: torch.device, pixels: Pixels) -> Iterator[dict]:
-    """Batches with uint8 views (`image`, ...) normalised to float32 on the device; on CUDA the next one is copied while one
-    is used."""
-    copy_stream = _copy_stream(device) if device.type == "cuda" else None
+def _moved(batch: dict, device: torch.device, pixels: Pixels) -> dict:
+    """Copy a batch to the device and normalise its uint8 views there."""
+    moved = {}
+    # All copies are queued before the first computation.
+    for name, value in batch.items():
+        if torch.is_tensor(value):
+            value = value.to(device, non_blocking=True)
+        moved[name] = value
+    # Boxes, masks and features that were computed before keep their values.
+    for name, value in moved.items():
+        if torch.is_tensor(value) and value.dtype == torch.uint8:
+            moved[name] = pixels.normalize(value)
+    return moved
 
-    def move(batch: dict) -> dict:
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        # Features that were computed before, boxes and masks pass as they are.
-        return {
-            k: pixels.normalize(v) if torch.is_tensor(v) and v.dtype == torch.uint8 else v
-            for k, v in batch.items()
-        }
 
-    if copy_stream is None:
-        for batch in loader:
-            yield move(batch)
+def device_batches(loader: Iterable[dict], device: torch.device, pixels: Pixels) -> Iterator[dict]:
+    """Yield batches whose uint8 views (`image`, ...) are normalised to float32 on the device.
+
+    On CUDA the next batch is copied while one is used.
+    """
+    if device.type == "cuda":
+        yield from _prefetched(loader, device, pixels)
         return
-    ready, batches = None, iter(loader)
+    for batch in loader:
+        yield _moved(batch, device, pixels)
+
+
+def _prefetched(loader: Iterable[dict], device: torch.device, pixels: Pixels) -> Iterator[dict]:
+    """Yield batches that were copied on a stream of their own while the batch before was used."""
+    stream = _copy_stream(device)
+    batches = iter(loader)
+    ready = None
     while True:
-        with torch.cuda.stream(copy_stream):
-            # In this stream, as a loader may make its batches on the device; `move` must come after that.
+        # A loader may make its batches on the device; the copy must follow on the same stream.
+        with torch.cuda.stream(stream):
             batch = next(batches, None)
             if batch is None:
                 break
-            coming = move(batch)
+            coming = _moved(batch, device, pixels)
+        # While the caller computes with this batch, the next one is on its way.
         if ready is not None:
             yield ready
-        torch.cuda.current_stream(device).wait_stream(copy_stream)
-        for v in coming.values():
-            if torch.is_tensor(v):
-                v.record_stream(torch.cuda.current_stream(device))
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # The allocator must not reuse the memory before the stream that computes is done with it.
+        for value in coming.values():
+            if torch.is_tensor(value):
+                value.record_stream(torch.cuda.current_stream(device))
         ready = coming
     if ready is not None:
         yield ready

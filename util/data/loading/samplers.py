@@ -1,28 +1,24 @@
-"""Which samples, in which order: `(epoch, index)`, from which everything random about a sample follows."""
+"""Which samples are loaded, and in which order. A sample is named by `(epoch, index)`."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch.utils.data import Sampler
 
-
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """The seed in [0, 2**63) of one sample: splitmix64 over the three numbers."""
-    state = 0
-    for value in (seed, epoch, index):
-        state = (state ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+from util.data.seeding import sample_seed
 
 
 class EpochSampler(Sampler):
-    """One rank's `(epoch, index)` pairs of one epoch at a time; which epoch, and from where, `set_position` says.
+    """One rank's `(epoch, index)` pairs, one epoch at a time.
 
-    An epoch's permutation p follows from (seed, epoch). The m-th micro-batch of all ranks together is
-    p[m * G:(m + 1) * G], G = batch_size * world_size, and rank r has its r-th part; so for equal G the batches do not
-    depend on the number of ranks. A tail shorter than G is dropped.
+    `set_position` chooses the epoch and the batch to start with.
+
+    An epoch's permutation p follows from (seed, epoch). The m-th micro-batch of all ranks together is p[m *
+    G:(m + 1) * G] with G = batch_size * world_size, and rank r has its r-th part. So for equal G the batches
+    do not depend on the number of ranks. A remainder shorter than G is dropped.
+
+    Raises ValueError if n is smaller than G.
     """
 
     def __init__(
@@ -35,51 +31,65 @@ class EpochSampler(Sampler):
         seed: int = 0,
         shuffle: bool = True,
     ):
-        self.n, self.batch_size, self.rank, self.world_size = n, batch_size, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.n = n
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
         self.batches_per_epoch = n // (batch_size * world_size)
+        # Otherwise a run would train on nothing.
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"{n} images are fewer than one batch: --batch_size {batch_size} x {world_size} ranks = "
-                f"{batch_size * world_size}. Lower --batch_size to {n // world_size} or less."
+                f"{n} images are fewer than one batch: `batch_size` {batch_size} x {world_size} ranks = "
+                f"{batch_size * world_size}. Lower `batch_size` to {n // world_size} or less."
             )
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration is `epoch`, from micro-batch `start_batch` of this rank on."""
+        """Let the next iteration be `epoch`, from micro-batch `start_batch` of this rank on."""
         assert 0 <= start_batch <= self.batches_per_epoch, (start_batch, self.batches_per_epoch)
-        self.epoch, self.start_batch = epoch, start_batch
+        self.epoch = epoch
+        self.start_batch = start_batch
 
     def __len__(self) -> int:
         return (self.batches_per_epoch - self.start_batch) * self.batch_size
 
-    def __iter__(self):
-        epoch, own = self.epoch, slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch  # `set_position` may be called while the last batches are still loaded
+        this_rank = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for m in range(self.start_batch, self.batches_per_epoch):
-            for i in self.global_batch(epoch, m)[own].tolist():
+            for i in self.global_batch(epoch, m)[this_rank].tolist():
                 yield epoch, i
 
     def global_batch(self, epoch: int, m: int) -> torch.Tensor:
-        """int64 (G,): the indices of all ranks' m-th micro-batch, in rank order."""
+        """Return the indices of all ranks' m-th micro-batch, int64 (G,), in rank order."""
         size = self.batch_size * self.world_size
+        # One global order, which ranks divide: it must not depend on the rank.
         return _permutation(self.n, self.seed, epoch, self.shuffle)[m * size : (m + 1) * size]
 
 
+# All batches of an epoch share one permutation.
 @lru_cache(maxsize=1)
-def _permutation(n, seed, epoch, shuffle):
+def _permutation(n: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
     if not shuffle:
         return torch.arange(n)
+    # No sample has index -1, so this seed is not a sample's.
     return torch.randperm(n, generator=torch.Generator().manual_seed(sample_seed(seed, epoch, -1)))
 
 
 class EvalSampler(Sampler):
-    """rank, rank + world_size, ...: every index exactly once over all ranks, so ranks may differ by one sample."""
+    """Every index exactly once over all ranks: rank, rank + world_size, ...
+
+    The shares of two ranks differ by one sample at most.
+    """
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1):
+        # No padding: a repeated image would count twice in the accuracy.
         self.indices = range(rank, n, world_size)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.indices)

@@ -7,23 +7,28 @@ python -m util.data.native status
 import argparse
 import sys
 
-from util.data import native
+from util.data.native import bindings, compiler
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m util.data.native", description=__doc__.partition("\n")[0]
-    )
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return 0 if the library can be used afterwards, and 1 otherwise."""
+    description = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m util.data.native", description=description)
     parser.add_argument("command", choices=("build", "status"))
     command = parser.parse_args(argv).command
-    try:
-        if command == "build":
-            native.build()
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
-    native.forget()
-    print(f"{native.LIBRARY}: {native.describe()}" if native.library() else native.describe())
-    return int(native.library() is None)
+    if command == "build":
+        try:
+            compiler.build()
+        except ValueError as error:
+            parser.exit(2, f"{error}\n")
+    # The process may have looked for the library before it was built.
+    bindings.forget()
+    # Also after a build: the file may not load on this machine.
+    if bindings.library() is None:
+        print(bindings.describe())
+        return 1
+    print(f"{bindings.LIBRARY}: {bindings.describe()}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-/* Decode only what a crop needs, and resize it on the way. */
+/* Decode only what a crop needs, and resize it row by row. */
 #include "native.h"
 #include <stdlib.h>
 
@@ -6,8 +6,8 @@
 #define SOURCE_ID "unknown"
 #endif
 
-#define MARGIN 2 /* pixels around the crop: libjpeg's chroma upsampling treats the edge of what it decodes differently */
-#define LARGEST (1 << 26) /* pixels of a side, as in util/data/native/__init__.py */
+#define MARGIN 2 /* pixels around the crop: libjpeg upsamples chroma differently at the edge of what it decodes */
+#define LARGEST (1 << 26) /* pixels of a side; LARGEST_SIDE in bindings.py */
 
 static void escape(j_common_ptr codec) { longjmp(((struct failure *)codec->err)->escape, 1); }
 
@@ -25,7 +25,8 @@ struct jpeg_error_mgr *quiet_errors(struct failure *failure) {
 
 const char *native_source_id(void) { return SOURCE_ID; }
 
-/* Width, height -> out[0], out[1] of a JPEG that `native_crop` can read: 8 bit, grey or YCbCr, baseline, complete. */
+/* Write width and height to out[0] and out[1], for a JPEG that `native_crop` can read: 8 bits, grey or YCbCr, baseline,
+ * complete. */
 int native_size(const uint8_t *data, size_t size, int32_t *out) {
     struct header header;
     int status = read_header(data, size, &header);
@@ -40,7 +41,7 @@ static int down(double x) { return (int)x; } /* boxes are not negative */
 
 static int up(double x) { return (int)x + (x > (int)x); }
 
-/* Everything that must be released whichever way the decoding ends. */
+/* Everything that must be released, however the decoding ends. */
 struct job {
     struct jpeg_decompress_struct codec;
     struct failure failure;
@@ -48,7 +49,7 @@ struct job {
     struct entropy *entropy;
 };
 
-/* Decodes the rows of `box` into job->resizer and that into `out`; leaves by longjmp on libjpeg's errors. */
+/* Decode the rows of `box` into job->resizer, and write its result to `out`. Errors of libjpeg leave by longjmp. */
 static int decode(struct job *job, const uint8_t *data, size_t size, const struct header *header, struct box box,
                   int shrink, uint8_t *out, int out_width, int out_height, int flags) {
     j_decompress_ptr codec = &job->codec;
@@ -68,9 +69,9 @@ static int decode(struct job *job, const uint8_t *data, size_t size, const struc
     int last = up(box.left + box.width) + MARGIN < in_width ? up(box.left + box.width) + MARGIN : in_width;
     JDIMENSION left = first, width = last - first;
     if (last - first < in_width)
-        jpeg_crop_scanline(codec, &left, &width); /* moves left to a multiple of the MCU's width */
+        jpeg_crop_scanline(codec, &left, &width); /* moves `left` to a multiple of the MCU's width */
     if (!(flags & LIBJPEGS_ENTROPY)) {
-        int step = header->mcu_width / shrink; /* 8 pixels or more, and shrink is 8 at most */
+        int step = header->mcu_width / shrink; /* an MCU has 8 pixels or more, and shrink is 8 at most */
         int status = entropy_attach(&job->entropy, codec, data, size, header, left / step,
                                     (left + codec->output_width - 1) / step);
         if (status != DONE)
@@ -93,12 +94,12 @@ static int decode(struct job *job, const uint8_t *data, size_t size, const struc
         resizer_row(job->resizer, y);
     }
     if (job->failure.base.num_warnings)
-        return UNUSUAL; /* damaged: what the general decoder makes of it shall count */
+        return UNUSUAL; /* damaged: the general decoder decides what it shows */
     resizer_finish(job->resizer, out);
     return DONE;
 }
 
-/* Whether the box lies in the image, and whether sizes in bytes, of filters too, fit into an int. */
+/* Tell whether the box lies in the image, and whether all sizes in bytes, also of filters, fit in an int. */
 static int possible(const int32_t *box, int image_width, int image_height, int out_width, int out_height) {
     int x = box[0], y = box[1], width = box[2], height = box[3];
     return image_width <= LARGEST && image_height <= LARGEST && out_width >= 1 && out_width <= LARGEST &&
@@ -106,8 +107,8 @@ static int possible(const int32_t *box, int image_width, int image_height, int o
            width <= image_width - x && height <= image_height - y;
 }
 
-/* The crop `box` = left, top, width, height of a JPEG, resized by an antialiased bicubic filter and flipped.
- * out: (3, out_height, out_width). Thread-safe; keeps nothing between calls. */
+/* Cut `box` = left, top, width, height from a JPEG, resize it by an antialiased bicubic filter and flip it.
+ * out: (3, out_height, out_width). Thread-safe; no state is kept between calls. */
 int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *out, int out_width, int out_height,
                 int flags) {
     struct header header;
@@ -137,7 +138,7 @@ int native_crop(const uint8_t *data, size_t size, const int32_t *box, uint8_t *o
     return status;
 }
 
-/* The same of decoded pixels: planes (3, height, width). */
+/* Cut, resize and flip decoded pixels in the same way. planes: (3, image_height, image_width). */
 int native_crop_pixels(const uint8_t *planes, int image_height, int image_width, const int32_t *box,
                        uint8_t *out, int out_width, int out_height, int flags) {
     if (!possible(box, image_width, image_height, out_width, out_height))

@@ -1,18 +1,19 @@
-/* Huffman decoding of baseline JPEGs in place of libjpeg's, which takes two thirds of its time for it.
+/* Huffman decoding of baseline JPEGs. It replaces libjpeg's, which takes two thirds of the decoding time.
  *
- * The whole scan lies in memory, so the stuffed zero bytes are taken out once, and bits are read without looking for
- * markers, by a loop with hardly a branch that the processor could guess wrong. With restart markers, segments beside the
- * crop are stepped over. Anything irregular goes to `fail`: the general decoder shall judge it. */
+ * The whole scan lies in memory. So the stuffed zero bytes are removed once, and bits are read without a search for
+ * markers, in a loop with few branches that the processor can mispredict. With restart markers, segments outside
+ * of the crop are skipped. Anything irregular goes to `fail`: the general decoder then decides about the file. */
 #include "native.h"
 #include <stdlib.h>
 #include <string.h>
 
-#define LOOK 10      /* bits that a table lookup takes: nearly all codes are shorter */
-#define END_RUN 64   /* "no more coefficients", as a run that leaves the block */
+#define LOOK 10      /* bits of a table lookup; nearly all codes are shorter */
+#define END_RUN 64   /* end of block, as a run that leaves the block */
 #define BAD_RUN 127
 #define PADDING 512  /* readable bytes after the data; a block takes 64 * 31 bits at most */
 
-/* What libjpeg calls for each MCU, in its internal header, unchanged since version 6b; `native_ready` tries it out. */
+/* libjpeg calls decode_mcu for each MCU. This structure is from its internal header and has not changed since
+ * version 6b; `native_ready` tries it out. */
 struct jpeg_entropy_decoder {
     void (*start_pass)(j_decompress_ptr codec);
     boolean (*decode_mcu)(j_decompress_ptr codec, JBLOCKROW *blocks);
@@ -21,21 +22,22 @@ struct jpeg_entropy_decoder {
 
 struct table {
     struct code {
-        uint8_t bits, length, size, run; /* of code and value together (0: a longer code); of the code; of the value; zeros */
+        /* bits of code and value together (0: a longer code), of the code, of the value; run of zeros */
+        uint8_t bits, length, size, run;
     } look[1 << LOOK];
-    int32_t last[17], offset[17]; /* by length: largest code, or -1; index of the first symbol minus its code */
+    int32_t last[17], offset[17]; /* by length: the largest code, or -1; the index of the first symbol minus its code */
     const UINT8 *symbols;
     int is_dc;
 };
 
 struct entropy {
     struct table dc[NUM_HUFF_TBLS], ac[NUM_HUFF_TBLS];
-    int columns, restart, first, last; /* MCUs per row, per segment; columns that the crop needs */
-    int whole_segments;                /* a row is a whole number of segments, so that one can be left out */
+    int columns, restart, first, last; /* MCUs per row, per segment; first and last column that the crop needs */
+    int whole_segments;                /* a row is a whole number of segments, so segments can be skipped */
     int column, left, segment, segments;
     int dc_value[MAX_COMPS_IN_SCAN];
     uint64_t bits; /* the next bits, from the most significant one */
-    int count;     /* how many of them are valid */
+    int count;     /* number of valid bits */
     const uint8_t *at;
     uint8_t *bytes;
     size_t *start; /* (segments + 1,) offsets in bytes */
@@ -49,7 +51,8 @@ static const uint8_t ZIGZAG[64] = {
 
 static void fail(j_decompress_ptr codec) { codec->err->error_exit((j_common_ptr)codec); }
 
-/* The scan without stuffed zeros and markers, and where each segment starts. UNUSUAL if it is not as declared. */
+/* Copy the scan without stuffed zeros and markers, and note where each segment starts. UNUSUAL if the scan is not as
+ * declared. */
 static int unstuff(struct entropy *e, const uint8_t *at, const uint8_t *end) {
     uint8_t *to = e->bytes;
     int found = 0;
@@ -67,7 +70,7 @@ static int unstuff(struct entropy *e, const uint8_t *at, const uint8_t *end) {
         }
         e->start[++found] = to - e->bytes;
         if (found == e->segments)
-            break; /* whatever ends the last one */
+            break; /* any marker ends the last segment */
         if (ff[1] != 0xD0 + (found - 1) % 8)
             return UNUSUAL;
     }
@@ -80,11 +83,11 @@ static struct code make_code(int symbol, int length, int is_dc) {
     if (!is_dc && size == 0 && run != 15)
         run = END_RUN;
     if (!is_dc && size > 10)
-        run = BAD_RUN; /* not in 8-bit images; two codes and their values fit in 56 bits without it */
+        run = BAD_RUN; /* impossible in 8-bit images; so two codes and their values fit in 56 bits */
     return (struct code){ (uint8_t)(length + size), (uint8_t)length, (uint8_t)size, (uint8_t)run };
 }
 
-/* libjpeg has checked the table when it started the scan: the codes fit in their lengths. */
+/* libjpeg checked the table when it started the scan: the codes fit in their lengths. */
 static void make_table(struct table *table, const JHUFF_TBL *from, int is_dc) {
     memset(table->look, 0, sizeof table->look);
     table->symbols = from->huffval;
@@ -117,14 +120,14 @@ static struct code long_code(j_decompress_ptr codec, const struct table *table, 
 #define FROM_BIG_ENDIAN(x) __builtin_bswap64(x)
 #endif
 
-/* At least 56 valid bits: two codes with their values. Bits beyond the valid ones are right already, or 0. */
+/* Make at least 56 bits valid: two codes with their values. Bits beyond the valid ones are correct already, or 0. */
 #define REFILL                                \
     memcpy(&next, at, 8);                     \
     bits |= FROM_BIG_ENDIAN(next) >> count;   \
     at += (63 - count) >> 3;                  \
     count |= 56;
 
-/* Sets `code`, and `value`: `size` bits, of which a leading 0 means a negative number. */
+/* Set `code` and `value`. The value has `size` bits, and a leading 0 means a negative number. */
 #define NEXT(table)                                                                                      \
     code = (table)->look[bits >> (64 - LOOK)];                                                           \
     if (code.bits == 0)                                                                                  \
@@ -134,7 +137,7 @@ static struct code long_code(j_decompress_ptr codec, const struct table *table, 
     bits <<= code.bits;                                                                                  \
     count -= code.bits;
 
-/* Ends the block where k leaves it. */
+/* Store a coefficient, or end the block when k leaves it. */
 #define STORE                                 \
     k += code.run;                            \
     if (k > 63) {                             \
@@ -145,7 +148,7 @@ static struct code long_code(j_decompress_ptr codec, const struct table *table, 
         block[ZIGZAG[k]] = (JCOEF)value;      \
     k++;
 
-/* One block, into `block` or, where that is NULL, past it. */
+/* Decode one block into `block`; skip it if that is NULL. */
 static inline __attribute__((always_inline)) void decode_block(j_decompress_ptr codec, struct entropy *e,
                                                                const struct table *dc, const struct table *ac,
                                                                int *dc_value, JCOEF *block) {
@@ -195,7 +198,7 @@ static boolean decode_mcu(j_decompress_ptr codec, JBLOCKROW *blocks) {
     e->left--;
     e->column = column + 1 == e->columns ? 0 : column + 1;
     int wanted = blocks && column >= e->first && column <= e->last;
-    /* Later MCUs of a segment need the earlier ones; a segment is left out if the crop needs none of it. */
+    /* Later MCUs of a segment depend on the earlier ones. A segment is skipped if the crop needs none of it. */
     if (e->whole_segments && !wanted && (!blocks || column > e->last || column - position + e->restart <= e->first))
         return TRUE;
     for (int b = 0; b < codec->blocks_in_MCU; b++) {
@@ -210,8 +213,8 @@ static boolean decode_mcu(j_decompress_ptr codec, JBLOCKROW *blocks) {
     return TRUE;
 }
 
-/* Puts this decoder in the place of libjpeg's, after jpeg_start_decompress. first, last: columns of MCUs that are needed.
- * *entropy is to be released by entropy_free, also after a failure. */
+/* Replace libjpeg's decoder by this one, after jpeg_start_decompress. first, last: columns of MCUs that are needed.
+ * The caller releases *entropy by entropy_free, also after a failure. */
 int entropy_attach(struct entropy **entropy, j_decompress_ptr codec, const uint8_t *data, size_t size,
                    const struct header *header, int first, int last) {
     struct entropy *e = *entropy = calloc(1, sizeof *e);

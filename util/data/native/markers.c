@@ -1,10 +1,10 @@
-/* JPEG markers: what a file is. */
+/* Read the markers of a JPEG: its size, its components, and where the entropy-coded data begin. */
 #include "native.h"
 #include <string.h>
 
 static int big_endian(const uint8_t *at) { return at[0] << 8 | at[1]; }
 
-/* Frame header of a baseline JPEG; `at` is its first byte after the length. */
+/* Read the frame header of a baseline JPEG. `at` is its first byte after the length. */
 static int read_frame(const uint8_t *at, int length, struct header *header) {
     if (length < 8 || at[0] != 8)
         return UNUSUAL;
@@ -19,7 +19,7 @@ static int read_frame(const uint8_t *at, int length, struct header *header) {
         int x = at[7 + 3 * c] >> 4, y = at[7 + 3 * c] & 15;
         if (x < 1 || x > 4 || y < 1 || y > 4)
             return UNUSUAL;
-        if (header->components == 3) { /* one component alone is stored block by block, whatever it says here */
+        if (header->components == 3) { /* a single component is stored block by block; its factors do not count */
             most_x = x > most_x ? x : most_x;
             most_y = y > most_y ? y : most_y;
         }
@@ -29,7 +29,7 @@ static int read_frame(const uint8_t *at, int length, struct header *header) {
     return DONE;
 }
 
-/* DONE for an 8-bit baseline JPEG of one scan with 1 or 3 components that ends with its end marker. */
+/* Return DONE for an 8-bit baseline JPEG of one scan with 1 or 3 components that ends with an end marker. */
 int read_header(const uint8_t *data, size_t size, struct header *header) {
     memset(header, 0, sizeof *header);
     if (size < 4 || data[0] != 0xFF || data[1] != 0xD8 || data[size - 2] != 0xFF || data[size - 1] != 0xD9)
@@ -57,9 +57,9 @@ int read_header(const uint8_t *data, size_t size, struct header *header) {
             header->restart = big_endian(content);
         } else if (marker == 0xDA) {
             if (!header->frame || length != 6 + 2 * header->components || content[0] != header->components)
-                return UNUSUAL; /* several scans, or nonsense */
+                return UNUSUAL; /* several scans, or a damaged header */
             header->scan = at + 2 + length;
-            /* The file's last two bytes end the scan; they cannot be the header's own. */
+            /* The last two bytes of the file end the scan. They must not belong to the header. */
             return header->scan + 2 <= size ? DONE : UNUSUAL;
         }
         at += 2 + length;

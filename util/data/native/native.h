@@ -1,4 +1,4 @@
-/* Bytes of a JPEG in, a cropped, resized and flipped uint8 image out; see ../util/data/native/__init__.py for the caller's side. */
+/* From the bytes of a JPEG to a cropped, resized and flipped uint8 image. bindings.py calls these functions. */
 #ifndef MAE_PL_NATIVE_H
 #define MAE_PL_NATIVE_H
 
@@ -8,20 +8,20 @@
 #include <stdio.h>
 #include <jpeglib.h>
 
-/* What every exported function returns. Anything but DONE sends the caller to the general decoder, which then says what
- * is wrong with the file, or reads it after all. */
+/* Return values of all exported functions. After anything but DONE the caller uses the general decoder, which then
+ * reads the file after all, or says what is wrong with it. */
 enum { DONE = 0, UNUSUAL = 1, NO_MEMORY = 2 };
 
 enum { FLIP_X = 1, FLIP_Y = 2, DCT_SCALING = 4, PORTABLE = 8, LIBJPEGS_ENTROPY = 16 };
 
-/* libjpeg's error handler, which must not return: it jumps to `escape` instead of ending the process. */
+/* libjpeg's error handler. It must not return; it jumps to `escape` instead of ending the process. */
 struct failure {
     struct jpeg_error_mgr base; /* first, so that libjpeg's pointer is ours */
     jmp_buf escape;
 };
 struct jpeg_error_mgr *quiet_errors(struct failure *failure);
 
-/* What the markers before the entropy-coded data say. */
+/* Facts from the markers before the entropy-coded data. */
 struct header {
     int width, height, components;
     int mcu_width, mcu_height; /* in pixels */
@@ -31,15 +31,15 @@ struct header {
 };
 int read_header(const uint8_t *data, size_t size, struct header *header);
 
-/* A box of the image, in pixels from its top left corner; fractions occur where DCT scaling shrank the image. */
+/* A box of the image, in pixels from its top left corner. After DCT scaling it can have fractions. */
 struct box { double left, top, width, height; };
 
-/* Antialiased bicubic resizing of rows that come one by one. */
+/* Antialiased bicubic resizing of rows that arrive one by one. */
 struct resizer;
 struct resizer *resizer_new(struct box box, int in_width, int in_height, int out_width, int out_height, int flags);
 void resizer_free(struct resizer *resizer);
-uint8_t *resizer_input(struct resizer *resizer, int y); /* where the caller puts row y, in_width RGBX pixels */
-void resizer_row(struct resizer *resizer, int y);       /* row y is there; rows come in order */
+uint8_t *resizer_input(struct resizer *resizer, int y); /* where the caller writes row y: in_width RGBX pixels */
+void resizer_row(struct resizer *resizer, int y);       /* row y is written; rows arrive in order */
 void resizer_finish(const struct resizer *resizer, uint8_t *planes);   /* (3, out_height, out_width) */
 
 struct entropy;

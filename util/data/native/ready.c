@@ -1,4 +1,4 @@
-/* A trial of this library with the libjpeg that was found at run time. */
+/* Try this library out with the libjpeg that was loaded at run time. */
 #include "native.h"
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +23,8 @@ static int make_jpeg(struct jpeg_compress_struct *codec, unsigned char **data, u
     return DONE;
 }
 
-/* DONE if libjpeg is the one that this was compiled for, and decodes the same with our entropy decoder as with its own. */
+/* Return DONE if libjpeg is the version that this file was compiled for, and if our entropy decoder gives the same
+ * pixels as its own. */
 int native_ready(void) {
     struct jpeg_compress_struct codec = { 0 };
     struct failure failure;
@@ -34,7 +35,7 @@ int native_ready(void) {
     if (!setjmp(failure.escape)) {
         unsigned char *made = NULL;
         unsigned long made_size = 0;
-        jpeg_create_compress(&codec); /* checks version and size of the structure */
+        jpeg_create_compress(&codec); /* checks the version and the size of the structure */
         status = make_jpeg(&codec, &made, &made_size);
         data = made;
         size = made_size;

@@ -1,5 +1,6 @@
-/* Antialiased bicubic resizing, as PIL's: the Keys filter with a = -0.5, stretched by the scale, first along the rows and
- * then along the columns, rounded to 8 bit after each. Integer arithmetic, so that every processor gives the same bits. */
+/* Antialiased bicubic resizing, as PIL's: the Keys filter with a = -0.5, stretched by the scale. It is applied along
+ * the rows and then along the columns, and the result is rounded to 8 bits each time. All arithmetic is on integers, so
+ * that every processor gives the same bits. */
 #include "native.h"
 #include <math.h>
 #include <stdlib.h>
@@ -13,14 +14,14 @@
 
 struct filter {
     int taps, shift; /* taps is a multiple of 4; weights are integers in units of 2^-shift */
-    int *start;      /* (out,) first source position */
+    int *start;      /* (out,), first source position */
     int16_t *weight; /* (out, taps) */
 };
 
 struct resizer {
     struct filter x, y;
     int out_width, out_height, rows, stride, input_stride, flags;
-    uint8_t *input;  /* GROUP rows of the source, and behind each what a filter with weight 0 may touch */
+    uint8_t *input;  /* GROUP rows of the source; after each, room that a filter reads with weight 0 */
     uint8_t *middle; /* (rows, stride) RGBX of out_width columns */
 };
 
@@ -33,8 +34,8 @@ static double cubic(double x) {
     return 0.0;
 }
 
-/* Weights of each of `out` positions over the `in` source positions from `offset` to `offset + extent`. The source ends
- * at the crop's edges, as it does where the crop is cut out before it is resized. */
+/* Make the weights of `out` positions over the `in` source positions from `offset` to `offset + extent`. The source
+ * ends at the crop's edges, as if the crop were cut out before it is resized. */
 static int make_filter(struct filter *filter, double offset, double extent, int in, int out, int flip) {
     double scale = extent / out, stretch = scale > 1.0 ? scale : 1.0, support = 2.0 * stretch;
     int first = (int)offset, end = (int)ceil(offset + extent), most = (int)ceil(support) * 2 + 1;
@@ -61,7 +62,7 @@ static int make_filter(struct filter *filter, double offset, double extent, int 
         filter->start[flip ? out - 1 - i : i] = from;
     }
     filter->taps = (filter->taps + 3) & ~3;
-    /* As many bits as fit in 16, rounded half away from zero: the integers that torchvision's kernel uses, too. */
+    /* As many bits as fit in 16, rounded half away from zero: the integers of torchvision's kernel. */
     filter->shift = 0;
     while (filter->shift < 22 && (int)(0.5 + largest * (1 << (filter->shift + 1))) < 1 << 15)
         filter->shift++;
@@ -130,15 +131,15 @@ static void columns_portable(const struct resizer *r, int y, uint8_t *out, size_
         for (int c = 0; c < 3; c++) {
             int sum = 0;
             for (int k = 0; k < r->y.taps; k++)
-                if (w[k]) /* where it is 0 there may be no such row */
+                if (w[k]) /* with weight 0 the row need not exist */
                     sum += w[k] * from[(size_t)k * r->stride + 4 * i + c];
             out[c * plane + i] = rounded(sum, r->y.shift);
         }
 }
 
 #ifdef HAVE_AVX2
-/* Two rows per vector, four pixels of each at a time: their bytes are spread to the pairs (r0 r1) (g0 g1) (b0 b1) (x0 x1)
- * in 16 bit, then pixels 2 and 3 likewise, and multiplied with the pairs of weights. */
+/* Two rows per vector, four pixels of each at a time. The bytes of pixels 0 and 1 are spread to 16-bit pairs (r0 r1)
+ * (g0 g1) (b0 b1) (x0 x1), then those of pixels 2 and 3, and multiplied by the pairs of weights. */
 __attribute__((target("avx2"))) static void rows_avx2(const struct resizer *r, uint8_t *out) {
     const __m256i pixels01 = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
                                               0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1);
@@ -171,7 +172,7 @@ __attribute__((target("avx2"))) static void rows_avx2(const struct resizer *r, u
     }
 }
 
-/* Eight pixels at a time, two rows at a time: bytes of both rows interleaved, widened and multiplied with their weights. */
+/* Eight pixels of two rows at a time. The bytes of both rows are interleaved, widened and multiplied by the weights. */
 __attribute__((target("avx2"))) static void columns_avx2(const struct resizer *r, int y, uint8_t *out, size_t plane) {
     const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(1 << (r->y.shift - 1));
     const __m256i by_colour = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
@@ -216,7 +217,7 @@ uint8_t *resizer_input(struct resizer *r, int y) { return r->input + (size_t)(y 
 void resizer_row(struct resizer *r, int y) {
     if (y % GROUP != GROUP - 1 && y != r->rows - 1)
         return;
-    uint8_t *out = r->middle + (size_t)(y - y % GROUP) * r->stride; /* which has room for a last group of fewer rows */
+    uint8_t *out = r->middle + (size_t)(y - y % GROUP) * r->stride; /* has room for a whole last group */
 #ifdef HAVE_AVX2
     if (!(r->flags & PORTABLE)) {
         rows_avx2(r, out);

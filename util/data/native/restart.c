@@ -1,9 +1,11 @@
-/* The same coefficients with restart markers: see `splice` for what they are good for. */
+/* Rewrite a JPEG with the same coefficients and restart markers. With markers, entropy.c steps over the segments that a
+ * crop does not need. */
 #include "native.h"
 #include <math.h>
 #include <stdlib.h>
 
-/* MCUs per segment: the divisor of a row's MCUs nearest to 4. Fewer cost bytes, more cost decoding beside the crop. */
+/* Return the MCUs per segment: the divisor of a row's MCUs that is nearest to 4. Smaller segments cost bytes; larger
+ * ones cost decoding outside of the crop. */
 static int segment_length(int columns) {
     int best = 1;
     for (int k = 2; k <= columns; k++)
@@ -21,7 +23,7 @@ struct transcoder {
     size_t room;
 };
 
-/* libjpeg's own memory destination leaks its buffer on errors. Ours has a fixed size; what does not fit is an error. */
+/* libjpeg's memory destination leaks its buffer on errors. Ours has a fixed size, and too much output is an error. */
 static void start_output(j_compress_ptr codec) { (void)codec; }
 
 static boolean output_is_full(j_compress_ptr codec) {
@@ -37,12 +39,12 @@ static int transcode(struct transcoder *t, const uint8_t *data, size_t size) {
     if (t->from.data_precision != 8 || (t->from.num_components != 1 && t->from.num_components != 3))
         return UNUSUAL;
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(&t->from);
-    if (t->failure.base.num_warnings) /* asked now: writing starts by clearing the count */
+    if (t->failure.base.num_warnings) /* checked now, because writing begins by clearing the count */
         return UNUSUAL;
     jpeg_copy_critical_parameters(&t->from, &t->to);
     int wide = t->from.num_components == 1 ? 1 : t->from.max_h_samp_factor;
     int columns = ((int)t->from.image_width + 8 * wide - 1) / (8 * wide);
-    t->to.optimize_coding = TRUE; /* pays for the markers */
+    t->to.optimize_coding = TRUE; /* saves the bytes that the markers cost */
     t->to.restart_interval = segment_length(columns);
     t->destination = (struct jpeg_destination_mgr){
         .next_output_byte = t->out, .free_in_buffer = t->room, .init_destination = start_output,
@@ -54,8 +56,8 @@ static int transcode(struct transcoder *t, const uint8_t *data, size_t size) {
     return t->failure.base.num_warnings ? UNUSUAL : DONE;
 }
 
-/* A JPEG of 1 or 3 components, progressive or not, -> a baseline one with the same coefficients and restart markers,
- * without metadata. `out` has `room` bytes; *out_size is what was used. */
+/* Rewrite a JPEG of 1 or 3 components, progressive or not, as a baseline JPEG with the same coefficients and restart
+ * markers, without metadata. `out` has room for `room` bytes; *out_size is the number of bytes written. */
 int native_add_restarts(const uint8_t *data, size_t size, uint8_t *out, size_t room, size_t *out_size) {
     struct transcoder *t = calloc(1, sizeof *t);
     if (!t)

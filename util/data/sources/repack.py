@@ -1,7 +1,8 @@
-"""Shards that are read faster than the files they came from: `python -m util.data repack`.
+"""Shards that load faster than the files they were made from: `python -m util.data repack`.
 
-Without `long_side` nothing is lost: JPEGs keep their coefficients and get restart markers, so that a crop's own part of
-the entropy-coded data can be decoded alone. With it, images are shrunk to that length and encoded anew as well.
+Without `long_side` nothing is lost: JPEGs keep their coefficients and get restart markers, so that a crop's
+part of the entropy-coded data can be decoded alone. With it, images are also shrunk to that length and
+encoded anew.
 """
 
 import contextlib
@@ -14,20 +15,42 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util.data import native
-from util.data.sources.image_index import ImageIndex, build_index, some_names
-from util.data.transforms import decode
+from util.data.sources.conversion import COPIED, ENCODED, MARKED, UNREADABLE, convert
+from util.data.sources.image_index import ImageIndex, some_names
+from util.data.sources.layouts import build_index
+
+__all__ = ["COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
 
 SHARD_IMAGES = 5000
 SETTLE_SECONDS = 2.5  # `build_index` does not cache the listing of tars that are younger than 2 s
-MARKED, ENCODED, COPIED = "given restart markers", "encoded anew", "copied as they are"
-UNREADABLE = "unreadable, copied as they are"
+PREFETCHED = 32  # images that each worker converts ahead
+
+
+class Shard(NamedTuple):
+    """One tar: its images, where it is written, and where it lies in the end."""
+
+    images: range
+    part: str
+    final: str
+
+    def exists(self) -> bool:
+        """Tell whether this or an earlier call has finished the shard."""
+        return os.path.exists(self.part) or os.path.exists(self.final)
+
+
+class Converted(NamedTuple):
+    """What is stored for one image, what was done with it (see `convert`), and its size before in bytes."""
+
+    name: str
+    data: bytes
+    outcome: str
+    size_before: int
 
 
 def repack(
@@ -40,21 +63,21 @@ def repack(
     num_workers: int = 0,
     shard_images: int = SHARD_IMAGES,
 ) -> Counter:
-    """Write `target`/<split>-*.tar with the images and class folders of one split of `source`; see `build_index` for paths.
+    """Write `target`/<split>-*.tar with the images and class folders of one split of `source`.
 
-    A call that was stopped is continued by the same one: finished shards stay in a hidden folder until the last is
-    there. Every JPEG that was rewritten is decoded again and compared: pixel for pixel, or its size where it was encoded
-    anew. What is no 8-bit grey, RGB or CMYK image is copied, and so is what cannot be read, which training then reports.
+    For paths see `build_index`. The same call continues one that was stopped: finished shards stay in a
+    hidden folder until the last one is finished. Every rewritten JPEG is decoded again and compared: all its
+    pixels, or its size if it was encoded anew. Images other than 8-bit grey, RGB and CMYK are copied, and so
+    are unreadable files, which training then reports.
 
-    Returns how many images of this call went which way. Raises ValueError where a call with other settings, or anything
-    else, has left shards in `target`, and without the native library.
+    Returns the number of images of this call by outcome. Raises ValueError without the native library, and if
+    `target` holds shards of a call with other settings, or other data.
     """
     if not native.library():
         raise ValueError(f"repacking needs the native library: `{native.BUILD}` ({native.describe()})")
-    if not 1 <= quality <= 100 or (long_side is not None and long_side < 1):
-        raise ValueError(f"quality {quality} must be in 1..100 and long_side {long_side} positive")
+    _check_sizes(long_side, quality)
     index = build_index(source, split, labels=False)
-    # What decides the shards' content; a resumed call must agree in all of it.
+    # They decide the content of the shards; a call that continues another must agree in all of them.
     settings = dict(
         source=os.path.abspath(source),
         split=split,
@@ -66,81 +89,100 @@ def repack(
     )
     _check_files(index)
     folder = _claim(target, split, settings)
-    shards = -(-len(index) // shard_images)
-    finals = [os.path.join(target, f"{split}-{k:05d}.tar") for k in range(shards)]
-    parts = [os.path.join(folder, os.path.basename(path)) for path in finals]
-    wanted = [k for k in range(shards) if not os.path.exists(parts[k]) and not os.path.exists(finals[k])]
-    order = [i for k in wanted for i in range(k * shard_images, min((k + 1) * shard_images, len(index)))]
+    shards = _plan(len(index), shard_images, split, target, folder)
+    missing = [shard for shard in shards if not shard.exists()]
+    images = _Conversion(index, long_side, quality)
+    report = _write(missing, images, num_workers)
+    # Only now: half a data set must not look like a whole one.
+    for shard in shards:
+        if os.path.exists(shard.part):
+            os.replace(shard.part, shard.final)
+    _check(index, target, split, shards)
+    report.show()
+    return report.outcomes
+
+
+def _check_sizes(long_side: int | None, quality: int) -> None:
+    if not 1 <= quality <= 100:
+        raise ValueError(f"`quality` must be in 1..100, found {quality}")
+    if long_side is not None and long_side < 1:
+        raise ValueError(f"`long_side` must be positive, found {long_side}")
+
+
+def _plan(n: int, shard_images: int, split: str, target: str, folder: str) -> list[Shard]:
+    """Divide n images into shards, which are written to `folder` and moved to `target` in the end."""
+    shards = []
+    for number, first in enumerate(range(0, n, shard_images)):
+        file = f"{split}-{number:05d}.tar"
+        images = range(first, min(first + shard_images, n))
+        shards.append(Shard(images, os.path.join(folder, file), os.path.join(target, file)))
+    return shards
+
+
+class _Report:
+    """What was done with the images of one call."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter = Counter()
+        self.unreadable: list[str] = []
+        self.bytes_before = 0
+        self.bytes_after = 0
+
+    def add(self, image: Converted) -> None:
+        self.outcomes[image.outcome] += 1
+        if image.outcome == UNREADABLE:
+            self.unreadable.append(image.name)
+        self.bytes_before += image.size_before
+        self.bytes_after += len(image.data)
+
+    def show(self) -> None:
+        for outcome, images in self.outcomes.items():
+            print(f"{images} {outcome}")
+        for name in self.unreadable:
+            print(f"unreadable: {name}")
+        if self.bytes_before:
+            ratio = self.bytes_after / self.bytes_before
+            print(f"{self.bytes_before} -> {self.bytes_after} bytes ({ratio:.3f}x)")
+
+
+def _write(shards: list[Shard], images: "_Conversion", num_workers: int) -> _Report:
+    """Convert the images of all `shards`, one after the other, and write each shard to its `part`."""
+    # The loader keeps this order, with any number of workers.
+    order = [i for shard in shards for i in shard.images]
+    options: dict[str, Any] = {}
+    if num_workers:
+        options["prefetch_factor"] = PREFETCHED
     loader = DataLoader(
-        _Converted(index, long_side, quality),
-        batch_size=None,
-        sampler=order,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        prefetch_factor=32 if num_workers else None,
+        images, batch_size=None, sampler=order, num_workers=num_workers, collate_fn=_unchanged, **options
     )
-    counts, bad, before, after = Counter(), [], 0, 0
-    with tqdm(total=len(index), initial=len(index) - len(order), unit=" images", disable=None) as progress:
+    report = _Report()
+    total = len(images)
+    with tqdm(total=total, initial=total - len(order), unit=" images", disable=None) as progress:
         converted = iter(loader)
-        for k in wanted:
-            with _shard(parts[k]) as tar:
-                for _ in range(k * shard_images, min((k + 1) * shard_images, len(index))):
-                    name, data, way, size = next(converted)
-                    _add(tar, name, data)
-                    counts[way] += 1
-                    bad += [name] if way == UNREADABLE else []
-                    before, after = before + size, after + len(data)
+        for shard in shards:
+            with _new_tar(shard.part) as tar:
+                for _ in shard.images:
+                    image = next(converted)
+                    _add(tar, image.name, image.data)
+                    report.add(image)
                     progress.update()
-    for part, final in zip(parts, finals):
-        if os.path.exists(part):
-            os.replace(part, final)
-    _check(index, target, split, finals)
-    print(*(f"{n} {way}" for way, n in counts.items()), sep="\n")
-    print(*(f"unreadable: {name}" for name in bad), sep="\n", end="\n" * bool(bad))
-    if before:
-        print(f"{before} -> {after} bytes ({after / before:.3f}x)")
-    return counts
+    return report
 
 
-def convert(data: bytes, long_side: int | None = None, quality: int = 90) -> tuple[bytes, str]:
-    """One file -> what to store for it, and which way that went (MARKED, ENCODED, COPIED, UNREADABLE)."""
-    if data[:6] == b"\x93NUMPY":
-        return data, COPIED
-    try:
-        pixels = decode(data, 3)
-    except ValueError:
-        return data, UNREADABLE
-    marked = native.add_restart_markers(data)
-    if marked is not None and not torch.equal(decode(marked, 3), pixels):
-        marked = None
-    if not long_side:
-        return (data, COPIED) if marked is None else (marked, MARKED)
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in ("L", "RGB", "CMYK"):  # alpha, palettes, more than 8 bit
-            return data, COPIED
-        image = image.convert("RGB") if image.mode == "CMYK" else image.copy()
-    scale = min(1.0, long_side / max(image.size))
-    size = tuple(max(1, round(n * scale)) for n in image.size)
-    if scale < 1:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    encoded = native.add_restart_markers(file.getvalue())
-    assert encoded is not None and decode(encoded, 3).shape[1:] == size[::-1], "the new JPEG cannot be read"
-    if scale == 1 and marked is not None and len(marked) <= len(encoded):
-        return marked, MARKED  # encoding it anew would gain nothing
-    return encoded, ENCODED
+class _Conversion(Dataset):
+    """The converted images of an index, made by a loader's workers."""
 
-
-class _Converted(Dataset):
-    def __init__(self, index: ImageIndex, long_side, quality):
-        self.index, self.long_side, self.quality = index, long_side, quality
+    def __init__(self, index: ImageIndex, long_side: int | None, quality: int):
+        self.index = index
+        self.long_side = long_side
+        self.quality = quality
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, i) -> tuple[str, bytes, str, int]:
+    def __getitem__(self, i: int) -> Converted:
         name = self.index.name(i)
+        # A member of that name would lead outside of the folder that the tar is unpacked in.
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(
                 f"{name} lies outside {self.index.root}: repack folders and tars, not lists of distant paths"
@@ -149,97 +191,120 @@ class _Converted(Dataset):
             data = self.index.read(i)
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
-        made, way = convert(data, self.long_side, self.quality)
-        if way == ENCODED and not name.lower().endswith((".jpg", ".jpeg")):
+        stored, outcome = convert(data, self.long_side, self.quality)
+        # A PNG that has become a JPEG; the old suffix stays, so that two names cannot become one.
+        if outcome == ENCODED and not name.lower().endswith((".jpg", ".jpeg")):
             name += ".jpg"
-        return name, made, way, len(data)
+        return Converted(name, stored, outcome, len(data))
 
 
-def _unchanged(sample):
+def _unchanged(sample: Any) -> Any:
     return sample
 
 
 @contextlib.contextmanager
-def _shard(path):
-    """A tar to write to, which is at `path` whole or not at all."""
+def _new_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """Open a tar for writing that appears at `path` when it is complete, and not before."""
     with open(f"{path}.tmp", "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             yield tar
+        # On disk before it gets its name, also if the machine stops now.
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-def _add(tar, name, data):
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
-def _check_files(index):
-    """ValueError that lists the files that are not there or not ours to read, before any shard is begun.
+def _check_files(index: ImageIndex) -> None:
+    """Raise ValueError that lists missing and unreadable files, before the first shard is begun.
 
-    Later, to remove one would change the list of names, and no finished shard would be taken over.
+    Removing one later would change the list of names, and the finished shards could not be used.
     """
     if index.tars:
         return
     paths = (os.path.join(index.root, index.name(i)) for i in range(len(index)))
-    if bad := [path for path in paths if not os.access(path, os.R_OK)]:
+    closed = [path for path in paths if not os.access(path, os.R_OK)]
+    if closed:
         raise ValueError(
-            f"{len(bad)} of {len(index)} files cannot be opened: {some_names(bad)}: mend or remove them"
+            f"{len(closed)} of {len(index)} files cannot be opened: {some_names(closed)}: repair or remove "
+            "them"
         )
 
 
-def _names(index) -> Iterator[bytes]:
+def _names(index: ImageIndex) -> Iterator[bytes]:
     return (os.fsencode(index.name(i)) for i in range(len(index)))
 
 
-def _digest(index):
+def _digest(index: ImageIndex) -> str:
     digest = hashlib.sha256()
     for name in _names(index):
         digest.update(name + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _claim(target, split, settings):
-    """The hidden folder for unfinished shards, with the settings in it; refuses what other settings have left."""
+def _claim(target: str, split: str, settings: dict[str, Any]) -> str:
+    """Return the hidden folder for finished shards, which also holds the settings.
+
+    The settings decide the content of the shards. Raises ValueError if others have been used in `target`.
+    """
     folder = os.path.join(target, f".repack-{split}")
     note = os.path.join(folder, "settings.json")
     if os.path.exists(note):
         with open(note) as file:
-            found = json.load(file)
-        if found != settings:
-            changed = ", ".join(
-                f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v
-            )
-            raise ValueError(
-                f"{target} holds {split} shards of another call ({changed}): give the same settings, or delete "
-                f"{folder} and {split}-*.tar"
-            )
-    else:
-        taken = [p for p in (split, f"{split}.tar") if os.path.exists(os.path.join(target, p))]
-        taken += [os.path.basename(p) for p in glob.glob(glob.escape(os.path.join(target, split)) + "-*.tar")]
-        if taken:
-            raise ValueError(f"{target} already holds {', '.join(sorted(taken)[:5])}: choose another folder")
-        os.makedirs(folder, exist_ok=True)
-        with open(note + ".tmp", "w") as file:
-            json.dump(settings, file, indent=1)
-        os.replace(note + ".tmp", note)
+            earlier = json.load(file)
+        # Shards of different settings must not be mixed.
+        _check_same_settings(
+            earlier, settings, f"{target} holds {split} shards", f"{folder} and {split}-*.tar"
+        )
+        return folder
+    root = os.path.join(target, split)
+    paths = [path for path in (root, f"{root}.tar") if os.path.exists(path)]
+    paths += glob.glob(glob.escape(root) + "-*.tar")
+    if paths:
+        names = sorted(map(os.path.basename, paths))
+        raise ValueError(f"{target} already holds {', '.join(names[:5])}: choose another folder")
+    os.makedirs(folder, exist_ok=True)
+    # In one step: a half-written note would refuse the next call.
+    with open(note + ".tmp", "w") as file:
+        json.dump(settings, file, indent=1)
+    os.replace(note + ".tmp", note)
     return folder
 
 
-def _check(index, target, split, shards):
-    """The shards, as training will see them, have the images and classes of the source. Leaves their listing cached."""
-    newest = max(os.stat(path).st_mtime for path in shards)
+def _check_same_settings(earlier: dict, settings: dict, shards: str, leftovers: str) -> None:
+    if earlier == settings:
+        return
+    changes = [
+        f"{name} {earlier.get(name)!r} -> {value!r}"
+        for name, value in settings.items()
+        if earlier.get(name) != value
+    ]
+    raise ValueError(
+        f"{shards} of another call ({', '.join(changes)}): give the same settings, or delete {leftovers}"
+    )
+
+
+def _check(index: ImageIndex, target: str, split: str, shards: list[Shard]) -> None:
+    """Raise ValueError unless the shards, as training sees them, have the images and classes of the source.
+
+    This leaves their listing cached.
+    """
+    # A listing of very young tars is not cached, so wait until they are old enough.
+    newest = max(os.stat(shard.final).st_mtime for shard in shards)
     time.sleep(min(SETTLE_SECONDS, max(0.0, newest + SETTLE_SECONDS - time.time())))
     made = build_index(target, split, labels=False)
     if len(made) != len(index) or _folders(made) != _folders(index):
         raise ValueError(
-            f"{target} holds {len(made)} images and {index.path} {len(index)}, or their folders differ: delete "
-            f"{split}-*.tar and .repack-{split} there and repack again"
+            f"{target} holds {len(made)} images and {index.path} {len(index)}, or their folders differ: "
+            f"delete {split}-*.tar and .repack-{split} there and repack again"
         )
     print(made.summary())
 
 
-def _folders(index):
+def _folders(index: ImageIndex) -> list[bytes]:
     return sorted(name.rpartition(b"/")[0] for name in _names(index))

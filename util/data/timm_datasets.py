@@ -1,0 +1,140 @@
+"""Data sets that timm reads: Hugging Face, WebDataset, TensorFlow Datasets and torchvision's own."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from util import dist
+from util.data.formats import PIL_MODES
+from util.data.seeding import epoch_and_index, sample_seed, seeded
+from util.data.sources.image_index import NoSplit
+from util.data.transforms import views
+
+READERS = ("hfds", "hfids", "wds", "tfds", "torch")
+
+
+class TimmDataset(Dataset):
+    """The samples of an `ImageDataset` from a map-style set of (PIL image, label).
+
+    timm itself replaces unreadable images, so `bad` is always empty.
+    """
+
+    # Each sample can be made again from its number, so a run resumes at any step.
+    exact_resume = True
+
+    def __init__(
+        self, dataset: Any, transform: Callable, *, name: str = "", in_chans: int = 3, seed: int = 0
+    ):
+        self.dataset = dataset
+        self.transform = transform
+        self.name = name
+        self.mode = PIL_MODES[in_chans]
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def summary(self) -> str:
+        """Return one line: name, number of images, and how a run resumes."""
+        resume = ""
+        if not self.exact_resume:
+            resume = "; a stream: a run resumes at whole epochs only"
+        return f"{self.name}: {len(self)} images (read by timm{resume})"
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict:
+        epoch, i = epoch_and_index(item)
+        image, label = self.dataset[i]
+        return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
+
+    def _sample(self, image: Any, label: int, index: int, key: int) -> dict:
+        with seeded(key):
+            transformed = self.transform(pil_to_tensor(image.convert(self.mode)))
+        return views(transformed) | dict(label=int(label), index=index, key=key, bad=[])
+
+
+class TimmIterableDataset(TimmDataset, IterableDataset):
+    """The same samples from a stream, in the stream's order.
+
+    `index` is -1, as a stream has no numbers, and a run can resume at epochs only.
+    """
+
+    # A stream cannot be entered in the middle of an epoch.
+    exact_resume = False
+
+    def __init__(
+        self, dataset: Any, transform: Callable, *, name: str = "", in_chans: int = 3, seed: int = 0
+    ):
+        super().__init__(dataset, transform, name=name, in_chans=in_chans, seed=seed)
+        # Shared, so that workers that are already running see a new epoch.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.rank = dist.rank()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        number = 0
+        if worker is not None:
+            number = worker.id
+        # Ranks and workers read different parts of the stream; each gets keys of its own.
+        stream = self.rank << 40 | number << 32
+        for count, (image, label) in enumerate(self.dataset):
+            yield self._sample(image, label, -1, sample_seed(self.seed, int(self.epoch), stream | count))
+
+
+def is_timm_path(data_path: str) -> bool:
+    """Tell whether a path has the form <reader>/<name>[=<root>] and is not an existing file."""
+    # An existing folder has priority, e.g. ./torch/train.
+    return data_path.partition("/")[0].lower() in READERS and not os.path.exists(data_path)
+
+
+def build_timm_dataset(
+    data_path: str, split: str, transform: Callable, *, in_chans: int, seed: int, evaluation: bool
+) -> TimmDataset:
+    """Open `data_path`, <reader>/<name>[=<root>], with timm.
+
+    Raises ValueError if timm cannot open it or a package is missing, and `NoSplit` if that happens for "val".
+    """
+    if in_chans not in (1, 3):
+        raise ValueError(
+            f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files"
+        )
+    dataset = _open(data_path, split, in_chans, seed, evaluation)
+    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed)
+    # DataLoader decides by the class how it reads a data set.
+    if isinstance(dataset, IterableDataset):
+        return TimmIterableDataset(dataset, transform, **options)
+    return TimmDataset(dataset, transform, **options)
+
+
+def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool) -> Any:
+    from timm.data import create_dataset  # slow to import, and most runs do not need it
+
+    name, _, root = data_path.partition("=")
+    try:
+        return create_dataset(
+            name,
+            root=os.path.expanduser(root) or None,
+            is_training=not evaluation,
+            seed=seed,
+            split={"val": "validation"}.get(split, split),
+            input_img_mode=PIL_MODES[in_chans],
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"{data_path} needs a package that is not installed: pip install {error.name}"
+        ) from error
+    # Readers raise many types for a data set or a split that does not exist.
+    except Exception as error:
+        error_type = {"val": NoSplit}.get(split, ValueError)
+        raise error_type(
+            f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
+            "form is <reader>/<name>[=<root>]; wds and torch need the root of the data."
+        ) from error
