@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from util.dist.allocator import keep_freed_memory, return_freed_memory
+from util.report.tables import Table
 
 Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,15 +310,9 @@ def cell(value: object) -> str:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table. The keys of the first row are the columns."""
-    lines = [list(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
+    cells = [[cell(value) for value in row.values()] for row in rows]
     # Padded, so that the table can be read as plain text too.
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
+    return Table(list(rows[0]), cells).markdown(padded=True)
 
 
 def machine() -> dict[str, object]:

@@ -22,7 +22,8 @@ ROOMS = {
     "util.weights",
     "submitit": "mains util.cluster",
     "evidence": "util.flags util.cluster util.report",
-    "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate util.run util.train",
+    "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate util.report util.run "
+    "util.train",
     "util.flags": "",
     "util.dist": "",
     "util.data": "util.flags util.dist",
