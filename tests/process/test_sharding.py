@@ -105,7 +105,7 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "give --layer_decay")]
+    "sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "set `layer_decay`")]
 )
 def test_another_optimizers_groups_are_refused(sizes, message):
     def optimizer(*sizes):

@@ -27,9 +27,9 @@ _WEIGHT_ENTRIES = ("model", "state_dict", "teacher", "student")
 def load(path: str) -> Checkpoint:
     """Load a checkpoint without running any code in it; tensors are on the CPU.
 
-    MAE's own files load too: they pickle an argparse.Namespace with pathlib paths. Raises ValueError with the reason
-    if the file is missing, empty, truncated, not a checkpoint, or would run code (the message lists the names that it
-    asks for).
+    MAE's own files load too: they pickle an argparse.Namespace with pathlib paths. Raises ValueError with the
+    reason if the file is missing, empty, truncated, not a checkpoint, or would run code (the message lists
+    the names that it asks for).
     """
     _check_exists(path)
     if path.endswith(".safetensors"):
@@ -74,7 +74,8 @@ def _load_pickle(path: str) -> Any:
         if names:
             raise ValueError(
                 f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
-                "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' entry anew"
+                "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' "
+                "entry anew"
             ) from None
         raise ValueError(
             f"{path} is not a checkpoint: its pickle holds more than tensors and plain values"
@@ -112,7 +113,7 @@ def _names_in_pickle(path: str) -> set[str]:
 
 
 def _load_safetensors(path: str) -> dict[str, Any]:
-    """The weights, and the flags and class names that `checkpoints.py export` stores as JSON in the metadata."""
+    """The weights, and the flags and class names that `checkpoints.py export` stores as JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -134,7 +135,7 @@ def _find_weights(state: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _plain_flags(stored: Any) -> dict[str, Any]:
-    """Stored flags as a dictionary; MAE's files store an argparse.Namespace, in which paths become strings."""
+    """Stored flags as a dictionary of plain values. MAE's files store an argparse.Namespace with paths."""
     if isinstance(stored, argparse.Namespace):
         return {k: _plain_value(v) for k, v in vars(stored).items()}
     return stored or {}
