@@ -31,8 +31,8 @@ def get_args_parser() -> Parser:
         "--pos_embed_init",
         choices=["zero", "sincos"],
         default="zero",
-        help="the positional embedding of a checkpoint without one, which mae, timm and hf need; zero computes "
-        "the same as none",
+        help="the positional embedding of a checkpoint without one, which mae, timm and hf need; zero "
+        "computes the same as none",
     )
     into = commands.add_parser("import", help="write a file of this toolkit from another library's")
     into.add_argument("file", help="a .pth or .safetensors file, or a Hugging Face folder")
