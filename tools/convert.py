@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 import models_mae_pl
 from backbones import registry as models
 from tools import stored_model
 from tools.formats import (
     DECODER,
+    Model,
     Outputs,
     appears_whole,
     hf_folder,
@@ -44,8 +44,7 @@ SUFFIXES = {
 EPS = 1e-6
 
 
-# -- export
-# ----------------------------------------------------------------------------------------------------
+# -- export --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Written:
     """A model in the format of a library, after it was written."""
@@ -102,9 +101,11 @@ def _compared(arch: Architecture, full: bool) -> str:
     return "tokens"
 
 
-def _encoder_of(checkpoint: Checkpoint, source: nn.Module) -> Checkpoint:
-    """The encoder alone; `source` becomes its model. The norm after the mean becomes the norm of each
-    token."""
+def _encoder_of(checkpoint: Checkpoint, source: Model) -> Checkpoint:
+    """Return the encoder alone, and turn `source` into its model.
+
+    The norm after the mean becomes the norm of each token.
+    """
     weights = {
         k.replace("fc_norm.", "norm."): v
         for k, v in checkpoint.model.items()
@@ -117,13 +118,13 @@ def _encoder_of(checkpoint: Checkpoint, source: nn.Module) -> Checkpoint:
     return Checkpoint(checkpoint.path, weights, checkpoint.args)
 
 
-def _add_pos_embed(checkpoint: Checkpoint, source: nn.Module, init: str) -> None:
+def _add_pos_embed(checkpoint: Checkpoint, source: Model, init: str) -> None:
     tokens = source.num_prefix + source.patch_embed.num_patches
     table = torch.zeros(1, tokens, source.dim)
     checkpoint.model["pos_embed"] = transfer.new_pos_embed(table, source.grid, init)
 
 
-def _hidden_facts(source: nn.Module, arch: Architecture) -> dict[str, Any]:
+def _hidden_facts(source: Model, arch: Architecture) -> dict[str, Any]:
     """What weights do not show, as the flags to store."""
     flags = {
         "in_chans": arch.in_chans,
@@ -138,15 +139,14 @@ def _hidden_facts(source: nn.Module, arch: Architecture) -> dict[str, Any]:
     return flags
 
 
-# -- the writers: each writes `partial` and reads it back
-# ------------------------------------------------------
-def _write_encoder(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, partial: str) -> Written:
+# -- the writers: each writes `partial` and reads it back ----------------------------------------------------
+def _write_encoder(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     save_atomic(checkpoint.to_dict(), partial)
     usage = "load it with main_finetune.py or main_linprobe.py --finetune {out}"
     return Written(_reloaded(partial, arch), "the model read back", usage)
 
 
-def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, partial: str) -> Written:
+def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     # Without label heads and with a positional embedding, our weights have MAE's names.
     save_atomic(checkpoint.to_dict(), partial)
     flags = "--finetune {out}"
@@ -158,9 +158,7 @@ def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, pa
     return Written(_reloaded(partial, arch), "the plain MAE model", usage)
 
 
-def _write_safetensors(
-    checkpoint: Checkpoint, arch: Architecture, source: nn.Module, partial: str
-) -> Written:
+def _write_safetensors(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     from safetensors.torch import save_file
 
     # The format holds tensors and strings: flags and class names become JSON.
@@ -176,7 +174,7 @@ def _reloaded(file: str, arch: Architecture) -> Outputs:
     return lambda images, noise: outputs(model, images, noise, full=arch.decoder_depth > 0)
 
 
-def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, partial: str) -> Written:
+def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     from safetensors.torch import load_file, save_file
 
     weights = {k: v.contiguous() for k, v in checkpoint.model.items() if not k.startswith(DECODER)}
@@ -192,7 +190,7 @@ def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, p
     return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage)
 
 
-def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, partial: str) -> Written:
+def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     heads, decoder_heads, _ = stored_model.heads_of(arch, checkpoint.args)
     name = hf_folder(checkpoint, arch, (heads, decoder_heads), partial)
     extra = ""
@@ -203,7 +201,7 @@ def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: nn.Module, par
     return Written(theirs, f"transformers' {name}", usage)
 
 
-WRITERS: dict[str, Callable[[Checkpoint, Architecture, nn.Module, str], Written]] = {
+WRITERS: dict[str, Callable[[Checkpoint, Architecture, Model, str], Written]] = {
     "encoder": _write_encoder,
     "mae": _write_mae,
     "timm": _write_timm,
@@ -212,8 +210,7 @@ WRITERS: dict[str, Callable[[Checkpoint, Architecture, nn.Module, str], Written]
 }
 
 
-# -- import
-# ----------------------------------------------------------------------------------------------------
+# -- import --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def import_file(path: str, out: str) -> float:
     """Write a file of ours from MAE's, timm's, Hugging Face's or DINO's.
@@ -268,9 +265,8 @@ def _model_name(arch: Architecture) -> str | None:
     return name
 
 
-def _other_model(checkpoint: Checkpoint, arch: Architecture, ours: nn.Module) -> tuple[str, Outputs, bool]:
-    """The model to compare an imported one with: the library's name, its outputs, and whether it has a
-    decoder."""
+def _other_model(checkpoint: Checkpoint, arch: Architecture, ours: Model) -> tuple[str, Outputs, bool]:
+    """The model to compare an imported one with: its library, its outputs, whether it has a decoder."""
     if os.path.isdir(checkpoint.path):
         full = arch.decoder_depth > 0
         return "transformers'", hf_outputs(checkpoint.path, full, arch.classes), full

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
+from models_vit import VisionTransformer
 from util.weights.architecture import Architecture
 from util.weights.files import load
 from util.weights.types import Checkpoint
 
 Weights = dict[str, Tensor]
+Model = MaskedAutoencoderViT | VisionTransformer
 # (images, noise) -> what `outputs` compares.
 Outputs = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,8 +62,7 @@ _OUR_REST = {ours: theirs for theirs, ours in _HF_REST.items()}
 _QKV = ("query", "key", "value")
 
 
-# -- names
-# -----------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------
 def _split(name: str) -> tuple[str, str]:
     """a.b.weight -> (a.b, .weight); the second part is '' for parameters that are not part of a layer."""
     part, _, end = name.rpartition(".")
@@ -109,7 +110,7 @@ def _our_name(part: str) -> str | None:
 
 def to_hf(weights: Weights, prefix: str) -> Weights:
     """Our weights under Hugging Face's names. `prefix` precedes the encoder's: 'vit.', or '' for ViTModel."""
-    out = {}
+    out: Weights = {}
     for name, value in weights.items():
         part, end = _split(name)
         theirs = _hf_name(part, prefix)
@@ -138,8 +139,7 @@ def _hf_name(part: str, prefix: str) -> str:
     return f"{layers}.{number}.{_OUR_BLOCK[inner]}"
 
 
-# -- reading
-# ---------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 def read(path: str) -> Checkpoint:
     """Any checkpoint, or a Hugging Face folder, with its evaluated weights under our names.
 
@@ -205,11 +205,9 @@ def _flags_of(config: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-# -- comparison
-# ------------------------------------------------------------------------------------------------
-def outputs(model: nn.Module, images: Tensor, noise: Tensor, full: bool) -> Tensor:
-    """The outputs to compare: predicted patches (B, L, P) of a `full` masked autoencoder, else logits or
-    tokens."""
+# -- comparison ----------------------------------------------------------------------------------------------
+def outputs(model: Model, images: Tensor, noise: Tensor, full: bool) -> Tensor:
+    """Predicted patches (B, L, P) of a `full` masked autoencoder; logits or tokens of other models."""
     if not isinstance(model, MaskedAutoencoderViT):
         if model.num_classes:
             return model(images)
@@ -221,7 +219,7 @@ def outputs(model: nn.Module, images: Tensor, noise: Tensor, full: bool) -> Tens
 
 
 @torch.no_grad()
-def largest_difference(ours: nn.Module, theirs: Outputs, full: bool) -> float:
+def largest_difference(ours: Model, theirs: Outputs, full: bool) -> float:
     """The largest difference between two models' outputs for two random images."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(2, ours.in_chans, *ours.img_size, generator=g)
@@ -241,8 +239,7 @@ def refuse_above_limit(difference: float, path: str, name: str) -> None:
 
 @contextlib.contextmanager
 def appears_whole(out: str, path: str) -> Iterator[str]:
-    """Yield a temporary name beside `out` to write to. It becomes `out` at the end, unless an error was
-    raised.
+    """Yield a temporary name beside `out`, which becomes `out` at the end unless an error was raised.
 
     Raises ValueError if `out` is a folder or the file `path` itself.
     """
@@ -262,8 +259,7 @@ def appears_whole(out: str, path: str) -> Iterator[str]:
             os.remove(partial)
 
 
-# -- timm
-# ------------------------------------------------------------------------------------------------------
+# -- timm ----------------------------------------------------------------------------------------------------
 def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> dict[str, Any]:
     """Keywords that make timm's `vit_base_patch16_224` a model of this architecture."""
     pool = "token"
@@ -295,8 +291,7 @@ def timm_outputs(weights: Weights, options: dict[str, Any]) -> Outputs:
     return lambda images, noise: model.forward_features(images)
 
 
-# -- Hugging Face
-# ----------------------------------------------------------------------------------------------
+# -- Hugging Face --------------------------------------------------------------------------------------------
 def hf_outputs(folder: str, full: bool, classes: int) -> Outputs:
     """The outputs of Hugging Face's model in a folder. Raises ValueError if transformers is not installed."""
     try:
@@ -353,7 +348,7 @@ def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int]
 
 
 def _check_hf_can_hold(path: str, arch: Architecture) -> None:
-    is_square = all(height == width for height, width in (arch.img_size, arch.patch_size))
+    is_square = all(isinstance(_square(size), int) for size in (arch.img_size, arch.patch_size))
     if arch.decoder_depth and not is_square:
         raise ValueError(
             f"{path}: Hugging Face's ViTMAE takes square images and patches, not {arch.img_size} and "
@@ -374,8 +369,10 @@ def _hf_class(arch: Architecture) -> str:
     return "ViTModel"
 
 
-def _square(size: tuple[int, int]) -> int | list[int]:
+def _square(size: tuple[int, int] | None) -> int | list[int]:
     """(H, W) as a configuration stores it: one number for squares."""
+    # Conversions store the image size before they read the architecture.
+    assert size is not None
     if size[0] == size[1]:
         return size[0]
     return list(size)

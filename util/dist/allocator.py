@@ -15,19 +15,17 @@ MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Keep the memory that tensors free for the next tensors. False, without effect, if the C library is not
-    glibc.
+    """Keep the memory that tensors free for the next ones; returns False where that is impossible.
 
-    The process then stays as large as it ever was, which a training needs in every step anyway. The heap
-    settles within the first few steps: an aligned block fits into a freed one of its size only once the gaps
-    between such blocks are used up.
+    It is possible with glibc only. The process then stays as large as it ever was, which a training needs in
+    every step anyway. The heap settles within the first few steps: an aligned block fits into a freed one of
+    its size only once the gaps between such blocks are used up.
     """
     return _set({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory(*_) -> bool:
-    """Return freed memory to the system again, as glibc does by default. False, without effect, if it is not
-    glibc.
+    """Return freed memory to the system, as glibc does by default; returns False if that is impossible.
 
     Data workers call it, as their `worker_init_fn`, with the worker's number: they inherit their parent's
     setting, and the memory of one huge image must not stay in each of them.

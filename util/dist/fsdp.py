@@ -17,17 +17,16 @@ from util import dist
 
 # torch.distributed.fsdp and .tensor take seconds to import: only the functions that need them import them.
 
-# Sharded model -> an unsharded copy of it on the CPU, which `gathered` fills and lends. The copy is not an
-# attribute of the model, whose parameters it would become.
+# Sharded model -> a whole copy of it on the CPU, which `gathered` fills and lends. As an attribute the copy
+# would become a part of the model.
 _whole_copies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
-    """Spread the model's parameters over all ranks, in place; each transformer block is gathered when it
-    runs.
+    """Spread the model's parameters over all ranks, in place.
 
-    Call it before the optimizer is made: parameters become new objects. Raises ValueError in a single
-    process, and for `amp` fp16.
+    Each transformer block is gathered when it runs. Call it before the optimizer is made: parameters become
+    new objects. Raises ValueError in a single process, and for `amp` fp16.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -47,7 +46,8 @@ def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
     for module in reversed(list(model.modules())):
         if type(module).__name__.endswith("Block"):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -74,9 +74,11 @@ def whole(state: Any, keep: bool = True) -> Any:
     return state
 
 
-def cut_like(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, sharded as `like` is; `x` itself if `like` is whole or has another
-    shape."""
+def cut_like(x: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor, sharded as `like` is.
+
+    It is `x` itself if `like` is not sharded or has another shape.
+    """
     if not hasattr(like, "full_tensor") or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -129,8 +131,7 @@ def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> Non
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """A whole model with the current weights; every rank may run any part of it, any number of times,
-    independently.
+    """Lend a whole model with the current weights, any part of which every rank may run independently.
 
     This is the model itself if it is not sharded. A sharded model cannot be used so: each of its forward
     passes must run on all ranks together. All ranks must enter the context together.

@@ -1,5 +1,4 @@
-"""The process group of a run and its few collectives. All of them work in a single process without a group
-too."""
+"""The process group of a run and its few collectives, which also work in a single process without a group."""
 
 import atexit
 import os
@@ -75,9 +74,10 @@ def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodelist: str) -> str:
     """The first name of a SLURM host list: node[03-07,9],gpu1 -> node03."""
     # Up to the first comma outside of brackets: node[03-07,9].
-    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)[0]
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)
+    assert first is not None, nodelist
     # Each bracket becomes its first number, in which leading zeros count: node03.
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
 # For groups that are made after `init`.
@@ -172,7 +172,7 @@ def shutdown() -> None:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of `x` over all ranks, the same on every rank; nan on one rank is nan on all."""
+    """Mean of `x`, which is overwritten, over all ranks, the same on every rank; nan on one is nan on all."""
     if world_size() > 1:
         td.all_reduce(x)
         x = x / world_size()
@@ -201,8 +201,7 @@ def from_main(value: bool) -> bool:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Replace the batch statistics of every rank by those of rank 0: each rank collects its own images'
-    statistics."""
+    """Replace every rank's batch statistics by rank 0's: each rank collects those of its own images."""
     if world_size() > 1:
         for buffer in module.buffers():
             # Statistics only: the counters of batches are equal on all ranks.

@@ -34,7 +34,7 @@ class StopSignal:
         self.received: str | None = None
         self.when_stuck = when_stuck
         self.patience = patience
-        self._group: td.ProcessGroup | None = None
+        self._group: Any = None
         if group.world_size() > 1:
             self._group = td.new_group(backend="gloo", timeout=group.timeout())
         self._pending: tuple[torch.Tensor, td.Work] | None = None
@@ -82,6 +82,7 @@ class StopSignal:
 
     def _report_stuck(self, asked: list[signal.Signals]) -> None:
         main = threading.main_thread().ident
+        assert main is not None
         stack = "".join(traceback.format_stack(sys._current_frames()[main]))
         print(
             f"rank {group.rank()} has not stopped within {self.patience:g} s of {asked[0].name}. "

@@ -19,24 +19,6 @@ from util.dist.fsdp import cut_like
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
 
-__all__ = [
-    "LAST",
-    "Checkpoint",
-    "continue_from",
-    "describe_mismatch",
-    "find_start",
-    "kind_of",
-    "load",
-    "load_for_evaluation",
-    "load_start",
-    "load_strict",
-    "other_than_trained",
-    "plain_flags",
-    "print_continuing",
-    "save_atomic",
-    "stored_flags",
-]
-
 LAST = "checkpoint-last.pth"
 
 

@@ -16,7 +16,7 @@ from util.weights.types import Checkpoint
 
 # Python 3.13 moved pathlib's classes. A pickle names them as the Python version that wrote it did.
 _PATH_CLASSES = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)
-_SAFE_CLASSES = [
+_SAFE_CLASSES: list[Any] = [
     argparse.Namespace,
     *((c, f"{home}.{c.__name__}") for c in _PATH_CLASSES for home in ("pathlib", "pathlib._local")),
 ]
@@ -103,7 +103,7 @@ def _names_in_pickle(path: str) -> set[str]:
         for _ in range(5):
             for op, value, _ in pickletools.genops(f):
                 if op.name == "GLOBAL":
-                    names.add(value.replace(" ", "."))
+                    names.add(str(value).replace(" ", "."))
                 elif op.name == "STACK_GLOBAL":
                     # Module and name are the two strings that were pushed last.
                     names.add(".".join(strings[-2:]))
