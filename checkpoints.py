@@ -1,11 +1,11 @@
-"""Look at checkpoints, and take them from one library to another.
+"""Inspect checkpoints, and convert them from one library to another.
 
-    python checkpoints.py inspect FILE...                  # kind, architecture, epoch, sha256, which command takes it
-    python checkpoints.py export FILE OUT --to encoder     # or mae, timm, hf (a folder), safetensors
-    python checkpoints.py import FILE OUT                  # from MAE, timm, Hugging Face (its folder), DINO
+    python checkpoints.py inspect FILE...                # kind, architecture, epoch, sha256, commands
+    python checkpoints.py export FILE OUT --to encoder   # or mae, timm, hf (a folder), safetensors
+    python checkpoints.py import FILE OUT                # from MAE, timm, Hugging Face (its folder), DINO
 
-Export and import run both models on the same images, print the largest difference between their outputs, and write
-nothing above 1e-4. Label heads and the optimizer stay behind.
+Export and import run both models on the same images and print the largest difference between their outputs.
+They write nothing if it is above 1e-4. Label heads and the optimizer are left out.
 """
 
 import argparse
@@ -17,9 +17,11 @@ FORMATS = ("encoder", "mae", "timm", "hf", "safetensors")
 
 
 def get_args_parser() -> Parser:
+    """The parser of the three commands."""
+    # The raw formatter keeps the lines of the examples above.
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
-    inspect = commands.add_parser("inspect", help="say what files hold")
+    inspect = commands.add_parser("inspect", help="print what files hold")
     inspect.add_argument("files", nargs="+")
     export = commands.add_parser("export", help="write weights for another library")
     export.add_argument("file")
@@ -29,24 +31,21 @@ def get_args_parser() -> Parser:
         "--pos_embed_init",
         choices=["zero", "sincos"],
         default="zero",
-        help="mae, timm and hf need a positional embedding: what a checkpoint without one gets; zero "
+        help="the positional embedding of a checkpoint without one, which mae, timm and hf need; zero "
         "computes the same as none",
     )
     into = commands.add_parser("import", help="write a file of this toolkit from another library's")
-    into.add_argument("file", help="a .pth or .safetensors file, or a folder of Hugging Face's")
+    into.add_argument("file", help="a .pth or .safetensors file, or a Hugging Face folder")
     into.add_argument("out", help=".pth")
     return p
 
 
-if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
-    ARGS = get_args_parser().parse_args()
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    # Imported here because they take seconds: --help and mistyped flags answer at once.
+    from tools.convert import export, import_file
+    from tools.inspect import describe
 
-from tools.convert import export, import_file
-from tools.inspect import describe
-
-
-def main(args) -> int:
     if args.command == "inspect":
         for path in args.files:
             print(describe(path))
@@ -58,4 +57,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, ARGS))
+    sys.exit(run(main, get_args_parser().parse_args()))

@@ -1,7 +1,10 @@
-"""Checkpoints to and from the formats of other libraries."""
+"""Converts checkpoints to and from the formats of other libraries, and checks that both models agree."""
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +13,8 @@ from backbones import registry as models
 from tools import stored_model
 from tools.formats import (
     DECODER,
+    Model,
+    Outputs,
     appears_whole,
     hf_folder,
     hf_outputs,
@@ -21,206 +26,249 @@ from tools.formats import (
     timm_outputs,
 )
 from tools.inspect import describe
-from util.weights import checkpoint, transfer
+from util.weights import transfer
 from util.weights.architecture import Architecture, architecture
+from util.weights.checkpoint import save_atomic
+from util.weights.files import load
 from util.weights.types import Checkpoint
 
+# Format -> the endings of its files. A Hugging Face model is a folder of any name.
+SUFFIXES = {
+    "encoder": (".pth",),
+    "mae": (".pth",),
+    "timm": (".safetensors", ".pth"),
+    "hf": ("",),
+    "safetensors": (".safetensors",),
+}
+# The epsilon of our layer norms.
+EPS = 1e-6
 
-# -- export ------------------------------------------------------------------------------------------------------------
+
+# -- export --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Written:
+    """A model in the format of a library, after it was written."""
+
+    # Of the model read back from the file.
+    outputs: Outputs
+    # The model's name, for messages.
+    model: str
+    # How to load the file; {out} stands for its name.
+    usage: str
+
+
 @torch.no_grad()
 def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
-    """Write `out` for another library; returns the largest difference between both models' outputs on two images.
+    """Write the model in `path` to `out` in the format `to`, a key of `WRITERS`.
 
-    Raises ValueError for weights that the other library's model cannot hold, and where the outputs differ too much.
+    Other libraries' models need a positional embedding: `pos_embed_init` (zero, sincos or normal) is what a
+    model without one gets. Returns the largest difference between both models' outputs for two images. Raises
+    ValueError for weights that the other library's model cannot hold, and if the outputs differ too much.
     """
-    suffixes = {"safetensors": (".safetensors",), "timm": (".safetensors", ".pth"), "hf": ("",)}.get(
-        to, (".pth",)
-    )
-    if not out.endswith(suffixes):
-        raise ValueError(f"--to {to} writes {' or '.join(suffixes)}, found {out}")
-    state = read(path)
-    source = stored_model.model_of(state)
+    if not out.endswith(SUFFIXES[to]):
+        raise ValueError(f"`to` {to} writes {' or '.join(SUFFIXES[to])}, found {out}")
+    checkpoint = read(path)
+    source = stored_model.model_of(checkpoint)
     if to == "encoder":
-        state, source = encoder_of(state, source)
-    elif to != "safetensors" and "pos_embed" not in state.model:
-        table = torch.zeros(1, source.num_prefix + source.patch_embed.num_patches, source.dim)
-        state.model["pos_embed"] = transfer.new_pos_embed(table, source.grid, pos_embed_init)
-        if pos_embed_init != "zero":  # it computes something else than the source: the check is of the rest
-            source = stored_model.model_of(state)
-    state.args["input_size"] = list(source.img_size)
-    a = architecture(state)
-    state.args |= stored_flags(source, a)
-    if a.decoder_depth and to == "hf" and "norm_pix_loss" not in state.args:
+        checkpoint = _encoder_of(checkpoint, source)
+    elif to != "safetensors" and "pos_embed" not in checkpoint.model:
+        _add_pos_embed(checkpoint, source, pos_embed_init)
+        if pos_embed_init != "zero":
+            # The new model computes something else than the stored one, so the comparison starts from the new
+            # one.
+            source = stored_model.model_of(checkpoint)
+    checkpoint.args["input_size"] = list(source.img_size)
+    arch = architecture(checkpoint)
+    checkpoint.args |= _hidden_facts(source, arch)
+    if arch.decoder_depth and to == "hf" and "norm_pix_loss" not in checkpoint.args:
         print(f"{path} does not say whether its target was normalised: norm_pix_loss is written as false")
-    full = a.decoder_depth > 0 and to != "timm"
+    # timm has no decoder: its model is compared with our encoder.
+    full = arch.decoder_depth > 0 and to != "timm"
     with appears_whole(out, path) as partial:
-        theirs, name, usage = WRITERS[to](state, a, source, path, partial)
-        difference = largest_difference(source, theirs, full)
-        refuse_above_limit(difference, path, name)
-    what = "predicted patches" if full else "logits" if a.classes else "tokens"
-    print(
-        f"wrote {out}; largest difference to the {what} of {name}: {difference:.2g}\n{usage.format(out=out)}"
-    )
+        written = WRITERS[to](checkpoint, arch, source, partial)
+        difference = largest_difference(source, written.outputs, full)
+        refuse_above_limit(difference, path, written.model)
+    compared = f"the {_compared(arch, full)} of {written.model}"
+    print(f"wrote {out}; largest difference to {compared}: {difference:.2g}\n{written.usage.format(out=out)}")
     return difference
 
 
-def encoder_of(state: Checkpoint, source):
-    """The encoder alone and its model. The norm that a mean of tokens went through becomes the norm of each token."""
+def _compared(arch: Architecture, full: bool) -> str:
+    if full:
+        return "predicted patches"
+    if arch.classes:
+        return "logits"
+    return "tokens"
+
+
+def _encoder_of(checkpoint: Checkpoint, source: Model) -> Checkpoint:
+    """Return the encoder alone, and turn `source` into its model.
+
+    The norm after the mean becomes the norm of each token.
+    """
     weights = {
         k.replace("fc_norm.", "norm."): v
-        for k, v in state.model.items()
+        for k, v in checkpoint.model.items()
         if not k.startswith((*DECODER, "head."))
     }
-    encoder = Checkpoint(state.path, weights, state.args)
-    if isinstance(source, models_mae_pl.MaskedAutoencoderViT):
-        return encoder, source
-    source.num_classes = 0
-    if source.fc_norm is not None:
-        source.norm = source.fc_norm
-    return encoder, source
+    if not isinstance(source, models_mae_pl.MaskedAutoencoderViT):
+        source.num_classes = 0
+        if source.fc_norm is not None:
+            source.norm = source.fc_norm
+    return Checkpoint(checkpoint.path, weights, checkpoint.args)
 
 
-def stored_flags(source, a: Architecture) -> dict:
-    """What a file of weights cannot show, in the flags stored beside it."""
-    out = {
-        "in_chans": a.in_chans,
-        "patch_size": list(a.patch_size),
+def _add_pos_embed(checkpoint: Checkpoint, source: Model, init: str) -> None:
+    tokens = source.num_prefix + source.patch_embed.num_patches
+    table = torch.zeros(1, tokens, source.dim)
+    checkpoint.model["pos_embed"] = transfer.new_pos_embed(table, source.grid, init)
+
+
+def _hidden_facts(source: Model, arch: Architecture) -> dict[str, Any]:
+    """What weights do not show, as the flags to store."""
+    flags = {
+        "in_chans": arch.in_chans,
+        "patch_size": list(arch.patch_size),
+        # Label heads stay behind.
         "pos_label": "none",
-        "pos_embed": "learned" if a.pos_embed else "none",
+        "pos_embed": "learned" if arch.pos_embed else "none",
         "num_heads": source.blocks[0].attn.num_heads,
     }
-    if a.decoder_depth:
-        out["decoder_heads"] = source.decoder_blocks[0].attn.num_heads
-    return out
+    if arch.decoder_depth:
+        flags["decoder_heads"] = source.decoder_blocks[0].attn.num_heads
+    return flags
 
 
-def write_ours(state, a, source, path, partial):
-    checkpoint.save_atomic(state.to_dict(), partial)
-    return (
-        reloaded(partial, a),
-        "the model read back",
-        ("load it with main_finetune.py or main_linprobe.py --finetune {out}"),
-    )
+# -- the writers: each writes `partial` and reads it back ----------------------------------------------------
+def _write_encoder(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
+    save_atomic(checkpoint.to_dict(), partial)
+    usage = "load it with main_finetune.py or main_linprobe.py --finetune {out}"
+    return Written(_reloaded(partial, arch), "the model read back", usage)
 
 
-def write_mae(state, a, source, path, partial):
-    """Without positional labels and with an embedding our models are MAE's, name by name."""
-    checkpoint.save_atomic(state.to_dict(), partial)
-    usage = "--eval --resume {out}" if a.classes else "--finetune {out}"
-    if a.decoder_depth:
-        usage += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
-    return (
-        reloaded(partial, a),
-        "the plain MAE model",
-        f"facebookresearch/mae and this toolkit load it with {usage}",
-    )
+def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
+    # Without label heads and with a positional embedding, our weights have MAE's names.
+    save_atomic(checkpoint.to_dict(), partial)
+    flags = "--finetune {out}"
+    if arch.classes:
+        flags = "--eval --resume {out}"
+    if arch.decoder_depth:
+        flags += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
+    usage = f"facebookresearch/mae and this toolkit load it with {flags}"
+    return Written(_reloaded(partial, arch), "the plain MAE model", usage)
 
 
-def write_safetensors(state, a, source, path, partial):
+def _write_safetensors(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     from safetensors.torch import save_file
 
-    notes = {k: json.dumps(v) for k, v in state.to_dict().items() if k != "model"}
-    save_file({k: v.contiguous() for k, v in state.model.items()}, partial, metadata=notes)
-    return (
-        reloaded(partial, a),
-        "the model read back",
-        "--finetune, --init_from and --eval --resume take {out}",
-    )
+    # The format holds tensors and strings: flags and class names become JSON.
+    metadata = {k: json.dumps(v) for k, v in checkpoint.to_dict().items() if k != "model"}
+    save_file({k: v.contiguous() for k, v in checkpoint.model.items()}, partial, metadata=metadata)
+    usage = "--finetune, --init_from and --eval --resume take {out}"
+    return Written(_reloaded(partial, arch), "the model read back", usage)
 
 
-def reloaded(file: str, a: Architecture):
-    """The model in a file of ours -> its outputs as a function."""
-    model = stored_model.model_of(checkpoint.load(file))
-    return lambda images, noise: outputs(model, images, noise, full=a.decoder_depth > 0)
+def _reloaded(file: str, arch: Architecture) -> Outputs:
+    """The outputs of the model in a file of ours."""
+    model = stored_model.model_of(load(file))
+    return lambda images, noise: outputs(model, images, noise, full=arch.decoder_depth > 0)
 
 
-def write_timm(state, a, source, path, partial):
+def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     from safetensors.torch import load_file, save_file
 
-    weights = {k: v.contiguous() for k, v in state.model.items() if not k.startswith(DECODER)}
-    options = timm_options(a, source.blocks[0].attn.num_heads, source.img_size)
+    weights = {k: v.contiguous() for k, v in checkpoint.model.items() if not k.startswith(DECODER)}
     if partial.endswith(".pth"):
         torch.save(weights, partial)
         weights = torch.load(partial, weights_only=True)
     else:
         save_file(weights, partial)
         weights = load_file(partial)
-    usage = (
-        "timm.create_model('vit_base_patch16_224', checkpoint_path='{out}', "
-        + ", ".join(f"{k}={v!r}" for k, v in options.items())
-        + ")"
-    )
-    return timm_outputs(weights, options), "timm's VisionTransformer", usage
+    options = timm_options(arch, source.blocks[0].attn.num_heads, source.img_size)
+    keywords = ", ".join(f"{k}={v!r}" for k, v in options.items())
+    usage = f"timm.create_model('vit_base_patch16_224', checkpoint_path='{{out}}', {keywords})"
+    return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage)
 
 
-def write_hf(state, a, source, path, partial):
-    heads = stored_model.heads_of(a, state.args)[:2]
-    name = hf_folder(
-        state.model,
-        a,
-        heads,
-        bool(state.args.get("norm_pix_loss")),
-        path,
-        partial,
-        state.classes,
-    )
-    extra = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    return (
-        hf_outputs(partial, a.decoder_depth > 0, a.classes),
-        f"transformers' {name}",
-        f"transformers.{name}.from_pretrained('{{out}}'{extra})",
-    )
+def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
+    heads, decoder_heads, _ = stored_model.heads_of(arch, checkpoint.args)
+    name = hf_folder(checkpoint, arch, (heads, decoder_heads), partial)
+    extra = ""
+    if name == "ViTModel":
+        extra = ", add_pooling_layer=False"
+    usage = f"transformers.{name}.from_pretrained('{{out}}'{extra})"
+    theirs = hf_outputs(partial, arch.decoder_depth > 0, arch.classes)
+    return Written(theirs, f"transformers' {name}", usage)
 
 
-# Each writes `partial` and returns the outputs of the model read back from it, that model's name, and how to load it.
-WRITERS = {
-    "encoder": write_ours,
-    "mae": write_mae,
-    "timm": write_timm,
-    "hf": write_hf,
-    "safetensors": write_safetensors,
+WRITERS: dict[str, Callable[[Checkpoint, Architecture, Model, str], Written]] = {
+    "encoder": _write_encoder,
+    "mae": _write_mae,
+    "timm": _write_timm,
+    "hf": _write_hf,
+    "safetensors": _write_safetensors,
 }
 
 
-# -- import ------------------------------------------------------------------------------------------------------------
+# -- import --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def import_file(path: str, out: str) -> float:
-    """Write a file of ours from MAE's, timm's, Hugging Face's or DINO's; returns the largest difference, as `export`.
+    """Write a file of ours from MAE's, timm's, Hugging Face's or DINO's.
 
-    Files that transformers did not write are compared with timm's Vision Transformer: a decoder is read, but not compared.
+    Returns the largest difference, as `export` does. A Hugging Face folder is compared with its model in
+    transformers, other files with timm's Vision Transformer: their decoder is read, but not compared. Raises
+    ValueError for files of this toolkit and for weights that are not a plain Vision Transformer's.
     """
     if not out.endswith(".pth"):
         raise ValueError(f"import writes .pth, found {out}")
-    state = read(path)
-    if "pos_label" in state.args:
+    checkpoint = read(path)
+    if "pos_label" in checkpoint.args:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
-    model = stored_model.model_of(state)
-    state.args["input_size"] = list(model.img_size)
-    eps = state.args.pop("layer_norm_eps", 1e-6)
-    a = architecture(state)
-    size, *_ = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
-    name = f"{'mae_' if a.decoder_depth else ''}vit_{size}_patch{a.patch_size[0]}"
-    state.args |= stored_flags(model, a)
-    if name in models.MODELS | models_mae_pl.MODELS:
-        state.args["model"] = name
-    full = a.decoder_depth > 0 and os.path.isdir(path)
+    model = stored_model.model_of(checkpoint)
+    checkpoint.args["input_size"] = list(model.img_size)
+    eps = checkpoint.args.pop("layer_norm_eps", EPS)
+    arch = architecture(checkpoint)
+    checkpoint.args |= _hidden_facts(model, arch)
+    name = _model_name(arch)
+    if name is not None:
+        checkpoint.args["model"] = name
     with appears_whole(out, path) as partial:
-        checkpoint.save_atomic(state.to_dict(), partial)
-        ours = stored_model.model_of(checkpoint.load(partial))
-        if os.path.isdir(path):
-            theirs, library = hf_outputs(path, full, a.classes), "transformers'"
-        else:
-            options = timm_options(a, model.blocks[0].attn.num_heads, model.img_size)
-            theirs, library = timm_outputs(state.model, options), "timm's"
+        save_atomic(checkpoint.to_dict(), partial)
+        ours = stored_model.model_of(load(partial))
+        library, theirs, full = _other_model(checkpoint, arch, ours)
         difference = largest_difference(ours, theirs, full)
-        note = (
-            f" (layer_norm_eps {eps:g}, ours 1e-06)" if eps != 1e-6 else ""
-        )  # matters for tokens of small variance
+        note = ""
+        if eps != EPS:
+            # It matters for tokens of small variance.
+            note = f" (layer_norm_eps {eps:g}, ours 1e-06)"
         refuse_above_limit(difference, path, f"{library} model{note}")
-    known = state.args.get("model")
+    name = checkpoint.args.get("model")
+    usage = f"no model of ours has its size: {arch.depth} blocks of {arch.dim}"
+    if name:
+        usage = f"--model {name}"
     print(
-        f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n"
-        + (f"--model {known}" if known else f"no model of ours has its size: {a.depth} blocks of {a.dim}")
+        f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n{usage}\n"
+        + describe(out)
     )
-    print(describe(out))
     return difference
+
+
+def _model_name(arch: Architecture) -> str | None:
+    """The name of our model of this architecture; None if there is no such model."""
+    patch = arch.patch_size[0]
+    size, *_ = models_mae_pl.name_and_heads(arch.dim, arch.depth, arch.decoder_dim, patch)
+    name = f"vit_{size}_patch{patch}"
+    if arch.decoder_depth:
+        name = f"mae_{name}"
+    if name not in models.MODELS | models_mae_pl.MODELS:
+        return None
+    return name
+
+
+def _other_model(checkpoint: Checkpoint, arch: Architecture, ours: Model) -> tuple[str, Outputs, bool]:
+    """The model to compare an imported one with: its library, its outputs, whether it has a decoder."""
+    if os.path.isdir(checkpoint.path):
+        full = arch.decoder_depth > 0
+        return "transformers'", hf_outputs(checkpoint.path, full, arch.classes), full
+    options = timm_options(arch, ours.blocks[0].attn.num_heads, ours.img_size)
+    return "timm's", timm_outputs(checkpoint.model, options), False

@@ -1,7 +1,8 @@
-"""Weights from one library's files to another's, each checked: both models see the same images before a file appears.
+"""Weights under the names of other libraries, and the models of these libraries to compare ours with.
 
-Our names are facebookresearch/mae's, which for the encoder are timm's too. Hugging Face's `ViTMAE` and `ViT` have their
-own, with queries, keys and values apart; files here have the names that all versions of transformers read.
+Our names are facebookresearch/mae's, which for the encoder are timm's too. Hugging Face's `ViTMAE` and `ViT`
+have their own, with separate queries, keys and values. Files written here have the names that all versions of
+transformers read.
 """
 
 import contextlib
@@ -9,24 +10,37 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
-from util.weights import checkpoint
+from models_vit import VisionTransformer
 from util.weights.architecture import Architecture
+from util.weights.files import load
 from util.weights.types import Checkpoint
 
-LIMIT = 1e-4  # largest difference between two models' outputs
+Weights = dict[str, Tensor]
+Model = MaskedAutoencoderViT | VisionTransformer
+# (images, noise) -> what `outputs` compares.
+Outputs = Callable[[Tensor, Tensor], Tensor]
+
+# Largest difference between the outputs of two models that count as equal.
+LIMIT = 1e-4
+# The mask ratio of the comparison.
+MASK_RATIO = 0.75
 DECODER = ("decoder_", "mask_token")
-# Weights that neither the plain Vision Transformer nor its decoder has: heads of pretraining objectives.
+# Weights of pretraining objectives, which neither the plain Vision Transformer nor its decoder has.
 LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.")
 
 # Hugging Face's names of the parts of a block, and of everything else, with ours.
 _HF_BLOCK = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
+    # Stands for query, key and value, which are one layer of ours.
+    "attention.attention.query": "attn.qkv",
     "attention.output.dense": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
@@ -43,144 +57,197 @@ _HF_REST = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
+_OUR_BLOCK = {ours: theirs for theirs, ours in _HF_BLOCK.items()}
+_OUR_REST = {ours: theirs for theirs, ours in _HF_REST.items()}
 _QKV = ("query", "key", "value")
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------------------
 def _split(name: str) -> tuple[str, str]:
-    """a.b.weight -> (a.b, .weight); names of bare parameters have no second part."""
+    """a.b.weight -> (a.b, .weight); the second part is '' for parameters that are not part of a layer."""
     part, _, end = name.rpartition(".")
-    return (part, f".{end}") if end in ("weight", "bias") else (name, "")
+    if end in ("weight", "bias"):
+        return part, f".{end}"
+    return name, ""
 
 
-def from_hf(found: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Weights of a Hugging Face file under our names; ValueError for what a plain Vision Transformer does not have."""
+def from_hf(weights: Weights, path: str) -> Weights:
+    """The weights of a Hugging Face file under our names.
+
+    Raises ValueError if the file has a part that a plain Vision Transformer does not have.
+    """
     out = {}
-    for name in found:
+    for name, value in weights.items():
         part, end = _split(name.removeprefix("vit."))
+        # The pooler is a layer on top that pretraining never trained. Keys and values go with their query.
         if part.startswith("pooler.") or part.endswith((".key", ".value")):
-            continue  # a layer on top that pretraining never trained; and what goes with its query
-        # decoder_layers is the name in published files, decoder_encoder.layer what transformers 5 writes.
-        block = re.fullmatch(
-            r"(encoder\.layer|decoder\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)", part
-        )
-        start = (
-            f"{'decoder_' if block and block[1] != 'encoder.layer' else ''}blocks.{block[2]}."
-            if block
-            else ""
-        )
-        if block and block[3] == "attention.attention.query":
-            out[f"{start}attn.qkv{end}"] = torch.cat([found[name.replace(".query.", f".{x}.")] for x in _QKV])
-        elif block and block[3] in _HF_BLOCK:
-            out[start + _HF_BLOCK[block[3]] + end] = found[name]
-        elif part in _HF_REST:
-            out[_HF_REST[part] + end] = found[name]
-        else:
-            raise ValueError(f"{path}: {name} is no part of a plain Vision Transformer")
+            continue
+        ours = _our_name(part)
+        if ours is None:
+            raise ValueError(f"{path}: {name} is not part of a plain Vision Transformer")
+        if part.endswith(".query"):
+            value = torch.cat([weights[name.replace(".query.", f".{x}.")] for x in _QKV])  # (3 C, ...)
+        out[ours + end] = value
     return out
 
 
-def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Our weights under Hugging Face's names; `prefix` goes before the encoder's: 'vit.', or '' for ViTModel."""
-    block_names, rest = ({ours: theirs for theirs, ours in names.items()} for names in (_HF_BLOCK, _HF_REST))
-    out = {}
+def _our_name(part: str) -> str | None:
+    """Our name for a part of a Hugging Face model; None if we do not have it."""
+    # `decoder_layers` is the name in published files, `decoder_encoder.layer` what transformers 5 writes.
+    block = re.fullmatch(
+        r"(encoder\.layer|decoder\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)", part
+    )
+    if block is None:
+        return _HF_REST.get(part)
+    stack, number, inner = block.groups()
+    if inner not in _HF_BLOCK:
+        return None
+    blocks = "decoder_blocks"
+    if stack == "encoder.layer":
+        blocks = "blocks"
+    return f"{blocks}.{number}.{_HF_BLOCK[inner]}"
+
+
+def to_hf(weights: Weights, prefix: str) -> Weights:
+    """Our weights under Hugging Face's names. `prefix` precedes the encoder's: 'vit.', or '' for ViTModel."""
+    out: Weights = {}
     for name, value in weights.items():
         part, end = _split(name)
-        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", part)
-        start = (
-            (f"decoder.decoder_layers.{block[2]}." if block[1] else f"{prefix}encoder.layer.{block[2]}.")
-            if block
-            else ""
-        )
-        if block and block[3] == "attn.qkv":
-            out |= {f"{start}attention.attention.{x}{end}": v for x, v in zip(_QKV, value.chunk(3))}
-        elif block:
-            out[start + block_names[block[3]] + end] = value
+        theirs = _hf_name(part, prefix)
+        if part.endswith(".attn.qkv"):
+            layer = theirs.removesuffix("query")
+            # (3 C, ...) -> 3 x (C, ...)
+            out |= {f"{layer}{x}{end}": v for x, v in zip(_QKV, value.chunk(3))}
         else:
-            top = rest[part].startswith(("decoder.", "classifier"))
-            out[("" if top else prefix) + rest[part] + end] = value
+            out[theirs + end] = value
+    # safetensors writes contiguous tensors only.
     return {k: v.contiguous() for k, v in out.items()}
 
 
-def read(path: str) -> Checkpoint:
-    """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind, and weights of
-    which there is a moving average.
+def _hf_name(part: str, prefix: str) -> str:
+    """Hugging Face's name for a part of our models."""
+    block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", part)
+    if block is None:
+        theirs = _OUR_REST[part]
+        if theirs.startswith(("decoder.", "classifier")):
+            return theirs
+        return prefix + theirs
+    in_decoder, number, inner = block.groups()
+    layers = f"{prefix}encoder.layer"
+    if in_decoder:
+        layers = "decoder.decoder_layers"
+    return f"{layers}.{number}.{_OUR_BLOCK[inner]}"
 
-    A classifier's `classes` come along where a file of this toolkit names them.
+
+# -- reading -------------------------------------------------------------------------------------------------
+def read(path: str) -> Checkpoint:
+    """Any checkpoint, or a Hugging Face folder, with its evaluated weights under our names.
+
+    Label heads are left out, and of a self-distillation run all but the teacher's encoder. Flags and class
+    names are kept. Raises ValueError for a Hugging Face file without its folder, and for models with a
+    distillation token.
     """
     if os.path.isdir(path):
-        state = _read_hf_folder(path)
+        checkpoint = _read_hf_folder(path)
     else:
-        state = checkpoint.load(path)
-    if state.kind == "huggingface":
-        raise ValueError(f"{path}: give its folder, where config.json tells the number of heads")
-    if state.kind == "dino":
-        state = Checkpoint(
-            path,
-            {k.removeprefix("backbone."): v for k, v in state.model.items() if k.startswith("backbone.")},
-        )
-    weights = state.evaluated_weights()
-    if state.kind == "self-distillation":
-        weights = state.encoder_weights()
+        checkpoint = load(path)
+    if checkpoint.kind == "huggingface":
+        raise ValueError(f"{path}: give its folder, in which config.json stores the number of heads")
+    if checkpoint.kind == "dino":
+        prefix = "backbone."
+        backbone = {k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)}
+        # Without the stored flags, which are DINO's.
+        checkpoint = Checkpoint(path, backbone)
+    if checkpoint.kind == "self-distillation":
+        weights = checkpoint.encoder_weights()
+    else:
+        weights = checkpoint.evaluated_weights()
     weights = {k: v for k, v in weights.items() if not k.startswith(LABEL_HEADS)}
     if "dist_token" in weights:
         raise ValueError(
-            f"{path} has a distillation token, which plain Vision Transformers lack: it cannot be converted"
+            f"{path} has a distillation token, which a plain Vision Transformer does not have: it cannot be "
+            "converted"
         )
-    return Checkpoint(path, weights, dict(state.args), state.classes)
+    return Checkpoint(path, weights, dict(checkpoint.args), checkpoint.classes)
 
 
 def _read_hf_folder(folder: str) -> Checkpoint:
-    files = [os.path.join(folder, name) for name in ("config.json", "model.safetensors")]
-    missing = [os.path.basename(f) for f in files if not os.path.isfile(f)]
+    names = ("config.json", "model.safetensors")
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         raise ValueError(
-            f"{folder} is no folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}"
+            f"{folder} is not a folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}"
         )
-    with open(files[0]) as f:
+    with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
     if not {"image_size", "num_attention_heads"} <= config.keys():
-        raise ValueError(f"{folder} holds no Vision Transformer: it is of type {config.get('model_type')}")
+        raise ValueError(
+            f"{folder} does not hold a Vision Transformer: its model_type is {config.get('model_type')}"
+        )
+    weights = load(os.path.join(folder, "model.safetensors")).model
+    return Checkpoint(folder, from_hf(weights, folder), _flags_of(config))
+
+
+def _flags_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a Hugging Face configuration that weights do not show, as flags."""
     size = config["image_size"]
-    args = {
-        "input_size": size if isinstance(size, list) else [size],
+    if not isinstance(size, list):
+        size = [size]
+    flags = {
+        "input_size": size,
         "num_heads": config["num_attention_heads"],
+        # transformers' default for ViT.
         "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
     }
     if "decoder_num_attention_heads" in config:
-        args |= {
-            "decoder_heads": config["decoder_num_attention_heads"],
-            "norm_pix_loss": config["norm_pix_loss"],
-        }
-    return Checkpoint(folder, from_hf(checkpoint.load(files[1]).model, folder), args)
+        flags["decoder_heads"] = config["decoder_num_attention_heads"]
+        flags["norm_pix_loss"] = config["norm_pix_loss"]
+    return flags
 
 
-# -- the check ---------------------------------------------------------------------------------------------------------
-def outputs(model, images: Tensor, noise: Tensor, full: bool) -> Tensor:
-    """What is compared: predicted patches (B, L, P) of a `full` masked autoencoder, else logits or tokens."""
+# -- comparison ----------------------------------------------------------------------------------------------
+def outputs(model: Model, images: Tensor, noise: Tensor, full: bool) -> Tensor:
+    """Predicted patches (B, L, P) of a `full` masked autoencoder; logits or tokens of other models."""
     if not isinstance(model, MaskedAutoencoderViT):
-        return model(images) if model.num_classes else model.forward_features(images)
+        if model.num_classes:
+            return model(images)
+        return model.forward_features(images)
     if full:
-        return model(images, ids_keep=random_masking(noise, 0.75))[1]
-    return model.forward_encoder(images, torch.arange(noise.shape[1]).expand(noise.shape))
+        return model(images, ids_keep=random_masking(noise, MASK_RATIO))[1]
+    all_cells = torch.arange(noise.shape[1]).expand(noise.shape)  # (B, L)
+    return model.forward_encoder(images, all_cells)
 
 
 @torch.no_grad()
-def largest_difference(ours, theirs, full: bool) -> float:
-    """Between two models' outputs on two random images; `theirs(images, noise)` is a function."""
+def largest_difference(ours: Model, theirs: Outputs, full: bool) -> float:
+    """The largest difference between two models' outputs for two random images."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(2, ours.in_chans, *ours.img_size, generator=g)
     noise = torch.rand(2, ours.patch_embed.num_patches, generator=g)
     return float((outputs(ours, images, noise, full) - theirs(images, noise)).abs().max())
 
 
+def refuse_above_limit(difference: float, path: str, name: str) -> None:
+    """Raise ValueError if two models differ by more than LIMIT, or by nan."""
+    # Not `difference > LIMIT`, which is false for nan.
+    if not difference <= LIMIT:
+        raise ValueError(
+            f"{path}: our model and {name} differ by {difference:.2g} on the same images (limit {LIMIT:g}): "
+            "nothing was written"
+        )
+
+
 @contextlib.contextmanager
-def appears_whole(out: str, path: str):
-    """Yields a name beside `out` to write to; what is there becomes `out` unless an error comes."""
+def appears_whole(out: str, path: str) -> Iterator[str]:
+    """Yield a temporary name beside `out`, which becomes `out` at the end unless an error was raised.
+
+    Raises ValueError if `out` is a folder or the file `path` itself.
+    """
     out = out.rstrip("/")
     if os.path.isdir(out) or (os.path.exists(out) and os.path.samefile(out, path)):
         raise ValueError(f"{out} exists: choose another name")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    # The suffix stays last: it decides the format.
     partial = os.path.join(os.path.dirname(out), f"partial-{os.path.basename(out)}")
     try:
         yield partial
@@ -192,130 +259,150 @@ def appears_whole(out: str, path: str):
             os.remove(partial)
 
 
-def refuse_above_limit(difference: float, path: str, name: str) -> None:
-    """ValueError where two models differ by more than LIMIT, or by nan."""
-    if not difference <= LIMIT:
-        raise ValueError(
-            f"{path}: our model and {name} differ by {difference:.2g} on the same images (limit {LIMIT:g}): "
-            "nothing was written"
-        )
-
-
-# -- the other libraries -----------------------------------------------------------------------------------------------
-def timm_options(a: Architecture, heads: int, img_size: tuple[int, int]) -> dict:
-    """Keywords of timm's `vit_base_patch16_224` for an architecture."""
+# -- timm ----------------------------------------------------------------------------------------------------
+def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> dict[str, Any]:
+    """Keywords that make timm's `vit_base_patch16_224` a model of this architecture."""
+    pool = "token"
+    if arch.pool == "avg":
+        pool = "avg"
     return dict(
         img_size=img_size,
-        patch_size=a.patch_size,
-        in_chans=a.in_chans,
-        embed_dim=a.dim,
-        depth=a.depth,
+        patch_size=arch.patch_size,
+        in_chans=arch.in_chans,
+        embed_dim=arch.dim,
+        depth=arch.depth,
         num_heads=heads,
-        mlp_ratio=a.mlp_ratio,
-        num_classes=a.classes,
-        global_pool="avg" if a.pool == "avg" else "token",
+        mlp_ratio=arch.mlp_ratio,
+        num_classes=arch.classes,
+        global_pool=pool,
     )
 
 
-def timm_outputs(weights: dict[str, Tensor], options: dict):
-    """timm's model with our weights -> its outputs as a function; no positional embedding becomes a zero one."""
+def timm_outputs(weights: Weights, options: dict[str, Any]) -> Outputs:
+    """The outputs of timm's model with our weights."""
     import timm
 
     model = timm.create_model("vit_base_patch16_224", **options).eval()
+    # A model without positional embedding is one with a zero embedding.
     table = {"pos_embed": torch.zeros_like(model.pos_embed)}
     model.load_state_dict(table | {k: v for k, v in weights.items() if not k.startswith(DECODER)})
-    return lambda images, noise: model(images) if options["num_classes"] else model.forward_features(images)
+    if options["num_classes"]:
+        return lambda images, noise: model(images)
+    return lambda images, noise: model.forward_features(images)
 
 
-def hf_outputs(folder: str, full: bool, classes: int):
-    """Hugging Face's model in a folder -> its outputs as a function."""
+# -- Hugging Face --------------------------------------------------------------------------------------------
+def hf_outputs(folder: str, full: bool, classes: int) -> Outputs:
+    """The outputs of Hugging Face's model in a folder. Raises ValueError if transformers is not installed."""
     try:
         import transformers
     except ImportError as e:
         raise ValueError(
-            'Hugging Face models are checked by transformers, which is not installed: pip install ".[hf]"'
+            "Hugging Face models are compared by means of transformers, which is not installed: "
+            'pip install ".[hf]"'
         ) from e
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if full:
         model = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
-        model.config.mask_ratio = 0.75
+        model.config.mask_ratio = MASK_RATIO
         return lambda images, noise: model(images, noise=noise).logits
     if classes:
         model = transformers.ViTForImageClassification.from_pretrained(folder).eval()
         return lambda images, noise: model(images).logits
+    # The pooler is new in every model, and its outputs are not compared.
     model = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     return lambda images, noise: model(images).last_hidden_state
 
 
-def hf_folder(
-    weights: dict[str, Tensor],
-    a: Architecture,
-    heads: tuple[int, int],
-    norm_pix_loss: bool,
-    path: str,
-    folder: str,
-    classes: list[str] | None = None,
-) -> str:
-    """Write config.json and model.safetensors of the class that fits; returns its name. `classes` become its labels.
+def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int], folder: str) -> str:
+    """Write config.json and model.safetensors of the Hugging Face class that fits, and return its name.
 
-    Raises ValueError for what Hugging Face's classes cannot hold: rectangles in ViTMAE, the mean of the patch tokens
-    before a classifier.
+    `heads` are the numbers of attention heads of encoder and decoder. Raises ValueError for what Hugging
+    Face's classes cannot hold: rectangles in ViTMAE, the mean of the patch tokens before a classifier.
     """
     from safetensors.torch import save_file
 
-    square = [n[0] if n[0] == n[1] else list(n) for n in (a.img_size, a.patch_size)]
-    if a.decoder_depth and not all(isinstance(n, int) for n in square):
-        raise ValueError(
-            f"{path}: Hugging Face's ViTMAE takes square images and patches, not {a.img_size} and "
-            f"{a.patch_size}: export its encoder (--to encoder) and that to hf"
-        )
-    if a.pool == "avg":
-        raise ValueError(
-            f"{path} classifies the mean of the patch tokens, Hugging Face's ViT the class token: --to timm can "
-            "hold it, or fine-tune with --cls_token"
-        )
-    name = (
-        "ViTMAEForPreTraining"
-        if a.decoder_depth
-        else "ViTForImageClassification"
-        if a.classes
-        else "ViTModel"
+    _check_hf_can_hold(checkpoint.path, arch)
+    name = _hf_class(arch)
+    config = _hf_config(name, arch, heads)
+    if arch.decoder_depth:
+        config["norm_pix_loss"] = bool(checkpoint.args.get("norm_pix_loss"))
+    if arch.classes:
+        # transformers' own names of classes without names.
+        labels = checkpoint.classes or [f"LABEL_{i}" for i in range(arch.classes)]
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+    os.makedirs(folder)
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(config, f, indent=1)
+    prefix = "vit."
+    if name == "ViTModel":
+        prefix = ""
+    save_file(
+        to_hf(checkpoint.model, prefix),
+        os.path.join(folder, "model.safetensors"),
+        metadata={"format": "pt"},
     )
+    return name
+
+
+def _check_hf_can_hold(path: str, arch: Architecture) -> None:
+    is_square = all(isinstance(_square(size), int) for size in (arch.img_size, arch.patch_size))
+    if arch.decoder_depth and not is_square:
+        raise ValueError(
+            f"{path}: Hugging Face's ViTMAE takes square images and patches, not {arch.img_size} and "
+            f"{arch.patch_size}: export its encoder (`to` encoder), and that to hf"
+        )
+    if arch.pool == "avg":
+        raise ValueError(
+            f"{path} classifies the mean of the patch tokens, Hugging Face's ViT the class token: export it "
+            "with `to` timm, or fine-tune a classifier that pools by the class token"
+        )
+
+
+def _hf_class(arch: Architecture) -> str:
+    if arch.decoder_depth:
+        return "ViTMAEForPreTraining"
+    if arch.classes:
+        return "ViTForImageClassification"
+    return "ViTModel"
+
+
+def _square(size: tuple[int, int] | None) -> int | list[int]:
+    """(H, W) as a configuration stores it: one number for squares."""
+    # Conversions store the image size before they read the architecture.
+    assert size is not None
+    if size[0] == size[1]:
+        return size[0]
+    return list(size)
+
+
+def _hf_config(name: str, arch: Architecture, heads: tuple[int, int]) -> dict[str, Any]:
     config = {
         "architectures": [name],
-        "model_type": "vit_mae" if a.decoder_depth else "vit",
-        "hidden_size": a.dim,
-        "num_hidden_layers": a.depth,
+        "model_type": "vit",
+        "hidden_size": arch.dim,
+        "num_hidden_layers": arch.depth,
         "num_attention_heads": heads[0],
-        "intermediate_size": round(a.dim * a.mlp_ratio),
-        "image_size": square[0],
-        "patch_size": square[1],
-        "num_channels": a.in_chans,
+        "intermediate_size": round(arch.dim * arch.mlp_ratio),
+        "image_size": _square(arch.img_size),
+        "patch_size": _square(arch.patch_size),
+        "num_channels": arch.in_chans,
+        # Our models' value. transformers' default is 1e-12.
         "layer_norm_eps": 1e-6,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.0,
     }
-    if a.decoder_depth:
+    if arch.decoder_depth:
         config |= {
-            "decoder_hidden_size": a.decoder_dim,
-            "decoder_num_hidden_layers": a.decoder_depth,
+            "model_type": "vit_mae",
+            "decoder_hidden_size": arch.decoder_dim,
+            "decoder_num_hidden_layers": arch.decoder_depth,
             "decoder_num_attention_heads": heads[1],
-            "decoder_intermediate_size": round(a.decoder_dim * a.mlp_ratio),
-            "mask_ratio": 0.75,
-            "norm_pix_loss": norm_pix_loss,
+            "decoder_intermediate_size": round(arch.decoder_dim * arch.mlp_ratio),
+            "mask_ratio": MASK_RATIO,
         }
-    if a.classes:
-        config["id2label"] = dict(enumerate(classes or (f"LABEL_{i}" for i in range(a.classes))))
-        config["label2id"] = {name: i for i, name in config["id2label"].items()}
-    os.makedirs(folder)
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(config, f, indent=1)
-    save_file(
-        to_hf(weights, "" if name == "ViTModel" else "vit."),
-        os.path.join(folder, "model.safetensors"),
-        metadata={"format": "pt"},
-    )
-    return name
+    return config

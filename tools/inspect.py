@@ -1,102 +1,148 @@
-"""What a checkpoint is, where it comes from, and what it fits."""
+"""Describes a checkpoint: its kind, its architecture, its origin, and the commands that take it."""
 
 import hashlib
 import os
 
 from tools import stored_model
-from tools.formats import (
-    read,
-)
+from tools.formats import read
 from util.data.sources.image_index import some_names
-from util.weights import checkpoint
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
+from util.weights.files import load
 from util.weights.types import KINDS, Checkpoint
 
 
-# -- inspect -----------------------------------------------------------------------------------------------------------
 def describe(path: str) -> str:
-    """What a checkpoint holds and which command takes it, a line each."""
-    folder = os.path.isdir(path)
-    state = read(path) if folder else checkpoint.load(path)
-    kind, args, weights = state.kind, state.args, state.model
-    lines = {"kind": KINDS[kind][0] + origin(state, kind, folder)}
-    try:
-        a = architecture(state)
-    except ValueError:  # Swin, timm's backbones, foreign names
-        a = None
-        lines["model"] = args.get(
-            "model", f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}"
-        )
-    if a is not None:
-        lines |= describe_architecture(a, args)
-    if state.classes:
-        lines["class names"] = some_names(state.classes)
-    if any(k in weights for k in SO_VIT):
-        lines["So-ViT"] = " and ".join(
-            name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT) if k in weights
-        )
-    if state.ema is not None:
-        lines["average"] = "a moving average of the weights, which is what evaluation and export take"
-    if state.epoch is not None:
-        steps = f" (step {state.step})" if state.step is not None else ""
-        lines["epoch"] = f"{state.epoch}{steps}{', with optimizer' if 'optimizer' in state.entries else ''}"
-    lines["parameters"] = f"{num_parameters(weights) / 1e6:.2f} M"
-    if not folder:
+    """A description of a checkpoint file, or of a Hugging Face folder, one fact a line.
+
+    Raises ValueError if the file cannot be read.
+    """
+    is_folder = os.path.isdir(path)
+    # `read` would leave out the label heads and the entries that are to be described.
+    if is_folder:
+        checkpoint = read(path)
+    else:
+        checkpoint = load(path)
+    lines = {"kind": KINDS[checkpoint.kind][0] + _target(checkpoint) + _origin(checkpoint, is_folder)}
+    lines |= _model_lines(checkpoint)
+    lines |= _content_lines(checkpoint)
+    if not is_folder:
         with open(path, "rb") as f:
             lines["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
-    lines["for"] = accepted_by(state, kind, folder)
+    lines["for"] = _accepted_by(checkpoint, is_folder)
     return "\n".join([path, *(f"  {name:<11} {text}" for name, text in lines.items())])
 
 
-def origin(state: Checkpoint, kind: str, folder: bool) -> str:
-    """Whose file it is, and the target of a pretraining file, where they can be told."""
-    args = state.args
-    # --pos_embed is a flag of all mains here, and of none of MAE's.
-    ours = "pos_embed" in args or any(k.startswith("pos_head.") for k in state.model)
-    target = {True: ", norm-pix target", False: ", pixel target"}.get(
-        args.get("norm_pix_loss"), ", target not stored"
-    )
-    whose = (
-        "this toolkit's"
-        if ours
-        else "Hugging Face's"
-        if folder
-        else "facebookresearch/mae's"
-        if args or kind == "pretraining"
-        else "names of MAE and timm"
-    )
-    return (target if kind == "pretraining" else "") + (
-        f"; {whose}" if kind not in ("dino", "huggingface", "unknown") else ""
-    )
+def _target(checkpoint: Checkpoint) -> str:
+    """The target of the pixel loss of a pretraining checkpoint."""
+    if checkpoint.kind != "pretraining":
+        return ""
+    # MAE's published files store weights only, and so do not say which target they were trained for.
+    norm_pix_loss = checkpoint.args.get("norm_pix_loss")
+    if norm_pix_loss is None:
+        return ", target not stored"
+    if norm_pix_loss:
+        return ", norm-pix target"
+    return ", pixel target"
 
 
-def describe_architecture(a: Architecture, args: dict) -> dict[str, str]:
-    heads, decoder_heads, known = stored_model.heads_of(a, args)
-    heads = f"{heads} heads" if known else f"{heads} heads (assumed: weights do not show it)"
-    decoder = (
-        f"; decoder {a.decoder_depth} blocks of width {a.decoder_dim}, {decoder_heads} heads"
-        if a.decoder_depth
-        else ""
-    )
-    size = "any image size" if a.img_size is None else f"{a.img_size[0]}x{a.img_size[1]} pixels"
-    out = {
-        "model": f"{args.get('model', 'no name stored')}: {a.depth} blocks of width {a.dim}, {heads}{decoder}",
-        "images": f"{size}, {a.in_chans} channels, patches of {a.patch_size[0]}x{a.patch_size[1]}",
-        "positions": f"{'with' if a.pos_embed else 'without'} positional embedding, "
-        + (f"labels {'+'.join(a.labels)}" if a.labels else "no label head"),
+def _origin(checkpoint: Checkpoint, is_folder: bool) -> str:
+    """The project that wrote the file, as far as the file shows it."""
+    if checkpoint.kind in ("dino", "huggingface", "unknown"):
+        # The kind names the project already.
+        return ""
+    # All mains here have a flag `pos_embed`, and none of MAE's has it.
+    if "pos_embed" in checkpoint.args or any(k.startswith("pos_head.") for k in checkpoint.model):
+        return "; this toolkit's"
+    if is_folder:
+        return "; Hugging Face's"
+    if checkpoint.args or checkpoint.kind == "pretraining":
+        return "; facebookresearch/mae's"
+    return "; names of MAE and timm"
+
+
+def _model_lines(checkpoint: Checkpoint) -> dict[str, str]:
+    """The architecture of a plain Vision Transformer; the name or the first weights of other models."""
+    try:
+        arch = architecture(checkpoint)
+    except ValueError:
+        # Swin, timm's backbones, and files of other projects.
+        weights = checkpoint.model
+        first = f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}"
+        return {"model": checkpoint.args.get("model", first)}
+    lines = {
+        "model": f"{checkpoint.args.get('model', 'name not stored')}: {_sizes(arch, checkpoint)}",
+        "images": _images(arch),
+        "positions": _positions(arch),
     }
-    if a.classes:
-        out["classes"] = (
-            f"{a.classes}, from {'the mean patch token' if a.pool == 'avg' else 'the class token'}"
-        )
-    return out
+    if arch.classes:
+        pooled = "the class token"
+        if arch.pool == "avg":
+            pooled = "the mean patch token"
+        lines["classes"] = f"{arch.classes}, from {pooled}"
+    return lines
 
 
-def accepted_by(state: Checkpoint, kind: str, folder: bool) -> str:
-    if folder:
+def _sizes(arch: Architecture, checkpoint: Checkpoint) -> str:
+    heads, decoder_heads, is_known = stored_model.heads_of(arch, checkpoint.args)
+    text = f"{arch.depth} blocks of width {arch.dim}, {heads} heads"
+    if not is_known:
+        text += " (assumed: weights do not show it)"
+    if arch.decoder_depth:
+        text += f"; decoder {arch.decoder_depth} blocks of width {arch.decoder_dim}, {decoder_heads} heads"
+    return text
+
+
+def _images(arch: Architecture) -> str:
+    size = "any image size"
+    # Weights without a table of positions do not depend on the size.
+    if arch.img_size is not None:
+        size = f"{arch.img_size[0]}x{arch.img_size[1]} pixels"
+    return f"{size}, {arch.in_chans} channels, patches of {arch.patch_size[0]}x{arch.patch_size[1]}"
+
+
+def _positions(arch: Architecture) -> str:
+    embedding = "without positional embedding"
+    if arch.pos_embed:
+        embedding = "with positional embedding"
+    if not arch.labels:
+        return f"{embedding}, no label head"
+    return f"{embedding}, labels {'+'.join(arch.labels)}"
+
+
+def _content_lines(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the file holds besides the model's architecture."""
+    lines = {}
+    if checkpoint.classes:
+        lines["class names"] = some_names(checkpoint.classes)
+    # In the order of `SO_VIT`.
+    names = ("second-order head", "convolutional embedding")
+    parts = [name for name, key in zip(names, SO_VIT) if key in checkpoint.model]
+    if parts:
+        lines["So-ViT"] = " and ".join(parts)
+    if checkpoint.ema is not None:
+        lines["average"] = "a moving average of the weights, which evaluation and export use"
+    if checkpoint.epoch is not None:
+        lines["epoch"] = _progress(checkpoint)
+    lines["parameters"] = f"{num_parameters(checkpoint.model) / 1e6:.2f} M"
+    return lines
+
+
+def _progress(checkpoint: Checkpoint) -> str:
+    text = str(checkpoint.epoch)
+    if checkpoint.step is not None:
+        text += f" (step {checkpoint.step})"
+    if "optimizer" in checkpoint.entries:
+        text += ", with optimizer"
+    return text
+
+
+def _accepted_by(checkpoint: Checkpoint, is_folder: bool) -> str:
+    """The commands and flags that take the file."""
+    if is_folder:
         return "checkpoints.py import"
-    text = KINDS[kind][1]
-    if "optimizer" not in state.entries:  # then nothing can be resumed
+    text = KINDS[checkpoint.kind][1]
+    if "optimizer" not in checkpoint.entries:
+        # Without an optimizer no run can be resumed.
         text = text.replace("--resume or --init_from", "--init_from")
         text = text.replace("--resume, with --eval to evaluate", "--eval --resume")
     return text

@@ -1,4 +1,4 @@
-"""--strategy fsdp computes what ddp computes, and checkpoints do not tell which of them wrote them."""
+"""--strategy fsdp computes what ddp computes, and both write and read the same checkpoints."""
 
 import pytest
 import torch
@@ -12,13 +12,18 @@ FSDP = ["--strategy", "fsdp"]
 
 
 def run_ranks(n, output_dir, *flags, **kwargs):
+    """Train on `n` ranks, all of which must succeed."""
     results = ranks(n, output_dir, *flags, **kwargs)
     assert all(code == 0 for code, _ in results), results[0][1][-3000:] + results[-1][1][-3000:]
     return results
 
 
 def assert_close(a: dict, b: dict) -> None:
-    """Up to rounding; the bias of the keys has no gradient but rounding (softmax does not see it), which Adam amplifies."""
+    """Check that two checkpoints are equal up to rounding.
+
+    The bias of the keys is left out: softmax does not depend on it, so its gradient is only rounding, which
+    Adam amplifies.
+    """
     assert (a["step"], a["epoch"]) == (b["step"], b["epoch"]) and a["model"].keys() == b["model"].keys()
     for k, v in a["model"].items():
         if not k.endswith("qkv.bias"):
@@ -28,8 +33,9 @@ def assert_close(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("main", ["pretrain", "finetune"])
 def test_fsdp_is_ddp(main, tmp_path):
     flags = TEN_STEPS + ["--clip_grad", 0.5, "--accum_iter", 2, "--batch_size", 5]
-    kwargs = {"main": FINETUNE} if main == "finetune" else {}
+    kwargs = {}
     if main == "finetune":
+        kwargs["main"] = FINETUNE
         flags += ["--drop_path", 0, "--reprob", 0, "--aa", ""]
     run_ranks(2, tmp_path / "ddp", *flags, **kwargs)
     run_ranks(2, tmp_path / "fsdp", *flags, *FSDP, **kwargs)
@@ -37,7 +43,8 @@ def test_fsdp_is_ddp(main, tmp_path):
         assert a.keys() == b.keys()
         for k in a:
             assert a[k] == pytest.approx(b[k], abs=1e-5), k
-    a, b = last(tmp_path / "ddp"), last(tmp_path / "fsdp")
+    a = last(tmp_path / "ddp")
+    b = last(tmp_path / "fsdp")
     assert_close(a, b)
     assert a.keys() == b.keys() and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     for i, state in a["optimizer"]["state"].items():
@@ -46,7 +53,7 @@ def test_fsdp_is_ddp(main, tmp_path):
 
 
 def test_strategy_and_ranks_may_change_between_saves(tmp_path):
-    """10 steps of a global batch of 20 in one go, and 5 + 5 of them in two, on other ranks and strategies."""
+    """10 steps of a global batch of 20 in one run, and in two with other ranks and strategies."""
     run_ranks(2, tmp_path / "whole", *TEN_STEPS)
     changes = {
         "fsdp 2 -> ddp 4": (FSDP, 4, []),
@@ -67,7 +74,7 @@ def test_strategy_and_ranks_may_change_between_saves(tmp_path):
         assert_close(last(tmp_path / "whole"), last(folder))
 
 
-def test_what_cannot_be_sharded_says_so(tmp_path):
+def test_one_process_and_float16_are_refused(tmp_path):
     code, text = start(tmp_path / "a", *TEN_STEPS, *FSDP)
     assert code == 2 and "one process only" in text
     results = ranks(2, tmp_path / "b", *TEN_STEPS, *FSDP, "--amp", "fp16")
@@ -77,12 +84,13 @@ def test_what_cannot_be_sharded_says_so(tmp_path):
 def test_whole_and_gathered_leave_plain_models_alone():
     model = torch.nn.Linear(2, 2)
     assert fsdp.whole({"a": [1, {"b": model.weight}]}) == {"a": [1, {"b": model.weight}]}
+    assert not fsdp.is_sharded(model)
     with fsdp.gathered(model) as same:
         assert same is model
 
 
 def test_blocks_within_blocks_are_sharded_first(monkeypatch):
-    """As FSDP wants it; of timm's models MobileViT's have such."""
+    """FSDP requires it. timm's MobileViT has such blocks."""
 
     class InnerBlock(torch.nn.Module):
         pass
@@ -92,7 +100,8 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
             super().__init__()
             self.inner = InnerBlock()
 
-    seen, model = [], torch.nn.Sequential(OuterBlock())
+    seen = []
+    model = torch.nn.Sequential(OuterBlock())
     monkeypatch.setattr(
         "torch.distributed.fsdp.fully_shard",
         lambda module, mesh: seen.append(type(module).__name__) or module,
@@ -102,10 +111,13 @@ def test_blocks_within_blocks_are_sharded_first(monkeypatch):
     monkeypatch.setattr(fsdp.dist, "world_size", lambda: 2)
     fsdp.shard(model, torch.device("cpu"), "fp32")
     assert seen == ["InnerBlock", "OuterBlock", "Sequential"]
+    assert fsdp.is_sharded(model)
+    # Nothing of it is part of the model.
+    assert vars(model).keys() == vars(torch.nn.Sequential()).keys()
 
 
 @pytest.mark.parametrize(
-    "sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "give --layer_decay")]
+    "sizes, message", [((3, 1), "same groups in another order"), ((2, 2), "set `layer_decay`")]
 )
 def test_another_optimizers_groups_are_refused(sizes, message):
     def optimizer(*sizes):

@@ -1,4 +1,4 @@
-"""Freed memory: kept by a training on a CPU, returned by its data workers."""
+"""Freed memory is kept by training on a CPU, and returned by its data workers."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import resource
 import torch
 
 def faults(mib=48, times=24):
-    '''Least page faults of a time that a tensor is made, written and freed.'''
+    '''The fewest page faults of a cycle in which a tensor is allocated, written and freed.'''
     counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
     for _ in range(times):
         torch.empty(mib << 20, dtype=torch.uint8).fill_(1)
@@ -22,6 +22,7 @@ def faults(mib=48, times=24):
 
 
 def probe(code: str) -> str:
+    """Run `PROBE` and then `code` in a new process; return the last printed line."""
     out = subprocess.run([sys.executable, "-c", PROBE + code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return out.stdout.splitlines()[-1]
@@ -33,7 +34,7 @@ def glibc():
         pytest.skip("the C library is not glibc")
 
 
-def test_a_run_on_the_cpu_keeps_what_it_frees():
+def test_a_run_on_the_cpu_keeps_freed_memory():
     pages = (48 << 20) // 4096
     plain, kept = map(
         int,
@@ -43,11 +44,13 @@ plain = faults()
 dist.init("cpu")
 print(plain, faults())""").split(),
     )
-    assert plain >= pages // 512 and kept <= plain // 10  # pages may be huge ones, 512 times as large
+    # Huge pages are 512 times as large.
+    assert plain >= pages // 512
+    assert kept <= plain // 10
 
 
-def test_data_workers_return_what_they_free():
-    """A worker inherits the run's setting by fork; one huge image must not stay in it."""
+def test_data_workers_return_freed_memory():
+    """A worker inherits the run's setting by fork, but must not keep the memory of one huge image."""
     grown = float(
         probe("""
 from util import dist

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they tell each other, and when they stop together."""
+"""The processes of a run: their ranks and devices, what they exchange, and when they stop together."""
 
 from util.dist.group import (
     barrier,

@@ -1,33 +1,41 @@
-"""What the C library does with memory that tensors on a CPU give back.
+"""Sets what the C library does with the memory that CPU tensors free.
 
-By default glibc returns blocks of more than 32 MiB, and more than 64 MiB at the end of its heap, to the system at once. A
-training step then takes the same memory anew every time, page by page: for ViT-B/16 at batch 16 that is 250,000 page
-faults a step, 3 to 6 % of its time in float32 and 14 to 19 % in bfloat16 on a Xeon (benchmarks/README.md).
+By default glibc returns blocks of more than 32 MiB, and more than 64 MiB at the end of its heap, to the
+system at once. A training step then takes the same memory anew every time, page by page: for ViT-B/16 at
+batch 16 that is 250,000 page faults a step, 3 to 6 % of its time in float32 and 14 to 19 % in bfloat16 on a
+Xeon (benchmarks/README.md).
 """
 
 import ctypes
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of glibc's malloc.h
+# Options of mallopt(3), numbered as in glibc's malloc.h.
+TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3
+MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Keep what tensors free for the next ones; False where the C library is not glibc, which changes nothing there.
+    """Keep the memory that tensors free for the next ones; returns False where that is impossible.
 
-    The process then stays as large as it ever was, which for a training is what it needs in every step. Its heap settles
-    within the first few: an aligned block fits into a freed one of its size only once slivers between such blocks are used up.
+    It is possible with glibc only. The process then stays as large as it ever was, which a training needs in
+    every step anyway. The heap settles within the first few steps: an aligned block fits into a freed one of
+    its size only once the gaps between such blocks are used up.
     """
     return _set({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory(*_) -> bool:
-    """Give freed memory back again, as glibc does once it has seen large blocks; False where it is not glibc.
+    """Return freed memory to the system, as glibc does by default; returns False if that is impossible.
 
-    For data workers, which inherit their parent's setting: one huge image must not stay in each of them. As a worker's
-    `worker_init_fn` it is called with the worker's number.
+    Data workers call it, as their `worker_init_fn`, with the worker's number: they inherit their parent's
+    setting, and the memory of one huge image must not stay in each of them.
     """
+    # glibc raises its thresholds to these once it has seen large blocks.
     return _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20})
 
 
 def _set(options: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(option, value) for option, value in options.items())
+    if mallopt is None:
+        return False
+    return all(mallopt(option, value) for option, value in options.items())

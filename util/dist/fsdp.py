@@ -1,66 +1,84 @@
 """Fully sharded training (FSDP2): parameters, gradients and optimizer state are spread over the ranks.
 
-Checkpoints do not know about it: what is saved is whole, and what is loaded is cut to this rank's shards, so that a run
-may change its strategy and its number of ranks between two saves.
+Checkpoints do not depend on it: whole tensors are saved, and loaded ones are cut to this rank's shards, so
+that a run may change its strategy and its number of ranks between two saves.
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from util import dist
 
-# torch.distributed.fsdp and .tensor take seconds to import: only runs that are sharded do.
+# torch.distributed.fsdp and .tensor take seconds to import: only the functions that need them import them.
+
+# Sharded model -> a whole copy of it on the CPU, which `gathered` fills and lends. As an attribute the copy
+# would become a part of the model.
+_whole_copies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
-    """Spread the model's parameters over all ranks, in place; each transformer block is gathered when it runs.
+    """Spread the model's parameters over all ranks, in place.
 
-    Call it before the optimizer is made: parameters become new objects. Raises ValueError where it cannot work.
+    Each transformer block is gathered when it runs. Call it before the optimizer is made: parameters become
+    new objects. Raises ValueError in a single process, and for `amp` fp16.
     """
     if not dist.is_initialized():
         raise ValueError(
-            "--strategy fsdp spreads a model over ranks, but there is one process only: start several "
-            "(torchrun, srun), or leave --strategy at ddp"
+            "`strategy` fsdp spreads a model over ranks, but there is one process only: start several "
+            "(torchrun, srun), or leave `strategy` at ddp"
         )
     if amp == "fp16":
         raise ValueError(
-            "--strategy fsdp needs --amp bf16 or fp32: float16's loss scaling is not done across shards"
+            "`strategy` fsdp needs `amp` bf16 or fp32: float16's loss scaling does not work across shards"
         )
     from torch.distributed.fsdp import fully_shard
 
-    model.whole_copy = [
-        copy.deepcopy(model).cpu().requires_grad_(False)
-    ]  # in a list: no part of the model; see `gathered`
+    # Before `fully_shard`, which turns the parameters into shards.
+    _whole_copies[model] = copy.deepcopy(model).cpu().requires_grad_(False)
     mesh = torch.distributed.init_device_mesh(device.type, (dist.world_size(),))
-    for module in reversed(list(model.modules())):  # blocks within blocks first
+    # Reversed, because FSDP wants blocks within blocks sharded first.
+    for module in reversed(list(model.modules())):
         if type(module).__name__.endswith("Block"):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return hasattr(model, "whole_copy")
+    """Whether `shard` has spread this model."""
+    return model in _whole_copies
 
 
-def whole(state, keep: bool = True):
-    """A state dict with every sharded tensor gathered, on the CPU; all ranks must call it together.
+def whole(state: Any, keep: bool = True) -> Any:
+    """A state dict with every sharded tensor gathered, on the CPU. All ranks must call it together.
 
-    A rank that does not `keep` them gets None in their places: on a node of 8 ranks only one need hold a checkpoint.
+    A rank that does not `keep` the tensors gets None in their places: on a node of 8 ranks only one needs to
+    hold a checkpoint.
     """
     if hasattr(state, "full_tensor"):
+        # All ranks take part in the gathering, whether they keep the result or not.
         full = state.full_tensor()
-        return full.cpu() if keep else None
+        if not keep:
+            return None
+        return full.cpu()
     if isinstance(state, dict):
         return {k: whole(v, keep) for k, v in state.items()}
-    return [whole(v, keep) for v in state] if isinstance(state, list) else state
+    if isinstance(state, list):
+        return [whole(v, keep) for v in state]
+    return state
 
 
-def cut_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor, sharded as `like` is; `x` itself where `like` is not, or has another shape."""
+def cut_like(x: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor, sharded as `like` is.
+
+    It is `x` itself if `like` is not sharded or has another shape.
+    """
     if not hasattr(like, "full_tensor") or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -68,49 +86,65 @@ def cut_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load a whole optimizer state, as `whole` or an optimizer that is not sharded has given it.
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load a whole optimizer state, as `whole` or an unsharded optimizer returns it.
 
-    Rates, decay and the like stay as the flags of now say. Raises ValueError where the groups of parameters differ.
+    Learning rates, decay and the like stay as they are in `optimizer`. Raises ValueError if the parameter
+    groups differ.
     """
-    now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    sizes = [[len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
-    if sizes[0] != sizes[1]:
-        before, after = (", ".join(map(str, s)) for s in sizes)
-        if sorted(sizes[0]) == sorted(sizes[1]):
-            raise ValueError(
-                f"the optimizer was saved with the same groups in another order ({before}; now {after}), as MAE's "
-                "own fine-tuning with --global_pool has them: such a run can be evaluated, not continued"
-            )
-        raise ValueError(
-            f"the optimizer was saved with groups of {before} parameters, now there are {after}: give "
-            "--layer_decay and --partial as they were, or start from the weights alone, by --finetune or "
-            "--init_from and another --output_dir"
-        )
-    params = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
-    state = {
-        i: {k: cut_like(v, params[i]) if torch.is_tensor(v) else v for k, v in values.items()}
-        for i, values in saved["state"].items()
-    }
-    # Now's flags before loading, which follows `fused` to where it keeps `step`: MAE's files were not made by fused AdamW.
-    groups = [before | flags for before, flags in zip(saved["param_groups"], now)]
+    _check_groups(saved["param_groups"], optimizer.param_groups)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: _cut_state(values, parameters[i]) for i, values in saved["state"].items()}
+    # The options of this run replace the saved ones before the state is loaded: `fused` decides on which
+    # device `step` is kept, and MAE's files were not made by fused AdamW.
+    groups = []
+    for old, new in zip(saved["param_groups"], optimizer.param_groups):
+        options = {k: v for k, v in new.items() if k != "params"}
+        groups.append(old | options)
     optimizer.load_state_dict(saved | {"state": state, "param_groups": groups})
+
+
+def _cut_state(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """This rank's part of the optimizer state of one parameter."""
+    return {k: cut_like(v, parameter) if torch.is_tensor(v) else v for k, v in values.items()}
+
+
+def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the groups hold the same numbers of parameters in the same order."""
+    old = [len(group["params"]) for group in saved]
+    new = [len(group["params"]) for group in now]
+    if old == new:
+        return
+    before = ", ".join(map(str, old))
+    after = ", ".join(map(str, new))
+    if sorted(old) == sorted(new):
+        raise ValueError(
+            f"the optimizer was saved with the same groups in another order ({before}; now {after}), as "
+            "MAE's own fine-tuning with global pooling has them: such a run can be evaluated, not continued"
+        )
+    raise ValueError(
+        f"the optimizer was saved with groups of {before} parameters, now there are {after}: set "
+        "`layer_decay` and `partial` as they were, or start from the weights alone, with `finetune` or "
+        "`init_from` and another `output_dir`"
+    )
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """A whole model with the current weights, of which every rank may run any part, any number of times, by itself.
+    """Lend a whole model with the current weights, any part of which every rank may run independently.
 
-    That is the model itself if it is not sharded. A sharded one cannot be used so: each of its forward passes must run on
-    all ranks together. All ranks must enter together.
+    This is the model itself if it is not sharded. A sharded model cannot be used so: each of its forward
+    passes must run on all ranks together. All ranks must enter the context together.
     """
     if not is_sharded(model):
         yield model
         return
-    copied, device = model.whole_copy[0], next(model.parameters()).device
+    copied = _whole_copies[model]
+    device = next(model.parameters()).device
     copied.load_state_dict(whole(model.state_dict()))
     copied.to(device)
     try:
         yield copied
     finally:
+        # The memory of the device is needed for training.
         copied.to("cpu")

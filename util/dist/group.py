@@ -1,4 +1,4 @@
-"""Processes: who am I, and the few collectives that the engine needs. Everything works with one plain process too."""
+"""The process group of a run and its few collectives, which also work in a single process without a group."""
 
 import atexit
 import os
@@ -8,44 +8,56 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as td
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from util.dist.allocator import keep_freed_memory
+from util.dist.device import choose_device, prepare_device
 
 
 def is_initialized() -> bool:
+    """Whether this process is one of a group."""
     return td.is_available() and td.is_initialized()
 
 
 def rank() -> int:
-    return td.get_rank() if is_initialized() else 0
+    """The number of this process in the group, from 0."""
+    if not is_initialized():
+        return 0
+    return td.get_rank()
 
 
 def world_size() -> int:
-    return td.get_world_size() if is_initialized() else 1
+    """The number of processes in the group."""
+    if not is_initialized():
+        return 1
+    return td.get_world_size()
 
 
 def is_main() -> bool:
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def print_rank0(message: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0 only, without buffering."""
     if is_main():
         print(message, flush=True)
 
 
 def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables from srun's, for a main that `srun` starts itself; {} where there is no such step.
+    """torchrun's variables made from srun's, for a main that `srun` starts directly.
 
-    A batch script or an interactive shell within an allocation is no step of several tasks: it stays one process. The
-    port is the job's, the step's and the restart's own: a rank that a lost network has kept alive cannot join the
-    requeued job.
+    Returns {} if torchrun's variables are set, and for a batch script or an interactive shell within an
+    allocation, which is not a step of several tasks: it stays one process.
     """
     if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
+    # The port differs between jobs, steps and restarts: a rank that survived a network failure cannot join
+    # the requeued job.
     incarnation = ".".join(
         environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
     )
@@ -61,88 +73,71 @@ def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodelist: str) -> str:
     """The first name of a SLURM host list: node[03-07,9],gpu1 -> node03."""
-    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)[0]
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
+    # Up to the first comma outside of brackets: node[03-07,9].
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)
+    assert first is not None, nodelist
+    # Each bracket becomes its first number, in which leading zeros count: node03.
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
-_timeout = timedelta(minutes=30)  # of groups that are made after `init`
+# For groups that are made after `init`.
+_timeout = timedelta(minutes=30)
 
 
 def timeout() -> timedelta:
-    """How long a collective may wait, as `init` was told."""
+    """How long a collective may wait, as set by `init`."""
     return _timeout
 
 
 def init(
     device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30, local_rank: int = -1
 ) -> torch.device:
-    """Join the process group that the environment describes, torchrun's or srun's; one process needs none.
+    """Join the process group that torchrun's or srun's environment describes; a single process needs none.
 
-    `local_rank` is what older launchers give as a flag; the environment's LOCAL_RANK comes first.
-
-    Returns this rank's device, set as the current one. `device` "cuda" falls back to the CPU with a line that says so,
-    but only in a run of one process: several must not end up on different kinds of device. Raises ValueError where a
-    rank finds no device, and RuntimeError where the ranks do not meet within `timeout_minutes`.
+    `local_rank` is for launchers that pass it as a flag; the environment's LOCAL_RANK takes precedence.
+    Returns the device of this rank (see `choose_device`), set as the current one. Raises ValueError if a rank
+    finds no device, and RuntimeError if the ranks do not meet within `timeout_minutes`.
     """
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
     os.environ |= slurm_ranks(os.environ)
-    host, ranks = socket.gethostname(), int(os.environ.get("WORLD_SIZE", 1))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        if ranks > 1:
-            raise ValueError(
-                f"rank {os.environ['RANK']} sees no CUDA device on {host}: ask the scheduler for GPUs, or give "
-                "--device cpu to run on CPUs"
-            )
-        print("no CUDA device is visible: running on the CPU", flush=True)
-        device = "cpu"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
-    if device == "cuda":
-        visible = torch.cuda.device_count()
-        if visible == 1 and "SLURM_LOCALID" in os.environ:
-            local_rank = 0  # srun has bound a GPU to each task: it sees its own only
-        where = torch.device("cuda", local_rank)
-        if local_rank >= visible:
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: {visible} are visible on {host}; start as many processes "
-                "per node as GPUs"
-            )
-    else:
-        try:
-            where = torch.device(device)
-        except RuntimeError as e:
-            raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from e
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        torch.backends.cudnn.benchmark = (
-            True  # patch embeddings and stems are convolutions of a few fixed shapes
-        )
-    elif where.type == "cpu":
-        keep_freed_memory()
+    chosen = choose_device(device, local_rank, ranks)
+    prepare_device(chosen)
     if ranks > 1:
-        backend = backend or ("nccl" if where.type == "cuda" else "gloo")
-        me = f"rank {os.environ['RANK']} of {ranks}: host {host}, device {where}, {backend}"
-        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        # Before, not after: when some rank is missing, it is the one without this line.
-        print(f"{me}, meeting at {meeting}", flush=True)
-        try:
-            td.init_process_group(
-                backend,
-                timeout=_timeout,
-                device_id=where if backend == "nccl" else None,
-            )
-        except td.DistError as e:
-            raise RuntimeError(
-                f"{me}: not all ranks met at {meeting} within {timeout_minutes:g} minutes; those without a line "
-                f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})"
-            ) from e
-        atexit.register(shutdown)  # a rank that ends with an error would abort in the group's threads
-    return where
+        _meet(chosen, backend)
+    return chosen
+
+
+def _meet(device: torch.device, backend: str | None) -> None:
+    """Wait for all ranks and make them a group."""
+    if backend is None:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    process = (
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: host {socket.gethostname()}, "
+        f"device {device}, {backend}"
+    )
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # Print before the ranks meet: if one is missing, it is the one without this line.
+    print(f"{process}, meeting at {address}", flush=True)
+    options: dict[str, Any] = {}
+    if backend == "nccl":
+        options["device_id"] = device
+    try:
+        td.init_process_group(backend, timeout=_timeout, **options)
+    except td.DistError as e:
+        minutes = _timeout.total_seconds() / 60
+        raise RuntimeError(
+            f"{process}: not all ranks met at {address} within {minutes:g} minutes; those without a line "
+            f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})"
+        ) from e
+    # A rank that ends with an error would abort in the threads of the group.
+    atexit.register(shutdown)
 
 
 def make_shared_folder(folder: str) -> None:
-    """Make a run's folder; raises ValueError on all ranks if some host does not see what rank 0 writes there.
+    """Make a run's folder. Raises ValueError on all ranks if some host does not see what rank 0 writes there.
 
     Without this check each host would look for its own last checkpoint, and some would start from scratch.
     """
@@ -150,43 +145,49 @@ def make_shared_folder(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
     if world_size() == 1:
         return
+    # The name is random: a token that an earlier run left behind proves nothing.
     token = os.path.join(folder, f".shared-{gather_objects(uuid.uuid4().hex)[0]}")
     if is_main():
         with open(token, "w"):
             pass
     barrier()
-    seen = os.path.isdir(folder) and os.path.basename(token) in os.listdir(folder)
-    blind = sorted({host for host in gather_objects(None if seen else socket.gethostname()) if host})
+    host = socket.gethostname()
+    sees_token = os.path.isdir(folder) and os.path.basename(token) in os.listdir(folder)
+    # This also makes rank 0 wait until all ranks have looked.
+    answers = gather_objects((host, sees_token))
     if is_main():
         os.remove(token)
+    blind = sorted({name for name, sees in answers if not sees})
     if blind:
         raise ValueError(
-            f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes there; "
-            "choose a folder that all nodes mount"
+            f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes "
+            "there; choose a folder that all nodes mount"
         )
 
 
 def shutdown() -> None:
+    """Leave the process group."""
     if is_initialized():
         td.destroy_process_group()
 
 
-def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Mean of `x` over all ranks, the same on every rank; nan anywhere is nan everywhere."""
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of `x`, which is overwritten, over all ranks, the same on every rank; nan on one is nan on all."""
     if world_size() > 1:
         td.all_reduce(x)
         x = x / world_size()
     return x
 
 
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks, in place, the same on every rank."""
     if world_size() > 1:
         td.all_reduce(x)
     return x
 
 
-def gather_objects(obj) -> list:
-    """The small picklable object of every rank, in rank order, on every rank."""
+def gather_objects(obj: Any) -> list[Any]:
+    """The small picklable objects of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [obj]
     out = [None] * world_size()
@@ -195,42 +196,49 @@ def gather_objects(obj) -> list:
 
 
 def from_main(value: bool) -> bool:
-    """Rank 0's answer, on every rank."""
+    """Rank 0's value, on every rank."""
     return gather_objects(value)[0]
 
 
-def share_buffers(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's batch statistics: each rank collects those of its own images."""
+def share_buffers(module: nn.Module) -> None:
+    """Replace every rank's batch statistics by rank 0's: each rank collects those of its own images."""
     if world_size() > 1:
         for buffer in module.buffers():
+            # Statistics only: the counters of batches are equal on all ranks.
             if buffer.is_floating_point():
                 td.broadcast(buffer, src=0)
 
 
-def data_parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.parallel.DistributedDataParallel:
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The model with its gradients averaged over all ranks."""
-    ids = [device.index] if device.type == "cuda" else None
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    # DDP takes no ids for devices other than GPUs.
+    ids = None
+    if device.type == "cuda":
+        ids = [device.index]
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     _settle_buckets(wrapped)
     return wrapped
 
 
-def _settle_buckets(wrapped: torch.nn.parallel.DistributedDataParallel) -> None:
-    """Have DDP arrange its gradient buckets for good, before the first step.
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Make DDP arrange its gradient buckets for good, before the first step.
 
-    It does so anew after a process's first backward pass, by the order in which gradients came. From three ranks on the
-    place of a number in its bucket decides in which order the ranks' values are added, and so its last bit: the first
-    step after a resume would differ from the same step of a run that was not stopped. Two rehearsals on a loss that only
-    adds all parameters up fix the order of registration, last first, which is almost that of a backward pass.
+    DDP rearranges them after a process's first backward pass, in the order in which the gradients came. With
+    three or more ranks, the place of a value in its bucket decides the order in which the ranks' values are
+    added, and so its last bit: the first step after a resume would differ from the same step of a run that
+    was not stopped. Two backward passes of a loss that only sums all parameters fix the order of
+    registration, last first, which is close to that of a real backward pass.
     """
     model = wrapped.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
     for _ in range(2):
         wrapped().backward()
+    # This uncovers the method of the class again.
     del model.forward
     model.zero_grad(set_to_none=True)
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if world_size() > 1:
         td.barrier()

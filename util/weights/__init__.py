@@ -1,1 +1,1 @@
-"""Checkpoint files: reading, writing, and fitting their weights to a model."""
+"""Checkpoint files: reading them, writing them, and fitting their weights to a model."""

@@ -41,6 +41,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     """
     weights = checkpoint.model
     _check_plain_vit(checkpoint)
+    # The weight of the patch embedding is (C, c, ph, pw).
     dim, in_chans, patch_height, patch_width = weights["patch_embed.proj.weight"].shape
     decoder_dim = 0
     if "decoder_embed.weight" in weights:
@@ -58,7 +59,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         decoder_dim=decoder_dim,
         decoder_depth=_depth(weights, "decoder_blocks."),
         classes=classes,
-        # Models that average the patch tokens have their norm after the mean, as in MAE.
+        # Models that pool by the mean of the patch tokens have their final norm after it, as in MAE.
         pool="avg" if "fc_norm.weight" in weights else "cls",
         pos_embed="pos_embed" in weights,
         labels=tuple(sorted({k.split(".")[1] for k in weights if k.startswith("pos_head.")})),
@@ -69,8 +70,8 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
     weights = checkpoint.model
     if "patch_embed.proj.weight" not in weights or "blocks.0.attn.qkv.weight" not in weights:
         raise ValueError(
-            f"{checkpoint.path} is {KINDS[checkpoint.kind][0]}, but it does not hold a plain Vision Transformer; "
-            f"it has {', '.join(list(weights)[:4])}"
+            f"{checkpoint.path} is {KINDS[checkpoint.kind][0]}, but it does not hold a plain Vision "
+            f"Transformer; it has {', '.join(list(weights)[:4])}"
         )
     parts = [k for k in SO_VIT if k in weights]
     if "blocks.0.attn.qkv.bias" not in weights:
@@ -84,6 +85,7 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
 
 def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:
     """The number of blocks under `prefix`."""
+    # Names are like blocks.11.attn.qkv.weight; without any block the depth is 0.
     numbers = [int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix)]
     return 1 + max(numbers, default=-1)
 
@@ -91,6 +93,7 @@ def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:
 def _img_size(checkpoint: Checkpoint, patch: tuple[int, int]) -> tuple[int, int] | None:
     """(H, W) from the flags if they fit the positional embedding, else from that, taken as square."""
     cells = _num_cells(checkpoint.model)
+    # The stored size counts only if it gives the number of patches that the weights were made for.
     size = whole_numbers(checkpoint.args.get("input_size"))
     if size and cells in (None, (size[0] // patch[0]) * (size[-1] // patch[1])):
         return size[0], size[-1]
@@ -122,8 +125,8 @@ def square_grid(cells: int) -> tuple[int, int]:
     side = round(cells**0.5)
     if side * side != cells:
         raise ValueError(
-            f"the grid of a positional embedding of {cells} patches is unknown: {cells} is not a square, and the "
-            "checkpoint does not store `input_size`"
+            f"the grid of a positional embedding of {cells} patches is unknown: {cells} is not a square, and "
+            "the checkpoint does not store `input_size`"
         )
     return side, side
 

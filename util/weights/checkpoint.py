@@ -1,8 +1,9 @@
-"""Checkpoints of runs: writing them atomically, loading them into a model, and finding the one to continue from.
+"""Checkpoints of runs: writing them, loading them into a model, and finding the one to continue from.
 
-A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimizer updates done), `meters` (sums of the
-unfinished epoch), `best`, `classes` (the class names in the order of a classifier's outputs), and named extras. `epoch`
-is the last finished one, so that MAE's rule "resume at epoch + 1" holds for our files too.
+A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimizer updates done), `meters`
+(sums of the unfinished epoch), `best`, `classes` (the class names in the order of a classifier's outputs),
+and named extras. `epoch` is the last finished one, so that MAE's rule "resume at epoch + 1" holds for our
+files too.
 """
 
 import os
@@ -18,33 +19,15 @@ from util.dist.fsdp import cut_like
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
 
-__all__ = [
-    "LAST",
-    "Checkpoint",
-    "continue_from",
-    "describe_mismatch",
-    "find_start",
-    "kind_of",
-    "load",
-    "load_for_evaluation",
-    "load_start",
-    "load_strict",
-    "other_than_trained",
-    "plain_flags",
-    "print_continuing",
-    "save_atomic",
-    "stored_flags",
-]
-
 LAST = "checkpoint-last.pth"
 
 
 def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
     """Write `state` so that `path` holds either the old file or the whole new one, whatever happens.
 
-    Two processes that may write at the same time each give their own `writer`, which becomes part of the temporary
-    file's name. Raises OSError (full disk, quota), which says whether the previous file is intact; no partial file is
-    left behind.
+    Two processes that may write at the same time each give their own `writer`, which becomes part of the
+    temporary file's name. Raises OSError (full disk, quota), which says whether the previous file is intact;
+    no partial file is left behind.
     """
     partial = f"{path}.partial"
     if writer:
@@ -53,9 +36,11 @@ def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
+            # The content must be on the disk before the name is: a crash would leave an empty file otherwise.
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch's zip writer raises RuntimeError when the disk is full
+    # torch's zip writer raises RuntimeError when the disk is full.
+    except (OSError, RuntimeError) as e:
         if os.path.exists(partial):
             os.remove(partial)
         consequence = f"there is no {path}"
@@ -84,6 +69,7 @@ def describe_mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Tens
 
 
 def _first_few(items: list[str]) -> str:
+    # A model of another size differs in hundreds of weights.
     listed = ", ".join(items[:4])
     if len(items) > 4:
         listed += f" and {len(items) - 4} more"
@@ -99,16 +85,19 @@ def load_strict(model: torch.nn.Module, checkpoint: Checkpoint, kept: Collection
     problem = describe_mismatch(expected, checkpoint.model)
     if problem:
         _refuse(checkpoint, kind_of(expected), problem)
+    # A sharded model takes its rank's part of each tensor.
     weights = {k: cut_like(v, expected[k]) for k, v in checkpoint.model.items()}
     model.load_state_dict(weights, strict=not kept)
 
 
 def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
     """Raise the error for weights that do not fit: the wrong kind of file, or a model of other sizes."""
+    # If the kind is wrong, hundreds of names differ, and only the kind helps the user.
     try:
         checkpoint.check_kind(wanted)
     except ValueError as e:
         hint = ""
+        # A run continues from the last checkpoint of its folder without being asked.
         if os.path.basename(checkpoint.path) == LAST:
             hint = (
                 "; if it lies in `output_dir`, choose another `output_dir`: this run would continue from it"
@@ -118,14 +107,15 @@ def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
     if "model" in checkpoint.args:
         origin = f"It was made with `model` {checkpoint.args['model']}; "
     raise ValueError(
-        f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made with, or "
-        "another `output_dir`"
+        f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made "
+        "with, or another `output_dir`"
     )
 
 
 def load_for_evaluation(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Load the evaluated weights of a fine-tuned classifier. Label heads that the model does not have are left out."""
+    """Load the evaluated weights of a fine-tuned classifier, without label heads that the model lacks."""
     checkpoint.check_kind("classifier")
+    # A model for evaluation has label heads only if their accuracy was asked for.
     expected = model.state_dict()
     weights = {
         k: v
@@ -142,6 +132,7 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
     """
     last = os.path.join(output_dir or "", LAST)
     path = resume or ""
+    # The run's own checkpoint comes first: a requeued job repeats the flags of its first start.
     if output_dir and os.path.isfile(last):
         path = last
     if len(set(dist.gather_objects(path))) > 1:
@@ -200,25 +191,27 @@ def continue_from(output_dir: str | None, resume: str, flags: dict[str, Any]) ->
 
 
 def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:
-    """Print which checkpoint the run continues, which flags have changed, and which of them have no effect."""
+    """Print which checkpoint the run continues, which flags have changed, and which have no effect."""
     changed = changed_flags(checkpoint.args, flags)
     note = ""
     if changed:
         note = f" with changed flags ({'; '.join(changed)})"
     dist.print_rank0(f"continuing {checkpoint.path}{note}")
+    # These name weights for the start of a run, and this one has started.
     for name in ("finetune", "init_from"):
         if flags.get(name) and checkpoint.args.get(name, "") != flags[name]:
             dist.print_rank0(
-                f"warning: --{name} {flags[name]} is not read: the run continues from its own weights; for a new run "
-                "give another --output_dir"
+                f"warning: --{name} {flags[name]} is not read: the run continues from its own weights; for a "
+                "new run give another --output_dir"
             )
 
 
 def other_than_trained(
     checkpoint: Checkpoint | None, flags: dict[str, Any], more: Collection[str] = ()
 ) -> str:
-    """How the flags of images, and the flags `more`, differ from those of the checkpoint; '' if they do not."""
+    """How the flags of images, and the flags `more`, differ from those of the checkpoint, or ''."""
     names = {*IMAGES, *more}
+    # None means that a flag was not given, which is not a difference.
     trained = {k: v for k, v in stored_flags(checkpoint).items() if k in names and v is not None}
     changed = changed_flags(trained, flags)
     if not changed:
@@ -227,11 +220,11 @@ def other_than_trained(
 
 
 def changed_flags(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Flags that differ between a checkpoint and this run, as 'name: old -> new', without the harmless ones."""
+    """Flags, except the harmless ones, that differ between a checkpoint and this run: 'name: old -> new'."""
     return [
         f"{k}: {old[k]} -> {v}"
         for k, v in sorted(new.items())
-        # MAE stores `input_size` as a number, we as a list.
+        # Lists are equal to their one number: MAE stores `input_size` as a number, we as a list.
         if k in old and k not in HARMLESS and str(old[k]) != str(v) and [old[k]] != v
     ]
 

@@ -16,7 +16,7 @@ from util.weights.types import Checkpoint
 
 # Python 3.13 moved pathlib's classes. A pickle names them as the Python version that wrote it did.
 _PATH_CLASSES = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)
-_SAFE_CLASSES = [
+_SAFE_CLASSES: list[Any] = [
     argparse.Namespace,
     *((c, f"{home}.{c.__name__}") for c in _PATH_CLASSES for home in ("pathlib", "pathlib._local")),
 ]
@@ -27,9 +27,9 @@ _WEIGHT_ENTRIES = ("model", "state_dict", "teacher", "student")
 def load(path: str) -> Checkpoint:
     """Load a checkpoint without running any code in it; tensors are on the CPU.
 
-    MAE's own files load too: they pickle an argparse.Namespace with pathlib paths. Raises ValueError with the reason
-    if the file is missing, empty, truncated, not a checkpoint, or would run code (the message lists the names that it
-    asks for).
+    MAE's own files load too: they pickle an argparse.Namespace with pathlib paths. Raises ValueError with the
+    reason if the file is missing, empty, truncated, not a checkpoint, or would run code (the message lists
+    the names that it asks for).
     """
     _check_exists(path)
     if path.endswith(".safetensors"):
@@ -74,7 +74,8 @@ def _load_pickle(path: str) -> Any:
         if names:
             raise ValueError(
                 f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
-                "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' entry anew"
+                "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' "
+                "entry anew"
             ) from None
         raise ValueError(
             f"{path} is not a checkpoint: its pickle holds more than tensors and plain values"
@@ -102,7 +103,7 @@ def _names_in_pickle(path: str) -> set[str]:
         for _ in range(5):
             for op, value, _ in pickletools.genops(f):
                 if op.name == "GLOBAL":
-                    names.add(value.replace(" ", "."))
+                    names.add(str(value).replace(" ", "."))
                 elif op.name == "STACK_GLOBAL":
                     # Module and name are the two strings that were pushed last.
                     names.add(".".join(strings[-2:]))
@@ -112,7 +113,7 @@ def _names_in_pickle(path: str) -> set[str]:
 
 
 def _load_safetensors(path: str) -> dict[str, Any]:
-    """The weights, and the flags and class names that `checkpoints.py export` stores as JSON in the metadata."""
+    """The weights, and the flags and class names that `checkpoints.py export` stores as JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -134,7 +135,7 @@ def _find_weights(state: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _plain_flags(stored: Any) -> dict[str, Any]:
-    """Stored flags as a dictionary; MAE's files store an argparse.Namespace, in which paths become strings."""
+    """Stored flags as a dictionary of plain values. MAE's files store an argparse.Namespace with paths."""
     if isinstance(stored, argparse.Namespace):
         return {k: _plain_value(v) for k, v in vars(stored).items()}
     return stored or {}

@@ -1,4 +1,4 @@
-"""Starts a model from the weights of another one: a classifier from a pretrained encoder, a pretraining from another."""
+"""Starts a classifier from a pretrained encoder, and a pretraining from another one."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -21,11 +21,11 @@ _PRETRAINING_HEADS = ("pos_head.", "sr_")
 
 
 def init_encoder(model: nn.Module, checkpoint: Checkpoint, pos_embed_init: str) -> str:
-    """Load a pretrained encoder into a classifier of the same architecture; returns one line on what was done.
+    """Load a pretrained encoder into a classifier of the same architecture; returns a line on what was done.
 
     - Decoder and mask token are left out, and the head of a Swin, So-ViT or timm classifier.
-    - A positional embedding of another grid is resized (bicubic, height and width separately). If the checkpoint has
-      none, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
+    - A positional embedding of another grid is resized (bicubic, height and width separately). If the
+      checkpoint has none, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
     - A patch embedding of other channels is adapted as in timm.
     - The label heads are taken over if they fit.
 
@@ -39,6 +39,7 @@ def init_encoder(model: nn.Module, checkpoint: Checkpoint, pos_embed_init: str) 
     weights = _leave_out_unused(weights, model)
     heads = _names(model.state_dict(), _CLASSIFIER_HEADS)
     _check_fit(weights, model, heads - weights.keys(), checkpoint)
+    # Not strict: new heads stay as they were initialised.
     model.load_state_dict(weights, strict=False)
     notes = [note for note in (origin, position, channels) if note]
     return "; ".join([*notes, _new_note(heads - weights.keys())])
@@ -49,8 +50,8 @@ def _pretrained_encoder(checkpoint: Checkpoint) -> tuple[Weights, str]:
     weights = checkpoint.encoder_weights()
     if checkpoint.kind == "self-distillation":
         return weights, "the teacher's weights"
-    # `checkpoints.py export` writes encoder files of plain Vision Transformers only. Other classifiers start another
-    # one directly.
+    # `checkpoints.py export` writes encoder files of plain Vision Transformers only. Other classifiers start
+    # another one directly.
     plain = any(k.startswith("blocks.") for k in weights) and not any(k in weights for k in SO_VIT)
     if checkpoint.kind == "classifier" and not plain:
         body = {k: v for k, v in weights.items() if not k.startswith("head")}
@@ -83,7 +84,7 @@ def _fit_pos_embed(
 def _resized_pos_embed(
     table: Tensor, model: nn.Module, stored: Mapping[str, Any], prefix: int
 ) -> tuple[Tensor, str]:
-    """A stored positional embedding (1, prefix + L, C) on the model's grid and with its number of extra tokens."""
+    """A stored positional embedding (1, prefix + L, C) with the model's grid and number of extra tokens."""
     grid = grid_of(stored, table.shape[1] - prefix)
     table = resize_pos_embed(table, grid, model.grid)  # (1, prefix + L', C)
     # DeiT's second token is new, and its position is the one before the patches.
@@ -109,6 +110,7 @@ def _fit_channels(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
 
 def _leave_out_unfit_heads(weights: Weights, model: nn.Module) -> Weights:
     """Leave out heads of another shape, which start anew."""
+    # A classifier may have more classes, other labels or another grid than the file.
     expected = model.state_dict()
     unfit = misfits(expected, weights, _names(expected, _CLASSIFIER_HEADS))
     return {k: v for k, v in weights.items() if k not in unfit}
@@ -127,7 +129,7 @@ def _carry_norm_with_label_head(weights: Weights, model: nn.Module) -> Weights:
 
 
 def _leave_out_unused(weights: Weights, model: nn.Module) -> Weights:
-    """Leave out the final norm, the positional embedding and the label heads if the model does not have them."""
+    """Leave out final norm, positional embedding and label heads if the model does not have them."""
     expected = model.state_dict()
     optional = ("norm.", "pos_embed", "pos_head.")
     return {k: v for k, v in weights.items() if k in expected or not k.startswith(optional)}
@@ -143,8 +145,8 @@ def _check_fit(weights: Weights, model: nn.Module, new: Collection[str], checkpo
     if "model" in checkpoint.args:
         origin = f". It was made with `model` {checkpoint.args['model']}"
     raise ValueError(
-        f"the encoder in {checkpoint.path} does not fit `model`: {problem}{origin}; choose the classifier of the same "
-        "size and patch"
+        f"the encoder in {checkpoint.path} does not fit `model`: {problem}{origin}; choose the classifier of "
+        "the same size and patch"
     )
 
 
@@ -161,8 +163,8 @@ def _new_note(names: Collection[str]) -> str:
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], heads: set[str]) -> set[str]:
     """The parameters among `heads` that start anew: not in `weights`, or of another shape there.
 
-    If a hidden layer of a label head starts anew, all of that head does: its later layers were trained on that layer's
-    outputs.
+    If a hidden layer of a label head starts anew, all of that head does: its later layers were trained on
+    that layer's outputs.
     """
     unfit = {k for k in heads if k not in weights or weights[k].shape != expected[k].shape}
     labels = tuple(k.partition("fc")[0] for k in unfit if k.startswith("pos_head.") and ".fc" in k)
@@ -170,9 +172,10 @@ def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], heads
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A patch embedding (C, c, ph, pw) for another number of channels, which gives the same outputs for grey images.
+    """A patch embedding (C, c, ph, pw) for other channels, with the same outputs for grey images.
 
-    This is timm's rule for 3 channels, generalised: for one channel their sum, for more the old ones in turn, scaled.
+    This generalises timm's rule for 3 channels: one channel gets the sum of the old ones, more get the
+    old ones in turn, scaled.
     """
     old = weight.shape[1]
     if channels == 1:
@@ -183,9 +186,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 def init_from(model: nn.Module, checkpoint: Checkpoint) -> str:
     """Load a whole pretraining checkpoint into a model with other labels, embedding or image size.
 
-    Fixed tables stay the model's own, and a learned one is resized. Heads of labels and relations that the file lacks,
-    or has in another shape, start anew. Returns one line on what is new. Raises ValueError for the wrong kind of file,
-    and if anything else differs.
+    Fixed tables stay the model's own, and a learned one is resized. Heads of labels and relations that the
+    file lacks, or has in another shape, start anew. Returns one line on what is new. Raises ValueError for
+    the wrong kind of file, and if anything else differs.
     """
     expected = model.state_dict()
     weights = dict(checkpoint.model)
@@ -193,6 +196,7 @@ def init_from(model: nn.Module, checkpoint: Checkpoint) -> str:
     new = misfits(expected, weights, heads)
     kept = new | _fixed_tables(model)
     note = ""
+    # The encoder's embedding. The decoder's is always a fixed table.
     if "pos_embed" not in expected and "pos_embed" in weights:
         note = "its positional embedding is left out; "
     elif "pos_embed" in expected and "pos_embed" not in kept:
@@ -202,6 +206,7 @@ def init_from(model: nn.Module, checkpoint: Checkpoint) -> str:
         else:
             new.add("pos_embed")
             kept.add("pos_embed")
+    # Weights of the file that the model may do without. Others are errors, which `load_strict` reports.
     optional = ("pos_embed", *_PRETRAINING_HEADS)
     weights = {
         k: v for k, v in weights.items() if k not in kept and (k in expected or not k.startswith(optional))
@@ -218,7 +223,7 @@ def _fixed_tables(model: nn.Module) -> set[str]:
 
 
 def new_parameters(pretrained: Checkpoint | None) -> set[str]:
-    """Parameters that a classifier adds to a pretrained encoder: positional embedding and DeiT's second token."""
+    """The positional embedding and DeiT's second token if the pretrained encoder does not have them."""
     if pretrained is None:
         return set()
     return {"pos_embed", "dist_token"} - pretrained.encoder_weights().keys()
@@ -228,6 +233,7 @@ def grid_of(stored: Mapping[str, Any], cells: int) -> tuple[int, int]:
     """The grid (h, w) of a positional embedding of `cells` patches: from the stored flags, else a square."""
     size = whole_numbers(stored.get("input_size"))
     patch = whole_numbers(stored.get("patch_size"))
+    # MAE stores no patch size: it is part of the model's name, as in vit_base_patch16.
     in_name = re.search(r"patch(\d+)", str(stored.get("model", "")))
     if in_name and not stored.get("patch_size"):
         patch = [int(in_name[1])]

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-# kind -> (its description, the commands and flags that take it)
+# Kind -> (its description, the commands and flags that take it).
 KINDS = {
     "pretraining": (
         "a full pretraining checkpoint (encoder and decoder)",
-        "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; visualize.py",
+        "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; "
+        "visualize.py",
     ),
     "self-distillation": (
         "a SERE checkpoint (student and teacher)",
@@ -28,28 +29,28 @@ KINDS = {
     "dino": ("a DINO-style file of student and teacher", "checkpoints.py import"),
     "unknown": ("a file of weights that no command here knows", "none of the commands here"),
 }
-# Weights that the encoder of a pretraining run needs in no other task.
+# Kind -> what the name of one of its weights starts with. The first kind that matches counts: a pretraining
+# checkpoint, for example, has the weights of an encoder as well.
+_SIGNS = {
+    "self-distillation": r"ibot_head\.",
+    "pretraining": r"decoder_",
+    # A probe is a list of heads, one for each learning rate.
+    "probe": r"head\.\d+\.",
+    # `fc` and `fc_visual` are layers of a second-order head.
+    "classifier": r"head\.(fc\.|fc_visual\.)?weight$",
+    "encoder": r"(blocks|patch_embed)\.",
+    "huggingface": r".*\.attention\.attention\.query\.",
+    "dino": r"backbone\.",
+}
+# Weights that only pretraining needs.
 PRETRAINING_ONLY = ("decoder_", "mask_token", "ibot_head.", "sr_")
 
 
 def kind_of(keys: Collection[str]) -> str:
     """The kind of a checkpoint, a key of `KINDS`, from the names of its weights."""
-    if any(k.startswith("ibot_head.") for k in keys):
-        return "self-distillation"
-    if any(k.startswith("decoder_") for k in keys):
-        return "pretraining"
-    # A probe is a list of heads, each after a BatchNorm.
-    if any(re.match(r"head\.\d+\.", k) for k in keys):
-        return "probe"
-    # `fc` and `fc_visual` are layers of a second-order head.
-    if any(re.fullmatch(r"head\.(fc\.|fc_visual\.)?weight", k) for k in keys):
-        return "classifier"
-    if any(k.startswith(("blocks.", "patch_embed.")) for k in keys):
-        return "encoder"
-    if any(".attention.attention.query." in k for k in keys):
-        return "huggingface"
-    if any(k.startswith("backbone.") for k in keys):
-        return "dino"
+    for kind, pattern in _SIGNS.items():
+        if any(re.match(pattern, key) for key in keys):
+            return kind
     return "unknown"
 
 
@@ -58,8 +59,8 @@ class Checkpoint:
     """A checkpoint file in memory, all tensors on the CPU.
 
     `args` are the stored flags, {} if the file stores none. `classes` are the class names in the order of the
-    classifier's outputs. `entries` are all other entries under the names of the file: optimizer, scaler, epoch, step,
-    best, meters, and the state dicts of further modules (ema, teacher, centres).
+    classifier's outputs. `entries` are all other entries under the names of the file: optimizer, scaler,
+    epoch, step, best, meters, and the state dicts of further modules (ema, teacher, centres).
     """
 
     path: str
@@ -92,6 +93,7 @@ class Checkpoint:
         """The weights to evaluate: the moving average if the run kept one, else the model."""
         if self.ema is None:
             return self.model
+        # AveragedModel wraps the model and counts the averaged steps.
         return {k.removeprefix("module."): v for k, v in self.ema.items() if k != "n_averaged"}
 
     def encoder_weights(self) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ class Checkpoint:
         return {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_ONLY)}
 
     def check_kind(self, wanted: str) -> None:
-        """Raise ValueError, which names the commands that take the file, unless it is of the kind `wanted`."""
+        """Raise ValueError, with the commands that take the file, unless it is of the kind `wanted`."""
         if self.kind == wanted:
             return
         description, commands = KINDS[self.kind]
@@ -120,12 +122,14 @@ class Checkpoint:
 
     def release(self) -> None:
         """Free all tensors. Path, flags and class names stay."""
+        # The dictionaries themselves may be in use elsewhere, so they are not cleared.
         self.model = {}
         self.entries = {}
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that a file stores."""
-        stored = {"model": self.model, "args": self.args}
+        # `classes` stays out if unknown: readers take a stored list as the truth.
+        stored: dict[str, Any] = {"model": self.model, "args": self.args}
         if self.classes is not None:
             stored["classes"] = self.classes
         return stored | self.entries

@@ -1,0 +1,56 @@
+"""The device of each process."""
+
+import os
+import socket
+
+import torch
+
+from util.dist.allocator import keep_freed_memory
+
+
+def choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
+    """The device of this process: its own GPU for "cuda", else the device `name`.
+
+    "cuda" falls back to the CPU, with a printed line, but only in a run of one process: several must not end
+    up on different kinds of device. Raises ValueError if a rank of several finds no GPU, and for unknown
+    names.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        if ranks > 1:
+            raise ValueError(
+                f"rank {os.environ['RANK']} sees no CUDA device on {socket.gethostname()}: ask the scheduler "
+                "for GPUs, or set `device` to cpu to run on CPUs"
+            )
+        print("no CUDA device is visible: running on the CPU", flush=True)
+        return torch.device("cpu")
+    if name == "cuda":
+        return _own_gpu(local_rank)
+    try:
+        return torch.device(name)
+    except RuntimeError as e:
+        raise ValueError(f"`device` {name}: {str(e).splitlines()[0]}") from e
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    visible = torch.cuda.device_count()
+    if visible == 1 and "SLURM_LOCALID" in os.environ:
+        # srun has bound a GPU to each task, and a task sees only its own.
+        local_rank = 0
+    if local_rank >= visible:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: {visible} are visible on {socket.gethostname()}; start as "
+            "many processes per node as there are GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def prepare_device(device: torch.device) -> None:
+    """Make `device` the current one and set it up for training."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32 for the products that autocast leaves in float32.
+        torch.set_float32_matmul_precision("high")
+        # Patch embeddings and stems are convolutions of a few fixed shapes.
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu":
+        keep_freed_memory()
