@@ -14,6 +14,7 @@ import os
 import sys
 
 from util.flags.groups import (
+    OptimDefaults,
     add_augment_flags,
     add_data_flags,
     add_eval_flags,
@@ -78,7 +79,10 @@ def get_args_parser() -> Parser:
     )
     add_head_flags(p, "on any model; linear, but for so_vit_*; with --resume, the checkpoint's")
     add_data_flags(p)
-    add_optim_flags(p, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5)
+    defaults = OptimDefaults(
+        batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5
+    )
+    add_optim_flags(p, defaults)
     add_run_flags(p)
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
@@ -323,7 +327,7 @@ def build_optimizer(args, model, batch: int) -> torch.optim.Optimizer:
 
 def main(args) -> int:
     check_flags(args)
-    compiling = compile_mode(args)
+    compiling = compile_mode(args.compile, args.compile_mode, args.accum_iter)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
     if args.output_dir and not (args.eval or args.dry_run):
@@ -348,7 +352,9 @@ def main(args) -> int:
     plain |= {"finetune": args.finetune, "new_parameters": new}
 
     # Data: images as the encoder has learned to see them
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
+    size = pair(args.input_size, "--input_size")
+    trained_with = (saved or pretrained or {}).get("args")
+    mean, std = channel_stats(args.in_chans, args.mean, args.std, trained_with)
     plain |= {"mean": list(mean), "std": list(std)}
     loader, val_loader = build_data(args, size, mean, device)
 

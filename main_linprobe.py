@@ -17,6 +17,7 @@ from argparse import Namespace
 
 from util.flags.groups import (
     SECOND_ORDER_FLAGS,
+    OptimDefaults,
     add_data_flags,
     add_eval_flags,
     add_head_flags,
@@ -62,7 +63,10 @@ def get_args_parser() -> Parser:
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
     p.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
-    add_optim_flags(p, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10)
+    defaults = OptimDefaults(
+        batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10
+    )
+    add_optim_flags(p, defaults)
     p.add_argument(
         "--lr_grid",
         default=[0.1, 0.3, 1.0, 3.0, 10.0],
@@ -134,7 +138,7 @@ def check_flags(args) -> None:
         raise ValueError(
             "--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out"
         )
-    if compile_mode(args):
+    if compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError(
             "--compile and --compile_mode compile what is trained, and a probe trains linear heads only: leave "
             "them out"
@@ -300,7 +304,9 @@ def main(args) -> int:
     amp = resolve_amp(args.amp, device)
     pretrained = checkpoint.load(args.finetune)
     pretrained.pop("optimizer", None)  # twice the weights, and for nothing
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained)
+    size = pair(args.input_size, "--input_size")
+    trained_with = (pretrained or {}).get("args")
+    mean, std = channel_stats(args.in_chans, args.mean, args.std, trained_with)
     plain = checkpoint.plain_args(args) | {"mean": list(mean), "std": list(std)}
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)

@@ -10,6 +10,7 @@ import os
 import sys
 
 from util.flags.groups import (
+    OptimDefaults,
     add_data_flags,
     add_optim_flags,
     add_position_flags,
@@ -62,7 +63,10 @@ def get_args_parser() -> Parser:
         action="store_true",
         help="decode large JPEGs at a half or less where the crop allows it: faster, not exactly the same pixels",
     )
-    add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
+    defaults = OptimDefaults(
+        batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40
+    )
+    add_optim_flags(p, defaults)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
     p.add_argument(
@@ -239,8 +243,9 @@ def build_data(args, size, device, two_views: bool):
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
-    compiling = compile_mode(args)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    compiling = compile_mode(args.compile, args.compile_mode, args.accum_iter)
+    size = pair(args.input_size, "--input_size")
+    mean, std = channel_stats(args.in_chans, args.mean, args.std)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from util.flags.groups import (
+    OptimDefaults,
     add_data_flags,
     add_optim_flags,
     add_run_flags,
@@ -86,8 +87,7 @@ def get_args_parser() -> Parser:
     p.add_argument(
         "--pred_ratio_var", default=[0.0, 0.2], type=float, nargs="+", help="half width of each one's range"
     )
-    add_optim_flags(
-        p,
+    defaults = OptimDefaults(
         batch_size=64,
         epochs=100,
         blr=5e-4,
@@ -95,8 +95,9 @@ def get_args_parser() -> Parser:
         weight_decay=0.04,
         warmup_epochs=10,
         clip_grad=0.3,
-        clip_help="largest gradient norm of each parameter by itself; 0 is off",
+        clip_help="largest norm of the gradient of each parameter; 0 turns clipping off",
     )
+    add_optim_flags(p, defaults)
     p.add_argument("--weight_decay_end", default=0.4, type=float, help="where the weight decay's cosine ends")
     p.add_argument(
         "--freeze_last_layer", default=1.0, type=float, metavar="EPOCHS", help="keep the prototypes that long"
@@ -226,8 +227,9 @@ def chance_levels(model: SereStudent, args) -> dict[str, float]:
 def main(args) -> int:
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     amp = resolve_amp(args.amp, device)
-    compiling = compile_mode(args)
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args)
+    compiling = compile_mode(args.compile, args.compile_mode, args.accum_iter)
+    size = pair(args.input_size, "--input_size")
+    mean, std = channel_stats(args.in_chans, args.mean, args.std)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
     if args.strategy == "fsdp":

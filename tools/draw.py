@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -41,9 +40,7 @@ def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):
 
     The first `first` of them are spread, too: data sets are often in the order of their classes.
     """
-    stats = channel_stats(
-        SimpleNamespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
-    )
+    stats = channel_stats(model.in_chans, flags.get("mean"), flags.get("std"))
     options = dict(in_chans=model.in_chans, labels=False, evaluation=True)
     transform = eval_transform(tuple(model.img_size))
     try:

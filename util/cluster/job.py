@@ -14,7 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
-from util.flags.parser import Parser, accept_odd_names
+from util.flags.parser import Parser, escape_undecodable_names
 
 NOTE = "job.json"
 
@@ -32,7 +32,7 @@ class Job:
     def __call__(self) -> int:
         from util import dist
 
-        accept_odd_names()
+        escape_undecodable_names()
         number = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
         if "SUBMITIT_EXECUTOR" in os.environ:
             import submitit
