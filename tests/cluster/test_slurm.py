@@ -167,7 +167,7 @@ def test_a_real_time_out(uninterrupted, tmp_path):
     )
     finished(tmp_path, job, 500)
     text = output(tmp_path)
-    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, ends(
+    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and continues from here" in text, ends(
         tmp_path
     )
     assert_equal_runs(uninterrupted, tmp_path)

@@ -178,7 +178,7 @@ def with_flags(message: str, flags: Collection[str]) -> str:
     return re.sub(r"`([a-z_0-9]+)`", flag, message)
 
 
-def describe(error: Exception, flags: Collection[str]) -> str:
+def describe(error: BaseException, flags: Collection[str]) -> str:
     """Return the message of an error without the traceback of a data worker, with parameters written as
     flags.
     """
