@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,10 +23,10 @@ from util.cluster.job_dir import locked
 from util.cluster.launch import launch, report_stale
 from util.cluster.status import last_line, state_of, status
 
-TINY_MODEL = (
+TINY_MODEL = shlex.split(
     "--model mae_vit_nano_patch8 --input_size 16 --device cpu --num_workers 0 --epochs 1 --batch_size 100 "
     "--warmup_epochs 0 --picture_epochs 1000"
-).split()
+)
 
 
 def launcher(*argv, main="pretrain") -> tuple[int, str]:
@@ -55,7 +56,7 @@ def test_every_combination_with_its_own_directory_and_types():
         for n in ("true", "false")
     ]
     assert points[2].flags == {"mask_ratio": 0.75, "norm_pix_loss": True, "crop_scale": [0.2, 1.0]}
-    words = "--seed 5 --mask_ratio 0.75 --norm_pix_loss --crop_scale 0.2 1.0 --output_dir".split()
+    words = shlex.split("--seed 5 --mask_ratio 0.75 --norm_pix_loss --crop_scale 0.2 1.0 --output_dir")
     assert points[2].argv == [*words, points[2].folder]
     assert points[2].folder == "/jobs/" + points[2].name
     alone = plan("--seed", "5")
@@ -107,8 +108,8 @@ def test_a_wrong_sweep_is_refused_before_anything_starts(words, message):
 
 
 def test_follow_ups_inherit_model_and_data():
-    rest = "--model mae_vit_base_patch16_dec512d8b --data_path D --input_size 96 64".split()
-    chain = "--then finetune --epochs 3 --then linprobe --knn --data_path E --then finetune".split()
+    rest = shlex.split("--model mae_vit_base_patch16_dec512d8b --data_path D --input_size 96 64")
+    chain = shlex.split("--then finetune --epochs 3 --then linprobe --knn --data_path E --then finetune")
     (p,) = plan(*rest, chain=chain)
     assert [(x.name, x.main) for x in p.then] == [
         ("finetune", "main_finetune"),
@@ -138,8 +139,8 @@ def test_follow_ups_have_the_seed_of_their_run():
 
 
 def test_flags_of_a_follow_up_take_precedence_even_if_they_are_the_defaults():
-    rest = "--input_size 128 --patch_size 32 --pos_tokens full --seed 3 --output_dir elsewhere".split()
-    chain = "--then finetune --input_size 224 --seed 0 --model vit_large_patch16 --then linprobe".split()
+    rest = shlex.split("--input_size 128 --patch_size 32 --pos_tokens full --seed 3 --output_dir elsewhere")
+    chain = shlex.split("--then finetune --input_size 224 --seed 0 --model vit_large_patch16 --then linprobe")
     (p,) = plan(*rest, chain=chain)
     first, second = (sweep.parse_main(x.main, x.argv) for x in p.then)
     assert (first.input_size, first.seed, first.model) == ([224], 0, "vit_large_patch16")
@@ -173,7 +174,7 @@ def test_flags_after_a_recipe_belong_to_the_main_and_not_to_its_last_follow_up(t
     recipe = tmp_path / "all.args"
     recipe.write_text("--model mae_vit_pico_patch8 --epochs 4\n--then finetune --epochs 2\n")
     words = ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]
-    words += "--epochs 7 --data_path D --then linprobe --epochs 3".split()
+    words += shlex.split("--epochs 7 --data_path D --then linprobe --epochs 3")
     assert launch("main_pretrain", words) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert [w[1] for w in shown] == ["main_pretrain.py", "main_finetune.py", "main_linprobe.py"]
@@ -185,13 +186,13 @@ def test_flags_after_a_recipe_belong_to_the_main_and_not_to_its_last_follow_up(t
 
 
 def test_a_switch_of_the_main_is_turned_off(capsys):
-    words = "--dry_run --cluster local --job_dir J --no-norm_last_layer".split()
+    words = shlex.split("--dry_run --cluster local --job_dir J --no-norm_last_layer")
     assert launch("main_sere", words) == 0
     assert "--no-norm_last_layer" in capsys.readouterr().out
 
 
 def test_a_check_can_be_repeated_and_is_not_a_run(tmp_path):
-    chain = "--sweep seed=0,1 --then linprobe --knn".split()
+    chain = shlex.split("--sweep seed=0,1 --then linprobe --knn")
     command = ["--cluster", "debug", "--job_dir", tmp_path, *TINY_MODEL, *chain]
     for _ in range(2):
         code, text = launcher("--check", *command)
@@ -255,8 +256,8 @@ def states_of(folder) -> dict[str, str]:
 def test_a_local_sweep_with_a_failure_and_follow_ups(tmp_path):
     """Two points at a time; one fails, is repaired, and runs alone."""
     command = ["--cluster", "local", "--ngpus", 0, "--job_dir", tmp_path, *TINY_MODEL]
-    command += "--max_parallel 2 --sweep mask_ratio=0.5,0.75".split()
-    command += "--then linprobe --knn --batch_size 100".split()
+    command += shlex.split("--max_parallel 2 --sweep mask_ratio=0.5,0.75")
+    command += shlex.split("--then linprobe --knn --batch_size 100")
     bad = tmp_path / "mask_ratio=0.75" / "checkpoint-last.pth"
     bad.parent.mkdir()
     bad.write_bytes(b"")
@@ -274,9 +275,14 @@ def test_a_local_sweep_with_a_failure_and_follow_ups(tmp_path):
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert saved["points"] == [{"name": f"mask_ratio={m}", "flags": {"mask_ratio": m}} for m in (0.5, 0.75)]
     assert len(log_lines(tmp_path / "mask_ratio=0.75")) == 1
-    code, text = launcher("--only", "mask_ratio=0.6", *command)
-    assert code == 2 and "--only mask_ratio=0.6: no such point" in text
-    assert "there are mask_ratio=0.5 mask_ratio=0.75" in text
+
+
+def test_only_names_points_of_the_sweep(tmp_path, capfd):
+    flags = ["--cluster", "local", "--job_dir", str(tmp_path), "--dry_run", "--sweep", "seed=1,2"]
+    assert launch("main_pretrain", [*flags, "--only", "seed=2"]) == 0
+    assert capfd.readouterr().out.count("python main_pretrain.py") == 1
+    assert launch("main_pretrain", [*flags, "--only", "seed=3"]) == 2
+    assert "--only seed=3: no such point; there are seed=1 seed=2" in capfd.readouterr().err
 
 
 def test_two_local_processes_are_two_ranks(tmp_path):
@@ -288,10 +294,10 @@ def test_two_local_processes_are_two_ranks(tmp_path):
 
 
 def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
-    options = (
+    options = shlex.split(
         "--nodes 3 --ngpus 4 --timeout 90 --qos high --slurm exclude=node7 exclusive --mem_gb 100 "
         "--sweep seed=1,2 --dry_run"
-    ).split()
+    )
     code, text = launcher("--job_dir", tmp_path / "jobs", *TINY_MODEL, *options)
     assert code == 0, text
     for line in (
@@ -365,7 +371,7 @@ def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
 
 
 def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
-    """Python has no handlers while it shuts down: a warning of the time limit would kill a job that is done."""
+    """Python has no handlers while it shuts down: a warning would kill a job whose run is done."""
     import submitit
 
     import main_linprobe
@@ -464,8 +470,8 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
 
 
 def test_a_preview_is_asked_for_anywhere(tmp_path, capsys):
-    """Otherwise a --dry_run at the end would be the last follow-up's flag, and all runs would be submitted."""
-    flags = ["--job_dir", str(tmp_path / "jobs"), *"--sweep seed=0,1 --then linprobe --knn".split()]
+    """Otherwise a --dry_run at the end would belong to the last follow-up, and all runs would be submitted."""
+    flags = ["--job_dir", str(tmp_path / "jobs"), *shlex.split("--sweep seed=0,1 --then linprobe --knn")]
     assert launch("main_pretrain", [*TINY_MODEL, *flags, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert text.count("python main_linprobe.py") == 2 and "#SBATCH" in text
@@ -497,7 +503,7 @@ def test_submitted_jobs_are_noted_before_slurm_refuses_more(tmp_path, monkeypatc
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_), prepend=":")
     folder = tmp_path / "jobs"
-    chain = "--sweep seed=0 --then linprobe --knn --then linprobe".split()
+    chain = shlex.split("--sweep seed=0 --then linprobe --knn --then linprobe")
     assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(folder), *chain]) == 2
     message = capfd.readouterr().err
     assert "SLURM refuses the job: " in message and "QOSMaxSubmit" in message
