@@ -470,7 +470,7 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
 
 
 def test_a_preview_is_asked_for_anywhere(tmp_path, capsys):
-    """Otherwise a --dry_run at the end would belong to the last follow-up, and all runs would be submitted."""
+    """At the end of a command it would otherwise belong to the last follow-up, and all runs would start."""
     flags = ["--job_dir", str(tmp_path / "jobs"), *shlex.split("--sweep seed=0,1 --then linprobe --knn")]
     assert launch("main_pretrain", [*TINY_MODEL, *flags, "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -58,6 +58,7 @@ def main(flags: argparse.Namespace) -> int:
         f"all-reduce over {n} ranks: {1e6 * latency:.0f} us for 4 bytes, {1e3 * seconds:.1f} ms for 64 MiB "
         f"({bandwidth / 1e9:.2f} GB/s of bus bandwidth)"
     )
+    # Gathered, because lines that all ranks print at once get mixed up.
     line = f"rank {dist.rank()}: {socket.gethostname()}, {device}, {time_reading(flags.data_path)}"
     lines = dist.gather_objects(line)
     dist.print_rank0("\n".join(lines))

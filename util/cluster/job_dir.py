@@ -21,6 +21,7 @@ def read_job_ids(folder: Path) -> dict[str, list[str]]:
 
 def write_job_ids(folder: Path, job_ids: dict[str, list[str]]) -> None:
     """Write the IDs of the jobs that were submitted for each run."""
+    # A single run has no folder before its job starts.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(job_ids, indent=1))
 
@@ -47,6 +48,7 @@ def write_sweep(folder: Path, points: Sequence[Point], flags: list[str], swept: 
     for point in points:
         os.makedirs(point.folder, exist_ok=True)
         Path(point.folder, "flags.json").write_text(json.dumps(point.flags))
+    # Points of this submission replace those of the same name.
     new = [{"name": point.name, "flags": point.flags} for point in points]
     new_names = {point.name for point in points}
     path = folder / "sweep.json"
@@ -67,6 +69,6 @@ def locked(path: Path) -> Iterator[None]:
     """
     with open(path, "w") as lock:
         with contextlib.suppress(OSError):
-            # The lock ends with the file's descriptor, so also if the process is killed.
             fcntl.flock(lock, fcntl.LOCK_EX)
+        # Closing the file releases the lock.
         yield

@@ -33,6 +33,7 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_job_flags(g: argparse._ArgumentGroup) -> None:
+    # With the time in its name, each submission has a folder of its own. A fixed name continues its runs.
     g.add_argument(
         "--job_dir",
         default="jobs/%t",
@@ -95,6 +96,7 @@ def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
 
 
 def _add_sweep_flags(g: argparse._ArgumentGroup) -> None:
+    # Points are named after their values, so that a repeated or extended sweep recognises them.
     g.add_argument(
         "--sweep",
         default=[],
@@ -150,6 +152,7 @@ def launch(main: str, argv: list[str] | None = None) -> int:
     all_flags = everything.parse_args(words)
     cluster = Parser(add_help=False)
     add_cluster_flags(cluster)
+    # What the launcher does not know belongs to the main.
     own, rest = cluster.parse_known_args(words)
 
     def act(_: argparse.Namespace) -> int:
@@ -192,11 +195,13 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _with_previews(words: list[str], chain: list[str]) -> tuple[list[str], list[str]]:
     """Move --dry_run from the flags of the last follow-up to those of the launcher."""
+    # A follow-up is never run without the launcher, so that its own --dry_run would have no use.
     previews = [word for word in chain if word in ("--dry_run", "--dry-run")]
     return words + previews, [word for word in chain if word not in previews]
 
 
 def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.Namespace) -> Request:
+    # Both %t and the folder of a check use it.
     now = time.strftime("%Y%m%d-%H%M%S")
     resources = Resources(
         nodes=flags.nodes,
@@ -209,6 +214,7 @@ def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.
         account=flags.account,
         constraint=flags.constraint,
         comment=flags.comment,
+        # KEY alone gives an empty value.
         sbatch=dict(word.partition("=")[::2] for word in flags.slurm),
         max_parallel=flags.max_parallel,
     )
@@ -250,8 +256,10 @@ def submit(request: Request) -> int:
 
     Raises ValueError if a flag is wrong, a point does not exist, or SLURM refuses a job.
     """
+    # All flags are parsed here, so that a typo is found now and not after hours in the queue.
     points = plan(request.main, request.flags, request.sweep, request.chain, request.job_dir)
     points = _select(points, request.only)
+    # A job whose folder does not exist on its node fails without a log.
     if request.cluster == "slurm":
         slurm.check_shared(request.job_dir)
     if request.dry_run:
@@ -297,6 +305,7 @@ def report_stale(points: list[Point]) -> None:
         for follow_up in point.then:
             if not follow_up.job().is_finished():
                 continue
+            # The note was last written when the follow-up finished.
             noted = Path(follow_up.folder, "job.json").stat().st_mtime
             if runs_again or checkpoint.stat().st_mtime > noted:
                 print(

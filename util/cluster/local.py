@@ -26,6 +26,7 @@ def run_here(points: list[Point]) -> int:
             try:
                 job()
             except SystemExit as stopped:
+                # A signal has stopped the run, so the runs after it are not started.
                 return stopped.code
     return 0
 
@@ -69,6 +70,7 @@ class LocalPool:
                 # A chain whose runs are all finished leaves the slot free for the next one.
                 while self.slots[slot] is None and waiting:
                     self._start(slot, waiting.pop(0))
+            # submitit cannot wait for the first of several jobs.
             time.sleep(POLL_SECONDS)
         return self.failed
 
@@ -91,6 +93,7 @@ class LocalPool:
             visible_gpus=gpus,
         )
         job = self.executor.submit(point.job())
+        # Written at once, for --status in another terminal.
         self.job_ids.setdefault(point.name, []).append(job.job_id)
         write_job_ids(self.job_dir, self.job_ids)
         print(f"{point.folder}: running, log {job.paths.stdout}", flush=True)
@@ -101,6 +104,7 @@ class LocalPool:
         running = self.slots[slot]
         if running is None or not running.job.done():
             return
+        # Cleared first, because the next run of the chain takes the same slot.
         self.slots[slot] = None
         state = running.point.job().final_state(running.job.job_id)
         print(f"{running.point.folder}: {state}", flush=True)

@@ -30,6 +30,7 @@ def query(*command: str, required: bool = False) -> str:
 
     Raises ValueError if it is installed and fails, and the answer is `required`.
     """
+    # Local runs, and their status, need no SLURM.
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -84,8 +85,10 @@ def requeue(tries: int = 5) -> None:
         return
     result = ""
     for attempt in range(tries):
+        # 2, 4, 8 and 16 seconds: half a minute in all.
         if attempt:
             time.sleep(2**attempt)
+        # %T is the full state. A job array needs the ID of the task.
         state = query("squeue", "-h", "-j", job, "-o", "%T")
         if state != "RUNNING":
             result = f"job {job} does not requeue itself: its state is {state or 'unknown to squeue'}"
@@ -121,6 +124,7 @@ def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
     time limit would end the job for good. Rank 0 polls SLURM until then, or until `left` says that the run
     has stopped by itself.
     """
+    # Three seconds between queries do not burden the controller, and are short against the margin.
     while dist.is_main() and job_id() and not left.wait(3):
         seconds = time_left(job_id())
         if seconds is not None and seconds <= margin:
@@ -158,6 +162,7 @@ def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
                 flush=True,
             )
             end = time.monotonic() + 60 * minutes
+            # SLURM sends a signal when it ends or requeues the job, which sets `received`.
             while time.monotonic() < end and stop.received is None:
                 time.sleep(1)
         raise

@@ -67,11 +67,13 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
     if (swept or chain) and "%j" in job_dir:
         raise ValueError("`sweep` and `then` need a `job_dir` that is known at submission: leave out %j")
     points = []
+    # The last flag varies fastest.
     for values in product(*swept.values()):
         flags = {}
         for names, value in zip(swept, values):
             flags |= apart(names, value)
         points.append(_make_point(main, rest, flags, chain, job_dir))
+    # Different values may give the same name, because special characters are replaced.
     count = Counter(point.name for point in points)
     twice = sorted(name for name in count if count[name] > 1)
     if twice:
@@ -108,6 +110,7 @@ def parse_sweep(words: list[str]) -> dict[str, list[str]]:
         name, equals, values = word.partition("=")
         if not equals or not values:
             raise ValueError(f"`sweep` takes FLAG=A,B,C, found {word!r}")
+        # As on the command line, dashes and underscores are equal.
         swept[name.lstrip("-").replace("-", "_")] = values.split(",")
     return swept
 
@@ -216,6 +219,7 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
         checkpoint = os.path.join(folder, "checkpoint-last.pth")
         argv = [*_inherited(flags, main, part[1:]), *part[1:]]
         argv += ["--finetune", checkpoint, "--output_dir", output_dir]
+        # Wrong flags are an error now, and not when the pretraining has finished.
         parse_main(main, argv)
         points.append(Point(os.path.join(run, name), {}, main, argv, output_dir))
     return points
@@ -224,6 +228,7 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
 def _split_chain(chain: list[str]) -> list[list[str]]:
     """Split --then MAIN FLAGS [--then ...] into a list [MAIN, FLAGS] for each follow-up."""
     parts: list[list[str]] = []
+    # The first word is --then.
     for word in chain:
         if word == "--then":
             parts.append([])

@@ -54,6 +54,7 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         "are bit-identical to those without a cache. device: images are cropped on the device, a value "
         "may be one grey level off where an image shrinks a lot, and fine-tuning needs --aa ''",
     )
+    # Bad images are skipped. A large share of them points to a wrong path or a broken copy.
     g.add_argument(
         "--max_bad_images",
         default=0.01,
@@ -104,6 +105,7 @@ def add_optim_flags(p: argparse.ArgumentParser, defaults: OptimDefaults) -> None
     g.add_argument("--epochs", default=defaults.epochs, type=int, help="epochs of the whole schedule")
     # The optimizer sees batch_size * accum_iter * ranks images per step.
     g.add_argument("--accum_iter", default=1, type=COUNT, help="micro-steps per optimizer step")
+    # Biases, norms and other vectors are exempt, as in timm.
     g.add_argument("--weight_decay", default=defaults.weight_decay, type=float, help="weight decay")
     g.add_argument("--lr", default=None, type=float, help="absolute learning rate; overrides --blr")
     # The linear scaling rule of Goyal et al. 2017 (arXiv 1706.02677), as in MAE.
@@ -312,7 +314,7 @@ def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, chann
 def add_augment_flags(p: argparse.ArgumentParser) -> None:
     """Add the augmentation flags of supervised training, with the names and defaults of MAE and timm."""
     g = p.add_argument_group("augmentation")
-    # MAE's policy: magnitude 9 with a standard deviation of 0.5; the strength of each operation grows with it.
+    # MAE's policy: magnitude 9 with a standard deviation of 0.5. Strengths grow with the magnitude (inc1).
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
     # timm ignores colour jitter if there is an AutoAugment policy.
     g.add_argument(
@@ -335,6 +337,7 @@ def add_augment_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--recount", default=1, type=COUNT, help="erased rectangles per image")
     # MAE has the flag, but does not use it either.
     g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
+    # Applied to mixed labels too.
     g.add_argument("--smoothing", default=0.1, type=SHARE, help="label smoothing")
     _add_mixup_flags(g)
 
@@ -395,6 +398,7 @@ def _add_output_flags(g: argparse._ArgumentGroup) -> None:
 
 def _add_device_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--device", default="cuda", help="cuda (falls back to the CPU), cpu or mps")
+    # Draws are functions of the seed and of the place in the run, so that a resumed run has the same ones.
     g.add_argument("--seed", default=0, type=int, help="seed of all random draws")
     # fp16 needs loss scaling; bf16 has the range of fp32 and does not.
     g.add_argument(

@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
             if not word.startswith("@"):
                 words.append(word)
                 continue
+            # Relative to the working directory.
             path = word[1:]
             if not os.path.isfile(path):
                 self.error(f"there is no recipe {path}; see recipes/*.args")
@@ -70,6 +71,7 @@ class Parser(argparse.ArgumentParser):
         """Spell a flag as it was added: --batch-size becomes --batch_size. Values stay as they are."""
         if not re.match(r"--[A-Za-z]", arg):
             return arg
+        # The value of --flag=value may hold dashes of its own.
         name, equals, value = arg.partition("=")
         words = name[2:].replace("-", "_")
         # argparse.BooleanOptionalAction adds a prefix with a dash to a name with underscores.
@@ -203,6 +205,7 @@ def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) ->
     except (ValueError, OSError) as error:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
+        # The innermost frame, for those who report a bug.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         origin = f"{os.path.basename(frame.filename)}:{frame.lineno}"
         print(
