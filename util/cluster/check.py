@@ -43,8 +43,9 @@ LARGE = 2**24  # float32 numbers: 64 MiB, more than a gradient bucket of DDP (25
 
 
 def main(flags: argparse.Namespace) -> int:
-    """Print a line per rank and the speed of an all-reduce. Returns exit code 2 if a rank cannot read the
-    data.
+    """Print the speed of an all-reduce and a line per rank.
+
+    Returns exit code 2 if a rank cannot read the data, else 0.
     """
     device = dist.init(flags.device, flags.dist_backend, flags.dist_timeout)
     dist.make_shared_folder(flags.output_dir)

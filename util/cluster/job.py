@@ -81,7 +81,7 @@ class Job:
         _ignore_warnings()
         return code
 
-    def checkpoint(self, *args) -> Any:
+    def checkpoint(self, *args: Any) -> Any:
         """Return what submitit starts again if a warning comes before the training loop handles signals."""
         import submitit
 

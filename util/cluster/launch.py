@@ -1,8 +1,7 @@
 """The launcher behind submitit_*.py: single jobs, sweeps as job arrays, follow-up jobs, and their status.
 
 A job directory holds `submitit/` (scripts and logs), `jobs.json` (the submitted jobs), and the files of the
-run. In a sweep, each point has its own folder there, named after its flags, and `sweep.json` lists all
-points.
+run. In a sweep, each point has its own folder there, named after its flags. `sweep.json` lists all points.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
         help="GPUs, and processes, per node; 0 is one process on the CPU. If not given: 8 under SLURM, else "
         "all GPUs of this machine",
     )
-    # A requeued job continues its run, so that a run may last longer than this.
+    # A requeued job continues its run, so a run may last longer than one job.
     g.add_argument(
         "--timeout", default=defaults.timeout, type=int, help="minutes until SLURM's warning and the requeue"
     )
@@ -131,8 +130,7 @@ class Request:
 
 
 def launch(main: str, argv: list[str] | None = None) -> int:
-    """Run a command of submitit_*.py: parse the flags of the launcher and of the main, submit, return the
-    exit code.
+    """Submit the runs of a command line of submitit_*.py, or print their status. Returns the exit code.
 
     Args:
         main: module name of the main.
@@ -143,16 +141,16 @@ def launch(main: str, argv: list[str] | None = None) -> int:
     words, chain = with_chain(argv)
     everything = Parser(
         parents=[importlib.import_module(main).get_args_parser()],
-        # Both have --dry_run.
+        # The launcher's --dry_run replaces that of the main.
         conflict_handler="resolve",
         description=f"{main}.py on a cluster, through submitit",
     )
     add_cluster_flags(everything)
-    # Parsed with all flags first, so that --help lists them and an unknown flag is found.
+    # All flags are parsed together first, so that --help lists them and an unknown flag is an error.
     all_flags = everything.parse_args(words)
     cluster = Parser(add_help=False)
     add_cluster_flags(cluster)
-    # What the launcher does not know belongs to the main.
+    # The other flags belong to the main.
     own, rest = cluster.parse_known_args(words)
 
     def act(_: argparse.Namespace) -> int:
@@ -195,7 +193,7 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _with_previews(words: list[str], chain: list[str]) -> tuple[list[str], list[str]]:
     """Move --dry_run from the flags of the last follow-up to those of the launcher."""
-    # A follow-up is never run without the launcher, so that its own --dry_run would have no use.
+    # The dry run of a follow-up alone would have no use: its checkpoint does not exist yet.
     previews = [word for word in chain if word in ("--dry_run", "--dry-run")]
     return words + previews, [word for word in chain if word not in previews]
 
@@ -237,8 +235,8 @@ def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.
 def _as_check(request: Request, now: str) -> Request:
     """Turn a request into a check of the cluster.
 
-    The check is not a run of the job directory. A folder of its own, named after the time, lets it be
-    repeated.
+    The check is not a run of the job directory. It has its own folder, named after the time, so that it can
+    be repeated.
     """
     return dataclasses.replace(
         request,
@@ -294,9 +292,7 @@ def _print_plan(points: list[Point], request: Request) -> None:
 
 
 def report_stale(points: list[Point]) -> None:
-    """Name the finished follow-ups that used an earlier checkpoint of their run. They are kept as they
-    are.
-    """
+    """Print which finished follow-ups used an earlier checkpoint of their run. They are not run again."""
     for point in points:
         checkpoint = Path(point.folder, "checkpoint-last.pth")
         if not checkpoint.exists():

@@ -14,8 +14,9 @@ POLL_SECONDS = 0.2
 
 
 def run_here(points: list[Point]) -> int:
-    """Run points and their follow-ups one after the other in this process. Returns the first exit code but
-    0.
+    """Run points and their follow-ups one after the other in this process.
+
+    Returns 0, or the exit code of the first run that has not finished. The runs after it are not started.
     """
     for point in points:
         for run in (point, *point.then):
@@ -26,8 +27,8 @@ def run_here(points: list[Point]) -> int:
             try:
                 job()
             except SystemExit as stopped:
-                # A signal has stopped the run, so the runs after it are not started.
-                return stopped.code
+                # Job exits with STOPPED if a signal has stopped the run.
+                return int(stopped.code or 0)
     return 0
 
 

@@ -88,7 +88,7 @@ def requeue(tries: int = 5) -> None:
         # 2, 4, 8 and 16 seconds: half a minute in all.
         if attempt:
             time.sleep(2**attempt)
-        # %T is the full state. A job array needs the ID of the task.
+        # %T is the full name of the state.
         state = query("squeue", "-h", "-j", job, "-o", "%T")
         if state != "RUNNING":
             result = f"job {job} does not requeue itself: its state is {state or 'unknown to squeue'}"
@@ -117,12 +117,11 @@ def time_left(job: str) -> float | None:
 
 
 def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
-    """Requeue a job that hangs `margin` seconds before its time limit, so that it starts again from its last
-    save.
+    """Requeue a job that hangs, `margin` seconds before its time limit. It then starts from its last save.
 
     A run that does not stop within seconds of a warning hangs, or is in a long evaluation. Either way the
-    time limit would end the job for good. Rank 0 polls SLURM until then, or until `left` says that the run
-    has stopped by itself.
+    time limit would end the job for good. Rank 0 polls SLURM until then, or until the run has stopped by
+    itself, which sets `left`.
     """
     # Three seconds between queries do not burden the controller, and are short against the margin.
     while dist.is_main() and job_id() and not left.wait(3):
@@ -142,8 +141,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
-    """Let a rank that loses its connection to another one wait for SLURM's decision instead of failing at
-    once.
+    """Delay the failure of a rank that has lost its connection to another one until SLURM has decided.
 
     If the other node has died, SLURM notices it after its SlurmdTimeout and requeues the job, but only if the
     job has not failed before. If only a process has died there, `srun --kill-on-bad-exit` ends this process

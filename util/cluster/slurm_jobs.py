@@ -5,13 +5,16 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from util.cluster import slurm
 from util.cluster.job import ROOT, Resources
 from util.cluster.job_dir import read_job_ids, write_job_ids
 from util.cluster.status import queue
 from util.cluster.sweep import Point, parse_main
+
+if TYPE_CHECKING:
+    import submitit
 
 GPUS_PER_NODE = 8
 # Seconds between SLURM's warning and the end. They must suffice for the slowest step and for writing the
@@ -20,9 +23,7 @@ WARNING_SECONDS = 120
 
 
 def sbatch_options(points: list[Point], resources: Resources) -> dict[str, Any]:
-    """Return the options of a job in submitit's names. All points have the main and the workers of the
-    first.
-    """
+    """Return the options of a job in submitit's names. The first point stands for all of them."""
     first = points[0]
     ngpus = resources.ngpus
     if ngpus is None:
@@ -65,7 +66,7 @@ def _sbatch_words(options: Mapping[str, str]) -> dict[str, str | bool]:
     return {name: value or True for name, value in options.items()}
 
 
-def make_executor(points: list[Point], resources: Resources, job_dir: str):
+def make_executor(points: list[Point], resources: Resources, job_dir: str) -> "submitit.SlurmExecutor":
     """Make submitit's executor for the jobs of these points."""
     import submitit
 
@@ -118,7 +119,7 @@ class SlurmSubmission:
                 selected.append(point)
         return selected
 
-    def submit_array(self, points: list[Point], executor) -> None:
+    def submit_array(self, points: list[Point], executor: "submitit.SlurmExecutor") -> None:
         """Submit points as one job array."""
         with slurm.submission_errors(), executor.batch():
             jobs = [executor.submit(point.job()) for point in points]

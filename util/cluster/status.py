@@ -98,8 +98,9 @@ def table(rows: list[list[str]]) -> str:
 
 
 def run_names(job_dir: Path) -> list[str]:
-    """Return the names of all runs of a job directory: each point, then its follow-ups. A single run is
-    "".
+    """Return the names of all runs of a job directory: each point, then its follow-ups.
+
+    The name of a single run is "".
     """
     points = [point["name"] for point in read_points(job_dir)]
     submitted = list(read_job_ids(job_dir))

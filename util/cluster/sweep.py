@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 from util.cluster.job import Job
 from util.flags.parser import Parser
@@ -69,7 +69,7 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
     points = []
     # The last flag varies fastest.
     for values in product(*swept.values()):
-        flags = {}
+        flags: dict[str, str] = {}
         for names, value in zip(swept, values):
             flags |= apart(names, value)
         points.append(_make_point(main, rest, flags, chain, job_dir))
@@ -134,11 +134,12 @@ def apart(names: str, values: str) -> dict[str, str]:
 
 
 class _Strict(Parser):
-    """A parser that raises ValueError. The user did not type these words, so a usage message would not
-    help.
+    """A parser that raises ValueError instead of printing its usage and exiting.
+
+    The user did not type all of these words, so the usage would not help.
     """
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}")
 
 

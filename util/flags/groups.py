@@ -515,8 +515,9 @@ def pair(values: Sequence[int], flag: str) -> tuple[int, int]:
 
 
 def ascending(values: Sequence[float], flag: str) -> tuple[float, float]:
-    """Convert [MIN, MAX], two shares of an image, to a tuple. Raises ValueError, naming `flag`, if they are
-    not.
+    """Convert [MIN, MAX], two shares of an image, to a tuple.
+
+    Raises ValueError, naming `flag`, unless 0 < MIN <= MAX <= 1.
     """
     smallest, largest = values
     if not 0 < smallest <= largest <= 1:

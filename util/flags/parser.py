@@ -10,7 +10,8 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -25,20 +26,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser without abbreviations that reads recipes, treats dashes as underscores and corrects
-    typos.
+    """ArgumentParser that reads recipes, accepts dashes for underscores, and has no abbreviations.
 
     ``@file`` inserts the flags of a recipe. A recipe has one or more flags per line, and ``#`` starts a
     comment. Later flags override earlier ones. An unknown flag is an error that names the nearest known flag.
     """
 
-    def __init__(self, **kwargs):
-        kwargs = {
-            # An abbreviation in a script would change its meaning when a flag is added.
-            "allow_abbrev": False,
-            "fromfile_prefix_chars": "@",
-            "formatter_class": HelpFormatter,
-        } | kwargs
+    def __init__(self, **kwargs: Any):
+        # An abbreviation in a script would change its meaning when a flag is added.
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("fromfile_prefix_chars", "@")
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
@@ -46,9 +44,7 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def with_recipes(self, argv: list[str]) -> list[str]:
-        """Replace each ``@file`` of a command line by the words of that recipe. Recipes may include
-        others.
-        """
+        """Replace each ``@file`` of a command line by the words of that recipe, which may include others."""
         words = []
         for word in argv:
             if not word.startswith("@"):
@@ -81,7 +77,10 @@ class Parser(argparse.ArgumentParser):
                 return spelling + equals + value
         return arg
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    # Without argparse's overloads for other namespace classes, which nothing here uses.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         """Parse a command line, sys.argv by default. An unknown flag ends the process with exit code 2."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -181,9 +180,7 @@ def with_flags(message: str, flags: Collection[str]) -> str:
 
 
 def describe(error: BaseException, flags: Collection[str]) -> str:
-    """Return the message of an error without the traceback of a data worker, with parameters written as
-    flags.
-    """
+    """Return the message of an error for the user: parameters as flags, and no traceback of a data worker."""
     message = str(error)
     # A data worker puts its whole traceback into the message; the last line is "Type: message".
     if "Original Traceback" in message:
