@@ -1,4 +1,4 @@
-"""The old name of python -m evidence, for one release."""
+"""Run `python -m evidence`. This old name stays for one release."""
 
 import runpy
 

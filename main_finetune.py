@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from util.flags.groups import (
+    OptimDefaults,
     add_augment_flags,
     add_data_flags,
     add_eval_flags,
@@ -45,7 +46,10 @@ def get_args_parser() -> Parser:
     p.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"], help=start)
     add_head_flags(p, "class head of any model; with --resume, the checkpoint's")
     add_data_flags(p)
-    add_optim_flags(p, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5)
+    defaults = OptimDefaults(
+        batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5
+    )
+    add_optim_flags(p, defaults)
     add_run_flags(p)
     add_finetuning_flags(p.add_argument_group("fine-tuning"))
     add_augment_flags(p)
@@ -219,7 +223,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
-    compile_mode(args)
+    compile_mode(args.compile, args.compile_mode, args.accum_iter)
     check_evaluation_flags(args)
     if args.distill and "distilled" not in args.model:
         raise ValueError(
@@ -506,7 +510,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Data, as the encoder has learned to see them
     start = find_start(args)
-    pixels = Pixels(*channel_stats(args, start.trained))
+    pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader = build_data(args, setup)
     choices = resolve(args, start, val_loader.dataset.index)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from util.flags.groups import (
     SECOND_ORDER_FLAGS,
+    OptimDefaults,
     add_data_flags,
     add_eval_flags,
     add_head_flags,
@@ -43,7 +44,10 @@ def get_args_parser() -> Parser:
     p.add_argument(
         "--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"), help=area
     )
-    add_optim_flags(p, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10)
+    defaults = OptimDefaults(
+        batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10
+    )
+    add_optim_flags(p, defaults)
     grid = "factors of the learning rate, with a head each; 1 alone is MAE's protocol"
     p.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=float, nargs="+", help=grid)
     cached_help = "compute features once, without augmentation, and train on them"
@@ -125,7 +129,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             "--strategy fsdp shards what is trained, and a probe trains linear heads only: leave it out"
         )
-    if compile_mode(args):
+    if compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError(
             "--compile and --compile_mode compile what is trained, and a probe trains linear heads only: "
             "leave them out"
@@ -419,7 +423,7 @@ def main(given: argparse.Namespace) -> int:
     args = as_trained(given, start)
     pretrained = checkpoint.load(args.finetune)
     pretrained.drop_optimizer()
-    pixels = Pixels(*channel_stats(args, pretrained.args))
+    pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}
     if args.output_dir and not (args.eval or args.dry_run):

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 
 from util.flags.groups import (
+    OptimDefaults,
     add_data_flags,
     add_optim_flags,
     add_position_flags,
@@ -40,7 +41,10 @@ def get_args_parser() -> Parser:
     p.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a left-right flip")
     dct = "decode large JPEGs at half size or less if the crop allows it: faster, slightly different pixels"
     p.add_argument("--dct_scaling", action="store_true", help=dct)
-    add_optim_flags(p, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40)
+    defaults = OptimDefaults(
+        batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, weight_decay=0.05, warmup_epochs=40
+    )
+    add_optim_flags(p, defaults)
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
     pictures = "evaluate and draw reconstructions every N epochs"
@@ -309,7 +313,7 @@ def relation_weights(args: argparse.Namespace) -> dict[str, float]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
-    compile_mode(args)
+    compile_mode(args.compile, args.compile_mode, args.accum_iter)
     relations = relation_weights(args)
     if args.strategy == "fsdp" and relations:
         raise ValueError(
@@ -371,7 +375,7 @@ def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) ->
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    pixels = Pixels(*channel_stats(args))
+    pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)

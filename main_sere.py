@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from util.flags.groups import (
+    OptimDefaults,
     add_data_flags,
     add_optim_flags,
     add_run_flags,
@@ -43,8 +44,7 @@ def get_args_parser() -> Parser:
     g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
     add_data_flags(p)
     add_crop_flags(p)
-    add_optim_flags(
-        p,
+    defaults = OptimDefaults(
         batch_size=64,
         epochs=100,
         blr=5e-4,
@@ -52,8 +52,9 @@ def get_args_parser() -> Parser:
         weight_decay=0.04,
         warmup_epochs=10,
         clip_grad=0.3,
-        clip_help="largest gradient norm of each parameter by itself; 0 is off",
+        clip_help="largest norm of the gradient of each parameter; 0 turns clipping off",
     )
+    add_optim_flags(p, defaults)
     p.add_argument(
         "--weight_decay_end", default=0.4, type=float, help="weight decay at the end of its cosine"
     )
@@ -347,9 +348,9 @@ def build_data(args: argparse.Namespace, setup: Setup, grid: tuple[int, int]):
 
 
 def main(args: argparse.Namespace) -> int:
-    compile_mode(args)
+    compile_mode(args.compile, args.compile_mode, args.accum_iter)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
-    pixels = Pixels(*channel_stats(args))
+    pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)

@@ -1,4 +1,4 @@
-"""Submit classifiers to a cluster: all flags of main_finetune.py, and the cluster's (see --help).
+"""Submit classifiers to a cluster: flags of main_finetune.py and of the launcher (see --help).
 
 python submitit_finetune.py --nodes 4 --job_dir DIR --finetune RUN/checkpoint-last.pth --data_path DATA
 """

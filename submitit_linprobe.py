@@ -1,6 +1,7 @@
-"""Submit linear probes and kNN to a cluster: all flags of main_linprobe.py, and the cluster's (see --help).
+"""Submit linear probes and kNN to a cluster: flags of main_linprobe.py and of the launcher (see --help).
 
-python submitit_linprobe.py --job_dir DIR --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DATA
+python submitit_linprobe.py --job_dir DIR --finetune RUN/checkpoint-last.pth \\
+    --model vit_base_patch16 --data_path DATA
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Submit pretraining to a cluster: all flags of main_pretrain.py, and the cluster's (see --help).
+"""Submit pretraining to a cluster: flags of main_pretrain.py and of the launcher (see --help).
 
 python submitit_pretrain.py --nodes 8 --job_dir DIR @recipes/mae_pl_vit_base.args --data_path DATA
 """

@@ -1,4 +1,4 @@
-"""Submit SERE pretraining to a cluster: all flags of main_sere.py, and the cluster's (see --help).
+"""Submit SERE pretraining to a cluster: flags of main_sere.py and of the launcher (see --help).
 
 python submitit_sere.py --nodes 4 --job_dir DIR @recipes/sere_vit_small.args --data_path DATA
 """

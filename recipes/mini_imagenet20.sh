@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole way on Mini-ImageNet-20 (64 px, 8x8 cells) on a CPU: pretrain without positional embedding and with absolute
-# labels, fine-tune with both, evaluate, probe, nearest neighbours.
+# All steps on Mini-ImageNet-20 (64 px, 8x8 cells) on a CPU: pretrain without positional embedding and with
+# absolute labels, fine-tune with both, evaluate, train a linear probe, classify by nearest neighbours.
 #
 #   recipes/mini_imagenet20.sh DATA_DIR OUTPUT_DIR        # DATA_DIR has train.tar and val.tar (or class folders)
 #
-# PRETRAIN_EPOCHS, FINETUNE_EPOCHS and PROBE_EPOCHS shorten it. Figures seen stand in recipes/LOG.md.
+# PRETRAIN_EPOCHS, FINETUNE_EPOCHS and PROBE_EPOCHS shorten it. recipes/LOG.md has results.
 set -euo pipefail
 data=$1 out=$2
 cd "$(dirname "$0")/.."

@@ -4,7 +4,6 @@ Legend: N images, L grid cells, n visible patches, P = patch height * patch widt
 numbered row by row.
 """
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -66,9 +65,7 @@ def load_images(
     Returns batches of (images (B, C, H, W), keys (B,)) and the statistics by which images were normalised.
     The first batch has `first` images. Raises ValueError if no image can be read.
     """
-    stats = channel_stats(
-        argparse.Namespace(in_chans=model.in_chans, mean=flags.get("mean"), std=flags.get("std"))
-    )
+    stats = channel_stats(model.in_chans, flags.get("mean"), flags.get("std"))
     dataset = _evaluation_set(model, data_path)
     samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
     if not samples:

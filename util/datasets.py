@@ -1,4 +1,4 @@
-"""The old name of python -m util.data, for one release."""
+"""Run `python -m util.data`. This old name stays for one release."""
 
 from util.data.__main__ import main
 

@@ -1,4 +1,4 @@
-"""The name under which MAE's users import this; it stays."""
+"""Re-export under the module name of MAE, which users of MAE import. It stays."""
 
 from util.train.lr_sched import cosine, effective_lr, ramp, set_lr, warmup_cosine
 

@@ -1,4 +1,4 @@
-"""The old name of python -m util.data.native, for one release."""
+"""Run `python -m util.data.native`. This old name stays for one release."""
 
 from util.data.native.__main__ import main
 

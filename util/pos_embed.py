@@ -1,4 +1,4 @@
-"""The name under which MAE's users import this; it stays."""
+"""Re-export under the module name of MAE, which users of MAE import. It stays."""
 
 from layers.pos_embed import resize_pos_embed, sincos_1d, sincos_2d
 

@@ -1,14 +1,15 @@
-"""The fronts on a real cluster of two nodes: what is interrupted ends with the very weights of what is not.
+"""The launchers on a real cluster of two nodes: interrupted runs end with the weights of uninterrupted ones.
 
-They need `sbatch`, two nodes with two tasks each, and a temporary folder that the nodes share (--basetemp). The node
-that is lost needs two commands more: MAE_PL_TEST_CRASH, which kills the second node, and MAE_PL_TEST_REVIVE.
-One worker must run them all (`--dist loadfile`), as they share the cluster.
+The tests need `sbatch`, two nodes with two tasks each, and a temporary folder that the nodes share
+(--basetemp). The test of a lost node needs two more commands: MAE_PL_TEST_CRASH kills the second node,
+MAE_PL_TEST_REVIVE restores it. One worker must run all tests (`--dist loadfile`), as they share the cluster.
 """
 
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,36 +19,17 @@ from pathlib import Path
 import pytest
 
 from processes import ROOT, assert_same, last, log_lines
+from util.cluster.job import read_note
 
 pytestmark = pytest.mark.slurm
 PYTHON = [sys.executable, "-u"]
 SLOW = [*PYTHON, str(ROOT / "tests" / "slow_pretrain.py")]
 CLUSTER = ["--nodes", "2", "--ngpus", "2", "--cpus_per_task", "1", "--mem_gb", "2", "--timeout", "30"]
 # 5 steps an epoch on 4 ranks.
-RUN = [
-    "--model",
-    "mae_test",
-    "--input_size",
-    "32",
-    "--pos_label",
-    "apl+rpl",
-    "--batch_size",
-    "10",
-    "--lr",
-    "1e-2",
-    "--warmup_epochs",
-    "1",
-    "--picture_epochs",
-    "1000",
-    "--print_freq",
-    "1",
-    "--save_every_epochs",
-    "100",
-    "--num_workers",
-    "1",
-    "--device",
-    "cpu",
-]
+RUN = shlex.split(
+    "--model mae_test --input_size 32 --pos_label apl+rpl --batch_size 10 --lr 1e-2 --warmup_epochs 1 "
+    "--picture_epochs 1000 --print_freq 1 --save_every_epochs 100 --num_workers 1 --device cpu"
+)
 STEPS = 120
 
 
@@ -65,46 +47,42 @@ def call(*command, check: bool = True, **env) -> str:
     return done.stdout + done.stderr
 
 
-def submit(folder, *flags, front=SLOW, step: float = 0.0, hang: int = -1) -> str:
-    """-> the job's number."""
-    text = call(*front, *CLUSTER, "--job_dir", folder, *flags, TEST_STEP=str(step), TEST_HANG=str(hang))
+def submit(folder, *flags, step: float = 0.0, hang: int = -1) -> str:
+    """Submit a run -> the ID of its job."""
+    text = call(*SLOW, *CLUSTER, "--job_dir", folder, *flags, TEST_STEP=str(step), TEST_HANG=str(hang))
     return re.search(r"job (\d+)", text)[1]
 
 
 def wait(what: str, done, seconds: float = 180):
+    """Wait until done() returns something true, and return that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = done()
-        if found:
-            return found
+        result = done()
+        if result:
+            return result
         time.sleep(0.3)
     raise TimeoutError(f"not within {seconds} s: {what}\n{call('squeue', check=False)}")
 
 
 def state(job: str) -> str:
-    """SLURM's word for a job; a requeued one need not wait for its turn here."""
-    found = call("squeue", "-h", "-r", "--states=all", "-o", "%T", "-j", job, check=False).split()
-    if "PENDING" in found:
+    """SLURM's state of a job. A requeued job is released from its waiting time."""
+    states = call("squeue", "-h", "-r", "--states=all", "-o", "%T", "-j", job, check=False).split()
+    if "PENDING" in states:
         call("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
-    return found[0] if found else "GONE"
-
-
-def note(folder) -> dict:
-    path = Path(folder) / "job.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return (states or ["GONE"])[0]
 
 
 def finished(folder, job: str, seconds: float = 240) -> None:
     def done():
-        known = state(job)
-        assert known not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{known}\n{ends(folder)}"
-        return note(folder).get("state") == "finished"
+        current = state(job)
+        assert current not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{current}\n{ends(folder)}"
+        return read_note(folder).get("state") == "finished"
 
     try:
         wait(f"{folder} finished", done, seconds)
     except TimeoutError as e:
         call("scancel", "--signal=USR2", job, check=False)
-        time.sleep(40)  # ranks that hang say where they are after 25 s
+        time.sleep(40)  # ranks that hang print their stack after 25 s
         raise AssertionError(f"{e}\n{ends(folder)}") from None
     wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 120)
 
@@ -118,19 +96,19 @@ def output(folder) -> str:
 
 
 def ends(folder) -> str:
-    """What each rank has said last."""
+    """The end of each rank's output."""
     return "\n".join(text[-3000:] for text in outputs(folder))
 
 
 def reach(folder, step: int) -> None:
-    """Wait until a run has come that far."""
+    """Wait until a run has done that many steps."""
 
-    def there():
+    def reached():
         text = output(folder)
         done = [(int(e), int(s)) for e, s in re.findall(r"Epoch: \[(\d+)\]  \[(\d+)/5\]", text)]
         return done and 5 * done[-1][0] + done[-1][1] >= step
 
-    wait(f"step {step} of {folder}", there)
+    wait(f"step {step} of {folder}", reached)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +120,14 @@ def uninterrupted(tmp_path_factory):
         re.search(r"TresPerNode=(gres[:/])?gpu:2", shown) and "NumNodes=2" in shown and "NumTasks=4" in shown
     ), shown
     finished(folder, job)
-    assert len(log_lines(folder)) == STEPS // 5 and note(folder)["starts"] == 1
+    assert len(log_lines(folder)) == STEPS // 5 and read_note(folder)["starts"] == 1
     return folder
 
 
 def assert_equal_runs(uninterrupted, folder) -> None:
     assert_same(last(uninterrupted), last(folder))
     assert log_lines(uninterrupted) == log_lines(folder)
-    assert note(folder)["starts"] >= 2 and "continuing" in output(folder)
+    assert read_note(folder)["starts"] >= 2 and "continuing" in output(folder)
 
 
 def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
@@ -161,44 +139,32 @@ def test_requeued_from_outside_at_a_random_moment(uninterrupted, tmp_path):
 
 
 def test_a_real_time_out(uninterrupted, tmp_path):
-    """SLURM looks at the clock every 30 s, and warns at the last look that is not too late: here after 30 to 60 s."""
-    job = submit(
-        tmp_path, *RUN, "--epochs", STEPS // 5, "--timeout", 2, "--slurm", "signal=USR2@60", step=0.6
-    )
+    """SLURM checks the time every 30 s, and warns at the last check before the margin: after 30 to 60 s."""
+    limit = shlex.split("--timeout 2 --slurm signal=USR2@60")
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, *limit, step=0.6)
     finished(tmp_path, job, 500)
     text = output(tmp_path)
-    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and goes on from here" in text, ends(
+    assert "stopped by SIGUSR2" in text and f"job {job} is requeued and continues from here" in text, ends(
         tmp_path
     )
     assert_equal_runs(uninterrupted, tmp_path)
 
 
 def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
-    """One rank waits for ever, and the others for it, in collectives where no handler of Python's runs."""
-    job = submit(
-        tmp_path,
-        *RUN,
-        "--epochs",
-        STEPS // 5,
-        "--save_steps",
-        7,
-        "--timeout",
-        2,
-        "--slurm",
-        "signal=USR2@60",
-        hang=9,
-    )
+    """One rank waits for ever, and the others for it, in collectives where Python runs no signal handler."""
+    limit = shlex.split("--save_steps 7 --timeout 2 --slurm signal=USR2@60")
+    job = submit(tmp_path, *RUN, "--epochs", STEPS // 5, *limit, hang=9)
     finished(tmp_path, job, 300)
     assert_equal_runs(uninterrupted, tmp_path)
     text = output(tmp_path)
     assert f"job {job} is requeued" in text and text.count("has not stopped within 25 s of SIGUSR2") == 4, (
         ends(tmp_path)
     )
-    assert "slow_pretrain.py" in text and "torch.futures.Future().wait()" in text, "the culprit's line"
+    assert "slow_pretrain.py" in text and "torch.futures.Future().wait()" in text, "the line that hangs"
 
 
-def test_a_warning_before_torch_is_there(tmp_path):
-    """It comes as soon as submitit has loaded the job, and nobody has asked for a stop yet."""
+def test_a_warning_before_torch_is_imported(tmp_path):
+    """It comes as soon as submitit has loaded the job, before the training loop handles signals."""
     job = submit(tmp_path, *RUN, "--epochs", "1")
     wait("four ranks", lambda: output(tmp_path).count("Loading pickle") == 4)
     call("scancel", "--signal=USR2", job)
@@ -228,7 +194,8 @@ srun --kill-on-bad-exit=1 {command}
 """
 TORCHRUN = (
     "bash -c '{python} -m torch.distributed.run --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d "
-    "--rdzv_id $SLURM_JOB_ID --rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29511 {main}'"
+    "--rdzv_id $SLURM_JOB_ID "
+    "--rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29511 {main}'"
 )
 
 
@@ -238,11 +205,12 @@ def test_plain_batch_scripts_requeue_themselves(uninterrupted, tmp_path, launche
     flags = [*RUN, "--epochs", STEPS // 5, "--output_dir", tmp_path]
     main = " ".join(map(str, [*SLOW[2:], "--direct", *flags]))
     signal = {"srun": "USR2", "torchrun": "TERM"}[launcher]
-    command = f"{PYTHON[0]} -u {main}" if launcher == "srun" else TORCHRUN.format(python=PYTHON[0], main=main)
+    command = f"{PYTHON[0]} -u {main}"
+    if launcher == "torchrun":
+        command = TORCHRUN.format(python=PYTHON[0], main=main)
     script = tmp_path / "run.sh"
-    script.write_text(
-        BATCH.format(folder=tmp_path, tasks=2 if launcher == "srun" else 1, signal=signal, command=command)
-    )
+    tasks = {"srun": 2, "torchrun": 1}[launcher]
+    script.write_text(BATCH.format(folder=tmp_path, tasks=tasks, signal=signal, command=command))
     job = re.search(r"job (\d+)", call("sbatch", script, TEST_STEP="0.15"))[1]
     reach(tmp_path, random.randrange(10, 50))
     call("scancel", f"--signal={signal}", job)
@@ -263,79 +231,43 @@ def test_cancelled_jobs_stay_cancelled(tmp_path):
     assert re.search(r"^\.\s+(stopped|cancelled)", call(*SLOW, "--status", tmp_path), re.M)
 
 
-def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
-    sweep = [
-        *RUN,
-        "--epochs",
-        "2",
-        "--nodes",
-        "1",
-        "--ngpus",
-        "1",
-        "--sweep",
-        "mask_ratio=0.5,0.75",
-        "seed=0,1",
-    ]
-    bad = tmp_path / "mask_ratio=0.75,seed=0" / "checkpoint-last.pth"
+def sweep_with_a_bad_point(folder) -> tuple[list, list[str], Path]:
+    """The command of a sweep of four points, their names, and the checkpoint that makes one of them fail."""
+    flags = shlex.split("--epochs 2 --nodes 1 --ngpus 1 --sweep mask_ratio=0.5,0.75 seed=0,1")
+    points = [f"mask_ratio={m},seed={s}" for m in (0.5, 0.75) for s in (0, 1)]
+    bad = folder / points[2] / "checkpoint-last.pth"
     bad.parent.mkdir()
     bad.write_bytes(b"")
-    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
+    return [*SLOW, *CLUSTER, "--job_dir", folder, *RUN, *flags], points, bad
+
+
+def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
+    command, points, bad = sweep_with_a_bad_point(tmp_path)
+    text = call(*command)
     assert len(set(re.findall(r"job (\d+)_\d", text))) == 1, "one array"
-    points = [f"mask_ratio={m},seed={s}" for m in (0.5, 0.75) for s in (0, 1)]
-    wait(
-        "all points ended",
-        lambda: all(note(tmp_path / p).get("state") in ("finished", "failed") for p in points),
-    )
-    states = dict(re.findall(r"^(mask\S+)\s+(\w+)", call(*SLOW, "--status", tmp_path), re.M))
+    ended = ("finished", "failed")
+    wait("all points", lambda: all(read_note(tmp_path / p).get("state") in ended for p in points))
+    shown = call(*SLOW, "--status", tmp_path)
+    states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
     assert states == dict.fromkeys(points, "finished") | {points[2]: "failed"}
-    assert "is empty: the run that wrote it was cut off" in call(*SLOW, "--status", tmp_path)
-    assert {tuple(json.loads((tmp_path / p / "flags.json").read_text()).items()) for p in points} == {
-        (("mask_ratio", m), ("seed", s)) for m in (0.5, 0.75) for s in (0, 1)
-    }
+    assert "is empty: the run that wrote it was cut off" in shown
+    flags = json.loads((tmp_path / points[1] / "flags.json").read_text())
+    assert flags == {"mask_ratio": 0.5, "seed": 1}
     bad.unlink()
-    text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *sweep)
+    text = call(*command)
     assert text.count("finished, not submitted again") == 3 and len(re.findall(r": job \d+", text)) == 1, text
-    wait("the mended point", lambda: note(bad.parent).get("state") == "finished")
+    wait("the repaired point", lambda: read_note(bad.parent).get("state") == "finished")
     assert [len(log_lines(tmp_path / p)) for p in points] == [2, 2, 2, 2]
 
 
-def test_pretraining_and_what_follows(tmp_path):
-    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
-    run = [
-        "--model",
-        "mae_vit_nano_patch8",
-        *RUN[2:],
-        "--epochs",
-        "1",
-        "--batch_size",
-        "50",
-        "--nodes",
-        "1",
-        "--ngpus",
-        "1",
-    ]
-    command = [
-        *front,
-        *CLUSTER,
-        "--job_dir",
-        tmp_path,
-        *run,
-        "--sweep",
-        "pos_label=apl,none",
-        "--then",
-        "finetune",
-        "--epochs",
-        "1",
-        "--batch_size",
-        "100",
-        "--warmup_epochs",
-        "0",
-        "--then",
-        "linprobe",
-        "--knn",
-        "--batch_size",
-        "100",
-    ]
+def test_pretraining_and_follow_ups(tmp_path):
+    launcher = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    run = shlex.split("--epochs 1 --batch_size 50 --nodes 1 --ngpus 1 --sweep pos_label=apl,none")
+    chain = shlex.split(
+        "--then finetune --epochs 1 --batch_size 100 --warmup_epochs 0 --then linprobe --knn --batch_size 100"
+    )
+    model = ["--model", "mae_vit_nano_patch8"]
+    command = [*launcher, *CLUSTER, "--job_dir", tmp_path, *RUN, *model, *run, *chain]
     text = call(*command)
     jobs = dict(re.findall(r"^(\S+): job (\S+?),? ", text, re.M))
     assert len(jobs) == 6, text
@@ -344,54 +276,40 @@ def test_pretraining_and_what_follows(tmp_path):
     text = call(*command)
     assert text.count("not submitted again") == 6 and not re.search(r": job \d", text), text
     for run in jobs:
-        wait(f"{run} done", lambda run=run: note(tmp_path / run).get("state") == "finished", 240)
+        wait(f"{run} done", lambda run=run: read_note(tmp_path / run).get("state") == "finished", 240)
     assert "encoder from" in output(tmp_path)
-    status = call(*front, "--status", tmp_path)
+    status = call(*launcher, "--status", tmp_path)
     assert len(re.findall(r"^pos_label\S+\s+finished", status, re.M)) == 6, status
     assert "knn20" in status and "test_acc1" in status, status
 
 
-def test_what_follows_a_failure_is_cancelled(tmp_path):
+def test_the_follow_up_of_a_failed_run_is_cancelled(tmp_path):
     (tmp_path / "checkpoint-last.pth").write_bytes(b"")
-    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
-    text = call(
-        *front,
-        *CLUSTER,
-        "--job_dir",
-        tmp_path,
-        "--model",
-        "mae_vit_nano_patch8",
-        *RUN[2:],
-        "--epochs",
-        "1",
-        "--nodes",
-        "1",
-        "--ngpus",
-        "1",
-        "--then",
-        "finetune",
-        "--epochs",
-        "1",
+    launcher = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    flags = shlex.split(
+        "--model mae_vit_nano_patch8 --epochs 1 --nodes 1 --ngpus 1 --then finetune --epochs 1"
     )
+    text = call(*launcher, *CLUSTER, "--job_dir", tmp_path, *RUN, *flags)
     after = re.search(r"finetune: job (\d+)", text)[1]
     wait("cancelled", lambda: state(after) in ("CANCELLED", "GONE"), 90)
 
 
 def test_check(tmp_path):
-    front = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
-    text = call(*front, *CLUSTER, "--job_dir", tmp_path / "%j", "--device", "cpu", "--check")
+    launcher = [*PYTHON, str(ROOT / "submitit_pretrain.py")]
+    text = call(*launcher, *CLUSTER, "--job_dir", tmp_path / "%j", "--device", "cpu", "--check")
     folder = tmp_path / re.search(r"job (\d+)", text)[1]
-    text = wait(
-        "four ranks",
-        lambda: (t := "".join(map(output, folder.glob("check-*")))).count("200 images") == 4 and t,
-    )
-    assert [p.name for p in tmp_path.glob("[!.]*")] == [folder.name], "%j is the job's number"
+
+    def outputs_of_four_ranks():
+        text = "".join(map(output, folder.glob("check-*")))
+        return text.count("200 images") == 4 and text
+
+    text = wait("four ranks", outputs_of_four_ranks)
+    assert [p.name for p in tmp_path.glob("[!.]*")] == [folder.name], "%j is the ID of the job"
     assert "is shared by all 4 ranks" in text and re.search(r"all-reduce over 4 ranks: .* GB/s", text)
-    assert {"node1", "node2"} == set(re.findall(r"^rank \d: (\w+), cpu", text, re.M)) or not shutil.which(
-        "sinfo"
-    )
+    nodes = set(re.findall(r"^rank \d: (\w+), cpu", text, re.M))
+    assert nodes == {"node1", "node2"} or not shutil.which("sinfo")
 
 
-def test_more_gpus_than_there_are_is_refused(tmp_path):
+def test_more_gpus_than_a_node_has_are_refused(tmp_path):
     text = call(*SLOW, *CLUSTER, "--job_dir", tmp_path, *RUN, "--ngpus", "3", check=False)
     assert "node configuration is not available" in text

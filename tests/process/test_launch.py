@@ -1,4 +1,4 @@
-"""The fronts without a cluster: planning, local runs, follow-ups, status, and what they refuse."""
+"""The launchers without a cluster: planning, local runs, follow-ups, status, and the errors."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,31 +18,19 @@ import pytest
 
 from processes import ROOT, environment, log_lines
 from util.cluster import slurm, sweep
-from util.cluster.job import Job, read_note
-from util.cluster.launch import launch, locked, say_stale
+from util.cluster.job import Job, read_note, write_note
+from util.cluster.job_dir import locked
+from util.cluster.launch import launch, report_stale
 from util.cluster.status import last_line, state_of, status
 
-TINY_MODEL = [
-    "--model",
-    "mae_vit_nano_patch8",
-    "--input_size",
-    "16",
-    "--device",
-    "cpu",
-    "--num_workers",
-    "0",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "100",
-    "--warmup_epochs",
-    "0",
-    "--picture_epochs",
-    "1000",
-]
+TINY_MODEL = shlex.split(
+    "--model mae_vit_nano_patch8 --input_size 16 --device cpu --num_workers 0 --epochs 1 --batch_size 100 "
+    "--warmup_epochs 0 --picture_epochs 1000"
+)
 
 
-def front(*argv, main="pretrain") -> tuple[int, str]:
+def launcher(*argv, main="pretrain") -> tuple[int, str]:
+    """Run submitit_*.py as a process -> exit code, output."""
     done = subprocess.run(
         [sys.executable, f"submitit_{main}.py", *map(str, argv)],
         cwd=ROOT,
@@ -67,18 +56,8 @@ def test_every_combination_with_its_own_directory_and_types():
         for n in ("true", "false")
     ]
     assert points[2].flags == {"mask_ratio": 0.75, "norm_pix_loss": True, "crop_scale": [0.2, 1.0]}
-    assert points[2].argv == [
-        "--seed",
-        "5",
-        "--mask_ratio",
-        "0.75",
-        "--norm_pix_loss",
-        "--crop_scale",
-        "0.2",
-        "1.0",
-        "--output_dir",
-        points[2].folder,
-    ]
+    words = shlex.split("--seed 5 --mask_ratio 0.75 --norm_pix_loss --crop_scale 0.2 1.0 --output_dir")
+    assert points[2].argv == [*words, points[2].folder]
     assert points[2].folder == "/jobs/" + points[2].name
     alone = plan("--seed", "5")
     assert [(p.name, p.folder) for p in alone] == [("", "/jobs")]
@@ -87,24 +66,17 @@ def test_every_combination_with_its_own_directory_and_types():
 @pytest.mark.parametrize(
     "main, rest, switch, dest, values",
     [
-        (
-            "main_pretrain",
-            ["--norm-pix-loss"],
-            "norm_pix_loss",
-            "norm_pix_loss",
-            [True, False],
-        ),  # as a recipe sets it
-        ("main_sere", [], "norm_last_layer", "norm_last_layer", [True, False]),  # on by default
+        # As a recipe sets it.
+        ("main_pretrain", ["--norm-pix-loss"], "norm_pix_loss", "norm_pix_loss", [True, False]),
+        # On by default.
+        ("main_sere", [], "norm_last_layer", "norm_last_layer", [True, False]),
         ("main_linprobe", ["--global_pool"], "global_pool", "pool", ["avg", None]),
     ],
 )
 def test_switches_are_swept_off_too(main, rest, switch, dest, values):
     points = sweep.plan(main, rest, [f"{switch}=true,false"], [], "/jobs")
-    assert (
-        [getattr(sweep.parse_main(main, p.argv), dest) for p in points]
-        == [p.flags[switch] for p in points]
-        == values
-    )
+    parsed = [getattr(sweep.parse_main(main, p.argv), dest) for p in points]
+    assert parsed == [p.flags[switch] for p in points] == values
 
 
 def test_flags_that_move_together():
@@ -135,43 +107,23 @@ def test_a_wrong_sweep_is_refused_before_anything_starts(words, message):
         plan(words=words)
 
 
-def test_what_follows_inherits_model_and_data():
-    (p,) = plan(
-        "--model",
-        "mae_vit_base_patch16_dec512d8b",
-        "--data_path",
-        "D",
-        "--input_size",
-        "96",
-        "64",
-        chain=[
-            "--then",
-            "finetune",
-            "--epochs",
-            "3",
-            "--then",
-            "linprobe",
-            "--knn",
-            "--data_path",
-            "E",
-            "--then",
-            "finetune",
-        ],
-    )
+def test_follow_ups_inherit_model_and_data():
+    rest = shlex.split("--model mae_vit_base_patch16_dec512d8b --data_path D --input_size 96 64")
+    chain = shlex.split("--then finetune --epochs 3 --then linprobe --knn --data_path E --then finetune")
+    (p,) = plan(*rest, chain=chain)
     assert [(x.name, x.main) for x in p.then] == [
         ("finetune", "main_finetune"),
         ("linprobe", "main_linprobe"),
         ("finetune-2", "main_finetune"),
     ]
     args = sweep.parse_main("main_finetune", p.then[0].argv)
-    assert (args.model, args.data_path, args.input_size, args.epochs) == (
-        "vit_base_patch16",
-        "D",
-        [96, 64],
-        3,
-    )
+    assert (args.model, args.data_path) == ("vit_base_patch16", "D")
+    assert (args.input_size, args.epochs) == ([96, 64], 3)
     assert args.finetune == "/jobs/checkpoint-last.pth" and args.output_dir == "/jobs/finetune"
     assert sweep.parse_main("main_linprobe", p.then[1].argv).data_path == "E"
+
+
+def test_wrong_follow_ups_are_refused():
     with pytest.raises(ValueError, match="leave out %j"):
         plan(words=["seed=1,2"], job_dir="/jobs/%j")
     with pytest.raises(ValueError, match="finetune or linprobe"):
@@ -180,57 +132,32 @@ def test_what_follows_inherits_model_and_data():
         plan(chain=["--then", "finetune", "--epoch", "3"])
 
 
-def test_what_follows_has_the_seed_of_its_run():
+def test_follow_ups_have_the_seed_of_their_run():
     points = plan(words=["seed=3,4"], chain=["--then", "finetune", "--then", "linprobe", "--seed", "7"])
     seeds = [[sweep.parse_main(x.main, x.argv).seed for x in p.then] for p in points]
     assert seeds == [[3, 7], [4, 7]]
 
 
-def test_what_follows_has_what_it_was_given_be_it_the_default():
-    (p,) = plan(
-        "--input_size",
-        "128",
-        "--patch_size",
-        "32",
-        "--pos_tokens",
-        "full",
-        "--seed",
-        "3",
-        "--output_dir",
-        "elsewhere",
-        chain=[
-            "--then",
-            "finetune",
-            "--input_size",
-            "224",
-            "--seed",
-            "0",
-            "--model",
-            "vit_large_patch16",
-            "--then",
-            "linprobe",
-        ],
-    )
+def test_flags_of_a_follow_up_take_precedence_even_if_they_are_the_defaults():
+    rest = shlex.split("--input_size 128 --patch_size 32 --pos_tokens full --seed 3 --output_dir elsewhere")
+    chain = shlex.split("--then finetune --input_size 224 --seed 0 --model vit_large_patch16 --then linprobe")
+    (p,) = plan(*rest, chain=chain)
     first, second = (sweep.parse_main(x.main, x.argv) for x in p.then)
     assert (first.input_size, first.seed, first.model) == ([224], 0, "vit_large_patch16")
-    assert (first.patch_size, first.pos_tokens, second.patch_size, second.input_size) == (
-        [32],
-        "full",
-        [32],
-        [128],
-    )
+    assert (first.patch_size, first.pos_tokens) == ([32], "full")
+    assert (second.patch_size, second.input_size) == ([32], [128])
     assert first.finetune == second.finetune == "/jobs/checkpoint-last.pth"
     assert sweep.parse_main("main_pretrain", p.argv).output_dir == "/jobs", "where the follow-ups look for it"
 
 
-def test_what_follows_sere_has_its_encoder():
+def test_follow_ups_of_sere_have_its_encoder():
     (p,) = sweep.plan(
         "main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs"
     )
     assert sweep.parse_main("main_linprobe", p.then[0].argv).model == "vit_pico_patch8"
 
 
-def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
+def test_a_recipe_may_hold_the_sweep_and_the_follow_ups(tmp_path, capsys):
     recipe = tmp_path / "all.args"
     recipe.with_name("model.args").write_text("--model mae_vit_pico_patch8  # of another recipe\n")
     recipe.write_text(
@@ -239,37 +166,16 @@ def test_a_recipe_may_hold_the_sweep_and_what_follows(tmp_path, capsys):
     assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
-    assert (
-        len(re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown))
-        == 2
-    )
+    probes = re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown)
+    assert len(probes) == 2
 
 
-def test_flags_behind_a_recipe_are_the_mains_not_its_last_follow_ups(tmp_path, capsys):
+def test_flags_after_a_recipe_belong_to_the_main_and_not_to_its_last_follow_up(tmp_path, capsys):
     recipe = tmp_path / "all.args"
     recipe.write_text("--model mae_vit_pico_patch8 --epochs 4\n--then finetune --epochs 2\n")
-    assert (
-        launch(
-            "main_pretrain",
-            [
-                "--dry_run",
-                "--cluster",
-                "local",
-                "--job_dir",
-                "J",
-                f"@{recipe}",
-                "--epochs",
-                "7",
-                "--data_path",
-                "D",
-                "--then",
-                "linprobe",
-                "--epochs",
-                "3",
-            ],
-        )
-        == 0
-    )
+    words = ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]
+    words += shlex.split("--epochs 7 --data_path D --then linprobe --epochs 3")
+    assert launch("main_pretrain", words) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert [w[1] for w in shown] == ["main_pretrain.py", "main_finetune.py", "main_linprobe.py"]
     last = [[w[i + 1] for i, word in enumerate(w) if word == "--epochs"][-1] for w in shown]
@@ -279,49 +185,30 @@ def test_flags_behind_a_recipe_are_the_mains_not_its_last_follow_ups(tmp_path, c
     assert "--then takes words" in capsys.readouterr().err
 
 
-def test_switched_off_for_the_main(tmp_path, capsys):
-    assert (
-        launch("main_sere", ["--dry_run", "--cluster", "local", "--job_dir", "J", "--no-norm_last_layer"])
-        == 0
-    )
+def test_a_switch_of_the_main_is_turned_off(capsys):
+    words = shlex.split("--dry_run --cluster local --job_dir J --no-norm_last_layer")
+    assert launch("main_sere", words) == 0
     assert "--no-norm_last_layer" in capsys.readouterr().out
 
 
-def test_a_check_is_made_whenever_it_is_asked_for_and_is_no_run(tmp_path):
-    command = [
-        "--cluster",
-        "debug",
-        "--job_dir",
-        tmp_path,
-        *TINY_MODEL,
-        "--sweep",
-        "seed=0,1",
-        "--then",
-        "linprobe",
-        "--knn",
-    ]
+def test_a_check_can_be_repeated_and_is_not_a_run(tmp_path):
+    chain = shlex.split("--sweep seed=0,1 --then linprobe --knn")
+    command = ["--cluster", "debug", "--job_dir", tmp_path, *TINY_MODEL, *chain]
     for _ in range(2):
-        code, text = front("--check", *command)
+        code, text = launcher("--check", *command)
         assert code == 0 and "200 images" in text and "not run again" not in text, text
-        time.sleep(1)  # its folder is named by the second
+        time.sleep(1)  # its folder is named after the second
     assert len(list(tmp_path.glob("check-*"))) == 2 and not (tmp_path / "jobs.json").exists()
 
 
 def test_in_this_process_runs_need_no_submitit_and_share_a_folder(tmp_path):
-    """Two launchers at once, each with points of its own, where importing submitit fails."""
+    """Two launchers at once, each with its own points, where the import of submitit fails."""
     (tmp_path / "without" / "submitit").mkdir(parents=True)
     (tmp_path / "without" / "submitit" / "__init__.py").write_text("raise ImportError('not installed')")
     path = os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "submitit_pretrain.py",
-        "--cluster",
-        "debug",
-        "--job_dir",
-        str(tmp_path / "jobs"),
-        *TINY_MODEL,
-    ]
-    both = [
+    command = [sys.executable, "submitit_pretrain.py", "--cluster", "debug"]
+    command += ["--job_dir", str(tmp_path / "jobs"), *TINY_MODEL]
+    processes = [
         subprocess.Popen(
             [*command, "--sweep", f"seed={seed}"],
             cwd=ROOT,
@@ -332,8 +219,8 @@ def test_in_this_process_runs_need_no_submitit_and_share_a_folder(tmp_path):
         )
         for seed in (0, 1)
     ]
-    texts = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
     points = json.loads((tmp_path / "jobs" / "sweep.json").read_text())["points"]
     assert sorted(point["name"] for point in points) == ["seed=0", "seed=1"]
     assert all((tmp_path / "jobs" / name / "checkpoint-last.pth").exists() for name in ("seed=0", "seed=1"))
@@ -354,64 +241,52 @@ def test_a_locked_folder_keeps_others_out(tmp_path, monkeypatch):
         pass
 
 
-def test_status_beside_a_line_that_is_being_written(tmp_path):
+def test_the_last_line_of_a_log_may_be_incomplete(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.5}\n{"train_lo')
     assert last_line(tmp_path) == {"epoch": 0, "train_loss": 0.5}
     (tmp_path / "log.txt").write_text('{"train_lo')
     assert last_line(tmp_path) == {}
 
 
-def test_a_local_sweep_with_a_failure_and_what_follows(tmp_path):
-    """Two points at a time; one fails, is mended, and runs alone."""
-    command = [
-        "--cluster",
-        "local",
-        "--ngpus",
-        0,
-        "--job_dir",
-        tmp_path,
-        *TINY_MODEL,
-        "--max_parallel",
-        2,
-        "--sweep",
-        "mask_ratio=0.5,0.75",
-        "--then",
-        "linprobe",
-        "--knn",
-        "--batch_size",
-        100,
-    ]
+def states_of(folder) -> dict[str, str]:
+    """Point or follow-up -> its state in the table of --status."""
+    return dict(re.findall(r"^(mask\S+)\s+(\w+)", launcher("--status", folder)[1], re.M))
+
+
+def test_a_local_sweep_with_a_failure_and_follow_ups(tmp_path):
+    """Two points at a time; one fails, is repaired, and runs alone."""
+    command = ["--cluster", "local", "--ngpus", 0, "--job_dir", tmp_path, *TINY_MODEL]
+    command += shlex.split("--max_parallel 2 --sweep mask_ratio=0.5,0.75")
+    command += shlex.split("--then linprobe --knn --batch_size 100")
     bad = tmp_path / "mask_ratio=0.75" / "checkpoint-last.pth"
     bad.parent.mkdir()
     bad.write_bytes(b"")
-    code, text = front(*command)
+    code, text = launcher(*command)
     assert code == 1, text
-    shown = front("--status", tmp_path)[1]
-    states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
-    assert states == {
-        "mask_ratio=0.5": "finished",
-        "mask_ratio=0.5/linprobe": "finished",
-        "mask_ratio=0.75": "failed",
-    }, shown
+    states = {"mask_ratio=0.5": "finished", "mask_ratio=0.5/linprobe": "finished"}
+    assert states_of(tmp_path) == states | {"mask_ratio=0.75": "failed"}
+    shown = launcher("--status", tmp_path)[1]
     assert "is empty" in shown and "knn20_cls" in shown
     bad.unlink()
-    code, text = front(*command)
+    code, text = launcher(*command)
     assert code == 0 and text.count("finished, not run again") == 2, text
-    assert set(dict(re.findall(r"^(mask\S+)\s+(finished)", front("--status", tmp_path)[1], re.M))) == {
-        "mask_ratio=0.5",
-        "mask_ratio=0.5/linprobe",
-        "mask_ratio=0.75",
-        "mask_ratio=0.75/linprobe",
-    }
+    states |= {"mask_ratio=0.75": "finished", "mask_ratio=0.75/linprobe": "finished"}
+    assert states_of(tmp_path) == states
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert saved["points"] == [{"name": f"mask_ratio={m}", "flags": {"mask_ratio": m}} for m in (0.5, 0.75)]
     assert len(log_lines(tmp_path / "mask_ratio=0.75")) == 1
-    code, text = front("--only", "mask_ratio=0.6", *command)
-    assert code == 2 and "no such point; there are mask_ratio=0.5 mask_ratio=0.75" in text
+
+
+def test_only_names_points_of_the_sweep(tmp_path, capfd):
+    flags = ["--cluster", "local", "--job_dir", str(tmp_path), "--dry_run", "--sweep", "seed=1,2"]
+    assert launch("main_pretrain", [*flags, "--only", "seed=2"]) == 0
+    assert capfd.readouterr().out.count("python main_pretrain.py") == 1
+    assert launch("main_pretrain", [*flags, "--only", "seed=3"]) == 2
+    assert "--only seed=3: no such point; there are seed=1 seed=2" in capfd.readouterr().err
 
 
 def test_two_local_processes_are_two_ranks(tmp_path):
-    code, text = front(
+    code, text = launcher(
         "--cluster", "local", "--ngpus", 2, "--job_dir", tmp_path, *TINY_MODEL, "--batch_size", 50
     )
     log = "".join(p.read_text() for p in tmp_path.glob("submitit/*/*_log.out"))
@@ -419,27 +294,11 @@ def test_two_local_processes_are_two_ranks(tmp_path):
 
 
 def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
-    code, text = front(
-        "--nodes",
-        3,
-        "--ngpus",
-        4,
-        "--job_dir",
-        tmp_path / "jobs",
-        "--timeout",
-        90,
-        "--qos",
-        "high",
-        "--slurm",
-        "exclude=node7",
-        "exclusive",
-        "--mem_gb",
-        100,
-        *TINY_MODEL,
-        "--sweep",
-        "seed=1,2",
-        "--dry_run",
+    options = shlex.split(
+        "--nodes 3 --ngpus 4 --timeout 90 --qos high --slurm exclude=node7 exclusive --mem_gb 100 "
+        "--sweep seed=1,2 --dry_run"
     )
+    code, text = launcher("--job_dir", tmp_path / "jobs", *TINY_MODEL, *options)
     assert code == 0, text
     for line in (
         "--nodes=3",
@@ -459,9 +318,9 @@ def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "jobs").exists()
 
 
-def test_status_of_nothing_says_so(tmp_path):
-    code, text = front("--status", tmp_path)
-    assert code == 2 and "is no job directory" in text
+def test_a_folder_without_runs_has_no_status(tmp_path):
+    code, text = launcher("--status", tmp_path)
+    assert code == 2 and "is not a job directory" in text
 
 
 @pytest.mark.parametrize(
@@ -482,7 +341,10 @@ def test_status_of_nothing_says_so(tmp_path):
     ],
 )
 def test_state_of_a_run(noted, queued, end, word):
-    assert state_of({"state": noted} if noted else {}, queued, end) == word
+    note = {}
+    if noted:
+        note["state"] = noted
+    assert state_of(note, queued, end) == word
 
 
 def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
@@ -490,30 +352,26 @@ def test_a_job_notes_how_it_went(tmp_path, monkeypatch):
 
     monkeypatch.setattr(main_linprobe, "main", lambda args: 0)
     job = Job("main_linprobe", ["--seed", "3"], str(tmp_path))
-    assert not job.finished_before() and job() == 0 and job.finished_before()
-    assert not Job("main_linprobe", ["--seed", "4"], str(tmp_path)).finished_before(), (
-        "other flags are another run"
-    )
+    assert not job.is_finished() and job() == 0 and job.is_finished()
+    assert not Job("main_linprobe", ["--seed", "4"], str(tmp_path)).is_finished(), "other flags: another run"
     monkeypatch.setattr(main_linprobe, "main", lambda args: 75)
     with pytest.raises(SystemExit, match="75"):
         job()
     assert read_note(tmp_path)["state"] == "stopped" and read_note(tmp_path)["starts"] == 2
 
     def broken(args):
-        raise ValueError("no such data")
+        raise ValueError("`data_path` is empty")
 
     monkeypatch.setattr(main_linprobe, "main", broken)
     with pytest.raises(ValueError):
         job()
-    assert (
-        read_note(tmp_path)["state"] == "failed"
-        and read_note(tmp_path)["error"] == "ValueError: no such data"
-    )
+    assert read_note(tmp_path)["state"] == "failed"
+    assert read_note(tmp_path)["error"] == "ValueError: --data_path is empty", "in the user's terms"
     assert status(tmp_path).splitlines()[1].split()[:2] == [".", "failed"]
 
 
 def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
-    """While Python shuts down it has no handlers: a warning of the time limit would kill a job whose run is done."""
+    """Python has no handlers while it shuts down: a warning would kill a job whose run is done."""
     import submitit
 
     import main_linprobe
@@ -526,10 +384,8 @@ def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
             monkeypatch.setattr(main_linprobe, "main", lambda args, code=code: code)
             with contextlib.suppress(SystemExit):
                 Job("main_linprobe", [], str(tmp_path))()
-            assert all((signal.getsignal(number) == signal.SIG_IGN) == ignored for number in warnings), (
-                executor,
-                code,
-            )
+            for number in warnings:
+                assert (signal.getsignal(number) == signal.SIG_IGN) == ignored, (executor, code)
     finally:
         for number, handler in warnings.items():
             signal.signal(number, handler)
@@ -537,23 +393,24 @@ def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
 
 def test_requeue_asks_slurm_first(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(
-        slurm.subprocess,
-        "run",
-        lambda command, **k: (
-            asked.append(command)
-            or subprocess.CompletedProcess(command, 0, states.pop(0) if command[0] == "squeue" else "", "")
-        ),
-    )
+    states = ["COMPLETING\n", "RUNNING\n"]
+
+    def answer(command, **options):
+        asked.append(command)
+        output = ""
+        if command[0] == "squeue":
+            output = states.pop(0)
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setattr(slurm.subprocess, "run", answer)
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     slurm.requeue()
     assert asked == [], "no job, no question"
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    states = ["COMPLETING\n", "RUNNING\n"]
     slurm.requeue()
-    assert [c[0] for c in asked] == ["squeue"] and "not requeued by itself" in capsys.readouterr().out
+    assert [c[0] for c in asked] == ["squeue"] and "does not requeue itself" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     slurm.requeue()
@@ -575,18 +432,21 @@ def test_requeue_asks_a_busy_controller_again(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     slurm.requeue()
-    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and goes on from here\n"
+    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and continues from here\n"
     answers += 5 * [("squeue", 1, "")]
     slurm.requeue()
-    assert answers == [] and "unknown to squeue here: not requeued" in capsys.readouterr().out
+    assert (
+        answers == [] and "does not requeue itself: its state is unknown to squeue" in capsys.readouterr().out
+    )
     answers += 5 * [running, ("scontrol", 1, "")]
     slurm.requeue()
     assert answers == [] and "Socket timed out; submit the same command again" in capsys.readouterr().out
 
 
 def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch, capsys):
-    waits, answers = [], ["", "UNLIMITED", "1-00:00:20", "1:00:20", "1:20", "0:31", "0:30", "RUNNING"]
-    monkeypatch.setattr(slurm, "ask", lambda *command: answers.pop(0))
+    waits = []
+    answers = ["", "UNLIMITED", "1-00:00:20", "1:00:20", "1:20", "0:31", "0:30", "RUNNING"]
+    monkeypatch.setattr(slurm, "query", lambda *command: answers.pop(0))
     monkeypatch.setattr(
         slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", "")
     )
@@ -602,7 +462,7 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
     assert waits == [], "there is no job"
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     slurm.requeue_at_the_limit(Left())
-    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and goes on from here\n"
+    assert answers == [] and capsys.readouterr().out == "job 12 is requeued and continues from here\n"
     stopped = Left()
     stopped.set()
     slurm.requeue_at_the_limit(stopped)
@@ -610,26 +470,16 @@ def test_a_job_that_hangs_is_requeued_shortly_before_its_time_limit(monkeypatch,
 
 
 def test_a_preview_is_asked_for_anywhere(tmp_path, capsys):
-    """At the end of a command it would be the last follow-up's flag, and all would be submitted."""
-    flags = [
-        *TINY_MODEL,
-        "--job_dir",
-        str(tmp_path / "jobs"),
-        "--sweep",
-        "seed=0,1",
-        "--then",
-        "linprobe",
-        "--knn",
-    ]
-    assert launch("main_pretrain", [*flags, "--dry-run"]) == 0
+    """At the end of a command it would otherwise belong to the last follow-up, and all runs would start."""
+    flags = ["--job_dir", str(tmp_path / "jobs"), *shlex.split("--sweep seed=0,1 --then linprobe --knn")]
+    assert launch("main_pretrain", [*TINY_MODEL, *flags, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert (
-        text.count("python main_linprobe.py") == 2 and "#SBATCH" in text and not (tmp_path / "jobs").exists()
-    )
+    assert text.count("python main_linprobe.py") == 2 and "#SBATCH" in text
+    assert not (tmp_path / "jobs").exists()
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(tmp_path, monkeypatch, capfd):
-    """What runs already would be submitted again."""
+    """Otherwise runs in the queue would be submitted again."""
     (tmp_path / "jobs.json").write_text(json.dumps({"": ["7"]}))
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     monkeypatch.setattr(
@@ -639,9 +489,10 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(tmp_path, monkeypatch,
     assert "SLURM does not answer squeue (timed out)" in capfd.readouterr().err
 
 
-def test_what_was_submitted_is_noted_before_slurm_refuses_more(tmp_path, monkeypatch, capfd):
-    """A limit of jobs, say: the same command again then submits the rest alone."""
-    bin_, calls = tmp_path / "bin", tmp_path / "calls"
+def test_submitted_jobs_are_noted_before_slurm_refuses_more(tmp_path, monkeypatch, capfd):
+    """For example a limit on jobs. The same command again then submits only the rest."""
+    bin_ = tmp_path / "bin"
+    calls = tmp_path / "calls"
     bin_.mkdir()
     sbatch = (
         f"echo x >> {calls}\nn=$(wc -l < {calls})\n[ $n -le 2 ] || {{ echo QOSMaxSubmit >&2; exit 1; }}\n"
@@ -652,45 +503,30 @@ def test_what_was_submitted_is_noted_before_slurm_refuses_more(tmp_path, monkeyp
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_), prepend=":")
     folder = tmp_path / "jobs"
-    assert (
-        launch(
-            "main_pretrain",
-            [
-                *TINY_MODEL,
-                "--job_dir",
-                str(folder),
-                "--sweep",
-                "seed=0",
-                "--then",
-                "linprobe",
-                "--knn",
-                "--then",
-                "linprobe",
-            ],
-        )
-        == 2
-    )
-    assert "SLURM refuses the job: " in (told := capfd.readouterr().err) and "QOSMaxSubmit" in told
+    chain = shlex.split("--sweep seed=0 --then linprobe --knn --then linprobe")
+    assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(folder), *chain]) == 2
+    message = capfd.readouterr().err
+    assert "SLURM refuses the job: " in message and "QOSMaxSubmit" in message
     assert list(json.loads((folder / "jobs.json").read_text())) == ["seed=0", "seed=0/linprobe"]
 
 
 def test_a_local_run_that_was_killed_is_noted_as_failed(tmp_path):
     job = Job("main_pretrain", [], str(tmp_path))
-    assert job.ended("1") == "lost"
-    job.note(state="running", starts=1)
-    assert job.ended("1") == "failed" and "killed" in read_note(str(tmp_path))["error"]
-    job.note(state="finished")
-    assert job.ended("1") == "finished"
+    assert job.final_state("1") == "lost"
+    write_note(tmp_path, {"state": "running", "starts": 1})
+    assert job.final_state("1") == "failed" and "killed" in read_note(tmp_path)["error"]
+    write_note(tmp_path, {"state": "finished"})
+    assert job.final_state("1") == "finished"
 
 
-def test_what_was_done_on_an_earlier_checkpoint_is_named(tmp_path, capsys):
+def test_follow_ups_of_an_earlier_checkpoint_are_named(tmp_path, capsys):
     points = sweep.plan("main_pretrain", TINY_MODEL, [], ["--then", "linprobe", "--knn"], str(tmp_path))
     then = points[0].then[0]
     (tmp_path / "checkpoint-last.pth").touch()
     for job in (points[0].job(), then.job()):
-        job.note(state="finished", main=job.main, argv=job.argv)
-    say_stale(points)
+        write_note(job.folder, {"state": "finished", "main": job.main, "argv": job.argv})
+    report_stale(points)
     assert capsys.readouterr().out == ""
     os.utime(tmp_path / "checkpoint-last.pth", (time.time() + 9, time.time() + 9))
-    say_stale(points)
-    assert f"{then.folder}: done on an earlier checkpoint" in capsys.readouterr().out
+    report_stale(points)
+    assert f"{then.folder}: used an earlier checkpoint" in capsys.readouterr().out

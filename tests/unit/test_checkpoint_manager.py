@@ -31,7 +31,9 @@ def test_a_later_run_takes_the_folder_over(tmp_path, monkeypatch):
     first.claim()
     first.save(state(1))
     second.claim()
-    with pytest.raises(ValueError, match=r"belongs to a run that started later, on .*: this run stops without saving"):
+    with pytest.raises(
+        ValueError, match=r"belongs to a run that started later, on .*: this run stops without saving"
+    ):
         first.save(state(2))
     assert value(tmp_path) == 1
     second.save(state(3))

@@ -1,6 +1,5 @@
 """What costs a GPU time or memory, as far as a CPU can show it: copies of constants, streams, lists that are made anew."""
 
-import argparse
 import contextlib
 
 import pytest
@@ -175,23 +174,22 @@ def test_batches_are_made_within_the_copy_stream(monkeypatch):
     "flags, expected",
     [
         (dict(), None),
-        (dict(compile=True), "default"),
-        (dict(compile_mode="reduce-overhead"), "reduce-overhead"),
+        (dict(requested=True), "default"),
+        (dict(mode="reduce-overhead"), "reduce-overhead"),
         (
-            dict(compile=True, compile_mode="max-autotune-no-cudagraphs", accum_iter=4),
+            dict(requested=True, mode="max-autotune-no-cudagraphs", accum_iter=4),
             "max-autotune-no-cudagraphs",
         ),
     ],
 )
 def test_the_mode_in_which_a_model_is_compiled(flags, expected):
-    args = argparse.Namespace(**dict(compile=False, compile_mode="default", accum_iter=1) | flags)
-    assert compile_mode(args) == expected
+    values = dict(requested=False, mode="default", accum_iter=1) | flags
+    assert compile_mode(**values) == expected
 
 
 def test_graphs_do_not_go_with_accumulation():
-    args = argparse.Namespace(compile=True, compile_mode="reduce-overhead", accum_iter=2)
     with pytest.raises(ValueError, match="--accum_iter 2"):
-        compile_mode(args)
+        compile_mode(True, "reduce-overhead", accum_iter=2)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""SLURM: submission, sweeps, follow-ups, status, and the check of a cluster."""
+"""SLURM: submission, sweeps, follow-up runs, status, and the check of a cluster."""

@@ -1,7 +1,4 @@
-"""Living under SLURM: requeueing a job that stops or hangs, outliving a lost node, and a check of the cluster.
-
-srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python -m util.cluster.check --output_dir DIR --data_path DIR
-"""
+"""Life of a job under SLURM: requeueing it when it stops or hangs, and waiting when it loses a node."""
 
 import contextlib
 import os
@@ -10,100 +7,123 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 
 from util import dist
 
 
-def job_id(environ=os.environ) -> str:
-    """This job as `scontrol` and `squeue` name it, '' outside of SLURM: 12, or 12_3 for a task of an array.
+def job_id(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the ID of this job, "" outside of SLURM: 12, or 12_3 for a task of an array.
 
-    A task's own number will not do: that of an array's last task is also the name of the whole array.
+    The number in SLURM_JOB_ID is not enough: for the last task of an array it also names the whole array.
     """
     if "SLURM_ARRAY_JOB_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID", "")
 
 
-def ask(*command: str, must: bool = False) -> str:
-    """Output of a SLURM command, '' where it is not installed or fails; with `must` a failure is a ValueError."""
+def query(*command: str, required: bool = False) -> str:
+    """Run a SLURM command and return its output, "" if it is not installed or fails.
+
+    Raises ValueError if it is installed and fails, and the answer is `required`.
+    """
+    # Local runs, and their status, need no SLURM.
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and must:
+    if done.returncode == 0:
+        return done.stdout.strip()
+    if required:
         raise ValueError(f"SLURM does not answer {command[0]} ({done.stderr.strip()}): try again")
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What sbatch refuses becomes a ValueError with its words."""
+def submission_errors() -> Iterator[None]:
+    """Turn a refusal of sbatch into a ValueError with its message."""
     from submitit.core.utils import FailedJobError
 
     try:
         yield
-    except FailedJobError as e:
-        raise ValueError(f"SLURM refuses the job: {' '.join(str(e).split())}") from e
+    except FailedJobError as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"SLURM refuses the job: {message}") from error
 
 
 def check_shared(job_dir: str) -> None:
-    """ValueError if the nodes of a cluster cannot share `job_dir` because it lies in this machine's memory."""
+    """Raise ValueError if `job_dir` lies in the memory of this machine, which other nodes cannot see."""
+    # Linux only. Elsewhere nothing is checked.
     if not os.path.exists("/proc/mounts"):
         return
     with open("/proc/mounts") as f:
-        mounts = [(line.split()[1], line.split()[2]) for line in f]
-    inside = [m for m in mounts if os.path.commonpath([m[0], os.path.realpath(job_dir)]) == m[0]]
-    where, kind = max(inside, key=lambda m: len(m[0]), default=("", ""))
+        mounts = [tuple(line.split()[1:3]) for line in f]
+    path = os.path.realpath(job_dir)
+    around = [(place, kind) for place, kind in mounts if os.path.commonpath([place, path]) == place]
+    # The deepest mount point around the folder is its file system.
+    place, kind = max(around, key=lambda mount: len(mount[0]), default=("", ""))
     if kind in ("tmpfs", "ramfs"):
         raise ValueError(
-            f"--job_dir {job_dir} lies in this machine's memory ({kind} at {where}), which no node sees: choose a "
-            "folder that all nodes mount"
+            f"`job_dir` {job_dir} lies in the memory of this machine ({kind} at {place}), which other nodes "
+            "cannot see: choose a folder that all nodes mount"
         )
 
 
 def requeue(tries: int = 5) -> None:
-    """Have this job start again, if it is a SLURM job that SLURM itself considers running.
+    """Requeue this job if SLURM considers it running, and print what was done. Outside of SLURM do nothing.
 
-    Then it was warned of its time limit or of preemption. A job that is being cancelled, or requeued already, is left
-    alone; so is one that was submitted with --no-requeue, by SLURM itself. A busy controller leaves requests unanswered
-    ("Socket timed out"), so they are made up to `tries` times, for half a minute of the two that the warning leaves.
+    A running job was warned of its time limit or of preemption. A job that is being cancelled, or that is
+    requeued already, is left alone. SLURM itself refuses a job that was submitted with --no-requeue.
+
+    A busy controller does not answer ("Socket timed out"). The request is therefore made up to `tries` times,
+    for half a minute of the two minutes that the warning leaves.
     """
     job = job_id()
     if not job:
         return
-    for i in range(tries):
-        time.sleep(2**i if i else 0)
-        state = ask("squeue", "-h", "-j", job, "-o", "%T")
-        why = f"job {job} is {state or 'unknown to squeue here'}: not requeued by itself"
-        if state == "RUNNING":
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            # The requeue may end scontrol too, with everything else in the job, and that is no failure.
-            if done.returncode <= 0:
-                why = f"job {job} is requeued and goes on from here"
+    result = ""
+    for attempt in range(tries):
+        # 2, 4, 8 and 16 seconds: half a minute in all.
+        if attempt:
+            time.sleep(2**attempt)
+        # %T is the full name of the state.
+        state = query("squeue", "-h", "-j", job, "-o", "%T")
+        if state != "RUNNING":
+            result = f"job {job} does not requeue itself: its state is {state or 'unknown to squeue'}"
+            # An empty state may be a controller that is busy; any other state is an answer.
+            if state or shutil.which("squeue") is None:
                 break
-            why = f"scontrol requeue {job}: {done.stderr.strip()}; submit the same command again to go on"
-        elif state or shutil.which("squeue") is None:
+            continue
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        # SLURM may kill scontrol together with the job (a negative code), and that is not a failure.
+        if done.returncode <= 0:
+            result = f"job {job} is requeued and continues from here"
             break
-    print(why, flush=True)
+        result = f"scontrol requeue {job}: {done.stderr.strip()}; submit the same command again to continue"
+    print(result, flush=True)
 
 
 def time_left(job: str) -> float | None:
-    """Seconds until SLURM ends the job; None where it does not say, or never will."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", ask("squeue", "-h", "-j", job, "-o", "%L"))
-    if found is None:
+    """Return the seconds until SLURM ends a job, or None if there is no limit or no answer."""
+    answer = query("squeue", "-h", "-j", job, "-o", "%L")
+    # [days-][hours:]minutes:seconds
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", answer)
+    if match is None:
         return None
-    days, hours, minutes, seconds = (int(x or 0) for x in found.groups())
-    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
 
 
 def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
-    """Have a job that hangs start again from its last save, `margin` seconds before its time limit would end it for good.
+    """Requeue a job that hangs, `margin` seconds before its time limit. It then starts from its last save.
 
-    Of a long evaluation nobody can tell that it does not hang, and it has lost its job as well. Rank 0 asks, until the
-    event says that it has stopped by itself.
+    A run that does not stop within seconds of a warning hangs, or is in a long evaluation. Either way the
+    time limit would end the job for good. Rank 0 polls SLURM until then, or until the run has stopped by
+    itself, which sets `left`.
     """
+    # Three seconds between queries do not burden the controller, and are short against the margin.
     while dist.is_main() and job_id() and not left.wait(3):
         seconds = time_left(job_id())
         if seconds is not None and seconds <= margin:
@@ -111,28 +131,36 @@ def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
             return
 
 
+def _is_lost_connection(error: RuntimeError) -> bool:
+    if isinstance(error, torch.distributed.DistBackendError):
+        return True
+    # gloo raises a plain RuntimeError.
+    message = str(error)
+    return "closed by peer" in message or "reset by peer" in message
+
+
 @contextlib.contextmanager
 def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
-    """Within it, a rank whose connection to another one breaks waits for SLURM's verdict instead of failing at once.
+    """Delay the failure of a rank that has lost its connection to another one until SLURM has decided.
 
-    If the other node has died, SLURM notices after its SlurmdTimeout and requeues the job, but not if the job has failed
-    before. If only a process has died there, `srun --kill-on-bad-exit` ends this one too.
+    If the other node has died, SLURM notices it after its SlurmdTimeout and requeues the job, but only if the
+    job has not failed before. If only a process has died there, `srun --kill-on-bad-exit` ends this process
+    too.
     """
     try:
         yield
-    except RuntimeError as e:
-        broken = (
-            isinstance(e, torch.distributed.DistBackendError)
-            or "closed by peer" in str(e)
-            or "reset by peer" in str(e)
-        )
-        if broken and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+    except RuntimeError as error:
+        # On a single node no other node can be lost.
+        several_nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1
+        if several_nodes and _is_lost_connection(error):
+            cause = str(error).splitlines()[0]
             print(
-                f"rank {dist.rank()} has lost its connection ({str(e).splitlines()[0]}): waiting up to {minutes:g} minutes "
+                f"rank {dist.rank()} has lost its connection ({cause}): waiting up to {minutes:g} minutes "
                 "for SLURM to end or to requeue this job",
                 flush=True,
             )
             end = time.monotonic() + 60 * minutes
+            # SLURM sends a signal when it ends or requeues the job, which sets `received`.
             while time.monotonic() < end and stop.received is None:
                 time.sleep(1)
         raise

@@ -1,18 +1,21 @@
-"""The runs of a sweep: which there are, their flags and directories, and the runs that follow each."""
+"""The runs of a sweep: their flags and folders, and the runs that follow each of them."""
 
 import argparse
 import importlib
 import os
 import re
 import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any, NoReturn
 
 from util.cluster.job import Job
 from util.flags.parser import Parser
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
-# What a follow-up takes over from the pretraining that it follows, unless its own flags say otherwise.
+# A follow-up takes these flags from its pretraining, unless its own flags set them.
 INHERITED = (
     "data_path",
     "input_size",
@@ -29,53 +32,76 @@ INHERITED = (
 
 @dataclass
 class Point:
-    """One run: the flags that set it apart, all flags of its main, its directory, and what follows it."""
+    """One run: its swept flags, all flags of its main, its folder, and its follow-ups."""
 
-    name: str  # as a path below the job directory; '' for a single run
-    flags: dict
+    name: str  # a path below the job directory; "" for a single run
+    flags: dict[str, Any]  # the swept flags with their parsed values
     main: str
     argv: list[str]
     folder: str
     then: list["Point"] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """What messages call the run: its name, or the folder of a single run."""
+        return self.name or self.folder
+
     def job(self) -> Job:
+        """Make the job that runs this point."""
         return Job(self.main, self.argv, self.folder)
 
 
 def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir: str) -> list[Point]:
-    """All runs that are asked for, each checked by its main's own parser before anything is submitted.
+    """Plan all runs of a command. The parser of each main checks its flags before anything is submitted.
 
-    `rest` are the main's flags, `sweep` the words FLAG=A,B,C, `chain` the words --then MAIN FLAGS [--then ...].
+    Args:
+        main: module name of the main.
+        rest: flags of the main that all points share.
+        sweep: words FLAG=A,B,C.
+        chain: words --then MAIN FLAGS [--then ...].
+        job_dir: folder of all runs.
+
+    Raises ValueError if a flag or a value is wrong, or if two points are equal.
     """
     swept = parse_sweep(sweep)
     if (swept or chain) and "%j" in job_dir:
-        raise ValueError(
-            "--sweep and --then need a --job_dir that is known before the jobs are: leave out %j"
-        )
+        raise ValueError("`sweep` and `then` need a `job_dir` that is known at submission: leave out %j")
     points = []
+    # The last flag varies fastest.
     for values in product(*swept.values()):
-        flags = {
-            name: value for names, together in zip(swept, values) for name, value in apart(names, together)
-        }
-        name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{k}={v}" for k, v in flags.items()))
-        folder = os.path.join(job_dir, name) if name else job_dir
-        argv = rest
-        for flag, value in flags.items():
-            argv = with_flag(main, argv, flag, value)
-        argv = [*argv, "--output_dir", folder]  # in a job directory, as MAE's
-        args, switches = parse_main(main, argv), actions(main)
-        parsed = {k: getattr(args, switches[f"--{k}"].dest) for k in flags}
-        points.append(Point(name, parsed, main, argv, folder, follow_ups(args, chain, name, folder)))
-    names = [p.name for p in points]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--sweep names a point twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
-        )
+        flags: dict[str, str] = {}
+        for names, value in zip(swept, values):
+            flags |= apart(names, value)
+        points.append(_make_point(main, rest, flags, chain, job_dir))
+    # Different values may give the same name, because special characters are replaced.
+    count = Counter(point.name for point in points)
+    twice = sorted(name for name in count if count[name] > 1)
+    if twice:
+        raise ValueError(f"`sweep` names a point twice: {', '.join(twice)}")
     return points
 
 
+def _make_point(main: str, rest: list[str], flags: dict[str, str], chain: list[str], job_dir: str) -> Point:
+    name = ",".join(f"{flag}={value}" for flag, value in flags.items())
+    # Values may hold spaces, slashes and quotes, which have no place in a folder's name.
+    name = re.sub(r"[^\w.+=,-]", "_", name)
+    folder = job_dir
+    if name:
+        folder = os.path.join(job_dir, name)
+    argv = rest
+    for flag, value in flags.items():
+        argv = with_flag(main, argv, flag, value)
+    # The job directory overrides --output_dir, as in MAE.
+    argv = [*argv, "--output_dir", folder]
+    parsed = vars(parse_main(main, argv))
+    switches = actions(main)
+    # Switches such as --cls_token store their value under another name.
+    values = {flag: parsed[switches[f"--{flag}"].dest] for flag in flags}
+    return Point(name, values, main, argv, folder, follow_ups(parsed, chain, name, folder))
+
+
 def parse_sweep(words: list[str]) -> dict[str, list[str]]:
-    """["mask_ratio=0.5,0.75", "seed=0,1"] -> {"mask_ratio": ["0.5", "0.75"], "seed": ["0", "1"]}.
+    """Parse ["mask_ratio=0.5,0.75", "seed=0,1"] to {"mask_ratio": ["0.5", "0.75"], "seed": ["0", "1"]}.
 
     Flags that move together stay one entry, which `apart` takes apart: "hflip+vflip=0+0,0.5+0.5".
     """
@@ -83,107 +109,157 @@ def parse_sweep(words: list[str]) -> dict[str, list[str]]:
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not values:
-            raise ValueError(f"--sweep takes FLAG=A,B,C, found {word!r}")
+            raise ValueError(f"`sweep` takes FLAG=A,B,C, found {word!r}")
+        # As on the command line, dashes and underscores are equal.
         swept[name.lstrip("-").replace("-", "_")] = values.split(",")
     return swept
 
 
-def apart(names: str, values: str) -> list[tuple[str, str]]:
-    """("hflip+vflip", "0.5+0") -> [("hflip", "0.5"), ("vflip", "0")]; a single flag keeps its value, "apl+rpl" too."""
+def apart(names: str, values: str) -> dict[str, str]:
+    """Split flags that move together: ("hflip+vflip", "0.5+0") gives {"hflip": "0.5", "vflip": "0"}.
+
+    Raises ValueError if there is not one value for each flag.
+    """
     flags = names.split("+")
+    # The value of a single flag may hold a plus itself, as in pos_label=apl+rpl.
     if len(flags) == 1:
-        return [(names, values)]
-    if len(values.split("+")) != len(flags):
+        return {names: values}
+    parts = values.split("+")
+    if len(parts) != len(flags):
         raise ValueError(
-            f"--sweep {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} parts, "
-            "joined by +"
+            f"`sweep` {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} "
+            "parts, joined by +"
         )
-    return list(zip(flags, values.split("+")))
+    return dict(zip(flags, parts))
 
 
 class _Strict(Parser):
-    """A parser whose errors are ValueErrors: the flags in question are not the ones that were typed."""
+    """A parser that raises ValueError instead of printing its usage and exiting.
 
-    def error(self, message: str):
+    The user did not type all of these words, so the usage would not help.
+    """
+
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}")
 
 
+def _strict_parser(main: str) -> _Strict:
+    return _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main)
+
+
 def parse_main(main: str, argv: list[str]) -> argparse.Namespace:
-    """A main's flags; ValueError where they are wrong."""
-    return _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main).parse_args(argv)
+    """Parse the flags of a main. Raises ValueError if they are wrong."""
+    return _strict_parser(main).parse_args(argv)
 
 
 def check_flags(main: str, rest: list[str]) -> list[str]:
-    """Of a main's flags those that the check of the cluster has too."""
-    args = parse_main(main, rest)
-    return [w for k in ("data_path", "device") if getattr(args, k) for w in (f"--{k}", str(getattr(args, k)))]
+    """Select those flags of a main that the check of the cluster has too."""
+    flags = vars(parse_main(main, rest))
+    words = []
+    for name in ("data_path", "device"):
+        if flags[name]:
+            words += [f"--{name}", str(flags[name])]
+    return words
 
 
 def given_to(main: str, argv: list[str]) -> set[str]:
-    """The flags (their attributes) that a command line gives, be it to their defaults."""
-    parser = _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main)
+    """Return the flags (as attributes) that a command line sets, even if to their defaults."""
+    parser = _strict_parser(main)
+    # Without defaults, only the flags of the command line become attributes.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
 
 
 def actions(main: str) -> dict[str, argparse.Action]:
+    """Return argparse's action for each flag of a main."""
     return Parser(parents=[importlib.import_module(main).get_args_parser()])._option_string_actions
 
 
 def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:
-    """A command line and --name value after it; true and false for flags without a value; a list's values by spaces."""
+    """Append --name value to a command line.
+
+    The values of a list are separated by spaces. A flag without a value is set by true and removed by false.
+    Raises ValueError if such a flag has another value.
+    """
     action = actions(main).get(f"--{name}")
+    # The parser reports an unknown flag later, and names the nearest one.
     if action is None or action.nargs != 0:
         return [*argv, f"--{name}", *shlex.split(value)]
     if value not in ("true", "false"):
-        raise ValueError(f"--sweep {name}: --{name} takes no value; sweep over true,false")
+        raise ValueError(f"`sweep` {name}: the flag takes no value; sweep over true,false")
     if isinstance(action, argparse.BooleanOptionalAction):
-        return [*argv, f"--{name}" if value == "true" else f"--no-{name}"]
-    # No word takes such a switch back, so that a recipe's must go.
+        if value == "false":
+            name = f"no-{name}"
+        return [*argv, f"--{name}"]
+    # No flag reverts such a switch, so the one of a recipe must be removed.
     argv = [word for word in argv if word.replace("-", "_") != f"--{name}".replace("-", "_")]
-    return [*argv, f"--{name}"] if value == "true" else argv
+    if value == "true":
+        argv.append(f"--{name}")
+    return argv
 
 
-def follow_ups(args: argparse.Namespace, chain: list[str], run: str, folder: str) -> list[Point]:
-    """--then MAIN FLAGS [--then ...] -> a run each, on the last checkpoint of the run in `folder`."""
+def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str) -> list[Point]:
+    """Plan the follow-ups of a run, each on its last checkpoint.
+
+    Args:
+        flags: the parsed flags of the run.
+        chain: words --then MAIN FLAGS [--then ...].
+        run: name of the run.
+        folder: folder of the run.
+    """
+    points: list[Point] = []
+    for part in _split_chain(chain):
+        kind = part[0]
+        main = FOLLOW_UPS[kind]
+        earlier = sum(point.main == main for point in points)
+        name = kind
+        if earlier:
+            name = f"{kind}-{earlier + 1}"
+        output_dir = os.path.join(folder, name)
+        checkpoint = os.path.join(folder, "checkpoint-last.pth")
+        argv = [*_inherited(flags, main, part[1:]), *part[1:]]
+        argv += ["--finetune", checkpoint, "--output_dir", output_dir]
+        # Wrong flags are an error now, and not when the pretraining has finished.
+        parse_main(main, argv)
+        points.append(Point(os.path.join(run, name), {}, main, argv, output_dir))
+    return points
+
+
+def _split_chain(chain: list[str]) -> list[list[str]]:
+    """Split --then MAIN FLAGS [--then ...] into a list [MAIN, FLAGS] for each follow-up."""
     parts: list[list[str]] = []
+    # The first word is --then.
     for word in chain:
         if word == "--then":
             parts.append([])
         else:
             parts[-1].append(word)
-    points = []
     for part in parts:
         if not part or part[0] not in FOLLOW_UPS:
+            mains = " or ".join(FOLLOW_UPS)
             raise ValueError(
-                f"--then is followed by {' or '.join(FOLLOW_UPS)} and its flags, found "
-                + (" ".join(part) or "nothing")
+                f"`then` must be followed by {mains} and its flags, found {' '.join(part) or 'nothing'}"
             )
-        main = FOLLOW_UPS[part[0]]
-        given, known = given_to(main, part[1:]), vars(parse_main(main, []))
-        inherited = {
-            k: getattr(args, k) for k in INHERITED if k in known and hasattr(args, k) and k not in given
-        }
-        if "model" not in given:
-            inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", args.model)
-        words = [
-            w
-            for k, v in inherited.items()
-            if v not in (None, "")
-            for w in (f"--{k}", *map(str, v if isinstance(v, (list, tuple)) else [v]))
-        ]
-        before = sum(p.main == main for p in points)
-        name = f"{part[0]}-{before + 1}" if before else part[0]
-        out = os.path.join(folder, name)
-        argv = [
-            *words,
-            *part[1:],
-            "--finetune",
-            os.path.join(folder, "checkpoint-last.pth"),
-            "--output_dir",
-            out,
-        ]
-        parse_main(main, argv)
-        points.append(Point(os.path.join(run, name), {}, main, argv, out))
-    return points
+    return parts
+
+
+def _inherited(flags: Mapping[str, Any], main: str, own: Sequence[str]) -> list[str]:
+    """Return the flags that a follow-up takes from its run. Its own flags, `own`, take precedence."""
+    given = given_to(main, list(own))
+    accepted = vars(parse_main(main, []))
+    inherited = {}
+    for name in INHERITED:
+        if name in accepted and name in flags and name not in given:
+            inherited[name] = flags[name]
+    if "model" not in given:
+        # mae_vit_base_patch16_dec512d8b and sere_vit_base_patch16 have the encoder of vit_base_patch16.
+        inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", flags["model"])
+    words = []
+    for name, value in inherited.items():
+        if value in (None, ""):
+            continue
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        words += [f"--{name}", *map(str, value)]
+    return words

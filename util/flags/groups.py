@@ -1,40 +1,40 @@
-"""Command lines: MAE's flags, files of flags, and help that works. Imports nothing heavy: --help answers at once."""
+"""The groups of flags that the mains share, and the conversions that several mains need.
+
+Names and defaults are MAE's where MAE has the flag. This module imports nothing heavy, so that --help answers
+at once.
+"""
 
 import argparse
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from util.flags.parser import COUNT, SHARE, number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# For grey images: the average of the three channels.
+GREY_MEAN = (0.449,)
+GREY_STD = (0.226,)
 
-
-COMPILE_MODES = "default", "max-autotune-no-cudagraphs", "reduce-overhead"
+# Modes of torch.compile.
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
 
 def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
+    """Add the flags that say which images are read, and how."""
     g = p.add_argument_group("data")
     g.add_argument(
-        "--data_path", default="", type=str, help="folder, tar, list of paths; the embedded demo set if empty"
+        "--data_path",
+        default="",
+        type=str,
+        help="folder, tar file or list of paths; the embedded demo set if not given",
     )
     g.add_argument(
         "--input_size", default=[224], type=int, nargs="+", metavar=("H", "W"), help="image size, H [W]"
     )
-    g.add_argument("--in_chans", default=3, type=int, help="image channels")
-    g.add_argument(
-        "--mean",
-        default=None,
-        type=float,
-        nargs="+",
-        help="per channel, of values in [0, 1]; ImageNet's for 3",
-    )
-    g.add_argument(
-        "--std",
-        default=None,
-        type=float,
-        nargs="+",
-        help="per channel, of values in [0, 1]; ImageNet's for 3",
-    )
+    _add_channel_flags(g)
+    # 10 is MAE's number, for a GPU server. More workers than cores slow a run down.
     g.add_argument(
         "--num_workers", default=num_workers, type=number(0), help="data loading processes per rank"
     )
@@ -44,80 +44,125 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         default=True,
         help="page-locked host memory for faster copies to a GPU",
     )
+    # MAE's spelling. BooleanOptionalAction adds --no-pin_mem only.
     g.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
     g.add_argument(
         "--cache_data",
         default="none",
         choices=["none", "memory", "device"],
         help="decode each image once and keep it; every rank keeps the whole set. memory: samples "
-        "have the same bits as with none. device: crops are made there, a value may be one grey "
-        "level off where images shrink a lot, and fine-tuning needs --aa ''",
+        "are bit-identical to those without a cache. device: images are cropped on the device, a value "
+        "may be one grey level off where an image shrinks a lot, and fine-tuning needs --aa ''",
+    )
+    # Bad images are skipped. A large share of them points to a wrong path or a broken copy.
+    g.add_argument(
+        "--max_bad_images",
+        default=0.01,
+        type=SHARE,
+        help="stop if more than this share of the images cannot be decoded",
+    )
+
+
+def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--in_chans", default=3, type=int, help="image channels")
+    # Statistics are those of pixel values scaled to [0, 1], as in torchvision.
+    g.add_argument(
+        "--mean",
+        default=None,
+        type=float,
+        nargs="+",
+        help="mean of each channel, of values in [0, 1]; ImageNet's if not given",
     )
     g.add_argument(
-        "--max_bad_images", default=0.01, type=SHARE, help="stop above this share of undecodable images"
+        "--std",
+        default=None,
+        type=float,
+        nargs="+",
+        help="standard deviation of each channel, of values in [0, 1]; ImageNet's if not given",
     )
 
 
-def add_optim_flags(
-    p: argparse.ArgumentParser,
-    *,
-    batch_size: int,
-    epochs: int,
-    blr: float,
-    min_lr: float,
-    weight_decay: float,
-    warmup_epochs: int,
-    clip_grad: float | None = None,
-    clip_help: str = "largest gradient norm; none by default",
-) -> None:
+@dataclass(frozen=True)
+class OptimDefaults:
+    """The defaults of a main's optimisation flags."""
+
+    batch_size: int
+    epochs: int
+    blr: float
+    min_lr: float
+    weight_decay: float
+    warmup_epochs: int
+    clip_grad: float | None = None
+    clip_help: str = "largest norm of the gradient; not clipped if not given"
+
+
+def add_optim_flags(p: argparse.ArgumentParser, defaults: OptimDefaults) -> None:
+    """Add the flags of the optimizer and of its schedule."""
     g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", default=batch_size, type=COUNT, help="images per rank and micro-step")
-    g.add_argument("--epochs", default=epochs, type=int)
+    g.add_argument(
+        "--batch_size", default=defaults.batch_size, type=COUNT, help="images per rank and micro-step"
+    )
+    g.add_argument("--epochs", default=defaults.epochs, type=int, help="epochs of the whole schedule")
+    # The optimizer sees batch_size * accum_iter * ranks images per step.
     g.add_argument("--accum_iter", default=1, type=COUNT, help="micro-steps per optimizer step")
-    g.add_argument("--weight_decay", default=weight_decay, type=float)
+    # Biases, norms and other vectors are exempt, as in timm.
+    g.add_argument("--weight_decay", default=defaults.weight_decay, type=float, help="weight decay")
     g.add_argument("--lr", default=None, type=float, help="absolute learning rate; overrides --blr")
+    # The linear scaling rule of Goyal et al. 2017 (arXiv 1706.02677), as in MAE.
     g.add_argument(
         "--blr",
-        default=blr,
+        default=defaults.blr,
         type=float,
         help="base learning rate: lr = blr * batch_size * accum_iter * ranks / 256",
     )
-    g.add_argument("--min_lr", default=min_lr, type=float, help="where the cosine ends")
-    g.add_argument("--warmup_epochs", default=warmup_epochs, type=float)
-    g.add_argument("--clip_grad", default=clip_grad, type=number(0, kind=float), help=clip_help)
+    g.add_argument(
+        "--min_lr", default=defaults.min_lr, type=float, help="learning rate at the end of the cosine"
+    )
+    g.add_argument(
+        "--warmup_epochs",
+        default=defaults.warmup_epochs,
+        type=float,
+        help="epochs in which the learning rate rises from 0",
+    )
+    g.add_argument(
+        "--clip_grad", default=defaults.clip_grad, type=number(0, kind=float), help=defaults.clip_help
+    )
 
 
 def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
+    """Add the flags of the positional embedding and of the positional labels, with the given defaults.
+
+    `pos_label` is a kind of label, or "auto" for a main that can take the labels over from a checkpoint.
+    """
     g = p.add_argument_group("positional embedding and labels")
     g.add_argument(
-        "--pos_embed", default=pos_embed, choices=["none", "sincos", "learned"], help="encoder's embedding"
+        "--pos_embed",
+        default=pos_embed,
+        choices=["none", "sincos", "learned"],
+        help="positional embedding of the encoder",
     )
     labels = ["none", "apl", "rpl", "apl+rpl"]
+    label_help = "positional labels: absolute (apl), relative (rpl) or both"
+    tokens: str | None = "half"
+    tokens_help = "share of the channels that the label head reads"
     if pos_label == "auto":
-        g.add_argument(
-            "--pos_label",
-            default="auto",
-            choices=["auto", *labels],
-            help="label loss; auto: the checkpoint's own, none from scratch",
-        )
-    else:
-        g.add_argument("--pos_label", default=pos_label, choices=labels, help="label loss")
+        labels = ["auto", *labels]
+        label_help += "; auto: those of the checkpoint, none from scratch"
+        # The checkpoint decides; without one it is half, as in pretraining.
+        tokens = None
+        tokens_help += "; that of the checkpoint if not given, half from scratch"
+    g.add_argument("--pos_label", default=pos_label, choices=labels, help=label_help)
     g.add_argument(
-        "--pos_weight", default=0.5, type=float, help="weight of the label loss (the paper's lambda)"
+        "--pos_weight", default=0.5, type=float, help="weight of the label loss (lambda in the paper)"
     )
-    g.add_argument(
-        "--pos_tokens",
-        default=None if pos_label == "auto" else "half",
-        choices=["half", "full"],
-        help="channels that the label head reads"
-        + "; the checkpoint's own, else half" * (pos_label == "auto"),
-    )
+    g.add_argument("--pos_tokens", default=tokens, choices=["half", "full"], help=tokens_help)
+    # The number of pairs is the square of the number of tokens. A random subset gives an unbiased loss.
     g.add_argument(
         "--rpl_pairs",
         default=0,
         type=number(0),
         metavar="N",
-        help="RPL partners per query and step; 0 = all pairs",
+        help="RPL partners per query and step; 0 takes all pairs",
     )
 
 
@@ -133,7 +178,9 @@ SECOND_ORDER_FLAGS = {
 
 
 def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
-    g = p.add_argument_group("class head (what is not given is the model's own)")
+    """Add the flags of the class head. A flag that is not given keeps the model's own setting."""
+    # None stands for "not given", so that the defaults of So-ViT can differ from those of a plain ViT.
+    g = p.add_argument_group("class head (the model decides what is not given)")
     g.add_argument("--head", default=None, choices=["linear", "second_order"], help=model_help)
     g.add_argument(
         "--so_dims",
@@ -141,29 +188,42 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
         type=int,
         nargs=2,
         metavar=("D1", "D2"),
-        help="widths of the two projections; 48 24, wider in so_vit_14 and so_vit_19",
+        help="widths of the two projections; 48 24 if not given, wider in so_vit_14 and so_vit_19",
     )
     g.add_argument(
-        "--so_heads", default=None, type=int, metavar="N", help="cross-covariances of that size; 1"
+        "--so_heads",
+        default=None,
+        type=int,
+        metavar="N",
+        help="number of cross-covariances, each of that size; 1 if not given",
     )
     g.add_argument(
         "--so_fusion",
         default=None,
         choices=["sum", "concat", "visual"],
-        help="with the class token or pooled feature: sum of logits (default), one layer on both, not at all",
+        help="fusion with the class token or pooled feature. sum: sum of the logits, if not given; "
+        "concat: one layer on both; visual: second-order feature alone",
     )
     g.add_argument(
-        "--so_alpha", default=None, type=float, metavar="A", help="power of the largest singular value; 0.5"
+        "--so_alpha",
+        default=None,
+        type=float,
+        metavar="A",
+        help="exponent of the largest singular value; 0.5 if not given",
     )
     g.add_argument(
-        "--so_iters", default=None, type=int, metavar="N", help="power iterations that estimate it; 1"
+        "--so_iters",
+        default=None,
+        type=int,
+        metavar="N",
+        help="power iterations that estimate the largest singular value; 1 if not given",
     )
     g.add_argument(
         "--so_dropout",
         default=None,
         type=float,
         metavar="P",
-        help="of the second-order feature; 0, 0.5 in so_vit_14 and so_vit_19",
+        help="dropout of the second-order feature; 0 if not given, 0.5 in so_vit_14 and so_vit_19",
     )
 
 
@@ -227,174 +287,296 @@ def head_options(model: str, flags: dict) -> dict:
 
 
 def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, channel: float) -> None:
+    """Add the flags of SERE's losses and of the momentum teacher, with the given default weights."""
     g = p.add_argument_group("self-relation (SERE) and its momentum teacher")
     g.add_argument(
         "--sr_spatial",
         default=spatial,
         type=float,
         metavar="W",
-        help="weight of the spatial relations; 0 is off",
+        help="weight of the loss on spatial relations; 0 turns it off",
     )
     g.add_argument(
         "--sr_channel",
         default=channel,
         type=float,
         metavar="W",
-        help="weight of the channel relations; 0 is off",
+        help="weight of the loss on channel relations; 0 turns it off",
+    )
+    # Temperatures of Li et al. 2022, as published for iBOT.
+    g.add_argument(
+        "--sr_temp_spatial", default=0.5, type=float, help="temperature of the teacher's spatial relations"
     )
     g.add_argument(
-        "--sr_temp_spatial", default=0.5, type=float, help="teacher's temperature for spatial relations"
+        "--sr_temp_channel", default=0.1, type=float, help="temperature of the teacher's channel relations"
     )
+    # A cosine takes the momentum to 1, where the teacher stands still.
     g.add_argument(
-        "--sr_temp_channel", default=0.1, type=float, help="teacher's temperature for channel relations"
-    )
-    g.add_argument(
-        "--ema_momentum", default=0.996, type=float, help="where the teacher's momentum starts; it ends at 1"
+        "--ema_momentum",
+        default=0.996,
+        type=float,
+        help="momentum of the teacher at the start; it rises to 1",
     )
 
 
 def add_augment_flags(p: argparse.ArgumentParser) -> None:
-    """Of supervised training, as MAE and timm name them."""
+    """Add the augmentation flags of supervised training, with the names and defaults of MAE and timm."""
     g = p.add_argument_group("augmentation")
+    # MAE's policy: magnitude 9 with a standard deviation of 0.5. Strengths grow with the magnitude (inc1).
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
-    g.add_argument("--color_jitter", default=None, type=float, help="without effect beside --aa")
-    g.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"))
-    g.add_argument("--hflip", default=0.5, type=SHARE)
-    g.add_argument("--vflip", default=0.0, type=SHARE)
-    g.add_argument("--reprob", default=0.25, type=SHARE, help="chance of random erasing")
-    g.add_argument("--remode", default="pixel", choices=["const", "rand", "pixel"])
-    g.add_argument("--recount", default=1, type=COUNT)
+    # timm ignores colour jitter if there is an AutoAugment policy.
+    g.add_argument(
+        "--color_jitter", default=None, type=float, help="strength of colour jitter; needs --aa ''"
+    )
+    g.add_argument(
+        "--crop_scale",
+        default=[0.08, 1.0],
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="area of the random crop, as a share of the image",
+    )
+    g.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a horizontal flip")
+    g.add_argument("--vflip", default=0.0, type=SHARE, help="probability of a vertical flip")
+    g.add_argument("--reprob", default=0.25, type=SHARE, help="probability of random erasing")
+    g.add_argument(
+        "--remode", default="pixel", choices=["const", "rand", "pixel"], help="fill of erased rectangles"
+    )
+    g.add_argument("--recount", default=1, type=COUNT, help="erased rectangles per image")
+    # MAE has the flag, but does not use it either.
     g.add_argument("--resplit", action="store_true", help=argparse.SUPPRESS)
+    # Applied to mixed labels too.
     g.add_argument("--smoothing", default=0.1, type=SHARE, help="label smoothing")
-    g.add_argument("--mixup", default=0.0, type=number(0, kind=float), help="mixup alpha; 0 is off")
-    g.add_argument("--cutmix", default=0.0, type=number(0, kind=float), help="cutmix alpha; 0 is off")
-    g.add_argument("--cutmix_minmax", default=None, type=float, nargs=2)
-    g.add_argument("--mixup_prob", default=1.0, type=SHARE)
-    g.add_argument("--mixup_switch_prob", default=0.5, type=SHARE)
-    g.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"])
+    _add_mixup_flags(g)
+
+
+def _add_mixup_flags(g: argparse._ArgumentGroup) -> None:
+    # Alpha is the parameter of the Beta distribution that the mixing ratio is drawn from.
+    g.add_argument("--mixup", default=0.0, type=number(0, kind=float), help="alpha of mixup; 0 turns it off")
+    g.add_argument(
+        "--cutmix", default=0.0, type=number(0, kind=float), help="alpha of cutmix; 0 turns it off"
+    )
+    g.add_argument(
+        "--cutmix_minmax",
+        default=None,
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="range of cutmix's box, as a share of the image's sides; overrides the alpha of cutmix",
+    )
+    g.add_argument(
+        "--mixup_prob", default=1.0, type=SHARE, help="probability of mixup or cutmix, if one is on"
+    )
+    g.add_argument(
+        "--mixup_switch_prob", default=0.5, type=SHARE, help="probability of cutmix, if both are on"
+    )
+    g.add_argument(
+        "--mixup_mode",
+        default="batch",
+        choices=["batch", "pair", "elem"],
+        help="images that share a draw of the mixing ratio",
+    )
 
 
 def add_run_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of every run: output, device, precision, checkpoints and ranks."""
     g = p.add_argument_group("run")
+    _add_output_flags(g)
+    _add_device_flags(g)
+    _add_saving_flags(g)
+    _add_rank_flags(p.add_argument_group("ranks (torchrun sets them)"))
+
+
+def _add_output_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
-        "--output_dir", default="./output_dir", help="checkpoints, log.txt; a run in it is continued"
+        "--output_dir",
+        default="./output_dir",
+        help="folder of checkpoints and log.txt; a run in it is continued",
     )
-    g.add_argument("--log_dir", default=None, help="TensorBoard files; --output_dir if not given")
-    g.add_argument("--device", default="cuda", help="cuda (falls back to the CPU), cpu, mps")
-    g.add_argument("--seed", default=0, type=int)
+    g.add_argument("--log_dir", default=None, help="folder of TensorBoard files; --output_dir if not given")
+    # The host waits for the device at log points only.
+    g.add_argument("--print_freq", default=20, type=COUNT, help="updates between log points")
     g.add_argument(
-        "--resume", default="", help="checkpoint to continue, unless --output_dir has its own last one"
+        "--dry_run",
+        action="store_true",
+        help="measure a few steps; print data, speed, memory, hours, disk space and starting point; "
+        "write nothing",
     )
+
+
+def _add_device_flags(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--device", default="cuda", help="cuda (falls back to the CPU), cpu or mps")
+    # Draws are functions of the seed and of the place in the run, so that a resumed run has the same ones.
+    g.add_argument("--seed", default=0, type=int, help="seed of all random draws")
+    # fp16 needs loss scaling; bf16 has the range of fp32 and does not.
     g.add_argument(
         "--amp",
         default="auto",
         choices=["auto", "fp32", "bf16", "fp16"],
-        help="auto: bf16 on GPUs that have it, else fp16; fp32 on the CPU",
+        help="precision; auto: bf16 on GPUs that support it, else fp16; fp32 on the CPU",
     )
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     g.add_argument(
         "--compile_mode",
         default="default",
         choices=COMPILE_MODES,
-        help="mode of torch.compile; any but default implies --compile",
+        help="mode of torch.compile; any other than default implies --compile",
+    )
+
+
+def _add_saving_flags(g: argparse._ArgumentGroup) -> None:
+    # A requeued job starts with the same command. Its own last checkpoint is then newer than this one.
+    g.add_argument(
+        "--resume",
+        default="",
+        help="checkpoint to continue from, if --output_dir has no checkpoint-last.pth",
     )
     g.add_argument(
-        "--save_every_epochs", default=20, type=number(0), help="numbered checkpoint every N epochs"
+        "--save_every_epochs",
+        default=20,
+        type=number(0),
+        help="epochs between numbered checkpoints; 0 for none",
     )
     g.add_argument(
         "--save_minutes",
         default=30,
         type=number(0, kind=float),
-        help="refresh checkpoint-last.pth that often",
+        help="minutes between saves of checkpoint-last.pth",
     )
     g.add_argument(
-        "--save_steps", default=0, type=number(0), help="refresh checkpoint-last.pth every N updates"
+        "--save_steps",
+        default=0,
+        type=number(0),
+        help="updates between saves of checkpoint-last.pth; 0 for none",
     )
+    # A checkpoint of ViT-H with its optimizer state has about 8 GB.
     g.add_argument(
-        "--keep", default=0, type=number(0), help="numbered checkpoints to keep, the newest; 0 = all"
+        "--keep",
+        default=0,
+        type=number(0),
+        help="how many numbered checkpoints to keep, the newest ones; 0 keeps all",
     )
-    g.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="measure a few steps, print data, speed, memory, hours, disk and where it would start, write nothing",
-    )
-    g.add_argument("--print_freq", default=20, type=COUNT, help="updates between log points")
-    g = p.add_argument_group("ranks (torchrun sets them)")
+
+
+def _add_rank_flags(g: argparse._ArgumentGroup) -> None:
+    # DDP keeps a full copy per rank, which is faster wherever it fits.
     g.add_argument(
         "--strategy",
         default="ddp",
         choices=["ddp", "fsdp"],
-        help="fsdp spreads parameters and optimizer state over the ranks, for models that do not fit",
+        help="fsdp shards parameters and optimizer state over the ranks, for models that do not fit on "
+        "one device",
     )
-    g.add_argument("--dist_backend", default=None, help="nccl on GPUs, gloo elsewhere")
+    # gloo works on GPUs too, but copies through the host.
+    g.add_argument(
+        "--dist_backend", default=None, help="backend of torch.distributed; nccl on GPUs, gloo elsewhere"
+    )
     g.add_argument(
         "--dist_timeout",
         default=30,
         type=number(0, kind=float),
         help="minutes that a rank waits for the others",
     )
-    g.add_argument("--local_rank", default=-1, type=int, help="set by older launchers")
-    for name in ("--world_size", "--start_epoch"):  # MAE's, read from the environment or the checkpoint here
-        g.add_argument(name, default=None, type=int, help=argparse.SUPPRESS)
+    # torchrun and SLURM set the rank in the environment; the older torch.distributed.launch passes this flag.
+    g.add_argument("--local_rank", default=-1, type=int, help="rank on this node, set by older launchers")
+    # Flags of MAE's that have no effect here: the environment or the checkpoint has these values.
+    g.add_argument("--world_size", default=None, type=int, help=argparse.SUPPRESS)
+    g.add_argument("--start_epoch", default=None, type=int, help=argparse.SUPPRESS)
     g.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)
     g.add_argument("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
 
 
-def compile_mode(args: argparse.Namespace) -> str | None:
-    """The mode in which --compile and --compile_mode compile the model, None for not at all.
+def add_eval_flags(g: argparse._ActionsContainer) -> None:
+    """Add the flags of an evaluation without training to a parser or a group."""
+    g.add_argument("--eval", action="store_true", help="evaluate the checkpoint of --resume and stop")
+    # A flag of MAE's that has no effect here: evaluation uses all ranks, and its figures are exact.
+    g.add_argument("--dist_eval", action="store_true", help=argparse.SUPPRESS)
 
-    ValueError where CUDA graphs, whose outputs the next call overwrites, meet an update of several calls.
+
+def compile_mode(requested: bool, mode: str, accum_iter: int) -> str | None:
+    """Return the mode in which torch.compile compiles the model, or None if the model is not compiled.
+
+    Args:
+        requested: the value of --compile. A mode other than "default" implies it.
+        mode: one of COMPILE_MODES.
+        accum_iter: forward and backward passes per optimizer step.
+
+    Raises ValueError if CUDA graphs are combined with gradient accumulation.
     """
-    if args.compile_mode == "reduce-overhead" and args.accum_iter > 1:
+    # "reduce-overhead" replays CUDA graphs, whose output buffers the next call overwrites.
+    if mode == "reduce-overhead" and accum_iter > 1:
         raise ValueError(
-            f"--compile_mode reduce-overhead replays CUDA graphs, which overwrite the results of the batch "
-            f"before, and --accum_iter {args.accum_iter} still needs them: give --compile alone, or "
-            "--accum_iter 1"
+            "--compile_mode reduce-overhead replays CUDA graphs, which overwrite the results of the previous "
+            f"batch, but --accum_iter {accum_iter} still needs them: use --compile alone, or --accum_iter 1"
         )
-    return args.compile_mode if args.compile or args.compile_mode != "default" else None
+    if requested or mode != "default":
+        return mode
+    return None
 
 
-def add_eval_flags(g) -> None:
-    g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
-    g.add_argument(
-        "--dist_eval", action="store_true", help=argparse.SUPPRESS
-    )  # MAE's; always exact on all ranks here
-
-
-def pair(values: list[int], flag: str) -> tuple[int, int]:
-    """[H] or [H, W] -> (H, W)."""
+def pair(values: Sequence[int], flag: str) -> tuple[int, int]:
+    """Convert [H] or [H, W] to (H, W). Raises ValueError, naming `flag`, if it is neither."""
     if len(values) not in (1, 2) or min(values) < 1:
-        raise ValueError(
-            f"{flag} takes one or two positive numbers, H [W], found {' '.join(map(str, values))}"
-        )
+        listed = " ".join(map(str, values))
+        raise ValueError(f"{flag} takes one or two positive numbers, H [W], found {listed}")
     return values[0], values[-1]
 
 
-def ascending(values: list[float], flag: str) -> tuple[float, float]:
-    """[MIN, MAX] shares of an image, as a tuple."""
-    if not 0 < values[0] <= values[1] <= 1:
+def ascending(values: Sequence[float], flag: str) -> tuple[float, float]:
+    """Convert [MIN, MAX], two shares of an image, to a tuple.
+
+    Raises ValueError, naming `flag`, unless 0 < MIN <= MAX <= 1.
+    """
+    smallest, largest = values
+    if not 0 < smallest <= largest <= 1:
         raise ValueError(
-            f"{flag} takes the smallest and the largest share of an image, from above 0 to 1, found "
-            f"{values[0]:g} {values[1]:g}"
+            f"{flag} takes the smallest and the largest share of an image, greater than 0 and at most 1, "
+            f"found {smallest:g} {largest:g}"
         )
-    return values[0], values[1]
+    return smallest, largest
 
 
 def channel_stats(
-    args: argparse.Namespace, stored: dict | None = None
+    in_chans: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    trained_with: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: as given, else as `stored` in a checkpoint, else ImageNet's for 3 channels and their mean
-    for 1."""
-    before = stored or {}
-    default = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}.get(args.in_chans)
-    if before.get("in_chans") == args.in_chans and before.get("mean") and before.get("std"):
-        default = before["mean"], before["std"]
-    mean = args.mean or (default and default[0])
-    std = args.std or (default and default[1])
-    for flag, values in (("--mean", mean), ("--std", std)):
-        if values is None or len(values) != args.in_chans:
-            raise ValueError(
-                f"{flag} needs {args.in_chans} values for --in_chans {args.in_chans}, found {len(values or ())}: "
-                "python -m util.data stats PATH computes them"
-            )
-    return tuple(mean), tuple(std)
+    """Choose the mean and the standard deviation of each channel, of pixel values in [0, 1].
+
+    A value that is not given is that of the checkpoint, or else ImageNet's for 3 channels and its mean for 1
+    channel.
+
+    Args:
+        in_chans: number of channels.
+        mean: one value per channel, or None.
+        std: one value per channel, or None.
+        trained_with: the flags that a checkpoint was trained with.
+
+    Raises ValueError if there is no value for each channel.
+    """
+    default_mean, default_std = _default_stats(in_chans, trained_with or {})
+    return (
+        _per_channel(mean or default_mean, in_chans, "--mean"),
+        _per_channel(std or default_std, in_chans, "--std"),
+    )
+
+
+def _default_stats(in_chans: int, trained_with: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    same_channels = trained_with.get("in_chans") == in_chans
+    if same_channels and trained_with.get("mean") and trained_with.get("std"):
+        return trained_with["mean"], trained_with["std"]
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if in_chans == 1:
+        return GREY_MEAN, GREY_STD
+    return (), ()
+
+
+def _per_channel(values: Sequence[float], in_chans: int, flag: str) -> tuple[float, ...]:
+    if len(values) != in_chans:
+        raise ValueError(
+            f"{flag} needs {in_chans} values for --in_chans {in_chans}, found {len(values)}: "
+            "python -m util.data stats PATH computes them"
+        )
+    return tuple(values)

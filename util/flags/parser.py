@@ -1,4 +1,7 @@
-"""Command lines: MAE's flags, files of flags, and help that works. Imports nothing heavy: --help answers at once."""
+"""The command-line parser: MAE's flags, recipe files, help with defaults, and errors in the user's terms.
+
+This module imports nothing heavy, so that --help answers at once.
+"""
 
 import argparse
 import difflib
@@ -7,89 +10,115 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Append the default to the help text of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # The help of a flag without a default says what happens without the flag; "(default: None)" adds
+        # nothing.
+        if action.default is None or action.default in ("", []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser without abbreviations; dashes and underscores are equal; an unknown flag names the nearest.
+    """ArgumentParser that reads recipes, accepts dashes for underscores, and has no abbreviations.
 
-    ``@file`` inserts the flags of a recipe: one or more per line, ``#`` starts a comment; later flags win.
+    ``@file`` inserts the flags of a recipe. A recipe has one or more flags per line, and ``#`` starts a
+    comment. Later flags override earlier ones. An unknown flag is an error that names the nearest known flag.
     """
 
-    def __init__(self, **kwargs):
-        kwargs = {
-            "allow_abbrev": False,
-            "fromfile_prefix_chars": "@",
-            "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
-        } | kwargs
+    def __init__(self, **kwargs: Any):
+        # An abbreviation in a script would change its meaning when a flag is added.
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("fromfile_prefix_chars", "@")
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """Split a line of a recipe into words, as a shell does."""
         return shlex.split(line, comments=True)
 
     def with_recipes(self, argv: list[str]) -> list[str]:
-        """The words of a command line with each ``@file`` replaced by its flags, as they stand there."""
+        """Replace each ``@file`` of a command line by the words of that recipe, which may include others."""
         words = []
-        for a in argv:
-            if not a.startswith("@"):
-                words.append(a)
-            elif not os.path.isfile(a[1:]):
-                self.error(f"there is no recipe {a[1:]}; see recipes/*.args")
-            else:
-                with open(a[1:]) as f:
-                    words += self.with_recipes(
-                        [word for line in f for word in self.convert_arg_line_to_args(line)]
-                    )
+        for word in argv:
+            if not word.startswith("@"):
+                words.append(word)
+                continue
+            # Relative to the working directory.
+            path = word[1:]
+            if not os.path.isfile(path):
+                self.error(f"there is no recipe {path}; see recipes/*.args")
+            with open(path) as f:
+                inner = [part for line in f for part in self.convert_arg_line_to_args(line)]
+            words += self.with_recipes(inner)
         return words
 
+    # argparse calls this on every command line; its own version knows no nested files and no comments.
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
-        return [self._underscored(a) for a in self.with_recipes(arg_strings)]
+        return [self._underscored(word) for word in self.with_recipes(arg_strings)]
 
     def _underscored(self, arg: str) -> str:
-        """--batch-size is --batch_size; values are left alone."""
+        """Spell a flag as it was added: --batch-size becomes --batch_size. Values stay as they are."""
         if not re.match(r"--[A-Za-z]", arg):
             return arg
-        name, eq, value = arg.partition("=")
+        # The value of --flag=value may hold dashes of its own.
+        name, equals, value = arg.partition("=")
         words = name[2:].replace("-", "_")
-        spellings = (
-            name,
-            f"--{words}",
-            f"--no-{words.removeprefix('no_')}",
-        )  # the last of argparse.BooleanOptionalAction
-        return next((s for s in spellings if s in self._option_string_actions), name) + eq + value
+        # argparse.BooleanOptionalAction adds a prefix with a dash to a name with underscores.
+        negated = f"--no-{words.removeprefix('no_')}"
+        for spelling in (name, f"--{words}", negated):
+            if spelling in self._option_string_actions:
+                return spelling + equals + value
+        return arg
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        out, unknown = self.parse_known_args(args, namespace)
+    # Without argparse's overloads for other namespace classes, which nothing here uses.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line, sys.argv by default. An unknown flag ends the process with exit code 2."""
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
-            self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        return out
+            self.error(self._describe_unknown(unknown[0].split("=")[0]))
+        return parsed
+
+    def _describe_unknown(self, flag: str) -> str:
+        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        if nearest:
+            return f"unknown flag {flag}; did you mean {nearest[0]}?"
+        return f"unknown flag {flag}; see --help"
 
 
 def number(least: float, most: float = float("inf"), kind: type = int) -> Callable[[str], float]:
-    """An argparse type: a number from `least` to `most`."""
+    """Make an argparse type that accepts numbers of a kind from `least` to `most`, both included."""
 
-    def read(text: str):
+    def read(text: str) -> float:
         value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not " + (f"from {least} to {most}" if most < float("inf") else f"{least} or more")
-            )
-        return value
+        # A comparison with nan is False, so nan is refused.
+        if least <= value <= most:
+            return value
+        allowed = f"must be {least} or more"
+        if most < float("inf"):
+            allowed = f"must lie between {least} and {most}"
+        raise argparse.ArgumentTypeError(f"{allowed}, found {text}")
 
-    read.__name__ = kind.__name__  # argparse's "invalid int value"
+    read.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return read
 
 
-COUNT, SHARE = number(1), number(0, 1, float)
-
-
+COUNT = number(1)
+SHARE = number(0, 1, float)
+# Rates of dropout and of stochastic depth: 1 would drop everything and divide by zero.
 BELOW_ONE = number(0, 0.999, float)
 
 
 def with_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """A parser with --help: the given one if it has it already, else a `Parser` with the same flags.
+    """Return a parser with --help: the given one if it has it already, else a `Parser` with the same flags.
 
     Mains make their parsers with add_help=False, because the launchers use them as parents of another parser.
     """
@@ -106,17 +135,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 def answer_at_once(name: str, parser: argparse.ArgumentParser) -> None:
     """Parse the command line before the heavy imports of a script, if the script is run and not imported.
 
-    A script calls it as ``answer_at_once(__name__, get_args_parser())`` between its parser and the imports that take
-    seconds. --help, an unknown flag and a wrong value then answer at once. The result is thrown away: the
-    script parses again when it runs its main.
+    A script calls it as ``answer_at_once(__name__, get_args_parser())`` between its parser and the imports
+    that take seconds. --help, an unknown flag and a wrong value then answer at once. The result is thrown
+    away: the script parses again when it runs its main.
     """
     if name == "__main__":
         parse(parser)
 
 
-def accept_odd_names() -> None:
-    """Names of files may be no text, and are printed all the same."""
+def escape_undecodable_names() -> None:
+    """Print file names that are not valid UTF-8 in escaped form, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
+        # Tests and notebooks replace the streams by objects that cannot be reconfigured.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -137,34 +167,50 @@ FLAG_OF = {
 
 
 def with_flags(message: str, flags: Collection[str]) -> str:
-    """Say --name for each `name` in backquotes that is a flag.
+    """Write `name` in backquotes as --name if it is one of `flags`.
 
-    Library code raises errors about its own parameters, which it puts in backquotes. A user of the command line knows
-    them as flags, some under another name. Other quoted words stay as they are.
+    Library code raises errors about its own parameters, which it puts in backquotes. A user of the command
+    line knows them as flags, some under another name (see FLAG_OF). Other quoted words stay as they are.
     """
 
     def flag(match: re.Match) -> str:
         name = FLAG_OF.get(match[1], match[1])
-        return f"--{name}" if name in flags else match[0]
+        if name in flags:
+            return f"--{name}"
+        return match[0]
 
     return re.sub(r"`([a-z_0-9]+)`", flag, message)
 
 
-def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Call a main; what the user can mend (ValueError, OSError) is one line on stderr and exit code 2."""
-    accept_odd_names()
+def describe(error: BaseException, flags: Collection[str]) -> str:
+    """Return the message of an error for the user: parameters as flags, and no traceback of a data worker."""
+    message = str(error)
+    # A data worker puts its whole traceback into the message; the last line is "Type: message".
+    if "Original Traceback" in message:
+        last_line = message.strip().rpartition("\n")[2]
+        message = last_line.partition(": ")[2] or message
+    return with_flags(message, flags)
+
+
+def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) -> int:
+    """Call a main with its parsed flags and return its exit code.
+
+    Errors that the user can fix (ValueError, OSError) become one message on stderr and exit code 2. Other
+    errors are bugs and keep their traceback; so do all errors if the environment variable MAE_PL_TRACEBACK is
+    set.
+    """
+    escape_undecodable_names()
     try:
-        return main(args)
-    except (ValueError, OSError) as e:
+        return main(flags)
+    except (ValueError, OSError) as error:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
-        frame, told = traceback.extract_tb(e.__traceback__)[-1], str(e)
-        if "Original Traceback" in told:  # of a data worker: its last line is the error
-            told = told.strip().rpartition("\n")[2].partition(": ")[2] or told
-        told = with_flags(told, vars(args))
+        # The innermost frame, for those who report a bug.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        origin = f"{os.path.basename(frame.filename)}:{frame.lineno}"
         print(
-            f"error: {told}\n(raised in {os.path.basename(frame.filename)}:{frame.lineno}; MAE_PL_TRACEBACK=1 shows "
-            "the traceback)",
+            f"error: {describe(error, vars(flags))}\n"
+            f"(raised in {origin}; MAE_PL_TRACEBACK=1 shows the traceback)",
             file=sys.stderr,
             flush=True,
         )

@@ -67,7 +67,7 @@ def open_budget(args: argparse.Namespace, lr: float) -> Budget:
         seed=args.seed,
         accum_iter=args.accum_iter,
         clip_grad=args.clip_grad,
-        compile_mode=compile_mode(args),
+        compile_mode=compile_mode(args.compile, args.compile_mode, args.accum_iter),
         max_bad_images=args.max_bad_images,
     )
 
