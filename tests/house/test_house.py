@@ -32,7 +32,7 @@ ROOMS = {
     "util.run": "util.flags util.dist util.train util.weights",
     "util.evaluate": "util.data util.dist util.train util.run",
     "util.report": "util.weights",
-    "util.cluster": "mains util.flags util.dist util.data",
+    "util.cluster": "mains util.flags util.dist util.data util.report",
     "util": "layers util.train util.data util.cluster util.flags",
 }
 TOP = {

@@ -10,6 +10,7 @@ from typing import Any
 from util.cluster.job import read_note
 from util.cluster.job_dir import read_job_ids, read_points
 from util.cluster.slurm import query
+from util.report.tables import Table
 
 HEADER = ["run", "state", "epoch", "last figures", "starts", "job", "folder or error"]
 # The figures of log.txt that the table shows, if a run has them.
@@ -87,16 +88,6 @@ def state_of(note: Mapping[str, Any], queued: str, ended: str) -> str:
     return noted or "not submitted"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Align the columns of a table. The first row is its header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def run_names(job_dir: Path) -> list[str]:
     """Return the names of all runs of a job directory: each point, then its follow-ups.
 
@@ -146,4 +137,4 @@ def status(job_dir: Path) -> str:
     ended = final_states([job for job in latest.values() if job not in queued])
     slurm = SlurmStates(queued, ended)
     rows = [_row(job_dir, run, latest.get(run, ""), slurm) for run in run_names(job_dir)]
-    return table([HEADER, *rows])
+    return Table(HEADER, rows).text()
