@@ -24,9 +24,7 @@ from util.flags.groups import (
     ascending,
     channel_stats,
     compile_mode,
-    head_options,
     pair,
-    resolve_head,
 )
 from util.flags.parser import BELOW_ONE, SHARE, Parser, number, parse, run
 
@@ -129,7 +127,8 @@ if __name__ == "__main__":
 import torch
 
 import engine
-from backbones.registry import build_classifier, freeze_all_but, known_classes
+from backbones.heads import head_options, resolve_head
+from backbones.registry import build_classifier, find, freeze_all_but, known_classes
 from backbones.teacher import build_teacher
 from util import dist
 from util.data.datasets import build_dataset
@@ -172,11 +171,11 @@ def check_flags(args) -> None:
         raise ValueError(
             "--classes names the outputs of a model for --eval; in training the data's class folders do"
         )
-    if args.distill and "distilled" not in args.model:
+    if args.distill and not find(args.model).distillation:
         raise ValueError(
             f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found {args.model}"
         )
-    if args.swin_merge_last and not args.model.startswith("swin_"):
+    if args.swin_merge_last and "merge_last" not in find(args.model).options:
         raise ValueError(
             f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
         )
@@ -274,6 +273,7 @@ def build_model(
         drop_path=args.drop_path,
         pos_embed=args.pos_embed,
         rpl_pairs=args.rpl_pairs,
+        label_seed=args.seed,
         **labels,
         # MAE starts the head of a pretrained encoder near zero; from scratch it starts as everywhere.
         head_init_std=2e-5 if args.finetune else 0.02,
@@ -417,7 +417,7 @@ def main(args) -> int:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dist.print_rank0(
         f"{args.model}: {parameters / 1e6:.2f} M trained parameters, {num_classes} classes, {head['head']} head, "
-        f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {pos_label}; "
+        f"PE {model.trunk.pos_embed}, labels {pos_label}; "
         f"{described(amp, device)} on {device}; effective batch {args.batch_size} x {args.accum_iter} x "
         f"{dist.world_size()} = {batch}, lr {lr:.3g}"
     )

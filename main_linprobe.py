@@ -16,7 +16,6 @@ import sys
 from argparse import Namespace
 
 from util.flags.groups import (
-    SECOND_ORDER_FLAGS,
     add_data_flags,
     add_eval_flags,
     add_head_flags,
@@ -26,7 +25,6 @@ from util.flags.groups import (
     channel_stats,
     compile_mode,
     pair,
-    second_order_options,
 )
 from util.flags.parser import Parser, parse, run
 
@@ -90,7 +88,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import engine
-from backbones.registry import build_classifier, trained_options
+from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
+from backbones.registry import build_classifier, find, trained_options
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from util import dist
 from util.data.datasets import TensorSamples, build_dataset
@@ -208,7 +207,7 @@ def evaluate(
 
 def load_backbone(args, state: dict, size, device):
     """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
-    if args.model.startswith(("swin", "timm/")):
+    if find(args.model).own_positions:
         options = trained_options(
             state.get("args") or {}
         )  # how they embed positions, and what they pool, is their own

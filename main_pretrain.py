@@ -78,6 +78,7 @@ if __name__ == "__main__":
 import torch
 
 import engine
+from layers.positional.draws import draws_of
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import dist
@@ -120,6 +121,7 @@ def build_model(args) -> MaskedAutoencoderViT:
         pos_label=args.pos_label,
         pos_tokens=args.pos_tokens,
         rpl_pairs=args.rpl_pairs,
+        label_seed=args.seed,
         sr_spatial=args.sr_spatial > 0,
         sr_channel=args.sr_channel > 0,
         sr_temp_spatial=args.sr_temp_spatial,
@@ -142,7 +144,9 @@ def make_loss_fn(num_patches: int, mask_ratio: float, pos_weight: float, teacher
             targets = {"relation_targets": teacher(batch["second"]) | {"boxes": batch["boxes"]}}
         elif teacher is not None:
             targets = {"relation_targets": teacher(batch["image"])}
-        losses, _, _ = model(batch["image"], ids_keep=ids_keep, want_pred=False, **targets)
+        losses, _, _ = model(
+            batch["image"], ids_keep=ids_keep, want_pred=False, draws=draws_of(batch), **targets
+        )
         loss = losses["pixel"]
         if "position" in losses:
             loss = loss + pos_weight * losses["position"]
@@ -187,8 +191,9 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     if model.norm_pix_loss:
         pred = unnormalize_patches(pred, model.patchify(images))
     cells = None
-    if model.pos_head is not None and hasattr(model.pos_head, "apl"):
-        cells = model.pos_head.apl.logits(model.forward_encoder(images, ids_keep)[:, 1:]).argmax(-1)
+    if model.pos_head is not None and model.pos_head.absolute is not None:
+        tokens = model.forward_encoder(images, ids_keep)[:, 1:]
+        cells = model.pos_head.absolute.logits(tokens).argmax(-1)
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255,
         mask,

@@ -27,7 +27,9 @@ from benchmarks.timing import (
     unless_out_of_memory,
     wait_for,
 )
-from layers.positional import PositionalHead, relative_labels
+from layers.contract import Labels
+from layers.positional.head import PositionalHead
+from layers.positional.pairs import relative_labels
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
 from util.train.amp import autocast
@@ -70,7 +72,7 @@ FORMS = {"obvious": naive, "swept": swept}
 
 def measure_forms(keys, batch, rounds, device) -> dict:
     """{"rows": one for each (form, amp) in `keys`}, interleaved."""
-    head = PositionalHead(DIM, GRID, "rpl").to(device)
+    head = PositionalHead(DIM, GRID, Labels("rpl")).to(device)
     calls = {(form, amp): call(FORMS[form], head, batch, 196, amp, device) for form, amp in keys}
     settle = freed_memory(lambda key: key[0] == "swept", calls)
     seconds = interleaved(calls, rounds, clock=clock_for(device.type), prepare=settle)
@@ -115,7 +117,7 @@ def against_naive(amps, batch, rounds, device, record):
 
 def memory(amps, batches, device, record):
     """What the swept form takes at growing batches, the gradient of its input (B, 196, 768) included."""
-    head = PositionalHead(DIM, GRID, "rpl").to(device)
+    head = PositionalHead(DIM, GRID, Labels("rpl")).to(device)
 
     def measure(amp, batch):
         run = call(swept, head, batch, 196, amp, device)
@@ -143,7 +145,7 @@ def measure_shares(name, amp, batch, rounds, device) -> dict:
         step = Step(model, lambda x: F.cross_entropy(model(x).float(), target), images, amp)
     calls = {"step": step}
     for pairs in (0, 8):
-        head = PositionalHead(DIM, GRID, "rpl", rpl_pairs=pairs).to(device)
+        head = PositionalHead(DIM, GRID, Labels("rpl", rpl_pairs=pairs)).to(device)
         calls[pairs] = call(swept, head, batch, tokens, amp, device)
     seconds = interleaved(calls, rounds, clock=clock_for(device.type))
     step_mib = peak_memory(calls["step"], device.type == "cuda")

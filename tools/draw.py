@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layers.positional import relative_labels
+from layers.positional.pairs import relative_labels
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from tools.stored_model import model_of
 from util.data.datasets import build_dataset
@@ -120,8 +120,8 @@ def reconstruct(
         )
         pred = unnormalize_patches(pred, patches) if true else visible_stats_patches(pred, patches, ids_keep)
     cells = None
-    if hasattr(model.pos_head, "apl"):
-        cells = model.pos_head.apl.logits(label_tokens(model, images, ids_keep)).argmax(-1)
+    if model.pos_head is not None and model.pos_head.absolute is not None:
+        cells = model.pos_head.absolute.logits(label_tokens(model, images, ids_keep)).argmax(-1)
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255,
         mask,
@@ -154,17 +154,14 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
         raise ValueError(
             f"{path} has no label head (--pos_label none, or exported without): there are no positions to draw"
         )
-    (h, w), absolute = model.grid, hasattr(model.pos_head, "apl")
+    shown_kind = model.pos_head.absolute or next(model.pos_head.children())
+    (h, w), absolute = model.grid, not shown_kind.relative
     batches, stats = load_images(model, flags, data_path, n, measure)
     ids, true, said, shown = [], [], [], None
     for images, keys in batches:
         shown = as_pixels(images, *stats) if shown is None else shown
         cells = visible_cells(model, keys, mask_ratio, flags)
-        head, tokens = (
-            (model.pos_head.apl if absolute else model.pos_head.rpl),
-            label_tokens(model, images, cells),
-        )
-        said.append(head.logits(tokens).argmax(-1))
+        said.append(shown_kind.logits(label_tokens(model, images, cells)).argmax(-1))
         true.append(cells if absolute else relative_labels(model.grid, cells, cells))
         ids.append(cells if absolute else cells[:, :, None].expand_as(true[-1]))
     ids, true, said = (torch.cat(x) for x in (ids, true, said))
@@ -178,12 +175,11 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
             ("row offset", "column offset"), offsets(true, model.grid), offsets(said, model.grid), (h, w)
         )
         tables = [(name, confusion(t, s, 2 * k - 1), 1 - k) for name, t, s, k in pairs]
-    kind = "apl" if absolute else "rpl"
     level = model.pos_head.chance(ids.shape[1])
     title = (
         f"{'absolute' if absolute else 'relative'} labels of {len(true)} images, {ids.shape[1]} of {h * w} patches "
         f"visible: {100 * (true == said).double().mean():.1f} % right, chance "
-        f"{100 * level.get(f'{kind}_acc', level['position_acc']):.1f} %"
+        f"{100 * level.get(f'{shown_kind.name}_acc', level['position_acc']):.1f} %"
     )
     k = len(shown)
     arrows = (true[:k].numpy(), said[:k].numpy()) if absolute else (np.zeros((k, 0), int),) * 2

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible, random_masking, sample_noise
+from models_mae_pl import MAE_VIT, MODELS, MaskedAutoencoderViT, num_visible, random_masking, sample_noise
 
 
 def small(**kwargs) -> MaskedAutoencoderViT:
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(
+    return MAE_VIT(
         **(
             dict(
                 img_size=(16, 24),

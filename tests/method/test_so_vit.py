@@ -619,9 +619,7 @@ def test_conv_embedding_and_masking_do_not_meet(tmp_path, capsys):
 def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(
-        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
-    )
+    monkeypatch.setitem(models.MODELS, "so_vit_7", MODELS["so_vit_7"].override(depth=1))
     flags = ["--model", "so_vit_7", "--epochs", 1]
     code, text = call(main_finetune, capsys, *flags, "--output_dir", tmp_path / "a")
     assert code == 0, text
@@ -640,9 +638,7 @@ def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch)
 def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(
-        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
-    )
+    monkeypatch.setitem(models.MODELS, "so_vit_7", MODELS["so_vit_7"].override(depth=1))
     for head, keys in (
         ([], {"fc_class", "fc_visual", "pool"}),
         (["--head", "linear"], {"weight", "bias"}),

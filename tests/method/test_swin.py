@@ -10,7 +10,15 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.swin import MODELS, PatchMerging, SwinBlock, SwinTransformer, window_merge, window_partition
+from backbones.swin import (
+    MODELS,
+    SWIN,
+    PatchMerging,
+    SwinBlock,
+    SwinTransformer,
+    window_merge,
+    window_partition,
+)
 from layers.transformer import attention
 
 SMALL = dict(
@@ -27,7 +35,7 @@ SMALL = dict(
 
 def small(**kwargs) -> SwinTransformer:
     torch.manual_seed(0)
-    return SwinTransformer(**SMALL | kwargs)
+    return SWIN(**SMALL | kwargs)
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -52,8 +60,14 @@ def test_unmodified_swin_equals_timms(img, chans, window):
     shared = dict(
         in_chans=chans, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=window
     )
-    ours = SwinTransformer(
-        img, (4, 4), merge_last=True, pos_embed="none", num_classes=5, head_init_std=0.02, **shared
+    ours = SWIN(
+        img_size=img,
+        patch_size=(4, 4),
+        merge_last=True,
+        pos_embed="none",
+        num_classes=5,
+        head_init_std=0.02,
+        **shared,
     )
     reference = timms(img_size=img, patch_size=4, **shared)
     if reference.layers[-1].blocks[0].input_resolution[0] < img[0] / 32:

@@ -21,7 +21,7 @@ from PIL import Image
 import main_pretrain
 import main_sere
 from layers.pos_embed import resize_pos_embed, sincos_2d
-from models_mae_pl import MODELS, MaskedAutoencoderViT
+from models_mae_pl import MAE_VIT, MODELS
 from processes import ROOT
 from util import dist
 from util.cluster.launch import launch
@@ -37,19 +37,14 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(
         MODELS,
         "mae_test",
-        lambda **kwargs: MaskedAutoencoderViT(
-            **(
-                dict(
-                    patch_size=(8, 8),
-                    dim=16,
-                    depth=1,
-                    num_heads=1,
-                    decoder_dim=16,
-                    decoder_depth=1,
-                    decoder_heads=1,
-                )
-                | kwargs
-            )
+        MAE_VIT.override(
+            patch_size=(8, 8),
+            dim=16,
+            depth=1,
+            num_heads=1,
+            decoder_dim=16,
+            decoder_depth=1,
+            decoder_heads=1,
         ),
     )
 

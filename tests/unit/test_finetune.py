@@ -22,7 +22,7 @@ from commands import accuracy, call, pretrained
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.probe import Probe, pooled
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from models_vit import DistilledVisionTransformer
+from models_vit import DEIT_DISTILLED
 from util.data.sources.image_index import class_names
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.evaluate import supervised
@@ -325,7 +325,7 @@ def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
 def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
     mae = MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed)
     state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
-    deit = DistilledVisionTransformer(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
+    deit = DEIT_DISTILLED(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
     transfer.init_encoder(deit, state, "x.pth", "zero")
     if pos_embed == "sincos":
         own, theirs = deit.pos_embed[0], mae.pos_embed[0]
@@ -479,10 +479,8 @@ def test_mixup_mixes_class_targets_only():
 
 
 def test_distillation_learns_the_teachers_answer():
-    from models_vit import DistilledVisionTransformer
-
     torch.manual_seed(0)
-    student = DistilledVisionTransformer(
+    student = DEIT_DISTILLED(
         img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5
     )
     for head in (student.head, student.head_dist):

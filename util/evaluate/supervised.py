@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from layers.positional.draws import draws_of
 from util import dist
 from util.evaluate import evaluation
 from util.evaluate.accuracy import classification
@@ -73,10 +74,11 @@ def make_loss_fn(augment, criterion, pos_label: str, pos_weight: float, teacher=
     def loss_fn(model, batch):
         x, target = augment(batch["image"], batch["label"])
         terms = {}
+        options = {"positions": True, "draws": draws_of(batch)} if pos_label != "none" else {}
         if teacher is None:
-            out = model(x, positions=pos_label != "none")
+            out = model(x, **options)
         else:
-            out = model(x, positions=pos_label != "none", distillation=True)
+            out = model(x, **options, distillation=True)
         logits, positions = out if pos_label != "none" else (out, {})
         if teacher is not None:
             # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns the teacher's answer.
@@ -102,7 +104,10 @@ def make_eval_fn(positions: bool, record=None, columns=None):
     """
 
     def eval_fn(model, batch):
-        logits, terms = model(batch["image"], positions=True) if positions else (model(batch["image"]), {})
+        if positions:
+            logits, terms = model(batch["image"], positions=True, draws=draws_of(batch))
+        else:
+            logits, terms = model(batch["image"]), {}
         if columns is not None:
             logits = logits[:, columns]  # (B, outputs) -> (B, labels)
         if record is not None:
