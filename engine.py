@@ -25,6 +25,7 @@ from util.run.log import Log, peak_memory_mb
 from util.train.amp import AMP, autocast
 from util.train.lr_sched import set_lr
 from util.train.state import TrainState, apply_gradients, seed_step
+from util.weights.types import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def fit(
     log: Log,
     keeper: CheckpointManager | None = None,
     args: dict | None = None,
-    resume: tuple[str, dict] | None = None,
+    resume: Checkpoint | None = None,
     seed: int = 0,
     accum_iter: int = 1,
     clip_grad: float | None = None,
@@ -205,7 +206,7 @@ def fit(
     extras: dict[str, nn.Module] | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Train `model` for `epochs`, from the start or from a checkpoint, `resume` = (path, loaded dictionary).
+    """Train `model` for `epochs`, from the start or from a checkpoint, `resume`.
 
     `lr_at(epochs done, fractional) -> learning rate`. `before_update(epochs done)` runs before each update, which is where
     other schedules are set; `before_step()` when its gradients are complete and clipped; `after_step(step)` after it.
@@ -248,10 +249,10 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainState(model, optimizer, scaler, extras=extras or {})
     if resume is not None:
-        state.load_dict(resume[1], resume[0], updates, loader.dataset.exact_resume)
-        resume[1].clear()  # as large as the state itself, and the caller holds it to the end
+        state.load_checkpoint(resume, updates, loader.dataset.exact_resume)
+        resume.release()  # as large as the state itself, and the caller holds it to the end
     started = (
-        f"continues {resume[0]} at step {state.step}"
+        f"continues {resume.path} at step {state.step}"
         if resume
         else "step 0: there is no checkpoint to continue"
     )

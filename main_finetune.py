@@ -231,12 +231,11 @@ def build_data(args, size, mean, device):
     return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, device), val_loader
 
 
-def resolve_labels(args, saved: dict | None) -> dict[str, str]:
-    """--pos_label auto: the checkpoint's own when fine-tuning or going on, none from scratch and for evaluation.
+def resolve_labels(args, before: dict) -> dict[str, str]:
+    """--pos_label auto: the checkpoint's own, in `before`, when fine-tuning or going on, else none.
 
     --pos_tokens, if not given, are the checkpoint's as well: its label head has learned from these.
     """
-    before = (saved or {}).get("args") or {}
     label = "none" if args.eval else before.get("pos_label", "none")
     return {
         "pos_label": label if args.pos_label == "auto" else args.pos_label,
@@ -244,28 +243,33 @@ def resolve_labels(args, saved: dict | None) -> dict[str, str]:
     }
 
 
-def resolve_classes(args, saved: dict | None, start: str, data: ImageIndex) -> list[str]:
+def resolve_classes(args, saved: checkpoint.Checkpoint | None, data: ImageIndex) -> list[str]:
     """The model's classes in the order of its outputs: the data's, or those of the checkpoint that is evaluated."""
     classes = data.classes
     if args.eval:
-        classes = known_classes(saved, start, classes, class_names(args.classes) if args.classes else None)
-    elif (saved or {}).get("classes", classes) != classes:
+        classes = known_classes(saved, classes, class_names(args.classes) if args.classes else None)
+    elif saved is not None and saved.classes not in (None, classes):
         raise ValueError(
-            f"{start} was trained on the classes {some_names(saved['classes'])}, the data have "
+            f"{saved.path} was trained on the classes {some_names(saved.classes)}, the data have "
             f"{some_names(classes)}: give the data that it was made with, or another --output_dir"
         )
     if args.nb_classes not in (None, len(classes)):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {start if args.eval else data.path} has {len(classes)} "
+            f"--nb_classes {args.nb_classes}, but {saved.path if args.eval else data.path} has {len(classes)} "
             f"{'outputs' if args.eval else 'class folders'}: leave --nb_classes out, or check the path"
         )
     return classes
 
 
 def build_model(
-    args, size, num_classes: int, labels: dict, head: dict, saved: dict | None, pretrained: dict | None
+    args,
+    size,
+    num_classes: int,
+    labels: dict,
+    head: dict,
+    before: dict,
+    pretrained: checkpoint.Checkpoint | None,
 ):
-    before = (saved or {}).get("args") or {}
     options = head_options(args.model, head) | dict(
         img_size=size,
         in_chans=args.in_chans,
@@ -281,7 +285,7 @@ def build_model(
     if (
         pretrained is not None
         and head["patch_embed"] == "conv"
-        and "patch_embed.stem.0.weight" not in pretrained["model"]
+        and "patch_embed.stem.0.weight" not in pretrained.model
     ):
         raise ValueError(
             f"--patch_embed conv cannot start from {args.finetune}: its encoder learned from patches that were "
@@ -297,14 +301,14 @@ def build_model(
     return build_classifier(args.model, **options)
 
 
-def start_weights(args, model, pretrained: dict | None, plain: dict) -> None:
+def start_weights(args, model, pretrained: checkpoint.Checkpoint | None, plain: dict) -> None:
     """The encoder of --finetune, or none; one line says which."""
     if pretrained is None:
         dist.print_rank0("starting from scratch")
         return
     dist.print_rank0(
         f"encoder from {args.finetune}{checkpoint.other_than_trained(pretrained, plain)}; "
-        + transfer.init_encoder(model, pretrained, args.finetune, args.pos_embed_init)
+        + transfer.init_encoder(model, pretrained, args.pos_embed_init)
     )
 
 
@@ -330,10 +334,9 @@ def main(args) -> int:
         dist.make_shared_folder(args.output_dir)
 
     # Where to start: own last checkpoint, --resume, --finetune, scratch
-    plain = checkpoint.plain_args(args)
-    resume = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
-    start, saved = resume or ("", None)
-    before = (saved or {}).get("args") or {}
+    plain = checkpoint.plain_flags(vars(args))
+    saved = checkpoint.load_start("" if args.eval else args.output_dir, args.resume)
+    before = checkpoint.stored_flags(saved)
     args.finetune = args.finetune or before.get(
         "finetune", ""
     )  # layer decay and what is trained depend on it
@@ -343,24 +346,25 @@ def main(args) -> int:
     pretrained = None
     if args.finetune and (saved is None or (args.partial is not None and new is None)):
         pretrained = checkpoint.load(args.finetune)
-        pretrained.pop("optimizer", None)  # twice the weights, and for nothing
+        pretrained.drop_optimizer()
     new = sorted(transfer.new_parameters(pretrained)) if new is None else new
     plain |= {"finetune": args.finetune, "new_parameters": new}
 
     # Data: images as the encoder has learned to see them
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, saved or pretrained)
+    size = pair(args.input_size, "--input_size")
+    mean, std = channel_stats(args, checkpoint.stored_flags(saved or pretrained))
     plain |= {"mean": list(mean), "std": list(std)}
     loader, val_loader = build_data(args, size, mean, device)
 
     # Model
-    classes = resolve_classes(args, saved, start, val_loader.dataset.index)
+    classes = resolve_classes(args, saved, val_loader.dataset.index)
     num_classes = len(classes)
-    labels = resolve_labels(args, saved or pretrained)
+    labels = resolve_labels(args, checkpoint.stored_flags(saved or pretrained))
     pos_label = labels["pos_label"]
-    head = resolve_head(vars(args), args.model, saved, start)
+    head = resolve_head(vars(args), args.model, saved)
     plain |= labels | head
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    model = build_model(args, size, num_classes, labels, head, saved, pretrained).to(device)
+    model = build_model(args, size, num_classes, labels, head, before, pretrained).to(device)
     evaluation = dict(
         positions=pos_label != "none",
         device=device,
@@ -370,8 +374,8 @@ def main(args) -> int:
         predictions=args.predictions,
     )
     if args.eval:
-        checkpoint.load_for_evaluation(model, saved, args.resume)
-        average = ", the moving average of its weights" if "ema" in saved else ""
+        checkpoint.load_for_evaluation(model, saved)
+        average = ", the moving average of its weights" if saved.ema is not None else ""
         dist.print_rank0(
             f"evaluating {args.resume} in {described(amp, device)}{average}"
             + checkpoint.other_than_trained(saved, plain)
@@ -380,7 +384,7 @@ def main(args) -> int:
         dist.shutdown()
         return 0
     if saved is not None:
-        checkpoint.say_continuing(start, saved, plain)
+        checkpoint.print_continuing(saved, plain)
     else:
         start_weights(args, model, pretrained, plain)
     if args.partial is not None:
@@ -458,7 +462,7 @@ def main(args) -> int:
             done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs
         ),
         args=plain,
-        resume=resume,
+        resume=saved,
         seed=args.seed,
         accum_iter=args.accum_iter,
         clip_grad=args.clip_grad,

@@ -140,9 +140,8 @@ def check_flags(args) -> None:
         )
 
 
-def as_trained(args, saved: dict):
-    """The flags with what they leave open as in the probe `saved`, where one is evaluated."""
-    before = saved.get("args") or {}
+def as_trained(args, before: dict):
+    """The flags with what they leave open as `before`, the flags of the probe that is evaluated."""
     stored = {
         k: before[k]
         for k in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS)
@@ -205,24 +204,22 @@ def evaluate(
     return out | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in names}
 
 
-def load_backbone(args, state: dict, size, device):
+def load_backbone(args, state: checkpoint.Checkpoint, size, device):
     """The frozen encoder of --finetune, in evaluation mode; ViT's tokens all come after the final norm."""
     if find(args.model).own_positions:
-        options = trained_options(
-            state.get("args") or {}
-        )  # how they embed positions, and what they pool, is their own
+        options = trained_options(state.args)  # how they embed positions, and what they pool, is their own
     else:
         # What the encoder learned with is what it is probed with. Pooling by class token keeps its final norm, for the
         # patch tokens too.
-        options = {"pos_embed": "learned" if "pos_embed" in state["model"] else "none", "pool": "cls"}
-        if embed := (state.get("args") or {}).get("patch_embed"):
+        options = {"pos_embed": "learned" if "pos_embed" in state.model else "none", "pool": "cls"}
+        if embed := state.args.get("patch_embed"):
             options["patch_embed"] = embed
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     model = build_classifier(args.model, img_size=size, in_chans=args.in_chans, num_classes=0, **options)
-    note = transfer.init_encoder(model, state, args.finetune, "zero")
+    note = transfer.init_encoder(model, state, "zero")
     dist.print_rank0(note)
     return model.to(device).eval().requires_grad_(False)
 
@@ -294,13 +291,13 @@ def main(args) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     resume = checkpoint.load_start("" if args.eval or args.knn else args.output_dir, args.resume)
-    args = as_trained(args, resume[1] if args.eval else {})
+    args = as_trained(args, resume.args if args.eval else {})
     second_order = args.head == "second_order"
     amp = resolve_amp(args.amp, device)
     pretrained = checkpoint.load(args.finetune)
-    pretrained.pop("optimizer", None)  # twice the weights, and for nothing
-    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained)
-    plain = checkpoint.plain_args(args) | {"mean": list(mean), "std": list(std)}
+    pretrained.drop_optimizer()
+    size, (mean, std) = pair(args.input_size, "--input_size"), channel_stats(args, pretrained.args)
+    plain = checkpoint.plain_flags(vars(args)) | {"mean": list(mean), "std": list(std)}
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
     train_loader, val_loader = build_data(args, size, device)
@@ -347,15 +344,15 @@ def main(args) -> int:
     where = dict(device=device, mean=mean, std=std, amp=amp)
     if args.eval:
         dist.print_rank0(
-            f"evaluating {args.resume}{checkpoint.other_than_trained(resume[1], plain, ('model', 'finetune', 'pool'))}"
+            f"evaluating {args.resume}{checkpoint.other_than_trained(resume, plain, ('model', 'finetune', 'pool'))}"
         )
         classes = val_loader.dataset.index.classes
-        if resume[1].get("classes", classes) != classes:
+        if resume.classes not in (None, classes):
             raise ValueError(
-                f"{args.resume} was trained on the classes {some_names(resume[1]['classes'])}, the data have "
+                f"{args.resume} was trained on the classes {some_names(resume.classes)}, the data have "
                 f"{some_names(classes)}"
             )
-        checkpoint.load_strict(probe, resume[1], args.resume)
+        checkpoint.load_strict(probe, resume)
         evaluate(probe, features, names, kind, val_loader, where)
         dist.shutdown()
         return 0
@@ -370,7 +367,7 @@ def main(args) -> int:
         f"{', '.join(f'{s:g}' for s in lr_grid)}"
     )
     if resume:
-        checkpoint.say_continuing(*resume, plain)
+        checkpoint.print_continuing(resume, plain)
     log_dir = None if args.dry_run else args.log_dir or args.output_dir
     log = Log(args.output_dir, log_dir, args.print_freq, loss_tag="loss")
     keeper = None

@@ -286,10 +286,10 @@ def main(args) -> int:
     )
 
     # Where to start: the run's own last checkpoint, --resume, --init_from, scratch
-    plain = checkpoint.plain_args(args)
+    plain = checkpoint.plain_flags(vars(args))
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None and args.init_from:
-        note = transfer.init_from(model, checkpoint.load(args.init_from), args.init_from)
+        note = transfer.init_from(model, checkpoint.load(args.init_from))
         if teacher is not None:
             copy_parameters(teacher, model)
         dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")

@@ -288,7 +288,7 @@ def main(args) -> int:
         f"{dist.world_size()} = {batch}, lr {lr:.3g}"
     )
 
-    plain = checkpoint.plain_args(args)
+    plain = checkpoint.plain_flags(vars(args))
     resume = checkpoint.continue_from(args.output_dir, args.resume, plain)
     if resume is None:
         dist.print_rank0("starting from scratch")

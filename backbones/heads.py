@@ -3,6 +3,8 @@
 from typing import Any
 
 from backbones.registry import find
+from util.weights.checkpoint import stored_flags
+from util.weights.types import Checkpoint
 
 # Flags, and the options of layers.second_order.SecondOrderHead that they set.
 SECOND_ORDER_FLAGS = {
@@ -20,14 +22,14 @@ def second_order_options(flags: dict[str, Any]) -> dict[str, Any]:
     return {option: flags[name] for name, option in SECOND_ORDER_FLAGS.items() if flags.get(name) is not None}
 
 
-def resolve_head(given: dict[str, Any], model: str, saved: dict | None, path: str) -> dict[str, Any]:
-    """The flags `head`, so_* and `patch_embed`: as given, else as in the checkpoint `saved` from `path` that continues.
+def resolve_head(given: dict[str, Any], model: str, saved: Checkpoint | None) -> dict[str, Any]:
+    """The flags `head`, so_* and `patch_embed`: as given, else as in the checkpoint `saved` that continues.
 
     `head` then has a value, "linear" or "second_order". `patch_embed` has one if it is known to be another than linear;
     None is the model's own. Raises ValueError if the given head is not the checkpoint's, and if so_* flags are given for
     a linear head.
     """
-    before = (saved or {}).get("args") or {}
+    before = stored_flags(saved)
     flags = {
         name: before.get(name) if given.get(name) is None else given[name]
         for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)
@@ -36,7 +38,7 @@ def resolve_head(given: dict[str, Any], model: str, saved: dict | None, path: st
     if stored:
         if given.get("head") not in (None, stored):
             raise ValueError(
-                f"{path} was trained with `head` {stored}, found `head` {given['head']}: leave `head` out, or choose "
+                f"{saved.path} was trained with `head` {stored}, found `head` {given['head']}: leave `head` out, or choose "
                 "another `output_dir`"
             )
         flags["head"] = stored
@@ -51,9 +53,11 @@ def resolve_head(given: dict[str, Any], model: str, saved: dict | None, path: st
     return flags
 
 
-def _stored_head(saved: dict | None) -> str:
+def _stored_head(saved: Checkpoint | None) -> str:
     """The kind of head whose weights a checkpoint has; '' without a checkpoint or without a head."""
-    weights = (saved or {}).get("model", {})
+    if saved is None:
+        return ""
+    weights = saved.model
     if "head.pool.start" in weights:
         return "second_order"
     if any(name.startswith("head.") for name in weights):

@@ -10,6 +10,7 @@ from backbones import so_vit, swin
 from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
+from util.weights.types import Checkpoint
 
 MODELS: dict[str, Entry] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
 
@@ -40,18 +41,18 @@ def build_classifier(name: str, **options: Any) -> nn.Module:
     return find(name)(**options)
 
 
-def known_classes(state: dict, path: str, data: list[str], given: list[str] | None = None) -> list[str]:
+def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = None) -> list[str]:
     """Names of a stored classifier's classes in the order of its outputs, to evaluate it on the classes `data`.
 
     They are the `given` ones, else those stored with the weights, else ImageNet's if there are 1000 outputs and the
     data's classes have ImageNet names, else the data's own. Raises ValueError if their number is not that of the outputs,
     or if a class of the data is not among them.
     """
-    outputs = _num_outputs(state)
-    known = given or state.get("classes") or _imagenet_classes(outputs, data)
+    outputs = _num_outputs(saved)
+    known = given or saved.classes or _imagenet_classes(outputs, data)
     if known is None and _numbers_out_of_order(data):
         raise ValueError(
-            f"the data's classes are numbers, which folders sort as {some_names(data)}; {path} does not say what "
+            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does not say what "
             "its outputs are called: name them by `classes`, in their order"
         )
     names = known or data
@@ -60,21 +61,21 @@ def known_classes(state: dict, path: str, data: list[str], given: list[str] | No
         if given:
             source = "given"
         raise ValueError(
-            f"{path} distinguishes {outputs} classes, and there are {len(names)} {source}: name all, in the order of "
+            f"{saved.path} distinguishes {outputs} classes, and there are {len(names)} {source}: name all, in the order of "
             "its outputs, by `classes`"
         )
     unknown = sorted(set(data) - set(names))
     if unknown:
         raise ValueError(
-            f"{path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: they are "
+            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: they are "
             "other data, or their folders have other names, and `classes` gives these in the order of its outputs"
         )
     return names
 
 
-def _num_outputs(state: dict) -> int | None:
+def _num_outputs(saved: Checkpoint) -> int | None:
     """Outputs of a linear class head; None for other heads, which are checked when the weights are loaded."""
-    return len(state["model"].get("head.bias", ())) or None
+    return len(saved.model.get("head.bias", ())) or None
 
 
 def _imagenet_classes(outputs: int | None, data: list[str]) -> list[str] | None:

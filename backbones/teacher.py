@@ -60,17 +60,17 @@ def _stored_teacher(
 ) -> tuple[nn.Module, Statistics]:
     """The model in a checkpoint, and the statistics that its images were normalised with (else the `given` ones)."""
     saved = load(path)
-    flags = saved.get("args") or {}
-    if saved.get("classes", classes) != classes:
+    flags = saved.args
+    if saved.classes not in (None, classes):
         raise ValueError(
-            f"`distill_checkpoint` {path} knows the classes {some_names(saved['classes'])}, the data have "
+            f"`distill_checkpoint` {path} knows the classes {some_names(saved.classes)}, the data have "
             f"{some_names(classes)}: fine-tune a teacher on them"
         )
-    options = head_options(name, resolve_head({}, name, saved, path)) | trained_options(flags)
+    options = head_options(name, resolve_head({}, name, saved)) | trained_options(flags)
     teacher = build_classifier(
         name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
     )
-    load_for_evaluation(teacher, saved, path)
+    load_for_evaluation(teacher, saved)
     return teacher, Statistics(flags.get("mean") or given.mean, flags.get("std") or given.std)
 
 

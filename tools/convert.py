@@ -22,7 +22,8 @@ from tools.formats import (
 )
 from tools.inspect import describe
 from util.weights import checkpoint, transfer
-from util.weights.files import Architecture, architecture
+from util.weights.architecture import Architecture, architecture
+from util.weights.types import Checkpoint
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -38,18 +39,18 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     if not out.endswith(suffixes):
         raise ValueError(f"--to {to} writes {' or '.join(suffixes)}, found {out}")
     state = read(path)
-    source = stored_model.model_of(state, path)
+    source = stored_model.model_of(state)
     if to == "encoder":
-        state, source = encoder_of(state, source, path)
-    elif to != "safetensors" and "pos_embed" not in state["model"]:
+        state, source = encoder_of(state, source)
+    elif to != "safetensors" and "pos_embed" not in state.model:
         table = torch.zeros(1, source.num_prefix + source.patch_embed.num_patches, source.dim)
-        state["model"]["pos_embed"] = transfer.new_pos_embed(table, source.grid, pos_embed_init)
+        state.model["pos_embed"] = transfer.new_pos_embed(table, source.grid, pos_embed_init)
         if pos_embed_init != "zero":  # it computes something else than the source: the check is of the rest
-            source = stored_model.model_of(state, path)
-    state["args"]["input_size"] = list(source.img_size)
-    a = architecture(state, path)
-    state["args"] |= stored_flags(source, a)
-    if a.decoder_depth and to == "hf" and "norm_pix_loss" not in state["args"]:
+            source = stored_model.model_of(state)
+    state.args["input_size"] = list(source.img_size)
+    a = architecture(state)
+    state.args |= stored_flags(source, a)
+    if a.decoder_depth and to == "hf" and "norm_pix_loss" not in state.args:
         print(f"{path} does not say whether its target was normalised: norm_pix_loss is written as false")
     full = a.decoder_depth > 0 and to != "timm"
     with appears_whole(out, path) as partial:
@@ -63,14 +64,14 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     return difference
 
 
-def encoder_of(state: dict, source, path: str):
+def encoder_of(state: Checkpoint, source):
     """The encoder alone and its model. The norm that a mean of tokens went through becomes the norm of each token."""
     weights = {
         k.replace("fc_norm.", "norm."): v
-        for k, v in state["model"].items()
+        for k, v in state.model.items()
         if not k.startswith((*DECODER, "head."))
     }
-    encoder = {"model": weights, "args": state["args"]}
+    encoder = Checkpoint(state.path, weights, state.args)
     if isinstance(source, models_mae_pl.MaskedAutoencoderViT):
         return encoder, source
     source.num_classes = 0
@@ -94,7 +95,7 @@ def stored_flags(source, a: Architecture) -> dict:
 
 
 def write_ours(state, a, source, path, partial):
-    checkpoint.save_atomic(state, partial)
+    checkpoint.save_atomic(state.to_dict(), partial)
     return (
         reloaded(partial, a),
         "the model read back",
@@ -104,7 +105,7 @@ def write_ours(state, a, source, path, partial):
 
 def write_mae(state, a, source, path, partial):
     """Without positional labels and with an embedding our models are MAE's, name by name."""
-    checkpoint.save_atomic(state, partial)
+    checkpoint.save_atomic(state.to_dict(), partial)
     usage = "--eval --resume {out}" if a.classes else "--finetune {out}"
     if a.decoder_depth:
         usage += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
@@ -118,8 +119,8 @@ def write_mae(state, a, source, path, partial):
 def write_safetensors(state, a, source, path, partial):
     from safetensors.torch import save_file
 
-    notes = {k: json.dumps(v) for k, v in state.items() if k != "model"}
-    save_file({k: v.contiguous() for k, v in state["model"].items()}, partial, metadata=notes)
+    notes = {k: json.dumps(v) for k, v in state.to_dict().items() if k != "model"}
+    save_file({k: v.contiguous() for k, v in state.model.items()}, partial, metadata=notes)
     return (
         reloaded(partial, a),
         "the model read back",
@@ -129,14 +130,14 @@ def write_safetensors(state, a, source, path, partial):
 
 def reloaded(file: str, a: Architecture):
     """The model in a file of ours -> its outputs as a function."""
-    model = stored_model.model_of(checkpoint.load(file), file)
+    model = stored_model.model_of(checkpoint.load(file))
     return lambda images, noise: outputs(model, images, noise, full=a.decoder_depth > 0)
 
 
 def write_timm(state, a, source, path, partial):
     from safetensors.torch import load_file, save_file
 
-    weights = {k: v.contiguous() for k, v in state["model"].items() if not k.startswith(DECODER)}
+    weights = {k: v.contiguous() for k, v in state.model.items() if not k.startswith(DECODER)}
     options = timm_options(a, source.blocks[0].attn.num_heads, source.img_size)
     if partial.endswith(".pth"):
         torch.save(weights, partial)
@@ -153,15 +154,15 @@ def write_timm(state, a, source, path, partial):
 
 
 def write_hf(state, a, source, path, partial):
-    heads = stored_model.heads_of(a, state["args"])[:2]
+    heads = stored_model.heads_of(a, state.args)[:2]
     name = hf_folder(
-        state["model"],
+        state.model,
         a,
         heads,
-        bool(state["args"].get("norm_pix_loss")),
+        bool(state.args.get("norm_pix_loss")),
         path,
         partial,
-        state.get("classes"),
+        state.classes,
     )
     extra = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return (
@@ -191,32 +192,32 @@ def import_file(path: str, out: str) -> float:
     if not out.endswith(".pth"):
         raise ValueError(f"import writes .pth, found {out}")
     state = read(path)
-    if "pos_label" in state["args"]:
+    if "pos_label" in state.args:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
-    model = stored_model.model_of(state, path)
-    state["args"]["input_size"] = list(model.img_size)
-    eps = state["args"].pop("layer_norm_eps", 1e-6)
-    a = architecture(state, path)
+    model = stored_model.model_of(state)
+    state.args["input_size"] = list(model.img_size)
+    eps = state.args.pop("layer_norm_eps", 1e-6)
+    a = architecture(state)
     size, *_ = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
     name = f"{'mae_' if a.decoder_depth else ''}vit_{size}_patch{a.patch_size[0]}"
-    state["args"] |= stored_flags(model, a)
+    state.args |= stored_flags(model, a)
     if name in models.MODELS | models_mae_pl.MODELS:
-        state["args"]["model"] = name
+        state.args["model"] = name
     full = a.decoder_depth > 0 and os.path.isdir(path)
     with appears_whole(out, path) as partial:
-        checkpoint.save_atomic(state, partial)
-        ours = stored_model.model_of(checkpoint.load(partial), partial)
+        checkpoint.save_atomic(state.to_dict(), partial)
+        ours = stored_model.model_of(checkpoint.load(partial))
         if os.path.isdir(path):
             theirs, library = hf_outputs(path, full, a.classes), "transformers'"
         else:
             options = timm_options(a, model.blocks[0].attn.num_heads, model.img_size)
-            theirs, library = timm_outputs(state["model"], options), "timm's"
+            theirs, library = timm_outputs(state.model, options), "timm's"
         difference = largest_difference(ours, theirs, full)
         note = (
             f" (layer_norm_eps {eps:g}, ours 1e-06)" if eps != 1e-6 else ""
         )  # matters for tokens of small variance
         refuse_above_limit(difference, path, f"{library} model{note}")
-    known = state["args"].get("model")
+    known = state.args.get("model")
     print(
         f"wrote {out}; largest difference to the outputs of {library} model: {difference:.2g}\n"
         + (f"--model {known}" if known else f"no model of ours has its size: {a.depth} blocks of {a.dim}")

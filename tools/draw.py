@@ -21,7 +21,7 @@ from util.report import charts, runs
 from util.report import page as report
 from util.report.panels import accuracy_map, reconstruction_panel, unnormalize_patches
 from util.weights import checkpoint
-from util.weights.files import KINDS, kind_of
+from util.weights.types import KINDS
 
 BATCH = 50
 
@@ -29,11 +29,11 @@ BATCH = 50
 def load_model(path: str):
     """(model, flags) of a checkpoint; ValueError for files that hold no model of ours or MAE's."""
     state = checkpoint.load(path)
-    if kind_of(state) not in ("pretraining", "classifier", "encoder"):
+    if state.kind not in ("pretraining", "classifier", "encoder"):
         raise ValueError(
-            f"{path} is {KINDS[kind_of(state)][0]}, which cannot be drawn: it is for {KINDS[kind_of(state)][1]}"
+            f"{path} is {KINDS[state.kind][0]}, which cannot be drawn: it is for {KINDS[state.kind][1]}"
         )
-    return model_of(state, path), state.get("args") or {}
+    return model_of(state), state.args
 
 
 def load_images(model, flags: dict, data_path: str, first: int, n: int = 0):

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from util.weights import checkpoint
-from util.weights.files import LABEL_HEADS, Architecture, encoder_weights, evaluated_weights, kind_of
+from util.weights.architecture import Architecture
+from util.weights.types import Checkpoint
 
 LIMIT = 1e-4  # largest difference between two models' outputs
 DECODER = ("decoder_", "mask_token")
+# Weights that neither the plain Vision Transformer nor its decoder has: heads of pretraining objectives.
+LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.")
 
 # Hugging Face's names of the parts of a block, and of everything else, with ours.
 _HF_BLOCK = {
@@ -99,7 +102,7 @@ def to_hf(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k: v.contiguous() for k, v in out.items()}
 
 
-def read(path: str) -> dict:
+def read(path: str) -> Checkpoint:
     """Any checkpoint, or a folder of Hugging Face's, as {model, args} in our names; label heads stay behind, and weights of
     which there is a moving average.
 
@@ -109,26 +112,25 @@ def read(path: str) -> dict:
         state = _read_hf_folder(path)
     else:
         state = checkpoint.load(path)
-    if kind_of(state) == "huggingface":
+    if state.kind == "huggingface":
         raise ValueError(f"{path}: give its folder, where config.json tells the number of heads")
-    if kind_of(state) == "dino":
-        state = {
-            "model": {
-                k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")
-            }
-        }
-    weights = encoder_weights(state) if kind_of(state) == "self-distillation" else evaluated_weights(state)
+    if state.kind == "dino":
+        state = Checkpoint(
+            path,
+            {k.removeprefix("backbone."): v for k, v in state.model.items() if k.startswith("backbone.")},
+        )
+    weights = state.evaluated_weights()
+    if state.kind == "self-distillation":
+        weights = state.encoder_weights()
     weights = {k: v for k, v in weights.items() if not k.startswith(LABEL_HEADS)}
     if "dist_token" in weights:
         raise ValueError(
             f"{path} has a distillation token, which plain Vision Transformers lack: it cannot be converted"
         )
-    return {"model": weights, "args": dict(state.get("args") or {})} | {
-        k: state[k] for k in ("classes",) if k in state
-    }
+    return Checkpoint(path, weights, dict(state.args), state.classes)
 
 
-def _read_hf_folder(folder: str) -> dict:
+def _read_hf_folder(folder: str) -> Checkpoint:
     files = [os.path.join(folder, name) for name in ("config.json", "model.safetensors")]
     missing = [os.path.basename(f) for f in files if not os.path.isfile(f)]
     if missing:
@@ -150,7 +152,7 @@ def _read_hf_folder(folder: str) -> dict:
             "decoder_heads": config["decoder_num_attention_heads"],
             "norm_pix_loss": config["norm_pix_loss"],
         }
-    return {"model": from_hf(checkpoint.load(files[1])["model"], folder), "args": args}
+    return Checkpoint(folder, from_hf(checkpoint.load(files[1]).model, folder), args)
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from tools.formats import (
 )
 from util.data.sources.image_index import some_names
 from util.weights import checkpoint
-from util.weights.files import KINDS, SO_VIT, Architecture, architecture, kind_of, parameters
+from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
+from util.weights.types import KINDS, Checkpoint
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -17,10 +18,10 @@ def describe(path: str) -> str:
     """What a checkpoint holds and which command takes it, a line each."""
     folder = os.path.isdir(path)
     state = read(path) if folder else checkpoint.load(path)
-    kind, args, weights = kind_of(state), state.get("args") or {}, state["model"]
+    kind, args, weights = state.kind, state.args, state.model
     lines = {"kind": KINDS[kind][0] + origin(state, kind, folder)}
     try:
-        a = architecture(state, path)
+        a = architecture(state)
     except ValueError:  # Swin, timm's backbones, foreign names
         a = None
         lines["model"] = args.get(
@@ -28,18 +29,18 @@ def describe(path: str) -> str:
         )
     if a is not None:
         lines |= describe_architecture(a, args)
-    if state.get("classes"):
-        lines["class names"] = some_names(state["classes"])
+    if state.classes:
+        lines["class names"] = some_names(state.classes)
     if any(k in weights for k in SO_VIT):
         lines["So-ViT"] = " and ".join(
             name for name, k in zip(("second-order head", "convolutional embedding"), SO_VIT) if k in weights
         )
-    if "ema" in state:
+    if state.ema is not None:
         lines["average"] = "a moving average of the weights, which is what evaluation and export take"
-    if "epoch" in state:
-        steps = f" (step {state['step']})" if "step" in state else ""
-        lines["epoch"] = f"{state['epoch']}{steps}{', with optimizer' if 'optimizer' in state else ''}"
-    lines["parameters"] = f"{parameters(weights) / 1e6:.2f} M"
+    if state.epoch is not None:
+        steps = f" (step {state.step})" if state.step is not None else ""
+        lines["epoch"] = f"{state.epoch}{steps}{', with optimizer' if 'optimizer' in state.entries else ''}"
+    lines["parameters"] = f"{num_parameters(weights) / 1e6:.2f} M"
     if not folder:
         with open(path, "rb") as f:
             lines["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
@@ -47,11 +48,11 @@ def describe(path: str) -> str:
     return "\n".join([path, *(f"  {name:<11} {text}" for name, text in lines.items())])
 
 
-def origin(state: dict, kind: str, folder: bool) -> str:
+def origin(state: Checkpoint, kind: str, folder: bool) -> str:
     """Whose file it is, and the target of a pretraining file, where they can be told."""
-    args = state.get("args") or {}
+    args = state.args
     # --pos_embed is a flag of all mains here, and of none of MAE's.
-    ours = "pos_embed" in args or any(k.startswith("pos_head.") for k in state["model"])
+    ours = "pos_embed" in args or any(k.startswith("pos_head.") for k in state.model)
     target = {True: ", norm-pix target", False: ", pixel target"}.get(
         args.get("norm_pix_loss"), ", target not stored"
     )
@@ -91,11 +92,11 @@ def describe_architecture(a: Architecture, args: dict) -> dict[str, str]:
     return out
 
 
-def accepted_by(state: dict, kind: str, folder: bool) -> str:
+def accepted_by(state: Checkpoint, kind: str, folder: bool) -> str:
     if folder:
         return "checkpoints.py import"
     text = KINDS[kind][1]
-    if "optimizer" not in state:  # then nothing can be resumed
+    if "optimizer" not in state.entries:  # then nothing can be resumed
         text = text.replace("--resume or --init_from", "--init_from")
         text = text.replace("--resume, with --eval to evaluate", "--eval --resume")
     return text

@@ -5,24 +5,23 @@ from typing import Any
 import models_mae_pl
 import models_vit
 from backbones.registry import MODELS
+from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import describe_mismatch
-from util.weights.files import Architecture, architecture, evaluated_weights
+from util.weights.types import Checkpoint
 
 
-def model_of(state: dict, path: str) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
+def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
     """The model whose weights a checkpoint holds, with these weights, in evaluation mode.
 
     The weights determine everything but the number of heads, for which see `heads_of`. If nothing determines the image
     size, it is 14 patches a side. Raises ValueError if the checkpoint is not a plain Vision Transformer.
     """
-    a = architecture(state, path)
-    args = state.get("args") or {}
-    model = _build(a, args, distilled="dist_token" in state["model"])
+    model = _build(architecture(saved), saved.args, distilled="dist_token" in saved.model)
     # SERE's relation heads are not part of a plain Vision Transformer.
-    weights = {k: v for k, v in evaluated_weights(state).items() if not k.startswith("sr_")}
+    weights = {k: v for k, v in saved.evaluated_weights().items() if not k.startswith("sr_")}
     problem = describe_mismatch(model.state_dict(), weights)
     if problem:
-        raise ValueError(f"{path} is not a plain Vision Transformer, its weights differ: {problem}")
+        raise ValueError(f"{saved.path} is not a plain Vision Transformer, its weights differ: {problem}")
     model.load_state_dict(weights)
     return model.eval()
 

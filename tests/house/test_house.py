@@ -15,7 +15,7 @@ ROOMS = {
     "layers": "",
     "models": "layers",
     "backbones": "layers models util.flags util.weights util.data",
-    "engine": "util.cluster util.data util.dist util.run util.train",
+    "engine": "util.cluster util.data util.dist util.run util.train util.weights",
     "tools": "backbones layers models util.data util.report util.weights",
     "doors": "tools util.flags util.report",
     "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report util.run util.train "

@@ -295,7 +295,7 @@ def test_checkpoints_that_must_not_load(tmp_path, capsys):
         checkpoint.load(str(path))
     with open(path, "wb") as f:
         pickle.dump({"model": Code()}, f)
-    with pytest.raises(ValueError, match=r"cannot|code|no checkpoint"):
+    with pytest.raises(ValueError, match=r"cannot|code|not a checkpoint"):
         checkpoint.load(str(path))
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
@@ -322,13 +322,13 @@ def test_maes_own_files_load(tmp_path, monkeypatch, home):
     for c in (PosixPath, PurePosixPath, Path):
         monkeypatch.setattr(c, "__module__", home)
     state = checkpoint.load(str(path))
-    assert state["args"] == {
+    assert state.args == {
         "model": "mae_vit_base_patch16",
         "lr": 1e-3,
         "job_dir": "a/b",
         "norm_pix_loss": True,
     }
-    assert state["epoch"] == 799 and state["model"]["w"].sum() == 2
+    assert state.epoch == 799 and state.model["w"].sum() == 2
 
 
 def test_maes_own_training_state_continues(tmp_path, capsys):
@@ -377,8 +377,10 @@ def test_maes_own_training_state_continues(tmp_path, capsys):
     )
     assert code == 0, text
     saved = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))
-    assert [g["weight_decay"] for g in saved["optimizer"]["param_groups"]] == [0.0, 0.3], "the flags of now"
-    state = saved["optimizer"]["state"]
+    assert [g["weight_decay"] for g in saved.entries["optimizer"]["param_groups"]] == [0.0, 0.3], (
+        "the flags of now"
+    )
+    state = saved.entries["optimizer"]["state"]
     assert [tuple(state[i]["exp_avg"].shape) for i in range(len(trained))] == [
         tuple(p.shape) for _, p in plain + decayed
     ]
@@ -415,7 +417,7 @@ def test_weights_of_another_pretraining_are_a_start(tmp_path, capsys, before, fl
         tmp_path, capsys, "--init_from", first, *flags, "--lr", 0, "--output_dir", tmp_path / "second"
     )
     assert code == 0 and f"fresh schedule; {note}" in text, text
-    a, b = (checkpoint.load(str(f))["model"] for f in (first, tmp_path / "second" / "checkpoint-last.pth"))
+    a, b = (checkpoint.load(str(f)).model for f in (first, tmp_path / "second" / "checkpoint-last.pth"))
     same = [k for k in b if not k.startswith(("pos_head.", "sr_")) and not k.endswith("pos_embed")]
     assert same and all(torch.equal(a[k], b[k]) for k in same)
     if "learned" in flags:
@@ -439,7 +441,7 @@ def test_changed_flags_are_said_when_a_run_continues(tmp_path, capsys):
     assert pretrain(tmp_path, capsys)[0] == 0
     code, text = pretrain(tmp_path, capsys, "--epochs", 2, "--mask_ratio", 0.5, "--num_workers", 1)
     assert code == 0 and "with changed flags (epochs: 1 -> 2; mask_ratio: 0.75 -> 0.5)" in text
-    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["epoch"] == 1
+    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth")).epoch == 1
 
 
 def test_the_order_of_starting_points(tmp_path, capsys):
@@ -493,7 +495,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left.*c\.pth is intact"):
         checkpoint.save_atomic({"model": torch.zeros(3)}, path)
     monkeypatch.undo()
-    assert torch.equal(checkpoint.load(path)["model"]["w"], torch.ones(3)), "the old file is whole"
+    assert torch.equal(checkpoint.load(path).model["w"], torch.ones(3)), "the old file is whole"
     assert [p.name for p in tmp_path.iterdir()] == ["c.pth"], "nothing partial is left"
 
 
@@ -542,7 +544,7 @@ def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad
 def test_a_zip_that_is_no_checkpoint(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as z:
         z.writestr("readme.txt", "hello")
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         checkpoint.load(str(tmp_path / "c.pth"))
 
 
@@ -572,7 +574,7 @@ def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeyp
     # A stop in the middle of the last epoch: what it had learned there, and its averages, are given up.
     last = tmp_path / "run" / "checkpoint-last.pth"
     stopped = checkpoint.load(str(last))
-    torch.save(stopped | {"step": 10, "meters": {"loss": 900.0, "steps": 2}, "epoch": 1}, last)
+    torch.save(stopped.to_dict() | {"step": 10, "meters": {"loss": 900.0, "steps": 2}, "epoch": 1}, last)
     code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
     assert code == 0 and "the unfinished epoch starts again" in text and text.count("Epoch: [2]") == 3, text
     assert "Epoch: [2]  [1/4]" in text and "[5/4]" not in text

@@ -322,7 +322,9 @@ def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
 
 def test_what_a_run_leaves(uninterrupted):
     saved, lines = last(uninterrupted), log_lines(uninterrupted)
-    assert checkpoint.kind_of(saved) == "self-distillation" and {"teacher", "centres"} <= saved.keys()
+    assert (
+        checkpoint.kind_of(saved["model"]) == "self-distillation" and {"teacher", "centres"} <= saved.keys()
+    )
     assert {
         "train_cls",
         "train_patch",
@@ -407,10 +409,10 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
     file = str(uninterrupted / "checkpoint-last.pth")
     saved = checkpoint.load(file)
     model = build_classifier("vit_test", img_size=(32, 32), num_classes=3, pos_embed="learned", pool="cls")
-    note = transfer.init_encoder(model, saved, file, "zero")
+    note = transfer.init_encoder(model, saved, "zero")
     assert "the teacher's weights" in note and "new: head" in note
     for k, v in model.state_dict().items():
-        assert k.startswith("head") or torch.equal(v, saved["teacher"][k]), k
+        assert k.startswith("head") or torch.equal(v, saved.entries["teacher"][k]), k
     here(tmp_path / "ft", "--finetune", file, "--epochs", 1, main=FINETUNE)
     probe = ["main_linprobe", "--model", "vit_test", *COMMON, "--finetune", file, "--batch_size", 50]
     here(tmp_path / "lp", "--cached", "--epochs", 1, main=probe)

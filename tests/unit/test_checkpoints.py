@@ -22,7 +22,7 @@ from tools import formats as conversions
 from tools.stored_model import model_of
 from util.flags.parser import parse, run
 from util.weights import checkpoint, transfer
-from util.weights.files import kind_of
+from util.weights.types import Checkpoint, kind_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,9 +82,9 @@ def test_a_fine_tuned_model_to_timm_and_back(tmp_path, capsys, suffix, pool, pos
     )
     convert.export(saved(tmp_path / "square.pth", square, input_size=[32]), out, "timm")
     convert.import_file(out, back)  # 32 channels: taken for one head
-    weights = checkpoint.load(back)["model"]
+    weights = checkpoint.load(back).model
     assert all(torch.equal(v, weights[k]) for k, v in square.state_dict().items())
-    assert kind_of({"model": weights}) == "classifier"
+    assert kind_of(weights) == "classifier"
 
 
 def test_a_pretrained_encoder_gives_timm_the_same_features(tmp_path):
@@ -116,9 +116,9 @@ def test_a_file_of_timms_own_making_comes_in(tmp_path):
     torch.save({"state_dict": theirs.state_dict(), "arch": "vit_tiny_patch16_224"}, file)
     assert convert.import_file(str(file), out) < 1e-4
     state = checkpoint.load(out)
-    assert state["args"]["model"] == "vit_tiny_patch16" and state["args"]["input_size"] == [32, 32]
+    assert state.args["model"] == "vit_tiny_patch16" and state.args["input_size"] == [32, 32]
     ours = build_classifier("vit_tiny_patch16", img_size=(32, 32), in_chans=1, pool="cls", num_classes=0)
-    assert "positional embedding from the checkpoint" in transfer.init_encoder(ours, state, out, "zero")
+    assert "positional embedding from the checkpoint" in transfer.init_encoder(ours, state, "zero")
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         assert torch.allclose(ours.eval()(images), theirs(images), atol=1e-5)
@@ -152,10 +152,10 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
         assert torch.allclose(losses["pixel"], answer.loss, atol=1e-4), "target and norm_pix_loss agree"
     assert convert.import_file(out, back) < 1e-4
     state = checkpoint.load(back)
-    assert state["args"]["norm_pix_loss"] is norm_pix and state["args"]["num_heads"] == 2
+    assert state.args["norm_pix_loss"] is norm_pix and state.args["num_heads"] == 2
     own = ours.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in state["model"].items() if k in own)
-    assert own.keys() - state["model"].keys() == {k for k in own if k.startswith("pos_head.")}
+    assert all(torch.equal(v, own[k]) for k, v in state.model.items() if k in own)
+    assert own.keys() - state.model.keys() == {k for k in own if k.startswith("pos_head.")}
 
 
 @pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny"])
@@ -165,7 +165,7 @@ def test_a_classifier_without_an_encoder_file_starts_another(name):
     first, second = (
         build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7)
     )
-    note = transfer.init_encoder(second, {"model": first.state_dict()}, "x.pth", "zero")
+    note = transfer.init_encoder(second, Checkpoint("x.pth", first.state_dict()), "zero")
     assert "of a classifier, whose head is left behind" in note and "new: head" in note
     for k, v in second.state_dict().items():
         same = torch.equal(v, first.state_dict()[k])
@@ -173,17 +173,19 @@ def test_a_classifier_without_an_encoder_file_starts_another(name):
         assert not same or not k.endswith(("head.weight", "fc.weight", "pool.start")), k
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=7)
     with pytest.raises(ValueError, match="is a fine-tuned classifier, not an encoder"):
-        transfer.init_encoder(vit, {"model": vit.state_dict()}, "x.pth", "zero")
+        transfer.init_encoder(vit, Checkpoint("x.pth", vit.state_dict()), "zero")
 
 
 def test_flags_that_differ_in_form_only_are_no_change():
     old = {"input_size": 224, "mean": None, "in_chans": 3}  # as MAE stores them
     assert (
-        checkpoint.other_than_trained({"args": old}, {"input_size": [224], "mean": [0.5], "in_chans": 3})
+        checkpoint.other_than_trained(
+            Checkpoint("x.pth", {}, old), {"input_size": [224], "mean": [0.5], "in_chans": 3}
+        )
         == ""
     )
     assert "input_size: 224 -> [192]" in checkpoint.other_than_trained(
-        {"args": old}, {"input_size": [192], "in_chans": 3}
+        Checkpoint("x.pth", {}, old), {"input_size": [192], "in_chans": 3}
     )
 
 
@@ -191,7 +193,7 @@ def test_an_unknown_target_stays_unknown(tmp_path, capsys):
     mae = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
     torch.save({"model": mae.state_dict()}, tmp_path / "a.pth")  # MAE's released files have weights alone
     convert.import_file(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
-    assert "norm_pix_loss" not in checkpoint.load(str(tmp_path / "b.pth"))["args"]
+    assert "norm_pix_loss" not in checkpoint.load(str(tmp_path / "b.pth")).args
     assert "target not stored" in capsys.readouterr().out
     convert.export(str(tmp_path / "b.pth"), str(tmp_path / "hf"), "hf")
     assert "does not say whether its target was normalised" in capsys.readouterr().out
@@ -213,7 +215,7 @@ def test_what_transformers_writes_itself_comes_in(tmp_path):
     theirs = randomised(transformers.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path / "hf")
     assert convert.import_file(str(tmp_path / "hf"), str(tmp_path / "ours.pth")) < 1e-4
-    ours = model_of(checkpoint.load(str(tmp_path / "ours.pth")), "ours.pth")
+    ours = model_of(checkpoint.load(str(tmp_path / "ours.pth")))
     images, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 9)
     ids_keep = noise.argsort(1)[:, :2]
     with torch.no_grad():
@@ -257,7 +259,7 @@ def test_vit_to_hugging_face_and_back(tmp_path, classes):
             )
         assert torch.allclose(theirs, ours(images), atol=1e-4)
     convert.import_file(out, back)
-    assert all(torch.equal(v, checkpoint.load(back)["model"][k]) for k, v in ours.state_dict().items())
+    assert all(torch.equal(v, checkpoint.load(back).model[k]) for k, v in ours.state_dict().items())
 
 
 def test_names_of_classes_go_along(tmp_path):
@@ -273,7 +275,7 @@ def test_names_of_classes_go_along(tmp_path):
             config = transformers.ViTForImageClassification.from_pretrained(tmp_path / out).config
             assert config.id2label == dict(enumerate(names)) and config.label2id["cat"] == 2
         else:
-            assert checkpoint.load(str(tmp_path / out))["classes"] == names
+            assert checkpoint.load(str(tmp_path / out)).classes == names
     assert "class names owl, bee, cat" in inspect.describe(file)
 
 
@@ -291,7 +293,7 @@ def test_names_of_classes_go_along(tmp_path):
         ),
         (
             lambda: build_classifier("swin_tiny", img_size=(64, 64), num_classes=5),
-            "holds no plain Vision Transformer",
+            "does not hold a plain Vision Transformer",
         ),
     ],
 )
@@ -317,8 +319,8 @@ def test_mae_files_out_and_in(tmp_path):
     assert convert.import_file(out, back) < 1e-4
     state = checkpoint.load(back)
     assert (
-        all(torch.equal(weights[k], v) for k, v in state["model"].items())
-        and state["args"]["norm_pix_loss"] is True
+        all(torch.equal(weights[k], v) for k, v in state.model.items())
+        and state.args["norm_pix_loss"] is True
     )
     with pytest.raises(ValueError, match="file of this toolkit already"):
         convert.import_file(back, str(tmp_path / "c.pth"))
@@ -329,13 +331,13 @@ def test_encoder_and_safetensors(tmp_path):
     file, out = saved(tmp_path / "a.pth", ours, pos_label="apl+rpl"), str(tmp_path / "out.safetensors")
     assert convert.export(file, out, "safetensors") == 0
     state = checkpoint.load(out)
-    assert kind_of(state) == "pretraining" and state["args"]["input_size"] == [32, 48]
-    assert not any(k.startswith("pos_head.") for k in state["model"])
+    assert state.kind == "pretraining" and state.args["input_size"] == [32, 48]
+    assert not any(k.startswith("pos_head.") for k in state.model)
     assert convert.export(out, str(tmp_path / "e.pth"), "encoder") < 1e-5
     state = checkpoint.load(str(tmp_path / "e.pth"))
-    assert kind_of(state) == "encoder" and "pos_embed" not in state["model"]
+    assert state.kind == "encoder" and "pos_embed" not in state.model
     model = build_classifier("vit_test", img_size=(32, 48), num_classes=0, pool="cls", pos_embed="none")
-    transfer.init_encoder(model, state, "e.pth", "zero")
+    transfer.init_encoder(model, state, "zero")
     images = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         expected = ours.forward_encoder(images, torch.arange(24).expand(2, -1))
@@ -345,7 +347,7 @@ def test_encoder_and_safetensors(tmp_path):
 def test_the_encoder_of_a_classifier_keeps_its_norm(tmp_path):
     ours = randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=7, pool="avg"))
     convert.export(saved(tmp_path / "a.pth", ours), str(tmp_path / "e.pth"), "encoder")
-    encoder = model_of(checkpoint.load(str(tmp_path / "e.pth")), "e.pth")
+    encoder = model_of(checkpoint.load(str(tmp_path / "e.pth")))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(
@@ -387,7 +389,7 @@ def test_of_student_and_teacher_the_teacher_is_exported(tmp_path):
         tmp_path / "s.pth",
     )
     assert convert.export(str(tmp_path / "s.pth"), str(tmp_path / "e.pth"), "encoder") < 1e-6
-    weights = checkpoint.load(str(tmp_path / "e.pth"))["model"]
+    weights = checkpoint.load(str(tmp_path / "e.pth")).model
     assert weights.keys() == teacher.state_dict().keys()
     assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
 
@@ -413,13 +415,11 @@ def test_of_a_moving_average_and_its_weights_the_average_is_exported_and_drawn(t
         path,
     )
     assert convert.export(path, str(tmp_path / name), to) < 1e-5
-    weights, expected = checkpoint.load(str(tmp_path / name))["model"], average.state_dict()
+    weights, expected = checkpoint.load(str(tmp_path / name)).model, average.state_dict()
     assert all(
         torch.equal(v, expected[f"fc_{k}" if k.startswith("norm.") else k]) for k, v in weights.items()
     )
-    assert all(
-        torch.equal(v, expected[k]) for k, v in model_of(checkpoint.load(path), path).state_dict().items()
-    )
+    assert all(torch.equal(v, expected[k]) for k, v in model_of(checkpoint.load(path)).state_dict().items())
     assert "a moving average" in inspect.describe(path)
 
 
@@ -499,13 +499,13 @@ def broken_files(folder) -> dict[str, str]:
     (folder / "truncated.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     torch.save({"model": {"conv1.weight": torch.ones(2)}}, folder / "resnet.pth")
     return {
-        "text.pth": "text.pth is truncated or no checkpoint",
+        "text.pth": "text.pth is truncated or not a checkpoint",
         "page.pth": "page.pth is ",
-        "truncated.pth": "truncated.pth is truncated or no checkpoint",
+        "truncated.pth": "truncated.pth is truncated or not a checkpoint",
         "empty.pth": "empty.pth is empty",
         "malicious.pth": "loading it would run code; it asks for builtins.exec",
         "malicious-pickle.pth": "loading it would run code; it asks for builtins.exec",
-        "truncated.safetensors": "truncated.safetensors is truncated or no safetensors file",
+        "truncated.safetensors": "truncated.safetensors is truncated or not a safetensors file",
         "resnet.pth": "no command here knows",
         "missing.pth": "no checkpoint at",
     }
@@ -615,4 +615,4 @@ def test_the_command_line(tmp_path, capsys):
         "--to mae writes .pth, found" in printed.err and f"{file} exists: choose another name" in printed.err
     )
     assert "lacks config.json and model.safetensors" in printed.err and "sha256" in printed.out
-    assert json.loads(json.dumps(checkpoint.load(file)["args"]))["model"] == "mae_test"
+    assert json.loads(json.dumps(checkpoint.load(file).args))["model"] == "mae_test"

@@ -32,6 +32,7 @@ from util.flags.parser import parse
 from util.train.lr_sched import set_lr
 from util.train.optim import lars, param_groups
 from util.weights import checkpoint, transfer
+from util.weights.types import Checkpoint
 
 
 @pytest.fixture
@@ -120,20 +121,20 @@ def test_rectangles_channels_and_patches_from_pretraining_to_evaluation(
     assert code == 0 and "kNN cls: k=10" in probed and "(40 training and 20 validation images" in probed
 
 
-def make_pretrained(**kwargs) -> tuple[MaskedAutoencoderViT, dict]:
+def make_pretrained(**kwargs) -> tuple[MaskedAutoencoderViT, Checkpoint]:
     torch.manual_seed(1)
     model = MODELS["mae_test"](**({"img_size": (32, 32)} | kwargs))
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.02)
-    return model, {"model": model.state_dict(), "args": {"model": "mae_test"}}
+    return model, Checkpoint("x.pth", model.state_dict(), {"model": "mae_test"})
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_the_encoder_is_taken_over(pool):
     mae, state = make_pretrained(pos_label="apl")
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pool=pool, pos_label="apl")
-    note = transfer.init_encoder(vit, state, "x.pth", "zero")
+    note = transfer.init_encoder(vit, state, "zero")
     assert "a new one, zero" in note and vit.pos_embed.abs().sum() == 0 and vit.pos_embed.requires_grad
     images, cells = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1)
     expected = mae.forward_encoder(images, cells)  # without an embedding, as pretrained
@@ -143,14 +144,14 @@ def test_the_encoder_is_taken_over(pool):
     position = vit(images, positions=True)[1]["position"]
     assert torch.allclose(position, mae.pos_head(expected[:, 1:], cells)["position"], atol=1e-5)
     for name, p in vit.named_parameters():
-        if name in state["model"]:
-            assert torch.equal(p, state["model"][name]), name
+        if name in state.model:
+            assert torch.equal(p, state.model[name]), name
 
 
 def test_a_new_norm_is_maes_where_no_label_head_goes_on():
     _, state = make_pretrained(pos_label="apl")
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
-    assert "new: fc_norm, head" in transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert "new: fc_norm, head" in transfer.init_encoder(vit, state, "zero")
     assert (vit.fc_norm.weight == 1).all() and (vit.fc_norm.bias == 0).all()
 
 
@@ -158,7 +159,7 @@ def test_a_new_norm_is_maes_where_no_label_head_goes_on():
 def test_the_positional_embedding_that_comes_back(init):
     _, state = make_pretrained()
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
-    transfer.init_encoder(vit, state, "x.pth", init)
+    transfer.init_encoder(vit, state, init)
     table = vit.pos_embed.detach()
     if init == "sincos":
         assert torch.equal(table, sincos_2d(32, (4, 4)))
@@ -169,7 +170,7 @@ def test_the_positional_embedding_that_comes_back(init):
 def test_a_fixed_positional_embedding_is_not_made_zero():
     _, state = make_pretrained()
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pos_embed="sincos")
-    assert "the fixed sine-cosine one" in transfer.init_encoder(vit, state, "x.pth", "zero")
+    assert "the fixed sine-cosine one" in transfer.init_encoder(vit, state, "zero")
     assert torch.equal(vit.pos_embed.data, sincos_2d(32, (4, 4)))
 
 
@@ -192,7 +193,7 @@ def test_a_new_positional_embedding_is_trained_where_the_encoder_is_frozen(tmp_p
         assert code == 0, text
         state = checkpoint.load(str(out / "checkpoint-last.pth"))
         start = 0 if learns else sincos_2d(32, (4, 4))
-        assert bool((state["model"]["pos_embed"] != start).any()) is learns
+        assert bool((state.model["pos_embed"] != start).any()) is learns
 
 
 def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, shapes):
@@ -243,9 +244,9 @@ def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, 
 
 def test_another_grid_is_interpolated_by_size():
     _, state = make_pretrained(pos_embed="sincos", img_size=(32, 48))
-    state["args"] |= {"input_size": [32, 48], "patch_size": [8]}
+    state.args |= {"input_size": [32, 48], "patch_size": [8]}
     vit = build_classifier("vit_test", img_size=(40, 56), num_classes=5)
-    note = transfer.init_encoder(vit, state, "x.pth", "zero")
+    note = transfer.init_encoder(vit, state, "zero")
     assert "resized from (4, 6) to (5, 7)" in note
     assert torch.equal(vit.pos_embed.data, resize_pos_embed(sincos_2d(32, (4, 6)), (4, 6), (5, 7)))
     # against the obvious form, one channel at a time
@@ -274,7 +275,7 @@ def test_other_channels_answer_the_same_to_grey_images(old, new):
 def test_a_label_head_goes_on_whole_or_starts_anew():
     """Hidden layers behind one that does not fit have learned from other features; a classifier may be of another grid."""
     mae = MODELS["mae_test"](img_size=(32, 32), pos_label="apl+rpl", pos_tokens="full")
-    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    state = Checkpoint("x.pth", mae.state_dict(), {"model": "mae_test"})
     for tokens, size, kept in (
         ("half", 32, ()),
         ("full", 48, ("fc1.", "fc2.")),
@@ -284,10 +285,10 @@ def test_a_label_head_goes_on_whole_or_starts_anew():
             "vit_test", img_size=(size, size), num_classes=5, pos_label="apl+rpl", pos_tokens=tokens
         )
         before = {k: v.clone() for k, v in vit.state_dict().items()}
-        transfer.init_encoder(vit, state, "x.pth", "zero")
+        transfer.init_encoder(vit, state, "zero")
         for k, v in vit.state_dict().items():
             if k.startswith("pos_head."):
-                expected = state["model"] if k.split(".", 2)[2].startswith(kept) else before
+                expected = state.model if k.split(".", 2)[2].startswith(kept) else before
                 assert torch.equal(v, expected[k]), k
 
 
@@ -318,15 +319,15 @@ def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
         tmp_path / "ft",
     )
     assert code == 0 and "pos_head" not in re.search(r"; new: (.*)", text)[1], text
-    assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth"))["args"]["pos_tokens"] == "full"
+    assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth")).args["pos_tokens"] == "full"
 
 
 @pytest.mark.parametrize("pos_embed", ["none", "sincos"])
 def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
     mae = MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed)
-    state = {"model": mae.state_dict(), "args": {"model": "mae_test"}}
+    state = Checkpoint("x.pth", mae.state_dict(), {"model": "mae_test"})
     deit = DEIT_DISTILLED(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
-    transfer.init_encoder(deit, state, "x.pth", "zero")
+    transfer.init_encoder(deit, state, "zero")
     if pos_embed == "sincos":
         own, theirs = deit.pos_embed[0], mae.pos_embed[0]
         assert torch.equal(own[0], theirs[0]) and torch.equal(own[2:], theirs[1:]) and not own[1].any()
@@ -342,8 +343,8 @@ def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
 def test_channels_are_adapted_as_timm_does():
     _, state = make_pretrained()
     vit = build_classifier("vit_test", img_size=(32, 32), in_chans=1, num_classes=5)
-    assert "adapted from 3 to 1 channels" in transfer.init_encoder(vit, state, "x.pth", "zero")
-    expected = state["model"]["patch_embed.proj.weight"].sum(1, keepdim=True)
+    assert "adapted from 3 to 1 channels" in transfer.init_encoder(vit, state, "zero")
+    expected = state.model["patch_embed.proj.weight"].sum(1, keepdim=True)
     assert torch.allclose(vit.patch_embed.proj.weight, expected)
 
 
@@ -360,7 +361,8 @@ def test_a_folder_that_holds_another_run_says_so(tmp_path, capsys):
     again.write_bytes(Path(file).read_bytes())
     code, text = call(main_finetune, capsys, *run, "--finetune", again)
     assert (
-        code == 0 and f"warning: --finetune {again} is not read: the run goes on from its own weights" in text
+        code == 0
+        and f"warning: --finetune {again} is not read: the run continues from its own weights" in text
     )
     again.unlink()
     assert call(main_finetune, capsys, *run, "--finetune", again)[0] == 0, "nor is it missed"
@@ -381,7 +383,7 @@ def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
     )
     assert code == 2 and "is a fine-tuned classifier" in text and "--resume" in text
     _, state = make_pretrained()
-    torch.save(state, path)
+    torch.save(state.to_dict(), path)
     code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", path)
     assert code == 2 and "it is for main_pretrain.py --resume or --init_from; main_finetune.py and" in text
     code, text = call(
@@ -447,7 +449,7 @@ def test_embedding_and_labels_are_independent(tmp_path, capsys, pos_embed, pos_l
         tmp_path,
     )
     assert code == 0, text
-    keys = checkpoint.load(str(tmp_path / "checkpoint-last.pth"))["model"].keys()
+    keys = checkpoint.load(str(tmp_path / "checkpoint-last.pth")).model.keys()
     assert ("pos_embed" in keys) == (pos_embed != "none")
     assert {k.split(".")[1] for k in keys if k.startswith("pos_head.")} == set(pos_label.split("+")) - {
         "none"
@@ -568,18 +570,18 @@ def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
     saved = checkpoint.load(str(file))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     options = dict(img_size=(32, 32), in_chans=3, mean=mean, std=std)
-    teacher = build_teacher("vit_test", str(file), classes=saved["classes"], **options)
+    teacher = build_teacher("vit_test", str(file), classes=saved.classes, **options)
     model = build_classifier(
         "vit_test", img_size=(32, 32), num_classes=10, pool="cls", pos_embed="none"
     ).eval()
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved.model)
     pixels = torch.rand(2, 3, 32, 32)
     by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
     assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
     with pytest.raises(
         ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"
     ):
-        build_teacher("vit_test", str(file), classes=saved["classes"][::-1], **options)
+        build_teacher("vit_test", str(file), classes=saved.classes[::-1], **options)
 
 
 def test_layer_decay_groups_equal_timms():
@@ -785,7 +787,7 @@ def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
         tmp_path / "run",
     ]
     assert call(main_finetune, capsys, *common)[0] == 0
-    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))["classes"] == ["dark", "light"]
+    assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth")).classes == ["dark", "light"]
     for split in ("train", "val"):  # as many classes, and others
         (tmp_path / "data" / split / "light").rename(tmp_path / "data" / split / "bright")
     code, text = call(main_finetune, capsys, *common, "--epochs", 2)
@@ -840,10 +842,8 @@ def test_equal_logits_are_no_right_answers_for_every_class():
 @pytest.mark.parametrize("name", ["swin_pico", "timm/vit_tiny_patch16_224", "timm/resnet10t"])
 def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(name):
     model = build_classifier(name, img_size=(64, 64), num_classes=5).eval()
-    state = {
-        "model": model.state_dict(),
-        "args": {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None},
-    }
+    flags = {"model": name, "pos_embed": "learned", "pool": None, "patch_size": None}
+    state = Checkpoint("x.pth", model.state_dict(), flags)
     args = parse(main_linprobe.get_args_parser(), ["--model", name, "--finetune", "x.pth"])
     backbone, images = (
         main_linprobe.load_backbone(args, state, (64, 64), torch.device("cpu")),
@@ -876,7 +876,7 @@ def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
             1,
         )
         assert code == 0, text
-        heads[name] = checkpoint.load(str(tmp_path / name / "checkpoint-last.pth"))["model"]
+        heads[name] = checkpoint.load(str(tmp_path / name / "checkpoint-last.pth")).model
     assert torch.equal(heads["alone"]["head.1.weight"], heads["first"]["head.1.weight"])
     assert not torch.equal(heads["first"]["head.1.weight"], heads["first"]["head.2.weight"])
     assert heads["alone"]["head.0.running_mean"].abs().sum() > 0
@@ -914,7 +914,7 @@ def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsy
         code, text = call(main_finetune, capsys, *then, "--epochs", epochs)
         assert code == 0 and f"Epoch: [{epochs - 1}]" in text, text
     groups = [
-        len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth"))["optimizer"]["param_groups"])
+        len(checkpoint.load(str(tmp_path / x / "checkpoint-last.pth")).entries["optimizer"]["param_groups"])
         for x in "ab"
     ]
     assert groups[0] == groups[1] > 2

@@ -311,11 +311,11 @@ def ascending(values: list[float], flag: str) -> tuple[float, float]:
 
 
 def channel_stats(
-    args: argparse.Namespace, saved: dict | None = None
+    args: argparse.Namespace, stored: dict | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: as given, else as the checkpoint `saved` was trained, else ImageNet's for 3 channels and their
-    mean for 1."""
-    before = (saved or {}).get("args") or {}
+    """(mean, std) per channel: as given, else as `stored` in a checkpoint, else ImageNet's for 3 channels and their mean
+    for 1."""
+    before = stored or {}
     default = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}.get(args.in_chans)
     if before.get("in_chans") == args.in_chans and before.get("mean") and before.get("std"):
         default = before["mean"], before["std"]

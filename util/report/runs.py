@@ -121,7 +121,7 @@ def _flags(folder):
         return {}
     from util.weights.files import load  # torch takes seconds to import
 
-    return load(path).get("args") or {}
+    return load(path).args
 
 
 def is_sweep(folder: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.dist import fsdp
-from util.weights.checkpoint import load_strict
+from util.weights.checkpoint import Checkpoint, load_strict
 
 
 @dataclass
@@ -48,12 +48,13 @@ class TrainState:
             "args": args,
         } | {name: x.state_dict() for name, x in self.extras.items()}
 
-    def load_dict(self, saved: dict, path: str, updates: int, exact: bool = True) -> None:
+    def load_checkpoint(self, checkpoint: Checkpoint, updates: int, exact: bool = True) -> None:
         """Continue from a checkpoint; MAE's own files, other batch sizes and streams (not `exact`) at an epoch's start."""
-        load_strict(self.model, saved, path)
+        load_strict(self.model, checkpoint)
+        saved = checkpoint.entries
         if "optimizer" not in saved:
             raise ValueError(
-                f"{path} has weights only, no optimizer: start from it with --init_from, not --resume"
+                f"{checkpoint.path} has weights only, no optimizer: start from it with --init_from, not --resume"
             )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):

@@ -1,29 +1,54 @@
-"""Checkpoints: MAE's dictionary, written atomically, loaded without running code, found again in a fixed order.
+"""Checkpoints of runs: writing them atomically, loading them into a model, and finding the one to continue from.
 
 A file is {model, optimizer, scaler, epoch, args} as in MAE, and `step` (optimizer updates done), `meters` (sums of the
-unfinished epoch), `best`, `classes` (their names, in the order of a classifier's outputs), and named extras. `epoch` is
-the last finished one, so that MAE's rule "resume at epoch + 1" holds for ours too.
+unfinished epoch), `best`, `classes` (the class names in the order of a classifier's outputs), and named extras. `epoch`
+is the last finished one, so that MAE's rule "resume at epoch + 1" holds for our files too.
 """
 
-import argparse
 import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from util import dist
 from util.dist.fsdp import cut_like
-from util.weights.files import check_kind, evaluated_weights, kind_of, load
+from util.weights.files import load
+from util.weights.types import Checkpoint, kind_of, stored_flags
+
+__all__ = [
+    "LAST",
+    "Checkpoint",
+    "continue_from",
+    "describe_mismatch",
+    "find_start",
+    "kind_of",
+    "load",
+    "load_for_evaluation",
+    "load_start",
+    "load_strict",
+    "other_than_trained",
+    "plain_flags",
+    "print_continuing",
+    "save_atomic",
+    "stored_flags",
+]
 
 LAST = "checkpoint-last.pth"
 
 
-def save_atomic(state: dict, path: str, writer: str = "") -> None:
+def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
     """Write `state` so that `path` holds either the old file or the whole new one, whatever happens.
 
-    Two processes that might write at the same time give each its own `writer`, a word for the temporary file's name.
-    Raises OSError (full disk, quota) with what stayed intact; nothing partial is left behind.
+    Two processes that may write at the same time each give their own `writer`, which becomes part of the temporary
+    file's name. Raises OSError (full disk, quota), which says whether the previous file is intact; no partial file is
+    left behind.
     """
-    partial = f"{path}.partial-{writer}" if writer else f"{path}.partial"
+    partial = f"{path}.partial"
+    if writer:
+        partial += f"-{writer}"
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
@@ -33,67 +58,94 @@ def save_atomic(state: dict, path: str, writer: str = "") -> None:
     except (OSError, RuntimeError) as e:  # torch's zip writer raises RuntimeError when the disk is full
         if os.path.exists(partial):
             os.remove(partial)
-        kept = f"the previous {path} is intact" if os.path.exists(path) else f"there is no {path}"
-        raise OSError(f"could not save {path}: {e}; {kept}") from e
+        consequence = f"there is no {path}"
+        if os.path.exists(path):
+            consequence = f"the previous {path} is intact"
+        raise OSError(f"could not save {path}: {e}; {consequence}") from e
 
 
-def describe_mismatch(own: dict, found: dict) -> str:
-    """One line on how two state dicts differ in names and shapes; '' when they fit."""
-    missing = [k for k in own if k not in found]
-    extra = [k for k in found if k not in own]
+def describe_mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """One line on how two state dicts differ in names and shapes; '' if they fit."""
+    missing = [k for k in expected if k not in weights]
+    unexpected = [k for k in weights if k not in expected]
     shapes = [
-        f"{k} is {tuple(found[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in found and own[k].shape != found[k].shape
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and v.shape != weights[k].shape
     ]
-
-    def some(names):
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-    parts = [
-        f"missing {some(missing)}" if missing else "",
-        f"unexpected {some(extra)}" if extra else "",
-        some(shapes),
-    ]
-    return "; ".join(p for p in parts if p)
+    parts = []
+    if missing:
+        parts.append(f"missing {_first_few(missing)}")
+    if unexpected:
+        parts.append(f"unexpected {_first_few(unexpected)}")
+    if shapes:
+        parts.append(_first_few(shapes))
+    return "; ".join(parts)
 
 
-def load_strict(model: torch.nn.Module, state: dict, path: str, kept: set[str] = frozenset()) -> None:
-    """Load all weights but the `kept` ones, or raise ValueError naming the architectures and the first differences."""
-    own = {k: v for k, v in model.state_dict().items() if k not in kept}
-    problem = describe_mismatch(own, state["model"])
+def _first_few(items: list[str]) -> str:
+    listed = ", ".join(items[:4])
+    if len(items) > 4:
+        listed += f" and {len(items) - 4} more"
+    return listed
+
+
+def load_strict(model: torch.nn.Module, checkpoint: Checkpoint, kept: Collection[str] = frozenset()) -> None:
+    """Load all weights of a checkpoint, except the `kept` ones, which the model keeps.
+
+    Raises ValueError, with the kinds of models and the first differences, if the weights do not fit.
+    """
+    expected = {k: v for k, v in model.state_dict().items() if k not in kept}
+    problem = describe_mismatch(expected, checkpoint.model)
     if problem:
-        try:
-            check_kind(state, path, kind_of({"model": own}))
-        except ValueError as e:
-            hint = "; if it lies in --output_dir, give another --output_dir: this run would go on from it"
-            raise ValueError(f"{e}{hint if os.path.basename(path) == LAST else ''}") from None
-        made_by = (state.get("args") or {}).get("model")
-        raise ValueError(
-            f"{path} does not fit this model: {problem}. "
-            + (f"It was made with --model {made_by}; " if made_by else "")
-            + "give the flags it was made with, or another --output_dir"
-        )
-    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()}, strict=not kept)
+        _refuse(checkpoint, kind_of(expected), problem)
+    weights = {k: cut_like(v, expected[k]) for k, v in checkpoint.model.items()}
+    model.load_state_dict(weights, strict=not kept)
 
 
-def load_for_evaluation(model: torch.nn.Module, state: dict, path: str) -> None:
-    """Load a fine-tuned classifier, its moving average where there is one; label heads stay behind if not asked for."""
-    check_kind(state, path, "classifier")
-    own = model.state_dict()
-    weights = {k: v for k, v in evaluated_weights(state).items() if k in own or not k.startswith("pos_head.")}
-    load_strict(model, state | {"model": weights}, path)
+def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
+    """Raise the error for weights that do not fit: the wrong kind of file, or a model of other sizes."""
+    try:
+        checkpoint.check_kind(wanted)
+    except ValueError as e:
+        hint = ""
+        if os.path.basename(checkpoint.path) == LAST:
+            hint = (
+                "; if it lies in `output_dir`, choose another `output_dir`: this run would continue from it"
+            )
+        raise ValueError(f"{e}{hint}") from None
+    origin = ""
+    if "model" in checkpoint.args:
+        origin = f"It was made with `model` {checkpoint.args['model']}; "
+    raise ValueError(
+        f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made with, or "
+        "another `output_dir`"
+    )
+
+
+def load_for_evaluation(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the evaluated weights of a fine-tuned classifier. Label heads that the model does not have are left out."""
+    checkpoint.check_kind("classifier")
+    expected = model.state_dict()
+    weights = {
+        k: v
+        for k, v in checkpoint.evaluated_weights().items()
+        if k in expected or not k.startswith("pos_head.")
+    }
+    load_strict(model, replace(checkpoint, model=weights))
 
 
 def find_start(output_dir: str | None, resume: str = "") -> str:
-    """The file to continue from: the run's own last checkpoint, else `resume`, else '' (start anew).
+    """The file to continue from: the last checkpoint in `output_dir`, else `resume`, else '' (a new run).
 
-    Raises ValueError where the ranks do not see the same: some would start from scratch.
+    Raises ValueError if the ranks see different files: some would start from scratch.
     """
-    own = os.path.join(output_dir or "", LAST)
-    path = own if output_dir and os.path.isfile(own) else resume or ""
+    last = os.path.join(output_dir or "", LAST)
+    path = resume or ""
+    if output_dir and os.path.isfile(last):
+        path = last
     if len(set(dist.gather_objects(path))) > 1:
-        raise ValueError(f"only some ranks find {own}: put the run's folder where all nodes see it")
+        raise ValueError(f"only some ranks find {last}: put the run's folder where all nodes see it")
     return path
 
 
@@ -127,62 +179,71 @@ HARMLESS = {
     "strategy",
     "grad_checkpointing",
 }
-
-
-# Flags on which it depends what an image is.
+# Flags that decide what an image is.
 IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
 
 
-def load_start(output_dir: str | None, resume: str) -> tuple[str, dict] | None:
-    """(path, loaded checkpoint) that this run continues, or None; the same on all ranks."""
+def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
+    """The checkpoint that this run continues, the same on all ranks; None for a new run."""
     path = find_start(output_dir, resume)
-    return (path, load(path)) if path else None
+    if not path:
+        return None
+    return load(path)
 
 
-def continue_from(output_dir: str | None, resume: str, args: dict) -> tuple[str, dict] | None:
-    """`load_start`, and a line on which file it is and which flags have changed."""
-    start = load_start(output_dir, resume)
-    if start is not None:
-        say_continuing(*start, args)
-    return start
+def continue_from(output_dir: str | None, resume: str, flags: dict[str, Any]) -> Checkpoint | None:
+    """`load_start`, and print which file it is and which flags have changed."""
+    checkpoint = load_start(output_dir, resume)
+    if checkpoint is not None:
+        print_continuing(checkpoint, flags)
+    return checkpoint
 
 
-def say_continuing(path: str, state: dict, args: dict) -> None:
-    old = state.get("args") or {}
-    changed = changed_args(old, args)
-    dist.print_rank0(
-        f"continuing {path}" + (f" with changed flags ({'; '.join(changed)})" if changed else "")
-    )
+def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:
+    """Print which checkpoint the run continues, which flags have changed, and which of them have no effect."""
+    changed = changed_flags(checkpoint.args, flags)
+    note = ""
+    if changed:
+        note = f" with changed flags ({'; '.join(changed)})"
+    dist.print_rank0(f"continuing {checkpoint.path}{note}")
     for name in ("finetune", "init_from"):
-        if args.get(name) and old.get(name, "") != args[name]:
+        if flags.get(name) and checkpoint.args.get(name, "") != flags[name]:
             dist.print_rank0(
-                f"warning: --{name} {args[name]} is not read: the run goes on from its own weights; for a new run give "
-                "another --output_dir"
+                f"warning: --{name} {flags[name]} is not read: the run continues from its own weights; for a new run "
+                "give another --output_dir"
             )
 
 
-def other_than_trained(state: dict | None, args: dict, more: tuple[str, ...] = ()) -> str:
-    """Which flags of images, and `more`, an evaluation or a transfer has other than the checkpoint; '' for none."""
-    old = (state or {}).get("args") or {}
-    changed = changed_args({k: v for k, v in old.items() if k in {*IMAGES, *more} and v is not None}, args)
-    return f" (other than in training: {'; '.join(changed)})" if changed else ""
+def other_than_trained(
+    checkpoint: Checkpoint | None, flags: dict[str, Any], more: Collection[str] = ()
+) -> str:
+    """How the flags of images, and the flags `more`, differ from those of the checkpoint; '' if they do not."""
+    names = {*IMAGES, *more}
+    trained = {k: v for k, v in stored_flags(checkpoint).items() if k in names and v is not None}
+    changed = changed_flags(trained, flags)
+    if not changed:
+        return ""
+    return f" (other than in training: {'; '.join(changed)})"
 
 
-def changed_args(old: dict, new: dict, ignore: set[str] = HARMLESS) -> list[str]:
-    """Flags that differ between a checkpoint and this run, as 'name: old -> new'."""
+def changed_flags(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Flags that differ between a checkpoint and this run, as 'name: old -> new', without the harmless ones."""
     return [
         f"{k}: {old[k]} -> {v}"
         for k, v in sorted(new.items())
-        if k in old and k not in ignore and str(old[k]) != str(v) and [old[k]] != v
-    ]  # MAE's --input_size is one number
+        # MAE stores `input_size` as a number, we as a list.
+        if k in old and k not in HARMLESS and str(old[k]) != str(v) and [old[k]] != v
+    ]
 
 
-def plain_args(args: argparse.Namespace) -> dict:
-    """Arguments as plain values that `weights_only` loads: numbers, strings, lists of them."""
+def plain_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as plain values that `weights_only` loads: numbers, strings, lists of them."""
+    return {k: _plain(v) for k, v in flags.items()}
 
-    def plain(v):
-        if isinstance(v, (list, tuple)):
-            return [plain(x) for x in v]
-        return v if isinstance(v, (int, float, bool, str, type(None))) else str(v)
 
-    return {k: plain(v) for k, v in vars(args).items()}
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    if isinstance(value, (int, float, bool, str, type(None))):
+        return value
+    return str(value)

@@ -1,155 +1,248 @@
-"""Weights of one model as the start of another."""
+"""Starts a model from the weights of another one: a classifier from a pretrained encoder, a pretraining from another."""
 
 import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from layers.pos_embed import resize_pos_embed, sincos_2d
+from util.weights.architecture import SO_VIT, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
-from util.weights.files import SO_VIT, check_kind, encoder_weights, kind_of, numbers, square_grid
+from util.weights.types import Checkpoint
+
+Weights = dict[str, Tensor]
+
+# Parts of a classifier that a pretrained encoder may lack. They then keep their initial values.
+_CLASSIFIER_HEADS = ("head", "fc_norm.", "pos_head.", "dist_token")
+_PRETRAINING_HEADS = ("pos_head.", "sr_")
 
 
-def init_encoder(model: torch.nn.Module, state: dict, path: str, pos_embed_init: str) -> str:
+def init_encoder(model: nn.Module, checkpoint: Checkpoint, pos_embed_init: str) -> str:
     """Load a pretrained encoder into a classifier of the same architecture; returns one line on what was done.
 
-    Decoder and mask token are left behind, and of Swin's, So-ViT's and timm's classifiers the head. A positional embedding
-    of another grid is resized (bicubic, height and width apart); a checkpoint without one leaves `model.pos_embed` at
-    `pos_embed_init`: zero, sincos or normal (0.02). A patch embedding of other channels is adapted as timm does. The label
-    head is taken over where it fits. Raises ValueError for the wrong kind of file and for weights that do not fit.
+    - Decoder and mask token are left out, and the head of a Swin, So-ViT or timm classifier.
+    - A positional embedding of another grid is resized (bicubic, height and width separately). If the checkpoint has
+      none, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
+    - A patch embedding of other channels is adapted as in timm.
+    - The label heads are taken over if they fit.
+
+    Raises ValueError for the wrong kind of file, and if the weights do not fit.
     """
-    kind, notes = kind_of(state), []
-    own, found = model.state_dict(), encoder_weights(state)
-    if kind == "self-distillation":
-        notes.append("the teacher's weights")
-    elif kind == "classifier" and (
-        any(k in found for k in SO_VIT) or not any(k.startswith("blocks.") for k in found)
-    ):
-        # Only of a plain Vision Transformer there are encoders by themselves, which checkpoints.py exports.
-        found = {k: v for k, v in found.items() if not k.startswith("head")}
-        notes.append("of a classifier, whose head is left behind")
-    elif kind != "pretraining":
-        check_kind(state, path, "encoder")
-    if "pos_embed" in own:
-        if "pos_embed" in found:
-            prefix = 1 + ("dist_token" in found)
-            grid = _grid_of(state, found["pos_embed"].shape[1] - prefix)
-            table = resize_pos_embed(found["pos_embed"], grid, model.grid)
-            # DeiT's second token is new, and so is its place, which patches come after.
-            more = table.new_zeros(1, max(0, own["pos_embed"].shape[1] - table.shape[1]), table.shape[2])
-            found["pos_embed"] = torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1)
-            notes.append(
-                "positional embedding from the checkpoint"
-                + (f", resized from {grid} to {model.grid}" if grid != model.grid else "")
-            )
-        elif not model.pos_embed.requires_grad:  # nothing could learn it from another start
-            found["pos_embed"] = own["pos_embed"]
-            notes.append("the checkpoint has no positional embedding: the fixed sine-cosine one")
-        else:
-            found["pos_embed"] = new_pos_embed(model.pos_embed, model.grid, pos_embed_init)
-            notes.append(f"the checkpoint has no positional embedding: a new one, {pos_embed_init}")
-    first = next((k for k in ("patch_embed.stem.0.weight", "patch_embed.proj.weight") if k in found), "")
-    weight = found.get(first)
-    if weight is not None and weight.shape[1] != model.in_chans:
-        found[first] = adapt_channels(weight, model.in_chans)
-        notes.append(f"patch embedding adapted from {weight.shape[1]} to {model.in_chans} channels")
-    heads = {k for k in own if k.startswith(("head", "fc_norm.", "pos_head.", "dist_token"))}
-    anew = misfits(own, found, heads)
-    found = {k: v for k, v in found.items() if k not in anew}
-    if "fc_norm.weight" in own and any(k.startswith("pos_head.") for k in found.keys() & own.keys()):
-        # MAE starts a new norm after the mean; a label head that goes on needs the norm that it has learned with.
-        found |= {f"fc_{k}": v for k, v in found.items() if k.startswith("norm.")}
-    found = {
-        k: v for k, v in found.items() if k in own or not k.startswith(("norm.", "pos_embed", "pos_head."))
-    }
-    problem = describe_mismatch({k: v for k, v in own.items() if k not in heads or k in found}, found)
-    if problem:
-        made_by = (state.get("args") or {}).get("model")
-        raise ValueError(
-            f"the encoder in {path} does not fit --model: {problem}"
-            + (f". It was made with --model {made_by}" if made_by else "")
-            + "; choose the classifier of the same size and patch"
-        )
-    model.load_state_dict(found, strict=False)
-    new = sorted({k.split(".")[0] for k in heads - found.keys()})
-    return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
+    weights, origin = _pretrained_encoder(checkpoint)
+    weights, position = _fit_pos_embed(weights, model, checkpoint.args, pos_embed_init)
+    weights, channels = _fit_channels(weights, model)
+    weights = _leave_out_unfit_heads(weights, model)
+    weights = _carry_norm_with_label_head(weights, model)
+    weights = _leave_out_unused(weights, model)
+    heads = _names(model.state_dict(), _CLASSIFIER_HEADS)
+    _check_fit(weights, model, heads - weights.keys(), checkpoint)
+    model.load_state_dict(weights, strict=False)
+    notes = [note for note in (origin, position, channels) if note]
+    return "; ".join([*notes, _new_note(heads - weights.keys())])
 
 
-def misfits(own: dict, found: dict, heads: set[str]) -> set[str]:
-    """Of the parameters `heads` those that start anew: not in the file, or of another shape there.
+def _pretrained_encoder(checkpoint: Checkpoint) -> tuple[Weights, str]:
+    """The encoder's weights, and a note on whose they are. Raises ValueError for the wrong kind of file."""
+    weights = checkpoint.encoder_weights()
+    if checkpoint.kind == "self-distillation":
+        return weights, "the teacher's weights"
+    # `checkpoints.py export` writes encoder files of plain Vision Transformers only. Other classifiers start another
+    # one directly.
+    plain = any(k.startswith("blocks.") for k in weights) and not any(k in weights for k in SO_VIT)
+    if checkpoint.kind == "classifier" and not plain:
+        body = {k: v for k, v in weights.items() if not k.startswith("head")}
+        return body, "of a classifier, whose head is left behind"
+    if checkpoint.kind != "pretraining":
+        checkpoint.check_kind("encoder")
+    return weights, ""
 
-    Where a hidden layer of a label head does, all of that head does: its other layers have learned behind it.
+
+def _fit_pos_embed(
+    weights: Weights, model: nn.Module, stored: Mapping[str, Any], init: str
+) -> tuple[Weights, str]:
+    """Give the weights a positional embedding that fits the model, if the model has one."""
+    expected = model.state_dict().get("pos_embed")
+    if expected is None:
+        return weights, ""
+    table = weights.get("pos_embed")
+    if table is not None:
+        table, note = _resized_pos_embed(table, model, stored, 1 + ("dist_token" in weights))
+    elif not model.pos_embed.requires_grad:
+        # A fixed embedding cannot be learned from another start.
+        table = expected
+        note = "the checkpoint has no positional embedding: the fixed sine-cosine one"
+    else:
+        table = new_pos_embed(model.pos_embed, model.grid, init)
+        note = f"the checkpoint has no positional embedding: a new one, {init}"
+    return weights | {"pos_embed": table}, note
+
+
+def _resized_pos_embed(
+    table: Tensor, model: nn.Module, stored: Mapping[str, Any], prefix: int
+) -> tuple[Tensor, str]:
+    """A stored positional embedding (1, prefix + L, C) on the model's grid and with its number of extra tokens."""
+    grid = grid_of(stored, table.shape[1] - prefix)
+    table = resize_pos_embed(table, grid, model.grid)  # (1, prefix + L', C)
+    # DeiT's second token is new, and its position is the one before the patches.
+    missing = max(0, model.pos_embed.shape[1] - table.shape[1])
+    more = table.new_zeros(1, missing, table.shape[2])
+    note = "positional embedding from the checkpoint"
+    if grid != model.grid:
+        note += f", resized from {grid} to {model.grid}"
+    return torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1), note
+
+
+def _fit_channels(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
+    """Adapt the patch embedding to the model's number of channels."""
+    names = [n for n in ("patch_embed.stem.0.weight", "patch_embed.proj.weight") if n in weights]
+    if not names or weights[names[0]].shape[1] == model.in_chans:
+        return weights, ""
+    name = names[0]
+    channels = weights[name].shape[1]
+    adapted = adapt_channels(weights[name], model.in_chans)
+    note = f"patch embedding adapted from {channels} to {model.in_chans} channels"
+    return weights | {name: adapted}, note
+
+
+def _leave_out_unfit_heads(weights: Weights, model: nn.Module) -> Weights:
+    """Leave out heads of another shape, which start anew."""
+    expected = model.state_dict()
+    unfit = misfits(expected, weights, _names(expected, _CLASSIFIER_HEADS))
+    return {k: v for k, v in weights.items() if k not in unfit}
+
+
+def _carry_norm_with_label_head(weights: Weights, model: nn.Module) -> Weights:
+    """Give the norm after the mean the encoder's final norm if a label head is taken over.
+
+    MAE starts a new norm after the mean, but a label head needs the norm that it was trained with.
     """
-    anew = {k for k in heads if k not in found or found[k].shape != own[k].shape}
-    labels = tuple(k.partition("fc")[0] for k in anew if k.startswith("pos_head.") and ".fc" in k)
-    return anew | {k for k in heads if k.startswith(labels)}
+    expected = model.state_dict()
+    takes_label_head = any(k.startswith("pos_head.") for k in weights.keys() & expected.keys())
+    if "fc_norm.weight" not in expected or not takes_label_head:
+        return weights
+    return weights | {f"fc_{k}": v for k, v in weights.items() if k.startswith("norm.")}
 
 
-def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """A patch embedding (C, c, ph, pw) for another number of channels, which answers the same to grey images.
+def _leave_out_unused(weights: Weights, model: nn.Module) -> Weights:
+    """Leave out the final norm, the positional embedding and the label heads if the model does not have them."""
+    expected = model.state_dict()
+    optional = ("norm.", "pos_embed", "pos_head.")
+    return {k: v for k, v in weights.items() if k in expected or not k.startswith(optional)}
 
-    timm's rule for 3 channels, for any number: for one channel the sum, for more the old ones in turn, scaled.
+
+def _check_fit(weights: Weights, model: nn.Module, new: Collection[str], checkpoint: Checkpoint) -> None:
+    """Raise ValueError unless the weights are all of the model's but the `new` ones."""
+    expected = {k: v for k, v in model.state_dict().items() if k not in new}
+    problem = describe_mismatch(expected, weights)
+    if not problem:
+        return
+    origin = ""
+    if "model" in checkpoint.args:
+        origin = f". It was made with `model` {checkpoint.args['model']}"
+    raise ValueError(
+        f"the encoder in {checkpoint.path} does not fit `model`: {problem}{origin}; choose the classifier of the same "
+        "size and patch"
+    )
+
+
+def _names(weights: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> set[str]:
+    return {k for k in weights if k.startswith(prefixes)}
+
+
+def _new_note(names: Collection[str]) -> str:
+    """The parts of a model that start anew."""
+    parts = sorted({name.split(".")[0] for name in names})
+    return f"new: {', '.join(parts) or 'nothing'}"
+
+
+def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], heads: set[str]) -> set[str]:
+    """The parameters among `heads` that start anew: not in `weights`, or of another shape there.
+
+    If a hidden layer of a label head starts anew, all of that head does: its later layers were trained on that layer's
+    outputs.
+    """
+    unfit = {k for k in heads if k not in weights or weights[k].shape != expected[k].shape}
+    labels = tuple(k.partition("fc")[0] for k in unfit if k.startswith("pos_head.") and ".fc" in k)
+    return unfit | {k for k in heads if k.startswith(labels)}
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding (C, c, ph, pw) for another number of channels, which gives the same outputs for grey images.
+
+    This is timm's rule for 3 channels, generalised: for one channel their sum, for more the old ones in turn, scaled.
     """
     old = weight.shape[1]
     if channels == 1:
-        return weight.sum(1, keepdim=True)
-    return weight[:, torch.arange(channels) % old] * (old / channels)
+        return weight.sum(1, keepdim=True)  # (C, 1, ph, pw)
+    return weight[:, torch.arange(channels) % old] * (old / channels)  # (C, channels, ph, pw)
 
 
-def init_from(model: torch.nn.Module, state: dict, path: str) -> str:
-    """Load a whole pretraining checkpoint into a model with other labels, embedding or image size; one line on what is new.
+def init_from(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """Load a whole pretraining checkpoint into a model with other labels, embedding or image size.
 
-    Fixed tables are the model's own, a learned one is resized, and heads of labels and relations that the file lacks, or has
-    in another shape, start anew. Raises ValueError for the wrong kind of file and where anything else differs.
+    Fixed tables stay the model's own, and a learned one is resized. Heads of labels and relations that the file lacks,
+    or has in another shape, start anew. Returns one line on what is new. Raises ValueError for the wrong kind of file,
+    and if anything else differs.
     """
-    own, found = model.state_dict(), dict(state["model"])
-    heads = tuple(k for k in (*own, *found) if k.startswith(("pos_head.", "sr_")))
-    kept = misfits(own, found, {k for k in heads if k in own})
-    kept |= {
+    expected = model.state_dict()
+    weights = dict(checkpoint.model)
+    heads = _names(expected, _PRETRAINING_HEADS)
+    new = misfits(expected, weights, heads)
+    kept = new | _fixed_tables(model)
+    note = ""
+    if "pos_embed" not in expected and "pos_embed" in weights:
+        note = "its positional embedding is left out; "
+    elif "pos_embed" in expected and "pos_embed" not in kept:
+        if "pos_embed" in weights:
+            grid = grid_of(checkpoint.args, weights["pos_embed"].shape[1] - 1)
+            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid, model.grid)
+        else:
+            new.add("pos_embed")
+            kept.add("pos_embed")
+    optional = ("pos_embed", *_PRETRAINING_HEADS)
+    weights = {
+        k: v for k, v in weights.items() if k not in kept and (k in expected or not k.startswith(optional))
+    }
+    load_strict(model, replace(checkpoint, model=weights), kept)
+    return note + _new_note(new)
+
+
+def _fixed_tables(model: nn.Module) -> set[str]:
+    """Names of the positional embeddings that are not learned."""
+    return {
         name for name, p in model.named_parameters() if name.endswith("pos_embed") and not p.requires_grad
     }
-    notes = []
-    if "pos_embed" in own and "pos_embed" not in kept:
-        if "pos_embed" in found:
-            grid = _grid_of(state, found["pos_embed"].shape[1] - 1)
-            found["pos_embed"] = resize_pos_embed(found["pos_embed"], grid, model.grid)
-        else:
-            kept.add("pos_embed")
-    elif "pos_embed" in found and "pos_embed" not in own:
-        notes.append("its positional embedding is left out")
-    found = {
-        k: v
-        for k, v in found.items()
-        if k not in kept and not (k not in own and (k in heads or k == "pos_embed"))
-    }
-    load_strict(model, state | {"model": found}, path, kept)
-    new = sorted(
-        {k.split(".")[0] for k in kept if k in heads or (k == "pos_embed" and model.pos_embed.requires_grad)}
-    )
-    return "; ".join([*notes, f"new: {', '.join(new) or 'nothing'}"])
 
 
-def new_parameters(pretrained: dict | None) -> set[str]:
-    """What a pretrained encoder does not bring: a positional embedding, where it had none, and DeiT's second token."""
-    return (
-        {"pos_embed", "dist_token"} - encoder_weights(pretrained).keys() if pretrained is not None else set()
-    )
+def new_parameters(pretrained: Checkpoint | None) -> set[str]:
+    """Parameters that a classifier adds to a pretrained encoder: positional embedding and DeiT's second token."""
+    if pretrained is None:
+        return set()
+    return {"pos_embed", "dist_token"} - pretrained.encoder_weights().keys()
 
 
-def _grid_of(state: dict, cells: int) -> tuple[int, int]:
-    """The grid (h, w) of a checkpoint's positional embedding: from its flags, else a square."""
-    args = state.get("args") or {}
-    size, patch = numbers(args.get("input_size")), re.search(r"patch(\d+)", str(args.get("model", "")))
-    if size and (args.get("patch_size") or patch):
-        ph, *pw = numbers(args.get("patch_size")) or [int(patch[1])]
-        grid = size[0] // ph, size[-1] // (pw[-1] if pw else ph)
+def grid_of(stored: Mapping[str, Any], cells: int) -> tuple[int, int]:
+    """The grid (h, w) of a positional embedding of `cells` patches: from the stored flags, else a square."""
+    size = whole_numbers(stored.get("input_size"))
+    patch = whole_numbers(stored.get("patch_size"))
+    in_name = re.search(r"patch(\d+)", str(stored.get("model", "")))
+    if in_name and not stored.get("patch_size"):
+        patch = [int(in_name[1])]
+    if size and patch:
+        grid = (size[0] // patch[0], size[-1] // patch[-1])
         if grid[0] * grid[1] == cells:
             return grid
     return square_grid(cells)
 
 
-def new_pos_embed(table: torch.Tensor, grid: tuple[int, int], init: str) -> torch.Tensor:
-    """A positional embedding (1, prefix + L, C) like `table`, made anew: zero, sincos, or normal with std 0.02."""
+def new_pos_embed(table: Tensor, grid: tuple[int, int], init: str) -> Tensor:
+    """A new positional embedding (1, prefix + L, C) like `table`: zero, sincos, or normal with std 0.02."""
     prefix = table.shape[1] - grid[0] * grid[1]
     if init == "sincos":
         return sincos_2d(table.shape[2], grid, prefix)
-    return torch.zeros_like(table) if init == "zero" else torch.randn_like(table) * 0.02
+    if init == "zero":
+        return torch.zeros_like(table)
+    return torch.randn_like(table) * 0.02

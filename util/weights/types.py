@@ -1,0 +1,138 @@
+"""What a checkpoint file holds: the `Checkpoint` type and the kinds of checkpoints."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# kind -> (its description, the commands and flags that take it)
+KINDS = {
+    "pretraining": (
+        "a full pretraining checkpoint (encoder and decoder)",
+        "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; visualize.py",
+    ),
+    "self-distillation": (
+        "a SERE checkpoint (student and teacher)",
+        "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher",
+    ),
+    "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
+    "classifier": (
+        "a fine-tuned classifier",
+        "main_finetune.py --resume, with --eval to evaluate; --finetune takes its encoder alone, which "
+        "checkpoints.py export --to encoder writes",
+    ),
+    "probe": ("a linear probe", "main_linprobe.py --resume"),
+    "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
+    "dino": ("a DINO-style file of student and teacher", "checkpoints.py import"),
+    "unknown": ("a file of weights that no command here knows", "none of the commands here"),
+}
+# Weights that the encoder of a pretraining run needs in no other task.
+PRETRAINING_ONLY = ("decoder_", "mask_token", "ibot_head.", "sr_")
+
+
+def kind_of(keys: Collection[str]) -> str:
+    """The kind of a checkpoint, a key of `KINDS`, from the names of its weights."""
+    if any(k.startswith("ibot_head.") for k in keys):
+        return "self-distillation"
+    if any(k.startswith("decoder_") for k in keys):
+        return "pretraining"
+    # A probe is a list of heads, each after a BatchNorm.
+    if any(re.match(r"head\.\d+\.", k) for k in keys):
+        return "probe"
+    # `fc` and `fc_visual` are layers of a second-order head.
+    if any(re.fullmatch(r"head\.(fc\.|fc_visual\.)?weight", k) for k in keys):
+        return "classifier"
+    if any(k.startswith(("blocks.", "patch_embed.")) for k in keys):
+        return "encoder"
+    if any(".attention.attention.query." in k for k in keys):
+        return "huggingface"
+    if any(k.startswith("backbone.") for k in keys):
+        return "dino"
+    return "unknown"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file in memory, all tensors on the CPU.
+
+    `args` are the stored flags, {} if the file stores none. `classes` are the class names in the order of the
+    classifier's outputs. `entries` are all other entries under the names of the file: optimizer, scaler, epoch, step,
+    best, meters, and the state dicts of further modules (ema, teacher, centres).
+    """
+
+    path: str
+    model: dict[str, Tensor]
+    args: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] | None = None
+    entries: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """A key of `KINDS`."""
+        return kind_of(self.model)
+
+    @property
+    def step(self) -> int | None:
+        """Number of optimizer updates done; None for files of other projects."""
+        return self.entries.get("step")
+
+    @property
+    def epoch(self) -> int | None:
+        """The last finished epoch."""
+        return self.entries.get("epoch")
+
+    @property
+    def ema(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights, as torch.optim.swa_utils.AveragedModel stores it."""
+        return self.entries.get("ema")
+
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """The weights to evaluate: the moving average if the run kept one, else the model."""
+        if self.ema is None:
+            return self.model
+        return {k.removeprefix("module."): v for k, v in self.ema.items() if k != "n_averaged"}
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """The weights of the pretrained encoder, without decoder, mask token, prototypes and relation heads.
+
+        Of a self-distillation run they are the teacher's, which the authors of iBOT and SERE evaluate.
+        """
+        if self.kind == "self-distillation" and "teacher" in self.entries:
+            weights = self.entries["teacher"]
+        else:
+            weights = self.evaluated_weights()
+        return {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_ONLY)}
+
+    def check_kind(self, wanted: str) -> None:
+        """Raise ValueError, which names the commands that take the file, unless it is of the kind `wanted`."""
+        if self.kind == wanted:
+            return
+        description, commands = KINDS[self.kind]
+        if self.kind == "unknown":
+            description += f" (it has {', '.join(list(self.model)[:4])})"
+        raise ValueError(f"{self.path} is {description}, not {KINDS[wanted][0]}: it is for {commands}")
+
+    def drop_optimizer(self) -> None:
+        """Free the optimizer state, which takes twice the memory of the weights."""
+        self.entries.pop("optimizer", None)
+
+    def release(self) -> None:
+        """Free all tensors. Path, flags and class names stay."""
+        self.model = {}
+        self.entries = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary that a file stores."""
+        stored = {"model": self.model, "args": self.args}
+        if self.classes is not None:
+            stored["classes"] = self.classes
+        return stored | self.entries
+
+
+def stored_flags(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The flags stored in a checkpoint; {} for a run that starts without one."""
+    if checkpoint is None:
+        return {}
+    return checkpoint.args
