@@ -1,11 +1,12 @@
 """Masked autoencoder (He et al. 2022, arXiv 2111.06377) whose visible tokens also learn their position.
 
-By default the encoder has no positional embedding: its visible tokens go to the pixel decoder and to a classifier over
-the patch positions (positional labels, Zhang et al. 2023, Sec. 3.3). `pos_embed` "sincos" with `pos_label` "none" is
-the plain MAE. With `sr_spatial` or `sr_channel` the visible tokens also learn their self-relations (SERE, Li et al.
-2022) from a moving average of the encoder that sees the whole image.
+By default the encoder has no positional embedding: its visible tokens go to the pixel decoder and to a
+classifier over the patch positions (positional labels, Zhang et al. 2023, Sec. 3.3). `pos_embed` "sincos"
+with `pos_label` "none" is the plain MAE. With `sr_spatial` or `sr_channel` the visible tokens also learn
+their self-relations (SERE, Li et al. 2022) from a moving average of the encoder that sees the whole image.
 
-Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*pw*in_chans pixel values of a patch.
+Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*pw*in_chans pixel values of a
+    patch.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Tensor:
-    """Uniform noise (B, L) -> cells of the visible patches (B, n): those with the smallest noise, as in MAE."""
+    """Uniform noise (B, L) -> visible cells (B, n): those with the smallest noise, as in MAE."""
     return noise.argsort(dim=1)[:, : num_visible(noise.shape[1], mask_ratio)]
 
 
@@ -83,7 +84,8 @@ class MaskedAutoencoderViT(ViTBackbone):
         self.relations = relations
         self.norm_pix_loss = decoder.norm_pix_loss
         self._init_decoder()
-        # The label heads follow the decoder, so that all parameters above start alike with and without labels.
+        # The label heads follow the decoder, so that all parameters above start alike with and without
+        # labels.
         self.pos_head = None
         if labels.pos_label != "none":
             self.pos_head = PositionalHead(trunk.dim, self.grid, labels)
@@ -133,16 +135,16 @@ class MaskedAutoencoderViT(ViTBackbone):
             cls = cls + self.pos_embed[:, :1]
         if self.pos_head is not None:
             x = self.pos_head.before(x, ids_keep, draws)
-        # Under autocast the embedded patches are bf16. The class token is float32, so the joined tokens are float32:
-        # ViT encoders have a float32 residual stream, with and without a positional embedding.
+        # Under autocast the embedded patches are bf16. The class token is float32, so the joined tokens are
+        # float32: ViT encoders have a float32 residual stream, with and without a positional embedding.
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1+n, C)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
         """Tokens (B, 1+n, C), visible cells (B, n), masked cells (B, L-n) -> decoded tokens (B, L, D).
 
-        The tokens keep the order visible, masked. Attention does not depend on the order, so the positional embedding
-        is gathered in that order, and no token is moved back to its place in the grid.
+        The tokens keep the order visible, masked. Attention does not depend on the order, so the positional
+        embedding is gathered in that order, and no token is moved back to its place in the grid.
         """
         B = len(latent)
         x = self.decoder_embed(latent)  # (B, 1+n, D)
@@ -155,7 +157,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         return self.decoder_norm(run_blocks(self.decoder_blocks, x, self.grad_checkpointing))[:, 1:]
 
     def target(self, patches: Tensor) -> Tensor:
-        """Patches (B, k, P) -> the target of their prediction: the pixels, normalised with `norm_pix_loss`."""
+        """Patches (B, k, P) -> the target of their prediction: pixels, normalised with `norm_pix_loss`."""
         patches = patches.float()
         if not self.norm_pix_loss:
             return patches
@@ -165,7 +167,10 @@ class MaskedAutoencoderViT(ViTBackbone):
     def relation_losses(
         self, tokens: Tensor, ids_keep: Tensor, targets: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Self-relations of the visible patch tokens (B, n, C), before the final norm, against `RelationTeacher`'s."""
+        """Losses of the self-relations of visible patch tokens (B, n, C), taken before the final norm.
+
+        `targets` is the output of `RelationTeacher`.
+        """
         losses = {}
         if self.sr_channel is not None:
             student = self.sr_channel(tokens)  # (B, n, C)
@@ -180,8 +185,9 @@ class MaskedAutoencoderViT(ViTBackbone):
     def _spatial_loss(self, student: Tensor, ids_keep: Tensor, targets: dict[str, Tensor]) -> Tensor:
         """The teacher's tokens are taken at the visible cells.
 
-        If both see the same image, that is by the cells' numbers. If the teacher sees another crop, `targets` has the
-        `boxes` of both, and the tokens are read at the same places; cells outside of the teacher's crop do not count.
+        If both see the same image, that is by the cells' numbers. If the teacher sees another crop, `targets`
+        has the `boxes` of both, and the tokens are read at the same places; cells outside of the teacher's
+        crop do not count.
         """
         heads = self.trunk.num_heads
         temperature = self.relations.temp_spatial
@@ -210,12 +216,14 @@ class MaskedAutoencoderViT(ViTBackbone):
             imgs: (B, in_chans, H, W).
             mask_ratio: share of removed patches, chosen at random; for `ids_keep` None.
             ids_keep: (B, n) the visible cells.
-            want_pred: False predicts removed patches only and returns None as pred, which is enough for training.
+            want_pred: False predicts removed patches only and returns None as pred, which is enough for
+                training.
             relation_targets: the output of `RelationTeacher`; adds the losses `sr_spatial` and `sr_channel`.
             draws: the images' own draws, for label kinds that draw.
 
         Returns:
-            losses: `pixel` (mean squared error over removed patches), and with labels `position`, `position_acc`, ...
+            losses: `pixel` (mean squared error over removed patches), and with labels `position`,
+                `position_acc`, ...
         """
         self.patch_embed.check(imgs)
         patches = self.patchify(imgs)  # (B, L, P)
@@ -252,8 +260,8 @@ class MaskedAutoencoderViT(ViTBackbone):
     def chance(self, mask_ratio: float) -> dict[str, float]:
         """Chance levels of `forward`'s losses by their names; empty without labels and relations.
 
-        For labels they are the loss and the accuracy of guessed positions, for relations the loss of uniform ones.
-        Raises ValueError as `num_visible` does.
+        For labels they are the loss and the accuracy of guessed positions, for relations the loss of uniform
+        ones. Raises ValueError as `num_visible` does.
         """
         n = num_visible(self.patch_embed.num_patches, mask_ratio)
         levels = {}
@@ -271,7 +279,7 @@ class MaskedAutoencoderViT(ViTBackbone):
 
 
 class RelationTeacher(ViTBackbone):
-    """The moving average of a `MaskedAutoencoderViT` that teaches self-relations: encoder and relation heads."""
+    """The moving average of a model that teaches self-relations: its encoder and relation heads."""
 
     def __init__(self, model: MaskedAutoencoderViT):
         super().__init__(dataclasses.replace(model.trunk, drop_path=0.0))

@@ -1,10 +1,11 @@
 """iBOT (Zhou et al. 2022, arXiv 2111.07832) with self-relations (SERE, Li et al. 2022, arXiv 2206.05184).
 
-The student sees masked global crops and local crops. Its moving average, the teacher, sees the global crops without
-masks. Parameter names of the trunk are MAE's; `ibot_head.*` are the prototypes, `sr_*` the relation heads, and
-`mask_token` replaces masked patches.
+The student sees masked global crops and local crops. Its moving average, the teacher, sees the global crops
+without masks. Parameter names of the trunk are MAE's; `ibot_head.*` are the prototypes, `sr_*` the relation
+heads, and `mask_token` replaces masked patches.
 
-Shapes: B images, G global crops of an image (2), V all of its crops, L patches of a global crop, n of a local one,
+Shapes: B images, G global crops of an image (2), V all of its crops, L patches of a global crop, n of a local
+    one,
 M patches that may be masked, C channels of a token, K prototypes.
 """
 
@@ -48,9 +49,9 @@ class Prototypes:
 class SereStudent(ViTBackbone):
     """The trained model; `forward` returns all losses of a batch.
 
-    Local crops have relation heads of their own, since batch statistics differ between resolutions. `local_size` is
-    (H, W), any multiple of the patch size, or None without local crops. Raises ValueError as `ViTBackbone` does, and if
-    the patches do not fill a local crop.
+    Local crops have relation heads of their own, since batch statistics differ between resolutions.
+    `local_size` is (H, W), any multiple of the patch size, or None without local crops. Raises ValueError as
+    `ViTBackbone` does, and if the patches do not fill a local crop.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class SereStudent(ViTBackbone):
         self.prototypes = prototypes
         self.relations = relations
         self.local_grid = self._local_grid(local_size)
-        # Points of the overlap of two global crops: 13x13 for 14x14 patches, as published. Pairs with a local crop
-        # have the points of its own grid.
+        # Points of the overlap of two global crops: 13x13 for 14x14 patches, as published. Pairs with a local
+        # crop have the points of its own grid.
         self.points = max(1, self.grid[0] - 1), max(1, self.grid[1] - 1)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, trunk.dim))
         self.ibot_head = ProjectionHead(
@@ -135,7 +136,9 @@ class SereStudent(ViTBackbone):
 
         Patch tokens before the final norm (B*G, L, C) and (B*(V-G), n, C); teacher (B*G, L, C).
         """
-        B, G = len(boxes), 2
+        B = len(boxes)
+        # Global crops of an image.
+        G = 2
         own = boxes[:, :G]  # (B, G, 5)
         at, at_other, share = overlap_points(own, own.flip(1), self.points)  # (B, G, S, 2)
         s = sample_tokens(self.sr_spatial(tokens), self.grid, at.flatten(0, 1))  # (B*G, S, C)
@@ -152,7 +155,8 @@ class SereStudent(ViTBackbone):
             s = sample_tokens(self.sr_spatial_local(local_tokens), self.local_grid, points)
             points = at_global.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (B*G, (V-G)*S, 2)
             t = sample_tokens(teacher, self.grid, points)
-            S, C = at.shape[3], s.shape[2]
+            S = at.shape[3]
+            C = s.shape[2]
             s = s.reshape(-1, S, C)  # (B*(V-G)*G, S, C)
             t = t.view(B, G, -1, S, C).transpose(1, 2).flatten(0, 2)  # (B*(V-G)*G, S, C)
             losses.append(self._spatial_loss(s, t))
@@ -178,7 +182,7 @@ class SereStudent(ViTBackbone):
 
 
 class SereTeacher(ViTBackbone):
-    """The parts of a student that its moving average needs: trunk, prototypes, relation heads without predictor."""
+    """The moving average of a student: its trunk, prototypes, and relation heads without predictor."""
 
     def __init__(self, student: SereStudent):
         super().__init__(dataclasses.replace(student.trunk, drop_path=0.0))
@@ -193,8 +197,8 @@ class SereTeacher(ViTBackbone):
     ) -> dict[str, Tensor]:
         """Global crops (B, G, c, H, W) -> the student's targets; updates the centres.
 
-        `cls` (B, G, K) and `patch` (B*G, M, K) are distributions; `spatial` and `channel` are the tokens (B*G, L, C)
-        that form the relations.
+        `cls` (B, G, K) and `patch` (B*G, M, K) are distributions; `spatial` and `channel` are the tokens
+        (B*G, L, C) that form the relations.
         """
         tokens = self.forward_tokens(images.flatten(0, 1))  # (B*G, 1+L, C)
         normed = self.norm(tokens)

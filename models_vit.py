@@ -1,4 +1,4 @@
-"""Vision Transformer classifiers: ViT (Dosovitskiy et al. 2021) as MAE fine-tunes it, and DeiT (Touvron et al. 2021).
+"""Classifiers: ViT (Dosovitskiy et al. 2021) as MAE fine-tunes it, and DeiT (Touvron et al. 2021).
 
 State-dict keys are those of MAE's fine-tuned files and of timm's models; positional labels add `pos_head.*`.
 
@@ -18,10 +18,10 @@ from layers.vit import SIZES, ViTBackbone, named_sizes
 class VisionTransformer(Classifier, ViTBackbone):
     """ViT with a class head and optional positional labels; positional embedding and labels are independent.
 
-    With `pool` "avg" there is no `norm`: the patch tokens of the last block are averaged, then `fc_norm` and `head`
-    follow (MAE, end-to-end fine-tuning), and `forward_features` returns tokens before any final norm. With "cls" all
-    tokens go through `norm` and the class token through `head`. In both cases the label heads read normalised
-    tokens. Raises ValueError as `ViTBackbone` and `Classifier.init_classifier` do.
+    With `pool` "avg" there is no `norm`: the patch tokens of the last block are averaged, then `fc_norm` and
+    `head` follow (MAE, end-to-end fine-tuning), and `forward_features` returns tokens before any final norm.
+    With "cls" all tokens go through `norm` and the class token through `head`. In both cases the label heads
+    read normalised tokens. Raises ValueError as `ViTBackbone` and `Classifier.init_classifier` do.
     """
 
     def __init__(self, trunk: Trunk, heads: Heads):
@@ -48,10 +48,11 @@ class DeiT(VisionTransformer):
 
 
 class DistilledVisionTransformer(DeiT):
-    """DeiT with a distillation token, which learns from a teacher, in addition to the class token (DeiT, Sec. 4).
+    """DeiT with a class token and a distillation token, which learns from a teacher (DeiT, Sec. 4).
 
-    It adds the keys `dist_token` and `head_dist.*`; `pos_embed` has a row for each of the two tokens. The head of the
-    distillation token is linear, even if the class head is second-order. Raises ValueError if `pool` is not "cls".
+    It adds the keys `dist_token` and `head_dist.*`; `pos_embed` has a row for each of the two tokens. The
+    head of the distillation token is linear, even if the class head is second-order. Raises ValueError if
+    `pool` is not "cls".
     """
 
     prefix_names = ("cls_token", "dist_token")
@@ -77,8 +78,8 @@ class DistilledVisionTransformer(DeiT):
     ):
         """Images (B, in_chans, H, W) -> logits (B, K), the mean of both heads, as DeiT predicts.
 
-        With `distillation` the two stay separate, (logits, dist_logits), the second for the teacher's labels. With
-        `positions` it returns a pair of that and {position, position_acc, ...}.
+        With `distillation` the two stay separate, (logits, dist_logits), the second for the teacher's labels.
+        With `positions` it returns a pair of that and {position, position_acc, ...}.
         """
         tokens = self.forward_features(x)  # (B, 2 + L, C)
         class_logits = self.class_logits(tokens)  # (B, K)

@@ -1,4 +1,4 @@
-"""The class head and the patch embedding of a classifier: what flags, a checkpoint and the model say about them."""
+"""The class head and patch embedding of a classifier, resolved from flags, checkpoint and model."""
 
 from typing import Any
 
@@ -25,21 +25,21 @@ def second_order_options(flags: dict[str, Any]) -> dict[str, Any]:
 def resolve_head(given: dict[str, Any], model: str, saved: Checkpoint | None) -> dict[str, Any]:
     """The flags `head`, so_* and `patch_embed`: as given, else as in the checkpoint `saved` that continues.
 
-    `head` then has a value, "linear" or "second_order". `patch_embed` has one if it is known to be another than linear;
-    None is the model's own. Raises ValueError if the given head is not the checkpoint's, and if so_* flags are given for
-    a linear head.
+    `head` then has a value, "linear" or "second_order". `patch_embed` has one if it is known to be another
+    than linear; None is the model's own. Raises ValueError if the given head is not the checkpoint's, and if
+    so_* flags are given for a linear head.
     """
+    flags = {name: given.get(name) for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)}
     before = stored_flags(saved)
-    flags = {
-        name: before.get(name) if given.get(name) is None else given[name]
-        for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)
-    }
+    for name, value in flags.items():
+        if value is None:
+            flags[name] = before.get(name)
     stored = _stored_head(saved)
     if stored:
         if given.get("head") not in (None, stored):
             raise ValueError(
-                f"{saved.path} was trained with `head` {stored}, found `head` {given['head']}: leave `head` out, or choose "
-                "another `output_dir`"
+                f"{saved.path} was trained with `head` {stored}, found `head` {given['head']}: leave `head` "
+                "out, or choose another `output_dir`"
             )
         flags["head"] = stored
     usual = find(model).options

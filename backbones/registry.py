@@ -1,4 +1,4 @@
-"""All classifiers by name: ours, and every timm backbone as timm/NAME; and the classes of a stored classifier."""
+"""All classifiers by name: ours, and every timm backbone as timm/NAME."""
 
 import difflib
 from typing import Any
@@ -42,18 +42,18 @@ def build_classifier(name: str, **options: Any) -> nn.Module:
 
 
 def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = None) -> list[str]:
-    """Names of a stored classifier's classes in the order of its outputs, to evaluate it on the classes `data`.
+    """Class names of a stored classifier in the order of its outputs, for data with the classes `data`.
 
-    They are the `given` ones, else those stored with the weights, else ImageNet's if there are 1000 outputs and the
-    data's classes have ImageNet names, else the data's own. Raises ValueError if their number is not that of the outputs,
-    or if a class of the data is not among them.
+    They are the `given` ones, else those stored with the weights, else ImageNet's if there are 1000 outputs
+    and the data's classes have ImageNet names, else the data's own. Raises ValueError if their number is not
+    that of the outputs, or if a class of the data is not among them.
     """
     outputs = _num_outputs(saved)
     known = given or saved.classes or _imagenet_classes(outputs, data)
     if known is None and _numbers_out_of_order(data):
         raise ValueError(
-            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does not say what "
-            "its outputs are called: name them by `classes`, in their order"
+            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does "
+            "not name its outputs: name them by `classes`, in their order"
         )
     names = known or data
     if outputs not in (None, len(names)):
@@ -61,14 +61,15 @@ def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = 
         if given:
             source = "given"
         raise ValueError(
-            f"{saved.path} distinguishes {outputs} classes, and there are {len(names)} {source}: name all, in the order of "
-            "its outputs, by `classes`"
+            f"{saved.path} distinguishes {outputs} classes, and there are {len(names)} {source}: name all, "
+            "in the order of its outputs, by `classes`"
         )
     unknown = sorted(set(data) - set(names))
     if unknown:
         raise ValueError(
-            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: they are "
-            "other data, or their folders have other names, and `classes` gives these in the order of its outputs"
+            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: "
+            "they are other data, or their folders have other names, and `classes` gives these in the order "
+            "of its outputs"
         )
     return names
 
@@ -105,7 +106,7 @@ def trained_options(flags: dict) -> dict[str, Any]:
 
 
 def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
-    """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
+    """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`."""
 
     def frozen(name: str) -> bool:
         return name not in keep and model.layer_id(name) < model.num_layers - blocks

@@ -17,10 +17,11 @@ from layers.vit import ViTBackbone
 class SoVisionTransformer(Classifier, ViTBackbone):
     """So-ViT's classifier; positional labels work on it as on every other.
 
-    Pre-norm blocks without biases on queries, keys and values, LayerNorm eps 1e-5, and a final norm on all tokens.
-    Every `pos_embed` but "none" is So-ViT's own: a fixed one-dimensional sinusoid over all tokens, with the class token
-    at position 0. `pool` is the first-order feature that is classified, and fused with the second-order one.
-    `second_order` None makes the head linear. Raises ValueError as `ViTBackbone` and `Classifier.init_classifier` do.
+    Pre-norm blocks without biases on queries, keys and values, LayerNorm eps 1e-5, and a final norm on all
+    tokens. Every `pos_embed` but "none" is So-ViT's own: a fixed one-dimensional sinusoid over all tokens,
+    with the class token at position 0. `pool` is the first-order feature that is classified, and fused with
+    the second-order one. `second_order` None makes the head linear. Raises ValueError as `ViTBackbone` and
+    `Classifier.init_classifier` do.
     """
 
     def __init__(self, trunk: Trunk, heads: Heads):

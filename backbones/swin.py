@@ -1,11 +1,13 @@
-"""Swin Transformer (Liu et al. 2021) with the changes of the positional-label paper (arXiv 2206.04981, Sec. 3.4).
+"""Swin Transformer (Liu et al. 2021) as the positional-label paper changes it (arXiv 2206.04981, Sec. 3.4).
 
-* The last stage works at 1/16 instead of 1/32 of the image: the third patch merging only widens the tokens, and the
-  last stage attends globally. Labels then distinguish 196 positions instead of 49. `merge_last` restores the usual
-  stage.
-* A conditional positional encoding (Chu et al. 2021) opens every block and replaces the relative position bias.
+* The last stage works at 1/16 instead of 1/32 of the image: the third patch merging only widens the tokens,
+  and the last stage attends globally. Labels then distinguish 196 positions instead of 49. `merge_last`
+  restores the usual stage.
+* A conditional positional encoding (Chu et al. 2021) opens every block and replaces the relative position
+  bias.
 
-Shapes: B batch, H W rows and columns of a stage's grid, h w those of a window, n windows of an image, C channels.
+Shapes: B batch, H W rows and columns of a stage's grid, h w those of a window, n windows of an image, C
+    channels.
 """
 
 from collections.abc import Iterator
@@ -43,8 +45,9 @@ def window_mask(
 ) -> Tensor | None:
     """Which tokens of a window may attend to which, (n, h*w, h*w) bool; None if all may.
 
-    After a cyclic shift, a window can hold tokens from opposite borders of the image; they do not attend to each other.
-    No token attends to padding, except that each attends to itself: the softmax of a row without keys is undefined.
+    After a cyclic shift, a window can hold tokens from opposite borders of the image; they do not attend to
+    each other. No token attends to padding, except that each attends to itself: the softmax of a row without
+    keys is undefined.
     """
     if not any(shift) and grid == padded:
         return None
@@ -65,8 +68,8 @@ def window_mask(
 class SwinBlock(nn.Module):
     """[x + cpe(x)], then x + attention in windows, then x + mlp; pre-norm.
 
-    On a side where the grid is smaller than the window, the window is cut to the grid and not shifted. A grid that the
-    window does not divide is padded below and at the right.
+    On a side where the grid is smaller than the window, the window is cut to the grid and not shifted. A grid
+    that the window does not divide is padded below and at the right.
     """
 
     def __init__(
@@ -205,10 +208,10 @@ class SwinTrunk:
 class SwinTransformer(Classifier, nn.Module):
     """The paper's Swin classifier, with timm's parameter names but for the class head (`head.fc` in timm).
 
-    There is no positional parameter but the conditional encoding; merging, shifting and zero padding still reveal
-    something about positions. In the paper's last stage the window is the whole grid. There is no class token: `pool` is
-    "avg", over tokens after the final norm. `dim` and `grid` are those of the last stage. Raises ValueError as
-    `Classifier.init_classifier` does, and if the patches do not fill the image.
+    There is no positional parameter but the conditional encoding; merging, shifting and zero padding still
+    reveal something about positions. In the paper's last stage the window is the whole grid. There is no
+    class token: `pool` is "avg", over tokens after the final norm. `dim` and `grid` are those of the last
+    stage. Raises ValueError as `Classifier.init_classifier` does, and if the patches do not fill the image.
     """
 
     num_prefix = 0

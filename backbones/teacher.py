@@ -30,10 +30,10 @@ def build_teacher(
 ) -> nn.Module:
     """A frozen classifier for distillation.
 
-    `distill` is the name of a model whose weights are in the file `distill_checkpoint`, or, if that is '', a model of
-    timm with its published weights. The teacher takes images normalised with the student's `mean` and `std`, whatever
-    its own are. Raises ValueError if its classes are not the data's `classes`, in their order, and if it does not take
-    images of that size.
+    `distill` is the name of a model whose weights are in the file `distill_checkpoint`, or, if that is '', a
+    model of timm with its published weights. The teacher takes images normalised with the student's `mean`
+    and `std`, whatever its own are. Raises ValueError if its classes are not the data's `classes`, in their
+    order, and if it does not take images of that size.
     """
     given = Statistics(mean, std)
     if distill_checkpoint:
@@ -58,7 +58,7 @@ def _stored_teacher(
     in_chans: int,
     given: Statistics,
 ) -> tuple[nn.Module, Statistics]:
-    """The model in a checkpoint, and the statistics that its images were normalised with (else the `given` ones)."""
+    """The model in a checkpoint, and the statistics of its images, by default the `given` ones."""
     saved = load(path)
     flags = saved.args
     if saved.classes not in (None, classes):

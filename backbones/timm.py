@@ -1,4 +1,4 @@
-"""Any timm backbone whose last features form a grid of tokens, with this toolkit's heads: the model timm/NAME.
+"""The models timm/NAME: a timm backbone whose last features form a grid of tokens, with our heads.
 
 Shapes: B batch, N cells of the grid, C channels of a token, F width of the pooled features, K classes.
 """
@@ -21,7 +21,9 @@ from layers.classifier import POOLS, Classifier
 from layers.contract import Entry, Heads
 
 # Layouts of a model's features: tokens in a sequence, channels last, channels first.
-SEQUENCE, CHANNELS_LAST, CHANNELS_FIRST = "NLC", "NHWC", "NCHW"
+SEQUENCE = "NLC"
+CHANNELS_LAST = "NHWC"
+CHANNELS_FIRST = "NCHW"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class TimmTrunk:
 
     Attributes:
         patch_size: (H, W), or None for the model's own.
-        pos_embed: "none" zeroes and freezes the model's parameters `pos_embed`, if it has no other positional part;
-            every other value keeps the model's own.
+        pos_embed: "none" zeroes and freezes the model's parameters `pos_embed`, if it has no other positional
+            part; every other value keeps the model's own.
         drop_path: stochastic depth of the last block.
     """
 
@@ -43,12 +45,12 @@ class TimmTrunk:
 
 
 class TimmClassifier(Classifier, nn.Module):
-    """A timm model without its classifier, with our heads; its parameters keep timm's names after `backbone.`.
+    """A timm model with our heads; its parameters keep timm's names after `backbone.`.
 
-    Pooling, and the layers between pooling and classifier, are timm's own: without labels this is the timm model.
-    Positional labels read the grid of tokens from `forward_features`. If the model normalises after pooling, that norm
-    is applied to each token for them. Raises ValueError as `Classifier.init_classifier` does, and if the features
-    form no grid.
+    Pooling, and the layers between pooling and classifier, are timm's own: without labels this is the timm
+    model. Positional labels read the grid of tokens from `forward_features`. If the model normalises after
+    pooling, that norm is applied to each token for them. Raises ValueError as `Classifier.init_classifier`
+    does, and if the features form no grid.
     """
 
     def __init__(self, backbone: nn.Module, trunk: TimmTrunk, heads: Heads):
@@ -116,7 +118,7 @@ class TimmClassifier(Classifier, nn.Module):
         return self.backbone.forward_head(self._from_tokens(tokens), pre_logits=True)
 
     def label_tokens(self, tokens: Tensor) -> Tensor:
-        """(B, num_prefix + N, C) -> patch tokens after the final norm (B, N, C), wherever the model has it."""
+        """(B, num_prefix + N, C) -> patch tokens after the final norm (B, N, C)."""
         norm = _norm_after_pooling(self.backbone)
         if norm is not None:
             tokens = self._to_tokens(norm(self._from_tokens(tokens)))
@@ -129,10 +131,11 @@ class TimmClassifier(Classifier, nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def _group_layers(self) -> dict[str, int]:
-        """{name: id} by timm's matcher; '' stands for the heads, which share the id of timm's classifier."""
+        """{name: id} by timm's matcher; '' stands for the heads, with the id of timm's classifier."""
         if not hasattr(self.backbone, "group_matcher"):
             return {f"backbone.{name}": 0 for name, _ in self.backbone.named_parameters()} | {"": 1}
-        # Our head is listed with the backbone's parameters: the ids depend on the parameters that match no group.
+        # Our head is listed with the backbone's parameters: the ids depend on the parameters that match no
+        # group.
         named = [*self.backbone.named_parameters(), ("head.weight", None)]
         ids = group_parameters(
             SimpleNamespace(named_parameters=lambda: named),
@@ -153,7 +156,7 @@ class TimmClassifier(Classifier, nn.Module):
 
 
 def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
-    """The norm that timm's model applies to pooled features: `fc_norm` of ViTs, `head.norm` of newer convnets."""
+    """The norm of pooled features in timm's model: `fc_norm` of ViTs, `head.norm` of newer convnets."""
     for owner, name in ((backbone, "fc_norm"), (getattr(backbone, "head", None), "norm")):
         norm = getattr(owner, name, None)
         if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
@@ -163,7 +166,7 @@ def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tuple[Tensor, Tensor]:
-    """Features in the model's own layout and pooled features (1, F), for a black image; the model is not changed."""
+    """Features in the model's own layout and pooled features (1, F) of a black image."""
     was_training = backbone.training
     # In evaluation mode batch statistics do not move, and dropout does not draw.
     backbone.eval()
@@ -173,8 +176,8 @@ def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tu
         if torch.is_tensor(raw):
             found = f"shape {tuple(raw.shape)}"
         raise ValueError(
-            f"{type(backbone).__name__} gives no grid of tokens (its features: {found}), so there are no positions to "
-            "pool or to label: choose a model whose forward_features keeps the positions"
+            f"{type(backbone).__name__} gives no grid of tokens (its features: {found}), so there are no "
+            "positions to pool or to label: choose a model whose forward_features keeps the positions"
         )
     pooled = backbone.forward_head(raw, pre_logits=True)
     backbone.train(was_training)
@@ -182,7 +185,7 @@ def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tu
 
 
 def token_layout(raw: Tensor, backbone: nn.Module) -> str:
-    """'NLC', 'NHWC' or 'NCHW': by the number of axes, the model's `output_fmt`, or the axis of `num_features`.
+    """'NLC', 'NHWC' or 'NCHW', by the axes, the model's `output_fmt`, or the axis of `num_features`.
 
     Raises ValueError if none of these determines the layout.
     """
@@ -197,8 +200,8 @@ def token_layout(raw: Tensor, backbone: nn.Module) -> str:
         if raw.shape[axis] == width:
             return layout
     raise ValueError(
-        f"cannot find the channels of {type(backbone).__name__}'s features {tuple(raw.shape)}: the model has neither "
-        "`output_fmt` nor an axis of `num_features` channels"
+        f"cannot find the channels of {type(backbone).__name__}'s features {tuple(raw.shape)}: the model "
+        "has neither `output_fmt` nor an axis of `num_features` channels"
     )
 
 
@@ -207,8 +210,8 @@ def token_grid(
 ) -> tuple[int, int]:
     """(h, w) of the tokens, rows first.
 
-    A sequence of N tokens has the model's patch grid, else the grid of its last reduction, else one with the image's
-    proportions. Raises ValueError if none of these has N cells.
+    A sequence of N tokens has the model's patch grid, else the grid of its last reduction, else one with the
+    image's proportions. Raises ValueError if none of these has N cells.
     """
     if layout == CHANNELS_FIRST:
         return tuple(raw.shape[2:])
@@ -231,8 +234,8 @@ def token_grid(
             return int(h), int(w)
     raise ValueError(
         f"the {N} tokens of {type(backbone).__name__} (and {num_prefix} others) form no grid on an image of "
-        f"{H}x{W}; tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep their "
-        "positions"
+        f"{H}x{W}; tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep "
+        "their positions"
     )
 
 
@@ -285,7 +288,8 @@ _OTHER_POSITIONS = re.compile(
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
     """Zero and freeze every parameter called `pos_embed`.
 
-    Raises ValueError if the model has no such parameter, or positional parts of another kind, which would stay.
+    Raises ValueError if the model has no such parameter, or positional parts of another kind, which would
+    stay.
     """
     tables = [p for n, p in backbone.named_parameters() if n.rpartition(".")[2] == "pos_embed"]
     names = [n for n, _ in [*backbone.named_parameters(), *backbone.named_modules()]]
@@ -297,18 +301,19 @@ def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
         reason = f"its positions are in {others[0]}"
     if reason:
         raise ValueError(
-            f"`pos_embed` none is not possible with timm/{name}: {reason}. Leave `pos_embed` at its default, which is "
-            "the model's own, or take a vit_*, deit_* or swin_* model of this toolkit"
+            f"`pos_embed` none is not possible with timm/{name}: {reason}. Leave `pos_embed` at its default, "
+            "which is the model's own, or take a vit_*, deit_* or swin_* model of this toolkit"
         )
     for table in tables:
         nn.init.zeros_(table).requires_grad_(False)
 
 
 def timm_model(name: str, trunk: TimmTrunk, heads: Heads) -> TimmClassifier:
-    """Classifier on the timm backbone `name`, with random weights; `heads.pool` None is the model's own pooling.
+    """Classifier on the timm backbone `name`, with random weights; `heads.pool` None is the model's own
+    pooling.
 
-    Raises ValueError if the pooling is unknown, if the model does not take a parameter, and if its features form no
-    grid.
+    Raises ValueError if the pooling is unknown, if the model does not take a parameter, and if its features
+    form no grid.
     """
     required: dict[str, Any] = {"num_classes": 0, "in_chans": trunk.in_chans}
     optional: dict[str, Any] = {"img_size": tuple(trunk.img_size)}

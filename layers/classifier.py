@@ -18,10 +18,10 @@ POOLS = ("avg", "cls")
 class Classifier:
     """Mixin that makes a classifier of a backbone without a prefix on the backbone's state-dict keys.
 
-    The backbone is an `nn.Module` that offers `layers.contract.Backbone`. It names this class first among its bases
-    and calls `init_classifier` after its own parameters are made. Its `forward_features` returns normalised tokens,
-    or it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The mixin adds the parameters
-    `head.*` and, with labels, `pos_head.*`.
+    The backbone is an `nn.Module` that offers `layers.contract.Backbone`. It names this class first among its
+    bases and calls `init_classifier` after its own parameters are made. Its `forward_features` returns
+    normalised tokens, or it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The
+    mixin adds the parameters `head.*` and, with labels, `pos_head.*`.
     """
 
     dim: int
@@ -39,9 +39,9 @@ class Classifier:
     def init_classifier(self, heads: Heads, feature_dim: int | None = None) -> None:
         """Create the heads. `feature_dim` is F, by default `dim`.
 
-        The class head is linear on the pooled features. A second-order head reads all patch tokens, and is fused
-        with the pooled features. Raises ValueError if the pooling is unknown, if the class token that it reads is
-        missing, and if labels or a second-order head meet a grid of a single cell.
+        The class head is linear on the pooled features. A second-order head reads all patch tokens, and is
+        fused with the pooled features. Raises ValueError if the pooling is unknown, if the class token that
+        it reads is missing, and if labels or a second-order head meet a grid of a single cell.
         """
         heads = dataclasses.replace(heads, pool=heads.pool or self.usual_pool(heads))
         self._check(heads)
@@ -77,7 +77,8 @@ class Classifier:
             )
         if heads.second_order is not None:
             raise ValueError(
-                f"`head` second_order relates patch tokens, but the last grid of this model is {h}x{w}: {remedy}"
+                "`head` second_order relates patch tokens, but the last grid of this model is "
+                f"{h}x{w}: {remedy}"
             )
 
     def init_heads(self, feature_dim: int) -> None:
@@ -123,10 +124,11 @@ class Classifier:
     def forward(
         self, x: Tensor, positions: bool = False, draws: Draws | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, in_chans, H, W) -> logits (B, K); with `positions` (logits, {position, position_acc, ...}).
+        """Images (B, in_chans, H, W) -> logits (B, K); with `positions` (logits, {position, ...}).
 
-        The label heads run only if `positions` asks for them, in training as in evaluation: after training the
-        method drops them (Zhang et al. 2023, Sec. 3). `draws` are the images' own, for label kinds that draw.
+        The label heads run only if `positions` asks for them, in training as in evaluation: after training
+        the method drops them (Zhang et al. 2023, Sec. 3). `draws` are the images' own, for label kinds that
+        draw.
         """
         tokens = self.forward_features(x)  # (B, num_prefix + N, C)
         logits = self.class_logits(tokens)
@@ -142,7 +144,7 @@ class Classifier:
 
 
 def make_head(width: int, num_classes: int, std: float) -> nn.Module:
-    """A linear layer to the classes with truncated normal weights and zero biases; the identity for 0 classes."""
+    """A linear layer with truncated normal weights and zero biases; the identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(width, num_classes)

@@ -1,8 +1,8 @@
 """The records that models are built from, the registry entry that fills them, and what a backbone offers.
 
 A model takes its parameters as a few frozen records and keeps them (`model.trunk`, `model.heads`), so that a
-teacher or a picture can read the sizes that the model was built with. A registry entry holds the default records
-of a named model. Calling it replaces single fields by name:
+teacher or a picture can read the sizes that the model was built with. A registry entry holds the default
+records of a named model. Calling it replaces single fields by name:
 
     MODELS["vit_base_patch16"](img_size=(32, 32), pos_label="rpl")
 """
@@ -144,11 +144,11 @@ class Entry:
 
     Attributes:
         build: the model's class, or a function that returns the model.
-        defaults: for each parameter of `build` a record, whose fields are options, or a plain value, which is an
-            option itself.
+        defaults: for each parameter of `build` a record, whose fields are options, or a plain value, which is
+            an option itself.
         distillation: the model has DeiT's distillation token, and `forward` takes `distillation`.
-        own_positions: the model encodes positions by other means than a parameter `pos_embed`, and pools in its own
-            way.
+        own_positions: the model encodes positions by other means than a parameter `pos_embed`, and pools in
+            its own way.
     """
 
     build: Callable[..., nn.Module]

@@ -16,8 +16,8 @@ from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_bloc
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
 
-# Options of an encoder by the name of its size. Tiny, small and base are DeiT's and ViT's, large and huge MAE's.
-# Pico and nano are for experiments on CPUs.
+# Options of an encoder by the name of its size. Tiny, small and base are DeiT's and ViT's, large and huge
+# MAE's. Pico and nano are for experiments on CPUs.
 SIZES: dict[str, dict[str, int]] = {
     "pico": {"dim": 96, "depth": 4, "num_heads": 3},
     "nano": {"dim": 128, "depth": 6, "num_heads": 4},
@@ -49,8 +49,8 @@ def named_sizes() -> Iterator[tuple[str, int]]:
 class ViTBackbone(nn.Module):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
-    Offers what `layers.contract.Backbone` lists, and `patch_size` and `img_size`. Raises ValueError if `trunk`
-    names an unknown embedding, or if the patches do not fill the image.
+    Offers what `layers.contract.Backbone` lists, and `patch_size` and `img_size`. Raises ValueError if
+    `trunk` names an unknown embedding, or if the patches do not fill the image.
     """
 
     # Learned tokens that precede the patches, in their order.

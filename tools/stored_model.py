@@ -13,8 +13,9 @@ from util.weights.types import Checkpoint
 def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
     """The model whose weights a checkpoint holds, with these weights, in evaluation mode.
 
-    The weights determine everything but the number of heads, for which see `heads_of`. If nothing determines the image
-    size, it is 14 patches a side. Raises ValueError if the checkpoint is not a plain Vision Transformer.
+    The weights determine everything but the number of heads, for which see `heads_of`. If nothing determines
+    the image size, it is 14 patches a side. Raises ValueError if the checkpoint is not a plain Vision
+    Transformer.
     """
     model = _build(architecture(saved), saved.args, distilled="dist_token" in saved.model)
     # SERE's relation heads are not part of a plain Vision Transformer.
@@ -59,8 +60,8 @@ def _build(a: Architecture, args: dict, distilled: bool) -> Any:
 def heads_of(a: Architecture, args: dict) -> tuple[int, int, bool]:
     """(heads, decoder heads, whether they are known) of a checkpoint, which its weights do not determine.
 
-    They are the stored flags `num_heads` and `decoder_heads`, else those of the stored model's name, else those of the
-    models of the same size, else a head has 64 channels (32 in the decoder).
+    They are the stored flags `num_heads` and `decoder_heads`, else those of the stored model's name, else
+    those of the models of the same size, else a head has 64 channels (32 in the decoder).
     """
     size, heads, decoder_heads = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
     entry = (models_mae_pl.MODELS | MODELS).get(args.get("model"))

@@ -1,7 +1,7 @@
 """Positional labels: tokens learn where they come from (Zhang et al., AAAI 2023, arXiv 2206.04981).
 
-Each file of `kinds/` defines one or more kinds of labels; `head.PositionalHead` combines the kinds of a model. This
-file does not import torch, so that command lines can list the names at once.
+Each file of `kinds/` defines one or more kinds of labels; `head.PositionalHead` combines the kinds of a
+model. This file does not import torch, so that command lines can list the names at once.
 """
 
 import ast

@@ -1,11 +1,12 @@
 """Random draws that are pure functions of an image's key.
 
-A counter-based hash takes the place of a generator: what is drawn for an image depends neither on the rank, nor on the
-batch that the image is in, nor on earlier draws.
+A counter-based hash takes the place of a generator: what is drawn for an image depends neither on the rank,
+nor on the batch that the image is in, nor on earlier draws.
 
 Shapes: B batch, n numbers drawn for an image.
 """
 
+import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -56,15 +57,14 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def label_keys(keys: Tensor) -> Tensor:
-    """Keys (B,) -> keys (B,) whose draws are independent of the masks that the given keys draw."""
+    """Keys (B,) -> keys (B,) whose draws are independent of the masks drawn from the given keys."""
     return keys ^ LABEL_SALT
 
 
-def fixed_keys(index: Tensor, seed: int) -> Tensor:
-    """Numbers (B,) of images -> keys (B,) int64, a function of (seed, index) that does not change with the epoch."""
-    # The seed is mixed first, so that seed 1 does not draw for image 0 what seed 0 draws for image 1.
-    mixed = sample_noise(torch.tensor([seed]), 1).mul(2.0**53).long().item()
-    return label_keys(index ^ (int(mixed) << 10))
+def seed_bits(seed: int) -> int:
+    """62 bits that follow from a seed, to be combined with the numbers of images by exclusive or."""
+    # Plain seeds would not do: seed 1 would draw for image 0 what seed 0 draws for image 1.
+    return random.Random(seed).getrandbits(62)
 
 
 def permutations(keys: Tensor, n: int) -> Tensor:

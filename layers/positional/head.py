@@ -33,9 +33,9 @@ LABELS = load_kinds()
 class PositionalHead(nn.Module):
     """The label heads of a model. With several kinds, their losses are added.
 
-    `head(tokens, ids)` takes patch tokens after the final norm (B, n, D) and their cells (B, n), by default all cells
-    in order, and returns {name: scalar}: `position`, `position_acc`, and with several kinds also the parts `apl`,
-    `apl_acc`, `rpl`, `rpl_acc`, ...
+    `head(tokens, ids)` takes patch tokens after the final norm (B, n, D) and their cells (B, n), by default
+    all cells in order, and returns {name: scalar}: `position`, `position_acc`, and with several kinds also
+    the parts `apl`, `apl_acc`, `rpl`, `rpl_acc`, ...
 
     Raises ValueError if a kind or `pos_tokens` is unknown, and if `dim` is not a multiple of 4.
     """
@@ -45,7 +45,8 @@ class PositionalHead(nn.Module):
         kinds = options.pos_label.split("+")
         if not set(kinds) <= LABELS.keys() or len(set(kinds)) < len(kinds):
             raise ValueError(
-                f"`pos_label` takes none, or kinds joined by + ({', '.join(LABELS)}), found {options.pos_label!r}"
+                f"`pos_label` takes none, or kinds joined by + ({', '.join(LABELS)}), found "
+                f"{options.pos_label!r}"
             )
         if options.pos_tokens not in ("half", "full"):
             raise ValueError(f"`pos_tokens` takes half or full, found {options.pos_tokens!r}")
@@ -65,7 +66,7 @@ class PositionalHead(nn.Module):
 
     @property
     def absolute(self) -> LabelKind | None:
-        """The first kind whose logits are about cells, which pictures of predicted cells show; None without one."""
+        """The first kind whose logits are about cells, for pictures of predicted cells; or None."""
         return next((kind for kind in self.children() if not kind.relative), None)
 
     @property
@@ -74,7 +75,7 @@ class PositionalHead(nn.Module):
         return any(type(kind).before is not LabelKind.before for kind in self.children())
 
     def before(self, tokens: Tensor, ids_keep: Tensor, draws: Draws | None = None) -> Tensor:
-        """Embedded visible patches (B, n, D) and their cells (B, n) -> the tokens that the encoder reads."""
+        """Embedded visible patches (B, n, D), their cells (B, n) -> tokens that the encoder reads."""
         for kind in self.children():
             tokens = kind.before(tokens, ids_keep, draws)
         return tokens
@@ -82,7 +83,10 @@ class PositionalHead(nn.Module):
     def forward(
         self, tokens: Tensor, ids: Tensor | None = None, draws: Draws | None = None
     ) -> dict[str, Tensor]:
-        """(B, n, D), cells (B, n) -> losses and accuracies by name; raises ValueError if the shapes differ."""
+        """(B, n, D), cells (B, n) -> losses and accuracies by name.
+
+        Raises ValueError if tokens and cells differ in number.
+        """
         if ids is None:
             ids = torch.arange(self.grid[0] * self.grid[1], device=tokens.device).expand(tokens.shape[0], -1)
         if tokens.shape[:2] != ids.shape:
@@ -97,7 +101,8 @@ class PositionalHead(nn.Module):
 
 
 def _combine(parts: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """{kind: (loss, accuracy)} -> the summed loss and the mean accuracy, then the parts if there are several."""
+    """{kind: (loss, accuracy)} -> the summed loss and the mean accuracy, then the parts if there are
+    several."""
     losses, accs = zip(*parts.values())
     out = {"position": sum(losses), "position_acc": sum(accs) / len(accs)}
     if len(parts) > 1:

@@ -1,6 +1,7 @@
-"""The loss of relative labels over all pairs of tokens, without ever holding all logits (Zhang et al. 2023, Eq. 7-9).
+"""The loss of relative labels, which never holds the logits of all pairs (Zhang et al. 2023, Eq. 7-9).
 
-Shapes: B batch, n queries and m keys of an image, H hidden width, h w the grid, L = h*w cells; b images and r queries
+Shapes: B batch, n queries and m keys of an image, H hidden width, h w the grid, L = h*w cells; b images and r
+    queries
 of a chunk.
 """
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from layers.positional.kind import accumulator
 
-# Pairs whose logits exist at the same time. On a 14x14 grid they take about 190 MB in float32 on a GPU, which needs
-# large kernels. A CPU is faster if a chunk (8 MB) stays near its cache; a chunk then holds all 49 x 49 pairs of an
-# image in masked pretraining (benchmarks/README.md).
+# Pairs whose logits exist at the same time. On a 14x14 grid they take about 190 MB in float32 on a GPU, which
+# needs large kernels. A CPU is faster if a chunk (8 MB) stays near its cache; a chunk then holds all 49 x 49
+# pairs of an image in masked pretraining (benchmarks/README.md).
 PAIRS_PER_CHUNK = {"cpu": 2_560, "cuda": 65_536}
 
 
@@ -68,17 +69,19 @@ class PairLabels(NamedTuple):
 class _SweptPairLoss(torch.autograd.Function):
     """Sum of -log p(y_ij) over pairs, and the number of correct predictions.
 
-    One sweep over chunks of pairs computes the loss and the gradients together: g = gelu(q_i + k_j),
-    logits = g W^T + b, d_logits = softmax - onehot. Only the finished gradients are kept for backward. They are in
-    float32, whatever the precision of the products, and unscaled: a mean over B*n*m pairs inside the sweep would
-    underflow in float16.
+    One sweep over chunks of pairs computes the loss and the gradients together: g = gelu(q_i + k_j), logits =
+    g W^T + b, d_logits = softmax - onehot. Only the finished gradients are kept for backward. They are in
+    float32, whatever the precision of the products, and unscaled: a mean over B*n*m pairs inside the sweep
+    would underflow in float16.
     """
 
     @staticmethod
     def forward(ctx, q, k, weight, bias, labels: PairLabels, with_grad: bool):
-        n, m = q.shape[1], k.shape[1]
+        n = q.shape[1]
+        m = k.shape[1]
         offsets = len(weight)
-        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of 16.
+        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of
+        # 16.
         weight = F.pad(weight, (0, 0, 0, -offsets % 16))
         bias = F.pad(bias, (0, -offsets % 16), value=-math.inf)
         loss = torch.zeros((), device=q.device, dtype=accumulator(q.dtype))
@@ -112,8 +115,10 @@ class _SweptPairLoss(torch.autograd.Function):
 
 def _chunks(batch: int, n: int, m: int, device: torch.device) -> list[tuple[slice, slice]]:
     """Slices of images and of queries that divide B*n*m pairs into chunks of at most PAIRS_PER_CHUNK."""
-    on_gpu = device.type != "cpu"
-    pairs = PAIRS_PER_CHUNK["cuda" if on_gpu else "cpu"]
+    # Every accelerator has the large chunks.
+    pairs = PAIRS_PER_CHUNK["cuda"]
+    if device.type == "cpu":
+        pairs = PAIRS_PER_CHUNK["cpu"]
     images = images_per_chunk(batch, max(1, pairs // (n * m)), even=device.type == "cuda")
     # A single image may have more pairs than a chunk holds: then its queries are divided, too.
     rows = min(n, max(1, pairs // m))
@@ -164,8 +169,8 @@ def _pair_chunk(q, k, weight, bias, label, with_grad):
 def images_per_chunk(batch: int, most: int, even: bool) -> int:
     """Number of images whose pairs make a chunk, at most `most`.
 
-    With `even` it is the largest number that divides the batch, unless that is less than half of `most`: chunks of
-    the same shape are compiled once.
+    With `even` it is the largest number that divides the batch, unless that is less than half of `most`:
+    chunks of the same shape are compiled once.
     """
     most = min(most, batch)
     if not even:
@@ -183,9 +188,9 @@ _compiled_chunk: Callable[..., tuple[Tensor, ...]] | bool | None = None
 def _chunk_on_cuda(q, k, weight, bias, label, with_grad):
     """`_pair_chunk`, compiled; if compiling fails, it warns once and runs eagerly.
 
-    Pointwise work and reductions fuse, so that a float32 copy of bf16 logits never reaches the device's memory. The
-    loop over chunks stays in Python. Chunks without gradients, which evaluation has in many shapes, run eagerly:
-    each shape would be compiled.
+    Pointwise work and reductions fuse, so that a float32 copy of bf16 logits never reaches the device's
+    memory. The loop over chunks stays in Python. Chunks without gradients, which evaluation has in many
+    shapes, run eagerly: each shape would be compiled.
     """
     global _compiled_chunk
     if with_grad and _compiled_chunk is None:
@@ -215,10 +220,10 @@ def pair_loss(
     query_ids: Tensor,
     key_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of gelu(q_i + k_j) W^T + b against the offset labels of all pairs (Eq. 9), and accuracy.
+    """Mean cross-entropy of gelu(q_i + k_j) W^T + b over all pairs (Eq. 9), and accuracy.
 
-    q (B, n, H), k (B, m, H), W (offsets, H), b (offsets,); cells query_ids (B, n), key_ids (B, m). The memory in
-    addition to the gradients of the inputs does not grow with B, n or m.
+    q (B, n, H), k (B, m, H), W (offsets, H), b (offsets,); cells query_ids (B, n), key_ids (B, m). The memory
+    in addition to the gradients of the inputs does not grow with B, n or m.
     """
     labels = PairLabels.of(grid, query_ids, key_ids)
     with_grad = torch.is_grad_enabled()

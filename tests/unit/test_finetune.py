@@ -686,7 +686,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
     if not stored:
         assert (
             code == 2
-            and "tells 5 classes apart, and there are 3 in the data" in text
+            and "distinguishes 5 classes, and there are 3 in the data" in text
             and "by --classes" in text
         )
         (tmp_path / "names.txt").write_text("# of the outputs\n" + "\n".join(known) + "\n")
@@ -795,7 +795,7 @@ def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
     code, text = call(
         main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth"
     )
-    assert code == 2 and "knows dark, light, and the data have bright beyond these" in text
+    assert code == 2 and "knows dark, light, and the data have bright in addition" in text
     code, text = call(main_finetune, capsys, *common, "--classes", tmp_path / "data")
     assert code == 2 and "--classes names the outputs of a model for --eval" in text
     listed = tmp_path / "twice.txt"

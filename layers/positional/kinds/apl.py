@@ -1,4 +1,4 @@
-"""Absolute positional labels (APL, Zhang et al. 2023, Sec. 3.1, Eq. 1-6): a token is classified into its cell.
+"""Absolute labels (APL, Zhang et al. 2023, Sec. 3.1, Eq. 1-6): a token is classified into its cell.
 
 Cells are numbered row by row.
 

@@ -1,5 +1,4 @@
-"""Relative positional labels (RPL, Zhang et al. 2023, Sec. 3.2, Eq. 7-9): a pair of tokens is classified into its
-offset.
+"""Relative labels (RPL, Zhang et al. 2023, Sec. 3.2, Eq. 7-9): a pair is classified into its offset.
 
 Shapes: B batch, n tokens given (all of the grid, or the visible ones), D width, h w the grid, L = h*w cells.
 """
@@ -21,7 +20,8 @@ def rpl_chance(grid: tuple[int, int], num_tokens: int) -> tuple[float, float]:
     cells = h * w
     if cells == 1:
         return 0.0, 1.0
-    # Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and 1/n of all pairs have i = j.
+    # Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and 1/n of all pairs have i =
+    # j.
     rows = h - torch.arange(-h + 1, h).abs().double()  # (2h-1,)
     cols = w - torch.arange(-w + 1, w).abs().double()  # (2w-1,)
     prior = rows[:, None] * cols[None, :] / (cells * (cells - 1)) * (1 - 1 / num_tokens)  # (2h-1, 2w-1)
@@ -35,9 +35,9 @@ class RelativeLabel(LabelKind):
     """First half of token i and second half of token j -> Linear, GELU, Linear -> one of the offsets.
 
     The first linear layer of a concatenated pair is the sum of two projections of single tokens. There is no
-    nonlinearity between the last two linear layers, so they act as one matrix. Both rewritings are exact. With
-    `rpl_pairs` N, the queries of an image share N partners drawn in each step, an unbiased estimate of Eq. 9; 0 takes
-    all ordered pairs, those with i = j included.
+    nonlinearity between the last two linear layers, so they act as one matrix. Both rewritings are exact.
+    With `rpl_pairs` N, the queries of an image share N partners drawn in each step, an unbiased estimate of
+    Eq. 9; 0 takes all ordered pairs, those with i = j included.
     """
 
     name = "rpl"
