@@ -579,7 +579,7 @@ def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
     by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
     assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"
+        ValueError, match=r"`distill_checkpoint` .* knows the classes .*, the data have .*: fine-tune"
     ):
         build_teacher("vit_test", str(file), classes=saved.classes[::-1], **options)
 
@@ -712,7 +712,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
     problem = (
         "knows owl, bee, cat, ant, dog, and the data have elk"
         if stored
-        else "5 classes apart, and there are 3 given"
+        else "5 classes, and there are 3 given"
     )
     assert code == 2 and problem in text
 
