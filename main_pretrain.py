@@ -186,7 +186,7 @@ def draw(model, images, keys, mask_ratio: float, mean, std):
     model.eval()
     L = model.patch_embed.num_patches
     ids_keep = random_masking(sample_noise(keys, L), mask_ratio)
-    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred, mask = model.predict(images, ids_keep)
     pred = pred.float()
     if model.norm_pix_loss:
         pred = unnormalize_patches(pred, model.patchify(images))

@@ -50,6 +50,19 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Tensor:
     return noise.argsort(dim=1)[:, : num_visible(noise.shape[1], mask_ratio)]
 
 
+def removed_cells(ids_keep: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+    """Visible cells (B, n) -> mask (B, L) with 1 = removed, removed cells (B, L-n) in ascending order."""
+    B, n = ids_keep.shape
+    mask = torch.ones(B, num_patches, device=ids_keep.device).scatter_(1, ids_keep, 0.0)
+    return mask, mask.argsort(dim=1, descending=True, stable=True)[:, : num_patches - n]
+
+
+def in_grid_order(tokens: Tensor, ids_keep: Tensor, ids_masked: Tensor) -> Tensor:
+    """Tokens (B, L, P) in the order visible, removed -> in the order of the grid."""
+    back = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)  # (B, L)
+    return gather_tokens(tokens, back)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Sizes of the pixel decoder, and its target.
@@ -231,9 +244,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         if ids_keep is None:
             ids_keep = random_masking(torch.rand(B, L, device=imgs.device), mask_ratio)
         n = ids_keep.shape[1]
-        mask = torch.ones(B, L, device=imgs.device).scatter_(1, ids_keep, 0.0)
-        ids_masked = mask.argsort(dim=1, descending=True, stable=True)[:, : L - n]  # (B, L-n)
-
+        mask, ids_masked = removed_cells(ids_keep, L)
         tokens = self._encode(patches, ids_keep, draws)
         latent = self.norm(tokens)  # (B, 1+n, C)
         decoded = self.forward_decoder(latent, ids_keep, ids_masked)  # (B, L, D), visible first
@@ -246,8 +257,18 @@ class MaskedAutoencoderViT(ViTBackbone):
         if not want_pred:
             return losses, None, mask
         pred = torch.cat([self.decoder_pred(decoded[:, :n]), pred_masked], dim=1)  # (B, L, P), visible first
-        back = torch.cat([ids_keep, ids_masked], dim=1).argsort(dim=1)  # (B, L)
-        return losses, gather_tokens(pred, back), mask
+        return losses, in_grid_order(pred, ids_keep, ids_masked), mask
+
+    def predict(
+        self, imgs: Tensor, ids_keep: Tensor, draws: Draws | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images and visible cells (B, n) -> pred (B, L, P) and mask (B, L) without losses, for pictures."""
+        self.patch_embed.check(imgs)
+        patches = self.patchify(imgs)  # (B, L, P)
+        mask, ids_masked = removed_cells(ids_keep, patches.shape[1])
+        latent = self.norm(self._encode(patches, ids_keep, draws))  # (B, 1+n, C)
+        pred = self.decoder_pred(self.forward_decoder(latent, ids_keep, ids_masked))  # (B, L, P)
+        return in_grid_order(pred, ids_keep, ids_masked), mask
 
     def _pixel_loss(self, pred: Tensor, patches: Tensor) -> Tensor:
         """Mean squared error of predicted removed patches (B, L-n, P)."""

@@ -105,7 +105,7 @@ def reconstruct(
     batches, (mean, std) = load_images(model, flags, data_path, n)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
-    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred, mask = model.predict(images, ids_keep)
     title, patches = "reconstruction", model.patchify(images)
     if flags.get("norm_pix_loss") is None and not norm_pix_loss:
         print(

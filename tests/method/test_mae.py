@@ -152,6 +152,8 @@ def test_without_the_whole_prediction_the_loss_is_the_same():
     model, imgs, keep = small(), torch.randn(3, 3, 16, 24), random_masking(torch.rand(3, 24), 0.75)
     full, lean = model(imgs, ids_keep=keep), model(imgs, ids_keep=keep, want_pred=False)
     assert lean[1] is None and torch.equal(full[0]["pixel"], lean[0]["pixel"])
+    pred, mask = model.predict(imgs, keep)
+    assert torch.allclose(pred, full[1], atol=1e-6) and torch.equal(mask, full[2])
     error = (full[1] - model.target(model.patchify(imgs))).square().mean(-1)
     assert torch.allclose((error * full[2]).sum() / full[2].sum(), full[0]["pixel"])
 
