@@ -102,7 +102,8 @@ def test_layer_decay_is_timms(kind):
     mine, timms = our_scales(ours), lr_scales(theirs)
     assert {n for n in mine if not n.startswith("pos_head.")} == set(timms)
     for name, scale in mine.items():
-        # timm puts the final norm, which only class-token models have, with the last block; MAE puts it with the head.
+        # timm puts the final norm, which only class-token models have, with the last block; MAE puts it with
+        # the head.
         expected = 1.0 if name.startswith(("pos_head.", "norm.")) else timms[name]
         assert scale == pytest.approx(expected), name
     assert max(ours.layer_id(n) for n, _ in ours.named_parameters()) == ours.num_layers == 4
@@ -290,8 +291,9 @@ def test_small_models_have_finite_gradients_everywhere(name):
     assert rates == pytest.approx([0.1 * i / (len(rates) - 1) for i in range(len(rates))])
 
 
-# --- timm backbones ---------------------------------------------------------------------------------------------------
-# name, image, channels, layout, grid, prefix; sizes are small, and rectangles where the architecture allows them
+# --- timm backbones
+# --------------------------------------------------------------------------------------------------- name,
+# image, channels, layout, grid, prefix; sizes are small, and rectangles where the architecture allows them
 BACKBONES = [
     ("nest_tiny", (64, 64), 1, "NCHW", (4, 4), 0),
     ("nest_tiny_jx", (64, 64), 3, "NCHW", (4, 4), 0),
@@ -322,14 +324,8 @@ def test_timm_backbone_is_timms_with_our_heads(backbone):
         assert tokens.shape == (2, prefix + grid[0] * grid[1], model.dim)
         for cell in range(grid[0] * grid[1]):
             r, c = divmod(cell, grid[1])
-            there = (
-                raw[:, prefix + cell]
-                if layout == "NLC"
-                else raw[:, :, r, c]
-                if layout == "NCHW"
-                else raw[:, r, c]
-            )
-            assert torch.equal(tokens[:, prefix + cell], there), "row-major"
+                        places = {"NLC": (..., prefix + cell, slice(None)), "NCHW": (..., r, c), "NHWC": (..., r, c, slice(None))}
+            assert torch.equal(tokens[:, prefix + cell], raw[places[layout]]), "row-major"
         logits, losses = model(x, positions=True)
         read = model.label_tokens(tokens)
         expected = F.cross_entropy(

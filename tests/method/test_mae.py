@@ -260,7 +260,8 @@ def test_sample_noise_is_splitmix64():
         assert sample_noise(torch.tensor([key]), 5)[0].tolist() == expected
 
 
-# Encoder and decoder in millions, counted from the published widths and depths: 12 * depth * width^2 and the rest.
+# Encoder and decoder in millions, counted from the published widths and depths: 12 * depth * width^2 and the
+# rest.
 MILLIONS = {"mae_vit_base_patch16": 111.66, "mae_vit_large_patch16": 329.24, "mae_vit_huge_patch14": 656.61}
 
 
@@ -321,7 +322,7 @@ def test_channels_rectangles_and_patch_shapes():
 
 
 def test_sincos_table_and_resizing():
-    """Number by number from the formula: columns in the first half of the channels, rows in the second (mae#67)."""
+    """Each number from the formula: columns in the first half of the channels, rows in the second."""
     from layers.pos_embed import resize_pos_embed, sincos_2d
 
     table = sincos_2d(32, (2, 3))[0]

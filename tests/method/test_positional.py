@@ -188,7 +188,7 @@ def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, mo
 
 
 def test_the_sweep_holds_one_copy_of_the_logits(monkeypatch):
-    """Beside what a chunk multiplies, (pairs, hidden) and (pairs, offsets), nothing as large as the logits is made."""
+    """The largest tensors are the operands of a chunk's products, (pairs, hidden) and (pairs, offsets)."""
     monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", 500)
     head, x = PositionalHead(16, (8, 8), Labels("rpl")), torch.randn(4, 64, 16, requires_grad=True)
 
@@ -295,7 +295,7 @@ def test_bad_arguments_name_the_flag():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_compiling_does_not_unroll_the_sweep(batch):
-    """4 images are 64 chunks; unrolled, the batch of a GPU would be thousands of nodes and minutes of compiling."""
+    """4 images are 64 chunks. Unrolled, a GPU's batch would be thousands of nodes."""
     head, nodes = PositionalHead(16, (14, 14), Labels("rpl")), []
 
     def count(graph, inputs):
@@ -323,7 +323,7 @@ def test_compiling_does_not_unroll_the_sweep(batch):
     ],
 )
 def test_images_of_a_chunk(batch, most, even, expected):
-    """The largest divisor of the batch, so that all chunks have one shape; where it is small, a rest is better."""
+    """The largest divisor of the batch, so that all chunks have one shape, unless it is small."""
     assert positional.images_per_chunk(batch, most, even) == expected
 
 
