@@ -324,8 +324,9 @@ def test_timm_backbone_is_timms_with_our_heads(backbone):
         assert tokens.shape == (2, prefix + grid[0] * grid[1], model.dim)
         for cell in range(grid[0] * grid[1]):
             r, c = divmod(cell, grid[1])
-                        places = {"NLC": (..., prefix + cell, slice(None)), "NCHW": (..., r, c), "NHWC": (..., r, c, slice(None))}
-            assert torch.equal(tokens[:, prefix + cell], raw[places[layout]]), "row-major"
+            place = {"NLC": (..., prefix + cell, slice(None)), "NCHW": (..., r, c)}
+            place["NHWC"] = (..., r, c, slice(None))
+            assert torch.equal(tokens[:, prefix + cell], raw[place[layout]]), "row-major"
         logits, losses = model(x, positions=True)
         read = model.label_tokens(tokens)
         expected = F.cross_entropy(
