@@ -139,7 +139,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         self.patch_embed.check(imgs)
         return self.norm(self._encode(self.patchify(imgs), ids_keep, draws))
 
-    def _encode(self, patches: Tensor, ids_keep: Tensor, draws: Draws | None) -> Tensor:
+    def _encode(self, patches: Tensor, ids_keep: Tensor, draws: Draws | None = None) -> Tensor:
         """All patches (B, L, P) -> tokens of the visible ones before the final norm (B, 1+n, C)."""
         x = self.patch_embed.embed_patches(gather_tokens(patches, ids_keep))  # (B, n, C)
         cls = self.cls_token

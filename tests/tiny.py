@@ -26,11 +26,13 @@ from util.flags.parser import parse, run
 ENCODER = dict(patch_size=(8, 8), dim=32, depth=2, num_heads=2)
 
 
-models_mae_pl.MODELS["mae_test"] = models_mae_pl.MAE_VIT.override(
-    **ENCODER, decoder_dim=32, decoder_depth=1, decoder_heads=2
-)
-models_sere.MODELS["sere_test"] = models_sere.SERE.override(**ENCODER, head_hidden=64)
-models.MODELS["vit_test"] = VIT.override(**ENCODER)
+mae_test = models_mae_pl.MAE_VIT.override(**ENCODER, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+vit_test = VIT.override(**ENCODER)
+sere_test = models_sere.SERE.override(**ENCODER, head_hidden=64)
+
+models_mae_pl.MODELS["mae_test"] = mae_test
+models_sere.MODELS["sere_test"] = sere_test
+models.MODELS["vit_test"] = vit_test
 
 
 def disturb(main, nan: str | None, kill: str | None) -> None:
