@@ -142,7 +142,7 @@ class MaskedAutoencoderViT(ViTBackbone):
     def _encode(self, patches: Tensor, ids_keep: Tensor, draws: Draws | None = None) -> Tensor:
         """All patches (B, L, P) -> tokens of the visible ones before the final norm (B, 1+n, C)."""
         x = self.patch_embed.embed_patches(gather_tokens(patches, ids_keep))  # (B, n, C)
-        cls = self.cls_token
+        cls: Tensor = self.cls_token
         if self.pos_embed is not None:
             x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
             cls = cls + self.pos_embed[:, :1]
@@ -259,9 +259,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         pred = torch.cat([self.decoder_pred(decoded[:, :n]), pred_masked], dim=1)  # (B, L, P), visible first
         return losses, in_grid_order(pred, ids_keep, ids_masked), mask
 
-    def predict(
-        self, imgs: Tensor, ids_keep: Tensor, draws: Draws | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, imgs: Tensor, ids_keep: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Images and visible cells (B, n) -> pred (B, L, P) and mask (B, L) without losses, for pictures."""
         self.patch_embed.check(imgs)
         patches = self.patchify(imgs)  # (B, L, P)

@@ -11,6 +11,7 @@ M patches that may be masked, C channels of a token, K prototypes.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ class SereStudent(ViTBackbone):
     `local_size` is (H, W), any multiple of the patch size, or None without local crops. Raises ValueError as
     `ViTBackbone` does, and if the patches do not fill a local crop.
     """
+
+    # None if the relation is not learned, or if there are no local crops.
+    sr_spatial: Any
+    sr_spatial_local: Any
+    sr_channel: Any
+    sr_channel_local: Any
 
     def __init__(
         self,
@@ -146,7 +153,7 @@ class SereStudent(ViTBackbone):
         t = sample_tokens(other, self.grid, at_other.flatten(0, 1))  # (B*G, S, C)
         losses = [self._spatial_loss(s, t)]  # (B*G,)
         shares = [share.flatten()]
-        if local_tokens is not None:
+        if local_tokens is not None and self.local_grid is not None:
             # A map is sampled once for all of its partners, so no map is copied.
             at, at_global, share = overlap_points(
                 boxes[:, G:, None], own[:, None], self.local_grid
@@ -193,7 +200,7 @@ class SereTeacher(ViTBackbone):
 
     @torch.no_grad()
     def forward(
-        self, images: Tensor, masked_ids: Tensor, centres: nn.ModuleDict, temperature: float
+        self, images: Tensor, masked_ids: Tensor, centres: Any, temperature: float
     ) -> dict[str, Tensor]:
         """Global crops (B, G, c, H, W) -> the student's targets; updates the centres.
 

@@ -35,7 +35,7 @@ def resolve_head(given: dict[str, Any], model: str, saved: Checkpoint | None) ->
         if value is None:
             flags[name] = before.get(name)
     stored = _stored_head(saved)
-    if stored:
+    if saved is not None and stored:
         if given.get("head") not in (None, stored):
             raise ValueError(
                 f"{saved.path} was trained with `head` {stored}, found `head` {given['head']}: leave `head` "

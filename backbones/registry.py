@@ -1,6 +1,7 @@
 """All classifiers by name: ours, and every timm backbone as timm/NAME."""
 
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def trained_options(flags: dict) -> dict[str, Any]:
     return options
 
 
-def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
+def freeze_all_but(model, blocks: int, keep: Collection[str] = ()) -> None:
     """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`."""
 
     def frozen(name: str) -> bool:

@@ -52,15 +52,16 @@ def window_mask(
     if not any(shift) and grid == padded:
         return None
     wrapped = []
-    real = []
+    not_padded = []
     for size, whole, offset in zip(grid, padded, shift):
         # The row or column that each shifted one comes from.
         source = torch.arange(whole) + offset
         wrapped.append(source >= whole)
-        real.append(source % whole < size)
+        not_padded.append(source % whole < size)
     region = 2 * wrapped[0][:, None] + 1 * wrapped[1][None, :]  # (H, W)
     region = window_partition(region[None, ..., None], window).squeeze(-1)  # (n, h*w)
-    real = window_partition((real[0][:, None] & real[1][None, :])[None, ..., None], window).squeeze(-1)
+    real = not_padded[0][:, None] & not_padded[1][None, :]  # (H, W)
+    real = window_partition(real[None, ..., None], window).squeeze(-1)  # (n, h*w)
     mask = (region[:, :, None] == region[:, None, :]) & real[:, None, :]  # (n, h*w, h*w)
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool)
 
@@ -71,6 +72,8 @@ class SwinBlock(nn.Module):
     On a side where the grid is smaller than the window, the window is cut to the grid and not shifted. A grid
     that the window does not divide is padded below and at the right.
     """
+
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -85,9 +88,9 @@ class SwinBlock(nn.Module):
     ):
         super().__init__()
         self.grid = grid
-        self.window = tuple(min(w, g) for w, g in zip(window, grid))
-        self.shift = tuple(w // 2 * (shifted and g > w) for w, g in zip(self.window, grid))
-        self.padded = tuple(-(-g // w) * w for w, g in zip(self.window, grid))
+        self.window = min(window[0], grid[0]), min(window[1], grid[1])
+        self.shift = self._shift(0, shifted), self._shift(1, shifted)
+        self.padded = self._padded(0), self._padded(1)
         self.cpe = None
         if cpe:
             self.cpe = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
@@ -95,12 +98,23 @@ class SwinBlock(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = nn.Identity()
+        self.drop_path: nn.Module = nn.Identity()
         if drop_path > 0:
             self.drop_path = DropPath(drop_path)
         # Not in the state dict: the sizes determine it.
         mask = window_mask(grid, self.padded, self.window, self.shift)
         self.register_buffer("mask", mask, persistent=False)
+
+    def _shift(self, axis: int, shifted: bool) -> int:
+        """Half of the window, 0 where a window spans the whole grid."""
+        if shifted and self.grid[axis] > self.window[axis]:
+            return self.window[axis] // 2
+        return 0
+
+    def _padded(self, axis: int) -> int:
+        """The grid's side, rounded up to a multiple of the window's."""
+        window = self.window[axis]
+        return -(-self.grid[axis] // window) * window
 
     def window_attention(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -154,6 +168,8 @@ class PatchMerging(nn.Module):
 
 class Stage(nn.Module):
     """The downsampling to a stage (the identity for the first), and its blocks."""
+
+    grad_checkpointing: bool
 
     def __init__(self, downsample: nn.Module, blocks: list[SwinBlock]):
         super().__init__()
@@ -243,7 +259,8 @@ class SwinTransformer(Classifier, nn.Module):
             downsample = PatchMerging(self.dim, merge)
             self.dim *= 2
             if merge:
-                self.grid = tuple(-(-g // 2) for g in self.grid)
+                # An odd side is padded by one before it is halved.
+                self.grid = -(-self.grid[0] // 2), -(-self.grid[1] // 2)
         window = self._window(global_attention=last and not trunk.merge_last)
         cpe = trunk.pos_embed != "none"
         # Every second block shifts its windows.
@@ -258,9 +275,10 @@ class SwinTransformer(Classifier, nn.Module):
     def _window(self, global_attention: bool) -> tuple[int, int]:
         if global_attention:
             return self.grid
-        if isinstance(self.trunk.window_size, int):
-            return self.trunk.window_size, self.trunk.window_size
-        return tuple(self.trunk.window_size)
+        size = self.trunk.window_size
+        if isinstance(size, int):
+            return size, size
+        return size
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H', W') -> tokens of the last stage after the final norm, (B, H*W, C)."""
@@ -270,6 +288,7 @@ class SwinTransformer(Classifier, nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""
         for stage in self.layers:
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

@@ -1,6 +1,6 @@
 """Frozen classifiers that teach DeiT's distillation token."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ def build_teacher(
     order, and if it does not take images of that size.
     """
     given = Statistics(mean, std)
+    teacher: Any
     if distill_checkpoint:
         teacher, own = _stored_teacher(distill, distill_checkpoint, classes, img_size, in_chans, given)
     else:
@@ -98,6 +99,9 @@ def pretrained_teacher(distill: str, num_classes: int) -> nn.Module:
 
 class Renormalized(nn.Module):
     """A model for images that were normalised with other statistics than the model's own."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, model: nn.Module, given: Statistics, own: Statistics):
         super().__init__()

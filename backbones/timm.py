@@ -53,11 +53,13 @@ class TimmClassifier(Classifier, nn.Module):
     does, and if the features form no grid.
     """
 
+    backbone: Any
+
     def __init__(self, backbone: nn.Module, trunk: TimmTrunk, heads: Heads):
         super().__init__()
         self.trunk = trunk
         self.backbone = backbone
-        self.img_size = tuple(trunk.img_size)
+        self.img_size = trunk.img_size
         self.in_chans = trunk.in_chans
         raw, pooled = dry_run(backbone, self.img_size, trunk.in_chans)
         self.layout = token_layout(raw, backbone)
@@ -137,11 +139,9 @@ class TimmClassifier(Classifier, nn.Module):
         # Our head is listed with the backbone's parameters: the ids depend on the parameters that match no
         # group.
         named = [*self.backbone.named_parameters(), ("head.weight", None)]
-        ids = group_parameters(
-            SimpleNamespace(named_parameters=lambda: named),
-            self.backbone.group_matcher(coarse=False),
-            reverse=True,
-        )
+        # `group_parameters` asks a module for nothing but its named parameters.
+        listing: Any = SimpleNamespace(named_parameters=lambda: named)
+        ids = group_parameters(listing, self.backbone.group_matcher(coarse=False), reverse=True)
         head = ids.pop("head.weight")
         return {f"backbone.{name}": i for name, i in ids.items()} | {"": head}
 
@@ -165,7 +165,7 @@ def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tuple[Tensor, Tensor]:
+def dry_run(backbone: Any, img_size: tuple[int, int], in_chans: int) -> tuple[Tensor, Tensor]:
     """Features in the model's own layout and pooled features (1, F) of a black image."""
     was_training = backbone.training
     # In evaluation mode batch statistics do not move, and dropout does not draw.
@@ -206,7 +206,7 @@ def token_layout(raw: Tensor, backbone: nn.Module) -> str:
 
 
 def token_grid(
-    raw: Tensor, layout: str, num_prefix: int, img_size: tuple[int, int], backbone: nn.Module
+    raw: Tensor, layout: str, num_prefix: int, img_size: tuple[int, int], backbone: Any
 ) -> tuple[int, int]:
     """(h, w) of the tokens, rows first.
 
@@ -214,9 +214,9 @@ def token_grid(
     image's proportions. Raises ValueError if none of these has N cells.
     """
     if layout == CHANNELS_FIRST:
-        return tuple(raw.shape[2:])
+        return raw.shape[2], raw.shape[3]
     if layout == CHANNELS_LAST:
-        return tuple(raw.shape[1:3])
+        return raw.shape[1], raw.shape[2]
     H, W = img_size
     N = raw.shape[1] - num_prefix
     candidates = []
@@ -338,7 +338,7 @@ def _side_or_pair(size: tuple[int, int]) -> int | tuple[int, int]:
     """A square's side, which more models of timm take than a pair."""
     if size[0] == size[1]:
         return size[0]
-    return tuple(size)
+    return size
 
 
 def timm_entry(name: str) -> Entry:

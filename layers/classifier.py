@@ -4,6 +4,7 @@ Shapes: B batch, N patch tokens, C channels of a token, F channels of the pooled
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -31,6 +32,9 @@ class Classifier:
     heads: Heads
     # Only an annotation: a class attribute would hide the submodule of that name.
     fc_norm: nn.Module | None
+    pos_head: PositionalHead | None
+    # The backbone's.
+    forward_features: Callable[[Tensor], Tensor]
 
     def usual_pool(self, heads: Heads) -> str:
         """The pooling for `heads.pool` None."""

@@ -195,7 +195,7 @@ def _fields(record: Any) -> dict[str, str]:
 
 def _replaced(name: str, default: Any, options: Mapping[str, Any]) -> Any:
     """A parameter's record or plain value with the options that concern it."""
-    if not dataclasses.is_dataclass(default):
+    if not dataclasses.is_dataclass(default) or isinstance(default, type):
         return options.get(name, default)
     fields = _fields(default)
     changes = {fields[key]: value for key, value in options.items() if key in fields}

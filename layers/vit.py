@@ -4,6 +4,7 @@ Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ class ViTBackbone(nn.Module):
     `trunk` names an unknown embedding, or if the patches do not fill the image.
     """
 
+    grid: tuple[int, int]
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter | None
     # Learned tokens that precede the patches, in their order.
     prefix_names: tuple[str, ...] = ("cls_token",)
     grad_checkpointing = False
@@ -73,9 +77,9 @@ class ViTBackbone(nn.Module):
         self.patch_size = trunk.patch_size
         self.in_chans = trunk.in_chans
         self.num_prefix = len(self.prefix_names)
-        embed = PATCH_EMBEDS[trunk.patch_embed]
+        embed: Any = PATCH_EMBEDS[trunk.patch_embed]
         # The order in which parameters are made fixes the random numbers that they start from.
-        self.patch_embed = embed(trunk.img_size, trunk.patch_size, trunk.in_chans, trunk.dim)
+        self.patch_embed: Any = embed(trunk.img_size, trunk.patch_size, trunk.in_chans, trunk.dim)
         self.grid = self.patch_embed.grid
         for name in self.prefix_names:
             token = torch.empty(1, 1, trunk.dim)
@@ -85,7 +89,7 @@ class ViTBackbone(nn.Module):
             Block(trunk.dim, trunk.num_heads, trunk.mlp_ratio, rate, trunk.qkv_bias, trunk.norm_eps)
             for rate in drop_rates(trunk.drop_path, trunk.depth)
         )
-        self.norm = nn.LayerNorm(trunk.dim, eps=trunk.norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(trunk.dim, eps=trunk.norm_eps)
         self.blocks.apply(init_linear_and_norm)
 
     def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
@@ -108,7 +112,7 @@ class ViTBackbone(nn.Module):
         `mask_token` (1, 1, C) replaces each patch for which `mask` (B, L) is true. Only for the linear patch
         embedding.
         """
-        grid = self.grid_of(x.shape[-2:])
+        grid = self.grid_of((x.shape[-2], x.shape[-1]))
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)
         if mask is not None:
             assert mask_token is not None

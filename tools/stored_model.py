@@ -64,7 +64,7 @@ def heads_of(a: Architecture, args: dict) -> tuple[int, int, bool]:
     those of the models of the same size, else a head has 64 channels (32 in the decoder).
     """
     size, heads, decoder_heads = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
-    entry = (models_mae_pl.MODELS | MODELS).get(args.get("model"))
+    entry = (models_mae_pl.MODELS | MODELS).get(args.get("model", ""))
     # Of a plain trunk: Swin has other numbers of heads in each stage.
     if entry is not None and "depth" in entry.options:
         heads = entry.options["num_heads"]

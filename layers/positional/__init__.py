@@ -20,18 +20,21 @@ def label_names() -> tuple[str, ...]:
     """
     names = []
     for path in sorted(KINDS.glob("*.py")):
-        classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        names += [node.value.value for cls in classes for node in cls.body if _assigns_name(node)]
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names += _assigned_names(node)
     return tuple(names)
 
 
-def _assigns_name(node: ast.stmt) -> bool:
-    """Whether a statement of a class body is `name = "..."`."""
-    return (
-        isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "name"
-        and isinstance(node.value, ast.Constant)
-    )
+def _assigned_names(node: ast.ClassDef) -> list[str]:
+    """The value of `name = "..."` in the body of a class, if there is one."""
+    return [
+        str(statement.value.value)
+        for statement in node.body
+        if isinstance(statement, ast.Assign)
+        and ast.unparse(statement.targets[0]) == "name"
+        and isinstance(statement.value, ast.Constant)
+    ]
 
 
 def label_choices() -> tuple[str, ...]:

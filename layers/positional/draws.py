@@ -25,11 +25,11 @@ class Draws(NamedTuple):
 
     Attributes:
         key: (B,) int64, a function of (seed, epoch, index).
-        index: (B,) int64, the image's number in its data set.
+        image: (B,) int64, the image's number in its data set.
     """
 
     key: Tensor
-    index: Tensor
+    image: Tensor
 
 
 def draws_of(batch: Mapping[str, Tensor]) -> Draws | None:

@@ -62,21 +62,21 @@ class PositionalHead(nn.Module):
     @property
     def kinds(self) -> dict[str, LabelKind]:
         """The kinds of this head by name."""
-        return dict(self.named_children())
+        return {name: part for name, part in self.named_children() if isinstance(part, LabelKind)}
 
     @property
     def absolute(self) -> LabelKind | None:
         """The first kind whose logits are about cells, for pictures of predicted cells; or None."""
-        return next((kind for kind in self.children() if not kind.relative), None)
+        return next((kind for kind in self.kinds.values() if not kind.relative), None)
 
     @property
     def changes_input(self) -> bool:
         """Whether a kind changes the tokens that the encoder reads."""
-        return any(type(kind).before is not LabelKind.before for kind in self.children())
+        return any(type(kind).before is not LabelKind.before for kind in self.kinds.values())
 
     def before(self, tokens: Tensor, ids_keep: Tensor, draws: Draws | None = None) -> Tensor:
         """Embedded visible patches (B, n, D), their cells (B, n) -> tokens that the encoder reads."""
-        for kind in self.children():
+        for kind in self.kinds.values():
             tokens = kind.before(tokens, ids_keep, draws)
         return tokens
 
@@ -93,11 +93,11 @@ class PositionalHead(nn.Module):
             raise ValueError(
                 f"tokens {tuple(tokens.shape)} and cells {tuple(ids.shape)} do not belong together"
             )
-        return _combine({name: kind.loss(tokens, ids, draws) for name, kind in self.named_children()})
+        return _combine({name: kind.loss(tokens, ids, draws) for name, kind in self.kinds.items()})
 
     def chance(self, num_tokens: int) -> dict[str, float]:
         """Chance levels for `num_tokens` random cells, by the names that `forward` returns."""
-        return _combine({name: kind.chance(num_tokens) for name, kind in self.named_children()})
+        return _combine({name: kind.chance(num_tokens) for name, kind in self.kinds.items()})
 
 
 def _combine(parts: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

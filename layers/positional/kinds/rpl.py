@@ -46,9 +46,9 @@ class RelativeLabel(LabelKind):
     def __init__(self, dim: int, grid: tuple[int, int], options: Labels):
         super().__init__(dim, grid, options)
         self.pairs = options.rpl_pairs
-        self.half = options.pos_tokens == "half"
+        self.half_tokens = options.pos_tokens == "half"
         width = 2 * dim
-        if self.half:
+        if self.half_tokens:
             width = dim
         self.fc1 = nn.Linear(width, dim // 2)
         self.fc2 = nn.Linear(dim // 2, dim // 2)
@@ -62,7 +62,7 @@ class RelativeLabel(LabelKind):
         split = self.fc1.in_features // 2
         left = tokens
         right = tokens
-        if self.half:
+        if self.half_tokens:
             left = tokens[..., :split]  # (B, n, D/2)
             right = tokens[..., -split:]  # (B, n, D/2)
         q = F.linear(left, self.fc1.weight[:, :split], self.fc1.bias)
