@@ -29,9 +29,7 @@ from util.flags.groups import (
     ascending,
     channel_stats,
     compile_mode,
-    head_options,
     pair,
-    resolve_head,
 )
 from util.flags.parser import BELOW_ONE, SHARE, Parser, answer_at_once, number, parse, run
 
@@ -115,7 +113,8 @@ answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 import torch
 from torch import Tensor, nn
 
-from backbones.registry import build_classifier, freeze_all_but, known_classes
+from backbones.heads import head_options, resolve_head
+from backbones.registry import build_classifier, find, freeze_all_but, known_classes
 from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from util import dist
@@ -225,12 +224,12 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     check_evaluation_flags(args)
-    if args.distill and "distilled" not in args.model:
+    if args.distill and not find(args.model).distillation:
         raise ValueError(
             f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
             f"{args.model}"
         )
-    if args.swin_merge_last and not args.model.startswith("swin_"):
+    if args.swin_merge_last and "merge_last" not in find(args.model).options:
         raise ValueError(
             f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
         )
@@ -415,6 +414,7 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
         drop_path=args.drop_path,
         pos_embed=args.pos_embed,
         rpl_pairs=args.rpl_pairs,
+        label_seed=args.seed,
         head_init_std=head_init_std,
         **choices.labels,
         **options,
@@ -534,7 +534,7 @@ def main(args: argparse.Namespace) -> int:
     dist.print_rank0(
         f"{args.model}: {trained_parameters(model) / 1e6:.2f} M trained parameters, "
         f"{len(choices.classes)} classes, {choices.head['head']} head, "
-        f"PE {getattr(model, 'pos_embed_kind', args.pos_embed)}, labels {choices.labels['pos_label']}; "
+        f"PE {model.trunk.pos_embed}, labels {choices.labels['pos_label']}; "
         f"{setup}; {describe_batch(args, lr)}"
     )
 

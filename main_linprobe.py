@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from util.flags.groups import (
-    SECOND_ORDER_FLAGS,
     OptimDefaults,
     add_data_flags,
     add_eval_flags,
@@ -30,7 +29,6 @@ from util.flags.groups import (
     channel_stats,
     compile_mode,
     pair,
-    second_order_options,
 )
 from util.flags.parser import Parser, answer_at_once, parse, run
 
@@ -85,7 +83,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.registry import build_classifier, trained_options
+from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
+from backbones.registry import build_classifier, find, trained_options
 from engine import Objective, Session, Setup, fit
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from layers.second_order import SecondOrder
@@ -243,7 +242,7 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     """Return the frozen encoder of --finetune in evaluation mode; all tokens of a ViT come after the final
     norm.
     """
-    if args.model.startswith(("swin", "timm/")):
+    if find(args.model).own_positions:
         # How these embed positions, and what they pool, is their own.
         options = trained_options(state.args)
     else:

@@ -69,6 +69,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import Objective, Session, Setup, fit
+from layers.positional.draws import draws_of
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import dist
@@ -157,7 +158,11 @@ class Pretraining(Objective):
         noise = sample_noise(batch["key"], self.model.patch_embed.num_patches)
         ids_keep = random_masking(noise, self.mask_ratio)
         losses, _, _ = model(
-            batch["image"], ids_keep=ids_keep, want_pred=False, relation_targets=relation_targets
+            batch["image"],
+            ids_keep=ids_keep,
+            want_pred=False,
+            relation_targets=relation_targets,
+            draws=draws_of(batch),
         )
         loss = losses["pixel"]
         if "position" in losses:
@@ -259,7 +264,7 @@ def draw(model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: 
     """
     model.eval()
     ids_keep = random_masking(sample_noise(keys, model.patch_embed.num_patches), mask_ratio)  # (B, n)
-    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred, mask = model.predict(images, ids_keep)
     pred = pred.float()
     title = "reconstruction"
     if model.norm_pix_loss:
@@ -267,9 +272,9 @@ def draw(model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: 
         pred = unnormalize_patches(pred, model.patchify(images))
         title = "reconstruction (true patch mean/std)"
     positions = None
-    if model.pos_head is not None and hasattr(model.pos_head, "apl"):
+    if model.pos_head is not None and model.pos_head.absolute is not None:
         tokens = model.forward_encoder(images, ids_keep)[:, 1:]  # (B, n, C)
-        positions = PredictedPositions(ids_keep, model.pos_head.apl.logits(tokens).argmax(-1))
+        positions = PredictedPositions(ids_keep, model.pos_head.absolute.logits(tokens).argmax(-1))
     return reconstruction_panel(
         unnormalize(images, pixels.mean, pixels.std) / 255,
         mask,
@@ -294,6 +299,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> MaskedAutoenc
         pos_label=args.pos_label,
         pos_tokens=args.pos_tokens,
         rpl_pairs=args.rpl_pairs,
+        label_seed=args.seed,
         sr_spatial=args.sr_spatial > 0,
         sr_channel=args.sr_channel > 0,
         sr_temp_spatial=args.sr_temp_spatial,

@@ -1,70 +1,103 @@
-"""All classifiers by name: ours, and any timm backbone as timm/NAME; and the model that a checkpoint holds."""
+"""All classifiers by name: ours, and every timm backbone as timm/NAME."""
 
 import difflib
+from collections.abc import Collection
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import models_vit
 from backbones import so_vit, swin
+from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
 from util.weights.types import Checkpoint
 
-MODELS = models_vit.MODELS | swin.MODELS | so_vit.MODELS
+MODELS: dict[str, Entry] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
 
 
-def build_classifier(name: str, **options):
-    """`options` are the builder's keywords; ValueError names what there is, and the option that a model does not take."""
+def find(name: str) -> Entry:
+    """The entry of a classifier, also of timm/NAME; raises ValueError if there is no model of that name."""
     if name.startswith("timm/"):
-        from backbones.timm import timm_model  # timm takes seconds to import
+        # timm takes seconds to import.
+        from backbones.timm import timm_entry
 
-        return timm_model(name.removeprefix("timm/"), **options)
+        return timm_entry(name)
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = ""
+        if near:
+            hint = f"; did you mean {near[0]}?"
         raise ValueError(
-            f"--model {name} is unknown"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" There are {', '.join(MODELS)}, and timm/NAME for timm's"
+            f"`model` {name} is unknown{hint} There are {', '.join(MODELS)}, and timm/NAME for timm's"
         )
-    return MODELS[name](**options)
+    return MODELS[name]
+
+
+def build_classifier(name: str, **options: Any) -> nn.Module:
+    """Build a classifier by its name; `options` are those of its entry.
+
+    Raises ValueError as `find` does, if the model does not take an option, and as the model itself does.
+    """
+    return find(name)(**options)
 
 
 def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = None) -> list[str]:
-    """Names of a stored classifier's classes in the order of its outputs, for an evaluation on the classes `data`.
+    """Class names of a stored classifier in the order of its outputs, for data with the classes `data`.
 
-    They are the `given` ones, else those stored beside the weights, else ImageNet's where there are 1000 outputs and the
-    data are named like some of them, else the data's own. Raises ValueError where the number of outputs contradicts them
-    or a class of the data is not among them.
+    They are the `given` ones, else those stored with the weights, else ImageNet's if there are 1000 outputs
+    and the data's classes have ImageNet names, else the data's own. Raises ValueError if their number is not
+    that of the outputs, or if a class of the data is not among them.
     """
-    known = given or saved.classes
-    outputs = (
-        len(saved.model.get("head.bias", ())) or None
-    )  # of a linear head; others are left to the loading
-    if known is None and outputs == 1000 and len(data) < outputs:
-        from timm.data import ImageNetInfo
-
-        known = ImageNetInfo("imagenet-1k").label_names()
-        known = known if set(data) <= set(known) else None
-    if known is None and all(name.isdigit() for name in data) and sorted(data, key=int) != data:
+    outputs = _num_outputs(saved)
+    known = given or saved.classes or _imagenet_classes(outputs, data)
+    if known is None and _numbers_out_of_order(data):
         raise ValueError(
-            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does not say what "
-            "its outputs are called: name them by --classes, in their order"
+            f"the data's classes are numbers, which folders sort as {some_names(data)}; {saved.path} does "
+            "not name its outputs: name them by `classes`, in their order"
         )
-    if outputs not in (None, len(known or data)):
+    names = known or data
+    if outputs not in (None, len(names)):
+        source = "in the data"
+        if given:
+            source = "given"
         raise ValueError(
-            f"{saved.path} tells {outputs} classes apart, and there are {len(known or data)} "
-            f"{'given' if given else 'in the data'}: name all, in the order of its outputs, by --classes"
+            f"{saved.path} distinguishes {outputs} classes, and there are {len(names)} {source}: name all, "
+            "in the order of its outputs, by `classes`"
         )
-    if known and (unknown := sorted(set(data) - set(known))):
+    unknown = sorted(set(data) - set(names))
+    if unknown:
         raise ValueError(
-            f"{saved.path} knows {some_names(known)}, and the data have {some_names(unknown)} beyond these: they are "
-            "other data, or their folders have other names, and --classes gives these in the order of its outputs"
+            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: "
+            "they are other data, or their folders have other names, and `classes` gives these in the order "
+            "of its outputs"
         )
-    return known or data
+    return names
 
 
-def trained_options(flags: dict) -> dict:
-    """Keywords of a classifier's builder that a checkpoint's stored flags name and its weights depend on."""
+def _num_outputs(saved: Checkpoint) -> int | None:
+    """Outputs of a linear class head; None for other heads, which are checked when the weights are loaded."""
+    return len(saved.model.get("head.bias", ())) or None
+
+
+def _imagenet_classes(outputs: int | None, data: list[str]) -> list[str] | None:
+    """ImageNet's classes, if a model with 1000 outputs meets data with some of them."""
+    if outputs != 1000 or len(data) >= outputs:
+        return None
+    from timm.data import ImageNetInfo
+
+    names = ImageNetInfo("imagenet-1k").label_names()
+    if not set(data) <= set(names):
+        return None
+    return names
+
+
+def _numbers_out_of_order(names: list[str]) -> bool:
+    return all(name.isdigit() for name in names) and sorted(names, key=int) != names
+
+
+def trained_options(flags: dict) -> dict[str, Any]:
+    """Options of a classifier on which its weights depend, from a checkpoint's stored flags."""
     options = {k: flags[k] for k in ("pos_embed", "pool") if flags.get(k) is not None}
     if flags.get("patch_size"):
         options["patch_size"] = pair(flags["patch_size"], "patch_size")
@@ -73,8 +106,8 @@ def trained_options(flags: dict) -> dict:
     return options
 
 
-def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
-    """Train the last `blocks` blocks and the heads (MAE Fig. 9), and the parameters `keep`, which are new."""
+def freeze_all_but(model, blocks: int, keep: Collection[str] = ()) -> None:
+    """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`."""
 
     def frozen(name: str) -> bool:
         return name not in keep and model.layer_id(name) < model.num_layers - blocks
@@ -82,6 +115,11 @@ def freeze_all_but(model, blocks: int, keep: set[str] = frozenset()) -> None:
     for name, p in model.named_parameters():
         if frozen(name):
             p.requires_grad_(False)
-    for name, m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and frozen(f"{name}.running_mean"):
-            m.register_forward_pre_hook(lambda norm, _: norm.eval() and None)  # its statistics stay as well
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen(f"{name}.running_mean"):
+            module.register_forward_pre_hook(_keep_statistics)
+
+
+def _keep_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A forward pre-hook that keeps the statistics of a frozen batch norm while its model trains."""
+    norm.eval()

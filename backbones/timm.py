@@ -1,12 +1,16 @@
-"""Any timm backbone whose last features form a grid of tokens, under this toolkit's classifier: `--model timm/NAME`.
+"""The models timm/NAME: a timm backbone whose last features form a grid of tokens, with our heads.
 
 Shapes: B batch, N cells of the grid, C channels of a token, F width of the pooled features, K classes.
 """
 
+import dataclasses
 import difflib
+import functools
 import math
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import timm
 import torch
@@ -14,80 +18,109 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from layers.classifier import POOLS, Classifier
+from layers.contract import Entry, Heads
+
+# Layouts of a model's features: tokens in a sequence, channels last, channels first.
+SEQUENCE = "NLC"
+CHANNELS_LAST = "NHWC"
+CHANNELS_FIRST = "NCHW"
+
+
+@dataclass(frozen=True)
+class TimmTrunk:
+    """The parameters of a timm backbone that this toolkit sets.
+
+    Attributes:
+        patch_size: (H, W), or None for the model's own.
+        pos_embed: "none" zeroes and freezes the model's parameters `pos_embed`, if it has no other positional
+            part; every other value keeps the model's own.
+        drop_path: stochastic depth of the last block.
+    """
+
+    img_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] | None = None
+    in_chans: int = 3
+    pos_embed: str = "learned"
+    drop_path: float = 0.0
 
 
 class TimmClassifier(Classifier, nn.Module):
-    """A timm model without its classifier, our heads on top; its parameters keep timm's names after `backbone.`.
+    """A timm model with our heads; its parameters keep timm's names after `backbone.`.
 
-    Pooling, and what comes between it and the classifier, are timm's own, so that without labels this is the timm
-    model. Positional labels read the grid of tokens that `forward_features` gives; where the model normalises after
-    pooling, that norm is applied to each token for them.
+    Pooling, and the layers between pooling and classifier, are timm's own: without labels this is the timm
+    model. Positional labels read the grid of tokens from `forward_features`. If the model normalises after
+    pooling, that norm is applied to each token for them. Raises ValueError as `Classifier.init_classifier`
+    does, and if the features form no grid.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        img_size: tuple[int, int],
-        in_chans: int,
-        num_classes: int = 1000,
-        pos_label: str = "none",
-        pos_tokens: str = "half",
-        rpl_pairs: int = 0,
-        head_init_std: float = 2e-5,
-        second_order: dict | None = None,
-    ):
+    backbone: Any
+
+    def __init__(self, backbone: nn.Module, trunk: TimmTrunk, heads: Heads):
         super().__init__()
-        self.backbone, self.img_size, self.in_chans = backbone, tuple(img_size), in_chans
-        raw, pooled = dry_run(backbone, self.img_size, in_chans)
+        self.trunk = trunk
+        self.backbone = backbone
+        self.img_size = trunk.img_size
+        self.in_chans = trunk.in_chans
+        raw, pooled = dry_run(backbone, self.img_size, trunk.in_chans)
         self.layout = token_layout(raw, backbone)
-        has_cls = getattr(backbone, "cls_token", None) is not None
-        self.num_prefix = int(getattr(backbone, "num_prefix_tokens", has_cls)) if self.layout == "NLC" else 0
+        self.num_prefix = 0
+        if self.layout == SEQUENCE:
+            has_cls = getattr(backbone, "cls_token", None) is not None
+            self.num_prefix = int(getattr(backbone, "num_prefix_tokens", has_cls))
         self.grid = token_grid(raw, self.layout, self.num_prefix, self.img_size, backbone)
-        self.dim = raw.shape[1 if self.layout == "NCHW" else -1]
-        pool = "cls" if getattr(backbone, "global_pool", "") == "token" else "avg"
-        self.init_classifier(
-            num_classes, pool, pos_label, pos_tokens, rpl_pairs, head_init_std, pooled.shape[-1], second_order
-        )
+        self.dim = self._to_tokens(raw).shape[-1]
+        # timm's own pooling: `pool_tokens` calls it.
+        pool = "avg"
+        if getattr(backbone, "global_pool", "") == "token":
+            pool = "cls"
+        self.init_classifier(dataclasses.replace(heads, pool=pool), pooled.shape[-1])
         self._layer_ids = self._group_layers()
 
     def _to_tokens(self, raw: Tensor) -> Tensor:
         """The model's own layout -> (B, num_prefix + N, C)."""
-        if self.layout == "NCHW":
+        if self.layout == CHANNELS_FIRST:
             return raw.flatten(2).transpose(1, 2)
-        return raw.flatten(1, 2) if self.layout == "NHWC" else raw
+        if self.layout == CHANNELS_LAST:
+            return raw.flatten(1, 2)
+        return raw
 
     def _from_tokens(self, tokens: Tensor) -> Tensor:
         """Inverse of `_to_tokens`."""
-        if self.layout == "NLC":
+        if self.layout == SEQUENCE:
             return tokens
         grid = tokens.unflatten(1, self.grid)  # (B, h, w, C)
-        return grid.permute(0, 3, 1, 2) if self.layout == "NCHW" else grid
+        if self.layout == CHANNELS_FIRST:
+            return grid.permute(0, 3, 1, 2)
+        return grid
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> (B, num_prefix + N, C), rows first; ValueError on images of another size."""
+        """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C), row by row.
+
+        Raises ValueError if the images have another size.
+        """
         if x.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(
                 f"the model takes images of (channels, height, width) {(self.in_chans, *self.img_size)}, "
-                f"found {tuple(x.shape[1:])}: give the same --input_size and --in_chans to data and model"
+                f"found {tuple(x.shape[1:])}: give the same `img_size` and `in_chans` to data and model"
             )
         return self._to_tokens(self.backbone.forward_features(x))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's own; ValueError for models that have none."""
+        """timm's own; raises ValueError if the model does not support it."""
         try:
             self.backbone.set_grad_checkpointing(enable)
         except (AttributeError, AssertionError):  # timm has no other way to ask
             raise ValueError(
                 f"timm's {type(self.backbone).__name__} cannot run its blocks again in backward: leave "
-                "--grad_checkpointing out"
+                "`grad_checkpointing` out"
             ) from None
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """(B, num_prefix + N, C) -> (B, F), by the model's own pooling and what follows it."""
+        """(B, num_prefix + N, C) -> (B, F), by the model's own pooling and the layers after it."""
         return self.backbone.forward_head(self._from_tokens(tokens), pre_logits=True)
 
     def label_tokens(self, tokens: Tensor) -> Tensor:
-        """(B, num_prefix + N, C) -> patch tokens after the final norm (B, N, C), wherever the model has that."""
+        """(B, num_prefix + N, C) -> patch tokens after the final norm (B, N, C)."""
         norm = _norm_after_pooling(self.backbone)
         if norm is not None:
             tokens = self._to_tokens(norm(self._from_tokens(tokens)))
@@ -95,20 +128,20 @@ class TimmClassifier(Classifier, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """timm's list for the model."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
+        if not hasattr(self.backbone, "no_weight_decay"):
+            return set()
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def _group_layers(self) -> dict[str, int]:
-        """{name: id} by timm's matcher, heads as '': they share an id with what timm leaves to the classifier."""
+        """{name: id} by timm's matcher; '' stands for the heads, with the id of timm's classifier."""
         if not hasattr(self.backbone, "group_matcher"):
             return {f"backbone.{name}": 0 for name, _ in self.backbone.named_parameters()} | {"": 1}
-        # Our head is named along with the backbone's parameters, because the ids depend on what is left unmatched.
+        # Our head is listed with the backbone's parameters: the ids depend on the parameters that match no
+        # group.
         named = [*self.backbone.named_parameters(), ("head.weight", None)]
-        ids = group_parameters(
-            SimpleNamespace(named_parameters=lambda: named),
-            self.backbone.group_matcher(coarse=False),
-            reverse=True,
-        )
+        # `group_parameters` asks a module for nothing but its named parameters.
+        listing: Any = SimpleNamespace(named_parameters=lambda: named)
+        ids = group_parameters(listing, self.backbone.group_matcher(coarse=False), reverse=True)
         head = ids.pop("head.weight")
         return {f"backbone.{name}": i for name, i in ids.items()} | {"": head}
 
@@ -123,7 +156,7 @@ class TimmClassifier(Classifier, nn.Module):
 
 
 def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
-    """The norm that timm's model applies to pooled features: `fc_norm` of ViTs, `head.norm` of newer convnets."""
+    """The norm of pooled features in timm's model: `fc_norm` of ViTs, `head.norm` of newer convnets."""
     for owner, name in ((backbone, "fc_norm"), (getattr(backbone, "head", None), "norm")):
         norm = getattr(owner, name, None)
         if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
@@ -132,16 +165,19 @@ def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tuple[Tensor, Tensor]:
-    """Features in the model's own layout and pooled features (1, F), for a black image; the model is not changed."""
+def dry_run(backbone: Any, img_size: tuple[int, int], in_chans: int) -> tuple[Tensor, Tensor]:
+    """Features in the model's own layout and pooled features (1, F) of a black image."""
     was_training = backbone.training
-    backbone.eval()  # batch statistics must not move, dropout must not draw
+    # In evaluation mode batch statistics do not move, and dropout does not draw.
+    backbone.eval()
     raw = backbone.forward_features(torch.zeros(1, in_chans, *img_size))
     if not torch.is_tensor(raw) or raw.dim() not in (3, 4):
-        found = f"shape {tuple(raw.shape)}" if torch.is_tensor(raw) else f"a {type(raw).__name__}"
+        found = f"a {type(raw).__name__}"
+        if torch.is_tensor(raw):
+            found = f"shape {tuple(raw.shape)}"
         raise ValueError(
-            f"{type(backbone).__name__} gives no grid of tokens (its features: {found}), so that there is nothing to "
-            "pool or to label: choose a model whose forward_features keeps the positions"
+            f"{type(backbone).__name__} gives no grid of tokens (its features: {found}), so there are no "
+            "positions to pool or to label: choose a model whose forward_features keeps the positions"
         )
     pooled = backbone.forward_head(raw, pre_logits=True)
     backbone.train(was_training)
@@ -149,33 +185,40 @@ def dry_run(backbone: nn.Module, img_size: tuple[int, int], in_chans: int) -> tu
 
 
 def token_layout(raw: Tensor, backbone: nn.Module) -> str:
-    """'NLC', 'NHWC' or 'NCHW': by the number of axes, the model's `output_fmt`, or the axis of `num_features`."""
+    """'NLC', 'NHWC' or 'NCHW', by the axes, the model's `output_fmt`, or the axis of `num_features`.
+
+    Raises ValueError if none of these determines the layout.
+    """
     if raw.dim() == 3:
-        return "NLC"
+        return SEQUENCE
     documented = getattr(backbone, "output_fmt", None)
-    if documented in ("NHWC", "NCHW"):
+    if documented in (CHANNELS_LAST, CHANNELS_FIRST):
+        # Some versions of timm have an enumeration here.
         return str(getattr(documented, "value", documented))
     width = getattr(backbone, "num_features", None)
-    for layout, axis in (("NCHW", 1), ("NHWC", 3)):
+    for layout, axis in ((CHANNELS_FIRST, 1), (CHANNELS_LAST, 3)):
         if raw.shape[axis] == width:
             return layout
     raise ValueError(
-        f"cannot tell the channels of {type(backbone).__name__}'s features {tuple(raw.shape)}: the model has neither "
-        "`output_fmt` nor an axis of `num_features` channels"
+        f"cannot find the channels of {type(backbone).__name__}'s features {tuple(raw.shape)}: the model "
+        "has neither `output_fmt` nor an axis of `num_features` channels"
     )
 
 
 def token_grid(
-    raw: Tensor, layout: str, num_prefix: int, img_size: tuple[int, int], backbone: nn.Module
+    raw: Tensor, layout: str, num_prefix: int, img_size: tuple[int, int], backbone: Any
 ) -> tuple[int, int]:
     """(h, w) of the tokens, rows first.
 
-    A sequence of N is taken as the model's patch grid, else the grid of its last reduction, else the one with the
-    image's proportions; ValueError when none of them has N cells.
+    A sequence of N tokens has the model's patch grid, else the grid of its last reduction, else one with the
+    image's proportions. Raises ValueError if none of these has N cells.
     """
-    if layout != "NLC":
-        return tuple(raw.shape[2:] if layout == "NCHW" else raw.shape[1:3])
-    (H, W), N = img_size, raw.shape[1] - num_prefix
+    if layout == CHANNELS_FIRST:
+        return raw.shape[2], raw.shape[3]
+    if layout == CHANNELS_LAST:
+        return raw.shape[1], raw.shape[2]
+    H, W = img_size
+    N = raw.shape[1] - num_prefix
     candidates = []
     patch_grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     if patch_grid is not None:
@@ -191,110 +234,124 @@ def token_grid(
             return int(h), int(w)
     raise ValueError(
         f"the {N} tokens of {type(backbone).__name__} (and {num_prefix} others) form no grid on an image of "
-        f"{H}x{W}; tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep their place"
+        f"{H}x{W}; tried {', '.join(f'{h}x{w}' for h, w in candidates)}: choose a model whose tokens keep "
+        "their positions"
     )
 
 
-# timm's names of arguments, and ours.
-_FLAGS = {
-    "drop_path_rate": "--drop_path",
-    "patch_size": "--patch_size",
-    "in_chans": "--in_chans",
-    "global_pool": "pool",
-}
+# timm's names of parameters, and ours.
+_OUR_NAMES = {"drop_path_rate": "drop_path", "global_pool": "pool"}
 
 
-def _create(name: str, required: dict, optional: dict) -> nn.Module:
-    """timm.create_model; arguments of `optional` that the model does not know are left out."""
+def _create(name: str, required: dict[str, Any], optional: dict[str, Any]) -> nn.Module:
+    """timm.create_model without those parameters in `optional` that the model does not know.
+
+    Raises ValueError if the model does not know a parameter in `required`, and if it cannot take the values.
+    """
     while True:
         try:
             return timm.create_model(name, **required, **optional)
         except TypeError as e:
-            unknown = re.search(
-                r"unexpected keyword argument\W+(\w+)", str(e).replace("argument(s)", "argument")
-            )
-            if unknown is None or unknown[1] not in required | optional:
+            unknown = _unknown_parameter(e)
+            if unknown in required:
+                raise ValueError(_refusal(name, unknown, required[unknown])) from None
+            if unknown not in optional:
                 raise
-            if unknown[1] in required:
-                flag = _FLAGS.get(unknown[1], unknown[1])
-                given = required[unknown[1]]
-                remedy = "give 0" if flag == "--drop_path" else "leave it out"
-                raise ValueError(f"timm/{name} takes no {flag}, found {given!r}: {remedy}") from None
-            del optional[unknown[1]]
-        except (AssertionError, ValueError) as e:  # sizes that the architecture cannot take
-            raise ValueError(
-                f"timm/{name} cannot be built with {required | optional}: {e or type(e).__name__}"
-            ) from e
+            del optional[unknown]
+        except (AssertionError, ValueError) as e:
+            # Sizes that the architecture cannot take.
+            reason = str(e) or type(e).__name__
+            raise ValueError(f"timm/{name} cannot be built with {required | optional}: {reason}") from e
 
 
-# Positional parts of timm's models that are no additive embedding.
+def _unknown_parameter(error: TypeError) -> str:
+    """The name of the parameter that a call did not know; '' for other errors."""
+    text = str(error).replace("argument(s)", "argument")
+    match = re.search(r"unexpected keyword argument\W+(\w+)", text)
+    if match is None:
+        return ""
+    return match[1]
+
+
+def _refusal(name: str, parameter: str, value: Any) -> str:
+    ours = _OUR_NAMES.get(parameter, parameter)
+    remedy = {"drop_path": "give 0"}.get(ours, "leave it out")
+    return f"timm/{name} does not take `{ours}`, found {value!r}: {remedy}"
+
+
+# Positional parts of timm's models other than an additive embedding.
 _OTHER_POSITIONS = re.compile(
     r"pos_embed[\w.]|rel_pos|relative_position|rope|cpb_mlp|attention_bias|\bpeg\b|pos_block"
 )
 
 
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
-    """Zero and freeze every parameter called `pos_embed`; ValueError if that would leave other positional parts."""
+    """Zero and freeze every parameter called `pos_embed`.
+
+    Raises ValueError if the model has no such parameter, or positional parts of another kind, which would
+    stay.
+    """
     tables = [p for n, p in backbone.named_parameters() if n.rpartition(".")[2] == "pos_embed"]
     names = [n for n, _ in [*backbone.named_parameters(), *backbone.named_modules()]]
     others = [n for n in names if _OTHER_POSITIONS.search(n)]
-    if others or not tables:
-        found = f"its positions are in {others[0]}" if others else "it has no parameter pos_embed"
+    reason = ""
+    if not tables:
+        reason = "it has no parameter pos_embed"
+    if others:
+        reason = f"its positions are in {others[0]}"
+    if reason:
         raise ValueError(
-            f"--pos_embed none is not possible with timm/{name}: {found}. Leave --pos_embed at its default, which is "
-            "the model's own, or take a vit_*, deit_* or swin_* model of this toolkit"
+            f"`pos_embed` none is not possible with timm/{name}: {reason}. Leave `pos_embed` at its default, "
+            "which is the model's own, or take a vit_*, deit_* or swin_* model of this toolkit"
         )
     for table in tables:
         nn.init.zeros_(table).requires_grad_(False)
 
 
-def timm_model(
-    name: str,
-    *,
-    img_size: tuple[int, int] = (224, 224),
-    patch_size: tuple[int, int] | None = None,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    pool: str | None = None,
-    pos_embed: str = "learned",
-    pos_label: str = "none",
-    pos_tokens: str = "half",
-    rpl_pairs: int = 0,
-    drop_path: float = 0.0,
-    head_init_std: float = 2e-5,
-    second_order: dict | None = None,
-) -> TimmClassifier:
-    """Classifier on the timm backbone `name` ('timm/' in front may stay), with random weights.
+def timm_model(name: str, trunk: TimmTrunk, heads: Heads) -> TimmClassifier:
+    """Classifier on the timm backbone `name`, with random weights; `heads.pool` None is the model's own
+    pooling.
 
-    `patch_size` and `pool` are the model's own if None. `pos_embed` 'none' zeroes and freezes the model's `pos_embed`
-    parameters where it has no other positional part; anything else keeps the model's own. The rest is as for the other
-    classifiers. Raises ValueError on an unknown name, arguments that the model does not take, features without a grid.
+    Raises ValueError if the pooling is unknown, if the model does not take a parameter, and if its features
+    form no grid.
+    """
+    required: dict[str, Any] = {"num_classes": 0, "in_chans": trunk.in_chans}
+    optional: dict[str, Any] = {"img_size": tuple(trunk.img_size)}
+    if trunk.patch_size is not None:
+        required["patch_size"] = _side_or_pair(trunk.patch_size)
+    if heads.pool is not None:
+        if heads.pool not in POOLS:
+            raise ValueError(f"pool is one of {', '.join(POOLS)}, found {heads.pool!r}")
+        required["global_pool"] = {"cls": "token"}.get(heads.pool, heads.pool)
+    # The rate is always passed, because some models drop paths by default, up to a half of them.
+    if trunk.drop_path:
+        required["drop_path_rate"] = trunk.drop_path
+    else:
+        optional["drop_path_rate"] = trunk.drop_path
+    backbone = _create(name, required, optional)
+    if trunk.pos_embed == "none":
+        _remove_pos_embed(backbone, name)
+    return TimmClassifier(backbone, trunk, heads)
+
+
+def _side_or_pair(size: tuple[int, int]) -> int | tuple[int, int]:
+    """A square's side, which more models of timm take than a pair."""
+    if size[0] == size[1]:
+        return size[0]
+    return size
+
+
+def timm_entry(name: str) -> Entry:
+    """The registry entry of a timm model, for a name with or without "timm/" in front.
+
+    Raises ValueError if timm does not have the model.
     """
     name = name.removeprefix("timm/")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
+        hint = ""
+        if near:
+            hint = f"; near: {', '.join(near)}"
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
-    required, optional = {"num_classes": 0, "in_chans": in_chans}, {"img_size": tuple(img_size)}
-    if patch_size is not None:
-        required["patch_size"] = patch_size[0] if patch_size[0] == patch_size[1] else tuple(patch_size)
-    if pool is not None:
-        if pool not in POOLS:
-            raise ValueError(f"pool is one of {', '.join(POOLS)}, found {pool!r}")
-        required["global_pool"] = "token" if pool == "cls" else "avg"
-    # Always given, because some models drop paths by default, up to a half of them.
-    (required if drop_path else optional)["drop_path_rate"] = drop_path
-    backbone = _create(name, required, optional)
-    if pos_embed == "none":
-        _remove_pos_embed(backbone, name)
-    return TimmClassifier(
-        backbone,
-        img_size,
-        in_chans,
-        num_classes,
-        pos_label,
-        pos_tokens,
-        rpl_pairs,
-        head_init_std,
-        second_order,
-    )
+    build = functools.partial(timm_model, name)
+    return Entry(build, {"trunk": TimmTrunk(), "heads": Heads()}, own_positions=True)

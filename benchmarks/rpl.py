@@ -33,7 +33,9 @@ from benchmarks.timing import (
     unless_out_of_memory,
     wait_for,
 )
-from layers.positional import PositionalHead, relative_labels
+from layers.contract import Labels
+from layers.positional.head import PositionalHead
+from layers.positional.pairs import relative_labels
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
 from util.train.amp import autocast
@@ -98,7 +100,7 @@ class Batch:
 
 def new_head(device: torch.device, pairs: int = 0) -> PositionalHead:
     """A head for relative labels over so many pairs an image; 0 means all pairs."""
-    return PositionalHead(DIM, GRID, "rpl", rpl_pairs=pairs).to(device)
+    return PositionalHead(DIM, GRID, Labels("rpl", rpl_pairs=pairs)).to(device)
 
 
 def measure_forms(keys: list[Key], batch: int, rounds: int, device: torch.device) -> dict:

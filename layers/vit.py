@@ -1,8 +1,15 @@
-"""The plain Vision Transformer trunk that the masked autoencoder and the classifiers share."""
+"""The plain Vision Transformer trunk that the masked autoencoder and the classifiers share.
+
+Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layers.contract import Trunk
 from layers.conv_embed import ConvTokenEmbed
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_blocks
@@ -10,50 +17,79 @@ from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_bloc
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
 
+# Options of an encoder by the name of its size. Tiny, small and base are DeiT's and ViT's, large and huge
+# MAE's. Pico and nano are for experiments on CPUs.
+SIZES: dict[str, dict[str, int]] = {
+    "pico": {"dim": 96, "depth": 4, "num_heads": 3},
+    "nano": {"dim": 128, "depth": 6, "num_heads": 4},
+    "tiny": {"dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"dim": 1280, "depth": 32, "num_heads": 16},
+}
+# Sides of the patches that each size comes with; small patches are for small images.
+PATCHES: dict[str, tuple[int, ...]] = {
+    "pico": (8, 4),
+    "nano": (8, 4),
+    "tiny": (16, 8, 4),
+    "small": (16, 8, 4),
+    "base": (16, 8, 4),
+    "large": (16,),
+    "huge": (14,),
+}
+
+
+def named_sizes() -> Iterator[tuple[str, int]]:
+    """All (size, patch) for which there are models, e.g. ("base", 16)."""
+    for size, patches in PATCHES.items():
+        for patch in patches:
+            yield size, patch
+
 
 class ViTBackbone(nn.Module):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
-    `pos_embed` is "none" (no such parameter at all), "sincos" (MAE's frozen table) or "learned"; `patch_embed` is
-    "linear" (MAE's) or "conv" (So-ViT's, for images of which nothing is masked).
-    Attributes: `dim`, `grid` (h, w), `num_prefix` (class token: 1), `patch_size`, `img_size`, `in_chans`, `num_layers`.
+    Offers what `layers.contract.Backbone` lists, and `patch_size` and `img_size`. Raises ValueError if
+    `trunk` names an unknown embedding, or if the patches do not fill the image.
     """
 
-    prefix_names = ("cls_token",)  # learned tokens that go before the patches, in their order
+    grid: tuple[int, int]
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter | None
+    # Learned tokens that precede the patches, in their order.
+    prefix_names: tuple[str, ...] = ("cls_token",)
     grad_checkpointing = False
 
-    def __init__(
-        self,
-        img_size: tuple[int, int] = (224, 224),
-        patch_size: tuple[int, int] = (16, 16),
-        in_chans: int = 3,
-        dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        pos_embed: str = "none",
-        drop_path: float = 0.0,
-        patch_embed: str = "linear",
-        qkv_bias: bool = True,
-        norm_eps: float = 1e-6,
-    ):
+    def __init__(self, trunk: Trunk):
         super().__init__()
-        if patch_embed not in PATCH_EMBEDS:
-            raise ValueError(f"--patch_embed takes one of {', '.join(PATCH_EMBEDS)}, found {patch_embed!r}")
-        if pos_embed not in POS_EMBED_KINDS:
-            raise ValueError(f"--pos_embed takes one of {', '.join(POS_EMBED_KINDS)}, found {pos_embed!r}")
-        self.dim, self.num_prefix = dim, len(self.prefix_names)
-        self.patch_embed = PATCH_EMBEDS[patch_embed](img_size, patch_size, in_chans, dim)
-        self.grid, self.img_size, self.patch_size = self.patch_embed.grid, img_size, patch_size
-        self.in_chans, self.pos_embed_kind = in_chans, pos_embed
+        if trunk.patch_embed not in PATCH_EMBEDS:
+            raise ValueError(
+                f"`patch_embed` takes one of {', '.join(PATCH_EMBEDS)}, found {trunk.patch_embed!r}"
+            )
+        if trunk.pos_embed not in POS_EMBED_KINDS:
+            raise ValueError(
+                f"`pos_embed` takes one of {', '.join(POS_EMBED_KINDS)}, found {trunk.pos_embed!r}"
+            )
+        self.trunk = trunk
+        self.dim = trunk.dim
+        self.img_size = trunk.img_size
+        self.patch_size = trunk.patch_size
+        self.in_chans = trunk.in_chans
+        self.num_prefix = len(self.prefix_names)
+        embed: Any = PATCH_EMBEDS[trunk.patch_embed]
+        # The order in which parameters are made fixes the random numbers that they start from.
+        self.patch_embed: Any = embed(trunk.img_size, trunk.patch_size, trunk.in_chans, trunk.dim)
+        self.grid = self.patch_embed.grid
         for name in self.prefix_names:
-            self.register_parameter(name, nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02)))
-        self.register_parameter("pos_embed", self._make_pos_embed(pos_embed))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth grows with depth
+            token = torch.empty(1, 1, trunk.dim)
+            self.register_parameter(name, nn.Parameter(nn.init.normal_(token, std=0.02)))
+        self.register_parameter("pos_embed", self._make_pos_embed(trunk.pos_embed))
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, rate, qkv_bias, norm_eps) for rate in rates
+            Block(trunk.dim, trunk.num_heads, trunk.mlp_ratio, rate, trunk.qkv_bias, trunk.norm_eps)
+            for rate in drop_rates(trunk.drop_path, trunk.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(trunk.dim, eps=trunk.norm_eps)
         self.blocks.apply(init_linear_and_norm)
 
     def _make_pos_embed(self, kind: str) -> nn.Parameter | None:
@@ -71,22 +107,27 @@ class ViTBackbone(nn.Module):
     def forward_tokens(
         self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tensor:
-        """Images of any size that patches divide -> all tokens before the final norm (B, num_prefix + L, C).
+        """Images of any size that the patches fill -> tokens before the final norm (B, num_prefix + L, C).
 
-        Where `mask` (B, L) is true, `mask_token` (1, 1, C) stands in for the patch. For the linear patch embedding.
+        `mask_token` (1, 1, C) replaces each patch for which `mask` (B, L) is true. Only for the linear patch
+        embedding.
         """
-        grid = self.grid_of(x.shape[-2:])
+        grid = self.grid_of((x.shape[-2], x.shape[-1]))
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)
         if mask is not None:
+            assert mask_token is not None
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         return self.forward_blocks(x, grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid (h, w) of patches of an image of (H, W)."""
+        """The grid (h, w) of patches of an image of `size` (H, W)."""
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
     def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Embedded patches (B, L, C) of a grid, to which a positional embedding is resized -> (B, num_prefix + L, C)."""
+        """Embedded patches (B, L, C) of a `grid` -> tokens before the final norm (B, num_prefix + L, C).
+
+        The positional embedding is resized to `grid`.
+        """
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
@@ -94,11 +135,11 @@ class ViTBackbone(nn.Module):
         return run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for backward and run each block again there: less memory, more time."""
+        """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are never decayed (beside all one-dimensional ones)."""
+        """Names of parameters that are not decayed, in addition to all one-dimensional ones."""
         return {*self.prefix_names, "pos_embed"}
 
     @property
@@ -107,7 +148,7 @@ class ViTBackbone(nn.Module):
         return len(self.blocks) + 1
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth+1 the heads.
+        """Depth of a parameter for layer-wise learning rates: 0 embedding, 1..depth blocks, depth + 1 heads.
 
         The final norm counts as a head, as in MAE and BEiT.
         """
@@ -116,3 +157,8 @@ class ViTBackbone(nn.Module):
         if name.startswith(("patch_embed.", "pos_embed", *self.prefix_names)):
             return 0
         return self.num_layers
+
+
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, growing linearly from 0 to `last`."""
+    return [last * i / max(1, depth - 1) for i in range(depth)]

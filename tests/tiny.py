@@ -19,26 +19,16 @@ import torch
 import models_mae_pl
 import models_sere
 from backbones import registry as models
-from models_vit import VisionTransformer
+from models_vit import VIT
 from util import dist
 from util.flags.parser import parse, run
 
 ENCODER = dict(patch_size=(8, 8), dim=32, depth=2, num_heads=2)
 
 
-def mae_test(**kwargs):
-    return models_mae_pl.MaskedAutoencoderViT(
-        **ENCODER | dict(decoder_dim=32, decoder_depth=1, decoder_heads=2) | kwargs
-    )
-
-
-def vit_test(**kwargs):
-    return VisionTransformer(**ENCODER | kwargs)
-
-
-def sere_test(**kwargs):
-    return models_sere.SereStudent(**ENCODER | dict(head_hidden=64) | kwargs)
-
+mae_test = models_mae_pl.MAE_VIT.override(**ENCODER, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+vit_test = VIT.override(**ENCODER)
+sere_test = models_sere.SERE.override(**ENCODER, head_hidden=64)
 
 models_mae_pl.MODELS["mae_test"] = mae_test
 models_sere.MODELS["sere_test"] = sere_test

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from layers.positional import relative_labels
+from layers.positional.pairs import relative_labels
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from models_vit import VisionTransformer
 from tools.stored_model import model_of
@@ -162,14 +162,14 @@ def reconstruct(
     batches, (mean, std) = load_images(model, flags, data_path, n)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
-    _, pred, mask = model(images, ids_keep=ids_keep)
+    pred, mask = model.predict(images, ids_keep)
     title = "reconstruction"
     # Without a normalised target, the prediction has the units of the images already.
     if norm_pix_loss or model.norm_pix_loss:
         pred, title = _unnormalized(pred, model.patchify(images), ids_keep, stats)
     positions = None
-    if hasattr(model.pos_head, "apl"):
-        logits = model.pos_head.apl.logits(label_tokens(model, images, ids_keep))  # (N, n, L)
+    if model.pos_head is not None and model.pos_head.absolute is not None:
+        logits = model.pos_head.absolute.logits(label_tokens(model, images, ids_keep))  # (N, n, L)
         positions = PredictedPositions(ids_keep, logits.argmax(-1))
     return reconstruction_panel(
         unnormalize(images, mean, std) / 255,
@@ -197,7 +197,8 @@ class LabelPredictions:
     shape, is the cell of the patch that each prediction is about (of an offset's first patch).
     """
 
-    kind: str  # apl or rpl
+    kind: str
+    relative: bool
     grid: tuple[int, int]
     ids: Tensor
     target: Tensor
@@ -211,7 +212,7 @@ class LabelPredictions:
         """Confusion matrices of rows and of columns."""
         # The matrix of all cells would have L * L entries, too many to read.
         h, w = self.grid
-        if self.kind == "apl":
+        if not self.relative:
             rows = confusion(self.target // w, self.predicted // w, h)
             columns = confusion(self.target % w, self.predicted % w, w)
             return [charts.Confusion("row", rows, 0), charts.Confusion("column", columns, 0)]
@@ -265,7 +266,7 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
     # Relative labels have no arrows: their chart has no images.
     target = np.zeros((len(shown), 0), int)
     predicted = target
-    if answers.kind == "apl":
+    if not answers.relative:
         target = answers.target[: len(shown)].numpy()
         predicted = answers.predicted[: len(shown)].numpy()
     per_cell = accuracy_map(answers.target == answers.predicted, answers.ids, model.grid)
@@ -276,23 +277,22 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
 def _predict_labels(model: Model, batches: Iterable[tuple[Tensor, Tensor]]) -> LabelPredictions:
     """The predictions for batches of images (B, C, H, W) and their visible cells (B, n)."""
     # A model with both heads is drawn by its absolute labels, which can be shown as arrows.
-    kind = "rpl"
-    if hasattr(model.pos_head, "apl"):
-        kind = "apl"
-    head = getattr(model.pos_head, kind)
+    kind = model.pos_head.absolute or next(model.pos_head.children())
     ids = []
     target = []
     predicted = []
     for images, cells in batches:
-        logits = head.logits(label_tokens(model, images, cells))
+        logits = kind.logits(label_tokens(model, images, cells))
         labels = cells
-        if kind == "rpl":
+        if kind.relative:
             labels = relative_labels(model.grid, cells, cells)  # (B, n, n)
             cells = cells[:, :, None]  # (B, n, 1)
         ids.append(cells.expand_as(labels))
         target.append(labels)
         predicted.append(logits.argmax(-1))  # (B, n) or (B, n, n)
-    return LabelPredictions(kind, model.grid, torch.cat(ids), torch.cat(target), torch.cat(predicted))
+    return LabelPredictions(
+        kind.name, kind.relative, model.grid, torch.cat(ids), torch.cat(target), torch.cat(predicted)
+    )
 
 
 def _positions_title(model: Model, answers: LabelPredictions) -> str:
@@ -300,7 +300,9 @@ def _positions_title(model: Model, answers: LabelPredictions) -> str:
     # A model with one head calls its chance level position_acc, without the kind.
     levels = model.pos_head.chance(visible)
     chance = levels.get(f"{answers.kind}_acc", levels["position_acc"])
-    name = {"apl": "absolute", "rpl": "relative"}[answers.kind]
+    name = "absolute"
+    if answers.relative:
+        name = "relative"
     cells = model.grid[0] * model.grid[1]
     return (
         f"{name} labels of {images} images, {visible} of {cells} patches visible: "

@@ -1,6 +1,6 @@
 """Names and shapes of all weights are public: checkpoints of years depend on them.
 
-python tests/test_state_dicts.py     writes the snapshot anew, after a change that is meant
+python tests/house/test_state_dicts.py     writes the snapshot anew, after a change that is meant
 """
 
 import re
@@ -28,8 +28,10 @@ def cases() -> dict[str, tuple]:
         for name, build in registry.items()
         if not name.endswith("_test")
     }  # those of tests/tiny.py
-    mae, vit = models_mae_pl.MODELS["mae_vit_pico_patch8"], models.MODELS["vit_pico_patch8"]
-    sere, swin = models_sere.MODELS["sere_vit_pico_patch8"], models.MODELS["swin_pico"]
+    mae = models_mae_pl.MODELS["mae_vit_pico_patch8"]
+    vit = models.MODELS["vit_pico_patch8"]
+    sere = models_sere.MODELS["sere_vit_pico_patch8"]
+    swin = models.MODELS["swin_pico"]
     for label in ("none", "apl", "rpl", "apl+rpl"):
         found[f"mae_vit_pico_patch8 pos_label={label}"] = (mae, {"pos_label": label})
         found[f"vit_pico_patch8 pos_label={label}"] = (vit, {"pos_label": label})

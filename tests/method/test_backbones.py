@@ -11,9 +11,10 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from backbones.timm import TimmClassifier, dry_run, timm_model, token_grid, token_layout
-from layers.positional import relative_labels
-from models_vit import MODELS, DistilledVisionTransformer, VisionTransformer
+from backbones.timm import TimmClassifier, TimmTrunk, dry_run, timm_entry, token_grid, token_layout
+from layers.contract import Heads
+from layers.positional.pairs import relative_labels
+from models_vit import DEIT_DISTILLED, MODELS, VIT
 
 SMALL = dict(
     img_size=(16, 24), patch_size=(4, 4), dim=32, depth=3, num_heads=2, num_classes=5, head_init_std=0.02
@@ -21,9 +22,9 @@ SMALL = dict(
 TIMMS = dict(img_size=(16, 24), patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 
 
-def small(cls=VisionTransformer, **kwargs):
+def small(entry=VIT, **kwargs):
     torch.manual_seed(0)
-    return cls(**SMALL | kwargs)
+    return entry(**SMALL | kwargs)
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -64,7 +65,7 @@ def test_vit_equals_timms(pool, theirs, chans):
 
 
 def test_distilled_equals_timms():
-    ours = shake(small(DistilledVisionTransformer))
+    ours = shake(small(DEIT_DISTILLED))
     reference = VisionTransformerDistilled(**TIMMS)
     reference.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(3, 3, 16, 24)
@@ -74,11 +75,11 @@ def test_distilled_equals_timms():
     for mine, theirs in zip(ours(x, distillation=True), reference.train()(x)):
         assert torch.allclose(mine, theirs, atol=1e-5)
     with pytest.raises(ValueError, match="distillation token"):
-        small(DistilledVisionTransformer, pool="avg")
+        small(DEIT_DISTILLED, pool="avg")
 
 
 def test_distillation_and_positions_together():
-    model = shake(small(DistilledVisionTransformer, pos_label="apl"))
+    model = shake(small(DEIT_DISTILLED, pos_label="apl"))
     x = torch.randn(2, 3, 16, 24)
     (logits, dist_logits), losses = model(x, positions=True, distillation=True)
     mean, again = model(x, positions=True)
@@ -94,14 +95,15 @@ def test_distillation_and_positions_together():
 @pytest.mark.parametrize("kind", ["avg", "cls", "distilled"])
 def test_layer_decay_is_timms(kind):
     if kind == "distilled":
-        ours, theirs = small(DistilledVisionTransformer, pos_label="apl"), VisionTransformerDistilled(**TIMMS)
+        ours, theirs = small(DEIT_DISTILLED, pos_label="apl"), VisionTransformerDistilled(**TIMMS)
     else:
         ours = small(pool=kind, pos_label="apl")
         theirs = TimmViT(**TIMMS, global_pool="token" if kind == "cls" else "avg")
     mine, timms = our_scales(ours), lr_scales(theirs)
     assert {n for n in mine if not n.startswith("pos_head.")} == set(timms)
     for name, scale in mine.items():
-        # timm puts the final norm, which only class-token models have, with the last block; MAE puts it with the head.
+        # timm puts the final norm, which only class-token models have, with the last block; MAE puts it with
+        # the head.
         expected = 1.0 if name.startswith(("pos_head.", "norm.")) else timms[name]
         assert scale == pytest.approx(expected), name
     assert max(ours.layer_id(n) for n, _ in ours.named_parameters()) == ours.num_layers == 4
@@ -174,9 +176,9 @@ def test_the_label_head_is_not_run_unless_asked():
         model(x, positions=True)
 
 
-@pytest.mark.parametrize("cls", [VisionTransformer, DistilledVisionTransformer])
-def test_labels_change_no_bit_of_the_rest(cls):
-    plain, labelled = small(cls), small(cls, pos_label="apl+rpl")
+@pytest.mark.parametrize("entry", [VIT, DEIT_DISTILLED])
+def test_labels_change_no_bit_of_the_rest(entry):
+    plain, labelled = small(entry), small(entry, pos_label="apl+rpl")
     state = labelled.state_dict()
     for name, value in plain.state_dict().items():
         assert torch.equal(value, state.pop(name)), name
@@ -209,14 +211,14 @@ def test_rectangles_channels_and_patches(img, patch, chans, grid):
     assert model.grid == grid and model.dim == 32
     logits, losses = model(torch.randn(2, chans, *img), positions=True)
     assert logits.shape == (2, 5) and losses["position"].isfinite()
-    with pytest.raises(ValueError, match="--input_size and --in_chans"):
+    with pytest.raises(ValueError, match=r"give the same \S+_size\S? and \S+in_chans"):
         model(torch.randn(2, chans, img[1], img[0]))
 
 
 def test_wrong_arguments_say_what_to_do():
     with pytest.raises(ValueError, match="avg, cls, found 'map'"):
         small(pool="map")
-    with pytest.raises(ValueError, match=r"grid of this model is 1x1.*larger --input_size"):
+    with pytest.raises(ValueError, match=r"grid of this model is 1x1.*larger `img_size`"):
         small(img_size=(4, 4), pos_label="rpl")
     with pytest.raises(ValueError, match="none, sincos, learned"):
         small(pos_embed="rope")
@@ -289,8 +291,9 @@ def test_small_models_have_finite_gradients_everywhere(name):
     assert rates == pytest.approx([0.1 * i / (len(rates) - 1) for i in range(len(rates))])
 
 
-# --- timm backbones ---------------------------------------------------------------------------------------------------
-# name, image, channels, layout, grid, prefix; sizes are small, and rectangles where the architecture allows them
+# --- timm backbones
+# --------------------------------------------------------------------------------------------------- name,
+# image, channels, layout, grid, prefix; sizes are small, and rectangles where the architecture allows them
 BACKBONES = [
     ("nest_tiny", (64, 64), 1, "NCHW", (4, 4), 0),
     ("nest_tiny_jx", (64, 64), 3, "NCHW", (4, 4), 0),
@@ -305,8 +308,8 @@ BACKBONES = [
 def backbone(request):
     name, img, chans, *_ = request.param
     torch.manual_seed(0)
-    model = timm_model(
-        f"timm/{name}", img_size=img, in_chans=chans, num_classes=5, pos_label="apl", head_init_std=0.02
+    model = timm_entry(f"timm/{name}")(
+        img_size=img, in_chans=chans, num_classes=5, pos_label="apl", head_init_std=0.02
     )
     return model.eval(), request.param
 
@@ -321,14 +324,9 @@ def test_timm_backbone_is_timms_with_our_heads(backbone):
         assert tokens.shape == (2, prefix + grid[0] * grid[1], model.dim)
         for cell in range(grid[0] * grid[1]):
             r, c = divmod(cell, grid[1])
-            there = (
-                raw[:, prefix + cell]
-                if layout == "NLC"
-                else raw[:, :, r, c]
-                if layout == "NCHW"
-                else raw[:, r, c]
-            )
-            assert torch.equal(tokens[:, prefix + cell], there), "row-major"
+            place = {"NLC": (..., prefix + cell, slice(None)), "NCHW": (..., r, c)}
+            place["NHWC"] = (..., r, c, slice(None))
+            assert torch.equal(tokens[:, prefix + cell], raw[place[layout]]), "row-major"
         logits, losses = model(x, positions=True)
         read = model.label_tokens(tokens)
         expected = F.cross_entropy(
@@ -381,7 +379,7 @@ def test_timm_backbone_does_not_drop_paths_unless_told(backbone):
 
 
 def test_dry_run_leaves_batch_statistics_and_mode_alone():
-    model = timm_model("resnet18", img_size=(32, 64), num_classes=3)
+    model = timm_entry("resnet18")(img_size=(32, 64), num_classes=3)
     assert all(m.training for m in model.modules()) and model.grid == (1, 2)
     assert model.backbone.bn1.num_batches_tracked == 0
     with pytest.raises(ValueError, match=r"found \(3, 64, 32\)"):
@@ -389,8 +387,7 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
-    model = timm_model(
-        "deit3_small_patch16_224",
+    model = timm_entry("deit3_small_patch16_224")(
         img_size=(32, 48),
         num_classes=3,
         pos_embed="none",
@@ -407,22 +404,22 @@ def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
         ("resnet18", "no parameter pos_embed"),
         ("eva02_tiny_patch14_224", "in rope"),
     ):
-        with pytest.raises(ValueError, match=f"--pos_embed none.*{why}"):
-            timm_model(name, img_size=(56, 56), pos_embed="none")
+        with pytest.raises(ValueError, match=f"`pos_embed` none.*{why}"):
+            timm_entry(name)(img_size=(56, 56), pos_embed="none")
 
 
 def test_timm_models_that_do_not_fit_say_why():
     for name, kwargs, why in (
         ("resnet1", {}, "near: resnet18"),
         ("nest_tiny", dict(img_size=(64, 96)), "square"),
-        ("resnet18", dict(patch_size=(4, 4)), "takes no --patch_size"),
+        ("resnet18", dict(patch_size=(4, 4)), "does not take `patch_size`"),
         ("resnet18", dict(pool="cls"), "token"),
-        ("vgg11", dict(drop_path=0.1), "takes no --drop_path"),
+        ("vgg11", dict(drop_path=0.1), "does not take `drop_path`"),
         ("resnet18", dict(pool="map"), "avg, cls"),
         ("resnet18", dict(img_size=(32, 32), pos_label="apl"), "grid of this model is 1x1"),
     ):
         with pytest.raises(ValueError, match=why):
-            timm_model(name, **kwargs)
+            timm_entry(name)(**kwargs)
 
 
 class Features(nn.Module):
@@ -441,9 +438,8 @@ class Features(nn.Module):
 
 
 def test_a_class_token_that_timm_does_not_count_is_found():
-    model = TimmClassifier(
-        Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1)), (32, 48), 3, num_classes=2
-    )
+    backbone = Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1))
+    model = TimmClassifier(backbone, TimmTrunk(img_size=(32, 48)), Heads(num_classes=2))
     assert (model.num_prefix, model.grid, model.layout) == (1, (2, 3), "NLC")
     assert model(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
     assert model.num_layers == model.layer_id("head.weight") == 1, (
@@ -462,6 +458,6 @@ def test_features_without_a_grid_are_refused():
     assert token_grid(torch.zeros(1, 8, 5), "NLC", 0, (64, 32), Features(odd)) == (4, 2), (
         "the image's proportions"
     )
-    with pytest.raises(ValueError, match="cannot tell the channels"):
+    with pytest.raises(ValueError, match="cannot find the channels"):
         token_layout(torch.zeros(1, 5, 6, 7), Features(odd, num_features=8))
     assert token_layout(torch.zeros(1, 5, 6, 7), Features(odd, num_features=7)) == "NHWC"

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from models_mae_pl import MODELS, MaskedAutoencoderViT, num_visible, random_masking, sample_noise
+from models_mae_pl import MAE_VIT, MODELS, MaskedAutoencoderViT, num_visible, random_masking, sample_noise
 
 
 def small(**kwargs) -> MaskedAutoencoderViT:
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(
+    return MAE_VIT(
         **(
             dict(
                 img_size=(16, 24),
@@ -152,6 +152,8 @@ def test_without_the_whole_prediction_the_loss_is_the_same():
     model, imgs, keep = small(), torch.randn(3, 3, 16, 24), random_masking(torch.rand(3, 24), 0.75)
     full, lean = model(imgs, ids_keep=keep), model(imgs, ids_keep=keep, want_pred=False)
     assert lean[1] is None and torch.equal(full[0]["pixel"], lean[0]["pixel"])
+    pred, mask = model.predict(imgs, keep)
+    assert torch.allclose(pred, full[1], atol=1e-6) and torch.equal(mask, full[2])
     error = (full[1] - model.target(model.patchify(imgs))).square().mean(-1)
     assert torch.allclose((error * full[2]).sum() / full[2].sum(), full[0]["pixel"])
 
@@ -258,7 +260,8 @@ def test_sample_noise_is_splitmix64():
         assert sample_noise(torch.tensor([key]), 5)[0].tolist() == expected
 
 
-# Encoder and decoder in millions, counted from the published widths and depths: 12 * depth * width^2 and the rest.
+# Encoder and decoder in millions, counted from the published widths and depths: 12 * depth * width^2 and the
+# rest.
 MILLIONS = {"mae_vit_base_patch16": 111.66, "mae_vit_large_patch16": 329.24, "mae_vit_huge_patch14": 656.61}
 
 
@@ -319,7 +322,7 @@ def test_channels_rectangles_and_patch_shapes():
 
 
 def test_sincos_table_and_resizing():
-    """Number by number from the formula: columns in the first half of the channels, rows in the second (mae#67)."""
+    """Each number from the formula: columns in the first half of the channels, rows in the second."""
     from layers.pos_embed import resize_pos_embed, sincos_2d
 
     table = sincos_2d(32, (2, 3))[0]

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers import positional
-from layers.positional import PositionalHead, apl_chance, num_offsets, relative_labels, rpl_chance
+from layers.contract import Labels
+from layers.positional import pairs as positional
+from layers.positional.head import PositionalHead
+from layers.positional.kinds.apl import apl_chance
+from layers.positional.kinds.rpl import rpl_chance
+from layers.positional.pairs import num_offsets, relative_labels
 
 GRIDS = [(3, 3), (2, 5), (7, 7), (1, 6), (14, 14)]
 
@@ -60,7 +64,7 @@ def test_rpl_equals_naive_concatenation(tokens, chunk, visible, monkeypatch):
     monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     grid, B, D = (3, 4), 3, 16
-    head = PositionalHead(D, grid, "rpl", tokens).double()
+    head = PositionalHead(D, grid, Labels("rpl", tokens)).double()
     for p in head.parameters():
         torch.nn.init.normal_(p)
     ids = torch.stack([torch.randperm(12) for _ in range(B)])[:, : 5 if visible else 12]
@@ -82,7 +86,7 @@ def test_rpl_equals_naive_concatenation(tokens, chunk, visible, monkeypatch):
 
 def test_rpl_logits_agree_with_the_loss():
     torch.manual_seed(0)
-    head = PositionalHead(8, (2, 3), "rpl").double()
+    head = PositionalHead(8, (2, 3), Labels("rpl")).double()
     x, ids = torch.randn(2, 6, 8, dtype=torch.float64), torch.arange(6).expand(2, -1)
     logits = head.rpl.logits(x)
     expected = F.cross_entropy(logits.flatten(0, 2), relative_labels((2, 3), ids, ids).flatten())
@@ -91,7 +95,7 @@ def test_rpl_logits_agree_with_the_loss():
 
 def test_sampled_pairs_are_unbiased():
     torch.manual_seed(0)
-    head = PositionalHead(16, (4, 4), "rpl").double()
+    head = PositionalHead(16, (4, 4), Labels("rpl")).double()
     for p in head.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x, ids = torch.randn(2, 16, 16, dtype=torch.float64), torch.arange(16).expand(2, -1)
@@ -119,7 +123,7 @@ def test_sampled_pairs_label_the_drawn_partners():
     """Weights that answer every pair rightly stay right under sampling: labels follow the drawn keys."""
     torch.manual_seed(0)
     h, w = 3, 4
-    head = PositionalHead(8, (h, w), "rpl", rpl_pairs=5)
+    head = PositionalHead(8, (h, w), Labels("rpl", rpl_pairs=5))
     ids = torch.stack([torch.randperm(12)[:7] for _ in range(4)])
     labels = relative_labels((h, w), ids, ids)
     seen = {}
@@ -150,7 +154,7 @@ def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, mo
     monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     grid, B, n, D, drawn = (3, 4), 3, 7, 16, 4
-    head = PositionalHead(D, grid, "rpl", rpl_pairs=drawn).double()
+    head = PositionalHead(D, grid, Labels("rpl", rpl_pairs=drawn)).double()
     for p in head.parameters():
         torch.nn.init.normal_(p)
     ids = torch.stack([torch.randperm(12)[:n] for _ in range(B)])
@@ -171,7 +175,7 @@ def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, mo
     loss.backward()
     expected = [x.grad, *(p.grad for p in head.parameters())]
 
-    mine = PositionalHead(D, grid, "rpl", rpl_pairs=drawn).to(precision)
+    mine = PositionalHead(D, grid, Labels("rpl", rpl_pairs=drawn)).to(precision)
     mine.load_state_dict(head.state_dict())
     y = x.detach().to(precision).requires_grad_()
     torch.manual_seed(1)
@@ -184,9 +188,9 @@ def test_sampled_pairs_equal_naive_concatenation(chunk, precision, tolerance, mo
 
 
 def test_the_sweep_holds_one_copy_of_the_logits(monkeypatch):
-    """Beside what a chunk multiplies, (pairs, hidden) and (pairs, offsets), nothing as large as the logits is made."""
+    """The largest tensors are the operands of a chunk's products, (pairs, hidden) and (pairs, offsets)."""
     monkeypatch.setitem(positional.PAIRS_PER_CHUNK, "cpu", 500)
-    head, x = PositionalHead(16, (8, 8), "rpl"), torch.randn(4, 64, 16, requires_grad=True)
+    head, x = PositionalHead(16, (8, 8), Labels("rpl")), torch.randn(4, 64, 16, requires_grad=True)
 
     class Made(TorchDispatchMode):
         sizes = Counter()
@@ -210,7 +214,7 @@ def test_the_sweep_holds_one_copy_of_the_logits(monkeypatch):
 @pytest.mark.parametrize("tokens", ["half", "full"])
 def test_apl_equals_the_formula(tokens):
     torch.manual_seed(0)
-    head = PositionalHead(16, (2, 3), "apl", tokens).double()
+    head = PositionalHead(16, (2, 3), Labels("apl", tokens)).double()
     x, ids = torch.randn(2, 4, 16, dtype=torch.float64), torch.tensor([[5, 0, 2, 1], [3, 3, 4, 0]])
     total, right = 0.0, 0
     for b in range(2):
@@ -226,7 +230,7 @@ def test_apl_equals_the_formula(tokens):
 
 
 def test_half_tokens_leave_the_other_half_alone():
-    head = PositionalHead(16, (2, 2), "apl")
+    head = PositionalHead(16, (2, 2), Labels("apl"))
     x = torch.randn(1, 4, 16, requires_grad=True)
     head(x)["position"].backward()
     assert x.grad[..., :8].abs().max() > 0 and x.grad[..., 8:].abs().max() == 0
@@ -234,7 +238,7 @@ def test_half_tokens_leave_the_other_half_alone():
 
 def test_both_labels_add_up():
     torch.manual_seed(0)
-    head = PositionalHead(16, (2, 3), "apl+rpl")
+    head = PositionalHead(16, (2, 3), Labels("apl+rpl"))
     out = head(torch.randn(2, 6, 16))
     assert out["position"].item() == pytest.approx(out["apl"].item() + out["rpl"].item())
     assert out["position_acc"].item() == pytest.approx((out["apl_acc"].item() + out["rpl_acc"].item()) / 2)
@@ -266,7 +270,7 @@ def test_known_chance_levels():
 def test_bf16_gradients_stay_close_to_float32():
     """Accumulation over many chunks happens in float32, whatever the products' precision."""
     torch.manual_seed(0)
-    head = PositionalHead(32, (8, 8), "rpl")
+    head = PositionalHead(32, (8, 8), Labels("rpl"))
     x = torch.randn(40, 64, 32)
     grads = {}
     for enabled in (False, True):
@@ -281,18 +285,18 @@ def test_bf16_gradients_stay_close_to_float32():
 
 
 def test_bad_arguments_name_the_flag():
-    with pytest.raises(ValueError, match="--pos_label"):
-        PositionalHead(16, (2, 2), "abl")
-    with pytest.raises(ValueError, match="--pos_tokens"):
-        PositionalHead(16, (2, 2), "apl", "third")
+    with pytest.raises(ValueError, match="`pos_label`"):
+        PositionalHead(16, (2, 2), Labels("abl"))
+    with pytest.raises(ValueError, match="`pos_tokens`"):
+        PositionalHead(16, (2, 2), Labels("apl", "third"))
     with pytest.raises(ValueError, match="do not belong together"):
-        PositionalHead(16, (2, 2), "apl")(torch.randn(1, 3, 16), torch.zeros(1, 4, dtype=torch.long))
+        PositionalHead(16, (2, 2), Labels("apl"))(torch.randn(1, 3, 16), torch.zeros(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_compiling_does_not_unroll_the_sweep(batch):
-    """4 images are 64 chunks; unrolled, the batch of a GPU would be thousands of nodes and minutes of compiling."""
-    head, nodes = PositionalHead(16, (14, 14), "rpl"), []
+    """4 images are 64 chunks. Unrolled, a GPU's batch would be thousands of nodes."""
+    head, nodes = PositionalHead(16, (14, 14), Labels("rpl")), []
 
     def count(graph, inputs):
         nodes.append(
@@ -319,7 +323,7 @@ def test_compiling_does_not_unroll_the_sweep(batch):
     ],
 )
 def test_images_of_a_chunk(batch, most, even, expected):
-    """The largest divisor of the batch, so that all chunks have one shape; where it is small, a rest is better."""
+    """The largest divisor of the batch, so that all chunks have one shape, unless it is small."""
     assert positional.images_per_chunk(batch, most, even) == expected
 
 

@@ -1,4 +1,7 @@
-"""What runs in float32 under autocast, whatever the positional embedding: else encoders are compared at unequal precision."""
+"""The parts that run in float32 under autocast, whatever the positional embedding.
+
+Otherwise encoders would be compared at unequal precision.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ SMALL = dict(img_size=(32, 32), patch_size=(8, 8))
 
 
 def streams(model, call, blocks) -> list[torch.dtype]:
-    """Dtypes of what enters each block, and of what the last one returns, in a training step under autocast to bf16."""
+    """Dtypes of each block's input and the last one's output, in a training step under autocast to bf16."""
     seen = []
     hooks = [b.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype)) for b in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out.dtype)))
@@ -93,7 +96,7 @@ def cudas_layer_norm(monkeypatch):
 
 
 def test_swins_streams_do_not_depend_on_its_positional_encoding(cudas_layer_norm):
-    """Its first stage is float32; the product that merges patches makes the later ones bf16, as in timm and Swin."""
+    """The first stage is float32; patch merging makes the later ones bf16, as in timm and Swin."""
     found = {}
     for pos_embed in ("none", "learned"):
         model = build_classifier(

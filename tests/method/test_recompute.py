@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from backbones.registry import build_classifier
-from backbones.swin import SwinTransformer
-from models_mae_pl import MaskedAutoencoderViT
-from models_vit import VisionTransformer
+from backbones.swin import SWIN
+from models_mae_pl import MAE_VIT
+from models_vit import VIT
 
 SMALL = dict(img_size=(32, 32), patch_size=(8, 8))
 
 
 def mae():
-    model = MaskedAutoencoderViT(
+    model = MAE_VIT(
         **SMALL,
         dim=32,
         depth=3,
@@ -43,7 +43,7 @@ def classifier(model):
 MAKERS = {
     "mae": mae,
     "vit": lambda: classifier(
-        VisionTransformer(
+        VIT(
             **SMALL,
             dim=32,
             depth=4,
@@ -55,8 +55,8 @@ MAKERS = {
         )
     ),
     "swin": lambda: classifier(
-        SwinTransformer(
-            (32, 32),
+        SWIN(
+            img_size=(32, 32),
             embed_dim=8,
             depths=(2, 2),
             num_heads=(1, 2),
@@ -134,7 +134,7 @@ def test_every_block_runs_again(name):
 
 def test_nothing_is_recomputed_without_gradients():
     torch.manual_seed(0)
-    model = VisionTransformer(**SMALL, dim=32, depth=2, num_heads=2)
+    model = VIT(**SMALL, dim=32, depth=2, num_heads=2)
     model.set_grad_checkpointing()
     calls = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -148,5 +148,5 @@ def test_nothing_is_recomputed_without_gradients():
 def test_timm_models_without_it_say_so():
     model = build_classifier("timm/resnest14d", img_size=(32, 32), num_classes=2)
     model.backbone = torch.nn.Identity()  # has no such method
-    with pytest.raises(ValueError, match="leave --grad_checkpointing out"):
+    with pytest.raises(ValueError, match="leave `grad_checkpointing` out"):
         model.set_grad_checkpointing()

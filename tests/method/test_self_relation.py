@@ -1,4 +1,4 @@
-"""Self-relations and self-distillation: against slow obvious forms, against lightly, and properties that must hold."""
+"""Self-relations and self-distillation against slow obvious forms and lightly, and their properties."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_relations_are_those_of_the_definition():
 
 
 def test_levels_at_the_start_are_those_known_for_vit_small():
-    """On N(0, 1) tokens of 14x14 cells: teacher entropy 3.19 of ln 196, cross-entropy 4.18; channels 5.69 and 5.92."""
+    """Teacher entropy and cross-entropy on N(0, 1) tokens of 14x14 cells; ln 196 is the largest entropy."""
     x = torch.randn(4, 196, 384)
     with torch.no_grad():
         teacher, student = RelationHead(384, predictor=False)(x), RelationHead(384, predictor=True)(x)

@@ -1,4 +1,4 @@
-"""So-ViT: the second-order head against slow obvious forms, its models against the published table, and whole runs."""
+"""So-ViT: its head against slow obvious forms, its models against the published table, whole runs."""
 
 import csv
 import math
@@ -51,7 +51,8 @@ def shaken(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-# --- the normalisation ------------------------------------------------------------------------------------------------
+# --- the normalisation
+# ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("alpha,iters", [(0.5, 1), (0.3, 1), (0.5, 7), (1.0, 1)])
 def test_scale_law(alpha, iters):
     a, w = matrices(3, 2, 8, 5), matrices(8)
@@ -107,7 +108,8 @@ def test_no_contrast_has_finite_gradients(dtype, scale):
         assert scale or not y.any()
 
 
-# --- pooling and head -------------------------------------------------------------------------------------------------
+# --- pooling and head
+# -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("d1,d2", [(5, 3), (3, 5)])
 def test_cross_covariance_is_numpys(d1, d2):
     np = pytest.importorskip("numpy")
@@ -239,7 +241,8 @@ def test_heads_that_cannot_be(options, message):
         SecondOrderHead(8, 8, 2, 0.02, SecondOrder(**options))
 
 
-# --- the embedding ----------------------------------------------------------------------------------------------------
+# --- the embedding
+# ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "size,patch,chans", [((32, 48), 16, 3), ((48, 16), 16, 1), ((24, 32), 8, 4), ((384, 384), 16, 3)]
 )
@@ -261,7 +264,8 @@ def test_a_token_sees_33_pixels(patch):
     seen = torch.autograd.grad(token.sum(), image)[0][0, 0] != 0
     rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
     for found, at in ((rows, row * patch), (columns, column * patch)):
-        # pooling and strides start at the cell's first pixel; max pooling passes the gradient of a few pixels only
+        # pooling and strides start at the cell's first pixel; max pooling passes the gradient of a few pixels
+        # only
         assert at - 16 <= found.min() <= at - 10 and at + 10 <= found.max() <= at + 16, (
             found.min(),
             found.max(),
@@ -278,9 +282,10 @@ def test_the_embedding_says_what_does_not_fit():
         ConvTokenEmbed((32, 32), (16, 16), 3, 8)(torch.zeros(1, 1, 32, 32))
 
 
-# --- the models -------------------------------------------------------------------------------------------------------
-# Parameters in millions without the fixed embedding (all, blocks, head) and multiply-adds in 1e9 at 224 px, measured on
-# the authors' code.
+# --- the models
+# -------------------------------------------------------------------------------------------------------
+# Parameters in millions without the fixed embedding (all, blocks, head) and multiply-adds in 1e9 at 224 px,
+# measured on the authors' code.
 TABLE = {
     "so_vit_7": (5.53, 3.68, 1.43, 1.42),
     "so_vit_10": (7.11, 5.26, 1.43, 1.79),
@@ -365,7 +370,8 @@ def test_what_a_name_says_can_be_overridden_piece_by_piece():
     )
 
 
-# --- on every backbone ------------------------------------------------------------------------------------------------
+# --- on every backbone
+# ------------------------------------------------------------------------------------------------
 BACKBONES = [
     ("vit_test", (32, 48), {}),
     ("vit_test", (32, 48), {"pool": "avg"}),
@@ -437,7 +443,8 @@ def test_a_linear_head_is_what_it_was():
             assert torch.equal(p, model.get_parameter(n)), n
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+# --- whole runs
+# -------------------------------------------------------------------------------------------------------
 SECOND_ORDER = ["--head", "second_order", "--so_dims", 6, 4, "--so_heads", 2, "--so_dropout", 0.1]
 
 
@@ -519,7 +526,8 @@ def test_from_a_masked_checkpoint_to_evaluation(tmp_path, capsys):
 
 
 def test_what_ranks_evaluate_is_what_they_save(tmp_path, capsys):
-    """Each rank sees its own batches; the statistics of rank 0 are saved, and must be those of all figures."""
+    """Each rank sees its own batches; the statistics of rank 0 are saved, and must be those of all
+    figures."""
     outs = ranks(
         2,
         tmp_path,
@@ -620,9 +628,7 @@ def test_conv_embedding_and_masking_do_not_meet(tmp_path, capsys):
 def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(
-        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
-    )
+    monkeypatch.setitem(models.MODELS, "so_vit_7", MODELS["so_vit_7"].override(depth=1))
     flags = ["--model", "so_vit_7", "--epochs", 1]
     code, text = call(main_finetune, capsys, *flags, "--output_dir", tmp_path / "a")
     assert code == 0, text
@@ -641,9 +647,7 @@ def test_a_trained_so_vit_starts_another_data_set(tmp_path, capsys, monkeypatch)
 def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatch):
     from backbones import registry as models
 
-    monkeypatch.setitem(
-        models.MODELS, "so_vit_7", lambda **kwargs: MODELS["so_vit_7"](**{"depth": 1} | kwargs)
-    )
+    monkeypatch.setitem(models.MODELS, "so_vit_7", MODELS["so_vit_7"].override(depth=1))
     for head, keys in (
         ([], {"fc_class", "fc_visual", "pool"}),
         (["--head", "linear"], {"weight", "bias"}),
@@ -729,7 +733,8 @@ def test_the_probe_reads_frozen_tokens_after_the_norm():
     assert torch.equal(probe(tokens), torch.stack([h(tokens[:, 1:], feature) for h in probe.head[1:]]))
 
 
-# --- the moving average -----------------------------------------------------------------------------------------------
+# --- the moving average
+# -----------------------------------------------------------------------------------------------
 class Counted(nn.Module):
     def __init__(self):
         super().__init__()

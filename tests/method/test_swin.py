@@ -1,4 +1,4 @@
-"""Swin: unmodified parts against timm's, windows against attention written out, the paper's changes by numbers."""
+"""Swin: unmodified parts against timm's, windows against written-out attention, the paper's changes."""
 
 import math
 
@@ -10,7 +10,15 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.swin import MODELS, PatchMerging, SwinBlock, SwinTransformer, window_merge, window_partition
+from backbones.swin import (
+    MODELS,
+    SWIN,
+    PatchMerging,
+    SwinBlock,
+    SwinTransformer,
+    window_merge,
+    window_partition,
+)
 from layers.transformer import attention
 
 SMALL = dict(
@@ -27,7 +35,7 @@ SMALL = dict(
 
 def small(**kwargs) -> SwinTransformer:
     torch.manual_seed(0)
-    return SwinTransformer(**SMALL | kwargs)
+    return SWIN(**SMALL | kwargs)
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -48,12 +56,18 @@ def timms(**kwargs) -> TimmSwin:
 
 @pytest.mark.parametrize("img, chans, window", [((112, 224), 4, 7), ((96, 192), 3, 6), ((64, 64), 1, 4)])
 def test_unmodified_swin_equals_timms(img, chans, window):
-    """112x224: grids of 28x56, 14x28, 7x14 (shifted one way only) and, after an odd merging, 4x7; 96x192: at last 3x6."""
+    """112x224 has grids of 28x56, 14x28, 7x14 (shifted one way only), 4x7; 96x192 ends with 3x6."""
     shared = dict(
         in_chans=chans, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=window
     )
-    ours = SwinTransformer(
-        img, (4, 4), merge_last=True, pos_embed="none", num_classes=5, head_init_std=0.02, **shared
+    ours = SWIN(
+        img_size=img,
+        patch_size=(4, 4),
+        merge_last=True,
+        pos_embed="none",
+        num_classes=5,
+        head_init_std=0.02,
+        **shared,
     )
     reference = timms(img_size=img, patch_size=4, **shared)
     if reference.layers[-1].blocks[0].input_resolution[0] < img[0] / 32:
@@ -83,7 +97,8 @@ def test_unmodified_swin_equals_timms(img, chans, window):
 def written_out(block: SwinBlock, x: torch.Tensor) -> torch.Tensor:
     """Attention of each token over the tokens of its window and of the same side of the border, one by one.
 
-    Windows shifted by s are the cells of floor((i - s) / window): those that stick out of the image are separate.
+    Windows shifted by s are the cells of floor((i - s) / window): those that stick out of the image are
+    separate.
     """
     B, H, W, C = x.shape
     heads, d = block.attn.num_heads, C // block.attn.num_heads
@@ -136,7 +151,8 @@ def test_windows_are_cut_and_put_back():
 
 
 def test_cost_and_shape_of_the_modified_swin_tiny():
-    """6.68 GMAC, and 196 tokens of 768 channels with 24 heads in the last stage, which attend to each other."""
+    """6.68 GMAC, and 196 tokens of 768 channels with 24 heads in the last stage, which attend to each
+    other."""
 
     def macs(**kwargs):
         with torch.device("meta"):
@@ -272,7 +288,8 @@ def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):
 
 
 def test_rows_and_columns_keep_their_place():
-    """A change in one corner of a wide image changes that corner's token the most, whatever the stages did."""
+    """A change in one corner of a wide image changes that corner's token the most, whatever the stages
+    did."""
     model = shake(
         small(img_size=(32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), pos_label="apl")
     ).eval()

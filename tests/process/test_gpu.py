@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from layers import positional
-from layers.positional import PositionalHead
+from layers.contract import Labels
+from layers.positional import pairs as positional
+from layers.positional.head import PositionalHead
 from layers.transformer import attention
-from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
+from models_mae_pl import MAE_VIT, MaskedAutoencoderViT, random_masking, sample_noise
 from processes import FINETUNE, PRETRAIN, SERE, last, log_lines, start
 from util.data.datasets import build_dataset
 from util.data.loading.loader import build_loader, device_batches
@@ -43,7 +44,7 @@ def test_masks_are_the_same_on_both_devices():
 @pytest.mark.parametrize("kind", ["apl", "rpl"])
 def test_labels_on_the_gpu_equal_the_cpus(kind):
     torch.manual_seed(0)
-    head = PositionalHead(64, (14, 14), kind).double()
+    head = PositionalHead(64, (14, 14), Labels(kind)).double()
     x, ids = torch.randn(2, 49, 64, dtype=torch.float64), random_masking(torch.rand(2, 196), 0.75)
     outs = {}
     for device in ("cpu", GPU):
@@ -61,7 +62,7 @@ def test_the_compiled_chunk_equals_the_eager_one(amp, monkeypatch):
     """Loss, right answers, and gradients of tokens and weights, over several chunks and a rest."""
     monkeypatch.setitem(positional.PAIRS_PER_CHUNK, GPU.type, 4 * 49 * 49)
     torch.manual_seed(0)
-    head = PositionalHead(64, (14, 14), "rpl").to(GPU)
+    head = PositionalHead(64, (14, 14), Labels("rpl")).to(GPU)
     for p in head.parameters():  # answers that are not all alike
         p.data.mul_(5)
     x = torch.randn(7, 49, 64, device=GPU)
@@ -96,7 +97,7 @@ def test_the_compiled_chunk_equals_the_eager_one(amp, monkeypatch):
 
 def test_all_pairs_stay_within_their_memory():
     """14x14 cells, batch 128, bf16: all logits at once would be 7 GB."""
-    head = PositionalHead(768, (14, 14), "rpl").to(GPU)
+    head = PositionalHead(768, (14, 14), Labels("rpl")).to(GPU)
     x = torch.randn(2 if REHEARSAL else 128, 196, 768, device=GPU, requires_grad=True)
     before = memory("reset_peak_memory_stats", "memory_allocated")
     with autocast(GPU, "bf16"):
@@ -243,9 +244,8 @@ def test_a_run_learns_and_continues(tmp_path, flags):
 
 def small_mae() -> MaskedAutoencoderViT:
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(
-        (32, 32), (8, 8), dim=64, depth=2, num_heads=2, decoder_dim=32, decoder_depth=1, decoder_heads=2
-    ).to(GPU)
+    encoder = dict(img_size=(32, 32), patch_size=(8, 8), dim=64, depth=2, num_heads=2)
+    return MAE_VIT(**encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2).to(GPU)
 
 
 def trained(model, steps: int = 5) -> list[float]:

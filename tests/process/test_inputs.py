@@ -21,7 +21,7 @@ from PIL import Image
 import main_pretrain
 import main_sere
 from layers.pos_embed import resize_pos_embed, sincos_2d
-from models_mae_pl import MODELS, MaskedAutoencoderViT
+from models_mae_pl import MAE_VIT, MODELS
 from processes import ROOT
 from util import dist
 from util.cluster.launch import launch
@@ -34,12 +34,19 @@ from util.weights import checkpoint
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
-    sizes = dict(dim=16, depth=1, num_heads=1, decoder_dim=16, decoder_depth=1, decoder_heads=1)
-
-    def build(**kwargs):
-        return MaskedAutoencoderViT(**(dict(patch_size=(8, 8)) | sizes | kwargs))
-
-    monkeypatch.setitem(MODELS, "mae_test", build)
+    monkeypatch.setitem(
+        MODELS,
+        "mae_test",
+        MAE_VIT.override(
+            patch_size=(8, 8),
+            dim=16,
+            depth=1,
+            num_heads=1,
+            decoder_dim=16,
+            decoder_depth=1,
+            decoder_heads=1,
+        ),
+    )
 
 
 def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:

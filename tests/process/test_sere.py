@@ -431,7 +431,7 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,says",
     [
-        (["--local_size", "20"], "no multiple of the patch"),
+        (["--local_size", "20"], "not a multiple of the patch"),
         (["--model", "vit_test"], "is unknown"),
         (["--pred_ratio", "0.3"], "give a width for each"),
         (["--pred_ratio", "0.1", "--pred_ratio_var", "0.2"], "must lie in"),

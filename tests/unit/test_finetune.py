@@ -22,7 +22,7 @@ from commands import accuracy, call, pretrained
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.probe import Probe, pooled
 from models_mae_pl import MODELS, MaskedAutoencoderViT
-from models_vit import DistilledVisionTransformer
+from models_vit import DEIT_DISTILLED
 from util.data.pixels import Pixels
 from util.data.sources.layouts import class_names
 from util.evaluate.accuracy import classification
@@ -331,7 +331,7 @@ def test_the_labels_tokens_are_those_of_the_pretraining(tmp_path, capsys):
 def test_a_pretrained_encoder_in_deit_with_its_second_token(pos_embed):
     mae = MODELS["mae_test"](img_size=(32, 32), pos_embed=pos_embed)
     state = Checkpoint("x.pth", mae.state_dict(), {"model": "mae_test"})
-    deit = DistilledVisionTransformer(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
+    deit = DEIT_DISTILLED(img_size=(32, 32), num_classes=5, **tiny.ENCODER)
     transfer.init_encoder(deit, state, "zero")
     if pos_embed == "sincos":
         own, theirs = deit.pos_embed[0], mae.pos_embed[0]
@@ -485,10 +485,8 @@ def test_mixup_mixes_class_targets_only():
 
 
 def test_distillation_learns_the_teachers_answer():
-    from models_vit import DistilledVisionTransformer
-
     torch.manual_seed(0)
-    student = DistilledVisionTransformer(
+    student = DEIT_DISTILLED(
         img_size=(32, 32), patch_size=(8, 8), dim=32, depth=1, num_heads=2, num_classes=5
     )
     for head in (student.head, student.head_dist):
@@ -582,7 +580,7 @@ def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
     by = lambda m, s: (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]  # noqa: E731
     assert torch.allclose(teacher(by(mean, std)), model(by((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))), atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"--distill_checkpoint .* knows the classes .*, the data have .*: fine-tune"
+        ValueError, match=r"`distill_checkpoint` .* knows the classes .*, the data have .*: fine-tune"
     ):
         build_teacher("vit_test", str(file), classes=saved.classes[::-1], **options)
 
@@ -689,7 +687,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
     if not stored:
         assert (
             code == 2
-            and "tells 5 classes apart, and there are 3 in the data" in text
+            and "distinguishes 5 classes, and there are 3 in the data" in text
             and "by --classes" in text
         )
         (tmp_path / "names.txt").write_text("# of the outputs\n" + "\n".join(known) + "\n")
@@ -715,7 +713,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path, capsys, stored):
     problem = (
         "knows owl, bee, cat, ant, dog, and the data have elk"
         if stored
-        else "5 classes apart, and there are 3 given"
+        else "5 classes, and there are 3 given"
     )
     assert code == 2 and problem in text
 
@@ -798,7 +796,7 @@ def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
     code, text = call(
         main_finetune, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth"
     )
-    assert code == 2 and "knows dark, light, and the data have bright beyond these" in text
+    assert code == 2 and "knows dark, light, and the data have bright in addition" in text
     code, text = call(main_finetune, capsys, *common, "--classes", tmp_path / "data")
     assert code == 2 and "--classes names the outputs of a model for --eval" in text
     listed = tmp_path / "twice.txt"

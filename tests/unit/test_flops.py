@@ -15,7 +15,8 @@ import main_pretrain
 import main_sere
 import tiny  # noqa: F401 (registers mae_test, vit_test and sere_test)
 from benchmarks.step import training_flops
-from layers.positional import PositionalHead
+from layers.contract import Labels
+from layers.positional.head import PositionalHead
 from layers.transformer import Block, run_blocks
 from models_mae_pl import MODELS
 from processes import assert_same, last, ranks
@@ -85,7 +86,10 @@ def test_work_that_backward_repeats_is_no_work_of_the_model(amp, reentrant):
 def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
     """As the head does them: two projections a token, one merged matrix a pair; three products each with gradients."""
     B, D, grid, offsets = 2, 16, (2, 3), 3 * 5  # the sweep multiplies 16, which is faster
-    head, x = PositionalHead(D, grid, "rpl", rpl_pairs=pairs), torch.randn(B, 6, D, requires_grad=True)
+    head, x = (
+        PositionalHead(D, grid, Labels("rpl", rpl_pairs=pairs)),
+        torch.randn(B, 6, D, requires_grad=True),
+    )
     macs = B * 6 * 2 * (D // 2) ** 2  # q and k
     macs += B * 6 * (pairs or 6) * (D // 2) * (offsets + 1)
     macs += offsets * (D // 2) ** 2 + offsets * D // 2  # classifier and second linear merged, weight and bias

@@ -20,7 +20,7 @@ from benchmarks.scaling import (
     sent_bytes,
 )
 from benchmarks.step import MASK_RATIO, TimmMAE, training_flops
-from models_mae_pl import MODELS, MaskedAutoencoderViT
+from models_mae_pl import MAE_VIT, MODELS
 
 MB = 2**20
 FREE = Network(node=float("inf"), card=float("inf"), latency=0.0)
@@ -128,9 +128,9 @@ def test_units_are_the_whole_model():
 def pair():
     """Our model, and the peer of timm blocks with the same weights."""
     torch.manual_seed(0)
-    ours = MaskedAutoencoderViT(
-        (64, 64),
-        (8, 8),
+    ours = MAE_VIT(
+        img_size=(64, 64),
+        patch_size=(8, 8),
         dim=48,
         depth=2,
         num_heads=3,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from layers.positional.draws import draws_of
 from util import dist
 from util.evaluate.accuracy import classification
 from util.evaluate.passes import mean_terms
@@ -25,7 +26,7 @@ def make_eval_fn(
     def eval_fn(model, batch):
         terms = {}
         if positions:
-            logits, terms = model(batch["image"], positions=True)
+            logits, terms = model(batch["image"], positions=True, draws=draws_of(batch))
         else:
             logits = model(batch["image"])
         if columns is not None:

@@ -7,8 +7,9 @@ at once.
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from layers.positional import label_choices
 from util.flags.parser import COUNT, SHARE, number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -141,8 +142,10 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
         choices=["none", "sincos", "learned"],
         help="positional embedding of the encoder",
     )
-    labels = ["none", "apl", "rpl", "apl+rpl"]
-    label_help = "positional labels: absolute (apl), relative (rpl) or both"
+    labels = list(label_choices())
+    label_help = (
+        "positional labels: absolute (apl), relative (rpl), both, or a control (shuffled, shuffled_fixed)"
+    )
     tokens: str | None = "half"
     tokens_help = "share of the channels that the label head reads"
     if pos_label == "auto":
@@ -164,17 +167,6 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
         metavar="N",
         help="RPL partners per query and step; 0 takes all pairs",
     )
-
-
-# --so_* flags and the keywords of layers.second_order.SecondOrderHead.
-SECOND_ORDER_FLAGS = {
-    "so_dims": "dims",
-    "so_heads": "heads",
-    "so_fusion": "fusion",
-    "so_alpha": "alpha",
-    "so_iters": "iters",
-    "so_dropout": "dropout",
-}
 
 
 def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
@@ -225,65 +217,6 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
         metavar="P",
         help="dropout of the second-order feature; 0 if not given, 0.5 in so_vit_14 and so_vit_19",
     )
-
-
-def second_order_options(flags: dict) -> dict:
-    """Keywords of SecondOrderHead from those --so_* flags that have a value."""
-    return {
-        keyword: flags[name] for name, keyword in SECOND_ORDER_FLAGS.items() if flags.get(name) is not None
-    }
-
-
-class Stored(Protocol):
-    """A checkpoint in memory (util.weights.types.Checkpoint)."""
-
-    path: str
-    model: dict
-    args: dict
-
-
-def resolve_head(given: dict, model: str, saved: Stored | None) -> dict:
-    """--head, --so_* and --patch_embed: as given, else as in the checkpoint `saved` that goes on.
-
-    --head then has a value, and --patch_embed where it is conv; None is the model's own. Raises ValueError where --head is
-    not that of the checkpoint, and on --so_* flags that belong to another head.
-    """
-    before, weights = (saved.args, saved.model) if saved is not None else ({}, {})
-    flags = {
-        name: before.get(name) if given.get(name) is None else given[name]
-        for name in ("head", "patch_embed", *SECOND_ORDER_FLAGS)
-    }
-    if any(name.startswith("head.") for name in weights):
-        found = "second_order" if "head.pool.start" in weights else "linear"
-        if given.get("head") not in (None, found):
-            raise ValueError(
-                f"{saved.path} was trained with --head {found}, found --head {given['head']}: leave --head out, or "
-                "choose another --output_dir"
-            )
-        flags["head"] = found
-    so_vit = model.startswith("so_vit_")
-    flags["head"] = flags["head"] or ("second_order" if so_vit else "linear")
-    flags["patch_embed"] = flags["patch_embed"] or ("conv" if so_vit else None)
-    if flags["head"] == "linear" and second_order_options(given):
-        name = next(name for name in SECOND_ORDER_FLAGS if given.get(name) is not None)
-        raise ValueError(f"--{name} belongs to --head second_order, but the head is linear")
-    return flags
-
-
-def head_options(model: str, flags: dict) -> dict:
-    """Keywords of a model's builder from what `resolve_head` gives; ValueError where the model does not take them."""
-    options = {}
-    if flags["patch_embed"] is not None:
-        if model.startswith(("swin_", "timm/")):
-            raise ValueError(
-                f"--patch_embed belongs to vit_*, deit_* and so_vit_* models; {model} has its own embedding"
-            )
-        options["patch_embed"] = flags["patch_embed"]
-    if flags["head"] == "second_order":
-        options["second_order"] = second_order_options(flags)
-    elif model.startswith("so_vit_"):
-        options["second_order"] = None
-    return options
 
 
 def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, channel: float) -> None:

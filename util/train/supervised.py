@@ -4,10 +4,13 @@ teacher.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.positional.draws import draws_of
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,13 @@ class SupervisedLoss:
     def __call__(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its terms: class, distill, and those of the label head."""
         images, target = self.augment(batch["image"], batch["label"])
-        options = {}
+        options: dict[str, Any] = {}
+        if self.positions:
+            options = {"positions": True, "draws": draws_of(batch)}
         if self.teacher is not None:
             options["distillation"] = True
         positions: dict[str, Tensor] = {}
-        logits = model(images, positions=self.positions, **options)
+        logits = model(images, **options)
         if self.positions:
             logits, positions = logits
         terms = {}
