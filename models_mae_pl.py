@@ -39,6 +39,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"`mask_ratio` must lie in [0, 1), found {mask_ratio}")
+    # Rounded down, as in MAE.
     n = int(num_patches * (1 - mask_ratio))
     if n < 1:
         raise ValueError(f"`mask_ratio` {mask_ratio} leaves none of {num_patches} patches visible: lower it")
@@ -174,7 +175,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         patches = patches.float()
         if not self.norm_pix_loss:
             return patches
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (B, k, 1)
         return (patches - mean) / (var + 1.0e-6) ** 0.5
 
     def relation_losses(

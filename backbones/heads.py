@@ -47,10 +47,16 @@ def resolve_head(given: dict[str, Any], model: str, saved: Checkpoint | None) ->
     # A linear embedding need not be said, and Swin and timm's models do not take the option.
     if flags["patch_embed"] is None and usual.get("patch_embed", "linear") != "linear":
         flags["patch_embed"] = usual["patch_embed"]
-    if flags["head"] == "linear" and second_order_options(given):
-        name = next(name for name in SECOND_ORDER_FLAGS if given.get(name) is not None)
-        raise ValueError(f"`{name}` belongs to `head` second_order, but the head is linear")
+    if flags["head"] == "linear":
+        _check_linear(given)
     return flags
+
+
+def _check_linear(given: dict[str, Any]) -> None:
+    # Only flags that are given now: a checkpoint may store those of an earlier head.
+    for name in SECOND_ORDER_FLAGS:
+        if given.get(name) is not None:
+            raise ValueError(f"`{name}` belongs to `head` second_order, but the head is linear")
 
 
 def _stored_head(saved: Checkpoint | None) -> str:
@@ -86,6 +92,7 @@ def head_options(model: str, flags: dict[str, Any]) -> dict[str, Any]:
         options["patch_embed"] = flags["patch_embed"]
     if flags["head"] == "second_order":
         options["second_order"] = second_order_options(flags)
+    # A model whose usual head is second-order must be told that its head is linear.
     elif usual["second_order"] is not None:
         options["second_order"] = None
     return options

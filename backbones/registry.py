@@ -49,6 +49,7 @@ def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = 
     and the data's classes have ImageNet names, else the data's own. Raises ValueError if their number is not
     that of the outputs, or if a class of the data is not among them.
     """
+    # None for a head that is not linear: its outputs are not in a bias of that name.
     outputs = _num_outputs(saved)
     known = given or saved.classes or _imagenet_classes(outputs, data)
     if known is None and _numbers_out_of_order(data):

@@ -328,6 +328,7 @@ def timm_model(name: str, trunk: TimmTrunk, heads: Heads) -> TimmClassifier:
         required["drop_path_rate"] = trunk.drop_path
     else:
         optional["drop_path_rate"] = trunk.drop_path
+    # Models without a size of their own, e.g. convolutional ones, do not know `img_size`: hence optional.
     backbone = _create(name, required, optional)
     if trunk.pos_embed == "none":
         _remove_pos_embed(backbone, name)

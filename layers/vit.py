@@ -97,12 +97,14 @@ class ViTBackbone(nn.Module):
             return None
         if kind == "sincos":
             return nn.Parameter(sincos_2d(self.dim, self.grid, self.num_prefix), requires_grad=False)
+        # Learned: ViT's initialisation.
         table = torch.zeros(1, self.num_prefix + self.grid[0] * self.grid[1], self.dim)
         return nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> all tokens after the final norm (B, num_prefix + L, C)."""
-        return self.norm(self.forward_blocks(self.patch_embed(x), self.grid))
+        x = self.patch_embed(x)  # (B, L, C)
+        return self.norm(self.forward_blocks(x, self.grid))
 
     def forward_tokens(
         self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
@@ -152,6 +154,7 @@ class ViTBackbone(nn.Module):
 
         The final norm counts as a head, as in MAE and BEiT.
         """
+        # E.g. blocks.3.attn.qkv.weight
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         if name.startswith(("patch_embed.", "pos_embed", *self.prefix_names)):

@@ -40,7 +40,8 @@ class AbsoluteLabel(LabelKind):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, L)."""
-        return self.classifier(self.fc2(F.gelu(self.fc1(tokens[..., : self.width]))))
+        hidden = F.gelu(self.fc1(tokens[..., : self.width]))  # (B, n, D/2)
+        return self.classifier(self.fc2(hidden))
 
     def targets(self, ids: Tensor, draws: Draws | None) -> Tensor:
         """The labels of the cells `ids` (B, n): the cells themselves."""
