@@ -163,9 +163,8 @@ def fit(
     session.log.truncate(first_epoch)
     if first_epoch >= budget.epochs:
         dist.print_rank0(
-            f"all {budget.epochs} epochs are done already: nothing to do (raise the number of epochs, or "
-            f"choose "
-            "another output folder)"
+            f"all {budget.epochs} epochs are done already: nothing to do (raise the number of epochs, "
+            "or choose another output folder)"
         )
         return True
     session.log.peak_flops = peak_flops(

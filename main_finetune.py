@@ -55,8 +55,7 @@ def get_args_parser() -> Parser:
     add_eval_flags(g)
     classes = (
         "names of the model's outputs, for --eval on some of its classes: a list, or a folder with all of "
-        "them; "
-        "not needed for ImageNet's classes, nor for files that store the names"
+        "them; not needed for ImageNet's classes, nor for files that store the names"
     )
     g.add_argument("--classes", default="", metavar="PATH", help=classes)
     crop = "side of the centre crop, as a share of the resized image"
@@ -71,7 +70,9 @@ def add_model_flags(g) -> None:
     )
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
-    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decide")
+    g.add_argument(
+        "--nb_classes", default=None, type=int, help="number of classes; the data must have as many"
+    )
     g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
     average = (
         "classify the mean of the patch tokens (default, except for DeiT, So-ViT and second-order heads)"
@@ -84,8 +85,7 @@ def add_model_flags(g) -> None:
     )
     embed = (
         "patch embedding of vit_* and deit_* (linear by default) and so_vit_* (conv); conv cannot start "
-        "from a "
-        "masked autoencoder"
+        "from a masked autoencoder"
     )
     g.add_argument("--patch_embed", default=None, choices=["linear", "conv"], help=embed)
     merge = "keep Swin's last patch merging (7x7 cells at 224)"
@@ -154,13 +154,13 @@ class Start:
 
     @property
     def trained(self) -> dict:
-        """The stored flags that tell how the model was trained; {} from scratch."""
+        """The flags of the training that the checkpoint stores; {} from scratch."""
         return stored_flags(self.resume or self.pretrained)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What flags may leave open, resolved: classes in the order of the outputs, labels, and head."""
+    """Settings that flags may leave open: classes in the order of the outputs, labels, and head."""
 
     classes: list[str]
     labels: dict[str, str]
@@ -235,14 +235,13 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.ema and args.strategy == "fsdp":
         raise ValueError(
-            "--ema keeps a whole copy of the weights and is not made for --strategy fsdp: drop one of them"
+            "--ema keeps a whole copy of the weights and does not work with --strategy fsdp: leave one out"
         )
     richer = args.aa or args.color_jitter
     if not args.eval and args.cache_data == "device" and richer:
         raise ValueError(
             "--cache_data device cuts one crop of an image and flips it; RandAugment and colour jitter do "
-            "more: "
-            "give --cache_data memory, or --aa '' without --color_jitter"
+            "more: give --cache_data memory, or --aa '' without --color_jitter"
         )
 
 
@@ -253,7 +252,7 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         raise ValueError("--dry_run plans training, and --eval does not train: leave one of them out")
     if args.classes and not args.eval:
         raise ValueError(
-            "--classes names the outputs of a model for --eval; in training the data's class folders do"
+            "--classes names the outputs of a model for --eval; in training the class folders do: leave it out"
         )
     folder = os.path.dirname(os.path.abspath(args.predictions))
     if args.predictions and not os.path.isdir(folder):
@@ -271,7 +270,7 @@ def find_start(args: argparse.Namespace) -> Start:
     finetune = args.finetune or before.get("finetune", "")
     new_parameters = before.get("new_parameters")
     pretrained = None
-    # Older checkpoints do not store the new parameters; then the encoder's file tells.
+    # Older checkpoints do not store the new parameters. They are then read from the encoder's file.
     needed = resume is None or (args.partial is not None and new_parameters is None)
     if finetune and needed:
         pretrained = checkpoint.load(finetune)
@@ -289,8 +288,7 @@ def build_data(args: argparse.Namespace, setup: Setup):
     if not hasattr(val, "index"):
         raise ValueError(
             f"--data_path {args.data_path}: timm's readers serve pretraining only; a classifier needs class "
-            f"folders "
-            "or tars"
+            "folders or tars"
         )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
@@ -329,7 +327,7 @@ def describe_evaluation(val, size: tuple[int, int], crop_pct: float | None) -> N
 
 
 def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices:
-    """Resolve what the flags leave open by the checkpoint at the start and the data."""
+    """Resolve what the flags leave open, from the checkpoint at the start and from the data."""
     classes = resolve_classes(args, start, data)
     labels = resolve_labels(args, start.trained)
     return Choices(classes, labels, resolve_head(vars(args), args.model, start.resume))
@@ -338,9 +336,9 @@ def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices
 def resolve_labels(args: argparse.Namespace, trained: dict) -> dict[str, str]:
     """Return --pos_label and --pos_tokens.
 
-    --pos_label auto is the checkpoint's when fine-tuning or continuing, and none from scratch and for
-    evaluation. --pos_tokens, if not given, are the checkpoint's as well, because its label head has learned
-    from these.
+    --pos_label auto is the checkpoint's label in fine-tuning and resuming, and none from scratch and for
+    evaluation. --pos_tokens, if not given, is the checkpoint's as well, because its label head has learned
+    from these channels.
     """
     label = args.pos_label
     if label == "auto":
@@ -365,8 +363,7 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
             f"{start.resume.path} was trained on the classes {some_names(start.resume.classes)}, the data "
-            f"have "
-            f"{some_names(classes)}: give the data that it was made with, or another --output_dir"
+            f"have {some_names(classes)}: give the data that it was made with, or another --output_dir"
         )
     if args.nb_classes not in (None, len(classes)):
         raise ValueError(
@@ -381,10 +378,8 @@ def check_convolutional_start(start: Start) -> None:
     if "patch_embed.stem.0.weight" not in start.pretrained.model:
         raise ValueError(
             f"--patch_embed conv cannot start from {start.finetune}: its encoder learned from patches that "
-            f"were "
-            "embedded one by one, most of them masked; a token of this embedding sees 33x33 pixels, masked "
-            "ones "
-            "among them. Leave --finetune out, or choose --patch_embed linear"
+            "were embedded one by one, most of them masked; a token of this embedding sees 33x33 pixels, "
+            "including masked ones. Leave --finetune out, or choose --patch_embed linear"
         )
 
 

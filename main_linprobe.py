@@ -64,7 +64,9 @@ def add_model_flags(g) -> None:
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
-    g.add_argument("--nb_classes", default=None, type=int, help="checked against the data, which decide")
+    g.add_argument(
+        "--nb_classes", default=None, type=int, help="number of classes; the data must have as many"
+    )
     kinds = ["auto", "none", "sincos", "learned"]
     g.add_argument(
         "--pos_embed", default="auto", choices=kinds, help="auto: as the checkpoint was pretrained"
@@ -109,7 +111,7 @@ from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint
 
-LOST = 100  # times the loss of guessing
+LOST = 100  # times the chance level of the loss
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -118,9 +120,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     if args.eval and (args.knn or args.dry_run or not args.resume):
         raise ValueError(
-            "--eval needs --resume FILE, a trained probe beside the encoder of --finetune, and goes with "
-            "neither --knn "
-            "nor --dry_run"
+            "--eval needs --resume FILE, a trained probe, in addition to the encoder of --finetune; it does "
+            "not work with --knn or --dry_run"
         )
     if args.knn and args.dry_run:
         raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
@@ -140,15 +141,15 @@ def check_head_flags(args: argparse.Namespace) -> None:
     if args.head == "second_order":
         if args.knn or args.cached:
             raise ValueError(
-                "--head second_order reads all tokens while it learns: it goes with neither --knn nor "
-                "--cached"
+                "--head second_order reads all tokens while it learns, so it does not work with --knn or "
+                "--cached: leave them out"
             )
     elif second_order_options(vars(args)):
         raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
 
 
 def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.Namespace:
-    """Return the flags; if a probe is evaluated, those that are not given are as it was trained."""
+    """Return the flags; with --eval, those that are not given are those of the training of the probe."""
     before = {}
     if args.eval:
         before = start.args
@@ -156,7 +157,7 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
             resolved[name] = before[name]
-    # A head each: the grid must be the trained one.
+    # Each rate has its own head, so the grid must be the trained one.
     if before.get("lr_grid") is not None:
         resolved["lr_grid"] = before["lr_grid"]
     return argparse.Namespace(**vars(args) | resolved)
@@ -178,7 +179,7 @@ class Features:
 
 @dataclass
 class Probing(Objective):
-    """Sum of the heads' cross-entropies. Their gradients do not meet: each head learns as if it were alone.
+    """Sum of the heads' cross-entropies. Heads share no parameters, so each one learns as if it were alone.
 
     `features` maps a batch's images to what the heads take. `names` are those of the heads, by their learning
     rates.
@@ -196,8 +197,8 @@ class Probing(Objective):
         """Return the summed loss; `loss_head` is the lowest loss among the heads.
 
         A step of LARS grows with the weights, not with the gradient, so that a head at too high a rate grows
-        without end. A head that is LOST times worse than guessing learns no more, and its overflow cannot end
-        the others.
+        without end. A head whose loss exceeds LOST times the chance level stops learning, so that its
+        overflow cannot stop the others.
         """
         logits = model(self.features(batch["image"]))  # (heads, B, classes)
         losses = torch.stack([F.cross_entropy(head.float(), batch["label"]) for head in logits])
@@ -243,11 +244,11 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     norm.
     """
     if find(args.model).own_positions:
-        # How these embed positions, and what they pool, is their own.
+        # These models embed positions and pool tokens in their own way.
         options = trained_options(state.args)
     else:
-        # What the encoder learned with is what it is probed with. Pooling by class token keeps its final
-        # norm, for the patch tokens too.
+        # The encoder is probed with the embeddings that it was trained with. Pooling by class token keeps its
+        # final norm, for the patch tokens too.
         options = {"pos_embed": "none", "pool": "cls"}
         if "pos_embed" in state.model:
             options["pos_embed"] = "learned"
@@ -367,8 +368,8 @@ def report_knn(
     accuracies = "  ".join(f"k={k} {stats[f'knn{k}_{pool}']:.3f}" for k in correct)
     dist.print_rank0(
         f"* kNN {pool}: {accuracies}  ({len(bank)} training and {images} validation images; effective rank "
-        f"{rank:.1f} "
-        f"of {bank.shape[1]}; features in {setup.precision}, similarities in {products(setup.device)})"
+        f"{rank:.1f} of {bank.shape[1]}; features in {setup.precision}, "
+        f"similarities in {products(setup.device)})"
     )
     return stats | {f"effective_rank_{pool}": rank}
 

@@ -230,7 +230,7 @@ class Evaluation:
         return {f"test_{name}": value for name, value in stats.items()}
 
     def losses(self, model: MaskedAutoencoderViT, loss_fn) -> dict[str, float]:
-        """Return the losses on the validation images; print them beside their chance levels."""
+        """Return the losses on the validation images; print them with their chance levels."""
         stats = mean_terms(model, loss_fn, self.val_loader, self.setup)
         images = stats.pop("images")
         terms = []
@@ -323,13 +323,12 @@ def check_flags(args: argparse.Namespace) -> None:
     relations = relation_weights(args)
     if args.strategy == "fsdp" and relations:
         raise ValueError(
-            "--strategy fsdp does not go with --sr_spatial and --sr_channel: their teacher averages whole "
-            "parameters; "
-            "leave it out"
+            "--strategy fsdp does not work with --sr_spatial and --sr_channel, whose teacher averages whole "
+            "parameters: leave it out"
         )
     if args.dct_scaling and relations and args.sr_views == "two":
         raise ValueError(
-            "--dct_scaling crops one view and does not go with --sr_views two: leave one of them out"
+            "--dct_scaling crops one view and does not work with --sr_views two: leave one of them out"
         )
 
 
@@ -356,9 +355,7 @@ def build_data(args: argparse.Namespace, setup: Setup):
             f"again"
         )
     if val is None:
-        dist.print_rank0(
-            "no val images beside the training images: pictures show training images, nothing is evaluated"
-        )
+        dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")
         return loader, None
     return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
 
@@ -399,7 +396,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))
-    # Class and mask token are decayed as in MAE, so that its own files continue with the same groups.
+    # Class and mask token are decayed as in MAE, so that MAE's files continue with the same groups.
     optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     dist.print_rank0(
         f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "

@@ -168,7 +168,7 @@ class SelfDistillation(Objective):
         self._update = MomentumUpdate(self.teacher, self.student)
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Schedule the weight decay of an optimizer's groups; those without decay, biases and norms, stay so.
+        """Schedule the weight decay of an optimizer's groups, except that biases and norms have no decay.
 
         Groups are remembered by number: loading a checkpoint replaces the optimizer's group dictionaries.
         """
@@ -262,8 +262,7 @@ def mask_ranges(args: argparse.Namespace) -> list[tuple[float, float]]:
     if len(args.pred_ratio) != len(args.pred_ratio_var):
         raise ValueError(
             f"--pred_ratio has {len(args.pred_ratio)} values and --pred_ratio_var "
-            f"{len(args.pred_ratio_var)}: "
-            "give a width for each"
+            f"{len(args.pred_ratio_var)}: give a width for each"
         )
     ranges = [(ratio - width, ratio + width) for ratio, width in zip(args.pred_ratio, args.pred_ratio_var)]
     if any(not 0 <= low <= high <= 1 for low, high in ranges):
@@ -367,7 +366,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))
-    # Weight decay is 1 here, to tell decayed groups from others; its schedule sets the value before each
+    # Weight decay is 1 here to mark the groups that are decayed; its schedule sets the value before each
     # update.
     optimizer = adamw(param_groups(model, 1.0, model.no_weight_decay()), lr, betas=(0.9, 0.999))
     objective.use(optimizer)

@@ -44,7 +44,7 @@ def resolve_head(given: dict[str, Any], model: str, saved: Checkpoint | None) ->
         flags["head"] = stored
     usual = find(model).options
     flags["head"] = flags["head"] or _head_kind(usual)
-    # A linear embedding need not be said, and Swin and timm's models do not take the option.
+    # A linear embedding need not be named, and Swin and timm's models do not take the option.
     if flags["patch_embed"] is None and usual.get("patch_embed", "linear") != "linear":
         flags["patch_embed"] = usual["patch_embed"]
     if flags["head"] == "linear":

@@ -224,7 +224,7 @@ class SwinTrunk:
 class SwinTransformer(Classifier, nn.Module):
     """The paper's Swin classifier, with timm's parameter names but for the class head (`head.fc` in timm).
 
-    There is no positional parameter but the conditional encoding; merging, shifting and zero padding still
+    The conditional encoding is the only positional parameter; merging, shifting and zero padding still
     reveal something about positions. In the paper's last stage the window is the whole grid. There is no
     class token: `pool` is "avg", over tokens after the final norm. `dim` and `grid` are those of the last
     stage. Raises ValueError as `Classifier.init_classifier` does, and if the patches do not fill the image.

@@ -32,8 +32,8 @@ def build_teacher(
 
     `distill` is the name of a model whose weights are in the file `distill_checkpoint`, or, if that is '', a
     model of timm with its published weights. The teacher takes images normalised with the student's `mean`
-    and `std`, whatever its own are. Raises ValueError if its classes are not the data's `classes`, in their
-    order, and if it does not take images of that size.
+    and `std`, and converts them to its own statistics. Raises ValueError if its classes are not the data's
+    `classes`, in their order, and if it does not take images of that size.
     """
     given = Statistics(mean, std)
     teacher: Any

@@ -59,7 +59,7 @@ class WithoutNative(ImageDataset):
     """The same samples, decoded as on a machine without the native library."""
 
     def __getitem__(self, item):
-        # Replaced for each sample: other data sets of this process go on using the library.
+        # Replaced for each sample: other data sets of this process still use the library.
         library = native.library
         native.library = lambda: None
         try:

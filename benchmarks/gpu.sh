@@ -110,7 +110,7 @@ run_rpl() {
     stage rpl 60 $PY benchmarks/run.py rpl --device $DEV --amp "$(pick bf16 fp32)" --rounds "$(pick 5 1)" \
         --json "$OUT/rpl.json" --naive_batch "$(pick 16 1)" --batch_sizes $(pick "128 256" 1) --step_batch "$(pick 128 1)"
 }
-to_log() {  # NAME: write the figures to the log as one line, so that there is no further file to copy
+to_log() {  # NAME: write the figures to the log as one line, so that no other file needs to be copied
     [ ! -e "$WORK/$1.json" ] || { tr -d '\n' < "$WORK/$1.json"; echo; } >> "$LOG"
 }
 run_data() {

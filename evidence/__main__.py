@@ -1,11 +1,11 @@
 """The claims of the positional-label paper, tested by experiments over several seeds.
 
-    python -m evidence list                                  # experiments, the number of runs, claims and
-    verdicts python -m evidence run mae supervised_vit --data DIR --results OWN   # data:
-    DIR/mini_imagenet20/{train,val}.tar python -m evidence run mae --data DIR --missing          # only the
-    runs that results/mae.json does not have python -m evidence collect mae                           #
-    runs/evidence/mae -> evidence/results/mae.json and logs python -m evidence write
-    # evidence/results -> the tables of RESULTS.md
+    python -m evidence list                             # experiments, numbers of runs, claims and verdicts
+    python -m evidence run mae supervised_vit --data DIR --results OWN
+                                                        # data: DIR/mini_imagenet20/{train,val}.tar
+    python -m evidence run mae --data DIR --missing     # only the runs that results/mae.json does not have
+    python -m evidence collect mae                      # runs/evidence/mae -> evidence/results/mae.json, logs
+    python -m evidence write                            # evidence/results -> the tables of RESULTS.md
 
 An experiment is a recipe, evidence/recipes/NAME.args: the flags of a main, a --sweep over seeds and settings,
 and follow-up runs. `run` gives it to the launcher of sweeps with --cluster local, and does not repeat

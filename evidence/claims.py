@@ -117,7 +117,7 @@ def over_scratch(experiment: str, scratch: Setting) -> Contrast:
     return Contrast(
         f"{experiment}: MAE (PE), fine-tuned with PE - scratch with PE",
         plain_mae(experiment),
-        # Training from scratch is no follow-up run, so that its figure has no prefix.
+        # Training from scratch is not a follow-up run, so its figure has no prefix.
         (scratch,),
         "finetune/test_acc1",
         minus_metric="test_acc1",
@@ -137,7 +137,7 @@ def over_mae(experiment: str, label: str, then: str, metric: str) -> Contrast:
 
 def pretrained_label(experiment: str, pos_embed: str) -> Contrast:
     """What APL adds in pretraining, against encoders with PE or without; all are fine-tuned with PE + APL."""
-    # The second fine-tuning of these experiments is the one with APL, whatever the pretraining had.
+    # The second fine-tuning of these experiments is the one with APL, also after a pretraining without it.
     other = {"sincos": "MAE (PE)", "none": "neither in pretraining"}[pos_embed]
     return Contrast(
         f"{experiment}: MAE + apl - {other}, both fine-tuned with PE + apl",

@@ -239,7 +239,7 @@ def refuse_above_limit(difference: float, path: str, name: str) -> None:
 
 @contextlib.contextmanager
 def appears_whole(out: str, path: str) -> Iterator[str]:
-    """Yield a temporary name beside `out`, which becomes `out` at the end unless an error was raised.
+    """Yield a temporary name next to `out`, which becomes `out` at the end unless an error was raised.
 
     Raises ValueError if `out` is a folder or the file `path` itself.
     """

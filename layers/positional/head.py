@@ -53,7 +53,7 @@ class PositionalHead(nn.Module):
         if dim % 4:
             raise ValueError(f"positional labels need a token width that is a multiple of 4, found {dim}")
         self.grid = grid
-        # In the order of LABELS, whatever the order in `pos_label`: random initialisation depends on it.
+        # In the order of LABELS, not in that of `pos_label`: random initialisation depends on the order.
         for name, kind in LABELS.items():
             if name in kinds:
                 self.add_module(name, kind(dim, grid, options))

@@ -71,7 +71,7 @@ class _SweptPairLoss(torch.autograd.Function):
 
     One sweep over chunks of pairs computes the loss and the gradients together: g = gelu(q_i + k_j), logits =
     g W^T + b, d_logits = softmax - onehot. Only the finished gradients are kept for backward. They are in
-    float32, whatever the precision of the products, and unscaled: a mean over B*n*m pairs inside the sweep
+    float32, even if the products are not, and unscaled: a mean over B*n*m pairs inside the sweep
     would underflow in float16.
     """
 

@@ -1120,5 +1120,5 @@ def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr(listing, "_member_name", lambda name: os.fsencode(os.path.normpath(name)))
         build_index(path, labels=False)  # leaves a listing with the class ""
-    with pytest.raises(ValueError, match=r"9 images and no classes: delete the \.index\.npz beside it"):
+    with pytest.raises(ValueError, match=r"9 images and no classes: delete the \.index\.npz next to it"):
         build_index(path)

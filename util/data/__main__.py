@@ -1,8 +1,9 @@
 """Measure, check and repack images.
 
-python -m util.data stats PATH     mean and standard deviation per channel python -m util.data check PATH
-list unreadable images; exit code 1 if there are any python -m util.data repack PATH TARGET [--long_side 500]
-shards that load faster; see util/data/sources/repack.py
+python -m util.data stats PATH      # mean and standard deviation per channel
+python -m util.data check PATH      # list unreadable images; exit code 1 if there are any
+python -m util.data repack PATH TARGET [--long_side 500]
+                                    # shards that load faster; see util/data/sources/repack.py
 """
 
 import argparse

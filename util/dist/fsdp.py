@@ -131,7 +131,7 @@ def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> Non
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Lend a whole model with the current weights, any part of which every rank may run independently.
+    """Lend a whole model with the current weights; every rank may run any part of it independently.
 
     This is the model itself if it is not sharded. A sharded model cannot be used so: each of its forward
     passes must run on all ranks together. All ranks must enter the context together.

@@ -1,1 +1,1 @@
-"""What a model is worth: accuracies, nearest neighbours, spectra."""
+"""Evaluation of models: accuracy, nearest neighbours, effective rank."""

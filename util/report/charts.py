@@ -265,7 +265,7 @@ def _draw_confusion(figure: Figure, axes: Axes, confusion: Confusion) -> None:
     high = confusion.first + len(confusion.shares) - 0.5
     heat = axes.imshow(100 * confusion.shares, vmin=0, cmap="viridis", extent=(low, high, high, low))
     axes.set_title(f"{confusion.name}, % of the true one", fontsize=9)
-    axes.set_xlabel("said", fontsize=8)
+    axes.set_xlabel("predicted", fontsize=8)
     axes.set_ylabel("true", fontsize=8)
     figure.colorbar(heat, ax=axes, shrink=0.8)
 

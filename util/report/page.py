@@ -125,7 +125,7 @@ def _pictures(runs: list[RunRecord]) -> Iterator[str]:
 
 
 def _newest_picture(folder: str) -> str:
-    """The path of a run's picture of the latest epoch, '' if it has none; the names sort by epoch."""
+    """The path of a run's picture of the latest epoch, '' if there is no picture; the names sort by epoch."""
     folder = os.path.join(folder, "pictures")
     if not os.path.isdir(folder):
         return ""

@@ -1,1 +1,1 @@
-"""A run: its log, its checkpoints, its plan, and what stops it."""
+"""A run: its log, its checkpoints, its plan, and its guards."""

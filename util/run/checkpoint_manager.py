@@ -24,8 +24,8 @@ class CheckpointManager:
     are kept; 0 keeps all.
 
     A run that starts later in the same folder takes it over, and the earlier one stops at its next save. So a
-    rank 0 that survived a lost network cannot overwrite the files of its requeued job: of two starts of one
-    SLURM job, the one with the higher SLURM_RESTART_COUNT owns the folder, in any order.
+    rank 0 that survived a network failure cannot overwrite the files of its requeued job: of two starts of
+    one SLURM job, the one with the higher SLURM_RESTART_COUNT owns the folder, in any order.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CheckpointManager:
             return self.me
 
     def _refuse(self, owner: dict, only_newer_restart: bool = False) -> None:
-        """Raise ValueError if the folder belongs to a run that goes before this one."""
+        """Raise ValueError if the folder belongs to a run that takes precedence over this one."""
         if owner["token"] == self.me["token"]:
             return
         same_job = owner["job"] is not None and owner["job"] == self.me["job"]

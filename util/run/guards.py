@@ -80,7 +80,7 @@ class BadImages:
             )
 
     def _list(self, names: list[str]) -> None:
-        """Append names to bad_images.txt that are not in it since an earlier start of the run."""
+        """Append to bad_images.txt the names that earlier starts of the run have not listed."""
         if not self.dir:
             return
         path = os.path.join(self.dir, "bad_images.txt")
@@ -99,7 +99,7 @@ def write_replay(
     accum_iter: int,
     seed: int,
 ) -> None:
-    """Write what reproduces the failing step: its seed and the image indices of all its micro-batches."""
+    """Write what is needed to repeat the failing step: its seed and the images of all its micro-batches."""
     if not dist.is_main() or not output_dir or not hasattr(sampler, "global_batch"):
         return
     first = (error.step - epoch * updates) * accum_iter

@@ -38,7 +38,7 @@ class Log:
     """Collects step metrics and writes them out.
 
     `board` is TensorBoard's writer on rank 0, or None. `chance` holds the chance levels of the metrics that
-    have one; they are printed beside these and written to log.txt. `loss_tag` is the loss's name in
+    have one; they are printed after these and written to log.txt. `loss_tag` is the loss's name in
     TensorBoard, where MAE's names differ: train_loss in pretraining, loss in fine-tuning.
 
     `meters` are the sums of the unfinished epoch. A checkpoint stores them, so that an interrupted epoch

@@ -19,7 +19,7 @@ from util import dist
 from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, matmul_rate, synchronize
 
-WARMUP = 2  # updates before the clock starts: the first ones make handles and fill caches
+WARMUP = 2  # updates before the clock starts: the first ones create handles and fill caches
 STEPS = 8  # updates that are measured
 SECONDS = 20.0  # fewer updates are measured if they would take longer
 DATA_BOUND = 30  # percent of the time spent waiting for data, above which more workers are suggested
@@ -210,8 +210,7 @@ def _disk(run: PlannedRun) -> str:
     free = shutil.disk_usage(existing).free / 2**20
     return (
         f"{run.saved_mb * copies:.0f} MB at most: {run.kept} numbered checkpoints of {run.saved_mb:.1f} MB, "
-        f"the last, "
-        f"and one that is being written; {free:.0f} MB are free"
+        f"the last, and one that is being written; {free:.0f} MB are free"
     )
 
 
@@ -260,7 +259,7 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
 
 
 def _earlier_starts(path: str) -> list[dict]:
-    """Return the starts that an existing run.json tells of; none if it is missing or damaged."""
+    """Return the starts that an existing run.json lists; none if it is missing or damaged."""
     try:
         with open(path) as f:
             before = json.load(f)

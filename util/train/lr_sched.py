@@ -1,4 +1,4 @@
-"""Schedules as pure functions of progress: a resumed run needs no state of theirs."""
+"""Schedules as pure functions of progress, so that a resumed run needs no stored state for them."""
 
 import math
 
@@ -40,6 +40,6 @@ def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
 
 
 def set_lr(optimizer, lr: float) -> None:
-    """Give every parameter group `lr` times its `lr_scale` (layer-wise decay; 1 if the group has none)."""
+    """Give every parameter group `lr` times its `lr_scale` (layer-wise decay; 1 if it is not set)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

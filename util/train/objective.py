@@ -23,15 +23,15 @@ class Objective:
         """Set schedules; `done` is the number of epochs done so far, fractional within an epoch."""
 
     def before_step(self) -> None:
-        """Change gradients when they are complete, unscaled and clipped."""
+        """Change gradients after they are complete, unscaled and clipped."""
 
     def after_step(self, step: int) -> None:
-        """Follow the model after the optimizer's step number `step`, counted from 0."""
+        """Update what follows the model (a teacher, an average) after step number `step`, counted from 0."""
 
     def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
         """Evaluate; return figures for the epoch's line of log.txt. `state.best` may be set here."""
         return {}
 
     def state(self) -> dict[str, nn.Module]:
-        """Return modules that are saved and resumed by name beside the model."""
+        """Return modules that are saved and resumed in addition to the model, by their names."""
         return {}

@@ -23,7 +23,7 @@ LAST = "checkpoint-last.pth"
 
 
 def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
-    """Write `state` so that `path` holds either the old file or the whole new one, whatever happens.
+    """Write `state` so that `path` holds either the old file or the whole new one, even after a crash.
 
     Two processes that may write at the same time each give their own `writer`, which becomes part of the
     temporary file's name. Raises OSError (full disk, quota), which says whether the previous file is intact;

@@ -25,7 +25,7 @@ def init_encoder(model: nn.Module, checkpoint: Checkpoint, pos_embed_init: str) 
 
     - Decoder and mask token are left out, and the head of a Swin, So-ViT or timm classifier.
     - A positional embedding of another grid is resized (bicubic, height and width separately). If the
-      checkpoint has none, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
+      checkpoint lacks it, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
     - A patch embedding of other channels is adapted as in timm.
     - The label heads are taken over if they fit.
 

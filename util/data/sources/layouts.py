@@ -39,7 +39,7 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
 
     The class is the first folder of an image's path. `labels=False` takes every image, loose ones too, with
     label -1. Hidden files and folders (`.name`) are skipped. The listing of tars and large folders is cached
-    beside them if that is writable, and checked against sizes and modification times.
+    next to them if that is writable, and checked against sizes and modification times.
 
     Raises ValueError, with what was found, for a path without images in such a layout.
     """
@@ -226,7 +226,7 @@ def _check_classes(index: ImageIndex, labels: bool) -> None:
     # An earlier version cached such listings: it took the class of /a/1.jpg for "".
     if labels and not index.classes:
         raise ValueError(
-            f"the listing of {place} has {len(index)} images and no classes: delete the .index.npz beside it"
+            f"the listing of {place} has {len(index)} images and no classes: delete the .index.npz next to it"
         )
     if not index.classes:
         return

@@ -46,7 +46,7 @@ def load_listing(cache: str, base: str) -> Listing | None:
 
 
 def save_listing(cache: str, base: str, arrays: Listing) -> None:
-    """Write a listing atomically to `cache`, beside the images, or else to the user's cache.
+    """Write a listing atomically to `cache`, next to the images, or else to the user's cache.
 
     Nothing is written for an empty listing and for one that was changed just now. The images are listed again
     next time if neither place is writable.
