@@ -252,7 +252,7 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         raise ValueError("--dry_run plans training, and --eval does not train: leave one of them out")
     if args.classes and not args.eval:
         raise ValueError(
-            "--classes names the outputs of a model for --eval; in training the class folders do: leave it out"
+            "--classes names the outputs of a model for --eval; in training, class folders do: leave it out"
         )
     folder = os.path.dirname(os.path.abspath(args.predictions))
     if args.predictions and not os.path.isdir(folder):

@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# Real images stand beside the project where someone put them there; tests that want them are skipped elsewhere.
+# The folder of real images. Tests that need them are skipped if it does not exist.
 REAL_DATA = Path(os.environ.get("MAE_PL_TEST_DATA", ROOT.parent / "shared" / "data"))
 torch.set_num_threads(1)
 

@@ -67,7 +67,7 @@ def disturb(main, nan: str | None, kill: str | None) -> None:
 
 
 def forbid_waiting(mode: str) -> None:
-    """From the third update on, whatever waits for the device is an error (or what else set_sync_debug_mode takes).
+    """From the third update on, each wait for the device is an error (or what else set_sync_debug_mode takes).
 
     The first two may wait: they make handles and constants.
     """

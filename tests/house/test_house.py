@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SKIPPED = ("tests", "data", "docs", "runs", "recipes")
 
-# Room -> the rooms that it may import from, beside itself. A file at the top belongs to the room in whose name it ends.
+# Room -> the rooms that it may import from, besides itself. A file at the top belongs to the room in whose name it ends.
 ROOMS = {
     "layers": "",
     "models": "layers",
@@ -76,7 +76,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
-    # A package's name alone is no import of what it holds.
+    # The name of a package alone does not import its contents.
     ours = found & MODULES
     return {name for name in ours if not any(other.startswith(f"{name}.") for other in ours)}
 
@@ -86,7 +86,7 @@ def test_imports_stay_within_the_rooms_below(path):
     room = room_of(name_of(path))
     if room == "util" and path.name != "__init__.py":
         assert len(path.read_text().splitlines()) < 20, (
-            f"{path.name}: util has rooms; what lies beside them only forwards"
+            f"{path.name}: files outside the rooms of util may only forward to them"
         )
     for other in imports(path):
         assert room_of(other) in (room, *ROOMS[room].split()), f"{name_of(path)} imports {other}"

@@ -326,7 +326,7 @@ def test_sincos_table_and_resizing():
     from layers.pos_embed import resize_pos_embed, sincos_2d
 
     table = sincos_2d(32, (2, 3))[0]
-    assert torch.equal(table[0], torch.zeros(32)), "the class token has none"
+    assert torch.equal(table[0], torch.zeros(32)), "the class token has no position"
     for row in range(2):
         for col in range(3):
             expected = []
@@ -336,7 +336,7 @@ def test_sincos_table_and_resizing():
             assert torch.allclose(table[1 + row * 3 + col], torch.tensor(expected), atol=1e-6)
     resized = resize_pos_embed(sincos_2d(32, (6, 6)), (6, 6), (4, 9))
     assert resized.shape == (1, 37, 32) and torch.equal(resized[:, :1], sincos_2d(32, (6, 6))[:, :1])
-    # Row channels vary along rows only, whatever the size: H and W are resized apart.
+    # Row channels vary along rows only, at every size: H and W are resized separately.
     assert torch.allclose(
         resized[0, 1:].reshape(4, 9, 32)[:, 0, 16:], resized[0, 1:].reshape(4, 9, 32)[:, 8, 16:], atol=1e-5
     )

@@ -268,7 +268,7 @@ def test_known_chance_levels():
 
 
 def test_bf16_gradients_stay_close_to_float32():
-    """Accumulation over many chunks happens in float32, whatever the products' precision."""
+    """Accumulation over many chunks happens in float32, also if the products have a lower precision."""
     torch.manual_seed(0)
     head = PositionalHead(32, (8, 8), Labels("rpl"))
     x = torch.randn(40, 64, 32)

@@ -1,4 +1,4 @@
-"""The parts that run in float32 under autocast, whatever the positional embedding.
+"""The parts that run in float32 under autocast, with every positional embedding.
 
 Otherwise encoders would be compared at unequal precision.
 """

@@ -150,7 +150,7 @@ def test_without_overlap_loss_and_gradient_are_exactly_zero():
     total = valid_mean(losses, share > 0.05)
     total.backward()
     assert total == 0 and torch.equal(tokens.grad, torch.zeros_like(tokens))
-    # and beside an image that has one, it is not counted
+    # and next to an image that has one, it is not counted
     assert valid_mean(torch.tensor([3.0, 7.0, 5.0]), torch.tensor([True, False, True])) == 4
 
 

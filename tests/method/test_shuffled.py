@@ -42,7 +42,7 @@ def test_targets_are_permutations_that_depend_on_the_image_alone(kind):
     assert torch.equal(alone[0], together[2]), "the same in any batch, and so on any rank"
     assert torch.equal(together.sort(dim=1).values, CELLS.expand(4, -1))
     assert len({tuple(row) for row in together.tolist()}) == 4, "images draw their own"
-    # Of visible cells only: the labels are those of the cells, whatever the order.
+    # Of visible cells only: the labels are those of the cells, in any order.
     ids = torch.tensor([[9, 0, 4]])
     part = head_of(kind).kinds[kind]
     assert torch.equal(part.targets(ids, draws_at(3, [7])), alone[:, ids[0]])

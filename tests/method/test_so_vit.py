@@ -501,7 +501,7 @@ def test_from_a_masked_checkpoint_to_evaluation(tmp_path, capsys):
         code == 2 and "does not fit this model: head.pool.project.weight is (20, 32), not (22, 32)" in wrong
     )
 
-    # the same command goes on; so does another folder from the file, without saying which head
+    # the same command continues; so does another folder from the file, without a flag for the head
     code, text = call(main_finetune, capsys, *command, "--epochs", 3)
     assert (
         code == 0 and "continuing" in text and "head:" not in text and stored(out)["step"] > state["step"]

@@ -288,8 +288,7 @@ def test_sizes_that_windows_do_not_divide(img, patch, chans, grid, merge_last):
 
 
 def test_rows_and_columns_keep_their_place():
-    """A change in one corner of a wide image changes that corner's token the most, whatever the stages
-    did."""
+    """A change in one corner of a wide image changes that corner's token the most."""
     model = shake(
         small(img_size=(32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), pos_label="apl")
     ).eval()

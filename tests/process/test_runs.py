@@ -106,7 +106,7 @@ def test_accumulation_equals_the_big_batch(one_process, tmp_path):
 
 
 def test_steps_depend_on_the_effective_batch_alone(tmp_path):
-    """200 images are 2 batches of 80 and 5 of 40, of which two updates of two take 4; a run may go from one to the other."""
+    """200 images are 2 batches of 80, or 5 of 40 (two updates of two batches); a run may change from one to the other."""
     code, text = start(tmp_path / "whole", *ONE, "--batch_size", 80)
     assert code == 0, text
     code, text = start(tmp_path / "parts", *ONE, "--batch_size", 80, TEST_SIGNAL="0:2:SIGTERM")
@@ -239,7 +239,7 @@ def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
 
 
 def test_evaluation_is_exact_on_two_ranks(tmp_path):
-    """Every image once, whatever the ranks: 50 images in batches of 8 are 32 and 18, or 25 and 25."""
+    """Every image once, with any number of ranks: 50 images in batches of 8 are 32 and 18, or 25 and 25."""
     code, text = start(tmp_path, *FT, main=FINETUNE)
     assert code == 0, text
     flags = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--batch_size", 8]

@@ -152,7 +152,7 @@ def test_every_layout_gives_the_same_samples(tmp_path, transform):
                 same(found[2, i], expected[2, i])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="real images are not beside the repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not installed")
 def test_real_tar_equals_real_folder(tmp_path):
     with tarfile.open(REAL / "mini_imagenet20" / "val.tar") as tar:
         safely = {}
@@ -170,7 +170,8 @@ def test_real_tar_equals_real_folder(tmp_path):
     a, b = (ImageDataset(x, pretrain_transform(64)) for x in (index, tar_index))
     for i in range(0, 300, 7):
         same(a[5, i], b[5, i])
-    os.symlink(REAL / "photos.tar", tmp_path / "photos.tar")  # so that nothing is written beside the real one
+    # A link, so that nothing is written next to the real one.
+    os.symlink(REAL / "photos.tar", tmp_path / "photos.tar")
     photos = build_index(tmp_path / "photos.tar", labels=False)
     data = photos.read(100)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # (H, W, 3)

@@ -145,7 +145,7 @@ def test_the_encoder_is_taken_over(pool):
     expected = mae.forward_encoder(images, cells)  # without an embedding, as pretrained
     tokens = vit.forward_features(images)
     assert torch.allclose(tokens if pool == "cls" else vit.fc_norm(tokens), expected, atol=1e-5)
-    # the label head goes on where it was
+    # the label head continues where it was
     position = vit(images, positions=True)[1]["position"]
     assert torch.allclose(position, mae.pos_head(expected[:, 1:], cells)["position"], atol=1e-5)
     for name, p in vit.named_parameters():
@@ -202,7 +202,7 @@ def test_a_new_positional_embedding_is_trained_where_the_encoder_is_frozen(tmp_p
 
 
 def test_images_are_as_the_checkpoint_has_learned_to_see_them(tmp_path, capsys, shapes):
-    """--mean and --std are stored, and taken where none are given; another size is said."""
+    """--mean and --std are stored, and used if no flags are given; another size is reported."""
     common = ["--model", "vit_test", "--data_path", shapes("RGB"), "--batch_size", 8, "--output_dir"]
     stats = ["--mean", 0.9, 0.1, 0.5, "--std", 0.1, 0.2, 0.3]
     code, text = call(main_finetune, capsys, *common, tmp_path / "ft", *stats, "--aa", "", "--reprob", 0)
@@ -546,7 +546,7 @@ def test_a_teacher_of_ours_and_a_student_without_the_token(tmp_path, capsys):
 
 
 def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
-    """Its own classes, pooling, embedding and normalisation, none of which the student's flags say."""
+    """Its own classes, pooling, embedding and normalisation, which the student's flags do not give."""
     code, text = call(
         main_finetune,
         capsys,
@@ -902,7 +902,7 @@ def test_a_head_that_is_lost_does_not_end_the_others():
 
 
 def test_a_run_that_went_on_from_a_fine_tuned_one_goes_on_itself(tmp_path, capsys):
-    """The encoder's file is no flag of its own any more, and layer decay stays."""
+    """The encoder's file is no longer given by a flag, and layer decay stays."""
     file = pretrained(tmp_path, capsys)
     first = ["--model", "vit_test", "--finetune", file, "--output_dir", tmp_path / "a"]
     assert call(main_finetune, capsys, *first)[0] == 0
@@ -1028,7 +1028,7 @@ def test_a_trained_probe_is_evaluated_again(tmp_path, capsys, head):
     assert code == 2 and "is a full pretraining checkpoint" in text
 
 
-def test_probed_features_are_normalised_as_said():
+def test_probed_features_are_normalised_as_documented():
     torch.manual_seed(0)
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls").eval()
     images = torch.randn(3, 3, 32, 32)

@@ -95,7 +95,7 @@ def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
     macs += offsets * (D // 2) ** 2 + offsets * D // 2  # classifier and second linear merged, weight and bias
     vector = (
         2 * offsets * D // 2
-    )  # the bias's part is a matrix-vector product, of which backward has none that is counted
+    )  # the bias's part is a matrix-vector product, which is not counted in backward
     assert abs(counted(lambda: head(x)["position"].backward()) - 6 * macs) <= 3 * vector
 
 

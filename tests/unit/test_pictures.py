@@ -105,7 +105,7 @@ def test_in_a_crowded_cell_the_right_patch_is_on_top():
     grid = (3, 3)
     image = patch_colours(grid)
     colours = as_bytes(image)[::8, ::8].reshape(-1, 3)
-    for visible in ([4, 0, 8], [0, 8, 4]):  # whatever the order of the tokens
+    for visible in ([4, 0, 8], [0, 8, 4]):  # in any order of the tokens
         positions = panels(draw(image, visible, [4, 4, 4]), (24, 24), 4)[3]
         assert (middle(positions, 4, grid, dx=0.6) == colours[4]).all()
     assert (positions[63, 45] == RIGHT).all()  # its frame is whole, and the two cards below it stick out

@@ -1,4 +1,4 @@
-"""A dry run measures, foretells and writes nothing; run.json says what a run was."""
+"""A dry run measures, predicts and writes nothing; run.json records what a run was."""
 
 import contextlib
 import json

@@ -17,7 +17,7 @@ def test_warmup_then_half_cosine():
             0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * (e - 4) / 16))
         )
     assert warmup_cosine(12, **schedule) == pytest.approx(1.25) and warmup_cosine(20, **schedule) == 0.5
-    assert warmup_cosine(30, **schedule) == 0.5, "a run that goes on past the end stays there"
+    assert warmup_cosine(30, **schedule) == 0.5, "a run that continues past the end stays there"
     assert warmup_cosine(0, lr=2.0, min_lr=0.0, warmup=0, total=10) == 2.0
 
 
