@@ -18,9 +18,10 @@ POOLS = ("avg", "cls")
 class Classifier(Backbone):
     """Mixin that makes a classifier of a backbone without a prefix on the backbone's state-dict keys.
 
-    The backbone is a `layers.contract.Backbone`. It names this class first among its bases and calls `init_classifier` after its own parameters are made. Its `forward_features` returns
-    normalised tokens, or it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The
-    mixin adds the parameters `head.*` and, with labels, `pos_head.*`.
+    The backbone is a `layers.contract.Backbone`. It names this class first among its bases and calls
+    `init_classifier` after its own parameters are made. Its `forward_features` returns normalised tokens, or
+    it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The mixin adds the
+    parameters `head.*` and, with labels, `pos_head.*`.
     """
 
     head: nn.Module
