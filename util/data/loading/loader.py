@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -193,7 +193,9 @@ def _moved(batch: dict, device: torch.device, pixels: Pixels) -> dict:
     return moved
 
 
-def device_batches(loader: Iterable[dict], device: torch.device, pixels: Pixels) -> Iterator[dict]:
+def device_batches(
+    loader: Iterable[dict], device: torch.device, pixels: Pixels
+) -> Generator[dict, None, None]:
     """Yield batches whose uint8 views (`image`, ...) are normalised to float32 on the device.
 
     On CUDA the next batch is copied while one is used.
