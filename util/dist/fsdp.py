@@ -58,7 +58,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward passes of a sharded model average its gradients over all ranks."""
+    """Choose whether the next backward passes of a sharded model average its gradients over all ranks."""
     # `fully_shard` has made the model an FSDPModule.
     sharded: Any = model
     sharded.set_requires_gradient_sync(enabled)
