@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from util import dist
 from util.cluster import slurm
-from util.data.loading.loader import Loader, device_batches
+from util.data.contract import Batches, Samples
+from util.data.loading.loader import device_batches
+from util.data.loading.samplers import EpochSampler
 from util.dist import fsdp
 from util.run import plan
 from util.run.flops import FlopCounter, peak_flops
@@ -42,7 +44,7 @@ class Run:
     model: nn.Module
     wrapped: nn.Module
     objective: Objective
-    loader: Loader
+    loader: Batches[Samples]
     setup: Setup
     budget: Budget
     session: Session
@@ -69,9 +71,11 @@ class Run:
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[dict]:
         """Yield the epoch's batches on the device, without the first `skip`."""
-        if self.loader.dataset.exact_resume:
-            self.loader.sampler.set_position(epoch, skip)
+        sampler = self.loader.sampler
+        if isinstance(sampler, EpochSampler):
+            sampler.set_position(epoch, skip)
         else:
+            # A stream has an order of its own.
             self.loader.dataset.set_epoch(epoch)
         return device_batches(self.loader, self.setup.device, self.setup.pixels)
 
@@ -131,7 +135,7 @@ def fit(
     model: nn.Module,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    loader: Loader,
+    loader: Batches[Samples],
     setup: Setup,
     budget: Budget,
     session: Session,
@@ -184,7 +188,8 @@ def _wrap(model: nn.Module, setup: Setup, budget: Budget) -> nn.Module:
     if dist.world_size() > 1 and not fsdp.is_sharded(model):
         wrapped = dist.data_parallel(model, setup.device)
     if budget.compile_mode:
-        wrapped = torch.compile(wrapped, mode=budget.compile_mode)
+        # torch's stub says that any callable is returned; for a module it is a module.
+        wrapped = torch.compile(wrapped, mode=budget.compile_mode)  # type: ignore[assignment]
     return wrapped
 
 
@@ -320,9 +325,10 @@ def train_one_update(
 def _gradient_sync(run: Run, last: bool) -> contextlib.AbstractContextManager:
     """Return the context of a micro-batch: gradients cross the network once per update, with the last one."""
     if run.sharded:
-        run.model.set_requires_gradient_sync(last)
-    elif not last and hasattr(run.wrapped, "no_sync"):
-        return run.wrapped.no_sync()
+        fsdp.set_gradient_sync(run.model, last)
+    elif not last:
+        # DistributedDataParallel has it, also behind torch.compile.
+        return getattr(run.wrapped, "no_sync", contextlib.nullcontext)()
     return contextlib.nullcontext()
 
 

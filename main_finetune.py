@@ -15,7 +15,7 @@ wrong input.
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from util.flags.groups import (
     OptimDefaults,
@@ -117,8 +117,10 @@ from backbones.heads import head_options, resolve_head
 from backbones.registry import build_classifier, find, freeze_all_but, known_classes
 from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
+from layers.classifier import Classifier
 from util import dist
-from util.data.datasets import build_dataset
+from util.data.contract import Batches, IndexedSamples
+from util.data.datasets import ImageDataset, build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
@@ -179,10 +181,10 @@ class Finetuning(Objective):
     supervised: SupervisedLoss
     setup: Setup
     choices: Choices
-    val_loader: object
+    val_loader: Batches[IndexedSamples]
     predictions: str = ""
     average: WeightAverage | None = None
-    log: Log | None = None
+    log: Log = field(init=False)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         return self.supervised(model, batch)
@@ -280,16 +282,13 @@ def find_start(args: argparse.Namespace) -> Start:
     return Start(resume, finetune, pretrained, new_parameters)
 
 
-def build_data(args: argparse.Namespace, setup: Setup):
+def build_data(
+    args: argparse.Namespace, setup: Setup
+) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
     """Return the training loader (None for --eval) and the validation loader, over the same classes."""
     options = dict(in_chans=args.in_chans, seed=args.seed)
     transform = eval_transform(setup.size, args.crop_pct)
-    val = build_dataset(args.data_path, "val", transform, evaluation=True, **options)
-    if not hasattr(val, "index"):
-        raise ValueError(
-            f"--data_path {args.data_path}: timm's readers serve pretraining only; a classifier needs class "
-            "folders or tars"
-        )
+    val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
@@ -304,13 +303,13 @@ def build_data(args: argparse.Namespace, setup: Setup):
         crop=CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip),
         mean=setup.pixels.mean,
     )
-    train = build_dataset(args.data_path, "train", augment, **options)
+    train = build_class_dataset(args.data_path, "train", augment, **options)
     check_same_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
 
 
-def describe_evaluation(val, size: tuple[int, int], crop_pct: float | None) -> None:
+def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: float | None) -> None:
     """Print on which crops of which images the model is evaluated."""
     share = crop_pct
     if not share:
@@ -357,9 +356,10 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
         given = None
         if args.classes:
             given = class_names(args.classes)
-        place = start.resume.path
+        saved = checkpoint.to_evaluate(start.resume)
+        place = saved.path
         kind = "outputs"
-        classes = known_classes(start.resume, classes, given)
+        classes = known_classes(saved, classes, given)
     elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
             f"{start.resume.path} was trained on the classes {some_names(start.resume.classes)}, the data "
@@ -373,24 +373,24 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     return classes
 
 
-def check_convolutional_start(start: Start) -> None:
+def check_convolutional_start(pretrained: Checkpoint) -> None:
     """Raise ValueError if an encoder without a convolutional patch embedding should start one that has it."""
-    if "patch_embed.stem.0.weight" not in start.pretrained.model:
+    if "patch_embed.stem.0.weight" not in pretrained.model:
         raise ValueError(
-            f"--patch_embed conv cannot start from {start.finetune}: its encoder learned from patches that "
+            f"--patch_embed conv cannot start from {pretrained.path}: its encoder learned from patches that "
             "were embedded one by one, most of them masked; a token of this embedding sees 33x33 pixels, "
             "including masked ones. Leave --finetune out, or choose --patch_embed linear"
         )
 
 
-def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start: Start) -> nn.Module:
+def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start: Start) -> Classifier:
     """Build the classifier; its weights are loaded by `load_weights`."""
     options = head_options(args.model, choices.head)
     if choices.head["patch_embed"] == "conv" and start.pretrained is not None:
-        check_convolutional_start(start)
+        check_convolutional_start(start.pretrained)
     pool = args.pool
     if args.eval and not pool:
-        pool = start.resume.args.get("pool")
+        pool = checkpoint.to_evaluate(start.resume).args.get("pool")
     if pool:
         options["pool"] = pool
     if args.patch_size:
@@ -416,7 +416,7 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
     ).to(setup.device)
 
 
-def load_weights(args: argparse.Namespace, model: nn.Module, start: Start, flags: dict) -> None:
+def load_weights(args: argparse.Namespace, model: Classifier, start: Start, flags: dict) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
         checkpoint.print_continuing(start.resume, flags)
@@ -434,10 +434,15 @@ def load_weights(args: argparse.Namespace, model: nn.Module, start: Start, flags
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, model: nn.Module, setup: Setup, choices: Choices, start: Start, val_loader
+    args: argparse.Namespace,
+    model: Classifier,
+    setup: Setup,
+    choices: Choices,
+    start: Start,
+    val_loader: Batches[ImageDataset],
 ) -> int:
     """Evaluate --resume; nothing is trained."""
-    saved = start.resume
+    saved = checkpoint.to_evaluate(start.resume)
     checkpoint.load_for_evaluation(model, saved)
     text = f"evaluating {saved.path} in {setup.precision}"
     if saved.ema is not None:
@@ -450,7 +455,11 @@ def evaluate_checkpoint(
 
 
 def build_objective(
-    args: argparse.Namespace, model: nn.Module, setup: Setup, choices: Choices, val_loader
+    args: argparse.Namespace,
+    model: Classifier,
+    setup: Setup,
+    choices: Choices,
+    val_loader: Batches[ImageDataset],
 ) -> Finetuning:
     """Build the loss, and the moving average if there is one."""
     erasing = Erasing(args.reprob, args.remode, args.recount)
@@ -474,7 +483,7 @@ def build_objective(
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: nn.Module, start: Start, lr: float
+    args: argparse.Namespace, model: Classifier, start: Start, lr: float
 ) -> torch.optim.Optimizer:
     """Return AdamW. Layer decay belongs to fine-tuning; from scratch all layers learn at the same rate."""
     layer_decay = 1.0
@@ -513,7 +522,7 @@ def main(args: argparse.Namespace) -> int:
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args, setup, choices, start)
-    if args.eval:
+    if loader is None:  # --eval
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
     flags = flags_to_store(args, start, setup, choices)
     load_weights(args, model, start, flags)

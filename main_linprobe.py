@@ -16,7 +16,8 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from util.flags.groups import (
     OptimDefaults,
@@ -88,10 +89,12 @@ from torch import Tensor, nn
 from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
 from backbones.registry import build_classifier, find, trained_options
 from engine import Objective, Session, Setup, fit
+from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from layers.second_order import SecondOrder
 from util import dist
-from util.data.datasets import TensorSamples, build_dataset
+from util.data.contract import Batches, IndexedSamples
+from util.data.datasets import TensorSamples, build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
@@ -150,9 +153,9 @@ def check_head_flags(args: argparse.Namespace) -> None:
 
 def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.Namespace:
     """Return the flags; with --eval, those that are not given are those of the training of the probe."""
-    before = {}
+    before: dict[str, Any] = {}
     if args.eval:
-        before = start.args
+        before = checkpoint.to_evaluate(start).args
     resolved = {"pool": args.pool or "cls"}
     for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
@@ -167,11 +170,11 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
 class Features:
     """What the heads learn from: pooled features of the frozen backbone, and all tokens if `patches`."""
 
-    backbone: nn.Module
+    backbone: Classifier
     pool: str
     patches: bool = False
 
-    def __call__(self, images: Tensor):
+    def __call__(self, images: Tensor) -> Tensor:
         if self.patches:
             return pooled_and_patches(self.backbone, images, self.pool)
         return pooled(self.backbone, images, self.pool)
@@ -185,13 +188,13 @@ class Probing(Objective):
     rates.
     """
 
-    probe: nn.Module
+    probe: Probe | SecondOrderProbe
     features: Callable[[Tensor], Tensor]
     names: list[str]
     kind: str
     setup: Setup
-    val_loader: object
-    log: Log | None = None
+    val_loader: Batches[IndexedSamples]
+    log: Log = field(init=False)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss; `loss_head` is the lowest loss among the heads.
@@ -239,7 +242,7 @@ class Probing(Objective):
         return torch.zeros((), device=batch["label"].device), terms
 
 
-def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, flags: dict) -> nn.Module:
+def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, flags: dict) -> Classifier:
     """Return the frozen encoder of --finetune in evaluation mode; all tokens of a ViT come after the final
     norm.
     """
@@ -268,14 +271,16 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     return model.to(setup.device).eval().requires_grad_(False)
 
 
-def build_data(args: argparse.Namespace, setup: Setup):
+def build_data(
+    args: argparse.Namespace, setup: Setup
+) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples]]:
     """Return the training loader and the validation loader.
 
     Training images are augmented unless features are computed once. There is no training loader for --eval.
     """
     once = args.knn or args.cached
     options = dict(in_chans=args.in_chans, seed=args.seed)
-    val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
+    val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(
@@ -286,10 +291,10 @@ def build_data(args: argparse.Namespace, setup: Setup):
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     if args.eval:
         return None, val_loader
-    transform = eval_transform(setup.size)
+    transform: Callable = eval_transform(setup.size)
     if not once:
         transform = pretrain_transform(setup.size, ascending(args.crop_scale, "--crop_scale"))
-    train = build_dataset(args.data_path, "train", transform, evaluation=once, **options)
+    train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_same_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     if once:
@@ -299,12 +304,10 @@ def build_data(args: argparse.Namespace, setup: Setup):
     return cached(loader, args.cache_data, setup.device), val_loader
 
 
-def features_loader(args: argparse.Namespace, objective: Probing, loader, shuffle: bool):
-    """Return a loader over features that are computed once, instead of images; None if there are no
-    images.
-    """
-    if loader is None:
-        return None
+def features_loader(
+    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples], shuffle: bool
+) -> Batches[IndexedSamples]:
+    """Return a loader over features that are computed once, instead of images."""
     x, y = extract_features(objective.features, loader, objective.setup)
     samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
     # Workers would only copy tensors from one process to another.
@@ -314,27 +317,39 @@ def features_loader(args: argparse.Namespace, objective: Probing, loader, shuffl
     return eval_loader(samples, **loading)
 
 
-def cache_features(args: argparse.Namespace, objective: Probing, loader):
+def cache_features(
+    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples]
+) -> Batches[IndexedSamples]:
     """Compute all features once. Return the training loader over them; the objective evaluates on them,
     too.
     """
     train = features_loader(args, objective, loader, shuffle=True)
-    objective.val_loader = features_loader(args, objective, objective.val_loader, shuffle=False)
-    # From here on batches hold features.
-    objective.features = nn.Identity()
+    cache_validation_features(args, objective)
     return train
 
 
+def cache_validation_features(args: argparse.Namespace, objective: Probing) -> None:
+    """Compute the features of the validation images once, and let the objective evaluate on them."""
+    objective.val_loader = features_loader(args, objective, objective.val_loader, shuffle=False)
+    # From here on batches hold features.
+    objective.features = nn.Identity()
+
+
 def run_knn(
-    args: argparse.Namespace, backbone: nn.Module, loader, val_loader, setup: Setup, flags: dict
+    args: argparse.Namespace,
+    backbone: Classifier,
+    loader: Batches[IndexedSamples],
+    val_loader: Batches[IndexedSamples],
+    setup: Setup,
+    flags: dict,
 ) -> int:
     """Classify by the nearest neighbours of the class token and of the mean patch token; write log.txt and
     run.json.
     """
     write_record(args.output_dir, flags, {"device": str(setup.device), "amp": setup.amp})
-    pools = ("avg",)
+    pools = ["avg"]
     if backbone.num_prefix:
-        pools = ("cls", "avg")
+        pools = ["cls", "avg"]
 
     def features(images: Tensor) -> Tensor:
         # All poolings from one pass.
@@ -360,8 +375,8 @@ def report_knn(
 ) -> dict[str, float]:
     """Return and print accuracies over all ranks, and the effective rank of the training features."""
     counts = torch.stack([*correct.values(), torch.tensor(queries, device=bank.device)])
-    *counts, images = dist.sum_over_ranks(counts).tolist()
-    stats = {f"knn{k}_{pool}": 100 * count / images for k, count in zip(correct, counts)}
+    *per_k, images = dist.sum_over_ranks(counts).tolist()
+    stats = {f"knn{k}_{pool}": 100 * count / images for k, count in zip(correct, per_k)}
     # Some images, spread over the data set and so over all classes.
     some = min(RANK_IMAGES, len(bank))
     rank = effective_rank(bank[torch.arange(some) * len(bank) // some])
@@ -374,7 +389,9 @@ def report_knn(
     return stats | {f"effective_rank_{pool}": rank}
 
 
-def build_objective(args: argparse.Namespace, backbone: nn.Module, setup: Setup, val_loader) -> Probing:
+def build_objective(
+    args: argparse.Namespace, backbone: Classifier, setup: Setup, val_loader: Batches[IndexedSamples]
+) -> Probing:
     """Build a head for each learning rate."""
     num_classes = len(val_loader.dataset.index.classes)
     heads = len(args.lr_grid)
@@ -382,6 +399,7 @@ def build_objective(args: argparse.Namespace, backbone: nn.Module, setup: Setup,
     second_order = args.head == "second_order"
     features = Features(backbone, args.pool, patches=second_order)
     torch.manual_seed(args.seed)  # the same initial weights on every rank
+    probe: Probe | SecondOrderProbe
     if second_order:
         kind = "second-order probe"
         options = SecondOrder(**second_order_options(vars(args)))
@@ -394,6 +412,8 @@ def build_objective(args: argparse.Namespace, backbone: nn.Module, setup: Setup,
 
 def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Checkpoint, flags: dict) -> int:
     """Evaluate the trained probe --resume; nothing is trained."""
+    if args.cached:
+        cache_validation_features(args, objective)
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))
     dist.print_rank0(f"evaluating {args.resume}{changed}")
     classes = objective.val_loader.dataset.index.classes
@@ -433,13 +453,14 @@ def main(given: argparse.Namespace) -> int:
     loader, val_loader = build_data(args, setup)
     backbone = load_backbone(args, pretrained, setup, flags)
     del pretrained  # its memory is needed
+    if loader is None:  # --eval
+        objective = build_objective(args, backbone, setup, val_loader)
+        return evaluate_checkpoint(args, objective, checkpoint.to_evaluate(start), flags)
     if args.knn:
         return run_knn(args, backbone, loader, val_loader, setup, flags)
     objective = build_objective(args, backbone, setup, val_loader)
     if args.cached:
         loader = cache_features(args, objective, loader)
-    if args.eval:
-        return evaluate_checkpoint(args, objective, start, flags)
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))

@@ -11,6 +11,7 @@ continues it; 2 wrong input.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from util.flags.groups import (
@@ -65,6 +66,7 @@ def add_model_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +75,7 @@ from layers.positional.draws import draws_of
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
 from util import dist
+from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import (
@@ -95,6 +98,7 @@ from util.run.guards import survive_full_disk
 from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr
+from util.train.objective import LossFunction
 from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
@@ -196,8 +200,8 @@ class Evaluation:
 
     setup: Setup
     session: Session
-    loader: object  # of the training images, which are shown if there are no validation images
-    val_loader: object | None
+    loader: Batches[Samples]  # of the training images, which are shown if there are no validation images
+    val_loader: Batches[Samples] | None
     every: int
     epochs: int
     shown: list[dict] = field(init=False)
@@ -206,7 +210,7 @@ class Evaluation:
         self.shown = some_samples(self.shown_set, 4)
 
     @property
-    def shown_set(self):
+    def shown_set(self) -> Samples:
         return (self.val_loader or self.loader).dataset
 
     def due(self, epoch: int) -> bool:
@@ -219,19 +223,22 @@ class Evaluation:
             if self.val_loader is not None:
                 # Relations are normalised by the batch of all ranks, and ranks may have unequal shares of
                 # these images.
-                loss = objective.reconstruction_loss
+                loss: LossFunction = objective.reconstruction_loss
                 if objective.relations is None:
                     loss = objective.loss
-                stats = self.losses(whole, loss)
+                stats = self.losses(whole, loss, self.val_loader)
             if objective.relations is not None:
                 stats |= self.ranks(whole, epoch)
-            if dist.is_main() and self.session.log.output_dir:
-                self.draw(whole, objective.mask_ratio, epoch)
+            output_dir = self.session.log.output_dir
+            if dist.is_main() and output_dir:
+                self.draw(whole, objective.mask_ratio, epoch, output_dir)
         return {f"test_{name}": value for name, value in stats.items()}
 
-    def losses(self, model: MaskedAutoencoderViT, loss_fn) -> dict[str, float]:
+    def losses(
+        self, model: MaskedAutoencoderViT, loss_fn: LossFunction, val_loader: Batches[Samples]
+    ) -> dict[str, float]:
         """Return the losses on the validation images; print them with their chance levels."""
-        stats = mean_terms(model, loss_fn, self.val_loader, self.setup)
+        stats = mean_terms(model, loss_fn, val_loader, self.setup)
         images = stats.pop("images")
         terms = []
         for name, value in stats.items():
@@ -247,10 +254,10 @@ class Evaluation:
         with self.setup.autocast():
             return log_ranks(model, batches, self.session.log, epoch)
 
-    def draw(self, model: MaskedAutoencoderViT, mask_ratio: float, epoch: int) -> None:
+    def draw(self, model: MaskedAutoencoderViT, mask_ratio: float, epoch: int, output_dir: str) -> None:
         batch = next(device_batches([collate(self.shown)], self.setup.device, self.setup.pixels))
         panel = draw(model, batch["image"], batch["key"], mask_ratio, self.setup.pixels)
-        path = os.path.join(self.session.log.output_dir, "pictures", f"epoch-{epoch:04d}.png")
+        path = os.path.join(output_dir, "pictures", f"epoch-{epoch:04d}.png")
         with survive_full_disk():
             save_png(panel, path)
             print(f"picture: {path}", flush=True)
@@ -258,7 +265,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def draw(model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: float, pixels: Pixels):
+def draw(
+    model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: float, pixels: Pixels
+) -> np.ndarray:
     """Return a picture (H, W, 3) uint8 of original, masked image, reconstruction and predicted positions, a
     row each.
     """
@@ -332,10 +341,11 @@ def check_flags(args: argparse.Namespace) -> None:
         )
 
 
-def build_data(args: argparse.Namespace, setup: Setup):
+def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
     """Return the training loader, and the validation loader or None."""
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
+    augment: Callable
     if relation_weights(args) and args.sr_views == "two":
         augment = TwoViews(*crop)
     else:

@@ -104,6 +104,7 @@ from engine import Objective, Session, Setup, fit
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import dist
+from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
@@ -221,7 +222,7 @@ class Ranks:
 
     setup: Setup
     session: Session
-    dataset: object
+    dataset: Samples
     batch_size: int
 
     def run(self, teacher: SereTeacher, epoch: int) -> dict[str, float]:
@@ -312,7 +313,7 @@ def chance_levels(args: argparse.Namespace, model: SereStudent) -> dict[str, flo
     if args.sr_spatial:
         # Two maps of global crops, and each local crop against both global ones.
         maps = 2 * math.log(math.prod(model.points))
-        if args.local_crops_number:
+        if model.local_grid is not None:
             maps += 2 * args.local_crops_number * math.log(math.prod(model.local_grid))
         chance["sr_spatial"] = maps / (2 + 2 * args.local_crops_number)
     if args.sr_channel:
@@ -320,7 +321,9 @@ def chance_levels(args: argparse.Namespace, model: SereStudent) -> dict[str, flo
     return chance
 
 
-def build_data(args: argparse.Namespace, setup: Setup, grid: tuple[int, int]):
+def build_data(
+    args: argparse.Namespace, setup: Setup, grid: tuple[int, int]
+) -> tuple[Batches[Samples], Samples]:
     """Return the loader of multi-crop batches, and the images without augmentation."""
     crops = MultiCrop(
         setup.size,

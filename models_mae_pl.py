@@ -100,7 +100,7 @@ class MaskedAutoencoderViT(ViTBackbone):
         self._init_decoder()
         # The label heads follow the decoder, so that all parameters above start alike with and without
         # labels.
-        self.pos_head = None
+        self.pos_head: PositionalHead | None = None
         if labels.pos_label != "none":
             self.pos_head = PositionalHead(trunk.dim, self.grid, labels)
         self.sr_spatial = relation_head(relations.spatial, trunk.dim, predictor=True)
@@ -360,13 +360,13 @@ MAE_VIT = Entry(
 )
 
 
-def _named(size: str, patch: int) -> Entry:
+def _named(size: str, patch: int) -> Entry[MaskedAutoencoderViT]:
     decoder = decoder_of(size, patch)
     entry = MAE_VIT.override(**SIZES[size], patch_size=(patch, patch))
     return dataclasses.replace(entry, defaults={**entry.defaults, "decoder": decoder})
 
 
-MODELS: dict[str, Entry] = {
+MODELS: dict[str, Entry[MaskedAutoencoderViT]] = {
     f"mae_vit_{size}_patch{patch}": _named(size, patch) for size, patch in named_sizes()
 }
 # MAE's full names.

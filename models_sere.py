@@ -242,7 +242,7 @@ SERE = Entry(
 # Hidden width of the projection head; iBOT's from tiny on. On CPUs iBOT's head would be most of the work.
 _HIDDEN = {"pico": 256, "nano": 512}
 
-MODELS: dict[str, Entry] = {
+MODELS: dict[str, Entry[SereStudent]] = {
     f"sere_vit_{size}_patch{patch}": SERE.override(
         **SIZES[size], patch_size=(patch, patch), head_hidden=_HIDDEN.get(size, 2048)
     )

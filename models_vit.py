@@ -96,7 +96,7 @@ VIT = Entry(VisionTransformer, {"trunk": Trunk(pos_embed="learned"), "heads": He
 DEIT = dataclasses.replace(VIT, build=DeiT)
 DEIT_DISTILLED = dataclasses.replace(VIT, build=DistilledVisionTransformer, distillation=True)
 
-MODELS: dict[str, Entry] = {
+MODELS: dict[str, Entry[Classifier]] = {
     f"vit_{size}_patch{patch}": VIT.override(**SIZES[size], patch_size=(patch, patch))
     for size, patch in named_sizes()
 }

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 import models_vit
 from backbones import so_vit, swin
+from layers.classifier import Classifier
 from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
 from util.weights.types import Checkpoint
 
-MODELS: dict[str, Entry] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
+MODELS: dict[str, Entry[Classifier]] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
 
 
-def find(name: str) -> Entry:
+def find(name: str) -> Entry[Classifier]:
     """The entry of a classifier, also of timm/NAME; raises ValueError if there is no model of that name."""
     if name.startswith("timm/"):
         # timm takes seconds to import.
@@ -34,7 +35,7 @@ def find(name: str) -> Entry:
     return MODELS[name]
 
 
-def build_classifier(name: str, **options: Any) -> nn.Module:
+def build_classifier(name: str, **options: Any) -> Classifier:
     """Build a classifier by its name; `options` are those of its entry.
 
     Raises ValueError as `find` does, if the model does not take an option, and as the model itself does.
@@ -107,7 +108,7 @@ def trained_options(flags: dict) -> dict[str, Any]:
     return options
 
 
-def freeze_all_but(model, blocks: int, keep: Collection[str] = ()) -> None:
+def freeze_all_but(model: Classifier, blocks: int, keep: Collection[str] = ()) -> None:
     """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`."""
 
     def frozen(name: str) -> bool:

@@ -51,7 +51,7 @@ _TRUNK = Trunk(patch_embed="conv", pos_embed="sincos", qkv_bias=False, norm_eps=
 SO_VIT = Entry(SoVisionTransformer, {"trunk": _TRUNK, "heads": Heads(init_std=0.02, second_order={})})
 
 # The two larger models have wider projections and dropout on the second-order feature.
-MODELS: dict[str, Entry] = {
+MODELS: dict[str, Entry[Classifier]] = {
     "so_vit_7": SO_VIT.override(dim=256, depth=7, num_heads=4, mlp_ratio=2, second_order={"dims": (48, 24)}),
     "so_vit_10": SO_VIT.override(
         dim=256, depth=10, num_heads=4, mlp_ratio=2, second_order={"dims": (48, 24)}

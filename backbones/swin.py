@@ -221,7 +221,7 @@ class SwinTrunk:
     drop_path: float = 0.0
 
 
-class SwinTransformer(Classifier, nn.Module):
+class SwinTransformer(Classifier):
     """The paper's Swin classifier, with timm's parameter names but for the class head (`head.fc` in timm).
 
     The conditional encoding is the only positional parameter; merging, shifting and zero padding still
@@ -230,6 +230,7 @@ class SwinTransformer(Classifier, nn.Module):
     stage. Raises ValueError as `Classifier.init_classifier` does, and if the patches do not fill the image.
     """
 
+    trunk: SwinTrunk
     num_prefix = 0
 
     def __init__(self, trunk: SwinTrunk, heads: Heads):
@@ -327,7 +328,7 @@ def _init_linear(module: nn.Module) -> None:
 SWIN = Entry(SwinTransformer, {"trunk": SwinTrunk(), "heads": Heads()}, own_positions=True)
 
 # Pico is for experiments on CPUs: two stages in windows and a global one, which has 8x8 cells at 64 pixels.
-MODELS: dict[str, Entry] = {
+MODELS: dict[str, Entry[Classifier]] = {
     "swin_pico": SWIN.override(window_size=4, embed_dim=32, depths=(2, 2, 2), num_heads=(1, 2, 4)),
     "swin_tiny": SWIN,
     "swin_small": SWIN.override(depths=(2, 2, 18, 2)),

@@ -44,7 +44,7 @@ class TimmTrunk:
     drop_path: float = 0.0
 
 
-class TimmClassifier(Classifier, nn.Module):
+class TimmClassifier(Classifier):
     """A timm model with our heads; its parameters keep timm's names after `backbone.`.
 
     Pooling, and the layers between pooling and classifier, are timm's own: without labels this is the timm
@@ -53,6 +53,7 @@ class TimmClassifier(Classifier, nn.Module):
     does, and if the features form no grid.
     """
 
+    trunk: TimmTrunk
     backbone: Any
 
     def __init__(self, backbone: nn.Module, trunk: TimmTrunk, heads: Heads):
@@ -342,7 +343,7 @@ def _side_or_pair(size: tuple[int, int]) -> int | tuple[int, int]:
     return size
 
 
-def timm_entry(name: str) -> Entry:
+def timm_entry(name: str) -> Entry[TimmClassifier]:
     """The registry entry of a timm model, for a name with or without "timm/" in front.
 
     Raises ValueError if timm does not have the model.

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
@@ -82,7 +83,11 @@ def unpack(index, folder: str) -> str:
     return str(train.parent)
 
 
-def baselines(folder: str) -> dict[str, Dataset]:
+# A data set of torchvision's or of this toolkit's.
+ImageSet: TypeAlias = ImageFolder | ImageDataset
+
+
+def baselines(folder: str) -> dict[str, ImageSet]:
     """ImageFolder with PIL: name -> data set."""
     augment = [
         tv.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=tv.InterpolationMode.BICUBIC),
@@ -95,7 +100,7 @@ def baselines(folder: str) -> dict[str, Dataset]:
     return {BASELINE: ImageFolder(images, pil), "the same, uint8": ImageFolder(images, pil_uint8)}
 
 
-def datasets(data_path: str, scratch: str) -> dict[str, Dataset]:
+def datasets(data_path: str, scratch: str) -> dict[str, ImageSet]:
     """Name -> data set, the baseline first. Shards are made in the folder `scratch`."""
     folder = unpack(build_index(data_path, labels=False), scratch)
     made = baselines(folder)
@@ -116,7 +121,12 @@ def datasets(data_path: str, scratch: str) -> dict[str, Dataset]:
     return made
 
 
-def read_images(dataset: Dataset, images: int) -> Callable[[], None]:
+def own_paths(sets: dict[str, ImageSet]) -> dict[str, ImageDataset]:
+    """The data sets of this toolkit, without torchvision's."""
+    return {name: dataset for name, dataset in sets.items() if isinstance(dataset, ImageDataset)}
+
+
+def read_images(dataset: ImageSet, images: int) -> Callable[[], None]:
     """A function that reads so many images, from the first again after the last."""
 
     def call() -> None:
@@ -126,7 +136,7 @@ def read_images(dataset: Dataset, images: int) -> Callable[[], None]:
     return call
 
 
-def per_core(sets: dict[str, Dataset], rounds: int, images: int) -> list[dict]:
+def per_core(sets: dict[str, ImageSet], rounds: int, images: int) -> list[dict]:
     """Rows of all paths in one thread of this process; seconds are CPU time."""
     calls = {name: read_images(dataset, images) for name, dataset in sets.items()}
     # A loader's worker has one thread, too.
@@ -159,7 +169,7 @@ class Loading:
         """Images of a round."""
         return self.batches * self.batch_size
 
-    def order(self, dataset: Dataset) -> list[int]:
+    def order(self, dataset: ImageSet) -> list[int]:
         """Shuffled positions in the data set for one round."""
         # Each worker prepares two batches ahead.
         positions = (self.batches + 2 * self.workers) * self.batch_size
@@ -167,17 +177,17 @@ class Loading:
         return order.remainder(len(dataset)).tolist()
 
 
-def loader_of(dataset: Dataset, loading: Loading) -> DataLoader:
+def loader_of(dataset: ImageSet, loading: Loading) -> DataLoader:
     """The loader of a path: torch's own for the baselines, else the one of our mains."""
-    make = build_loader
-    if isinstance(dataset, ImageFolder):
-        make = DataLoader
     # A list of positions serves as a sampler.
     order = loading.order(dataset)
-    return make(dataset, sampler=order, batch_size=loading.batch_size, num_workers=loading.workers)
+    size = loading.batch_size
+    if isinstance(dataset, ImageFolder):
+        return DataLoader(dataset, sampler=order, batch_size=size, num_workers=loading.workers)
+    return build_loader(dataset, sampler=order, batch_size=size, num_workers=loading.workers)
 
 
-def timed_round(dataset: Dataset, loading: Loading) -> tuple[float, float]:
+def timed_round(dataset: ImageSet, loading: Loading) -> tuple[float, float]:
     """Seconds of one round in a loader: wall time, and CPU time of all processes."""
     batches = iter(loader_of(dataset, loading))
     # The start of the workers is not measured.
@@ -192,7 +202,7 @@ def timed_round(dataset: Dataset, loading: Loading) -> tuple[float, float]:
     return wall, max(cpu_seconds() - used, 1 / TICKS)
 
 
-def in_a_loader(sets: dict[str, Dataset], loading: Loading, record: Record) -> None:
+def in_a_loader(sets: dict[str, ImageSet], loading: Loading, record: Record) -> None:
     """Measure shuffled and collated batches from worker processes, and record a row for each path.
 
     On a machine that others use too, only the CPU time is the cost of a path.
@@ -229,7 +239,7 @@ def loader_rows(wall: dict[str, list[float]], cpu: dict[str, list[float]], image
     return rows
 
 
-def onto_device(dataset: Dataset, loading: Loading, device: torch.device) -> list[float]:
+def onto_device(dataset: ImageDataset, loading: Loading, device: torch.device) -> list[float]:
     """Images per second in each round, of batches that are normalised on the device (`device_batches`)."""
     # Paths are not interleaved here, as no ratio is formed.
     rates = []
@@ -259,7 +269,9 @@ def onto_device(dataset: Dataset, loading: Loading, device: torch.device) -> lis
 
 def worker_pids() -> list[int]:
     """Process ids of the running workers."""
-    return [process.pid for process in multiprocessing.active_children()]
+    pids = [process.pid for process in multiprocessing.active_children()]
+    # A process that has not started has none.
+    return [pid for pid in pids if pid is not None]
 
 
 def cpu_seconds() -> float:
@@ -304,7 +316,7 @@ def slope(images: list[int], mib: list[float]) -> float:
     return 1e5 * float((x @ y) / (x @ x))
 
 
-def endurance(dataset: Dataset, minutes: float, workers: int, batch_size: int, reads: int = 20) -> dict:
+def endurance(dataset: ImageDataset, minutes: float, workers: int, batch_size: int, reads: int = 20) -> dict:
     """Memory while images are loaded for so many minutes, epoch after epoch, read `reads` times.
 
     The slopes leave out the first fifth, in which processes warm up.
@@ -391,7 +403,7 @@ def mean_size(index) -> list[float]:
     return torch.tensor(sizes).float().mean(0).tolist()
 
 
-def run_one_core(sets: dict[str, Dataset], args: argparse.Namespace, record: Record) -> None:
+def run_one_core(sets: dict[str, ImageSet], args: argparse.Namespace, record: Record) -> None:
     """Measure and print all paths in one thread."""
     rows = per_core(sets, args.rounds, args.images)
     record.set("per_core", rows)
@@ -408,7 +420,7 @@ def run_one_core(sets: dict[str, Dataset], args: argparse.Namespace, record: Rec
     print(table(lines))
 
 
-def run_loader(sets: dict[str, Dataset], loading: Loading, record: Record) -> None:
+def run_loader(sets: dict[str, ImageSet], loading: Loading, record: Record) -> None:
     """Measure and print all paths in a loader."""
     in_a_loader(sets, loading, record)
     print(f"\nDataLoader, {loading.workers} workers, batches of {loading.batch_size}, wall time")
@@ -425,12 +437,13 @@ def run_loader(sets: dict[str, Dataset], loading: Loading, record: Record) -> No
     print(table(lines), flush=True)
 
 
-def run_device(sets: dict[str, Dataset], loading: Loading, device: torch.device, record: Record) -> None:
+def run_device(sets: dict[str, ImageSet], loading: Loading, device: torch.device, record: Record) -> None:
     """Measure and print the fastest paths on their way to the device."""
     # Without the library neither of them exists.
-    names = [name for name in (NATIVE, BOUNDED) if name in sets]
+    paths = own_paths(sets)
+    names = [name for name in (NATIVE, BOUNDED) if name in paths]
     for name in names or [WITHOUT_LIBRARY]:
-        rates = onto_device(sets[name], loading, device)
+        rates = onto_device(paths[name], loading, device)
         record.add("device", dict(path=name, device=device.type, images_per_s=spread(rates)))
     print(f"\nthe same with the way to the device ({device.type}), normalised there, wall time")
     rows = record.results["device"]
@@ -448,7 +461,8 @@ def main(argv: list[str], record: Record | None = None) -> dict:
     loading = Loading(args.rounds, args.batches, args.batch_size, args.num_workers)
     with tempfile.TemporaryDirectory() as scratch:
         sets = datasets(args.data_path, scratch)
-        index = sets.get(NATIVE, sets[WITHOUT_LIBRARY]).index
+        paths = own_paths(sets)
+        index = paths.get(NATIVE, paths[WITHOUT_LIBRARY]).index
         width, height = mean_size(index)
         print(f"\n{len(index)} images, mean {width:.0f} x {height:.0f}")
         record.set("images", len(index))

@@ -10,9 +10,10 @@ Images are uint8 batches in memory. `run.py data` measures how fast they come fr
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones.registry import build_classifier
 from benchmarks.timing import (
@@ -29,6 +30,7 @@ from benchmarks.timing import (
     unless_out_of_memory,
     wait_for,
 )
+from layers.classifier import Classifier
 from layers.probe import Probe, pooled
 from main_linprobe import Probing
 from util.data.pixels import Pixels
@@ -74,8 +76,8 @@ def in_memory(batches: int, batch_size: int, classes: int) -> InMemory:
 class Bench:
     """The frozen encoder, its images, and how it is measured."""
 
-    backbone: nn.Module
-    batches: InMemory
+    backbone: Classifier
+    batches: Any  # an `InMemory`, which offers of a loader only what `extract_features` reads
     classes: int
     amp: str
     rounds: int
@@ -132,7 +134,7 @@ def probe_step(
     # The rates do not change the cost.
     optimizer = lars(probe.head[1:], [1.0] * heads, 0.1, 0.0)
     names = [str(head) for head in range(heads)]
-    loss_fn = Probing(probe, function, names, "linear probe", bench.setup, val_loader=None).loss
+    loss_fn = Probing(probe, function, names, "linear probe", bench.setup, val_loader=bench.batches).loss
 
     def step() -> None:
         for batch in batches:

@@ -9,6 +9,7 @@ On a GPU a row that does not fit into the memory says so, and the others follow.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from benchmarks.timing import (
 )
 from layers.contract import Labels
 from layers.positional.head import PositionalHead
+from layers.positional.kinds.rpl import RelativeLabel
 from layers.positional.pairs import relative_labels
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
@@ -59,7 +61,8 @@ def naive(head: PositionalHead, x: Tensor, ids: Tensor) -> Tensor:
     first = x[:, :, None, :half].expand(-1, n, n, -1)
     second = x[:, None, :, half:].expand(-1, n, n, -1)
     pairs = torch.cat([first, second], -1)  # (B, n, n, C)
-    logits = head.rpl.classifier(head.rpl.fc2(F.gelu(head.rpl.fc1(pairs))))  # (B, n, n, offsets)
+    rpl = next(kind for kind in head.kinds.values() if isinstance(kind, RelativeLabel))
+    logits = rpl.classifier(rpl.fc2(F.gelu(rpl.fc1(pairs))))  # (B, n, n, offsets)
     return F.cross_entropy(logits.flatten(0, 2).float(), relative_labels(GRID, ids, ids).flatten())
 
 
@@ -135,7 +138,7 @@ def against_naive(amps: list[str], batch: int, rounds: int, device: torch.device
     # On a GPU one form may not fit into memory. The other is then measured all the same.
     one_by_one = device.type == "cuda"
     for group in groups(keys, one_by_one):
-        found = unless_out_of_memory(lambda group=group: measure_forms(group, batch, rounds, device))
+        found = unless_out_of_memory(partial(measure_forms, group, batch, rounds, device))
         if "rows" not in found:
             # No figures, but rows that say why.
             found = dict(rows=[dict(form=form, amp=amp, batch_size=batch, **found) for form, amp in group])
@@ -171,7 +174,7 @@ def memory(amps: list[str], batches: list[int], device: torch.device, record: Re
 
     for amp in amps:
         for batch in batches:
-            found = unless_out_of_memory(lambda amp=amp, batch=batch: measure(amp, batch))
+            found = unless_out_of_memory(partial(measure, amp, batch))
             # The input is float32.
             input_mib = batch * ALL * DIM * 4 / 2**20
             record.add("memory", dict(amp=amp, batch_size=batch, input_mib=input_mib, **found))
@@ -196,8 +199,11 @@ def measure_shares(name: str, amp: str, batch: int, rounds: int, device: torch.d
     # The step and both heads take turns.
     step = step_without_labels(name, amp, torch.randn(batch, 3, 224, 224, device=device))
     tokens = Batch(batch, TOKENS[name], amp, device)
-    heads = {pairs: tokens.call(swept, new_head(device, pairs)) for pairs in (0, 8)}
-    seconds = interleaved({"step": step} | heads, rounds, clock=clock_for(device.type))
+    heads: dict[str | int, Callable[[], None]] = {
+        pairs: tokens.call(swept, new_head(device, pairs)) for pairs in (0, 8)
+    }
+    calls: dict[str | int, Callable[[], object]] = {"step": step, **heads}
+    seconds = interleaved(calls, rounds, clock=clock_for(device.type))
     step_mib = peak_memory(step, device.type == "cuda")
     rows = [
         dict(
@@ -221,9 +227,7 @@ def shares(amps: list[str], batch: int, rounds: int, device: torch.device, recor
     """Record the heads' shares of the step that they are added to."""
     for amp in amps:
         for name in TOKENS:
-            found = unless_out_of_memory(
-                lambda name=name, amp=amp: measure_shares(name, amp, batch, rounds, device)
-            )
+            found = unless_out_of_memory(partial(measure_shares, name, amp, batch, rounds, device))
             if "rows" not in found:
                 found = dict(rows=[dict(model=name, amp=amp, batch_size=batch, **found)])
             for row in found["rows"]:

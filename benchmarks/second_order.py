@@ -14,10 +14,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones.registry import build_classifier
 from benchmarks.timing import (
@@ -30,6 +31,7 @@ from benchmarks.timing import (
     unless_out_of_memory,
     wait_for,
 )
+from layers.classifier import Classifier
 from util.train.amp import autocast, resolve_amp
 from util.train.optim import adamw, param_groups
 
@@ -71,7 +73,7 @@ class Setup:
     amp: str
     device: torch.device
 
-    def build(self, second_order: dict | None) -> nn.Module:
+    def build(self, second_order: dict | None) -> Classifier:
         """The backbone with a head."""
         model = build_classifier(
             self.model,
@@ -150,6 +152,11 @@ class Step:
         return figures
 
 
+def measure_memory(setup: Setup, options: dict | None) -> dict[str, float]:
+    """`Step.memory` of a model with such a head, which is freed afterwards."""
+    return Step(setup, options).memory()
+
+
 def measure(setup: Setup, steps: int, record: Record) -> dict[str, dict]:
     """{head: {parameters, kept_mib, weights_mib, [peak_mib], step_ms, head_ms, and the ranges of both}}.
 
@@ -158,7 +165,7 @@ def measure(setup: Setup, steps: int, record: Record) -> dict[str, dict]:
     rows = {}
     # Memory is measured with one model at a time.
     for name, options in HEADS.items():
-        rows[name] = unless_out_of_memory(lambda options=options: Step(setup, options).memory())
+        rows[name] = unless_out_of_memory(partial(measure_memory, setup, options))
         record.set("heads", rows)
     times = unless_out_of_memory(lambda: measure_times(setup, steps))
     for name, row in rows.items():

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +217,7 @@ def main(argv: list[str], record: Record | None = None) -> dict:
     differ = difference(views)
     record.results |= {"batch": args.batch, "dim": args.dim, "heads": args.heads, "device": device.type}
     for name in FORMS:
-        found = unless_out_of_memory(lambda name=name: measure(name, views, args.repeats))
+        found = unless_out_of_memory(partial(measure, name, views, args.repeats))
         record.add("rows", {"form": name} | found)
     print(
         f"batch {args.batch}, {GLOBALS} global 14x14 and {LOCALS} local 6x6 maps of {args.dim} channels, "

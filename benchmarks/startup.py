@@ -99,7 +99,8 @@ def worker_mib(index, workers: int, touched: int) -> float:
     last = len(loader) - workers - 2
     for i, _ in enumerate(iter(loader)):
         if i == last:
-            private = [private_mib(process.pid) for process in multiprocessing.active_children()]
+            pids = [process.pid for process in multiprocessing.active_children()]
+            private = [private_mib(pid) for pid in pids if pid is not None]
     return statistics.median(private)
 
 

@@ -22,6 +22,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +72,9 @@ LABELS = {
     "timm": TIMM,
 }
 # Keywords of our models.
-MAE = dict(pos_embed="sincos", pos_label="none")
-APL = dict(pos_embed="none", pos_label="apl")
-RPL = dict(pos_embed="none", pos_label="rpl")
+MAE: dict[str, Any] = dict(pos_embed="sincos", pos_label="none")
+APL: dict[str, Any] = dict(pos_embed="none", pos_label="apl")
+RPL: dict[str, Any] = dict(pos_embed="none", pos_label="rpl")
 FLAGS = {
     "mae": MAE,
     "apl": APL,
@@ -127,16 +128,20 @@ class TimmMAE(nn.Module):
 
     def __init__(self, like: MaskedAutoencoderViT):
         super().__init__()
+        if like.pos_embed is None:
+            raise ValueError("`like` needs a positional embedding")
         # timm takes seconds to import, and most calls of this benchmark do not need it.
         from timm.layers import PatchEmbed
         from timm.models.vision_transformer import Block
 
         dim = like.dim
-        heads = like.blocks[0].attn.num_heads
+        heads = like.trunk.num_heads
         width = like.decoder_embed.out_features
-        decoder_heads = like.decoder_blocks[0].attn.num_heads
+        decoder_heads = like.decoder.num_heads
         self.patch_size = like.patch_size
-        self.patch_embed = PatchEmbed(like.img_size, like.patch_size, like.in_chans, dim)
+        # timm annotates the patch size as a number, and takes a pair.
+        patch_size: Any = like.patch_size
+        self.patch_embed = PatchEmbed(like.img_size, patch_size, like.in_chans, dim)
         self.cls_token = nn.Parameter(like.cls_token.detach().clone())
         self.pos_embed = nn.Parameter(like.pos_embed.detach().clone(), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in like.blocks))
@@ -183,11 +188,11 @@ def transformers_mae(like: MaskedAutoencoderViT) -> nn.Module:
         patch_size=like.patch_size[0],
         hidden_size=like.dim,
         num_hidden_layers=len(like.blocks),
-        num_attention_heads=like.blocks[0].attn.num_heads,
+        num_attention_heads=like.trunk.num_heads,
         intermediate_size=4 * like.dim,
         decoder_hidden_size=width,
         decoder_num_hidden_layers=len(like.decoder_blocks),
-        decoder_num_attention_heads=like.decoder_blocks[0].attn.num_heads,
+        decoder_num_attention_heads=like.decoder.num_heads,
         decoder_intermediate_size=4 * width,
         mask_ratio=MASK_RATIO,
         norm_pix_loss=True,
@@ -268,8 +273,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return adamw(param_groups(model, WEIGHT_DECAY), LEARNING_RATE, betas=BETAS)
 
 
-def our_loss(model: MaskedAutoencoderViT) -> LossFn:
-    """The loss of pretraining as a function of images."""
+def our_loss(model: Callable[..., Any]) -> LossFn:
+    """The loss of pretraining as a function of images; `model` is ours, compiled or not."""
 
     def loss(images: Tensor) -> Tensor:
         losses, _, _ = model(images, MASK_RATIO, want_pred=False)
@@ -469,7 +474,7 @@ COLUMNS = (
 
 def shown_row(row: dict) -> dict[str, object]:
     """A row of the printed table. Figures that the row does not have are empty."""
-    line = dict.fromkeys(COLUMNS, "")
+    line: dict[str, object] = dict.fromkeys(COLUMNS, "")
     line |= dict(model=row["model"], variant=row["variant"], amp=row["amp"])
     if "error" in row:
         line["s/step"] = row["error"]

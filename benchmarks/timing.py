@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,7 +135,7 @@ def rotated(items: list[Key], turns: int) -> list[Key]:
 
 
 def interleaved(
-    variants: dict[Key, Callable[[], object]],
+    variants: Mapping[Key, Callable[[], object]],
     rounds: int,
     *,
     warmup: int = 1,
@@ -169,7 +169,7 @@ def interleaved(
 
 
 def freed_memory(
-    kept: Callable[[Key], bool], calls: dict[Key, Callable[[], object]]
+    kept: Callable[[Key], bool], calls: Mapping[Key, Callable[[], object]]
 ) -> Callable[[Key], None]:
     """Make a `prepare` for `interleaved` that switches how the process treats freed memory.
 
@@ -272,7 +272,7 @@ def status_kib(name: str) -> int:
     raise ValueError(f"/proc/self/status has no {name}")
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and largest value."""
     return dict(median=statistics.median(values), min=min(values), max=max(values))
 

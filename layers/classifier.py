@@ -4,11 +4,10 @@ Shapes: B batch, N patch tokens, C channels of a token, F channels of the pooled
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from layers.contract import Heads
+from layers.contract import Backbone, Heads
 from layers.positional.draws import Draws
 from layers.positional.head import PositionalHead
 from layers.second_order import SecondOrder, SecondOrderHead
@@ -16,25 +15,20 @@ from layers.second_order import SecondOrder, SecondOrderHead
 POOLS = ("avg", "cls")
 
 
-class Classifier:
+class Classifier(Backbone):
     """Mixin that makes a classifier of a backbone without a prefix on the backbone's state-dict keys.
 
-    The backbone is an `nn.Module` that offers `layers.contract.Backbone`. It names this class first among its
-    bases and calls `init_classifier` after its own parameters are made. Its `forward_features` returns
-    normalised tokens, or it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The
-    mixin adds the parameters `head.*` and, with labels, `pos_head.*`.
+    The backbone is a `layers.contract.Backbone`. It names this class first among its bases and calls
+    `init_classifier` after its own parameters are made. Its `forward_features` returns normalised tokens, or
+    it sets `fc_norm`, which is applied after the average, as in MAE's fine-tuning. The mixin adds the
+    parameters `head.*` and, with labels, `pos_head.*`.
     """
 
-    dim: int
-    grid: tuple[int, int]
-    num_prefix: int
     head: nn.Module
     heads: Heads
     # Only an annotation: a class attribute would hide the submodule of that name.
     fc_norm: nn.Module | None
     pos_head: PositionalHead | None
-    # The backbone's.
-    forward_features: Callable[[Tensor], Tensor]
 
     def usual_pool(self, heads: Heads) -> str:
         """The pooling for `heads.pool` None."""

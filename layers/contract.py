@@ -10,7 +10,7 @@ records of a named model. Calling it replaces single fields by name:
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -108,38 +108,59 @@ def relation_head(wanted: bool, dim: int, predictor: bool) -> RelationHead | Non
     return RelationHead(dim, predictor=predictor)
 
 
-class Backbone(Protocol):
+class AnyTrunk(Protocol):
+    """What the record of a backbone's sizes holds for every backbone."""
+
+    @property
+    def pos_embed(self) -> str:
+        """The kind of positional embedding; "none" for a model without one."""
+
+
+class Backbone(nn.Module):
     """What classifiers, probes, the engine and the tools may rely on in a backbone.
 
     Attributes:
+        trunk: the record that the backbone was built from.
         dim: channels C of a token.
         grid: (h, w) of the patch tokens, N = h * w, row by row.
         num_prefix: number of tokens before the patch tokens (class token, distillation token).
         in_chans: channels of the images.
-        num_layers: the largest `layer_id`.
     """
 
+    trunk: AnyTrunk
     dim: int
     grid: tuple[int, int]
     num_prefix: int
     in_chans: int
-    num_layers: int
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C)."""
+        raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, in addition to all one-dimensional ones."""
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """The largest `layer_id`."""
+        raise NotImplementedError
 
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning rates, 0 for the embedding."""
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Run each block again in backward instead of keeping its inner tensors."""
+        raise NotImplementedError
+
+
+# The class of the models of an entry.
+M = TypeVar("M", bound=nn.Module, covariant=True)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[M]):
     """A model of a registry: its class, the records that it is built from, and what else distinguishes it.
 
     Attributes:
@@ -151,7 +172,7 @@ class Entry:
             its own way.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., M]
     defaults: Mapping[str, Any]
     distillation: bool = False
     own_positions: bool = False
@@ -167,7 +188,7 @@ class Entry:
                 found[name] = default
         return found
 
-    def override(self, **options: Any) -> "Entry":
+    def override(self, **options: Any) -> "Entry[M]":
         """The entry with other defaults. A mapping changes single keys of a mapping.
 
         Raises ValueError if the model does not take an option.
@@ -183,7 +204,7 @@ class Entry:
         defaults = {name: _replaced(name, default, options) for name, default in self.defaults.items()}
         return dataclasses.replace(self, defaults=defaults)
 
-    def __call__(self, **options: Any) -> Any:
+    def __call__(self, **options: Any) -> M:
         """Build the model, with single options replaced; raises ValueError as `override` and the model do."""
         return self.build(**self.override(**options).defaults)
 

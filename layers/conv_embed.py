@@ -38,7 +38,9 @@ class ConvTokenEmbed(nn.Module):
         width = 64
         for stride in (2, 2, patch_size[0] // 8):
             shortcut = nn.Sequential(nn.Conv2d(width, 256, 1, stride, bias=False), nn.BatchNorm2d(256))
-            self.blocks.append(Bottleneck(width, 64, stride, shortcut, norm_layer=norm))
+            # timm annotates `norm_layer` as a class, and takes any function that makes a module.
+            block = Bottleneck(width, 64, stride, shortcut, norm_layer=norm)  # type: ignore[arg-type]
+            self.blocks.append(block)
             width = 256
         self.proj = nn.Conv2d(256, dim, 1)
 

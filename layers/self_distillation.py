@@ -8,10 +8,14 @@ sharpening that all are equally likely.
 Shapes: B batch, V views, M patches, C channels of a token, K prototypes.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Teacher = TypeVar("Teacher", bound=nn.Module)
 
 
 class ProjectionHead(nn.Module):
@@ -31,9 +35,10 @@ class ProjectionHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out_dim, bottleneck), a=5**0.5))
         self.scale = nn.Parameter(torch.ones(out_dim), requires_grad=not norm_last_layer)
 
@@ -57,6 +62,8 @@ class ProjectionHead(nn.Module):
 
 class Centre(nn.Module):
     """Running mean (K,) of a teacher's logits over the batches of all ranks (DINO, Eq. 4)."""
+
+    mean: Tensor
 
     def __init__(self, out_dim: int, momentum: float = 0.9):
         super().__init__()
@@ -127,8 +134,8 @@ class MomentumUpdate:
     def __init__(self, teacher: nn.Module, student: nn.Module):
         source = dict(student.named_parameters())
         names, averages = zip(*teacher.named_parameters())
-        self.averages = list(averages)
-        self.sources = [source[name] for name in names]
+        self.averages: list[Tensor] = list(averages)
+        self.sources: list[Tensor] = [source[name] for name in names]
 
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
@@ -136,7 +143,7 @@ class MomentumUpdate:
         torch._foreach_lerp_(self.averages, self.sources, 1 - momentum)
 
 
-def copy_parameters(teacher: nn.Module, student: nn.Module) -> nn.Module:
+def copy_parameters(teacher: Teacher, student: nn.Module) -> Teacher:
     """Copy the student's parameters into the teacher, by name, and freeze them. Returns the teacher."""
     MomentumUpdate(teacher, student)(0.0)
     return teacher.requires_grad_(False)

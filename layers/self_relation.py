@@ -64,8 +64,8 @@ class RelationHead(nn.Module):
     def __init__(self, dim: int, predictor: bool):
         super().__init__()
         self.norm = TokenNorm(dim)
-        self.predictor = None
-        self.predictor_norm = None
+        self.predictor: nn.Linear | None = None
+        self.predictor_norm: TokenNorm | None = None
         if predictor:
             self.predictor = nn.Linear(dim, dim, bias=False)
             self.predictor_norm = TokenNorm(dim)
@@ -73,7 +73,7 @@ class RelationHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C) in float32, not negative."""
         x = self.norm(x).relu()
-        if self.predictor is None:
+        if self.predictor is None or self.predictor_norm is None:
             return x
         return self.predictor_norm(self.predictor(x)).relu()
 

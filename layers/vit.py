@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers.contract import Trunk
+from layers.contract import Backbone, Trunk
 from layers.conv_embed import ConvTokenEmbed
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_blocks
@@ -47,14 +47,14 @@ def named_sizes() -> Iterator[tuple[str, int]]:
             yield size, patch
 
 
-class ViTBackbone(nn.Module):
+class ViTBackbone(Backbone):
     """Patch embedding, class token, optional positional embedding, blocks, final norm; MAE's state-dict keys.
 
-    Offers what `layers.contract.Backbone` lists, and `patch_size` and `img_size`. Raises ValueError if
-    `trunk` names an unknown embedding, or if the patches do not fill the image.
+    It also has `patch_size` and `img_size`. Raises ValueError if `trunk` names an unknown embedding, or if
+    the patches do not fill the image.
     """
 
-    grid: tuple[int, int]
+    trunk: Trunk
     cls_token: nn.Parameter
     pos_embed: nn.Parameter | None
     # Learned tokens that precede the patches, in their order.

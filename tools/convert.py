@@ -132,10 +132,10 @@ def _hidden_facts(source: Model, arch: Architecture) -> dict[str, Any]:
         # Label heads stay behind.
         "pos_label": "none",
         "pos_embed": "learned" if arch.pos_embed else "none",
-        "num_heads": source.blocks[0].attn.num_heads,
+        "num_heads": source.trunk.num_heads,
     }
-    if arch.decoder_depth:
-        flags["decoder_heads"] = source.decoder_blocks[0].attn.num_heads
+    if arch.decoder_depth and isinstance(source, models_mae_pl.MaskedAutoencoderViT):
+        flags["decoder_heads"] = source.decoder.num_heads
     return flags
 
 
@@ -184,7 +184,7 @@ def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, parti
     else:
         save_file(weights, partial)
         weights = load_file(partial)
-    options = timm_options(arch, source.blocks[0].attn.num_heads, source.img_size)
+    options = timm_options(arch, source.trunk.num_heads, source.img_size)
     keywords = ", ".join(f"{k}={v!r}" for k, v in options.items())
     usage = f"timm.create_model('vit_base_patch16_224', checkpoint_path='{{out}}', {keywords})"
     return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage)
@@ -270,5 +270,5 @@ def _other_model(checkpoint: Checkpoint, arch: Architecture, ours: Model) -> tup
     if os.path.isdir(checkpoint.path):
         full = arch.decoder_depth > 0
         return "transformers'", hf_outputs(checkpoint.path, full, arch.classes), full
-    options = timm_options(arch, ours.blocks[0].attn.num_heads, ours.img_size)
+    options = timm_options(arch, ours.trunk.num_heads, ours.img_size)
     return "timm's", timm_outputs(checkpoint.model, options), False

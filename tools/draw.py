@@ -15,14 +15,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from layers.positional.head import PositionalHead
 from layers.positional.pairs import relative_labels
+from layers.transformer import Attention
 from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from models_vit import VisionTransformer
 from tools.stored_model import model_of
-from util.data.datasets import build_dataset
+from util.data.datasets import ImageDataset, build_dataset
 from util.data.loading.loader import collate, some_samples
 from util.data.pixels import normalize, unnormalize
 from util.data.sources.image_index import NoSplit
+from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
 from util.flags.groups import channel_stats
 from util.report import charts
@@ -77,10 +80,10 @@ def load_images(
     return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def _evaluation_set(model: Model, data_path: str):
-    transform = eval_transform(tuple(model.img_size))
+def _evaluation_set(model: Model, data_path: str) -> ImageDataset | TimmDataset:
+    transform = eval_transform(model.img_size)
 
-    def split(name: str):
+    def split(name: str) -> ImageDataset | TimmDataset:
         return build_dataset(
             data_path, name, transform, in_chans=model.in_chans, labels=False, evaluation=True
         )
@@ -262,7 +265,7 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
     seen = (
         (images, visible_cells(model, keys, mask_ratio, flags)) for images, keys in chain([first], batches)
     )
-    answers = _predict_labels(model, seen)
+    answers = _predict_labels(model, model.pos_head, seen)
     # Relative labels have no arrows: their chart has no images.
     target = np.zeros((len(shown), 0), int)
     predicted = target
@@ -270,14 +273,16 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
         target = answers.target[: len(shown)].numpy()
         predicted = answers.predicted[: len(shown)].numpy()
     per_cell = accuracy_map(answers.target == answers.predicted, answers.ids, model.grid)
-    title = _positions_title(model, answers)
+    title = _positions_title(model.pos_head, answers)
     return charts.positions(shown, target, predicted, per_cell, answers.confusions(), model.grid, title)
 
 
-def _predict_labels(model: Model, batches: Iterable[tuple[Tensor, Tensor]]) -> LabelPredictions:
+def _predict_labels(
+    model: Model, head: PositionalHead, batches: Iterable[tuple[Tensor, Tensor]]
+) -> LabelPredictions:
     """The predictions for batches of images (B, C, H, W) and their visible cells (B, n)."""
     # A model with both heads is drawn by its absolute labels, which can be shown as arrows.
-    kind = model.pos_head.absolute or next(model.pos_head.children())
+    kind = head.absolute or next(iter(head.kinds.values()))
     ids = []
     target = []
     predicted = []
@@ -295,15 +300,15 @@ def _predict_labels(model: Model, batches: Iterable[tuple[Tensor, Tensor]]) -> L
     )
 
 
-def _positions_title(model: Model, answers: LabelPredictions) -> str:
+def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
     images, visible = answers.ids.shape[:2]
     # A model with one head calls its chance level position_acc, without the kind.
-    levels = model.pos_head.chance(visible)
+    levels = head.chance(visible)
     chance = levels.get(f"{answers.kind}_acc", levels["position_acc"])
     name = "absolute"
     if answers.relative:
         name = "relative"
-    cells = model.grid[0] * model.grid[1]
+    cells = head.grid[0] * head.grid[1]
     return (
         f"{name} labels of {images} images, {visible} of {cells} patches visible: "
         f"{100 * answers.accuracy:.1f} % right, chance {100 * chance:.1f} %"
@@ -326,7 +331,7 @@ def class_attention(model: Model, images: Tensor) -> Tensor:
 
     They add up to less than 1: the softmax also covers the prefix tokens.
     """
-    attn = model.blocks[-1].attn
+    attn = [module for module in model.blocks.modules() if isinstance(module, Attention)][-1]
     inputs: list[Tensor] = []
     hook = attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     if isinstance(model, MaskedAutoencoderViT):

@@ -282,7 +282,8 @@ def timm_outputs(weights: Weights, options: dict[str, Any]) -> Outputs:
     """The outputs of timm's model with our weights."""
     import timm
 
-    model = timm.create_model("vit_base_patch16_224", **options).eval()
+    # timm annotates no more than a module.
+    model: Any = timm.create_model("vit_base_patch16_224", **options).eval()
     # A model without positional embedding is one with a zero embedding.
     table = {"pos_embed": torch.zeros_like(model.pos_embed)}
     model.load_state_dict(table | {k: v for k, v in weights.items() if not k.startswith(DECODER)})

@@ -8,7 +8,7 @@ of a chunk.
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ def images_per_chunk(batch: int, most: int, even: bool) -> int:
 
 
 # Made at the first call on CUDA; False after compiling has failed.
-_compiled_chunk: Callable[..., tuple[Tensor, ...]] | bool | None = None
+_compiled_chunk: Callable[..., tuple[Tensor, ...]] | Literal[False] | None = None
 
 
 def _chunk_on_cuda(q, k, weight, bias, label, with_grad):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Room -> the number of errors that it has today. Rooms that are not named here are gated: they have none.
-ALLOWED = {"backbones": 0}
+ALLOWED: dict[str, int] = {}
 PATHS = ["engine.py", "main_*.py", "models_*.py", "submitit_*.py", "checkpoints.py", "visualize.py"]
 PATHS += ["backbones", "benchmarks", "evidence", "layers", "tools", "util"]
 

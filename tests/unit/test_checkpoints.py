@@ -626,3 +626,10 @@ def test_the_command_line(tmp_path, capsys):
     )
     assert "lacks config.json and model.safetensors" in printed.err and "sha256" in printed.out
     assert json.loads(json.dumps(checkpoint.load(file).args))["model"] == "mae_test"
+
+
+def test_an_evaluation_needs_a_checkpoint():
+    saved = Checkpoint("x.pth", {})
+    assert checkpoint.to_evaluate(saved) is saved
+    with pytest.raises(ValueError, match="`eval` needs `resume`"):
+        checkpoint.to_evaluate(None)

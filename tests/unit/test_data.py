@@ -31,7 +31,7 @@ import main_pretrain
 from util import dist
 from util.data import __main__ as commands
 from util.data import datasets, formats
-from util.data.datasets import ImageDataset, build_dataset
+from util.data.datasets import ImageDataset, build_class_dataset, build_dataset
 from util.data.formats import decode, is_plain_jpeg
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler, EvalSampler
@@ -1005,6 +1005,9 @@ def test_timm_reads_a_folder_as_we_do(tmp_path):
     for i in range(8):
         if not ORDER[i].endswith("10.jpeg"):
             same(theirs[1, i], ours[1, i])
+    assert build_class_dataset(root, "train", None).index.classes == ours.index.classes
+    with pytest.raises(ValueError, match="a classifier needs class folders"):
+        build_class_dataset(f"torch/image_folder={root}", "train", None)
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
 from util.data import native
+from util.data.contract import IndexedSamples
 from util.data.formats import decode
 from util.data.seeding import epoch_and_index, sample_seed, seeded
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
-from util.data.timm_datasets import build_timm_dataset, is_timm_path
+from util.data.timm_datasets import TimmDataset, build_timm_dataset, is_timm_path
 from util.data.transforms import views
 
 # The embedded demo set, so that every main runs without data.
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
     transformed: bool
 
 
-class ImageDataset(Dataset):
+class ImageDataset(IndexedSamples):
     """Samples of an `ImageIndex` by `(epoch, i)`, or by `i` for epoch 0.
 
     A sample is a dictionary: image uint8 (C, H, W); label int, -1 without one; index int; key int, its
@@ -42,9 +42,6 @@ class ImageDataset(Dataset):
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,
             or raises ValueError; see util/data/loading/cache.py.
     """
-
-    # Each sample can be made again from its number, so a run resumes at any step.
-    exact_resume = True
 
     def __init__(
         self,
@@ -131,13 +128,11 @@ class ImageDataset(Dataset):
                 i = sample_seed(first_key, 0, len(bad)) % len(self)
 
 
-class TensorSamples(Dataset):
+class TensorSamples(IndexedSamples):
     """Samples from tensors: features (n, d) under the name `image`, and labels (n,).
 
     `index` is the listing of the images that the features were computed from.
     """
-
-    exact_resume = True
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor, index: ImageIndex):
         self.features = features
@@ -162,7 +157,7 @@ def build_dataset(
     seed: int = 0,
     labels: bool = True,
     evaluation: bool = False,
-) -> Dataset:
+) -> ImageDataset | TimmDataset:
     """Open `split` of the data set at `data_path`.
 
     The path is one as in `build_index`, or None for the embedded demo set. timm reads
@@ -177,3 +172,25 @@ def build_dataset(
         return build_timm_dataset(path, split, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
     index = build_index(path, split, labels=labels)
     return ImageDataset(index, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
+
+
+def build_class_dataset(
+    data_path: str | os.PathLike | None,
+    split: str,
+    transform: Callable,
+    *,
+    in_chans: int = 3,
+    seed: int = 0,
+    evaluation: bool = False,
+) -> ImageDataset:
+    """`build_dataset` for a classifier, which needs the names of the classes.
+
+    Raises ValueError also for the data sets of timm's readers, which have no such names.
+    """
+    dataset = build_dataset(data_path, split, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
+    if not isinstance(dataset, ImageDataset):
+        raise ValueError(
+            f"`data_path` {data_path}: timm's readers serve pretraining only; a classifier needs class "
+            "folders or tars"
+        )
+    return dataset

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist
+from util.data.contract import Samples
 from util.data.formats import PIL_MODES
 from util.data.seeding import epoch_and_index, sample_seed, seeded
 from util.data.sources.image_index import NoSplit
@@ -17,14 +18,11 @@ from util.data.transforms import views
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")
 
 
-class TimmDataset(Dataset):
+class TimmDataset(Samples):
     """The samples of an `ImageDataset` from a map-style set of (PIL image, label).
 
     timm itself replaces unreadable images, so `bad` is always empty.
     """
-
-    # Each sample can be made again from its number, so a run resumes at any step.
-    exact_resume = True
 
     def __init__(
         self, dataset: Any, transform: Callable, *, name: str = "", in_chans: int = 3, seed: int = 0

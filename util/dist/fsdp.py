@@ -7,13 +7,15 @@ that a run may change its strategy and its number of ranks between two saves.
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from util import dist
+
+M = TypeVar("M", bound=nn.Module)
 
 # torch.distributed.fsdp and .tensor take seconds to import: only the functions that need them import them.
 
@@ -55,6 +57,18 @@ def is_sharded(model: nn.Module) -> bool:
     return model in _whole_copies
 
 
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Choose whether the next backward passes of a sharded model average its gradients over all ranks."""
+    # `fully_shard` has made the model an FSDPModule.
+    sharded: Any = model
+    sharded.set_requires_gradient_sync(enabled)
+
+
+def full_tensor(x: Any) -> Tensor:
+    """A sharded tensor gathered, on its device. All ranks must call it together."""
+    return x.full_tensor()
+
+
 def whole(state: Any, keep: bool = True) -> Any:
     """A state dict with every sharded tensor gathered, on the CPU. All ranks must call it together.
 
@@ -63,7 +77,7 @@ def whole(state: Any, keep: bool = True) -> Any:
     """
     if hasattr(state, "full_tensor"):
         # All ranks take part in the gathering, whether they keep the result or not.
-        full = state.full_tensor()
+        full = full_tensor(state)
         if not keep:
             return None
         return full.cpu()
@@ -130,7 +144,7 @@ def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> Non
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[nn.Module]:
+def gathered(model: M) -> Iterator[M]:
     """Lend a whole model with the current weights; every rank may run any part of it independently.
 
     This is the model itself if it is not sharded. A sharded model cannot be used so: each of its forward
@@ -139,7 +153,7 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
     if not is_sharded(model):
         yield model
         return
-    copied = _whole_copies[model]
+    copied: Any = _whole_copies[model]
     device = next(model.parameters()).device
     copied.load_state_dict(whole(model.state_dict()))
     copied.to(device)

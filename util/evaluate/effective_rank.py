@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from layers.contract import Backbone
 from util import dist
+from util.run.log import Log
 
 RANK_IMAGES = 512  # enough images to see a collapse
 
@@ -22,7 +24,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 @torch.no_grad()
-def log_ranks(backbone: nn.Module, batches: Iterable[dict], log, epoch: int) -> dict[str, float]:
+def log_ranks(backbone: Backbone, batches: Iterable[dict], log: Log, epoch: int) -> dict[str, float]:
     """Return the effective ranks of the class token and of the mean patch token; print and log them.
 
     `batches` hold normalised images, `image` (B, C, H, W).

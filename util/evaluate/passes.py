@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
+from util.data.contract import Batches, Samples
 from util.data.loading.loader import device_batches
+from util.train.objective import LossFunction
 from util.train.setup import Setup
 
 
 @torch.no_grad()
-def mean_terms(model: nn.Module, loss_fn: Callable, loader, setup: Setup) -> dict[str, float]:
+def mean_terms(
+    model: nn.Module, loss_fn: LossFunction, loader: Batches[Samples], setup: Setup
+) -> dict[str, float]:
     """Return the means of loss_fn's terms over all readable images of all ranks, and `images`, their number.
 
     `loss_fn(model, batch)` returns (loss, {name: scalar tensor}). Batches are weighted by their size, or by
@@ -27,9 +31,9 @@ def mean_terms(model: nn.Module, loss_fn: Callable, loader, setup: Setup) -> dic
     zero = torch.zeros((), dtype=exact, device=setup.device)
     sums: dict[str, Tensor] = {}
     unreadable = 0
-    for batch in device_batches(loader, setup.device, setup.pixels):
-        unreadable += len(set(batch["bad"]))
-        batch = _readable(batch)
+    for loaded in device_batches(loader, setup.device, setup.pixels):
+        unreadable += len(set(loaded["bad"]))
+        batch = _readable(loaded)
         if batch is None:
             continue
         with setup.autocast():
@@ -72,7 +76,7 @@ def _readable(batch: dict) -> dict | None:
 
 @torch.no_grad()
 def extract_features(
-    function: Callable[[Tensor], Tensor], loader, setup: Setup, gather: bool = True
+    function: Callable[[Tensor], Tensor], loader: Batches[Samples], setup: Setup, gather: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return features (n, d) and labels (n,) of all readable images, in the data set's order, on the device.
 

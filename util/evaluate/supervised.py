@@ -3,19 +3,21 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layers.positional.draws import draws_of
 from util import dist
+from util.data.contract import Batches, IndexedSamples
 from util.evaluate.accuracy import classification
 from util.evaluate.passes import mean_terms
 from util.run.log import write_predictions
+from util.train.objective import LossFunction
 from util.train.setup import Setup
 
 
 def make_eval_fn(
     positions: bool, record: Callable[[dict, Tensor], None] | None = None, columns: Tensor | None = None
-) -> Callable:
+) -> LossFunction:
     """Return a function (model, batch) -> (loss, terms) for `mean_terms`: accuracies in percent, and position
     terms.
 
@@ -23,8 +25,8 @@ def make_eval_fn(
     these are not all of its outputs in order.
     """
 
-    def eval_fn(model, batch):
-        terms = {}
+    def eval_fn(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        terms: dict[str, Tensor] = {}
         if positions:
             logits, terms = model(batch["image"], positions=True, draws=draws_of(batch))
         else:
@@ -40,7 +42,12 @@ def make_eval_fn(
 
 
 def evaluate(
-    model, loader, classes: list[str], setup: Setup, positions: bool, predictions: str = ""
+    model: nn.Module,
+    loader: Batches[IndexedSamples],
+    classes: list[str],
+    setup: Setup,
+    positions: bool,
+    predictions: str = "",
 ) -> dict[str, float]:
     """Return accuracies, loss and position terms, exact on any number of ranks; print MAE's line.
 

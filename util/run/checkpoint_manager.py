@@ -42,8 +42,9 @@ class CheckpointManager:
         self.steps = save_steps
         self.keep = keep
         self.saved_at = time.monotonic()
+        self.token = uuid.uuid4().hex
         self.me = {
-            "token": uuid.uuid4().hex,
+            "token": self.token,
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "job": os.environ.get("SLURM_JOB_ID"),
@@ -108,7 +109,7 @@ class CheckpointManager:
         os.makedirs(self.dir, exist_ok=True)
         self._refuse(self._owner())
         last = os.path.join(self.dir, LAST)
-        save_atomic(state, last, self.me["token"])
+        save_atomic(state, last, self.token)
         self.saved_at = time.monotonic()
         if numbered is not None:
             self._link(last, str(numbered))

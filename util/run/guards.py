@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from util import dist
 
@@ -41,7 +42,7 @@ class BadImages:
     share.
     """
 
-    def __init__(self, dataset, output_dir: str | None, max_share: float):
+    def __init__(self, dataset: Any, output_dir: str | None, max_share: float):
         self.dataset = dataset
         self.dir = output_dir
         self.max_share = max_share
@@ -93,7 +94,7 @@ class BadImages:
 def write_replay(
     output_dir: str | None,
     error: NonFiniteLoss,
-    sampler,
+    sampler: Any,
     epoch: int,
     updates: int,
     accum_iter: int,

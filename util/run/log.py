@@ -14,12 +14,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 
 from util import dist
 from util.run.guards import NonFiniteLoss, survive_full_disk
 from util.run.tensorboard import Board
+
+if TYPE_CHECKING:
+    # Needed at a terminal only.
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Log:
         self.peak_flops: float | None = None
         self.image_flops: float | None = None
         self.meters: dict[str, float] = {}
-        self._bar = None
+        self._bar: tqdm | None = None
         # (step, names, values on the device, learning rate) of the updates since the last log point
         self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
         self._waited = 0.0

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 
 def warmup_cosine(progress: float, *, lr: float, min_lr: float, warmup: float, total: float) -> float:
     """Return MAE's learning rate: linear from 0 to `lr` over `warmup`, then half a cosine to `min_lr` at
@@ -39,7 +41,7 @@ def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
     return blr * effective_batch / 256
 
 
-def set_lr(optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group `lr` times its `lr_scale` (layer-wise decay; 1 if it is not set)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

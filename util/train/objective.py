@@ -1,8 +1,13 @@
 """The contract between a main and the engine."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from util.train.state import TrainState
+
+# (model, batch) -> the scalar loss and its named terms.
+LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Objective:

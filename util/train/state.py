@@ -119,7 +119,7 @@ def apply_gradients(
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     if state.sharded:
-        norm = norm.full_tensor()
+        norm = fsdp.full_tensor(norm)
     if state.scaler.is_enabled():
         # An overflow in float16 is expected: the scaler skips the step. It must not count as a non-finite
         # loss.

@@ -182,6 +182,13 @@ def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
     return load(path)
 
 
+def to_evaluate(start: Checkpoint | None) -> Checkpoint:
+    """The checkpoint that is evaluated; raises ValueError if there is none."""
+    if start is None:
+        raise ValueError("`eval` needs `resume`, the checkpoint to evaluate")
+    return start
+
+
 def continue_from(output_dir: str | None, resume: str, flags: dict[str, Any]) -> Checkpoint | None:
     """`load_start`, and print which file it is and which flags have changed."""
     checkpoint = load_start(output_dir, resume)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.classifier import Classifier
 from layers.pos_embed import resize_pos_embed, sincos_2d
+from layers.vit import ViTBackbone
 from util.weights.architecture import SO_VIT, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
 from util.weights.types import Checkpoint
@@ -20,7 +22,7 @@ _CLASSIFIER_HEADS = ("head", "fc_norm.", "pos_head.", "dist_token")
 _PRETRAINING_HEADS = ("pos_head.", "sr_")
 
 
-def init_encoder(model: nn.Module, checkpoint: Checkpoint, pos_embed_init: str) -> str:
+def init_encoder(model: Classifier, checkpoint: Checkpoint, pos_embed_init: str) -> str:
     """Load a pretrained encoder into a classifier of the same architecture; returns a line on what was done.
 
     - Decoder and mask token are left out, and the head of a Swin, So-ViT or timm classifier.
@@ -62,41 +64,45 @@ def _pretrained_encoder(checkpoint: Checkpoint) -> tuple[Weights, str]:
 
 
 def _fit_pos_embed(
-    weights: Weights, model: nn.Module, stored: Mapping[str, Any], init: str
+    weights: Weights, model: Classifier, stored: Mapping[str, Any], init: str
 ) -> tuple[Weights, str]:
     """Give the weights a positional embedding that fits the model, if the model has one."""
-    expected = model.state_dict().get("pos_embed")
-    if expected is None:
+    parameter = dict(model.named_parameters()).get("pos_embed")
+    if parameter is None:
         return weights, ""
     table = weights.get("pos_embed")
     if table is not None:
-        table, note = _resized_pos_embed(table, model, stored, 1 + ("dist_token" in weights))
-    elif not model.pos_embed.requires_grad:
+        grid = grid_of(stored, table.shape[1] - 1 - ("dist_token" in weights))
+        table, note = _resized_pos_embed(table, grid, parameter.shape[1], model.grid)
+    elif not parameter.requires_grad:
         # A fixed embedding cannot be learned from another start.
-        table = expected
+        table = parameter.detach()
         note = "the checkpoint has no positional embedding: the fixed sine-cosine one"
     else:
-        table = new_pos_embed(model.pos_embed, model.grid, init)
+        table = new_pos_embed(parameter, model.grid, init)
         note = f"the checkpoint has no positional embedding: a new one, {init}"
     return weights | {"pos_embed": table}, note
 
 
 def _resized_pos_embed(
-    table: Tensor, model: nn.Module, stored: Mapping[str, Any], prefix: int
+    table: Tensor, grid: tuple[int, int], tokens: int, new_grid: tuple[int, int]
 ) -> tuple[Tensor, str]:
-    """A stored positional embedding (1, prefix + L, C) with the model's grid and number of extra tokens."""
-    grid = grid_of(stored, table.shape[1] - prefix)
-    table = resize_pos_embed(table, grid, model.grid)  # (1, prefix + L', C)
+    """A stored positional embedding (1, prefix + L, C) of a `grid` for a `new_grid` and a number of `tokens`.
+
+    The second result is a note on what was done.
+    """
+    prefix = table.shape[1] - grid[0] * grid[1]
+    table = resize_pos_embed(table, grid, new_grid)  # (1, prefix + L', C)
     # DeiT's second token is new, and its position is the one before the patches.
-    missing = max(0, model.pos_embed.shape[1] - table.shape[1])
+    missing = max(0, tokens - table.shape[1])
     more = table.new_zeros(1, missing, table.shape[2])
     note = "positional embedding from the checkpoint"
-    if grid != model.grid:
-        note += f", resized from {grid} to {model.grid}"
+    if grid != new_grid:
+        note += f", resized from {grid} to {new_grid}"
     return torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1), note
 
 
-def _fit_channels(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
+def _fit_channels(weights: Weights, model: Classifier) -> tuple[Weights, str]:
     """Adapt the patch embedding to the model's number of channels."""
     names = [n for n in ("patch_embed.stem.0.weight", "patch_embed.proj.weight") if n in weights]
     if not names or weights[names[0]].shape[1] == model.in_chans:
@@ -183,7 +189,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return weight[:, torch.arange(channels) % old] * (old / channels)  # (C, channels, ph, pw)
 
 
-def init_from(model: nn.Module, checkpoint: Checkpoint) -> str:
+def init_from(model: ViTBackbone, checkpoint: Checkpoint) -> str:
     """Load a whole pretraining checkpoint into a model with other labels, embedding or image size.
 
     Fixed tables stay the model's own, and a learned one is resized. Heads of labels and relations that the

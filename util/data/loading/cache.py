@@ -1,15 +1,15 @@
 """Small data sets that are decoded once and kept, in the memory of the host or on the device."""
 
-from typing import Any
-
 import torch
 
+from util.data.contract import Samples
 from util.data.datasets import ImageDataset
 from util.data.loading.cached_pixels import CachedPixels
 from util.data.loading.device_loader import DeviceLoader
+from util.data.loading.loader import Loader, S
 
 
-def cached(loader: Any, cache_data: str, device: torch.device) -> Any:
+def cached(loader: Loader[S], cache_data: str, device: torch.device) -> Loader[S] | DeviceLoader:
     """Return a loader with the batches of `loader`, made from images that are decoded once.
 
     Every rank keeps all images. From memory, samples have the same bits as without a cache; for the device
@@ -25,7 +25,7 @@ def cached(loader: Any, cache_data: str, device: torch.device) -> Any:
     """
     if cache_data == "none":
         return loader
-    dataset = loader.dataset
+    dataset: Samples = loader.dataset
     if not isinstance(dataset, ImageDataset):
         raise ValueError(
             f"{dataset.summary()}: `cache_data` {cache_data} keeps images from folders, tars and lists of "

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from util import dist
+from util.data.contract import Samples
 from util.data.datasets import ImageDataset
 from util.data.loading.cached_pixels import CachedPixels
-from util.data.loading.loader import build_loader
+from util.data.loading.loader import Loader, build_loader
 from util.data.loading.memory import MB, check_room
 from util.data.loading.resample import resample
 from util.data.sources.image_index import ImageIndex
@@ -30,8 +30,8 @@ class DeviceLoader:
     Raises ValueError for a transform that does more than that, and if the images do not fit.
     """
 
-    def __init__(self, loader: Any, device: torch.device):
-        dataset = loader.dataset
+    def __init__(self, loader: Loader[Any], device: torch.device):
+        dataset: ImageDataset = loader.dataset
         _check_transform(dataset.transform)
         self.dataset = dataset
         self.sampler = loader.sampler
@@ -103,13 +103,11 @@ def padded_images(pixels: CachedPixels, index: ImageIndex, device: torch.device)
     return images
 
 
-class Windows(Dataset):
+class Windows(Samples):
     """The samples of a data set with `window`, int64 (10,), the values of a `Window`, instead of `image`.
 
     `index` is the image to show. In evaluation the window of an unreadable image is all zero.
     """
-
-    exact_resume = True
 
     def __init__(self, dataset: ImageDataset, sizes: np.ndarray, errors: dict[int, str]):
         self.dataset = dataset

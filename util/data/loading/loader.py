@@ -4,18 +4,22 @@ import atexit
 import multiprocessing
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from util import dist
+from util.data.contract import Samples
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels
 from util.dist.allocator import return_freed_memory
+
+# The class of a loader's data set.
+S = TypeVar("S", bound=Samples)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -29,13 +33,16 @@ def collate(samples: list[dict]) -> dict:
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
 
-class Loader(DataLoader):
+class Loader(DataLoader[dict], Generic[S]):
     """A DataLoader whose workers ignore the signals that end a run.
 
     Schedulers and terminals signal every process. The parent decides what follows and needs its workers until
     it has saved, so they are started with these signals blocked. There is then no moment in which a signal
     could end one.
     """
+
+    dataset: S
+    batch_size: int
 
     def __iter__(self) -> Any:
         blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -65,13 +72,13 @@ def _kill_workers_at_exit() -> None:
 
 
 def build_loader(
-    dataset: Any,
+    dataset: S,
     sampler: Sampler | Iterable | None,
     *,
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Loader:
+) -> Loader[S]:
     """Return a loader of batches as `collate` makes them.
 
     Its workers persist over epochs, use one thread each, and leave signals to the parent. `sampler` must be
@@ -79,8 +86,9 @@ def build_loader(
     """
     # DataLoader refuses a sampler for a stream.
     stream = isinstance(dataset, IterableDataset)
-    if stream and hasattr(dataset.dataset, "set_loader_cfg"):
-        dataset.dataset.set_loader_cfg(num_workers=num_workers)  # timm's streams divide by it
+    source: Any = getattr(dataset, "dataset", None)
+    if stream and hasattr(source, "set_loader_cfg"):
+        source.set_loader_cfg(num_workers=num_workers)  # timm's streams divide by it
     if num_workers > 0:
         _kill_workers_at_exit()
     return Loader(
@@ -115,9 +123,7 @@ def check_same_everywhere(dataset: Any) -> None:
         )
 
 
-def train_loader(
-    dataset: Any, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool
-) -> DataLoader:
+def train_loader(dataset: S, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> Loader[S]:
     """Return a loader of this rank's shuffled batches, epoch by epoch; a stream keeps its own order."""
     check_same_everywhere(dataset)
     sampler = None
@@ -130,7 +136,7 @@ def train_loader(
     )
 
 
-def eval_loader(dataset: Any, *, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+def eval_loader(dataset: S, *, batch_size: int, num_workers: int, pin_memory: bool) -> Loader[S]:
     """Return a loader of this rank's share of all samples, each once over all ranks."""
     check_same_everywhere(dataset)
     sampler = None
@@ -141,19 +147,19 @@ def eval_loader(dataset: Any, *, batch_size: int, num_workers: int, pin_memory: 
     )
 
 
-def some_samples(dataset: Any, n: int) -> list[dict]:
+def some_samples(dataset: Samples, n: int) -> list[dict]:
     """Return up to n samples to show, spread evenly and the same at every call.
 
     Of a stream they are the first ones.
     """
     n = min(n, len(dataset))
     # A stream cannot be asked for a sample by its number.
-    if not dataset.exact_resume:
+    if isinstance(dataset, IterableDataset):
         return list(islice(dataset, n))
     return [dataset[i * len(dataset) // n] for i in range(n)]
 
 
-def sample_batches(dataset: Dataset, n: int, batch_size: int) -> list[dict]:
+def sample_batches(dataset: Samples, n: int, batch_size: int) -> list[dict]:
     """Return `some_samples` in batches."""
     samples = some_samples(dataset, n)
     return [collate(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
@@ -187,7 +193,9 @@ def _moved(batch: dict, device: torch.device, pixels: Pixels) -> dict:
     return moved
 
 
-def device_batches(loader: Iterable[dict], device: torch.device, pixels: Pixels) -> Iterator[dict]:
+def device_batches(
+    loader: Iterable[dict], device: torch.device, pixels: Pixels
+) -> Generator[dict, None, None]:
     """Yield batches whose uint8 views (`image`, ...) are normalised to float32 on the device.
 
     On CUDA the next batch is copied while one is used.

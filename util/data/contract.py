@@ -1,0 +1,59 @@
+"""What the engine, the loaders and the evaluations rely on in a data set and in a loader."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+from torch.utils.data import Dataset
+
+from util.data.sources.image_index import ImageIndex
+
+
+class Samples(Dataset[dict]):
+    """A data set whose samples are dictionaries, as described in `util.data.datasets.ImageDataset`.
+
+    Attributes:
+        exact_resume: whether each sample can be made again from its number, so that a run resumes at any
+            step. If not, the data set is a stream, which can be entered at the start of an epoch only.
+    """
+
+    exact_resume = True
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return one line about the data."""
+        return f"{len(self)} samples"
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration of a stream. Other samples have the epoch in their name."""
+        raise NotImplementedError
+
+
+class IndexedSamples(Samples):
+    """A data set of images that are listed, with their classes, in an index."""
+
+    index: ImageIndex
+
+
+S = TypeVar("S", bound=Samples, covariant=True)
+
+
+class Batches(Protocol[S]):
+    """A loader of this rank's batches, whether it makes them in workers or on the device."""
+
+    @property
+    def dataset(self) -> S:
+        """The data set that the batches are made of."""
+
+    @property
+    def sampler(self) -> Iterable:
+        """The order of the samples."""
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images in a batch of one rank."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict]: ...
