@@ -1,4 +1,4 @@
-"""The structure that README.md promises: imports point down, nothing heavy is imported where it must not be."""
+"""The structure of the house: imports point down, flags stay in the mains, and start-up imports little."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SKIPPED = ("tests", "data", "docs", "runs", "recipes")
 
-# Room -> the rooms that it may import from, beside itself. A file at the top belongs to the room in whose name it ends.
+# Room -> the rooms that it may import from, in addition to itself. See TOP for the rooms of files at the top.
 ROOMS = {
     "layers": "",
     "models": "layers",
@@ -18,12 +18,12 @@ ROOMS = {
     "engine": "util.cluster util.data util.dist util.run util.train",
     "tools": "backbones layers models util.data util.flags util.report util.weights",
     "doors": "tools util.flags util.report",
-    "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report util.run util.train "
-    "util.weights",
+    "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report "
+    "util.run util.train util.weights",
     "submitit": "mains util.cluster",
     "evidence": "util.flags util.cluster util.report",
-    "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate util.report util.run "
-    "util.train",
+    "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate "
+    "util.report util.run util.train",
     "util.flags": "layers",
     "util.dist": "",
     "util.data": "util.flags util.dist",

@@ -944,6 +944,7 @@ def test_eval_sampler_sees_every_image_once():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow  # starts a process
 def test_workers_survive_signals_and_the_process_ends(tmp_path):
     """A worker outlives the signals that a scheduler sends to all, and does not keep its parent alive."""
     dataset_of(tmp_path, n=64)

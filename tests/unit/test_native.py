@@ -379,6 +379,7 @@ def test_impossible_boxes_are_refused(library):
     assert native.crop_jpeg(data, (0, 0, 30, 40), (8, 8)) is not None
 
 
+@pytest.mark.slow  # 3000 files in another process
 def test_damaged_files_neither_crash_nor_leak_nor_change(library):
     """Bits are flipped and bytes cut at random.
 
