@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.models import adapt_input_conv
 
 import main_finetune
 import main_linprobe
@@ -104,6 +103,8 @@ def test_another_grid_is_interpolated_by_size():
 
 @pytest.mark.parametrize("old, new", [(3, 1), (3, 3), (3, 5), (1, 3), (1, 4), (4, 1), (4, 3), (2, 7)])
 def test_other_channels_answer_the_same_to_grey_images(old, new):
+    from timm.models import adapt_input_conv
+
     weight = torch.randn(2, old, 4, 4)
     adapted = transfer.adapt_channels(weight, new)
     assert adapted.shape == (2, new, 4, 4)
