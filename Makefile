@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv by itself.
+# Start with `make demo` or `make quick`. Each command sets up the .venv that it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,14 +6,21 @@ OLDEST := .venv-oldest
 DEMO_DIR := runs/demo
 MAYBE_NATIVE = $(BIN)/python -m util.data.native build 2>&1 | head -n 1
 
-.PHONY: demo test oldest native gpu lint clean
+# The tests of parts: no processes, no training, nothing that takes seconds. Idle workers take tests from busy ones.
+QUICK := -q -n 2 --dist worksteal -m "not slow" tests/unit tests/method
+
+.PHONY: demo quick test coverage oldest native gpu lint clean
 
 demo: $(VENV)/base
 	@$(MAYBE_NATIVE)
 	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
-# Two workers, a file each: the tests on SLURM, which come first, mostly wait.
+# Under 90 s on 2 cores.
+quick: $(VENV)/test
+	$(BIN)/python -m pytest $(QUICK)
+
+# All tests. Two workers, a file each: the tests on SLURM, which come first, mostly wait.
 test: $(VENV)/test
 	@$(MAYBE_NATIVE)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -38,8 +45,14 @@ gpu: $(VENV)/test
 	@$(MAYBE_NATIVE)
 	CAPS=$${CAPS:-10} PY=$(BIN)/python bash benchmarks/gpu.sh
 
-lint: $(VENV)/test
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/house/type_errors.py
+
+# The lines that the quick tests do not reach.
+coverage: $(VENV)/dev
+	$(BIN)/python -m pytest $(QUICK) --cov --cov-report=term-missing:skip-covered
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +65,11 @@ $(VENV)/base: pyproject.toml | $(BIN)/python
 $(VENV)/test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e ".[test]"
 	@touch $@ $(VENV)/base
+
+# Everything for `test`, and the tools of `lint` and `coverage`.
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@ $(VENV)/test $(VENV)/base
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs

@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# The folder of real images. Tests that need them are skipped if it does not exist.
+# A folder of real images. Tests that need it are skipped where it does not exist.
 REAL_DATA = Path(os.environ.get("MAE_PL_TEST_DATA", ROOT.parent / "shared" / "data"))
 torch.set_num_threads(1)
 
@@ -32,7 +32,7 @@ def cluster_is_up() -> bool:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """The native library, built from the sources for these tests; what a user has built is left alone."""
+    """The native library, built from the sources for these tests; the one in the checkout stays as it is."""
     from util.data import native
 
     path = tmp_path_factory.mktemp("native") / "libmaepl.so"
@@ -47,7 +47,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def library(built, monkeypatch):
-    """Everything decodes by the native library; without this fixture it depends on what the checkout holds."""
+    """Decode with the native library, whether or not the checkout has a built one."""
     from util.data import native
     from util.data.native import bindings
 
@@ -55,11 +55,18 @@ def library(built, monkeypatch):
     assert native.library(), native.describe()
 
 
+# Folders whose tests start processes or train.
+SLOW = ("process", "cluster")
+
+
+# First, so that `-m "not slow"` sees the markers.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: "slurm" not in item.keywords
-    )  # the longest first, where workers share the files
+    # The longest first, because workers share the files.
+    items.sort(key=lambda item: "slurm" not in item.keywords)
     for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not (torch.cuda.is_available() or "MAE_PL_REHEARSE" in os.environ):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slurm" in item.keywords and not cluster_is_up():

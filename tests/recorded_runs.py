@@ -1,11 +1,13 @@
 """Short runs whose bits a change of structure must not change.
 
-    python tests/recorded_runs.py record RUNS.json [--tree DIR] [--only NAME ...]   # DIR: another checkout, e.g. a worktree
-    python tests/recorded_runs.py compare BEFORE.json AFTER.json                    # exit code 1 where anything differs
+    python tests/recorded_runs.py record RUNS.json [--tree DIR] [--only NAME ...]
+    python tests/recorded_runs.py compare BEFORE.json AFTER.json
 
-Each run is a real process on the demo set: a main with a very small model for one or two epochs. What is recorded is
-a hash of every tensor, and the value of every number, of the checkpoint and the log. Bits depend on the machine and on
-the versions of the libraries, so both records must come from one machine.
+`record` runs the checkout DIR, by default this one. `compare` exits with code 1 if anything differs.
+
+Each run is a real process on the demo set: a main with a very small model for one or two epochs. The record
+has a hash of every tensor and the value of every number in the checkpoint and the log. Bits depend on the
+machine and on the versions of the libraries, so both records must come from one machine.
 """
 
 import argparse
@@ -39,7 +41,8 @@ COMMON = (
 )
 PRETRAIN = f"main_pretrain --model mae_test --picture_epochs 1000 {COMMON}"
 FINETUNE = f"main_finetune --model vit_test {COMMON}"
-SERE = f"main_sere --model sere_test --local_size 16 --local_crops_number 2 --out_dim 32 {COMMON} --batch_size 50"
+SERE_MODEL = "--model sere_test --local_size 16 --local_crops_number 2 --out_dim 32"
+SERE = f"main_sere {SERE_MODEL} {COMMON} --batch_size 50"
 AUGMENT = "--mixup 0.8 --cutmix 1.0 --ema 0.9 --layer_decay 0.75 --drop_path 0.1 --clip_grad 1"
 LAST = "checkpoint-last.pth"
 
@@ -81,7 +84,8 @@ RUNS = {
         f"--distill_checkpoint {{out}}/finetune_scratch/{LAST}"
     ],
     "evaluate": [
-        f"{FINETUNE} --eval --resume {{out}}/finetune_scratch/{LAST} --predictions {{out}}/evaluate/guesses.csv"
+        f"{FINETUNE} --eval --resume {{out}}/finetune_scratch/{LAST} "
+        "--predictions {out}/evaluate/guesses.csv"
     ],
     "linprobe": [
         f"main_linprobe --model vit_test {COMMON} --finetune {{out}}/mae_apl/{LAST} --lr_grid 0.5 1"
@@ -113,7 +117,7 @@ def flat(value, name: str = "") -> dict[str, object]:
 
 
 def digest(folder: Path, text: str) -> dict[str, object]:
-    """What a run has left: its checkpoint, its log without the clock's figures, its tables, and its printed figures."""
+    """A run's checkpoint, log, tables and printed figures, without figures that depend on the clock."""
     found = {}
     if (folder / LAST).exists():
         saved = torch.load(folder / LAST, weights_only=True)
@@ -132,7 +136,7 @@ def digest(folder: Path, text: str) -> dict[str, object]:
 
 
 def execute(tree: Path, out: Path, name: str) -> dict[str, object]:
-    """Run the commands of one entry from `tree`; a run that ends otherwise than it should is recorded with its output."""
+    """Run the commands of one entry from `tree`; record the output of a run with an unexpected exit code."""
     folder, text = out / name, ""
     folder.mkdir(parents=True)
     commands = RUNS[name]
@@ -203,9 +207,8 @@ def main() -> int:
         found = record(args.tree.resolve(), args.only)
         args.file.write_text(json.dumps(found, indent=1))
         failed = [name for name in found if "failed" in found[name]]
-        print(
-            f"{args.file}: {len(found)} runs, {sum(map(len, found.values()))} values; failed: {failed or 'none'}"
-        )
+        values = sum(map(len, found.values()))
+        print(f"{args.file}: {len(found)} runs, {values} values; failed: {failed or 'none'}")
         return int(bool(failed))
     before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
     if shared := before.keys() & after.keys():

@@ -1,6 +1,6 @@
-"""main_pretrain with a very small model and steps of TEST_STEP seconds: a job that lasts long enough to be interrupted.
+"""main_pretrain with a very small model and steps of TEST_STEP seconds, so that tests can interrupt a job.
 
-With TEST_HANG=n the last rank's n-th step never ends, in the job's first start.
+With TEST_HANG=n, the n-th step of the last rank never ends in the first start of the job.
 """
 
 import os

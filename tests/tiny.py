@@ -3,8 +3,8 @@
     python tests/tiny.py main_pretrain --model mae_test ...
 
 TEST_SYNC=error makes every update after the first two fail where it waits for the GPU.
-TEST_NAN="rank:call" poisons the loss of one rank in one call; TEST_SIGNAL="rank:call:SIGKILL" sends a signal there: in
-the middle of a step, and at a place that does not depend on how fast the machine is.
+TEST_NAN="rank:call" makes the loss of one rank nan in one call. TEST_SIGNAL="rank:call:SIGKILL" sends
+a signal to one rank in one call: in the middle of a step, whatever the speed of the machine.
 """
 
 import importlib
@@ -67,9 +67,9 @@ def disturb(main, nan: str | None, kill: str | None) -> None:
 
 
 def forbid_waiting(mode: str) -> None:
-    """From the third update on, each wait for the device is an error (or what else set_sync_debug_mode takes).
+    """Set torch.cuda.set_sync_debug_mode from the third update on: "error" makes waiting for the device fail.
 
-    The first two may wait: they make handles and constants.
+    The first two updates may wait: they make handles and constants.
     """
     import engine
 

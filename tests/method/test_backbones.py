@@ -3,15 +3,10 @@
 import math
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from backbones.timm import TimmClassifier, TimmTrunk, dry_run, timm_entry, token_grid, token_layout
 from layers.contract import Heads
 from layers.positional.pairs import relative_labels
 from models_vit import DEIT_DISTILLED, MODELS, VIT
@@ -38,6 +33,8 @@ def shake(model: nn.Module) -> nn.Module:
 
 def lr_scales(model: nn.Module, decay: float = 0.65) -> dict[str, float]:
     """timm's layer-wise scale of each parameter, by name."""
+    from timm.optim import param_groups_layer_decay
+
     names = {id(p): n for n, p in model.named_parameters()}
     groups = param_groups_layer_decay(model, layer_decay=decay)
     return {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
@@ -50,6 +47,8 @@ def our_scales(model: nn.Module, decay: float = 0.65) -> dict[str, float]:
 @pytest.mark.parametrize("chans", [1, 4])
 @pytest.mark.parametrize("pool, theirs", [("cls", "token"), ("avg", "avg")])
 def test_vit_equals_timms(pool, theirs, chans):
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
     ours = shake(small(pool=pool, in_chans=chans))
     reference = TimmViT(**TIMMS, in_chans=chans, global_pool=theirs)
     reference.load_state_dict(ours.state_dict(), strict=True)
@@ -65,6 +64,8 @@ def test_vit_equals_timms(pool, theirs, chans):
 
 
 def test_distilled_equals_timms():
+    from timm.models.deit import VisionTransformerDistilled
+
     ours = shake(small(DEIT_DISTILLED))
     reference = VisionTransformerDistilled(**TIMMS)
     reference.load_state_dict(ours.state_dict(), strict=True)
@@ -94,6 +95,9 @@ def test_distillation_and_positions_together():
 
 @pytest.mark.parametrize("kind", ["avg", "cls", "distilled"])
 def test_layer_decay_is_timms(kind):
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
     if kind == "distilled":
         ours, theirs = small(DEIT_DISTILLED, pos_label="apl"), VisionTransformerDistilled(**TIMMS)
     else:
@@ -248,6 +252,8 @@ SMALL_MODELS = {"vit_nano_patch8", "vit_nano_patch4", "vit_tiny_patch16", "deit_
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_registered_model_builds(name):
     """Without memory; where timm has a model of that name, with its parameters."""
+    import timm
+
     patch = int(name.rsplit("patch", 1)[1])
     with torch.device("meta"):
         model = MODELS[name](
@@ -306,6 +312,8 @@ BACKBONES = [
 
 @pytest.fixture(scope="module", params=BACKBONES, ids=lambda b: b[0])
 def backbone(request):
+    from backbones.timm import timm_entry
+
     name, img, chans, *_ = request.param
     torch.manual_seed(0)
     model = timm_entry(f"timm/{name}")(
@@ -379,6 +387,8 @@ def test_timm_backbone_does_not_drop_paths_unless_told(backbone):
 
 
 def test_dry_run_leaves_batch_statistics_and_mode_alone():
+    from backbones.timm import timm_entry
+
     model = timm_entry("resnet18")(img_size=(32, 64), num_classes=3)
     assert all(m.training for m in model.modules()) and model.grid == (1, 2)
     assert model.backbone.bn1.num_batches_tracked == 0
@@ -387,6 +397,8 @@ def test_dry_run_leaves_batch_statistics_and_mode_alone():
 
 
 def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
+    from backbones.timm import timm_entry
+
     model = timm_entry("deit3_small_patch16_224")(
         img_size=(32, 48),
         num_classes=3,
@@ -409,6 +421,8 @@ def test_timm_embedding_can_be_removed_where_it_is_a_parameter():
 
 
 def test_timm_models_that_do_not_fit_say_why():
+    from backbones.timm import timm_entry
+
     for name, kwargs, why in (
         ("resnet1", {}, "near: resnet18"),
         ("nest_tiny", dict(img_size=(64, 96)), "square"),
@@ -438,6 +452,8 @@ class Features(nn.Module):
 
 
 def test_a_class_token_that_timm_does_not_count_is_found():
+    from backbones.timm import TimmClassifier, TimmTrunk
+
     backbone = Features(torch.randn(1, 7, 8), cls_token=torch.zeros(1))
     model = TimmClassifier(backbone, TimmTrunk(img_size=(32, 48)), Heads(num_classes=2))
     assert (model.num_prefix, model.grid, model.layout) == (1, (2, 3), "NLC")
@@ -448,6 +464,8 @@ def test_a_class_token_that_timm_does_not_count_is_found():
 
 
 def test_features_without_a_grid_are_refused():
+    from backbones.timm import dry_run, token_grid, token_layout
+
     for out in (torch.zeros(1, 64), [torch.zeros(1, 4, 8)]):
         with pytest.raises(ValueError, match="no grid of tokens"):
             dry_run(Features(out), (32, 32), 3)

@@ -69,6 +69,7 @@ def test_masking_refuses_an_embedding_that_sees_masked_pixels():
         MAE_VIT(img_size=(32, 32), patch_embed="conv")
 
 
+@pytest.mark.slow  # starts a process
 def test_names_of_labels_come_without_torch():
     code = "import sys, layers.positional as p; print(p.label_names(), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -265,7 +265,13 @@ def test_sample_noise_is_splitmix64():
 MILLIONS = {"mae_vit_base_patch16": 111.66, "mae_vit_large_patch16": 329.24, "mae_vit_huge_patch14": 656.61}
 
 
-@pytest.mark.parametrize("name", sorted(n for n in MODELS if not n.endswith(("8b", "test"))))
+def sized(name: str):
+    """A parameter of a test; the models from ViT-Base on, of 0.1 to 0.7 billion weights, are slow."""
+    large = any(f"_{size}_" in name for size in ("base", "large", "huge"))
+    return pytest.param(name, marks=[pytest.mark.slow] * large)
+
+
+@pytest.mark.parametrize("name", [sized(n) for n in sorted(MODELS) if not n.endswith(("8b", "test"))])
 def test_every_model_has_finite_gradients_everywhere(name):
     patch = int(name.rsplit("patch", 1)[1])
     torch.manual_seed(0)

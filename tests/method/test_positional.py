@@ -293,6 +293,7 @@ def test_bad_arguments_name_the_flag():
         PositionalHead(16, (2, 2), Labels("apl"))(torch.randn(1, 3, 16), torch.zeros(1, 4, dtype=torch.long))
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("batch", [1, 4])
 def test_compiling_does_not_unroll_the_sweep(batch):
     """4 images are 64 chunks. Unrolled, a GPU's batch would be thousands of nodes."""

@@ -7,12 +7,10 @@ import torch
 
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test)
-from commands import call
 from layers.contract import Labels
 from layers.positional.draws import Draws, draws_of, permutations, sample_noise
 from layers.positional.head import LABELS, PositionalHead
 from models_mae_pl import MODELS, random_masking
-from processes import assert_same, last, log_lines, start
 from util.data.loading.samplers import sample_seed
 from util.evaluate.supervised import make_eval_fn
 
@@ -108,6 +106,7 @@ def position_loss_after_training(kind: str, epochs: int = 60) -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow  # trains for 120 epochs
 def test_apl_learns_where_shuffled_stays_at_chance():
     """With a positional embedding in the encoder APL is easy; labels that name no place cannot be learned."""
     assert position_loss_after_training("apl") < 2.0
@@ -126,22 +125,6 @@ def test_evaluation_hands_the_draws_to_the_labels():
     make_eval_fn(positions=True)(model, batch)
     assert torch.equal(seen["draws"].key, batch["key"]) and torch.equal(seen["draws"].image, batch["index"])
     assert draws_of({"image": batch["image"]}) is None
-
-
-RUN = ["--epochs", 2, "--batch_size", 40, "--lr", 1e-2, "--warmup_epochs", 1]
-
-
-@pytest.mark.parametrize("kind", ["shuffled", "shuffled_fixed"])
-def test_a_run_stops_and_continues_bit_for_bit(tmp_path, capsys, kind):
-    command = ["--model", "mae_test", "--input_size", 32, "--pos_label", kind, *RUN]
-    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "whole")
-    assert code == 0 and "chance 2.7726" in text, text
-    code, text = start(tmp_path / "parts", "--pos_label", kind, *RUN, TEST_SIGNAL="0:6:SIGTERM")
-    assert code == 75, text
-    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "parts")
-    assert code == 0 and "continuing" in text, text
-    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
-    assert log_lines(tmp_path / "whole")[-1]["test_position"] == pytest.approx(math.log(16), abs=0.1)
 
 
 def test_the_choices_of_command_lines_are_the_kinds():

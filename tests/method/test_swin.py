@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer as TimmSwin
-from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,9 +43,11 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-def timms(**kwargs) -> TimmSwin:
+def timms(**kwargs) -> nn.Module:
     """timm's Swin without relative position bias."""
-    model = TimmSwin(num_classes=5, drop_path_rate=0.0, **kwargs)
+    from timm.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer(num_classes=5, drop_path_rate=0.0, **kwargs)
     for name, p in model.named_parameters():
         if name.endswith("relative_position_bias_table"):
             nn.init.zeros_(p)
@@ -235,6 +235,8 @@ def test_conditional_encoding_opens_every_block():
 
 
 def test_layer_ids_are_timms():
+    from timm.optim import param_groups_layer_decay
+
     ours = small(merge_last=True, pos_embed="none", pos_label="apl")
     reference = timms(
         img_size=(32, 48),

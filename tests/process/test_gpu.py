@@ -87,7 +87,7 @@ def test_the_compiled_chunk_equals_the_eager_one(amp, monkeypatch):
         assert positional._compiled_chunk, "nothing was compiled"
     (loss, accuracy, *grads), (eager_loss, eager_accuracy, *eager_grads) = found.values()
     assert loss.item() == pytest.approx(eager_loss.item(), rel=1e-4)
-    # Of bf16 logits many are equal, and which of them is the largest is decided by the last bit of the sums before.
+    # Many bf16 logits are equal. The last bit of earlier sums then decides which is the largest.
     assert accuracy.item() == pytest.approx(eager_accuracy.item(), abs=1e-6 if amp == "fp32" else 5e-3)
     for name, a, b in zip(("tokens", *dict(head.named_parameters())), grads, eager_grads):
         error = ((a - b).norm() / b.norm()).item()
@@ -150,7 +150,7 @@ def constant_batches():
 
 
 def test_a_batch_is_not_overwritten_while_it_is_used():
-    """Batches of 100 MB, each read by kernels that are queued behind long work, when the next copies are under way."""
+    """Kernels that wait behind long work read batches of 100 MB while the next copies run."""
     a = torch.randn(*([64] if REHEARSAL else [8192]) * 2, device=GPU)
     means, extremes = [], []
     for batch in constant_batches():

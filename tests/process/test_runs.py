@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from processes import FINETUNE, ROOT, assert_same, last, log_lines, ranks, start
+from processes import FINETUNE, PRETRAIN, ROOT, assert_same, last, log_lines, ranks, start
 from util.data.loading.samplers import EpochSampler
 
-# 200 images in batches of 20: 10 batches an epoch, in three updates of 3 and one that is left out; sampled pairs draw
-# random numbers inside the model.
+# 200 images in batches of 20 are 10 batches an epoch: three updates of 3 batches, and one batch left over.
+# Sampled pairs draw random numbers inside the model.
 RUN = ["--batch_size", 20, "--accum_iter", 3, "--epochs", 4, "--pos_label", "apl+rpl", "--rpl_pairs", 2]
 
 
@@ -27,7 +27,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, workers):
-    """36 micro-steps in 12 updates; killed somewhere in a step, once with every update on disk, once with every other."""
+    """36 micro-steps in 12 updates, killed twice within a step; saved every update, then every second."""
     where = [random.choice((4, 5, 7, 8, 13)), random.randrange(4, 12)]  # the first leaves an epoch half done
     for call, save_steps in zip(where, (1, 2)):
         code, text = start(
@@ -106,7 +106,7 @@ def test_accumulation_equals_the_big_batch(one_process, tmp_path):
 
 
 def test_steps_depend_on_the_effective_batch_alone(tmp_path):
-    """200 images are 2 batches of 80, or 5 of 40 (two updates of two batches); a run may change from one to the other."""
+    """A run may change from 2 batches of 80 images to two updates of 2 batches of 40, and back."""
     code, text = start(tmp_path / "whole", *ONE, "--batch_size", 80)
     assert code == 0, text
     code, text = start(tmp_path / "parts", *ONE, "--batch_size", 80, TEST_SIGNAL="0:2:SIGTERM")
@@ -150,7 +150,8 @@ class SlowlyWatched(StopSignal):
 
 with SlowlyWatched(patience=60):
     pass  # was left in time
-assert not [t for t in threading.enumerate() if "_watch" in t.name], "it would end while Python does, with the process group"
+left = [t for t in threading.enumerate() if "_watch" in t.name]
+assert not left, "it would end together with Python and the process group"
 with StopSignal(lambda left: print("left:", left.is_set(), flush=True), patience=0.5):
     wait_in_a_collective()
 """
@@ -195,7 +196,7 @@ def test_checkpoints_follow_maes_names_and_are_retired(uninterrupted):
     assert all(torch.equal(v, saved["model"][k]) for k, v in weights.items())
 
 
-# Everything random that fine-tuning has: RandAugment, erasing, mixup or cutmix, stochastic depth, sampled pairs.
+# All random parts of fine-tuning: RandAugment, erasing, mixup or cutmix, stochastic depth, sampled pairs.
 FT = [
     "--batch_size",
     40,
@@ -258,3 +259,14 @@ def test_evaluation_is_exact_on_two_ranks(tmp_path):
     assert f"Acc@1 {100 * share:.3f}" in acc[0]
     # and it is what training reported for the same weights
     assert f"Acc@1 {log_lines(tmp_path)[-1]['test_acc1']:.3f}" in acc[0]
+
+
+def test_two_ranks_plan_together(tmp_path):
+    for code, text in ranks(2, tmp_path / "run", "--dry_run", "--batch_size", 20, main=PRETRAIN):
+        assert code == 0, text
+        if "plan (" in text:
+            assert "effective batch 20 x 1 x 2 = 40" in text and "5 per epoch, 40 images each" in text
+            break
+    else:
+        pytest.fail("no rank printed the plan")
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Self-distillation runs, and self-relations inside of MAE: the models against explicit loops, and whole processes."""
+"""Self-distillation, and self-relations in MAE: losses against explicit loops, and whole runs."""
 
 import importlib
 import math
@@ -33,8 +33,10 @@ def _seed():
 
 
 def randomised(model):
-    """Weights large enough that tokens differ, norms keeping their scale, and small enough that sums in another order, as
-    another processor makes them, agree to 1e-5."""
+    """Make weights so large that tokens differ, and so small that sums in another order agree to 1e-5.
+
+    Norms keep their scale. Other processors add in another order.
+    """
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2 if p.ndim > 1 else p + torch.randn_like(p) * 0.1)
@@ -276,7 +278,8 @@ def here(output_dir, *flags, main) -> dict:
 def assert_same_run(a: dict, b: dict, exact: bool = True) -> None:
     """Student, teacher and centres agree, bit for bit or up to rounding.
 
-    Keys' biases are left out of the latter: softmax does not see them, and Adam makes steps of their rounding errors.
+    The comparison up to rounding skips the keys' biases: softmax does not see them, and Adam turns their
+    rounding errors into steps.
     """
     assert a.keys() == b.keys() and a["step"] == b["step"]
     if exact:

@@ -1,11 +1,11 @@
-"""Who may write into a run's folder, and that a stop at an epoch's end loses nothing."""
+"""Which run may write into an output folder, and the ranks of a SLURM step."""
 
 import json
 
 import pytest
 import torch
 
-from processes import assert_same, last, log_lines, start
+from processes import last
 from util import dist
 from util.run.checkpoint_manager import OWNER, CheckpointManager
 
@@ -63,32 +63,6 @@ def test_another_job_takes_over_and_leftovers_go(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [OWNER]
     with pytest.raises(ValueError, match="job 8, restart 0"):
         old.save(state(1))
-
-
-def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path):
-    """Evaluation may last longer than the time between a scheduler's warning and its kill."""
-    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
-    code, text = start(tmp_path / "whole", *flags)
-    assert code == 0, text
-    code, text = start(tmp_path / "parts", *flags, TEST_SIGNAL="0:3:SIGUSR2")  # 4 steps an epoch: in its last
-    assert code == 75 and "val images" not in text, text
-    assert last(tmp_path / "parts")["step"] == 4 and not (tmp_path / "parts" / "log.txt").exists()
-    code, text = start(tmp_path / "parts", *flags)
-    assert code == 0 and text.count("val images") == 2, text
-    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
-    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
-
-
-def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):
-    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "pictures").write_text("a file where the folder should be")
-    code, text = start(tmp_path / "parts", *flags)
-    assert code == 2 and last(tmp_path / "parts")["step"] == 4, text
-    (tmp_path / "parts" / "pictures").unlink()
-    assert start(tmp_path / "parts", *flags)[0] == 0
-    assert start(tmp_path / "whole", *flags)[0] == 0
-    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
 NODELISTS = {

@@ -7,7 +7,6 @@ import pickle
 import sys
 
 import pytest
-import timm
 import torch
 
 import checkpoints
@@ -23,8 +22,6 @@ from tools.stored_model import model_of
 from util.flags.parser import parse, run
 from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint, kind_of
-
-transformers = pytest.importorskip("transformers")
 
 
 def randomised(model):
@@ -58,6 +55,8 @@ def noise_for(model):
     "pool,pos_embed,pos_label", [("avg", "learned", "apl"), ("cls", "sincos", "none"), ("avg", "none", "rpl")]
 )
 def test_a_fine_tuned_model_to_timm_and_back(tmp_path, capsys, suffix, pool, pos_embed, pos_label):
+    import timm
+
     ours = randomised(
         build_classifier(
             "vit_test", img_size=(32, 48), num_classes=7, pool=pool, pos_embed=pos_embed, pos_label=pos_label
@@ -86,6 +85,8 @@ def test_a_fine_tuned_model_to_timm_and_back(tmp_path, capsys, suffix, pool, pos
 
 
 def test_a_pretrained_encoder_gives_timm_the_same_features(tmp_path):
+    import timm
+
     mae = randomised(MODELS["mae_test"](img_size=(32, 32), pos_embed="none"))
     out = str(tmp_path / "out.pth")
     convert.export(saved(tmp_path / "ours.pth", mae), out, "timm")
@@ -107,6 +108,8 @@ def test_a_pretrained_encoder_gives_timm_the_same_features(tmp_path):
 
 
 def test_a_file_written_by_timm_is_imported(tmp_path):
+    import timm
+
     theirs = randomised(
         timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=0, in_chans=1)
     )
@@ -149,6 +152,8 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
 
 def check_transformers_outputs(ours, folder, expect_equal: bool):
     """Compare predictions, masks and losses with those of the model in a Hugging Face folder."""
+    transformers = pytest.importorskip("transformers")
+
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     images, noise, ids_keep = noise_for(ours)
     with torch.no_grad():
@@ -202,6 +207,8 @@ def test_an_unknown_target_stays_unknown(tmp_path, capsys):
 
 
 def test_a_folder_written_by_transformers_is_imported(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
     config = transformers.ViTMAEConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -228,6 +235,8 @@ def test_a_folder_written_by_transformers_is_imported(tmp_path):
 
 
 def test_another_epsilon_is_named_where_it_matters(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
     config = transformers.ViTConfig(
         hidden_size=32,
         num_hidden_layers=1,
@@ -244,6 +253,8 @@ def test_another_epsilon_is_named_where_it_matters(tmp_path):
 
 @pytest.mark.parametrize("classes", [0, 5])
 def test_vit_to_hugging_face_and_back(tmp_path, classes):
+    transformers = pytest.importorskip("transformers")
+
     # One of the cases is a rectangle.
     size = (32, 32) if classes else (32, 48)
     ours = randomised(
@@ -268,6 +279,8 @@ def test_vit_to_hugging_face_and_back(tmp_path, classes):
 
 
 def test_names_of_classes_go_along(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
     ours = build_classifier("vit_test", img_size=(32, 32), num_classes=3, pool="cls")
     names = ["owl", "bee", "cat"]
     file = saved(tmp_path / "a.pth", ours)

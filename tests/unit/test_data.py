@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm.data
 import torch
 from PIL import Image
 from torchvision import datasets as tv_datasets
@@ -570,6 +569,8 @@ def test_eval_transform_covers_rectangles():
 
 @pytest.mark.parametrize("mode, mean", [("RGB", (0.4, 0.5, 0.6)), ("L", (0.5,))])
 def test_finetune_transform_is_timms(mode, mean):
+    import timm.data
+
     image = picture(4, size=(60, 50), mode=mode)
     transform = finetune_transform((24, 32), in_chans=len(mean), mean=mean, crop=CropSettings(vflip=0.2))
     reference = timm.data.create_transform(
@@ -602,6 +603,8 @@ def timms_draws(height, width, key, monkeypatch, **options):
 
     Returns top, left, height, width, flipped left-right, upside down.
     """
+    import timm.data
+
     transform = timm.data.create_transform(
         8,
         is_training=True,
@@ -643,6 +646,8 @@ def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
 
 def through_pil(image, size, **options):
     """Fine-tuning's transform as it was: by a PIL image."""
+    import timm.data
+
     return timm.data.create_transform(
         size,
         is_training=True,
@@ -676,6 +681,8 @@ def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
 
 
 def test_color_jitter_and_other_filters_still_go_through_timm():
+    import timm.data
+
     image = decode(encode(picture(4)))
     for options in (
         dict(color_jitter=0.4),
@@ -945,6 +952,7 @@ def test_eval_sampler_sees_every_image_once():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow  # starts a process
 def test_workers_survive_signals_and_the_process_ends(tmp_path):
     """A worker outlives the signals that a scheduler sends to all, and does not keep its parent alive."""
     dataset_of(tmp_path, n=64)
@@ -1022,6 +1030,8 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def test_a_stream_of_timm(monkeypatch):
+    import timm.data
+
     calls = []
     monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: calls.append((a, k)) or Stream())
     stream = build_dataset("wds/x=/shards", "val", pretrain_transform(16), evaluation=True)
@@ -1039,6 +1049,8 @@ def test_a_stream_of_timm(monkeypatch):
 
 
 def test_what_timm_cannot_open(monkeypatch):
+    import timm.data
+
     def missing(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
 

@@ -41,6 +41,7 @@ def run_script(folder, add_help: bool, *flags: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow  # starts six processes
 @pytest.mark.parametrize("add_help", [False, True])
 def test_a_script_answers_before_its_heavy_imports(tmp_path, add_help):
     done = run_script(tmp_path, add_help, "--help")

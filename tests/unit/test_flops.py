@@ -53,7 +53,7 @@ def counted(step) -> int:
 
 
 def test_a_masked_autoencoder_counts_its_formula():
-    """The benchmark's formula, written from the architecture; the pixels want no gradient, which it does not know."""
+    """The count is the benchmark's formula without the gradient of the pixels, which nothing needs."""
     model = MODELS["mae_test"](img_size=(32, 32), pos_label="none")
     images = torch.randn(3, 3, 32, 32)
     found = counted(lambda: model(images, want_pred=False)[0]["pixel"].backward())
@@ -84,7 +84,7 @@ def test_work_that_backward_repeats_is_no_work_of_the_model(amp, reentrant):
 
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
-    """As the head does them: two projections a token, one merged matrix a pair; three products each with gradients."""
+    """Two projections a token and one merged matrix a pair, as in the head; gradients triple them."""
     B, D, grid, offsets = 2, 16, (2, 3), 3 * 5  # the sweep multiplies 16, which is faster
     head, x = (
         PositionalHead(D, grid, Labels("rpl", rpl_pairs=pairs)),
@@ -99,6 +99,7 @@ def test_products_inside_the_sweep_over_pairs_are_seen(pairs):
     assert abs(counted(lambda: head(x)["position"].backward()) - 6 * macs) <= 3 * vector
 
 
+@pytest.mark.slow  # compiles
 def test_compiled_code_counts_the_same():
     torch.manual_seed(0)
     model = MODELS["mae_test"](img_size=(32, 32), pos_label="apl+rpl")
@@ -125,7 +126,7 @@ def linear(tokens: int, *widths: int) -> int:
 
 
 def expected(name: str) -> float:
-    """Operations of an image's training, from the architectures: 16 patches of 192 numbers, width 32, two blocks."""
+    """Operations of training on one image: 16 patches of 192 values, width 32, two blocks."""
     if name == "pretrain":
         return training_flops(MODELS["mae_test"](img_size=(32, 32))) - linear(4, 192, 32)
     embed, blocks = linear(16, 192, 32), 2 * 2 * (12 * 17 * 32**2 + 2 * 17**2 * 32)
@@ -136,6 +137,7 @@ def expected(name: str) -> float:
     )  # the encoder is frozen, five heads want no gradient of its features
 
 
+@pytest.mark.slow  # trains
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "linprobe"])
 def test_mfu_is_operations_by_time_and_rate(name, tmp_path, monkeypatch, capsys):
     """From the images/s of the same line; accumulated micro-batches are counted once each."""
@@ -167,6 +169,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow  # trains
 @pytest.mark.parametrize("name", RUNS)
 def test_measuring_changes_no_bit(name, tmp_path, monkeypatch):
     main, flags = RUNS[name]
@@ -204,6 +207,7 @@ def test_the_rate_is_that_of_the_product_that_models_use(dtype):
     )
 
 
+@pytest.mark.slow  # trains
 def test_compiled_and_recomputed_says_nothing(tmp_path, monkeypatch):
     """There the second run of a block cannot be told from the first."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
@@ -213,9 +217,10 @@ def test_compiled_and_recomputed_says_nothing(tmp_path, monkeypatch):
     assert "mfu" not in lines_of(tmp_path / "b")[0]
 
 
+@pytest.mark.slow  # starts two processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_count_their_own_part(strategy, tmp_path):
-    """Images/s are of all ranks, and so is the rate; sharded and gathered parameters are multiplied like others."""
+    """Images/s and the rate are those of all ranks. Sharded parameters count like others."""
     results = ranks(
         2, tmp_path, "--epochs", 1, "--batch_size", 20, "--pos_label", "none", "--strategy", strategy
     )

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -330,6 +329,8 @@ def check_finetuning_against_pil(files, size, least):
 
     `least` is in dB, of all pixels together.
     """
+    from timm.data import create_transform
+
     fast = finetune_transform(size, auto_augment="")
     slow = create_transform(
         size,
@@ -379,6 +380,7 @@ def test_impossible_boxes_are_refused(library):
     assert native.crop_jpeg(data, (0, 0, 30, 40), (8, 8)) is not None
 
 
+@pytest.mark.slow  # 3000 files in another process
 def test_damaged_files_neither_crash_nor_leak_nor_change(library):
     """Bits are flipped and bytes cut at random.
 

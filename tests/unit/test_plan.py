@@ -15,7 +15,6 @@ import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from models_mae_pl import MODELS
-from processes import PRETRAIN, ranks
 from util.flags.parser import parse, run
 from util.run import plan
 
@@ -110,17 +109,6 @@ def test_the_plans_of_the_other_mains(tmp_path, capsys):
     )
     errors = capsys.readouterr().err
     assert "--knn trains nothing" in errors and "--eval does not train" in errors
-
-
-def test_two_ranks_plan_together(tmp_path):
-    for code, text in ranks(2, tmp_path / "run", "--dry_run", "--batch_size", 20, main=PRETRAIN):
-        assert code == 0, text
-        if "plan (" in text:
-            assert "effective batch 20 x 1 x 2 = 40" in text and "5 per epoch, 40 images each" in text
-            break
-    else:
-        pytest.fail("no rank printed the plan")
-    assert not (tmp_path / "run").exists()
 
 
 def test_operations_are_counted_and_time_is_shared_out():

@@ -1,4 +1,4 @@
-"""What costs a GPU time or memory, as far as a CPU can show it: copies of constants, streams, lists that are made anew."""
+"""What wastes time or memory of a GPU and can be tested on a CPU: copies of constants, streams, new lists."""
 
 import contextlib
 
@@ -137,7 +137,7 @@ def test_batches_that_cannot_be_read_as_a_whole_or_in_part_are_left_out():
 
 
 def test_one_copy_stream_serves_all_passes(monkeypatch):
-    """The allocator keeps freed memory for the stream that it was taken on: a stream per pass strands a batch each time."""
+    """Freed memory stays with the stream that took it, so a new stream per pass would cost a batch."""
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     loader._copy_stream.cache_clear()
@@ -151,7 +151,7 @@ def test_one_copy_stream_serves_all_passes(monkeypatch):
 
 
 def test_batches_are_made_within_the_copy_stream(monkeypatch):
-    """A loader may make its batches on the device: in another stream than that of the copies they would not be ready."""
+    """A loader may make batches on the device. In another stream than the copies' they would not be ready."""
     entered, seen = [], []
 
     @contextlib.contextmanager
@@ -205,7 +205,7 @@ def test_utilisation_is_left_out_where_products_cannot_be_counted(mode, counted,
 
 @pytest.mark.parametrize("reserved, shown", [(512.4, "(reserved 512)"), (0.0, "")])
 def test_a_log_point_shows_what_the_allocator_holds(reserved, shown, monkeypatch, capsys):
-    """More than what tensors take: a leak of the allocator's does not show in that. Without CUDA there is no such figure."""
+    """Reserved memory also shows a leak in the allocator, which tensors do not. It needs CUDA."""
     monkeypatch.setattr(log, "reserved_memory_mb", lambda: reserved)
     run = log.Log(None)
     run.start_epoch(0, 1, 0, 1, 8)

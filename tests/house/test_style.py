@@ -1,6 +1,6 @@
-"""Ratchets of style: what is above a limit today may only fall. The limits are the house's; see CONTRIBUTING.md.
+"""Limits of style, for lines and functions and for all code together; CONTRIBUTING.md states them.
 
-python tests/house/style.py [FILE...]     lists what is above the limits, of all files or of some
+python tests/house/test_style.py [FILE...]     lists what is above the limits, in all files or in some
 """
 
 import ast
@@ -56,7 +56,7 @@ def parameters(function: ast.FunctionDef) -> int:
 
 
 def complexity(function: ast.AST) -> int:
-    """McCabe's number: one, and one for each decision; each further operand of `and` and `or` counts as well."""
+    """McCabe's number: 1, plus 1 for each decision and each further operand of `and` and `or`."""
     total = 1
     for node in ast.walk(function):
         total += isinstance(node, DECISIONS)

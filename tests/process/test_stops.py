@@ -1,0 +1,51 @@
+"""Runs that stop at the end of an epoch, or whose evaluation fails, continue with the same bits."""
+
+import math
+
+import pytest
+
+import main_pretrain
+from commands import call
+from processes import assert_same, last, log_lines, start
+
+
+def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path):
+    """Evaluation may last longer than the time between a scheduler's warning and its kill."""
+    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+    code, text = start(tmp_path / "whole", *flags)
+    assert code == 0, text
+    code, text = start(tmp_path / "parts", *flags, TEST_SIGNAL="0:3:SIGUSR2")  # 4 steps an epoch: in its last
+    assert code == 75 and "val images" not in text, text
+    assert last(tmp_path / "parts")["step"] == 4 and not (tmp_path / "parts" / "log.txt").exists()
+    code, text = start(tmp_path / "parts", *flags)
+    assert code == 0 and text.count("val images") == 2, text
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+
+
+def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):
+    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "pictures").write_text("a file where the folder should be")
+    code, text = start(tmp_path / "parts", *flags)
+    assert code == 2 and last(tmp_path / "parts")["step"] == 4, text
+    (tmp_path / "parts" / "pictures").unlink()
+    assert start(tmp_path / "parts", *flags)[0] == 0
+    assert start(tmp_path / "whole", *flags)[0] == 0
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+RUN = ["--epochs", 2, "--batch_size", 40, "--lr", 1e-2, "--warmup_epochs", 1]
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "shuffled_fixed"])
+def test_a_run_stops_and_continues_bit_for_bit(tmp_path, capsys, kind):
+    command = ["--model", "mae_test", "--input_size", 32, "--pos_label", kind, *RUN]
+    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "whole")
+    assert code == 0 and "chance 2.7726" in text, text
+    code, text = start(tmp_path / "parts", "--pos_label", kind, *RUN, TEST_SIGNAL="0:6:SIGTERM")
+    assert code == 75, text
+    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "parts")
+    assert code == 0 and "continuing" in text, text
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert log_lines(tmp_path / "whole")[-1]["test_position"] == pytest.approx(math.log(16), abs=0.1)
