@@ -4,9 +4,9 @@
     python main_finetune.py --model vit_base_patch16 --data_path DIR --eval --resume FT/checkpoint-best.pth
     python main_finetune.py --model swin_tiny --data_path DIR --pos_label rpl              # from scratch
 
-Positional embedding and positional labels are independent: L = L_class + pos_weight * L_position (Zhang et
-al. 2023, Eq. 6). Labels stay the cells of the grid after augmentation. Mixup and CutMix mix class targets
-only.
+Positional embedding and positional labels are independent: L = L_class + pos_weight * L_position
+(Zhang et al. 2023, Eq. 6). Labels stay the cells of the grid after augmentation. Mixup and CutMix
+mix class targets only.
 
 Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
 wrong input.

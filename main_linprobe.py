@@ -184,8 +184,8 @@ class Features:
 class Probing(Objective):
     """Sum of the heads' cross-entropies. Heads share no parameters, so each one learns as if it were alone.
 
-    `features` maps a batch's images to what the heads take. `names` are those of the heads, by their learning
-    rates.
+    `features` maps a batch's images to what the heads take. `names` are those of the heads,
+    by their learning rates.
     """
 
     probe: Probe | SecondOrderProbe

@@ -157,8 +157,8 @@ class Pretraining(Objective):
         self, model: nn.Module, batch: dict, relation_targets: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss without relations; with targets for them, their losses are among the terms."""
-        # The mask is a function of the sample's key, as its crop is: it does not depend on ranks, workers or
-        # resumes.
+        # The mask is a function of the sample's key, as its crop is: it does not depend on ranks,
+        # workers or resumes.
         noise = sample_noise(batch["key"], self.model.patch_embed.num_patches)
         ids_keep = random_masking(noise, self.mask_ratio)
         losses, _, _ = model(

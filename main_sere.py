@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 8 main_sere.py @recipes/sere_vit_small.args --data_path DIR --output_dir RUN
     python main_sere.py ... --sr_spatial 0 --sr_channel 0 --cls_weight 1 --patch_weight 1     # iBOT alone
 
-The checkpoint holds the student (`model`), the teacher and the centres. Fine-tuning and probing take the
-teacher.
+The checkpoint holds the student (`model`), the teacher and the centres. Fine-tuning and
+probing take the teacher.
 
 Exit codes: 0 all epochs are done; 75 a signal stopped the run, its state is saved, and the same command
 continues it; 2 wrong input.
@@ -369,8 +369,8 @@ def main(args: argparse.Namespace) -> int:
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))
-    # Weight decay is 1 here to mark the groups that are decayed; its schedule sets the value before each
-    # update.
+    # Weight decay is 1 here to mark the groups that are decayed; its schedule sets the value
+    # before each update.
     optimizer = adamw(param_groups(model, 1.0, model.no_weight_decay()), lr, betas=(0.9, 0.999))
     objective.use(optimizer)
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])

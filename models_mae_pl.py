@@ -98,8 +98,8 @@ class MaskedAutoencoderViT(ViTBackbone):
         self.relations = relations
         self.norm_pix_loss = decoder.norm_pix_loss
         self._init_decoder()
-        # The label heads follow the decoder, so that all parameters above start alike with and without
-        # labels.
+        # The label heads follow the decoder, so that all parameters above start alike with
+        # and without labels.
         self.pos_head: PositionalHead | None = None
         if labels.pos_label != "none":
             self.pos_head = PositionalHead(trunk.dim, self.grid, labels)

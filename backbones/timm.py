@@ -137,8 +137,8 @@ class TimmClassifier(Classifier):
         """{name: id} by timm's matcher; '' stands for the heads, with the id of timm's classifier."""
         if not hasattr(self.backbone, "group_matcher"):
             return {f"backbone.{name}": 0 for name, _ in self.backbone.named_parameters()} | {"": 1}
-        # Our head is listed with the backbone's parameters: the ids depend on the parameters that match no
-        # group.
+        # Our head is listed with the backbone's parameters: the ids depend on the parameters that
+        # match no group.
         named = [*self.backbone.named_parameters(), ("head.weight", None)]
         # `group_parameters` asks a module for nothing but its named parameters.
         listing: Any = SimpleNamespace(named_parameters=lambda: named)
@@ -289,8 +289,8 @@ _OTHER_POSITIONS = re.compile(
 def _remove_pos_embed(backbone: nn.Module, name: str) -> None:
     """Zero and freeze every parameter called `pos_embed`.
 
-    Raises ValueError if the model has no such parameter, or positional parts of another kind, which would
-    stay.
+    Raises ValueError if the model has no such parameter, or positional parts of another
+    kind, which would stay.
     """
     tables = [p for n, p in backbone.named_parameters() if n.rpartition(".")[2] == "pos_embed"]
     names = [n for n, _ in [*backbone.named_parameters(), *backbone.named_modules()]]

@@ -236,8 +236,8 @@ def main(argv: list[str], record: Record | None = None) -> dict:
         f"{args.model}, {amp}, {args.batches} batches of {args.batch_size}, {args.rounds} rounds, median "
         "[min..max]; wall time on a GPU and for kNN, else CPU time of all threads"
     )
-    # Name -> how it is measured, how it is printed. A part that does not fit into memory does not stop the
-    # others.
+    # Name -> how it is measured, how it is printed. A part that does not fit into memory does not
+    # stop the others.
     knn_rounds = min(args.rounds, 3)
     parts: dict[str, tuple[Callable[[], dict], Callable[[dict], str]]] = {
         "extraction": (lambda: extraction(bench), extraction_text),

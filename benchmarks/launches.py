@@ -252,8 +252,8 @@ def main(argv: list[str], record: Record | None = None) -> dict:
     # Figures do not depend on the values; a fixed seed makes runs equal all the same.
     torch.manual_seed(0)
     record.set("launch_us", bare_launch_us(plan.device))
-    # All models share their code. Without the patch, torch would compile the sizes of a second model as
-    # variables.
+    # All models share their code. Without the patch, torch would compile the sizes of a second
+    # model as variables.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         steps = time_all(wanted_pairs(args.models, lists), plan, record)
         for row, step, compiled in steps:

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Run as a script, this folder comes first on the path, and its modules (data, step, ...) would hide installed
-# packages.
+# Run as a script, this folder comes first on the path, and its modules (data, step, ...) would
+# hide installed packages.
 if sys.path[0] == str(HERE):
     sys.path[0] = str(HERE.parent)
 

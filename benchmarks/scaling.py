@@ -237,8 +237,8 @@ def read_measured(path: str, name: str, amp: str) -> Measured:
     forward = row["forward"]["median"]
     backward = row["backward"]["median"]
     optimizer = row["optimizer"]["median"]
-    # The parts were timed with waits between them, and add up to more than the step. Only their proportion is
-    # used.
+    # The parts were timed with waits between them, and add up to more than the step. Only their
+    # proportion is used.
     compute = row["seconds"]["median"] - optimizer
     return Measured(
         per_image=compute / row["batch_size"],

@@ -129,8 +129,8 @@ class Step:
     def seconds(self, work: Callable[[], None]) -> float:
         """Seconds of a piece of work."""
         clock = time.perf_counter
-        # Other processes do not lengthen the CPU time of a single thread. Several threads also wait for each
-        # other.
+        # Other processes do not lengthen the CPU time of a single thread. Several threads also wait
+        # for each other.
         if self.device.type == "cpu" and torch.get_num_threads() == 1:
             clock = time.process_time
         wait_for(self.device)

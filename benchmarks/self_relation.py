@@ -2,8 +2,8 @@
 
     python benchmarks/run.py self_relation [--device cuda] [--batch 4]
 
-Two global and ten local crops. Time of forward and backward, and memory that the forward pass keeps for
-backward.
+Two global and ten local crops. Time of forward and backward, and memory that the forward
+pass keeps for backward.
 """
 
 import argparse

@@ -99,8 +99,8 @@ BETAS = (0.9, 0.95)
 
 def block_macs(tokens: int, width: int) -> int:
     """Multiply-adds of a transformer block with MLP ratio 4 for one image."""
-    # Linear layers: 4 width^2 in attention and 8 in the MLP. Attention: tokens^2 x width for scores and for
-    # values.
+    # Linear layers: 4 width^2 in attention and 8 in the MLP. Attention: tokens^2 x width for scores
+    # and for values.
     return 12 * tokens * width**2 + 2 * tokens**2 * width
 
 

@@ -7,12 +7,12 @@
     python -m evidence collect mae                      # runs/evidence/mae -> evidence/results/mae.json, logs
     python -m evidence write                            # evidence/results -> the tables of RESULTS.md
 
-An experiment is a recipe, evidence/recipes/NAME.args: the flags of a main, a --sweep over seeds and settings,
-and follow-up runs. `run` gives it to the launcher of sweeps with --cluster local, and does not repeat
-finished runs. Flags after -- go to the launcher and the main: `-- --cluster slurm --ngpus 1 --device cuda`,
-`-- --epochs 20`. On SLURM, use `collect` when the jobs are done. evidence/results has the results of this
-project, run with --device cpu. Runs of other flags are not mixed with them: --results OWN is a folder for
-yours.
+An experiment is a recipe, evidence/recipes/NAME.args: the flags of a main, a --sweep over seeds and
+settings, and follow-up runs. `run` gives it to the launcher of sweeps with --cluster local, and does not
+repeat finished runs. Flags after -- go to the launcher and the main: `-- --cluster slurm --ngpus 1
+--device cuda`, `-- --epochs 20`. On SLURM, use `collect` when the jobs are done. evidence/results has the
+results of this project, run with --device cpu. Runs of other flags are not mixed with them: --results OWN
+is a folder for yours.
 """
 
 import argparse

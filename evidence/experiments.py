@@ -55,8 +55,8 @@ SUPERVISED = (TOP1, CLASS_LOSS, *PLACE)
 # The follow-up runs of a pretraining, in the order of its recipe.
 FINETUNED = Column("fine-tuned %", "finetune/test_acc1")
 WITH_APL = Column("with APL %", "finetune-2/test_acc1")
-# A follow-up run of the same main gets a number: linprobe is kNN alone, linprobe-2 the probe of the mean
-# token.
+# A follow-up run of the same main gets a number: linprobe is kNN alone, linprobe-2 the probe of
+# the mean token.
 PROBED = (
     Column("linear probe %", "linprobe-2/test_acc1"),
     Column("kNN, mean token %", "linprobe/knn20_avg"),

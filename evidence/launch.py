@@ -62,8 +62,8 @@ def run_experiments(command_lines: dict[str, list[str]], max_parallel: int) -> l
     """Run {experiment: launcher's words} one after the other. Returns the names of those that failed."""
     from util.cluster.launch import launch
 
-    # Parallel runs share the cores of the CPU: with more threads than cores, they are slower than serial
-    # ones.
+    # Parallel runs share the cores of the CPU: with more threads than cores, they are slower
+    # than serial ones.
     threads = max(1, (os.cpu_count() or 1) // max_parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return [name for name, words in command_lines.items() if launch(EXPERIMENTS[name].main, words) != 0]

@@ -1,8 +1,8 @@
 """The results of an experiment as files: its runs' last figures in NAME.json, and their logs.
 
-An experiment is a sweep (util/report/runs.py) over `seed` and other flags. NAME.json has the keys `flags`
-(those of all runs, in which they may differ from the recipe), `runs`, `missing`, `machines`, `versions` and
-`hours`.
+An experiment is a sweep (util/report/runs.py) over `seed` and other flags. NAME.json has the keys
+`flags` (those of all runs, in which they may differ from the recipe), `runs`, `missing`,
+`machines`, `versions` and `hours`.
 """
 
 import glob

@@ -29,8 +29,8 @@ class Setting:
     def per_seed(self, results: Results, metric: str) -> dict[int, float]:
         """{seed: figure} of the runs that have the metric.
 
-        Raises ValueError if several runs have the same seed, because the flags do not select a single
-        setting.
+        Raises ValueError if several runs have the same seed, because the flags do not
+        select a single setting.
         """
         figures: dict[int, float] = {}
         for run in self.runs(results):

@@ -123,9 +123,9 @@ class Classifier(Backbone):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Images (B, in_chans, H, W) -> logits (B, K); with `positions` (logits, {position, ...}).
 
-        The label heads run only if `positions` asks for them, in training as in evaluation: after training
-        the method drops them (Zhang et al. 2023, Sec. 3). `draws` are the images' own, for label kinds that
-        draw.
+        The label heads run only if `positions` asks for them, in training as in evaluation: after
+        training the method drops them (Zhang et al. 2023, Sec. 3). `draws` are the images' own, for
+        label kinds that draw.
         """
         tokens = self.forward_features(x)  # (B, num_prefix + N, C)
         logits = self.class_logits(tokens)

@@ -10,10 +10,10 @@ from layers.transformer import check_images, patch_grid
 class ConvTokenEmbed(nn.Module):
     """Images (B, in_chans, H, W) -> tokens (B, L, dim), row by row (Xie et al. 2021).
 
-    The network is a 3x3 convolution with max pooling, three ResNet bottlenecks, and a 1x1 convolution to the
-    token width. `patch_size` is its stride: 16, or 8 for small images (the third bottleneck then keeps the
-    resolution). A token sees 33x33 pixels, more than its cell. So this embedding cannot be combined with
-    masking.
+    The network is a 3x3 convolution with max pooling, three ResNet bottlenecks, and a 1x1 convolution
+    to the token width. `patch_size` is its stride: 16, or 8 for small images (the third bottleneck
+    then keeps the resolution). A token sees 33x33 pixels, more than its cell. So this embedding cannot
+    be combined with masking.
 
     Raises ValueError if the stride is neither 16 nor 8, or if an image side is not a multiple of it.
     """

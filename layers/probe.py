@@ -28,8 +28,8 @@ class Probe(nn.Module):
     """Linear classifiers on standardised features (B, C), one per learning rate -> logits (heads, B,
     classes).
 
-    As in MAE's linear probing, `head.0` holds the BatchNorm statistics; `head.<i>`, from 1, is a linear
-    layer.
+    As in MAE's linear probing, `head.0` holds the BatchNorm statistics; `head.<i>`, from 1,
+    is a linear layer.
     """
 
     def __init__(self, dim: int, num_classes: int, heads: int):

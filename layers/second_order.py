@@ -105,8 +105,8 @@ class SecondOrderPooling(nn.Module):
         self.heads = heads
         self.alpha = alpha
         self.iters = iters
-        # Both projections in one layer. Each keeps the initialisation that it would have as a layer of its
-        # own.
+        # Both projections in one layer. Each keeps the initialisation that it would have as a layer
+        # of its own.
         self.project = nn.Linear(dim, heads * sum(dims), bias=False)
         for rows in self.project.weight.data.split([heads * d for d in dims]):
             nn.init.kaiming_normal_(rows, mode="fan_out", nonlinearity="relu")

@@ -112,8 +112,8 @@ def class_loss(logits: Tensor, target: Tensor, temperature: float = 0.1) -> Tens
 def patch_loss(logits: Tensor, target: Tensor, masked: Tensor, temperature: float = 0.1) -> Tensor:
     """Loss of masked patches against the teacher's patches of the same view (iBOT, Eq. 2).
 
-    It is the mean over the masked patches of a view, then over views. A view without masked patches counts as
-    0.
+    It is the mean over the masked patches of a view, then over views. A view without masked
+    patches counts as 0.
 
     Args:
         logits: (B, M, K) of the student.

@@ -125,8 +125,8 @@ def spatial_loss(
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
     """Cross-entropy of the channel relations of student and teacher, mean over channels -> (B,).
 
-    `student` is (B, n, C) and `teacher` (B, N, C): the numbers of tokens may differ. The teacher gets no
-    gradient.
+    `student` is (B, n, C) and `teacher` (B, N, C): the numbers of tokens may differ. The
+    teacher gets no gradient.
     """
     target = (channel_relation(teacher.detach()) / temperature).softmax(-1)  # (B, C, C)
     return -(target * channel_relation(student).log_softmax(-1)).sum(-1).mean(1)
@@ -134,8 +134,8 @@ def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> 
 
 def valid_mean(losses: Tensor, valid: Tensor) -> Tensor:
     """Mean of the valid losses (n,) over all ranks, as a scalar; 0 where no loss is valid."""
-    # The gradients of all ranks are averaged later. So this rank's sum is divided by the mean count of a
-    # rank.
+    # The gradients of all ranks are averaged later. So this rank's sum is divided by the mean count
+    # of a rank.
     count = valid.sum().to(losses.dtype)
     if world_size() > 1:
         td.all_reduce(count)
@@ -179,8 +179,8 @@ def overlap_points(a: Tensor, b: Tensor, size: tuple[int, int]) -> tuple[Tensor,
         The points (..., S, 2) in crop `a`, the same points in crop `b`, and the overlap's share (...) of the
         smaller crop. Without overlap the share is 0 and the points have no meaning.
     """
-    # Centres, not corners: `sample_tokens` then reads no further than half a token beyond the outermost
-    # centres.
+    # Centres, not corners: `sample_tokens` then reads no further than half a token beyond
+    # the outermost centres.
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., :2] + a[..., 2:4], b[..., :2] + b[..., 2:4])
     extent = (high - low).clamp(min=0)

@@ -123,8 +123,8 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) 
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
         if recompute:
-            # The second run draws the same random numbers (stochastic depth), so gradients have the same
-            # bits.
+            # The second run draws the same random numbers (stochastic depth), so gradients have
+            # the same bits.
             x = checkpoint(block, x, use_reentrant=False)
         else:
             x = block(x)

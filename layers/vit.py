@@ -111,8 +111,8 @@ class ViTBackbone(Backbone):
     ) -> Tensor:
         """Images of any size that the patches fill -> tokens before the final norm (B, num_prefix + L, C).
 
-        `mask_token` (1, 1, C) replaces each patch for which `mask` (B, L) is true. Only for the linear patch
-        embedding.
+        `mask_token` (1, 1, C) replaces each patch for which `mask` (B, L) is true. Only for
+        the linear patch embedding.
         """
         grid = self.grid_of((x.shape[-2], x.shape[-1]))
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, L, C)

@@ -74,8 +74,8 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     elif to != "safetensors" and "pos_embed" not in checkpoint.model:
         _add_pos_embed(checkpoint, source, pos_embed_init)
         if pos_embed_init != "zero":
-            # The new model computes something else than the stored one, so the comparison starts from the new
-            # one.
+            # The new model computes something else than the stored one, so the comparison starts from
+            # the new one.
             source = stored_model.model_of(checkpoint)
     checkpoint.args["input_size"] = list(source.img_size)
     arch = architecture(checkpoint)

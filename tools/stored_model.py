@@ -13,9 +13,9 @@ from util.weights.types import Checkpoint
 def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
     """The model whose weights a checkpoint holds, with these weights, in evaluation mode.
 
-    The weights determine everything but the number of heads, for which see `heads_of`. If nothing determines
-    the image size, it is 14 patches a side. Raises ValueError if the checkpoint is not a plain Vision
-    Transformer.
+    The weights determine everything but the number of heads, for which see `heads_of`. If nothing
+    determines the image size, it is 14 patches a side. Raises ValueError if the checkpoint is not
+    a plain Vision Transformer.
     """
     model = _build(architecture(saved), saved.args, distilled="dist_token" in saved.model)
     # SERE's relation heads are not part of a plain Vision Transformer.

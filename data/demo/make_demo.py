@@ -7,12 +7,12 @@ Columns differ by the sun in the upper left, faces lit from the left, shadows th
 light that fades to the right. So two hundred pictures suffice to learn both tasks: filling in removed
 patches, and naming the cell of visible ones.
 
-Every picture has its own seed (split, class, number), so the tars are byte-identical in every run. Another
-version of Pillow or libjpeg may draw or compress a few pixels differently. The bytes then change, but not the
-scenes.
+Every picture has its own seed (split, class, number), so the tars are byte-identical in every run.
+Another version of Pillow or libjpeg may draw or compress a few pixels differently. The bytes then change,
+but not the scenes.
 
-Lengths are in final pixels (x to the right, y down, 0..64). Drawing happens at 4x and is averaged down at the
-end.
+Lengths are in final pixels (x to the right, y down, 0..64). Drawing happens at 4x and is averaged
+down at the end.
 """
 
 import argparse

@@ -80,8 +80,8 @@ class _SweptPairLoss(torch.autograd.Function):
         n = q.shape[1]
         m = k.shape[1]
         offsets = len(weight)
-        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a multiple of
-        # 16.
+        # (2h-1)(2w-1) is odd, which slows products down; classes of probability zero make it a
+        # multiple of 16.
         weight = F.pad(weight, (0, 0, 0, -offsets % 16))
         bias = F.pad(bias, (0, -offsets % 16), value=-math.inf)
         loss = torch.zeros((), device=q.device, dtype=accumulator(q.dtype))

@@ -99,8 +99,8 @@ class Job:
                 raise RuntimeError(f"{self.main} ended with exit code {code}")
             return code
         except BaseException as error:
-            # The first of several failing ranks has the cause; the others often only lose their connection to
-            # it.
+            # The first of several failing ranks has the cause; the others often only lose their
+            # connection to it.
             if read_note(self.folder).get("state") != "failed":
                 message = f"{type(error).__name__}: {describe(error, known_flags)}"
                 self._note_state("failed", message)

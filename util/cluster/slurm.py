@@ -143,9 +143,9 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
     """Delay the failure of a rank that has lost its connection to another one until SLURM has decided.
 
-    If the other node has died, SLURM notices it after its SlurmdTimeout and requeues the job, but only if the
-    job has not failed before. If only a process has died there, `srun --kill-on-bad-exit` ends this process
-    too.
+    If the other node has died, SLURM notices it after its SlurmdTimeout and requeues the job, but
+    only if the job has not failed before. If only a process has died there, `srun --kill-on-bad-exit`
+    ends this process too.
     """
     try:
         yield

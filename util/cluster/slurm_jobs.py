@@ -134,8 +134,8 @@ class SlurmSubmission:
         """Submit the follow-ups of a point, each in a job of its own."""
         pending = submitted_now or self._is_queued(point)
         for follow_up in point.then:
-            # If the point is submitted again, so are its follow-ups: SLURM has cancelled those of the failed
-            # job.
+            # If the point is submitted again, so are its follow-ups: SLURM has cancelled those of
+            # the failed job.
             if not submitted_now and self._is_queued(follow_up):
                 print(f"{follow_up.name}: queued, not submitted again")
             elif not pending and follow_up.job().is_finished():

@@ -137,8 +137,8 @@ def block_mask(grid: Size, ratio: float) -> torch.Tensor:
 
     Source: BEiT, Bao et al. 2022, Algorithm 1.
 
-    A rectangle covers at least a ninth of the grid, or what is left to mask, and has a side ratio of 0.3 to
-    1/0.3.
+    A rectangle covers at least a ninth of the grid, or what is left to mask, and has a side ratio
+    of 0.3 to 1/0.3.
     """
     h, w = grid
     mask = torch.zeros(h, w, dtype=torch.bool)

@@ -326,9 +326,9 @@ def finetune_transform(
 ) -> Callable[..., Any]:
     """timm's training augmentation of a uint8 (in_chans, H, W) image; random erasing follows on the device.
 
-    The transform draws what timm draws. Without auto_augment and color_jitter only a bicubic crop and flips
-    remain, which need no PIL image; the transform then also takes undecoded JPEGs, as `pretrain_transform`
-    does.
+    The transform draws what timm draws. Without auto_augment and color_jitter only a bicubic
+    crop and flips remain, which need no PIL image; the transform then also takes undecoded
+    JPEGs, as `pretrain_transform` does.
 
     Args:
         crop: what the crop and the flips are drawn from.

@@ -11,9 +11,9 @@ from util.dist.allocator import keep_freed_memory
 def choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
     """The device of this process: its own GPU for "cuda", else the device `name`.
 
-    "cuda" falls back to the CPU, with a printed line, but only in a run of one process: several must not end
-    up on different kinds of device. Raises ValueError if a rank of several finds no GPU, and for unknown
-    names.
+    "cuda" falls back to the CPU, with a printed line, but only in a run of one process: several
+    must not end up on different kinds of device. Raises ValueError if a rank of several finds no
+    GPU, and for unknown names.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
         if ranks > 1:

@@ -80,8 +80,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Return features (n, d) and labels (n,) of all readable images, in the data set's order, on the device.
 
-    `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the images of all
-    ranks.
+    `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the
+    images of all ranks.
     """
     n = len(loader.dataset)
     features: Tensor | None = None

@@ -477,8 +477,8 @@ def channel_stats(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Choose the mean and the standard deviation of each channel, of pixel values in [0, 1].
 
-    A value that is not given is that of the checkpoint, or else ImageNet's for 3 channels and its mean for 1
-    channel.
+    A value that is not given is that of the checkpoint, or else ImageNet's for 3 channels and its
+    mean for 1 channel.
 
     Args:
         in_chans: number of channels.

@@ -18,8 +18,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Append the default to the help text of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The help of a flag without a default says what happens without the flag; "(default: None)" adds
-        # nothing.
+        # The help of a flag without a default says what happens without the flag; "(default:
+        # None)" adds nothing.
         if action.default is None or action.default in ("", []):
             return action.help
         return super()._get_help_string(action)
@@ -195,9 +195,9 @@ def describe(error: BaseException, flags: Collection[str]) -> str:
 def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) -> int:
     """Call a main with its parsed flags and return its exit code.
 
-    Errors that the user can fix (ValueError, OSError) become one message on stderr and exit code 2. Other
-    errors are bugs and keep their traceback; so do all errors if the environment variable MAE_PL_TRACEBACK is
-    set.
+    Errors that the user can fix (ValueError, OSError) become one message on stderr and exit code
+    2. Other errors are bugs and keep their traceback; so do all errors if the environment
+    variable MAE_PL_TRACEBACK is set.
     """
     escape_undecodable_names()
     try:

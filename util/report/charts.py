@@ -208,8 +208,8 @@ def _plain(axes: Axes, title: str, below: str) -> None:
 class Confusion(NamedTuple):
     """A confusion matrix (k, k): targets down, predictions across.
 
-    Rows add up to 1, or to 0 for values that are never a target. `first` is the value of the first row and
-    column.
+    Rows add up to 1, or to 0 for values that are never a target. `first` is the value of the
+    first row and column.
     """
 
     name: str
@@ -298,8 +298,8 @@ def _arrows(
 def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     """A row per image: the image, the mean over heads, each head.
 
-    images (N, H, W, 3) in [0, 1]; maps (N, heads, h, w). Each map's colours go from 0 to its own largest
-    value.
+    images (N, H, W, 3) in [0, 1]; maps (N, heads, h, w). Each map's colours go from 0 to
+    its own largest value.
     """
     # Two more columns: the image, and the mean over heads.
     heads = maps.shape[1]

@@ -58,8 +58,8 @@ class CheckpointManager:
         for name in os.listdir(self.dir):
             if PARTIAL.search(name):
                 os.remove(os.path.join(self.dir, name))
-        # Written under another name and renamed: a reader sees the old owner or the new one, never half a
-        # file.
+        # Written under another name and renamed: a reader sees the old owner or the new one, never
+        # half a file.
         partial = os.path.join(self.dir, f"{OWNER}.partial-{self.me['token']}")
         with open(partial, "w") as f:
             json.dump(self.me, f)

@@ -29,8 +29,8 @@ class Board:
         try:
             call(self.writer)
         except OSError as error:
-            # The error comes from the writer's own thread, which ends with it: later calls would write
-            # nothing.
+            # The error comes from the writer's own thread, which ends with it: later calls
+            # would write nothing.
             self.writer = None
             note = f"no more TensorBoard files are written to {self.log_dir}"
             print(f"warning: {note}: {error}; training continues", flush=True)

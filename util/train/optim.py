@@ -17,10 +17,10 @@ def param_groups(
 ) -> list[dict]:
     """Return groups for AdamW. Biases, norms and the names in `skip` are not decayed.
 
-    With `layer_decay` below 1 each depth has its own groups. Their `lr_scale` is layer_decay ** (num_layers -
-    depth), so that the head learns at the full rate (BEiT; MAE appendix A.1). `layer_id` maps a parameter's
-    name to its depth. Without layer decay there are two groups, in MAE's order: first the one without weight
-    decay.
+    With `layer_decay` below 1 each depth has its own groups. Their `lr_scale` is layer_decay **
+    (num_layers - depth), so that the head learns at the full rate (BEiT; MAE appendix A.1). `layer_id`
+    maps a parameter's name to its depth. Without layer decay there are two groups, in MAE's order: first
+    the one without weight decay.
     """
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():

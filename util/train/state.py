@@ -121,8 +121,8 @@ def apply_gradients(
     if state.sharded:
         norm = fsdp.full_tensor(norm)
     if state.scaler.is_enabled():
-        # An overflow in float16 is expected: the scaler skips the step. It must not count as a non-finite
-        # loss.
+        # An overflow in float16 is expected: the scaler skips the step. It must not count as
+        # a non-finite loss.
         norm = norm.nan_to_num(0.0, 0.0, 0.0)
     if before_step is not None:
         before_step()

@@ -121,8 +121,8 @@ class SupervisedLoss:
         if self.teacher is None:
             loss = terms["class"] = self._cross_entropy(logits, target)
         else:
-            # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns the teacher's
-            # prediction.
+            # Hard distillation (Touvron et al. 2021, Eq. 3): the distillation token learns
+            # the teacher's prediction.
             logits, distilled = logits
             with torch.no_grad():
                 predicted = self.teacher(images).argmax(-1)

@@ -20,8 +20,8 @@ def rpl_chance(grid: tuple[int, int], num_tokens: int) -> tuple[float, float]:
     cells = h * w
     if cells == 1:
         return 0.0, 1.0
-    # Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and 1/n of all pairs have i =
-    # j.
+    # Offsets are not equally frequent: (dr, dc) occurs (h-|dr|)(w-|dc|) times, and 1/n of all pairs have
+    # i = j.
     rows = h - torch.arange(-h + 1, h).abs().double()  # (2h-1,)
     cols = w - torch.arange(-w + 1, w).abs().double()  # (2w-1,)
     prior = rows[:, None] * cols[None, :] / (cells * (cells - 1)) * (1 - 1 / num_tokens)  # (2h-1, 2w-1)

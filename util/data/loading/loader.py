@@ -57,8 +57,8 @@ class Loader(DataLoader[dict], Generic[S]):
 def _kill_workers_at_exit() -> None:
     """Kill workers when the process exits.
 
-    multiprocessing sends them SIGTERM at exit and waits for them. That would last forever, as they block
-    SIGTERM.
+    multiprocessing sends them SIGTERM at exit and waits for them. That would last forever,
+    as they block SIGTERM.
     """
 
     def kill() -> None:
@@ -107,8 +107,8 @@ def build_loader(
 def check_same_everywhere(dataset: Any) -> None:
     """Raise ValueError on all ranks unless they list the same images.
 
-    Otherwise some images would be used twice and others never, or ranks would wait for a batch that does not
-    come.
+    Otherwise some images would be used twice and others never, or ranks would wait for a batch
+    that does not come.
     """
     if dist.world_size() == 1 or not hasattr(dataset, "index"):
         return
