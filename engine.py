@@ -19,6 +19,7 @@ from util.data.contract import Batches, Samples
 from util.data.loading.loader import device_batches
 from util.data.loading.samplers import EpochSampler
 from util.dist import fsdp
+from util.flags.parser import with_flags
 from util.run import plan
 from util.run.flops import FlopCounter, peak_flops
 from util.run.guards import BadImages, NonFiniteLoss, write_replay
@@ -160,16 +161,17 @@ def fit(
     state = TrainState(model, optimizer, scaler, extras=objective.state())
     start = _load_start(run, state)
     if session.dry_run:
-        dist.print_rank0(_plan(run, state, start))
+        dist.print_rank0(with_flags(_plan(run, state, start), session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
     session.log.truncate(first_epoch)
     if first_epoch >= budget.epochs:
-        dist.print_rank0(
-            f"all {budget.epochs} epochs are done already: nothing to do (raise the number of epochs, "
-            "or choose another output folder)"
+        text = (
+            f"all {budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose another "
+            "`output_dir`)"
         )
+        dist.print_rank0(with_flags(text, session.flags))
         return True
     session.log.peak_flops = peak_flops(
         model, setup.device, AMP[setup.amp] or torch.float32, budget.compile_mode

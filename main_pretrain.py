@@ -221,12 +221,9 @@ class Evaluation:
         stats: dict[str, float] = {}
         with fsdp.gathered(objective.model) as whole:
             if self.val_loader is not None:
-                # Relations are normalised by the batch of all ranks, and ranks may have unequal shares of
-                # these images.
-                loss: LossFunction = objective.reconstruction_loss
-                if objective.relations is None:
-                    loss = objective.loss
-                stats = self.losses(whole, loss, self.val_loader)
+                # Without relations: they are normalised by the batch of all ranks, and ranks may have
+                # unequal shares of these images.
+                stats = self.losses(whole, objective.reconstruction_loss, self.val_loader)
             if objective.relations is not None:
                 stats |= self.ranks(whole, epoch)
             output_dir = self.session.log.output_dir

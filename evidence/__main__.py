@@ -31,7 +31,11 @@ from util.flags.parser import Parser, run
 
 def get_args_parser() -> Parser:
     """The parser of the command line up to `--`."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        prog="python -m evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("command", choices=["list", "run", "collect", "write"])
     # Checked in `main`: argparse's choices do not accept an empty list of names.
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")

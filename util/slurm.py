@@ -6,8 +6,7 @@ from util.cluster.check import get_args_parser, main
 from util.flags.parser import parse, run
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
     # The only command that there was.
-    if words[:1] == ["check"]:
-        words = words[1:]
-    sys.exit(run(main, parse(get_args_parser(), words)))
+    if sys.argv[1:2] != ["check"]:
+        sys.exit("usage: srun ... python -m util.slurm check FLAGS (now python -m util.cluster.check FLAGS)")
+    sys.exit(run(main, parse(get_args_parser(), sys.argv[2:])))

@@ -17,7 +17,7 @@ ROOMS = {
     "layers": "",
     "models": "layers",
     "backbones": "layers models util.flags util.weights util.data",
-    "engine": "util.cluster util.data util.dist util.run util.train",
+    "engine": "util.cluster util.data util.dist util.flags util.run util.train",
     "tools": "backbones layers models util.data util.flags util.report util.weights",
     "doors": "tools util.flags util.report",
     "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report "

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from processes import ROOT, environment
-from util.flags.parser import Parser, answer_at_once
+from util.flags.parser import Parser, answer_at_once, with_flags
 
 SCRIPT = """
 import sys
@@ -59,3 +59,24 @@ def test_an_imported_script_does_not_read_the_command_line(monkeypatch):
     answer_at_once("script", parser)
     with pytest.raises(SystemExit):
         answer_at_once("__main__", parser)
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("`epochs` 3, lower `batch_size`", "--epochs 3, lower `batch_size`"),
+        ("`img_size` is not a multiple", "--input_size is not a multiple"),
+        # A flag of another command, which the advice is about.
+        ("start from it by `init_from`", "start from it by --init_from"),
+        ("the entry `model`, not `weights`", "the entry `model`, not `weights`"),
+    ],
+)
+def test_errors_name_parameters_as_flags(message, expected):
+    assert with_flags(message, {"epochs", "input_size"}) == expected
+
+
+def test_jobs_that_were_submitted_under_the_old_name_can_be_loaded():
+    from util.cluster.job import Job
+    from util.job import Job as stored
+
+    assert stored is Job

@@ -72,14 +72,14 @@ def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
         default=None,
         type=float,
         nargs="+",
-        help="mean of each channel, of values in [0, 1]; ImageNet's if not given",
+        help="mean of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
     )
     g.add_argument(
         "--std",
         default=None,
         type=float,
         nargs="+",
-        help="standard deviation of each channel, of values in [0, 1]; ImageNet's if not given",
+        help="standard deviation of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
     )
 
 

@@ -164,10 +164,16 @@ FLAG_OF = {
     "second_order": "head",
     "references": "reference",
 }
+# Flags of one command that errors of another may name. A file that main_finetune.py refuses, for example, may
+# be a start for main_pretrain.py --init_from.
+FLAGS_OF_OTHERS = frozenset(
+    {"aa", "cls_token", "color_jitter", "finetune", "init_from", "input_size", "output_dir"}
+    | {"pos_label", "resume", "sr_views"}
+)
 
 
 def with_flags(message: str, flags: Collection[str]) -> str:
-    """Write `name` in backquotes as --name if it is one of `flags`.
+    """Write `name` in backquotes as --name if it is one of `flags`, or of FLAGS_OF_OTHERS.
 
     Library code raises errors about its own parameters, which it puts in backquotes. A user of the command
     line knows them as flags, some under another name (see FLAG_OF). Other quoted words stay as they are.
@@ -175,7 +181,7 @@ def with_flags(message: str, flags: Collection[str]) -> str:
 
     def flag(match: re.Match) -> str:
         name = FLAG_OF.get(match[1], match[1])
-        if name in flags:
+        if name in flags or name in FLAGS_OF_OTHERS:
             return f"--{name}"
         return match[0]
 

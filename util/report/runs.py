@@ -82,7 +82,7 @@ def read_run(folder: str, name: str = "") -> RunRecord:
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
         raise ValueError(
-            f"{folder} has no log.txt: give the output folder of a run, or a folder of such folders"
+            f"{folder} has no log.txt: give the `output_dir` of a run, or a folder of such folders"
         )
     log = _log_lines(path)
     if not log:

@@ -194,7 +194,7 @@ def _speed(measured: Measured, run: PlannedRun) -> str:
     wait = 100 * measured.waited / measured.seconds
     text = f"{rate:.1f} images/s, {measured.seconds:.3f} s per update, {wait:.0f} % of it waiting for data"
     if wait > DATA_BOUND:
-        text += ": data-bound, more data workers may help"
+        text += ": data-bound, more `num_workers` may help"
     return text
 
 

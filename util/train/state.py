@@ -68,7 +68,8 @@ class TrainState:
         saved = checkpoint.entries
         if "optimizer" not in saved:
             raise ValueError(
-                f"{checkpoint.path} has weights but no optimizer: start from it by `init_from`, not `resume`"
+                f"{checkpoint.path} has weights but no optimizer: start from it by `init_from` or "
+                "`finetune`, not `resume`"
             )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"])
         if saved.get("scaler"):
