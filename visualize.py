@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 
-from util.flags.parser import Parser, run
+from util.flags.parser import Parser, answer_at_once, parse, run
 
 
 def get_args_parser() -> Parser:
@@ -91,9 +91,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     report.add_argument("--metric", nargs="+", default=None, help="for sweeps: names in log.txt")
 
 
-if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and a mistyped flag answer at once.
-    ARGS = get_args_parser().parse_args()
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from tools.draw import attention, positions, read_runs, reconstruct, sweep
 from util.report import charts
@@ -132,4 +130,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, ARGS))
+    sys.exit(run(main, parse(get_args_parser())))

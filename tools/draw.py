@@ -282,7 +282,10 @@ def _predict_labels(
 ) -> LabelPredictions:
     """The predictions for batches of images (B, C, H, W) and their visible cells (B, n)."""
     # A model with both heads is drawn by its absolute labels, which can be shown as arrows.
-    kind = head.absolute or next(iter(head.kinds.values()))
+    kind = head.absolute or next((kind for kind in head.kinds.values() if kind.relative), None)
+    if kind is None:
+        names = "+".join(head.kinds)
+        raise ValueError(f"the labels {names} are neither cells nor offsets: there are no positions to draw")
     ids = []
     target = []
     predicted = []
@@ -333,7 +336,7 @@ def class_attention(model: Model, images: Tensor) -> Tensor:
     """
     attn = [module for module in model.blocks.modules() if isinstance(module, Attention)][-1]
     inputs: list[Tensor] = []
-    hook = attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    hook = attn.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     if isinstance(model, MaskedAutoencoderViT):
         model.forward_encoder(images, torch.arange(model.patch_embed.num_patches).expand(len(images), -1))
     else:

@@ -27,8 +27,8 @@ def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_v
     return model.eval()
 
 
-def _build(a: Architecture, args: dict, distilled: bool) -> Any:
-    heads, decoder_heads, _ = heads_of(a, args)
+def _build(a: Architecture, flags: dict, distilled: bool) -> Any:
+    heads, decoder_heads, _ = heads_of(a, flags)
     options: dict[str, Any] = {
         "img_size": a.img_size or (14 * a.patch_size[0], 14 * a.patch_size[1]),
         "patch_size": a.patch_size,
@@ -39,7 +39,7 @@ def _build(a: Architecture, args: dict, distilled: bool) -> Any:
         "mlp_ratio": a.mlp_ratio,
         "pos_embed": "none",
         "pos_label": "+".join(a.labels) or "none",
-        "pos_tokens": args.get("pos_tokens", "half"),
+        "pos_tokens": flags.get("pos_tokens", "half"),
     }
     if a.pos_embed:
         options["pos_embed"] = "learned"
@@ -49,7 +49,7 @@ def _build(a: Architecture, args: dict, distilled: bool) -> Any:
             decoder_dim=a.decoder_dim,
             decoder_depth=a.decoder_depth,
             decoder_heads=decoder_heads,
-            norm_pix_loss=bool(args.get("norm_pix_loss")),
+            norm_pix_loss=bool(flags.get("norm_pix_loss")),
         )
     entry = models_vit.VIT
     if distilled:
@@ -57,18 +57,18 @@ def _build(a: Architecture, args: dict, distilled: bool) -> Any:
     return entry(**options, num_classes=a.classes, pool=a.pool)
 
 
-def heads_of(a: Architecture, args: dict) -> tuple[int, int, bool]:
+def heads_of(a: Architecture, flags: dict) -> tuple[int, int, bool]:
     """(heads, decoder heads, whether they are known) of a checkpoint, which its weights do not determine.
 
     They are the stored flags `num_heads` and `decoder_heads`, else those of the stored model's name, else
     those of the models of the same size, else a head has 64 channels (32 in the decoder).
     """
     size, heads, decoder_heads = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
-    entry = (models_mae_pl.MODELS | MODELS).get(args.get("model", ""))
+    entry = (models_mae_pl.MODELS | MODELS).get(flags.get("model", ""))
     # Of a plain trunk: Swin has other numbers of heads in each stage.
     if entry is not None and "depth" in entry.options:
         heads = entry.options["num_heads"]
         if a.decoder_depth:
             decoder_heads = entry.options.get("decoder_heads", decoder_heads)
-    known = bool(entry is not None or size or "num_heads" in args)
-    return args.get("num_heads", heads), args.get("decoder_heads", decoder_heads), known
+    known = bool(entry is not None or size or "num_heads" in flags)
+    return flags.get("num_heads", heads), flags.get("decoder_heads", decoder_heads), known

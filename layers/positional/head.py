@@ -67,7 +67,7 @@ class PositionalHead(nn.Module):
     @property
     def absolute(self) -> LabelKind | None:
         """The first kind whose logits are about cells, for pictures of predicted cells; or None."""
-        return next((kind for kind in self.kinds.values() if not kind.relative), None)
+        return next((kind for kind in self.kinds.values() if kind.of_cells), None)
 
     @property
     def changes_input(self) -> bool:

@@ -20,11 +20,14 @@ class LabelKind(nn.Module):
 
     Attributes:
         name: the name of the kind.
-        relative: whether `logits` are about pairs of tokens, (B, n, n, offsets), instead of cells, (B, n, L).
+        relative: whether `logits` are about the offsets of pairs of tokens, (B, n, n, offsets).
+        of_cells: whether `logits` are about the cells of the tokens, (B, n, L). Pictures draw predicted cells
+            and offsets. A kind with other targets sets neither, and is not drawn.
     """
 
     name: ClassVar[str]
     relative: ClassVar[bool] = False
+    of_cells: ClassVar[bool] = False
 
     def __init__(self, dim: int, grid: tuple[int, int], options: Labels):
         super().__init__()

@@ -250,7 +250,7 @@ def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
     shown = call(*SLOW, "--status", tmp_path)
     states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
     assert states == dict.fromkeys(points, "finished") | {points[2]: "failed"}
-    assert "is empty: the run that wrote it was cut off" in shown
+    assert "is empty: the run that wrote it was interrupted" in shown
     flags = json.loads((tmp_path / points[1] / "flags.json").read_text())
     assert flags == {"mask_ratio": 0.5, "seed": 1}
     bad.unlink()

@@ -168,7 +168,7 @@ def test_conv_embedding_and_masking_do_not_meet(tmp_path, capsys):
         assert (
             code == 2
             and "--patch_embed conv cannot start from" in text
-            and "sees 33x33 pixels, masked ones" in text
+            and "sees 33x33 pixels, including masked ones" in text
         ), text
 
 
@@ -259,7 +259,7 @@ def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
         assert not torch.equal(model["head.1.fc_visual.weight"], model["head.2.fc_visual.weight"])
         assert checkpoint.kind_of(model) == "probe"
     for flags, message in (
-        (["--cached", *SECOND_ORDER], "neither --knn nor --cached"),
+        (["--cached", *SECOND_ORDER], "does not work with --knn or --cached"),
         (["--so_iters", 2], "probe is linear"),
     ):
         code, text = call(

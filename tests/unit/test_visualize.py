@@ -477,3 +477,12 @@ def test_a_table_is_written_as_markdown_html_and_text():
 def test_quantiles_of_students_t_are_those_of_the_printed_table(degrees, quantile):
     """Abramowitz and Stegun, Table 26.10."""
     assert round(student_quantile(degrees), 3) == quantile
+
+
+@pytest.mark.parametrize("label", ["shuffled", "shuffled_fixed"])
+def test_labels_that_are_not_cells_are_not_drawn_as_cells(tmp_path, label):
+    model = MODELS["mae_test"](img_size=(32, 32), pos_label=label)
+    assert model.pos_head.absolute is None
+    file = saved(tmp_path / "s.pth", model, input_size=[32], pos_label=label)
+    with pytest.raises(ValueError, match=f"the labels {label} are neither cells nor offsets"):
+        draw.positions(file, "", 2, 10, None)

@@ -143,9 +143,7 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
         help="positional embedding of the encoder",
     )
     labels = list(label_choices())
-    label_help = (
-        "positional labels: absolute (apl), relative (rpl), both, or a control (shuffled, shuffled_fixed)"
-    )
+    label_help = "positional labels that the tokens learn: none, a kind, or two kinds"
     tokens: str | None = "half"
     tokens_help = "share of the channels that the label head reads"
     if pos_label == "auto":

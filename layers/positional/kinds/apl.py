@@ -28,6 +28,7 @@ class AbsoluteLabel(LabelKind):
     """
 
     name = "apl"
+    of_cells = True
 
     def __init__(self, dim: int, grid: tuple[int, int], options: Labels):
         super().__init__(dim, grid, options)

@@ -21,6 +21,8 @@ class ShuffledLabel(AbsoluteLabel):
     """
 
     name = "shuffled"
+    # Its targets are permuted cells: a picture of them would show nothing.
+    of_cells = False
 
     def keys(self, draws: Draws) -> Tensor:
         """(B,) int64, the keys of the images' permutations."""
