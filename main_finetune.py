@@ -184,10 +184,16 @@ class Finetuning(Objective):
     val_loader: Batches[IndexedSamples]
     predictions: str = ""
     average: WeightAverage | None = None
+    frozen_norms: list[nn.Module] = field(default_factory=list)
     log: Log = field(init=False)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         return self.supervised(model, batch)
+
+    def before_update(self, done: float) -> None:
+        # The engine puts the whole model into training mode at the start of an epoch.
+        for norm in self.frozen_norms:
+            norm.eval()
 
     def after_step(self, step: int) -> None:
         if self.average is not None:
@@ -427,10 +433,15 @@ def load_weights(args: argparse.Namespace, model: Classifier, start: Start, flag
         changed = checkpoint.other_than_trained(start.pretrained, flags)
         dist.print_rank0(f"encoder from {start.finetune}{changed}; {note}")
     start.pretrained = None  # its memory is needed
-    if args.partial is not None:
-        freeze_all_but(model, args.partial, keep=set(start.new_parameters))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+
+
+def freeze(args: argparse.Namespace, model: Classifier, start: Start) -> list[nn.Module]:
+    """Freeze what --partial does not train; return the frozen batch norms."""
+    if args.partial is None:
+        return []
+    return freeze_all_but(model, args.partial, keep=set(start.new_parameters))
 
 
 def evaluate_checkpoint(
@@ -526,9 +537,11 @@ def main(args: argparse.Namespace) -> int:
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
     flags = flags_to_store(args, start, setup, choices)
     load_weights(args, model, start, flags)
+    frozen_norms = freeze(args, model, start)
     if args.strategy == "fsdp":
         fsdp.shard(model, device, setup.amp)
     objective = build_objective(args, model, setup, choices, val_loader)
+    objective.frozen_norms = frozen_norms
     if args.ema:
         objective.average = WeightAverage(model, args.ema)
 

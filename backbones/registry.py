@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import models_vit
 from backbones import so_vit, swin
@@ -26,7 +26,7 @@ def find(name: str) -> Entry[Classifier]:
         return timm_entry(name)
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = ""
+        hint = "."
         if near:
             hint = f"; did you mean {near[0]}?"
         raise ValueError(
@@ -108,8 +108,12 @@ def trained_options(flags: dict) -> dict[str, Any]:
     return options
 
 
-def freeze_all_but(model: Classifier, blocks: int, keep: Collection[str] = ()) -> None:
-    """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`."""
+def freeze_all_but(model: Classifier, blocks: int, keep: Collection[str] = ()) -> list[nn.Module]:
+    """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`.
+
+    Returns the frozen batch norms. Their statistics change in every forward pass in training mode, so the
+    training has to put them into evaluation mode after each `model.train()`.
+    """
 
     def frozen(name: str) -> bool:
         return name not in keep and model.layer_id(name) < model.num_layers - blocks
@@ -117,11 +121,8 @@ def freeze_all_but(model: Classifier, blocks: int, keep: Collection[str] = ()) -
     for name, p in model.named_parameters():
         if frozen(name):
             p.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen(f"{name}.running_mean"):
-            module.register_forward_pre_hook(_keep_statistics)
-
-
-def _keep_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """A forward pre-hook that keeps the statistics of a frozen batch norm while its model trains."""
-    norm.eval()
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen(f"{name}.running_mean")
+    ]

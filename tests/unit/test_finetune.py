@@ -551,13 +551,17 @@ def test_batch_statistics_of_frozen_layers_stay():
         torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False)
     )
     model.num_layers, model.layer_id = 2, lambda name: int(name[0] != "0") * 2
-    freeze_all_but(model, 1)
+    frozen = freeze_all_but(model, 1)
+    assert frozen == [model[0]]
+    objective = main_finetune.Finetuning(model, None, SETUP, None, None)
+    objective.frozen_norms = frozen
     model.train()
+    objective.before_update(0.0)
     model(torch.randn(5, 3))
     assert (model[0].running_mean == 0).all() and (model[2].running_mean != 0).all()
 
 
-def test_probed_features_are_normalised_as_said():
+def test_probed_features_are_normalised_as_documented():
     torch.manual_seed(0)
     vit = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls").eval()
     images = torch.randn(3, 3, 32, 32)
