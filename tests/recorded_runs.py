@@ -70,6 +70,10 @@ RUNS = {
     ],
     "finetune_swin": [f"{FINETUNE} --model swin_pico --input_size 64 --pos_label apl --epochs 1"],
     "finetune_so_vit": [f"{FINETUNE} --model so_vit_7 --input_size 64 --epochs 1 --batch_size 100"],
+    # Batch norms in the frozen stem.
+    "finetune_partial": [
+        f"{FINETUNE} --model so_vit_7 --input_size 64 --epochs 1 --batch_size 100 --partial 3"
+    ],
     "finetune_timm": [f"{FINETUNE} --model timm/vit_tiny_patch16_224 --pos_label rpl --epochs 1"],
     "finetune_cached": [f"{FINETUNE} --cache_data memory --aa rand-m9-mstd0.5-inc1 --epochs 1"],
     "finetune": [
