@@ -15,7 +15,6 @@ wrong input.
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
 
 from util.flags.groups import (
     OptimDefaults,
@@ -109,6 +108,8 @@ def add_finetuning_flags(g) -> None:
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn

@@ -15,9 +15,6 @@ reported as one.
 import argparse
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 from util.flags.groups import (
     OptimDefaults,
@@ -81,6 +78,10 @@ def add_model_flags(g) -> None:
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F

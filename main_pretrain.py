@@ -11,8 +11,6 @@ continues it; 2 wrong input.
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from util.flags.groups import (
     OptimDefaults,
@@ -65,6 +63,9 @@ def add_model_flags(g) -> None:
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch

@@ -13,7 +13,6 @@ continues it; 2 wrong input.
 import argparse
 import math
 import sys
-from dataclasses import dataclass, replace
 
 from util.flags.groups import (
     OptimDefaults,
@@ -96,6 +95,8 @@ def add_crop_flags(p) -> None:
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn

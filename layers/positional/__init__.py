@@ -4,9 +4,9 @@ Each file of `kinds/` defines one or more kinds of labels; `head.PositionalHead`
 model. This file does not import torch, so that command lines can list the names at once.
 """
 
-import ast
 import functools
 import itertools
+import re
 from pathlib import Path
 
 KINDS = Path(__file__).parent / "kinds"
@@ -18,23 +18,8 @@ def label_names() -> tuple[str, ...]:
 
     The names are read from the source text, because importing the files would import torch.
     """
-    names = []
-    for path in sorted(KINDS.glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                names += _assigned_names(node)
-    return tuple(names)
-
-
-def _assigned_names(node: ast.ClassDef) -> list[str]:
-    """The value of `name = "..."` in the body of a class, if there is one."""
-    return [
-        str(statement.value.value)
-        for statement in node.body
-        if isinstance(statement, ast.Assign)
-        and ast.unparse(statement.targets[0]) == "name"
-        and isinstance(statement.value, ast.Constant)
-    ]
+    texts = [path.read_text() for path in sorted(KINDS.glob("*.py"))]
+    return tuple(re.findall(r'^    name = "(\w+)"$', "\n".join(texts), re.MULTILINE))
 
 
 def label_choices() -> tuple[str, ...]:

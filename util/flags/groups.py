@@ -6,8 +6,7 @@ at once.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from layers.positional import label_choices
 from util.flags.parser import COUNT, SHARE, number
@@ -83,8 +82,7 @@ def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
     )
 
 
-@dataclass(frozen=True)
-class OptimDefaults:
+class OptimDefaults(NamedTuple):
     """The defaults of a main's optimisation flags."""
 
     batch_size: int
