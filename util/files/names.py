@@ -1,0 +1,45 @@
+"""File names and other text of strangers, made safe for terminals, lists and tables."""
+
+import os
+import unicodedata
+
+# Control, format (such as marks that reverse the direction of a text), line and paragraph separators.
+_UNSAFE = ("Cc", "Cf", "Zl", "Zp")
+
+
+def one_line(text: str) -> str:
+    r"""Escape what could start a new line or command a terminal: ESC becomes \x1b, a newline \n.
+
+    Bytes of a file name that are not valid UTF-8 stay as they are (surrogates), so that a list of names can
+    be written with `errors="surrogateescape"`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) in _UNSAFE:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+def printable(text: str | os.PathLike) -> str:
+    r"""Escape a file name for messages: as `one_line`, and bytes that are not valid UTF-8 become \xff."""
+    return os.fsencode(one_line(os.fspath(text))).decode(errors="backslashreplace")
+
+
+def printable_lines(text: str) -> str:
+    """Escape a message of several lines for a terminal; its line breaks and tabs stay."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def table_cell(text: str) -> str:
+    """Escape a name for a CSV file: a spreadsheet would run a cell that starts like a formula.
+
+    Such a cell gets an apostrophe in front, which spreadsheets take for "this is text".
+    """
+    text = one_line(text)
+    if text.startswith(("=", "+", "-", "@")):
+        return f"'{text}"
+    return text
