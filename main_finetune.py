@@ -293,7 +293,7 @@ def build_data(
     args: argparse.Namespace, setup: Setup
 ) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
     """Return the training loader (None for --eval) and the validation loader, over the same classes."""
-    options = dict(in_chans=args.in_chans, seed=args.seed)
+    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     transform = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"

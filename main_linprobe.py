@@ -280,7 +280,7 @@ def build_data(
     Training images are augmented unless features are computed once. There is no training loader for --eval.
     """
     once = args.knn or args.cached
-    options = dict(in_chans=args.in_chans, seed=args.seed)
+    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):

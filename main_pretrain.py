@@ -341,7 +341,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
     """Return the training loader, and the validation loader or None."""
-    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
+    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment: Callable
     if relation_weights(args) and args.sr_views == "two":

@@ -335,7 +335,7 @@ def build_data(
         local_scale=ascending(args.local_crops_scale, "--local_crops_scale"),
         mask_ratios=mask_ranges(args),
     )
-    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False)
+    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     train = build_dataset(args.data_path, "train", crops, **options)
     dist.print_rank0(train.summary())
     pin_memory = args.pin_mem and setup.device.type == "cuda"

@@ -9,7 +9,6 @@ work, and normalised there.
 """
 
 import argparse
-import io
 import multiprocessing
 import os
 import tempfile
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
@@ -39,6 +37,7 @@ from benchmarks.timing import (
 )
 from util.data import native
 from util.data.datasets import DEMO, ImageDataset
+from util.data.formats import open_image
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
 from util.data.pixels import Pixels
@@ -399,7 +398,7 @@ def endurance_line(row: dict) -> dict[str, object]:
 
 def mean_size(index) -> list[float]:
     """Mean width and height of the images in pixels."""
-    sizes = [Image.open(io.BytesIO(index.read(i))).size for i in range(len(index))]
+    sizes = [open_image(index.read(i)).size for i in range(len(index))]
     return torch.tensor(sizes).float().mean(0).tolist()
 
 

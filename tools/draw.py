@@ -27,7 +27,7 @@ from util.data.pixels import normalize, unnormalize
 from util.data.sources.image_index import NoSplit
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
-from util.flags.groups import channel_stats
+from util.flags.groups import MAX_PIXELS, channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
 from util.report.panels import (
@@ -69,7 +69,7 @@ def load_images(
     The first batch has `first` images. Raises ValueError if no image can be read.
     """
     stats = channel_stats(model.in_chans, flags.get("mean"), flags.get("std"))
-    dataset = _evaluation_set(model, data_path)
+    dataset = _evaluation_set(model, data_path, flags.get("max_pixels", MAX_PIXELS))
     samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
@@ -80,12 +80,18 @@ def load_images(
     return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def _evaluation_set(model: Model, data_path: str) -> ImageDataset | TimmDataset:
+def _evaluation_set(model: Model, data_path: str, max_pixels: int) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
 
     def split(name: str) -> ImageDataset | TimmDataset:
         return build_dataset(
-            data_path, name, transform, in_chans=model.in_chans, labels=False, evaluation=True
+            data_path,
+            name,
+            transform,
+            in_chans=model.in_chans,
+            labels=False,
+            evaluation=True,
+            max_pixels=max_pixels,
         )
 
     try:

@@ -11,16 +11,20 @@ import os
 
 import torch
 
+from util.data.contract import Samples
 from util.data.datasets import ImageDataset
 from util.data.formats import decode
 from util.data.loading.loader import build_loader
 from util.data.loading.samplers import EvalSampler
+from util.data.seeding import epoch_and_index
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.sources.repack import repack
 from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform
-from util.flags.parser import Parser, run
+from util.files.names import printable
+from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP
+from util.flags.parser import COUNT, Parser, run, with_flags
 
 
 def get_args_parser() -> Parser:
@@ -36,6 +40,7 @@ def get_args_parser() -> Parser:
         "--long_side", type=int, help="repack: shrink images to it and encode them anew; lossless without it"
     )
     p.add_argument("--quality", type=int, default=90, help="repack: of images that are encoded anew")
+    p.add_argument("--max_pixels", type=COUNT, default=MAX_PIXELS, metavar="N", help=MAX_PIXELS_HELP)
     p.add_argument("--num_workers", "--workers", type=int, default=os.cpu_count())
     return p
 
@@ -61,49 +66,76 @@ def command(args: argparse.Namespace) -> int:
     # Without labels loose images count as well.
     index = build_index(args.path, args.split, labels=False)
     print(index.summary())
+    # A small crop takes least time.
+    dataset = ImageDataset(index, eval_transform(8), in_chans=args.in_chans, max_pixels=args.max_pixels)
     if args.command == "stats":
-        return print_stats(index, args.in_chans, args.images)
-    return print_unreadable(index, args.in_chans, args.num_workers)
+        return print_stats(dataset, args.images)
+    return print_unreadable(dataset, args.num_workers)
 
 
-def print_unreadable(index: ImageIndex, in_chans: int, num_workers: int) -> int:
-    """Print the names of unreadable images; return 1 if there are any, and 0 otherwise."""
-    # In evaluation no other image replaces an unreadable one. A small crop takes least time.
-    dataset = ImageDataset(index, eval_transform(8), in_chans=in_chans, evaluation=True)
-    loader = build_loader(dataset, EvalSampler(len(index)), batch_size=64, num_workers=num_workers)
-    bad = [i for batch in loader for i in batch["bad"]]
-    for i in bad:
-        print(f"unreadable: {index.name(i)}")
-    print(f"{len(bad)} of {len(index)} images are unreadable")
-    return int(bool(bad))
+class Faults(Samples):
+    """Why the images of a data set cannot be read: `fault`, '' if nothing is wrong."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict:
+        _, i = epoch_and_index(item)
+        return dict(index=i, fault=self.dataset.fault(i), bad=[])
 
 
-def print_stats(index: ImageIndex, in_chans: int, images: int) -> int:
-    """Print --mean and --std of about `images` images, spread evenly over the index; return 0.
+def print_unreadable(dataset: ImageDataset, num_workers: int) -> int:
+    """Print the unreadable images and the reasons; return 1 if there are any, and 0 otherwise."""
+    index = dataset.index
+    loader = build_loader(Faults(dataset), EvalSampler(len(index)), batch_size=64, num_workers=num_workers)
+    bad = 0
+    for batch in loader:
+        for i, fault in zip(batch["index"].tolist(), batch["fault"]):
+            if fault:
+                bad += 1
+                print(f"unreadable: {_described(index, i, fault)}", flush=True)
+    print(f"{bad} of {len(index)} images are unreadable")
+    return int(bad > 0)
+
+
+def _described(index: ImageIndex, i: int, fault: str) -> str:
+    # Both may hold text of whoever made the file.
+    return f"{printable(index.name(i))}: {printable(with_flags(fault, ['max_pixels']))}"
+
+
+def print_stats(dataset: ImageDataset, images: int) -> int:
+    """Print --mean and --std of about `images` images, spread evenly over the data set; return 0.
 
     Raises ValueError if none of them can be read.
     """
     if images < 1:
         raise ValueError(f"--images {images}: give at least 1")
-    # Sums of values and of squares per channel, and the number of pixels.
-    total = torch.zeros(2, in_chans, dtype=torch.float64)
-    pixels = 0
+    index = dataset.index
+    in_chans = dataset.in_chans
+    # How often each channel has each value. Sums of floats would take eight times the memory of an image.
+    counts = torch.zeros(in_chans, 256, dtype=torch.int64)
     # Spread evenly, as images of a class lie one after the other.
     for i in range(0, len(index), max(1, len(index) // images)):
         try:
-            image = decode(index.read(i), in_chans).double().div_(255).flatten(1)  # (C, H, W) -> (C, H*W)
+            image = decode(index.read(i), in_chans, dataset.max_pixels)
         except (OSError, ValueError) as error:
-            print(f"left out: {index.name(i)} ({error})")
+            print(f"left out: {_described(index, i, str(error))}")
             continue
-        total += torch.stack([image.sum(1), image.square().sum(1)])
-        pixels += image.shape[1]
+        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in image])
+    pixels = int(counts[0].sum())
     # For example grey .npy files without --in_chans 1.
     if pixels == 0:
         raise ValueError(
             f"no image could be read with {in_chans} channels: give --in_chans as the images have it, "
             "or see what `check` reports"
         )
-    mean, square = total / pixels
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts.double() / pixels
+    mean = shares @ values
+    square = shares @ values.square()
     # The difference of two large numbers: float64 keeps enough digits.
     std = (square - mean.square()).sqrt()
     print("--mean", *(f"{v:.4f}" for v in mean), "--std", *(f"{v:.4f}" for v in std))

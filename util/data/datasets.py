@@ -9,16 +9,17 @@ import torch
 
 from util.data import native
 from util.data.contract import IndexedSamples
-from util.data.formats import decode
-from util.data.seeding import epoch_and_index, sample_seed, seeded
+from util.data.formats import decode, raise_pillows_limit
+from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset, build_timm_dataset, is_timm_path
-from util.data.transforms import views
+from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
+from util.files.names import printable
+from util.flags.groups import MAX_PIXELS
 
 # The embedded demo set, so that every main runs without data.
 DEMO = os.path.join(str(Path(__file__).resolve().parents[2]), "data", "demo")
-MAX_TRIES = 20  # draws for a sample whose image cannot be read
 
 
 class Loaded(NamedTuple):
@@ -34,9 +35,13 @@ class ImageDataset(IndexedSamples):
     A sample is a dictionary: image uint8 (C, H, W); label int, -1 without one; index int; key int, its
     `sample_seed`; bad list[int]. It depends on (seed, epoch, index) only, not on worker or rank.
 
-    If image i cannot be read, i goes into `bad`, and another sample replaces it, drawn with the key of i.
-    With `evaluation=True` the sample keeps its index and becomes a zero image with label -1 instead, so that
-    it can be left out and counted. Raises ValueError after 20 unreadable draws.
+    If image i cannot be read or transformed, i goes into `bad`, and another sample replaces it, drawn with
+    the key of i. With `evaluation=True` the sample keeps its index and becomes a zero image with label -1
+    instead, so that it can be left out and counted. Raises ValueError after 20 unreadable draws. Errors of
+    the transform that are not an image's fault are raised as they are; see `apply`.
+
+    Args:
+        max_pixels: an image with more pixels (H * W) counts as unreadable.
 
     Attributes:
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,
@@ -51,12 +56,14 @@ class ImageDataset(IndexedSamples):
         in_chans: int = 3,
         seed: int = 0,
         evaluation: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.index = index
         self.transform = transform
         self.in_chans = in_chans
         self.seed = seed
         self.evaluation = evaluation
+        self.max_pixels = max_pixels
         self.pixels: Any = None
 
     def __len__(self) -> int:
@@ -72,40 +79,50 @@ class ImageDataset(IndexedSamples):
         return self.pixels is None and self.in_chans == 3 and hasattr(self.transform, "crop_jpeg")
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        loaded, sample = self.resolve(item, self._load)
-        # An image that cannot be read; its size does not matter, as the transform resizes it.
-        if loaded is None:
-            loaded = Loaded(torch.zeros(self.in_chans, 64, 64, dtype=torch.uint8), transformed=False)
-        result = loaded.image
-        # Outside of `resolve`: an error in a transform is not an unreadable image.
-        if not loaded.transformed:
-            result = self._transformed(loaded.image, sample["key"])
+        result, sample = self.resolve(item, self._load)
+        # An image that cannot be read.
+        if result is None:
+            result = apply(self.transform, black_image(self.in_chans), sample["key"])
         return views(result) | sample
 
-    def _transformed(self, image: torch.Tensor, key: int) -> Any:
-        if hasattr(self.transform, "crop_jpeg"):
-            return self.transform(image, key)  # draws from its own generators
-        with seeded(key):
-            return self.transform(image)
+    def fault(self, i: int) -> str:
+        """Return why image i cannot be read or transformed, and '' if it can."""
+        try:
+            self._load(i, sample_seed(self.seed, 0, i))
+        except Unreadable as error:
+            return str(error)
+        return ""
 
-    def _load(self, i: int, key: int) -> Loaded:
-        """Load image i; raise OSError or ValueError if it cannot be read."""
+    def _load(self, i: int, key: int) -> Any:
+        """Return what the transform makes of image i; raise Unreadable if the image is at fault."""
+        try:
+            loaded = self._read(i, key)
+        # Another image may need less memory.
+        except (OSError, ValueError, MemoryError) as error:
+            raise Unreadable(str(error) or type(error).__name__) from error
+        if loaded.transformed:
+            return loaded.image
+        return apply(self.transform, loaded.image, key)
+
+    def _read(self, i: int, key: int) -> Loaded:
+        """Load image i; raise OSError, ValueError or MemoryError if that fails."""
+        # timm's augmentation uses PIL, also for images that torchvision or another process has decoded.
+        raise_pillows_limit(self.max_pixels)
         if self.pixels is not None:
             return Loaded(self.pixels[i], transformed=False)
         data = self.index.read(i)
         # Decoding only the crop is faster, if the native library is there and the file is an ordinary JPEG.
         if self._crops_jpegs():
-            crop = self.transform.crop_jpeg(data, key)
+            crop = self.transform.crop_jpeg(data, key, self.max_pixels)
             if crop is not None:
                 return Loaded(crop, transformed=True)
-        return Loaded(decode(data, self.in_chans), transformed=False)
+        return Loaded(decode(data, self.in_chans, self.max_pixels), transformed=False)
 
     def resolve(self, item: int | tuple[int, int], load: Callable[[int, int], Any]) -> tuple[Any, dict]:
         """Return what `load(i, key)` gives for the image of the sample `item`, and the sample's other fields.
 
-        `load` raises OSError or ValueError for an image that cannot be read. The result is then None in
-        evaluation; in training it is the result of the sample that replaces it. Raises ValueError after 20
-        unreadable draws.
+        `load` raises Unreadable for an image that cannot be read. The result is then None in evaluation; in
+        training it is the result of the sample that replaces it. Raises ValueError after 20 unreadable draws.
         """
         epoch, i = epoch_and_index(item)
         # Replacements follow from the sample's own key, so that they are the same in every run.
@@ -115,14 +132,14 @@ class ImageDataset(IndexedSamples):
             key = sample_seed(self.seed, epoch, i)
             try:
                 return load(i, key), dict(label=int(self.index.labels[i]), index=i, key=key, bad=bad)
-            except (OSError, ValueError) as error:
+            except Unreadable as error:
                 bad.append(i)
                 if self.evaluation:
                     return None, dict(label=-1, index=i, key=key, bad=bad)
                 if len(bad) == MAX_TRIES:
                     raise ValueError(
-                        f"{len(bad)} images in a row could not be read; the last is {self.index.name(i)} in "
-                        f"{self.index.path}: {error}"
+                        f"{len(bad)} images in a row could not be read; the last is "
+                        f"{printable(self.index.name(i))} in {printable(self.index.path)}: {error}"
                     ) from error
                 # Not a neighbour: it lies in the same folder, which may be damaged as a whole.
                 i = sample_seed(first_key, 0, len(bad)) % len(self)
@@ -157,21 +174,23 @@ def build_dataset(
     seed: int = 0,
     labels: bool = True,
     evaluation: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageDataset | TimmDataset:
     """Open `split` of the data set at `data_path`.
 
     The path is one as in `build_index`, or None for the embedded demo set. timm reads
     `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds and torch, e.g.
     `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
-    resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line.
+    resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line. An image
+    of more than `max_pixels` pixels counts as unreadable.
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
     path = os.fspath(data_path or DEMO)
+    options: dict[str, Any] = dict(in_chans=in_chans, seed=seed, evaluation=evaluation, max_pixels=max_pixels)
     if is_timm_path(path):
-        return build_timm_dataset(path, split, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
-    index = build_index(path, split, labels=labels)
-    return ImageDataset(index, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
+        return build_timm_dataset(path, split, transform, **options)
+    return ImageDataset(build_index(path, split, labels=labels), transform, **options)
 
 
 def build_class_dataset(
@@ -182,12 +201,21 @@ def build_class_dataset(
     in_chans: int = 3,
     seed: int = 0,
     evaluation: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageDataset:
     """`build_dataset` for a classifier, which needs the names of the classes.
 
     Raises ValueError also for the data sets of timm's readers, which have no such names.
     """
-    dataset = build_dataset(data_path, split, transform, in_chans=in_chans, seed=seed, evaluation=evaluation)
+    dataset = build_dataset(
+        data_path,
+        split,
+        transform,
+        in_chans=in_chans,
+        seed=seed,
+        evaluation=evaluation,
+        max_pixels=max_pixels,
+    )
     if not isinstance(dataset, ImageDataset):
         raise ValueError(
             f"`data_path` {data_path}: timm's readers serve pretraining only; a classifier needs class "

@@ -1,37 +1,85 @@
 """Data sets that timm reads: Hugging Face, WebDataset, TensorFlow Datasets and torchvision's own."""
 
+import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist
 from util.data.contract import Samples
-from util.data.formats import PIL_MODES
-from util.data.seeding import epoch_and_index, sample_seed, seeded
+from util.data.formats import PIL_FORMATS, PIL_MODES, open_image
+from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
-from util.data.transforms import views
+from util.data.transforms import MAX_TRIES, Unreadable, apply, views
+from util.flags.groups import MAX_PIXELS
 
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def our_pil(max_pixels: int) -> Iterator[None]:
+    """Let readers, which call PIL themselves, open images as `open_image` does, and decode them at once.
+
+    Every error of an image is an OSError then, which timm's readers expect.
+    """
+    pils = Image.open
+
+    def open_listed(file: Any, mode: Any = "r", formats: Any = None) -> Image.Image:
+        # The call that `open_image` makes.
+        if formats is PIL_FORMATS:
+            return pils(file, mode, formats)
+        try:
+            image = open_image(_content(file), max_pixels)
+            image.load()
+        except Exception as error:
+            raise UnidentifiedImageError(str(error) or type(error).__name__) from error
+        return image
+
+    Image.open = open_listed  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.open = pils
+
+
+def _content(file: Any) -> bytes:
+    if isinstance(file, (str, bytes, os.PathLike)):
+        return Path(os.fsdecode(file)).read_bytes()
+    file.seek(0)
+    return file.read()
 
 
 class TimmDataset(Samples):
     """The samples of an `ImageDataset` from a map-style set of (PIL image, label).
 
-    timm itself replaces unreadable images, so `bad` is always empty.
+    timm has no names for images: one that cannot be read is logged and replaced, and `bad` is always empty.
+    Raises ValueError after 20 unreadable draws.
     """
 
     def __init__(
-        self, dataset: Any, transform: Callable, *, name: str = "", in_chans: int = 3, seed: int = 0
+        self,
+        dataset: Any,
+        transform: Callable,
+        *,
+        name: str = "",
+        in_chans: int = 3,
+        seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.dataset = dataset
         self.transform = transform
         self.name = name
         self.mode = PIL_MODES[in_chans]
         self.seed = seed
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -45,28 +93,35 @@ class TimmDataset(Samples):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
         epoch, i = epoch_and_index(item)
-        image, label = self.dataset[i]
-        return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
+        first_key = sample_seed(self.seed, epoch, i)
+        for tries in range(1, MAX_TRIES + 1):
+            try:
+                with our_pil(self.max_pixels):
+                    image, label = self.dataset[i]
+                return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
+            except (OSError, Unreadable) as error:
+                reason = error
+                log.warning("image %d of %s is unreadable and replaced: %s", i, self.name, error)
+            i = sample_seed(first_key, 0, tries) % len(self)
+        raise ValueError(f"{MAX_TRIES} images of {self.name} in a row could not be read: {reason}")
 
     def _sample(self, image: Any, label: int, index: int, key: int) -> dict:
-        with seeded(key):
-            transformed = self.transform(pil_to_tensor(image.convert(self.mode)))
+        transformed = apply(self.transform, pil_to_tensor(image.convert(self.mode)), key)
         return views(transformed) | dict(label=int(label), index=index, key=key, bad=[])
 
 
 class TimmIterableDataset(TimmDataset, IterableDataset):
     """The same samples from a stream, in the stream's order.
 
-    `index` is -1, as a stream has no numbers, and a run can resume at epochs only.
+    `index` is -1, as a stream has no numbers, and a run can resume at epochs only. An image that cannot be
+    transformed is left out; what happens to one that cannot be read is up to the reader.
     """
 
     # A stream cannot be entered in the middle of an epoch.
     exact_resume = False
 
-    def __init__(
-        self, dataset: Any, transform: Callable, *, name: str = "", in_chans: int = 3, seed: int = 0
-    ):
-        super().__init__(dataset, transform, name=name, in_chans=in_chans, seed=seed)
+    def __init__(self, dataset: Any, transform: Callable, **options: Any):
+        super().__init__(dataset, transform, **options)
         # Shared, so that workers that are already running see a new epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.rank = dist.rank()
@@ -83,8 +138,24 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
             number = worker.id
         # Ranks and workers read different parts of the stream; each gets keys of its own.
         stream = self.rank << 40 | number << 32
-        for count, (image, label) in enumerate(self.dataset):
-            yield self._sample(image, label, -1, sample_seed(self.seed, int(self.epoch), stream | count))
+        for count, (image, label) in enumerate(self._images()):
+            key = sample_seed(self.seed, int(self.epoch), stream | count)
+            try:
+                sample = self._sample(image, label, -1, key)
+            except Unreadable as error:
+                log.warning("an image of %s is left out: %s", self.name, error)
+                continue
+            yield sample
+
+    def _images(self) -> Iterator[tuple[Any, int]]:
+        images = iter(self.dataset)
+        while True:
+            # Not around the loop: between two images, others may use PIL.
+            with our_pil(self.max_pixels):
+                found = next(images, None)
+            if found is None:
+                return
+            yield found
 
 
 def is_timm_path(data_path: str) -> bool:
@@ -94,7 +165,14 @@ def is_timm_path(data_path: str) -> bool:
 
 
 def build_timm_dataset(
-    data_path: str, split: str, transform: Callable, *, in_chans: int, seed: int, evaluation: bool
+    data_path: str,
+    split: str,
+    transform: Callable,
+    *,
+    in_chans: int,
+    seed: int,
+    evaluation: bool,
+    max_pixels: int = MAX_PIXELS,
 ) -> TimmDataset:
     """Open `data_path`, <reader>/<name>[=<root>], with timm.
 
@@ -104,8 +182,9 @@ def build_timm_dataset(
         raise ValueError(
             f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files"
         )
-    dataset = _open(data_path, split, in_chans, seed, evaluation)
-    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed)
+    with our_pil(max_pixels):
+        dataset = _open(data_path, split, in_chans, seed, evaluation)
+    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed, max_pixels=max_pixels)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
         return TimmIterableDataset(dataset, transform, **options)

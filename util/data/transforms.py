@@ -6,7 +6,8 @@ bytes between processes, and no floating-point work in the loader's workers. Siz
 Transforms draw from the global generators. A random crop that gets a key draws from its own generator
 instead, which the key seeds. Some transforms have further methods, which callers look for by name:
 
-    crop_jpeg(data, key)          makes the result from a JPEG's bytes and decodes only what the crop needs
+    crop_jpeg(data, key, max_pixels)
+                                  makes the result from a JPEG's bytes and decodes only what the crop needs
     window(height, width, key)    says which part of an image is shown, for images that are resampled
     elsewhere
 """
@@ -17,18 +18,70 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from util.data import native
-from util.data.formats import most_pixels
-from util.flags.groups import IMAGENET_MEAN
+from util.data.seeding import seeded
+from util.flags.groups import IMAGENET_MEAN, MAX_PIXELS
 
 Range = tuple[float, float]
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, height, width
+
+# Pixels of a resized image that a centre crop is cut from, if the image itself has fewer. At usual sizes only
+# images need more that are hundreds of times longer than wide.
+RESIZED_PIXELS = 1 << 25
+
+
+class Unreadable(ValueError):
+    """An image that cannot be read or transformed. The message is the reason."""
+
+
+# Draws for a sample whose image is unreadable.
+MAX_TRIES = 20
+# What a transform may raise for an image of an impossible size, or one that there is no memory for. torch
+# raises RuntimeError for both.
+IMAGE_FAULTS = (ValueError, ArithmeticError, MemoryError, RuntimeError)
+
+
+def apply(transform: Any, image: torch.Tensor, key: int) -> Any:
+    """Return what a transform makes of uint8 (C, H, W) with the draws of `key`.
+
+    Raises Unreadable if the image is at fault: the transform works on an ordinary one. An error of the
+    transform itself is raised as it is.
+    """
+    try:
+        return _drawn(transform, image, key)
+    except IMAGE_FAULTS as error:
+        if not _works(transform, len(image), key):
+            raise
+        height, width = image.shape[-2:]
+        reason = str(error) or type(error).__name__
+        raise Unreadable(f"its {height} x {width} pixels cannot be transformed: {reason}") from error
+
+
+def _drawn(transform: Any, image: torch.Tensor, key: int) -> Any:
+    if hasattr(transform, "crop_jpeg"):
+        return transform(image, key)  # draws from its own generators
+    with seeded(key):
+        return transform(image)
+
+
+def _works(transform: Any, channels: int, key: int) -> bool:
+    try:
+        _drawn(transform, black_image(channels), key)
+    except Exception:
+        return False
+    return True
+
+
+def black_image(channels: int) -> torch.Tensor:
+    """Return an image that any transform can be applied to, uint8 (channels, 64, 64)."""
+    return torch.zeros(channels, 64, 64, dtype=torch.uint8)
 
 
 def views(result: Any) -> dict[str, Any]:
@@ -165,14 +218,16 @@ class RandomCrop:
             image = image.flip(-2)
         return image
 
-    def crop_jpeg(self, data: bytes, key: int | None = None) -> torch.Tensor | None:
+    def crop_jpeg(
+        self, data: bytes, key: int | None = None, max_pixels: int = MAX_PIXELS
+    ) -> torch.Tensor | None:
         """Make the result, as RGB, from a JPEG's bytes.
 
-        Returns None without the native library and for unusual JPEGs.
+        Returns None without the native library, for unusual JPEGs, and for more than `max_pixels` pixels:
+        `decode` then says what is wrong.
         """
         size = native.library() and native.jpeg_size(data)
-        # PIL would refuse a file of that many pixels, and the library has no such limit.
-        if not size or size[0] * size[1] > most_pixels():
+        if not size or size[0] * size[1] > max_pixels:
             return None
         crop = self.draw(*size, key)
         flags = crop.native_flags | self.dct_scaling * native.DCT_SCALING
@@ -261,7 +316,8 @@ def pretrain_transform(
 class CenterCrop:
     """Resize (bicubic, antialiased) and crop the centre to `size`.
 
-    The resized image covers `cover`, and its aspect ratio is kept.
+    The resized image covers `cover`, and its aspect ratio is kept. It is not made as a whole if it would have
+    more than `RESIZED_PIXELS` pixels and more than the image: the pixels are the same, up to rounding.
     """
 
     def __init__(self, size: Size, cover: Size):
@@ -284,10 +340,54 @@ class CenterCrop:
         return Window(0, 0, height, width, full_height, full_width, row, column)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        window = self.window(*image.shape[-2:])
+        height, width = image.shape[-2:]
+        window = self.window(height, width)
         full = [window.full_height, window.full_width]
-        image = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        if math.prod(full) > max(RESIZED_PIXELS, height * width):
+            image = self._shown_part(image, window)
+        else:
+            image = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(image, self.size)  # (C, *full) -> (C, *size)
+
+    def _shown_part(self, image: torch.Tensor, window: Window) -> torch.Tensor:
+        """Return the part of the resized image that the crop shows, (C, h, w)."""
+        rows = Shown.of(window.row, self.size[0], window.height, window.full_height)
+        columns = Shown.of(window.column, self.size[1], window.width, window.full_width)
+        source = image[:, rows.source, columns.source].numpy()
+        box = columns.start, rows.start, columns.end, rows.end
+        size = columns.size, rows.size
+        parts = []
+        for channel in source:
+            # PIL resizes a box with fractions, and uses the pixels around it. Its filter is F.resize's.
+            whole = Image.fromarray(np.ascontiguousarray(channel))
+            parts.append(np.asarray(whole.resize(size, Image.Resampling.BICUBIC, box)))
+        return torch.from_numpy(np.stack(parts))
+
+
+class Shown(NamedTuple):
+    """What a crop shows of one axis of an image that is resized.
+
+    Attributes:
+        size: positions of the resized axis.
+        source: positions of the image that these depend on.
+        start, end: where they begin and end in `source`, in fractions of its positions.
+    """
+
+    size: int
+    source: slice
+    start: float
+    end: float
+
+    @classmethod
+    def of(cls, first: int, size: int, length: int, full: int) -> "Shown":
+        """Make that of the positions from `first` on, at most `size`, of `length` resized to `full`."""
+        begin = max(0, first)
+        end = min(full, first + size)
+        scale = length / full
+        margin = math.ceil(2 * max(1.0, scale)) + 1  # the reach of the bicubic filter
+        low = max(0, math.floor(begin * scale) - margin)
+        high = min(length, math.ceil(end * scale) + margin)
+        return cls(end - begin, slice(low, high), begin * scale - low, min(end * scale - low, high - low))
 
 
 def default_crop_pct(size: Size) -> float:

@@ -17,6 +17,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_MEAN = (0.449,)
 GREY_STD = (0.226,)
 
+# Pixels that an image may have. Its decoding takes up to 7 bytes for each of them.
+MAX_PIXELS = 100_000_000
+MAX_PIXELS_HELP = (
+    "pixels (height x width) that an image may have; one that has more counts as unreadable and is not "
+    "decoded. Pillow's own limit does not apply"
+)
+
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
@@ -60,6 +67,13 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         default=0.01,
         type=SHARE,
         help="stop if more than this share of the images cannot be decoded",
+    )
+    g.add_argument(
+        "--max_pixels",
+        default=MAX_PIXELS,
+        type=COUNT,
+        metavar="N",
+        help=MAX_PIXELS_HELP,
     )
 
 

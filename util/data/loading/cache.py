@@ -41,5 +41,7 @@ def cached(loader: Loader[S], cache_data: str, device: torch.device) -> Loader[S
         return DeviceLoader(loader, device)
     assert cache_data == "memory", cache_data
     # The workers start at the loader's first use and get this as well.
-    dataset.pixels = CachedPixels(dataset.index, dataset.in_chans, threads=loader.num_workers)
+    dataset.pixels = CachedPixels(
+        dataset.index, dataset.in_chans, threads=loader.num_workers, max_pixels=dataset.max_pixels
+    )
     return loader

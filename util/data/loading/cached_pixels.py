@@ -16,6 +16,7 @@ from util import dist
 from util.data.formats import decode
 from util.data.loading.memory import MB, check_room
 from util.data.sources.image_index import ImageIndex
+from util.flags.groups import MAX_PIXELS
 
 SLAB = 1 << 28  # bytes of one of the tensors that hold decoded images
 PROBED = 64  # images that are decoded to estimate the size of all
@@ -30,6 +31,7 @@ class CachedPixels:
     Args:
         threads: number of images that are decoded at a time.
         device: where the images go next; only the memory check needs it.
+        max_pixels: an image with more pixels counts as unreadable.
 
     Raises ValueError, on all ranks together, if the images would not fit.
 
@@ -39,14 +41,19 @@ class CachedPixels:
     """
 
     def __init__(
-        self, index: ImageIndex, in_chans: int, threads: int = 1, device: torch.device | None = None
+        self,
+        index: ImageIndex,
+        in_chans: int,
+        threads: int = 1,
+        device: torch.device | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         begin = time.monotonic()
         self.in_chans = in_chans
         self.place = np.zeros((len(index), 4), np.int64)
         self.slabs: list[torch.Tensor] = []
         self.errors: dict[int, str] = {}
-        read = Reader(index, in_chans)
+        read = Reader(index, in_chans, max_pixels)
         threads = max(1, threads)
         # Threads are enough: decoders and file systems work without the interpreter's lock.
         with ThreadPoolExecutor(threads) as pool:
@@ -118,9 +125,10 @@ def _estimate(shapes: list[torch.Size], n: int) -> tuple[float, float]:
 class Reader:
     """Decodes image i of an index, or returns the error if that fails; for use by several threads."""
 
-    def __init__(self, index: ImageIndex, in_chans: int):
+    def __init__(self, index: ImageIndex, in_chans: int, max_pixels: int = MAX_PIXELS):
         self.index = index
         self.in_chans = in_chans
+        self.max_pixels = max_pixels
         self.thread = threading.local()
 
     def __call__(self, i: int) -> torch.Tensor | Exception:
@@ -128,7 +136,7 @@ class Reader:
         if not hasattr(self.thread, "index"):
             self.thread.index = copy.copy(self.index)
         try:
-            return decode(self.thread.index.read(i), self.in_chans)
+            return decode(self.thread.index.read(i), self.in_chans, self.max_pixels)
         except (OSError, ValueError) as error:
             return error
 

@@ -15,7 +15,7 @@ from util.data.loading.loader import Loader, build_loader
 from util.data.loading.memory import MB, check_room
 from util.data.loading.resample import resample
 from util.data.sources.image_index import ImageIndex
-from util.data.transforms import Window
+from util.data.transforms import Unreadable, Window
 
 COPIED = 1 << 26  # bytes that go to the device at a time, or those of one padded image
 NO_WINDOW = Window(0, 0, 0, 0, 0, 0)  # of an image that cannot be read; it shows black
@@ -36,7 +36,7 @@ class DeviceLoader:
         self.dataset = dataset
         self.sampler = loader.sampler
         self.batch_size = loader.batch_size
-        pixels = CachedPixels(dataset.index, dataset.in_chans, loader.num_workers, device)
+        pixels = CachedPixels(dataset.index, dataset.in_chans, loader.num_workers, device, dataset.max_pixels)
         self.images = padded_images(pixels, dataset.index, device)
         dist.print_rank0(f"{dataset.index.path}: {self.images.nbytes / MB:.0f} MB on {device}")
         # A copy of the sizes, so that the workers do not keep the pixels.
@@ -124,5 +124,5 @@ class Windows(Samples):
 
     def _draw(self, i: int, key: int) -> Window:
         if i in self.errors:
-            raise ValueError(self.errors[i])
+            raise Unreadable(self.errors[i])
         return self.dataset.transform.window(*self.sizes[i].tolist(), key)

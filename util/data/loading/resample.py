@@ -12,6 +12,7 @@ from torch import Tensor
 CHUNK = 1 << 26
 HELD = 16  # floats that `Axis.weights` holds for each of its exact weights
 WEIGHT_BITS = 15  # of a positive int16
+LONG = 1 << 13  # positions of a resized axis; of a longer one the weights at its ends stand for all
 
 
 @torch.no_grad()
@@ -121,13 +122,24 @@ class Axis(NamedTuple):
         `shown` are the weights of the positions that are shown, (B, out, count).
         """
         largest = shown.amax((1, 2), keepdim=True)  # (B, out, count) -> (B, 1, 1)
-        if self.most > out:
-            # A long image has many positions: as many at a time as are shown.
-            for first in range(0, self.most, out):
-                last = min(first + out, self.most)
-                i = torch.arange(first, last, device=shown.device)[None]  # (1, last - first)
-                largest = largest.maximum(self._exact(i, count)[0].amax((1, 2), keepdim=True))
+        for i in self._positions(out):
+            largest = largest.maximum(self._exact(i, count)[0].amax((1, 2), keepdim=True))
         return largest
+
+    def _positions(self, out: int) -> Iterator[Tensor]:
+        """Yield positions, (1 or B, up to out): all of them, or the first and the last ones of a long axis.
+
+        Nothing is yielded if all are shown.
+        """
+        steps = torch.arange(out, device=self.start.device)[None]  # (1, out)
+        if self.most > out:
+            last = min(self.most, LONG)
+            # As many at a time as are shown.
+            for first in range(0, last, out):
+                yield steps[:, : last - first] + first
+        # The weights are largest at the ends, where the filter is cut off.
+        if self.most > LONG:
+            yield (self.full[:, None] - out).clamp(min=0) + steps  # (B, out)
 
     def _exact(self, i: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the weights of the positions i, (1 or B, n), and the sources that they apply to.

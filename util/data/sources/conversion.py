@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from util.data import native
-from util.data.formats import decode, format_of
+from util.data.formats import decode, format_of, open_image
+from util.flags.groups import MAX_PIXELS
 
 # What was done with an image, as `convert` returns it.
 MARKED = "given restart markers"
@@ -18,26 +19,30 @@ COPIED = "copied unchanged"
 UNREADABLE = "unreadable, copied unchanged"
 
 
-def convert(data: bytes, long_side: int | None = None, quality: int = 90) -> tuple[bytes, str]:
+def convert(
+    data: bytes, long_side: int | None = None, quality: int = 90, max_pixels: int = MAX_PIXELS
+) -> tuple[bytes, str]:
     """Return what to store for a file, and what was done with it: MARKED, ENCODED, COPIED or UNREADABLE.
 
     Args:
         long_side: shrink larger images to it and encode all JPEGs anew; None keeps their coefficients.
         quality: of images that are encoded anew.
+        max_pixels: an image with more pixels counts as unreadable.
     """
     if not format_of(data).read_by_pil:
         return data, COPIED
     try:
-        pixels = decode(data, 3)
+        pixels = decode(data, 3, max_pixels)
     except ValueError:
         return data, UNREADABLE
     # Only JPEGs can have restart markers; for other formats this is None.
-    marked = _with_markers(data, pixels)
+    marked = _with_markers(data, pixels, max_pixels)
+    del pixels  # before the next copies are made
     if not long_side:
         if marked is None:
             return data, COPIED
         return marked, MARKED
-    image = _open_plain(data)
+    image = _open_plain(data, max_pixels)
     if image is None:
         return data, COPIED
     encoded = _encode(_shrink(image, long_side), quality)
@@ -47,21 +52,21 @@ def convert(data: bytes, long_side: int | None = None, quality: int = 90) -> tup
     return encoded, ENCODED
 
 
-def _with_markers(data: bytes, pixels: torch.Tensor) -> bytes | None:
+def _with_markers(data: bytes, pixels: torch.Tensor, max_pixels: int) -> bytes | None:
     """Add restart markers to a JPEG; None if that is impossible or changes a pixel."""
     marked = native.add_restart_markers(data)
     # The pixels must be the same, not only the coefficients.
-    if marked is None or not torch.equal(decode(marked, 3), pixels):
+    if marked is None or not torch.equal(decode(marked, 3, max_pixels), pixels):
         return None
     return marked
 
 
-def _open_plain(data: bytes) -> Image.Image | None:
+def _open_plain(data: bytes, max_pixels: int) -> Image.Image | None:
     """Decode an 8-bit grey, RGB or CMYK image to grey or RGB.
 
     Returns None for alpha, palettes and more than 8 bits, which a JPEG cannot store.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data, max_pixels) as image:
         if image.mode == "CMYK":
             return image.convert("RGB")
         if image.mode in ("L", "RGB"):
@@ -86,5 +91,6 @@ def _encode(image: Image.Image, quality: int) -> bytes:
     encoded = native.add_restart_markers(file.getvalue())
     assert encoded is not None, "the new JPEG cannot be read"
     # PIL's sizes are (W, H).
-    assert decode(encoded, 3).shape[1:] == image.size[::-1], "the new JPEG has another size"
+    pixels = decode(encoded, 3, image.width * image.height)
+    assert pixels.shape[1:] == image.size[::-1], "the new JPEG has another size"
     return encoded
