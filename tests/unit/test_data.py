@@ -36,7 +36,7 @@ from util.data.loading.loader import build_loader, check_same_everywhere, collat
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
 from util.data.seeding import sample_seed, seeded
-from util.data.sources import image_index, listing
+from util.data.sources import image_index, listing, tars
 from util.data.sources.image_index import check_same_classes
 from util.data.sources.layouts import build_index
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
@@ -223,7 +223,7 @@ def test_the_cache_of_a_tar_lies_beside_it_or_in_the_users_cache(tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path(root) / "cache"))
     tmp_path.chmod(0o555)  # the user may not write here
     assert len(build_index(tmp_path)) == 8 and not Path(tar + ".index.npz").exists()
-    monkeypatch.setattr(listing, "_tar_members", lambda path: pytest.fail("the tar was listed again"))
+    monkeypatch.setattr(listing, "list_tar", lambda path: pytest.fail("the tar was listed again"))
     assert len(build_index(tmp_path)) == 8
     assert len(list((Path(root) / "cache" / "mae_pl").iterdir())) == 1
     tmp_path.chmod(0o755)
@@ -232,6 +232,7 @@ def test_the_cache_of_a_tar_lies_beside_it_or_in_the_users_cache(tmp_path, monke
 def test_a_tar_that_shrinks_later_is_an_error_of_its_images(tmp_path):
     tar, _ = old_tar(tmp_path)
     index = build_index(tmp_path)
+    index.read(0)  # opens it
     os.truncate(tar, Path(tar).stat().st_size // 2)
     with pytest.raises(OSError, match="ends inside"):
         [index.read(i) for i in range(8)]
@@ -366,7 +367,7 @@ def text(path, content):
         ),
         (compressed, "train.tar.gz is compressed.*gunzip"),
         (disguised, "train.tar is compressed"),
-        (cut_in_data, "damaged or cut off .unexpected end of data"),
+        (cut_in_data, "is damaged at byte \\d+, after 4 images: .*0.jpg has a size of \\d+ bytes, and 88 "),
         (cut_in_header, "is damaged at byte \\d+, after 4 images"),
         (overwritten, "is damaged at byte \\d+, after 4 images"),
         (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose images"),
@@ -1134,7 +1135,6 @@ def test_absolute_names_in_a_tar_are_as_others(tmp_path, monkeypatch):
         build_index(pack_absolute(tmp_path / "deep.tar", "/data/"))
     age(path)
     with monkeypatch.context() as earlier:
-        earlier.setattr(listing, "_member_name", lambda name: os.fsencode(os.path.normpath(name)))
+        earlier.setattr(tars, "_member_name", lambda name: os.fsencode(os.path.normpath(name)))
         build_index(path, labels=False)  # leaves a listing with the class ""
-    with pytest.raises(ValueError, match=r"9 images and no classes: delete the \.index\.npz next to it"):
-        build_index(path)
+    assert build_index(path).classes == plain.classes, "it is not used"

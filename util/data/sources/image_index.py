@@ -6,18 +6,25 @@ workers share its memory, because numpy has no per-element reference counts that
 
 import hashlib
 import os
+import tarfile
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from util.data.sources.listing_cache import Listing, unpack_names
+from util.data.sources.listing_cache import LEFT_OUT, Listing, open_regular, stamp, unpack_names
+from util.files.names import printable
 
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
+PROBED_MEMBERS = 32  # whose headers are compared with the listing, if a tar has another time than there
 
 
 class NoSplit(ValueError):
     """The data are there, but not this split of them."""
+
+
+class ChangedTar(ValueError):
+    """A tar is not the one that was listed: its images would be others, or unreadable."""
 
 
 class ImageIndex:
@@ -31,6 +38,7 @@ class ImageIndex:
         classes: sorted class names; empty without labels.
         labels: (n,) int32, index into `classes`, or -1 without a label.
         ignored: number of images that are left out because they have no label.
+        left_out: numbers of images that are left out for other reasons, by kind.
     """
 
     def __init__(
@@ -52,6 +60,8 @@ class ImageIndex:
             self.classes = unpack_names(arrays["classes"])
             # Loose images next to class folders have no label. They sort first, so a slice leaves them out.
             self.ignored = int(np.searchsorted(arrays["labels"], 0))
+        # A listing that was made from names alone has left out nothing.
+        self.left_out = dict(zip(LEFT_OUT, arrays.get("left_out", np.zeros(0, np.int64)).tolist()))
         first = self.ignored
         self.labels = arrays["labels"][first:]
         if not labels:
@@ -66,6 +76,8 @@ class ImageIndex:
             self._shard = arrays["shard"][first:]
             self._offset = arrays["offset"][first:]
             self._size = arrays["size"][first:]
+            # Times and sizes of the tars when they were listed.
+            self._stamps = arrays["stamps"]
         # Tar number -> open file; each process opens what it needs.
         self._files: dict[int, BinaryIO] = {}
 
@@ -100,8 +112,65 @@ class ImageIndex:
             if len(self._files) >= MAX_OPEN_TARS:
                 oldest = next(iter(self._files))
                 self._files.pop(oldest).close()
-            self._files[shard] = open(self.tars[shard], "rb", buffering=0)  # noqa: SIM115 (stays open)
+            self._files[shard] = self._open_tar(shard)
         return self._files[shard]
+
+    def _open_tar(self, shard: int) -> BinaryIO:
+        """Open a tar. Raises ChangedTar if it is not the one that was listed, maybe days ago."""
+        file = open_regular(self.tars[shard], buffering=0)
+        try:
+            self._check_tar(shard, file.fileno())
+        except ChangedTar:
+            file.close()
+            raise
+        return file
+
+    def check_unchanged(self, i: int) -> None:
+        """Raise ChangedTar if the tar of image i was removed, replaced or changed since it was listed.
+
+        For an image that cannot be read: it is not to blame then. Images in files of their own are not
+        checked.
+        """
+        if not self.tars:
+            return
+        shard = int(self._shard[i])
+        if shard in self._files:
+            self._check_tar(shard, self._files[shard].fileno())
+            return
+        try:
+            self._open_tar(shard).close()
+        except FileNotFoundError:
+            raise ChangedTar(
+                f"{printable(self.tars[shard])} was removed since it was listed: restore it"
+            ) from None
+
+    def _check_tar(self, shard: int, descriptor: int) -> None:
+        """Raise ChangedTar if an open tar is not the one that was listed."""
+        now = stamp(descriptor)
+        listed = tuple(self._stamps[shard].tolist())
+        if now == listed:
+            return
+        # Many clusters delete old files, and users touch their data to keep it.
+        if now[1] == listed[1] and self._has_listed_members(shard, descriptor):
+            return
+        raise ChangedTar(
+            f"{printable(self.tars[shard])} was replaced or changed since it was listed: it had {listed[1]} "
+            f"bytes, and has {now[1]}. Restore it, or start again to list it anew"
+        )
+
+    def _has_listed_members(self, shard: int, descriptor: int) -> bool:
+        """Tell whether images lie where they are listed, from the headers of some that are evenly spread."""
+        images = np.flatnonzero(self._shard == shard)
+        for i in images[:: max(1, len(images) // PROBED_MEMBERS)]:
+            # A header is one block, and the data follow.
+            block = os.pread(descriptor, tarfile.BLOCKSIZE, int(self._offset[i]) - tarfile.BLOCKSIZE)
+            try:
+                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return False
+            if header.size != self._size[i]:
+                return False
+        return True
 
     def digest(self) -> str:
         """Return a hash of names, order and labels; it is the same wherever the same images are listed."""
@@ -119,7 +188,17 @@ class ImageIndex:
         ignored = ""
         if self.ignored:
             ignored = f"; {self.ignored} images outside class folders are ignored"
-        return f"{self.path}: {len(self)} images, {classes} ({self.kind}{ignored})"
+        return f"{self.path}: {len(self)} images, {classes} ({self.kind}{ignored}{self._left_out()})"
+
+    def _left_out(self) -> str:
+        """Say how many images are left out: "; 2 links, 1 sparse file left out"."""
+        counts = []
+        for kind, count in self.left_out.items():
+            if count:
+                counts.append(f"{count} {kind}{'s' * (count > 1)}")
+        if not counts:
+            return ""
+        return f"; {', '.join(counts)} left out"
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

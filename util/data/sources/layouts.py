@@ -4,21 +4,20 @@ Every layout of the same images gives the same order, that of torchvision's Imag
 then file name.
 """
 
+import codecs
 import glob
 import os
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
 from util.data.formats import IMAGE_SUFFIXES
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
-from util.data.sources.listing import (
-    COMPRESSED_SUFFIXES,
-    compressed_error,
-    from_names,
-    list_folder,
-    list_tars,
-)
-from util.data.sources.listing_cache import Listing, load_listing, unpack_names
+from util.data.sources.listing import from_names, is_folder, list_folder, list_tars
+from util.data.sources.listing_cache import Listing, load_listing, open_regular, unpack_names
+from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
+from util.files.names import printable
 
 LAYOUTS = """Layouts that work:
   <data_path>/{train,val}/<class>/*.jpg, as ImageNet
@@ -26,6 +25,7 @@ LAYOUTS = """Layouts that work:
   for training also <data_path>/<class>/*.jpg, or one .tar file
   for training without labels also a folder of images, nested or not, or a text file of paths, one per line"""
 VALIDATION = {"val", "valid", "validation", "test"}
+MAX_LINE = 1 << 16  # bytes; the longest path of Linux has 4096
 
 
 def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: bool = True) -> ImageIndex:
@@ -52,7 +52,7 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     else:
         index = _index_file(path, split, labels)
     _check_not_empty(index, split)
-    _check_classes(index, labels)
+    _check_classes(index)
     return index
 
 
@@ -72,9 +72,9 @@ def class_names(path: str | os.PathLike) -> list[str]:
     if not os.path.isfile(path):
         raise ValueError(f"no such file or folder of classes: {path}")
     # Names that are not valid UTF-8 must not end the run.
-    with open(path, errors="replace") as file:
-        names = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    lines = (line.decode(errors="replace") for line in _text_lines(path))
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{path} lists classes twice: {some_names(twice)}")
     return names
@@ -91,7 +91,8 @@ def _index_folder(path: str, split: str, labels: bool) -> ImageIndex:
     if os.path.isdir(root):
         listing = _listed_folder(root, os.path.join(path, ".index", f"{split}.npz"))
         return ImageIndex(path, root, kind, listing, labels=labels)
-    if os.path.isfile(root + ".tar"):
+    # Also a pipe of that name, which is then refused.
+    if os.path.lexists(root + ".tar") and not os.path.isdir(root + ".tar"):
         return _index_tars(path, f"{split}.tar", [root + ".tar"], root + ".tar.index.npz", labels)
     cache = os.path.join(path, ".index", "root.npz")
     arrays: Listing | None = None
@@ -181,13 +182,26 @@ def _index_file(path: str, split: str, labels: bool) -> ImageIndex:
 
 def _listed_paths(path: str) -> list[bytes]:
     """Return the lines of a text file without blank lines and comments."""
-    with open(path, "rb") as file:
-        # A binary file, such as an image, was given by mistake.
-        if b"\0" in file.read(4096):
-            raise _misplaced(f"{path} is not a folder, a .tar or a text file of image paths.")
-        file.seek(0)
-        lines = [line.strip() for line in file]
+    lines = [line.strip() for line in _text_lines(path)]
     return [line for line in lines if line and not line.startswith(b"#")]
+
+
+def _text_lines(path: str) -> Iterator[bytes]:
+    """Yield the lines of a text file without a byte order mark. Raises ValueError for a binary file."""
+    with open_regular(path) as file:
+        number = 0
+        # A binary file without a line break would be read as a whole otherwise.
+        while line := file.readline(MAX_LINE):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            # An image, for example, was given by mistake.
+            if b"\0" in line or len(line) == MAX_LINE:
+                raise _misplaced(
+                    f"{printable(path)} is not a folder, a .tar or a text file of image paths: line {number} "
+                    "is binary or too long."
+                )
+            yield line
 
 
 # --- checks of an index ---
@@ -220,14 +234,9 @@ def _check_not_empty(index: ImageIndex, split: str) -> None:
     raise _misplaced(f"no images in {place}: found {_contents(index.root)}.")
 
 
-def _check_classes(index: ImageIndex, labels: bool) -> None:
+def _check_classes(index: ImageIndex) -> None:
     """Raise ValueError for an index whose labels cannot be what the user meant."""
     place = _place(index)
-    # An earlier version cached such listings: it took the class of /a/1.jpg for "".
-    if labels and not index.classes:
-        raise ValueError(
-            f"the listing of {place} has {len(index)} images and no classes: delete the .index.npz next to it"
-        )
     if not index.classes:
         return
     # An empty class folder shifts the numbers of all classes that follow.
@@ -255,8 +264,8 @@ def _contents(folder: str) -> str:
     """Say what a folder holds, for errors."""
     with os.scandir(folder) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    folders = [entry.name for entry in visible if entry.is_dir()]
-    files = [entry.name for entry in visible if not entry.is_dir()]
+    folders = [entry.name for entry in visible if is_folder(entry)]
+    files = [entry.name for entry in visible if not is_folder(entry)]
     others = [name for name in files if not os.fsencode(name).lower().endswith(IMAGE_SUFFIXES)]
     found = f"{_counted(folders, 'folders')} and {len(files) - len(others)} images"
     if others:

@@ -6,73 +6,152 @@ A listing is a dictionary of arrays:
     ends       where each name ends in it
     labels     number of the class, which is the first folder of the name, or -1
     classes    their sorted names
+    left_out   how many images were left out, by kind (see LEFT_OUT)
     shard, offset, size    of each image, in tars only
     stamped, stamps        the files or folders that were listed, with their times and sizes
 """
 
+import errno
 import os
-import tarfile
+from collections import Counter
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
 from util.data.formats import IMAGE_SUFFIXES
-from util.data.sources.listing_cache import Listing, load_listing, pack_names, save_listing, stamp
+from util.data.sources.listing_cache import (
+    LEFT_OUT,
+    Listing,
+    load_listing,
+    pack_names,
+    save_listing,
+    stamp,
+)
+from util.data.sources.tars import list_tar
+from util.files.names import printable
 
-COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
-# First bytes of gzip, bzip2, xz, zstd and zip.
-COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")
 CACHE_FOLDERS_ABOVE = 20_000  # images; listing a smaller folder is faster than checking a cache of it
+MAX_WAYS = 1000  # by which links may lead to the same folder
+
+
+class _Folder(NamedTuple):
+    """A folder that is to be listed.
+
+    Attributes:
+        prefix: of its images' names: b"", b"class/", b"class/deeper/".
+        above: the folders that hold it, as (device, inode).
+    """
+
+    prefix: bytes
+    above: frozenset[tuple[int, int]]
+
+
+class _Tree:
+    """The images of a folder, and the folders in it.
+
+    Attributes:
+        pending: folders that are to be listed.
+        ways: how often each folder was reached.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self.names: list[bytes] = []
+        self.folders: list[bytes] = []
+        self.stamps: list[tuple[int, int]] = []
+        self.left_out: Counter[str] = Counter()
+        self.pending = [_Folder(b"", frozenset())]
+        self.ways: Counter[tuple[int, int]] = Counter()
+
+    def list_next(self) -> None:
+        """List one folder. Raises OSError."""
+        prefix, above = self.pending.pop()
+        path = self.path(prefix)
+        status = os.stat(path)  # before listing: a change during it invalidates the cache
+        place = status.st_dev, status.st_ino
+        # A link to a folder above, as dataset tools leave them, would lead around until the path is too long.
+        if place in above:
+            self.left_out["looping link"] += 1
+            return
+        self.ways[place] += 1
+        if self.ways[place] > MAX_WAYS:
+            raise ValueError(f"links lead to {self.shown(prefix)} in more than {MAX_WAYS} ways: remove some")
+        self.folders.append(prefix.rstrip(b"/") or b".")
+        self.stamps.append((status.st_mtime_ns, status.st_size))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if is_folder(entry):
+                    self.pending.append(_Folder(prefix + entry.name + b"/", above | {place}))
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    self.names.append(prefix + entry.name)
+
+    def path(self, prefix: bytes) -> bytes:
+        return os.path.join(os.fsencode(self.root), prefix)
+
+    def shown(self, prefix: bytes) -> str:
+        return printable(os.fsdecode(self.path(prefix)))
 
 
 def list_folder(root: str, cache: str) -> Listing:
     """List the images in `root` at any depth; hidden files and folders are skipped.
 
-    The listing of a large folder is saved in the file `cache`.
+    Links to a folder above are left out and counted. The listing of a large folder is saved in the file
+    `cache`. Raises ValueError, which names the folder, if one cannot be listed.
     """
-    names: list[bytes] = []
-    folders: list[bytes] = []
-    stamps = []
-    pending = [b""]
-    while pending:
-        prefix = pending.pop()  # b"", b"class/", b"class/deeper/"
-        folder = os.path.join(os.fsencode(root), prefix)
-        folders.append(prefix.rstrip(b"/") or b".")
-        stamps.append(stamp(folder))  # before listing: a change during it invalidates the cache
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    pending.append(prefix + entry.name + b"/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    names.append(prefix + entry.name)
+    tree = _Tree(root)
+    while tree.pending:
+        prefix = tree.pending[-1].prefix
+        try:
+            tree.list_next()
+        except OSError as error:
+            # A folder can vanish while others are listed, or be closed to this user.
+            raise ValueError(f"{tree.shown(prefix)} cannot be listed: {error.strerror}") from error
     # Also the folders without images: they count as classes, and are reported as empty.
-    arrays = from_names(names, {f.partition(b"/")[0] for f in folders[1:]})
-    arrays |= dict(stamped=pack_names(folders), stamps=np.array(stamps, np.int64))
-    if len(names) > CACHE_FOLDERS_ABOVE:
+    arrays = from_names(tree.names, {f.partition(b"/")[0] for f in tree.folders[1:]})
+    arrays |= dict(
+        stamped=pack_names(tree.folders),
+        stamps=np.array(tree.stamps, np.int64),
+        left_out=_counts(tree.left_out),
+    )
+    if len(tree.names) > CACHE_FOLDERS_ABOVE:
         save_listing(cache, root, arrays)
     return arrays
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Tell whether an entry is a folder or a link to one. A link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def list_tars(tars: list[str], cache: str) -> Listing:
     """List the images in the tars of one folder; the file `cache` is used if the tars have not changed since.
 
-    Raises ValueError for a tar that is compressed or damaged.
+    Raises ValueError for a tar that is compressed, damaged or not a regular file.
     """
     base = os.path.dirname(os.path.abspath(tars[0]))
-    stamped = pack_names([os.path.basename(os.fsencode(t)) for t in tars])
-    cached = load_listing(cache, base)
-    # The stamps prove that the listed tars are unchanged, not that they are the same tars.
-    if cached is not None and np.array_equal(cached["stamped"], stamped):
+    stamped = [os.path.basename(tar) for tar in tars]
+    # The stamps would prove that the listed tars are unchanged, not that they are the same tars.
+    cached = load_listing(cache, base, stamped)
+    if cached is not None:
         return cached
     stamps = np.array([stamp(t) for t in tars], np.int64)
     names: list[bytes] = []
     shards: list[int] = []
     offsets: list[int] = []
     sizes: list[int] = []
+    left_out: Counter[str] = Counter()
     for shard, path in enumerate(tars):
-        for name, offset, size in _tar_members(path):
+        places, others = list_tar(path)
+        left_out += others
+        for name, offset, size in places:
             names.append(name)
             shards.append(shard)
             offsets.append(offset)
@@ -83,9 +162,14 @@ def list_tars(tars: list[str], cache: str) -> Listing:
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
     )
-    arrays |= dict(stamped=stamped, stamps=stamps)
+    packed = pack_names([os.fsencode(name) for name in stamped])
+    arrays |= dict(stamped=packed, stamps=stamps, left_out=_counts(left_out))
     save_listing(cache, base, arrays)
     return arrays
+
+
+def _counts(left_out: Counter[str]) -> np.ndarray:
+    return np.array([left_out[kind] for kind in LEFT_OUT], np.int64)
 
 
 def from_names(
@@ -121,65 +205,3 @@ def _order(name: bytes) -> tuple[bytes, bytes, bytes]:
     """Return the sort key of ImageFolder, which differs from plain path order: nested folders come last."""
     folder, _, file = name.rpartition(b"/")
     return folder.partition(b"/")[0], folder, file
-
-
-# --- tars ---
-
-
-def _member_name(name: str) -> bytes:
-    """Return a member's name without a leading `./`, or `/`, which `tar -P` writes."""
-    return os.fsencode(os.path.normpath(name).lstrip("/"))
-
-
-def _is_image(name: bytes) -> bool:
-    hidden = name.startswith(b".") or b"/." in name
-    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _tar_members(path: str) -> list[tuple[bytes, int, int]]:
-    """Return (name, offset, size) of each image in an uncompressed tar."""
-    places: dict[bytes, tuple[int, int]] = {}
-    links = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                # tarfile would keep all members: gigabytes for a large set.
-                tar.members.clear()  # type: ignore[attr-defined]
-                name = _member_name(member.name)
-                if not _is_image(name):
-                    continue
-                if member.islnk():  # tar stores a further name of a file as a link to the first
-                    links.append((name, _member_name(member.linkname)))
-                elif member.isreg() and not member.issparse():
-                    places[name] = member.offset_data, member.size
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise _unreadable_tar(path, error) from error
-    _check_end(path, end, len(places))
-    places |= {name: places[target] for name, target in links if target in places}
-    return [(name, *place) for name, place in places.items()]
-
-
-def _unreadable_tar(path: str, error: tarfile.TarError) -> ValueError:
-    """Return the error for a file that tarfile refuses."""
-    with open(path, "rb") as file:
-        magic = file.read(6)
-    if magic.startswith(COMPRESSED_MAGIC):
-        return compressed_error(path)
-    return ValueError(f"{path} is not a tar, or is damaged or cut off ({error})")
-
-
-def _check_end(path: str, end: int, images: int) -> None:
-    """Raise ValueError unless zeros follow the last member: tarfile takes a damaged header for the end."""
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(512).strip(b"\0"):
-            raise ValueError(f"{path} is damaged at byte {end}, after {images} images: copy it again")
-
-
-def compressed_error(path: str) -> ValueError:
-    """Return the error for an archive that would have to be unpacked for every image."""
-    return ValueError(
-        f"{path} is compressed, so single images cannot be read from it. Unpack it once, for example "
-        "with `gunzip <file>.tar.gz` or `unzip`, and give the .tar or the folder."
-    )

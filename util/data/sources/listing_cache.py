@@ -1,20 +1,49 @@
-"""Listings on disk, which are used again while the files or folders that were listed have not changed."""
+"""Listings on disk, which are used again while the files or folders that were listed have not changed.
+
+A cache is an .npz file. Whoever may write beside the data may write it, so it is checked before it is used;
+a damaged one is as good as none.
+"""
 
 import contextlib
 import hashlib
+import io
 import os
+import stat
 import time
-import uuid
 import zipfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from util.files.atomic import replacing
+from util.files.names import printable
 
 Listing = dict[str, np.ndarray]
 # A younger file may change again without getting another time: file systems round times.
 SETTLED_AFTER = 2e9  # ns
+FORMAT = 2  # of the cache; files of other formats are not used
+MAX_CACHE_BYTES = 2 << 30  # about 40 million images
+# What a listing leaves out, and counts in `left_out`.
+LEFT_OUT = ("link", "sparse file", "special file", "unsafe name", "earlier version", "looping link")
+# Type and dimensions of the arrays; see util/data/sources/listing.py.
+ARRAYS: dict[str, tuple[Any, int]] = {
+    "names": (np.uint8, 1),
+    "ends": (np.int64, 1),
+    "labels": (np.int32, 1),
+    "classes": (np.uint8, 1),
+    "left_out": (np.int64, 1),
+    "stamped": (np.uint8, 1),
+    "stamps": (np.int64, 2),
+}
+TAR_ARRAYS: dict[str, tuple[Any, int]] = {
+    "shard": (np.int32, 1),
+    "offset": (np.int64, 1),
+    "size": (np.int64, 1),
+}
 
 
-def pack_names(names: list[bytes]) -> np.ndarray:
+def pack_names(names: Sequence[bytes]) -> np.ndarray:
     """Join names to one array of bytes."""
     return np.frombuffer(b"\0".join(names), np.uint8)
 
@@ -26,23 +55,133 @@ def unpack_names(blob: np.ndarray) -> list[str]:
     return [os.fsdecode(name) for name in blob.tobytes().split(b"\0")]
 
 
-def stamp(path: str | bytes) -> tuple[int, int]:
-    """Return the modification time in nanoseconds and the size in bytes."""
+def stamp(path: str | bytes | int) -> tuple[int, int]:
+    """Return the modification time in nanoseconds and the size in bytes of a path or an open file."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_size
 
 
-def load_listing(cache: str, base: str) -> Listing | None:
-    """Load a listing; None unless every file or folder under `base` that was listed is unchanged."""
+def open_regular(path: str, buffering: int = -1) -> Any:
+    """Open a regular file for reading bytes.
+
+    Raises ValueError for a pipe, a device or the like, which may block or never end.
+    """
+    file = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError(f"{printable(path)} is a pipe, a device or a socket: give a regular file")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # Opening a pipe waits for its writer otherwise. Windows has no such pipes.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+# --- reading ---
+
+
+def load_listing(cache: str, base: str, tars: Sequence[str] = ()) -> Listing | None:
+    """Load a listing; None unless every file or folder under `base` that was listed is unchanged.
+
+    Args:
+        tars: names of the tars under `base` that must be listed; without any, it must list the folder `base`.
+    """
     for path in (cache, _user_cache(cache)):
-        # The file may be absent, damaged, or from another version.
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+        # The file may be absent, damaged in any way, or from another version.
+        with contextlib.suppress(Exception):
+            arrays = _read(path)
+            _check(arrays, tars)
             stamps = [stamp(os.path.join(base, name)) for name in unpack_names(arrays["stamped"])]
             if np.array_equal(arrays["stamps"], np.array(stamps, np.int64)):
                 return arrays
     return None
+
+
+def _read(path: str) -> Listing:
+    """Read the arrays of an .npz file, each with its checksum. Raises many types of errors."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        _require(archive.comment == _seal(members), "seal")
+        # Before anything is read: small files can be unpacked to gigabytes.
+        size = os.fstat(file.fileno()).st_size
+        _require(size <= MAX_CACHE_BYTES, "size")
+        _require(sum(member.file_size for member in members) <= size, "size of the arrays")
+        _require(all(member.compress_type == zipfile.ZIP_STORED for member in members), "compression")
+        return {member.filename.removesuffix(".npy"): _array(archive.read(member)) for member in members}
+
+
+def _seal(members: list[zipfile.ZipInfo]) -> bytes:
+    """Return what tells the format, and holds the arrays together: a hash of their names, sizes and CRC-32s.
+
+    zipfile compares the CRC-32s with the arrays, so that this takes no time.
+    """
+    content = repr(sorted((member.filename, member.file_size, member.CRC) for member in members))
+    return f"listing {FORMAT} {hashlib.sha256(content.encode()).hexdigest()}".encode()
+
+
+def _array(data: bytes) -> np.ndarray:
+    """Return the array in an .npy file, without copying it and without pickles."""
+    file = io.BytesIO(data)
+    _require(np.lib.format.read_magic(file) == (1, 0), "version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+
+
+def _require(condition: bool | np.bool_, what: str) -> None:
+    if not condition:
+        raise ValueError(f"damaged: {what}")
+
+
+# --- checking ---
+
+
+def _check(arrays: Listing, tars: Sequence[str]) -> None:
+    """Raise ValueError unless arrays are a listing of these tars, or of a folder, that can be used safely.
+
+    The checks of a million names take some milliseconds.
+    """
+    kinds = ARRAYS
+    if tars:
+        kinds = ARRAYS | TAR_ARRAYS
+    _require({name: (array.dtype, array.ndim) for name, array in arrays.items()} == kinds, "types")
+    images = len(arrays["ends"])
+    _require(images > 0, "length")
+    _require(all(len(arrays[name]) == images for name in ("labels", *TAR_ARRAYS) if name in arrays), "length")
+    _require(arrays["left_out"].shape == (len(LEFT_OUT),) and arrays["left_out"].min() >= 0, "left_out")
+    stamped = unpack_names(arrays["stamped"])
+    _require(arrays["stamps"].shape == (len(stamped), 2), "stamps")
+    _check_names(arrays["names"], arrays["ends"])
+    _check_labels(arrays["labels"], unpack_names(arrays["classes"]))
+    if tars:
+        _require(stamped == list(tars), "stamped")
+        _check_places(arrays["shard"], arrays["offset"], arrays["size"], arrays["stamps"][:, 1])
+    else:
+        _require(stamped[0] == ".", "stamped")
+
+
+def _check_names(names: np.ndarray, ends: np.ndarray) -> None:
+    """Raise ValueError for names that are empty or no file's."""
+    # Names with .. are not looked for: who can forge them here can also put links among the images.
+    _require(ends[0] > 0 and ends[-1] == len(names) and bool((ends[1:] > ends[:-1]).all()), "ends")
+    _require(names.min() > 0, "names")
+
+
+def _check_labels(labels: np.ndarray, classes: list[str]) -> None:
+    _require(labels[0] >= -1 and labels[-1] < len(classes), "labels")
+    # Images are sorted by class, those without one first.
+    _require(bool((labels[1:] >= labels[:-1]).all()), "labels")
+    _require(all(classes) and len(set(classes)) == len(classes), "classes")
+
+
+def _check_places(shard: np.ndarray, offset: np.ndarray, size: np.ndarray, totals: np.ndarray) -> None:
+    _require(shard.min() >= 0 and shard.max() < len(totals), "shard")
+    _require(offset.min() >= 0 and size.min() >= 0, "offset")
+    # Not the sum of both, which may overflow.
+    _require(bool((size <= totals[shard] - offset).all()), "size")
+
+
+# --- writing ---
 
 
 def save_listing(cache: str, base: str, arrays: Listing) -> None:
@@ -70,7 +209,6 @@ def _user_cache(cache: str) -> str:
 
 def _saved(cache: str, base: str, arrays: Listing) -> bool:
     """Write the file `cache` and its folder, and tell whether that was possible."""
-    temporary = f"{cache}.{uuid.uuid4().hex}.tmp"  # many ranks may write at once
     folder = os.path.dirname(os.path.abspath(cache))
     try:
         if not _is_writable(folder):
@@ -80,14 +218,21 @@ def _saved(cache: str, base: str, arrays: Listing) -> bool:
             # A new folder changes the time of its parent, which may be a listed one.
             if os.path.dirname(folder) == os.path.abspath(base):
                 arrays["stamps"][0] = stamp(base)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, cache)
+        # Many ranks may write at once.
+        with replacing(cache, "wb") as file:
+            _write(file, arrays)
         return True
     except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         return False
+
+
+def _write(file: Any, arrays: Listing) -> None:
+    """Write what np.savez would write, and the seal."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+        archive.comment = _seal(archive.infolist())
 
 
 def _is_writable(folder: str) -> bool:

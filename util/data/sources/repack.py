@@ -9,7 +9,6 @@ import contextlib
 import glob
 import hashlib
 import io
-import json
 import os
 import tarfile
 import time
@@ -24,6 +23,8 @@ from util.data import native
 from util.data.sources.conversion import COPIED, ENCODED, MARKED, UNREADABLE, convert
 from util.data.sources.image_index import ImageIndex, some_names
 from util.data.sources.layouts import build_index
+from util.files.atomic import read_json, replacing, write_json
+from util.files.names import printable
 
 __all__ = ["COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
 
@@ -97,6 +98,7 @@ def repack(
     for shard in shards:
         if os.path.exists(shard.part):
             os.replace(shard.part, shard.final)
+    _remove_leftovers(folder)
     _check(index, target, split, shards)
     report.show()
     return report.outcomes
@@ -139,7 +141,7 @@ class _Report:
         for outcome, images in self.outcomes.items():
             print(f"{images} {outcome}")
         for name in self.unreadable:
-            print(f"unreadable: {name}")
+            print(f"unreadable: {printable(name)}")
         if self.bytes_before:
             ratio = self.bytes_after / self.bytes_before
             print(f"{self.bytes_before} -> {self.bytes_after} bytes ({ratio:.3f}x)")
@@ -185,12 +187,13 @@ class _Conversion(Dataset):
         # A member of that name would lead outside of the folder that the tar is unpacked in.
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(
-                f"{name} lies outside {self.index.root}: repack folders and tars, not lists of distant paths"
+                f"{printable(name)} lies outside {self.index.root}: repack folders and tars, not lists of "
+                "distant paths"
             )
         try:
             data = self.index.read(i)
         except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
+            raise ValueError(f"{printable(name)} cannot be read: {error}") from error
         stored, outcome = convert(data, self.long_side, self.quality)
         # A PNG that has become a JPEG; the old suffix stays, so that two names cannot become one.
         if outcome == ENCODED and not name.lower().endswith((".jpg", ".jpeg")):
@@ -205,13 +208,19 @@ def _unchanged(sample: Any) -> Any:
 @contextlib.contextmanager
 def _new_tar(path: str) -> Iterator[tarfile.TarFile]:
     """Open a tar for writing that appears at `path` when it is complete, and not before."""
-    with open(f"{path}.tmp", "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            yield tar
-        # On disk before it gets its name, also if the machine stops now.
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    with (
+        replacing(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        yield tar
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Remove what killed calls have left of shards that they had begun."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.tar.partial-*")):
+        # Another call may do the same.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -255,11 +264,9 @@ def _claim(target: str, split: str, settings: dict[str, Any]) -> str:
     folder = os.path.join(target, f".repack-{split}")
     note = os.path.join(folder, "settings.json")
     if os.path.exists(note):
-        with open(note) as file:
-            earlier = json.load(file)
         # Shards of different settings must not be mixed.
         _check_same_settings(
-            earlier, settings, f"{target} holds {split} shards", f"{folder} and {split}-*.tar"
+            read_json(note, dict), settings, f"{target} holds {split} shards", f"{folder} and {split}-*.tar"
         )
         return folder
     root = os.path.join(target, split)
@@ -269,10 +276,10 @@ def _claim(target: str, split: str, settings: dict[str, Any]) -> str:
         names = sorted(map(os.path.basename, paths))
         raise ValueError(f"{target} already holds {', '.join(names[:5])}: choose another folder")
     os.makedirs(folder, exist_ok=True)
-    # In one step: a half-written note would refuse the next call.
-    with open(note + ".tmp", "w") as file:
-        json.dump(settings, file, indent=1)
-    os.replace(note + ".tmp", note)
+    if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
+        raise ValueError(f"{folder} holds shards without their {os.path.basename(note)}: delete that folder")
+    # As a whole: half of a note would refuse the next call.
+    write_json(note, settings)
     return folder
 
 

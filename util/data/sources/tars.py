@@ -1,0 +1,195 @@
+"""Uncompressed tars: where the bytes of their images lie.
+
+A tar may come from anywhere. tarfile believes what a header says about sizes, so this module bounds what it
+reads and checks where it goes.
+"""
+
+import errno
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+
+from util.data.formats import IMAGE_SUFFIXES
+from util.data.sources.listing_cache import open_regular
+from util.files.names import printable
+
+COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
+# First bytes of gzip, bzip2, xz, zstd and zip.
+COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")
+BLOCK = 512
+# Of one member: its header, and extended ones with long names and attributes.
+MAX_HEADER_BYTES = 1 << 20
+# Earlier versions of tarfile search a header of digits in quadratic time; a file name has at most 255.
+MAX_DIGITS = 256
+MAX_GLOBAL_FIELDS = 1000  # a tar has a comment or two for all members; tarfile keeps them
+SCANNED = 1 << 20  # bytes that are searched for a further tar at a time
+
+# Name, first byte and size of an image.
+Place = tuple[bytes, int, int]
+
+
+def list_tar(path: str) -> tuple[list[Place], Counter[str]]:
+    """List the images in a tar, and count those that are left out, by kind (see LEFT_OUT).
+
+    Further tars that were appended with `cat` are read as well. Of equal names the last one counts, as
+    when a tar is unpacked. Raises ValueError, which names the tar, if it is compressed, damaged, cut off or
+    not a regular file.
+    """
+    images = _Images()
+    with _Headers(open_regular(path, buffering=0)) as file:
+        try:
+            for member in file.members():
+                images.add(member)
+        # Damaged headers raise many types: TarError, ValueError, OverflowError, RecursionError, ...
+        except Exception as error:
+            raise _unreadable(file, len(images.places), error) from error
+    return images.listed(), images.left_out
+
+
+class _Images:
+    """The images among the members of a tar."""
+
+    def __init__(self) -> None:
+        self.places: dict[bytes, tuple[int, int]] = {}
+        self.links: list[tuple[bytes, bytes]] = []
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        name = _member_name(member.name)
+        if name.startswith(b"../") or b"\0" in name:
+            self.left_out["unsafe name"] += name.lower().endswith(IMAGE_SUFFIXES)
+        elif not _is_image(name) or member.isdir():
+            return
+        elif member.islnk():  # tar stores a further name of a file as a link to the first
+            self.links.append((name, _member_name(member.linkname)))
+        elif member.issym():
+            self.left_out["link"] += 1
+        elif member.issparse():
+            self.left_out["sparse file"] += 1
+        elif not member.isreg():
+            self.left_out["special file"] += 1
+        else:
+            self.left_out["earlier version"] += name in self.places
+            self.places[name] = member.offset_data, member.size
+
+    def listed(self) -> list[Place]:
+        """Return all images; call it once, after the last `add`."""
+        self.left_out["link"] += sum(target not in self.places for _, target in self.links)
+        self.places |= {name: self.places[target] for name, target in self.links if target in self.places}
+        return [(name, *place) for name, place in self.places.items()]
+
+
+def _member_name(name: str) -> bytes:
+    """Return a member's name without a leading `./`, or `/`, which `tar -P` writes."""
+    return os.fsencode(os.path.normpath(name).lstrip("/"))
+
+
+def _is_image(name: bytes) -> bool:
+    hidden = name.startswith(b".") or b"/." in name
+    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+class _Headers(io.BufferedReader):
+    """A tar, of which tarfile reads the headers. Reading more than one member can have raises ValueError.
+
+    Attributes:
+        size: of the tar in bytes.
+        at: the byte where the next member should begin.
+        left: bytes that may be read for this member.
+    """
+
+    def __init__(self, raw: io.RawIOBase):
+        super().__init__(raw)
+        self.size = os.fstat(raw.fileno()).st_size
+        self.at = 0
+        self.left = MAX_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= self.left:
+            raise ValueError(f"its headers are larger than {MAX_HEADER_BYTES} bytes")
+        self.left -= size
+        data = super().read(size)
+        if size > BLOCK and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
+            raise ValueError(f"its headers hold a number of more than {MAX_DIGITS} digits")
+        return data
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Yield the members of the tar, and of those that follow its end-of-archive mark."""
+        start: int | None = 0
+        while start is not None:
+            self.seek(start)
+            self.at = start
+            self.left = MAX_HEADER_BYTES
+            with tarfile.open(fileobj=self, mode="r:") as tar:
+                yield from self._members_of_one(tar)
+            start = self._next_tar()
+
+    def _members_of_one(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        while (member := tar.next()) is not None:
+            # tarfile would keep all members: gigabytes for a large set.
+            tar.members.clear()  # type: ignore[attr-defined]
+            if len(tar.pax_headers) > MAX_GLOBAL_FIELDS:
+                raise ValueError(f"it has more than {MAX_GLOBAL_FIELDS} fields for all members")
+            end = tar.offset
+            # A negative size would lead back to the same header for ever.
+            if (member.isreg() and member.size < 0) or not member.offset < end <= self.size:
+                raise ValueError(
+                    f"{printable(member.name)} has a size of {member.size} bytes, and "
+                    f"{self.size - member.offset_data} bytes follow"
+                )
+            yield member
+            self.at = end
+            self.left = MAX_HEADER_BYTES
+
+    def _next_tar(self) -> int | None:
+        """Return where a further tar begins after the zeros at `at`; None if nothing follows.
+
+        Raises ValueError if there are no zeros: tarfile takes a damaged header for the end.
+        """
+        first = os.pread(self.fileno(), BLOCK, self.at)
+        if first.strip(b"\0"):
+            raise ValueError("neither a header nor the end is there")
+        return _next_data(self.name, self.at, self.size)
+
+
+def _next_data(path: str, at: int, end: int) -> int | None:
+    """Return the first byte from `at` on that is not zero; None if there is none."""
+    # Its own open file, because seeking would confuse a buffered one.
+    with open_regular(path, buffering=0) as file:
+        while at < end:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)  # holes can be terabytes
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return None
+            zeros_and_more = os.pread(file.fileno(), SCANNED, at)
+            data = zeros_and_more.lstrip(b"\0")
+            at += len(zeros_and_more) - len(data)
+            if data:
+                return at
+            # The file was cut off meanwhile.
+            if not zeros_and_more:
+                return None
+    return None
+
+
+def _unreadable(file: _Headers, images: int, error: Exception) -> ValueError:
+    """Return the error for a file that tarfile refuses."""
+    path = printable(file.name)
+    if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED_MAGIC):
+        return compressed_error(path)
+    reason = str(error) or type(error).__name__
+    if file.at == 0:
+        return ValueError(f"{path} is not a tar, or is damaged or cut off ({reason})")
+    return ValueError(f"{path} is damaged at byte {file.at}, after {images} images: {reason}. Copy it again")
+
+
+def compressed_error(path: str) -> ValueError:
+    """Return the error for an archive that would have to be unpacked for every image."""
+    return ValueError(
+        f"{path} is compressed, so single images cannot be read from it. Unpack it once, for example "
+        "with `gunzip <file>.tar.gz` or `unzip`, and give the .tar or the folder."
+    )
