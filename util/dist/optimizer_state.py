@@ -34,35 +34,41 @@ def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, origin: str) -
     It needs parameter groups with as many parameters as those of the optimizer. The state of a parameter may
     be missing: it has had no gradient yet. What is there must have the parameter's shape, and finite numbers.
     """
-    parts: dict[str, Any] = {}
     for name, kind in (("param_groups", list), ("state", dict)):
         if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
             _refuse(origin, f"optimizer.{name}", "missing or of another type", f"a {kind.__name__}")
-        parts[name] = saved[name]
+    count = _num_parameters(saved["param_groups"], origin)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # Groups of other sizes have an error of their own.
+    if len(parameters) == count:
+        for number, state in saved["state"].items():
+            if type(number) is not int or not 0 <= number < count:
+                _refuse(origin, "optimizer.state", _unknown(number), f"numbers from 0 to {count - 1}")
+            _check_state(f"optimizer.state.{number}", state, parameters[number], optimizer, origin)
+
+
+def _num_parameters(groups: list[Any], origin: str) -> int:
+    """The number of parameters in stored groups. Raises ValueError unless they are numbered from 0."""
     numbers = []
-    for i, group in enumerate(parts["param_groups"]):
+    for i, group in enumerate(groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             _refuse(origin, f"optimizer.param_groups.{i}", "without a list of parameters", "a group")
         numbers += group["params"]
     if any(type(i) is not int for i in numbers) or numbers != list(range(len(numbers))):
         _refuse(origin, "optimizer.param_groups", "of other parameters", "parameters numbered from 0")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, state in parts["state"].items():
-        # Groups of other sizes have an error of their own.
-        if len(parameters) == len(numbers):
-            _check_state(number, state, parameters, optimizer, origin)
+    return len(numbers)
+
+
+def _unknown(number: Any) -> str:
+    if type(number) is int:
+        return "the state of a parameter that does not exist"
+    return "a key of another type"
 
 
 def _check_state(
-    number: Any, state: Any, parameters: list[Tensor], optimizer: torch.optim.Optimizer, origin: str
+    field: str, state: Any, parameter: Tensor, optimizer: torch.optim.Optimizer, origin: str
 ) -> None:
-    """Raise ValueError unless `state` is what the optimizer keeps of the parameter `number`."""
-    if type(number) is not int or not 0 <= number < len(parameters):
-        text = "a key of another type"
-        if type(number) is int:
-            text = "the state of a parameter that does not exist"
-        _refuse(origin, "optimizer.state", text, f"numbers from 0 to {len(parameters) - 1}")
-    field = f"optimizer.state.{number}"
+    """Raise ValueError unless `state` is what the optimizer keeps of a parameter."""
     if not isinstance(state, dict) or any(type(name) is not str for name in state):
         _refuse(origin, field, f"a {type(state).__name__}", "a dictionary with names as keys")
     for name in KEPT.get(type(optimizer), ()):
@@ -73,7 +79,7 @@ def _check_state(
             _check_step(value, f"{field}.step", origin)
         # torch's SGD notes None for a momentum that it does not use.
         elif value is not None or not isinstance(optimizer, torch.optim.SGD):
-            _check_value(value, parameters[number], f"{field}.{name}", origin)
+            _check_value(value, parameter, f"{field}.{name}", origin)
 
 
 def _check_step(value: Any, field: str, origin: str) -> None:

@@ -146,10 +146,18 @@ class Archive(io.RawIOBase):
 
     def pickled(self) -> bytes:
         """The pickle that says which tensors there are; empty if there is none."""
-        for info in self._records.values():
+        for start, info in self._records.items():
             if info.filename.endswith("/data.pkl"):
-                return self._zip.read(info)
+                return self._content(start, info)
         return b""
+
+    def _content(self, start: int, info: zipfile.ZipInfo) -> bytes:
+        if info.compress_type != zipfile.ZIP_STORED:
+            return self._zip.read(info)
+        # zipfile compares checksums, of which the writer may have stored none.
+        content = bytearray(min(info.compress_size, self._size))
+        self._read_part(memoryview(content), start)
+        return bytes(content)
 
     # -- what torch calls ------------------------------------------------------------------------------------
     def readable(self) -> bool:

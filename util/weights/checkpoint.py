@@ -244,8 +244,8 @@ def _load_together(path: str) -> tuple[Checkpoint | None, str]:
 def _substitute(last: str, resume: str, problem: str) -> str:
     """The file that takes the place of the damaged `last` one, the same on all ranks; see `load_start`.
 
-    Raises ValueError, which lists the whole numbered checkpoints, if a run was started by hand without another
-    file, and if there is none.
+    Raises ValueError, which lists the whole numbered checkpoints, if a run was started by hand without
+    another file, and if there is none.
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     is_other = bool(resume) and not (os.path.exists(resume) and os.path.samefile(last, resume))

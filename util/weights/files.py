@@ -99,7 +99,7 @@ def _load_pickle(path: str) -> Any:
         return _unpickled(path)
     except _Damaged as e:
         raise ValueError(f"{path} is damaged: {e}; use another checkpoint") from None
-    except pickle.UnpicklingError as e:
+    except pickle.UnpicklingError:
         names = _unsafe_names(path)
         if names:
             listed = ", ".join(map(shown, sorted(names)[:8]))
@@ -109,7 +109,7 @@ def _load_pickle(path: str) -> Any:
                 "entry anew"
             ) from None
         raise ValueError(
-            f"{path} is not a checkpoint: its pickle holds more than tensors and plain values{_first_line(e)}"
+            f"{path} is not a checkpoint: its pickle holds more than tensors and plain values"
         ) from None
     except Exception as e:  # torch raises many types for damaged files, and the remedy is one
         raise ValueError(
@@ -232,7 +232,7 @@ def digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         if tensor.numel():
             # numpy does not know all types, but the bytes of all.
-            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

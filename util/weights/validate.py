@@ -30,13 +30,14 @@ MOST_CHANNELS = 10**4
 MOST_VALUES = 10**5
 MOST_CHARACTERS = 10**7
 DEEPEST = 8
+PLAIN = (int, float, bool, str, type(None))
 
 
 def shown(value: Any) -> str:
     """A name or a value of a file for messages: on one line, without control characters, and short."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    if not isinstance(value, (str, int, float, bool, type(None))):
+    if not isinstance(value, PLAIN):
         return f"a {type(value).__name__}"
     # Python refuses to print numbers of more than 4300 digits.
     if type(value) is int and value.bit_length() > 256:
@@ -120,25 +121,28 @@ class _Plain:
         self.characters = MOST_CHARACTERS
 
     def copied(self, field: str, value: Any, depth: int = 0) -> Any:
-        self.values -= 1
-        if isinstance(value, str):
-            self.characters -= len(value)
-        if self.values < 0 or self.characters < 0 or depth > DEEPEST:
-            refuse(self.path, field, value, "the flags of a run, which are fewer, shorter and less nested")
+        self.count(field, value, depth)
         if type(value) in (list, tuple, torch.Size):
             return [self.copied(field, x, depth + 1) for x in value]
         if isinstance(value, dict):
             return {self.key(field, k): self.copied(field, v, depth + 1) for k, v in value.items()}
         if type(value) is int and value.bit_length() > 64:
             refuse(self.path, field, value, "a number")
-        if type(value) in (int, float, bool, str, type(None)):
+        if type(value) in PLAIN:
             return value
         if isinstance(value, (pathlib.PurePath, torch.dtype, torch.device)):
             return str(value)
         refuse(self.path, field, value, "a plain value")
 
+    def count(self, field: str, value: Any, depth: int) -> None:
+        self.values -= 1
+        if isinstance(value, str):
+            self.characters -= len(value)
+        if self.values < 0 or self.characters < 0 or depth > DEEPEST:
+            refuse(self.path, field, value, "the flags of a run, which are fewer, shorter and less nested")
+
     def key(self, field: str, value: Any) -> str | int | float | bool | None:
-        if type(value) in (int, float, bool, str, type(None)):
+        if type(value) in PLAIN:
             return self.copied(field, value)
         refuse(self.path, field, value, "a plain key")
 
@@ -201,6 +205,10 @@ def _sizes(path: str, field: str, value: Any) -> None:
             whole(path, field, x, 1, MOST_PIXELS)
 
 
+def _number(path: str, field: str, value: Any) -> None:
+    number(path, field, value)
+
+
 def _share(path: str, field: str, value: Any) -> None:
     if not 0 <= number(path, field, value) < 1:
         refuse(path, field, value, "a number from 0 to below 1")
@@ -215,7 +223,7 @@ _FLAGS: dict[str, Callable[[str, str, Any], None]] = {
     **dict.fromkeys(("std", "lr_grid"), _positive_numbers),
     **dict.fromkeys(("input_size", "patch_size", "so_dims"), _sizes),
     **dict.fromkeys(("norm_pix_loss", "swin_merge_last"), _choice),
-    **dict.fromkeys(("layer_norm_eps", "so_alpha", "so_dropout"), number),
+    **dict.fromkeys(("layer_norm_eps", "so_alpha", "so_dropout"), _number),
     "mask_ratio": _share,
     "new_parameters": _texts,
 }
