@@ -79,7 +79,10 @@ def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = 
 
 def _num_outputs(saved: Checkpoint) -> int | None:
     """Outputs of a linear class head; None for other heads, which are checked when the weights are loaded."""
-    return len(saved.model.get("head.bias", ())) or None
+    bias = saved.model.get("head.bias")
+    if bias is None:
+        return None
+    return bias.numel() or None
 
 
 def _imagenet_classes(outputs: int | None, data: list[str]) -> list[str] | None:

@@ -72,7 +72,13 @@ def _stored_teacher(
         name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
     )
     load_for_evaluation(teacher, saved)
-    return teacher, Statistics(flags.get("mean") or given.mean, flags.get("std") or given.std)
+    own = Statistics(flags.get("mean") or given.mean, flags.get("std") or given.std)
+    if len(own.mean) != in_chans or len(own.std) != in_chans:
+        raise ValueError(
+            f"`distill_checkpoint` {path} stores statistics of {len(own.mean)} and {len(own.std)} channels, "
+            f"the images have {in_chans}: use another teacher"
+        )
+    return teacher, own
 
 
 def pretrained_teacher(distill: str, num_classes: int) -> nn.Module:

@@ -29,7 +29,7 @@ from tools.inspect import describe
 from util.weights import transfer
 from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import save_atomic
-from util.weights.files import load
+from util.weights.files import DIGEST, digest, load
 from util.weights.types import Checkpoint
 
 # Format -> the endings of its files. A Hugging Face model is a folder of any name.
@@ -163,7 +163,9 @@ def _write_safetensors(checkpoint: Checkpoint, arch: Architecture, source: Model
 
     # The format holds tensors and strings: flags and class names become JSON.
     metadata = {k: json.dumps(v) for k, v in checkpoint.to_dict().items() if k != "model"}
-    save_file({k: v.contiguous() for k, v in checkpoint.model.items()}, partial, metadata=metadata)
+    weights = {k: v.contiguous() for k, v in checkpoint.model.items()}
+    metadata[DIGEST] = digest(weights, metadata)
+    save_file(weights, partial, metadata=metadata)
     usage = "--finetune, --init_from and --eval --resume take {out}"
     return Written(_reloaded(partial, arch), "the model read back", usage)
 
@@ -226,7 +228,7 @@ def import_file(path: str, out: str) -> float:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
     model = stored_model.model_of(checkpoint)
     checkpoint.args["input_size"] = list(model.img_size)
-    eps = checkpoint.args.pop("layer_norm_eps", EPS)
+    eps = checkpoint.args.pop("layer_norm_eps", None) or EPS
     arch = architecture(checkpoint)
     checkpoint.args |= _hidden_facts(model, arch)
     name = _model_name(arch)

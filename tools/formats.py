@@ -18,9 +18,11 @@ from torch import Tensor
 
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
+from util.files.atomic import read_json
 from util.weights.architecture import Architecture
 from util.weights.files import load
 from util.weights.types import Checkpoint
+from util.weights.validate import plain_flags, shown
 
 Weights = dict[str, Tensor]
 Model = MaskedAutoencoderViT | VisionTransformer
@@ -84,11 +86,23 @@ def from_hf(weights: Weights, path: str) -> Weights:
             continue
         ours = _our_name(part)
         if ours is None:
-            raise ValueError(f"{path}: {name} is not part of a plain Vision Transformer")
+            raise ValueError(f"{path}: {shown(name)} is not part of a plain Vision Transformer")
         if part.endswith(".query"):
-            value = torch.cat([weights[name.replace(".query.", f".{x}.")] for x in _QKV])  # (3 C, ...)
+            value = _joined_qkv(weights, name, path)
         out[ours + end] = value
     return out
+
+
+def _joined_qkv(weights: Weights, name: str, path: str) -> Tensor:
+    """Queries, keys and values in one weight (3 C, ...), from the name of the queries'."""
+    names = [name.replace(".query.", f".{x}.") for x in _QKV]
+    missing = [n for n in names if n not in weights]
+    if missing:
+        raise ValueError(f"{path} lacks {shown(missing[0])}: it is damaged, use another one")
+    parts = [weights[n] for n in names]
+    if not parts[0].ndim or any(part.shape != parts[0].shape for part in parts):
+        raise ValueError(f"{path}: {shown(name)}, its keys and its values differ in shape: use another one")
+    return torch.cat(parts)
 
 
 def _our_name(part: str) -> str | None:
@@ -178,14 +192,12 @@ def _read_hf_folder(folder: str) -> Checkpoint:
         raise ValueError(
             f"{folder} is not a folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}"
         )
-    with open(os.path.join(folder, "config.json")) as f:
-        config = json.load(f)
+    config = read_json(os.path.join(folder, "config.json"), dict)
     if not {"image_size", "num_attention_heads"} <= config.keys():
-        raise ValueError(
-            f"{folder} does not hold a Vision Transformer: its model_type is {config.get('model_type')}"
-        )
+        kind = shown(config.get("model_type"))
+        raise ValueError(f"{folder} does not hold a Vision Transformer: its model_type is {kind}")
     weights = load(os.path.join(folder, "model.safetensors")).model
-    return Checkpoint(folder, from_hf(weights, folder), _flags_of(config))
+    return Checkpoint(folder, from_hf(weights, folder), plain_flags(folder, _flags_of(config)))
 
 
 def _flags_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def _flags_of(config: dict[str, Any]) -> dict[str, Any]:
     }
     if "decoder_num_attention_heads" in config:
         flags["decoder_heads"] = config["decoder_num_attention_heads"]
-        flags["norm_pix_loss"] = config["norm_pix_loss"]
+        flags["norm_pix_loss"] = config.get("norm_pix_loss")
     return flags
 
 

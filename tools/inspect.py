@@ -9,6 +9,7 @@ from util.data.sources.image_index import some_names
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
 from util.weights.files import load
 from util.weights.types import KINDS, Checkpoint
+from util.weights.validate import shown
 
 
 def describe(path: str) -> str:
@@ -67,10 +68,10 @@ def _model_lines(checkpoint: Checkpoint) -> dict[str, str]:
     except ValueError:
         # Swin, timm's backbones, and files of other projects.
         weights = checkpoint.model
-        first = f"{len(weights)} tensors, the first {', '.join(list(weights)[:3])}"
-        return {"model": checkpoint.args.get("model", first)}
+        first = f"{len(weights)} tensors, the first {', '.join(map(shown, list(weights)[:3]))}"
+        return {"model": shown(checkpoint.args.get("model", first))}
     lines = {
-        "model": f"{checkpoint.args.get('model', 'name not stored')}: {_sizes(arch, checkpoint)}",
+        "model": f"{shown(checkpoint.args.get('model', 'name not stored'))}: {_sizes(arch, checkpoint)}",
         "images": _images(arch),
         "positions": _positions(arch),
     }
@@ -106,7 +107,7 @@ def _positions(arch: Architecture) -> str:
         embedding = "with positional embedding"
     if not arch.labels:
         return f"{embedding}, no label head"
-    return f"{embedding}, labels {'+'.join(arch.labels)}"
+    return f"{embedding}, labels {shown('+'.join(arch.labels))}"
 
 
 def _content_lines(checkpoint: Checkpoint) -> dict[str, str]:

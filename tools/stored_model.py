@@ -14,10 +14,14 @@ def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_v
     """The model whose weights a checkpoint holds, with these weights, in evaluation mode.
 
     The weights determine everything but the number of heads, for which see `heads_of`. If nothing
-    determines the image size, it is 14 patches a side. Raises ValueError if the checkpoint is not
-    a plain Vision Transformer.
+    determines the image size, it is 14 patches a side. Raises ValueError, which names the file, if
+    the checkpoint is not a plain Vision Transformer, or if its flags do not fit its weights.
     """
-    model = _build(architecture(saved), saved.args, distilled="dist_token" in saved.model)
+    arch = architecture(saved)
+    try:
+        model = _build(arch, saved.args, distilled="dist_token" in saved.model)
+    except ValueError as e:
+        raise ValueError(f"{saved.path}: its flags do not fit its weights: {e}; use another file") from None
     # SERE's relation heads are not part of a plain Vision Transformer.
     weights = {k: v for k, v in saved.evaluated_weights().items() if not k.startswith("sr_")}
     problem = describe_mismatch(model.state_dict(), weights)
@@ -39,7 +43,7 @@ def _build(a: Architecture, flags: dict, distilled: bool) -> Any:
         "mlp_ratio": a.mlp_ratio,
         "pos_embed": "none",
         "pos_label": "+".join(a.labels) or "none",
-        "pos_tokens": flags.get("pos_tokens", "half"),
+        "pos_tokens": flags.get("pos_tokens") or "half",
     }
     if a.pos_embed:
         options["pos_embed"] = "learned"
@@ -64,11 +68,11 @@ def heads_of(a: Architecture, flags: dict) -> tuple[int, int, bool]:
     those of the models of the same size, else a head has 64 channels (32 in the decoder).
     """
     size, heads, decoder_heads = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
-    entry = (models_mae_pl.MODELS | MODELS).get(flags.get("model", ""))
+    entry = (models_mae_pl.MODELS | MODELS).get(flags.get("model") or "")
     # Of a plain trunk: Swin has other numbers of heads in each stage.
     if entry is not None and "depth" in entry.options:
         heads = entry.options["num_heads"]
         if a.decoder_depth:
             decoder_heads = entry.options.get("decoder_heads", decoder_heads)
-    known = bool(entry is not None or size or "num_heads" in flags)
-    return flags.get("num_heads", heads), flags.get("decoder_heads", decoder_heads), known
+    known = bool(entry is not None or size or flags.get("num_heads"))
+    return flags.get("num_heads") or heads, flags.get("decoder_heads") or decoder_heads, known

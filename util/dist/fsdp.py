@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
+from util.dist.optimizer_state import KEPT, as_step, check_optimizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,27 +101,37 @@ def cut_like(x: Tensor, like: Any) -> Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], origin: str = "the stored state"
+) -> None:
     """Load a whole optimizer state, as `whole` or an unsharded optimizer returns it.
 
-    Learning rates, decay and the like stay as they are in `optimizer`. Raises ValueError if the parameter
-    groups differ.
+    Learning rates, decay and the like stay as they are in `optimizer`. Raises ValueError, which names
+    `origin`, if the parameter groups differ, and as `check_optimizer` does.
     """
+    check_optimizer(saved, optimizer, origin)
     _check_groups(saved["param_groups"], optimizer.param_groups)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: _cut_state(values, parameters[i]) for i, values in saved["state"].items()}
-    # The options of this run replace the saved ones before the state is loaded: `fused` decides on which
-    # device `step` is kept, and MAE's files were not made by fused AdamW.
-    groups = []
-    for old, new in zip(saved["param_groups"], optimizer.param_groups):
-        options = {k: v for k, v in new.items() if k != "params"}
-        groups.append(old | options)
-    optimizer.load_state_dict(saved | {"state": state, "param_groups": groups})
+    counts_steps = type(optimizer) in KEPT
+    state = {i: _cut_state(values, parameters[i], counts_steps) for i, values in saved["state"].items()}
+    # The options are those of this run before the state is loaded: `fused` decides on which device `step` is
+    # kept, and MAE's files were not made by fused AdamW.
+    groups = [
+        {k: v for k, v in new.items() if k != "params"} | {"params": old["params"]}
+        for old, new in zip(saved["param_groups"], optimizer.param_groups)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _cut_state(values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+def _cut_state(values: dict[str, Any], parameter: Tensor, counts_steps: bool) -> dict[str, Any]:
     """This rank's part of the optimizer state of one parameter."""
-    return {k: cut_like(v, parameter) if torch.is_tensor(v) else v for k, v in values.items()}
+    state = dict(values)
+    for name, value in values.items():
+        if name == "step" and counts_steps:
+            state[name] = as_step(value)
+        elif torch.is_tensor(value):
+            state[name] = cut_like(value, parameter)
+    return state
 
 
 def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.dist import fsdp
-from util.weights.checkpoint import load_strict
+from util.weights.checkpoint import load_part, load_strict
 from util.weights.types import Checkpoint
 
 
@@ -62,33 +62,53 @@ class TrainState:
         """Continue from a checkpoint at its step, or at the start of its unfinished epoch.
 
         The latter holds for MAE's own files, for another number of updates per epoch, and for data streams
-        (not `exact`). Raises ValueError if the checkpoint has no optimizer or other weights.
+        (not `exact`). Raises ValueError, which names the file and the field, if the checkpoint has no
+        optimizer, or if anything in it does not fit this run; the state is then of no use.
         """
         load_strict(self.model, checkpoint)
         saved = checkpoint.entries
-        if "optimizer" not in saved:
+        if saved.get("optimizer") is None:
             raise ValueError(
                 f"{checkpoint.path} has weights but no optimizer: start from it by `init_from` or "
                 "`finetune`, not `resume`"
             )
-        fsdp.load_optimizer(self.optimizer, saved["optimizer"])
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
+        fsdp.load_optimizer(self.optimizer, saved["optimizer"], checkpoint.path)
+        self._load_scaler(checkpoint)
         for name, module in self.extras.items():
-            if name in saved:
-                module.load_state_dict(saved[name])
+            if saved.get(name) is not None:
+                load_part(module, checkpoint, name)
         self.best = saved.get("best")
         self.best_epoch = saved.get("best_epoch")
         self._load_position(saved, updates, exact)
 
+    def _load_scaler(self, checkpoint: Checkpoint) -> None:
+        """Continue the loss scale of float16, if this run and the file's have one."""
+        saved = checkpoint.entries.get("scaler")
+        if not saved or not self.scaler.is_enabled():
+            return
+        missing = [name for name in self.scaler.state_dict() if name not in saved]
+        if missing or saved["scale"] <= 0:
+            found = f"missing {', '.join(missing)}"
+            if not missing:
+                found = f"a scale of {saved['scale']}"
+            raise ValueError(
+                f"{checkpoint.path}: its entry 'scaler' is {found}, expected the state of a gradient scaler: "
+                "it is damaged or another program's; use another file"
+            )
+        self.scaler.load_state_dict(saved)
+
     def _load_position(self, saved: dict, updates: int, exact: bool) -> None:
         # MAE's files store the last finished epoch and no step.
-        self.step = (int(saved.get("epoch", -1)) + 1) * updates
+        epoch = saved.get("epoch")
+        if epoch is None:
+            epoch = -1
+        self.step = (epoch + 1) * updates
         self.meters = {}
-        if saved.get("updates_per_epoch") == updates:
-            self.step = saved["step"]
-            self.meters = saved.get("meters", {})
-        elif saved.get("step", 0) % saved.get("updates_per_epoch", 1):
+        step = saved.get("step") or 0
+        if saved.get("updates_per_epoch") == updates and saved.get("step") is not None:
+            self.step = step
+            self.meters = saved.get("meters") or {}
+        elif step % (saved.get("updates_per_epoch") or 1):
             dist.print_rank0("the number of steps per epoch has changed: the unfinished epoch starts again")
         unfinished = self.step % updates
         if not exact and unfinished:

@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from util.weights.types import KINDS, Checkpoint
+from util.weights.validate import refuse, shown
 
+# Sizes in pixels of images and patches; larger ones are no image's.
+MOST_PIXELS = 1 << 16
+MOST_CELLS = 1 << 16
 # Weights that only So-ViT has: the second-order head and the convolutional patch embedding.
 SO_VIT = ("head.pool.start", "patch_embed.stem.0.weight")
 
@@ -37,27 +41,33 @@ class Architecture:
 def architecture(checkpoint: Checkpoint) -> Architecture:
     """Read the architecture off the weights, and the image size off the stored flags.
 
-    Raises ValueError if the weights are not a plain Vision Transformer's.
+    Raises ValueError if the weights are not a plain Vision Transformer's, or if a part of it is not whole: a
+    model of this architecture is not larger than the weights.
     """
     weights = checkpoint.model
     _check_plain_vit(checkpoint)
     # The weight of the patch embedding is (C, c, ph, pw).
-    dim, in_chans, patch_height, patch_width = weights["patch_embed.proj.weight"].shape
+    dim, in_chans, patch_height, patch_width = _shape(checkpoint, "patch_embed.proj.weight", 4)
     decoder_dim = 0
     if "decoder_embed.weight" in weights:
-        decoder_dim = weights["decoder_embed.weight"].shape[0]
+        decoder_dim = _shape(checkpoint, "decoder_embed.weight", 2)[0]
+        pixels = in_chans * patch_height * patch_width
+        _check_shape(checkpoint, "decoder_embed.weight", (decoder_dim, dim))
+        _check_shape(checkpoint, "decoder_pred.weight", (pixels, decoder_dim))
     classes = 0
     if "head.weight" in weights:
-        classes = weights["head.weight"].shape[0]
+        classes = _shape(checkpoint, "head.weight", 2)[0]
+        _check_shape(checkpoint, "head.weight", (classes, dim))
+    mlp_ratio = _shape(checkpoint, "blocks.0.mlp.fc1.weight", 2)[0] / dim
     return Architecture(
         dim=dim,
-        depth=_depth(weights, "blocks."),
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        depth=_depth(checkpoint, "blocks.", dim, mlp_ratio),
+        mlp_ratio=mlp_ratio,
         patch_size=(patch_height, patch_width),
         in_chans=in_chans,
         img_size=_img_size(checkpoint, (patch_height, patch_width)),
         decoder_dim=decoder_dim,
-        decoder_depth=_depth(weights, "decoder_blocks."),
+        decoder_depth=_depth(checkpoint, "decoder_blocks.", decoder_dim, mlp_ratio),
         classes=classes,
         # Models that pool by the mean of the patch tokens have their final norm after it, as in MAE.
         pool="avg" if "fc_norm.weight" in weights else "cls",
@@ -71,7 +81,7 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
     if "patch_embed.proj.weight" not in weights or "blocks.0.attn.qkv.weight" not in weights:
         raise ValueError(
             f"{checkpoint.path} is {KINDS[checkpoint.kind][0]}, but it does not hold a plain Vision "
-            f"Transformer; it has {', '.join(list(weights)[:4])}"
+            f"Transformer; it has {', '.join(map(shown, list(weights)[:4]))}"
         )
     parts = [k for k in SO_VIT if k in weights]
     if "blocks.0.attn.qkv.bias" not in weights:
@@ -83,47 +93,107 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
         )
 
 
-def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """The number of blocks under `prefix`."""
+def _shape(checkpoint: Checkpoint, name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a weight. Raises ValueError unless it has `ndim` sizes above 0."""
+    weight = checkpoint.model.get(name)
+    if weight is None:
+        raise ValueError(f"{checkpoint.path} lacks {name}: it does not hold a plain Vision Transformer")
+    if weight.ndim != ndim or not weight.numel():
+        refuse(checkpoint.path, name, weight, f"{ndim} sizes above 0")
+    return tuple(weight.shape)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if _shape(checkpoint, name, len(shape)) != shape:
+        refuse(checkpoint.path, name, checkpoint.model[name], f"the shape {shape}")
+
+
+def _depth(checkpoint: Checkpoint, prefix: str, dim: int, mlp_ratio: float) -> int:
+    """The number of blocks under `prefix`, of width `dim`.
+
+    Raises ValueError unless they are numbered from 0 and have all weights of a block: names alone must not
+    make a model of any size.
+    """
     # Names are like blocks.11.attn.qkv.weight; without any block the depth is 0.
-    numbers = [int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix)]
-    return 1 + max(numbers, default=-1)
+    numbers = {k.removeprefix(prefix).split(".")[0] for k in checkpoint.model if k.startswith(prefix)}
+    wanted = {str(i) for i in range(len(numbers))}
+    if numbers != wanted:
+        strange = ", ".join(sorted(map(shown, numbers - wanted))[:4])
+        raise ValueError(
+            f"{checkpoint.path} has weights of {prefix}{strange}, but its blocks are not numbered from 0 to "
+            f"there: it does not hold a plain Vision Transformer, or a part of it is missing"
+        )
+    for i in range(len(numbers)):
+        for name, shape in _block_shapes(dim, round(dim * mlp_ratio)).items():
+            _check_shape(checkpoint, f"{prefix}{i}.{name}", shape)
+    return len(numbers)
+
+
+def _block_shapes(dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a transformer block of width `dim`."""
+    return {
+        "norm1.weight": (dim,),
+        "attn.qkv.weight": (3 * dim, dim),
+        "attn.proj.weight": (dim, dim),
+        "norm2.weight": (dim,),
+        "mlp.fc1.weight": (hidden, dim),
+        "mlp.fc2.weight": (dim, hidden),
+    }
 
 
 def _img_size(checkpoint: Checkpoint, patch: tuple[int, int]) -> tuple[int, int] | None:
     """(H, W) from the flags if they fit the positional embedding, else from that, taken as square."""
-    cells = _num_cells(checkpoint.model)
+    cells = _num_cells(checkpoint)
     # The stored size counts only if it gives the number of patches that the weights were made for.
     size = whole_numbers(checkpoint.args.get("input_size"))
     if size and cells in (None, (size[0] // patch[0]) * (size[-1] // patch[1])):
+        _check_size(checkpoint, (size[0], size[-1]), patch)
         return size[0], size[-1]
     if cells is None:
         return None
     height, width = square_grid(cells)
+    _check_size(checkpoint, (height * patch[0], width * patch[1]), patch)
     return height * patch[0], width * patch[1]
 
 
-def _num_cells(weights: Mapping[str, Tensor]) -> int | None:
+def _check_size(checkpoint: Checkpoint, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Raise ValueError for images that are smaller than a patch, or larger than images are."""
+    height = size[0] // patch[0]
+    width = size[1] // patch[1]
+    if not (1 <= height * width <= MOST_CELLS and max(size) <= MOST_PIXELS):
+        text = f"{size[0]}x{size[1]} pixels in patches of {patch[0]}x{patch[1]}"
+        refuse(checkpoint.path, "args.input_size", f"a size of {text}", "the size of an image")
+
+
+def _num_cells(checkpoint: Checkpoint) -> int | None:
     """The number of patches of an image; None if the weights do not depend on it."""
+    weights = checkpoint.model
     # Besides patches, a table has a row for the class token, and one for DeiT's distillation token.
     prefix = 1 + ("dist_token" in weights)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        if name in weights:
-            return weights[name].shape[1] - prefix
+    tables = [name for name in ("pos_embed", "decoder_pos_embed") if name in weights]
+    # A decoder always has a table of its own.
+    if "decoder_embed.weight" in weights:
+        tables.append("decoder_pos_embed")
+    if tables:
+        rows = _shape(checkpoint, tables[0], 3)[1]
+        for name in tables:
+            _check_shape(checkpoint, name, (1, rows, _shape(checkpoint, name, 3)[2]))
+        return rows - prefix
     if "pos_head.apl.classifier.weight" in weights:
-        return weights["pos_head.apl.classifier.weight"].shape[0]
+        return _shape(checkpoint, "pos_head.apl.classifier.weight", 2)[0]
     return None
 
 
 def whole_numbers(value: Any) -> list[int]:
     """The whole numbers in a stored flag, which is a number, a list, or (in files of others) a string."""
-    return [int(digits) for digits in re.findall(r"\d+", str(value))]
+    # At most nine digits each: Python refuses to read thousands of them, and no size has as many.
+    return [int(digits) for digits in re.findall(r"[0-9]{1,9}", str(value))]
 
 
 def square_grid(cells: int) -> tuple[int, int]:
     """(side, side) of a square grid of `cells` patches; raises ValueError if there is no such grid."""
-    side = round(cells**0.5)
-    if side * side != cells:
+    side = round(max(0, cells) ** 0.5)
+    if side * side != cells or not cells:
         raise ValueError(
             f"the grid of a positional embedding of {cells} patches is unknown: {cells} is not a square, and "
             "the checkpoint does not store `input_size`"

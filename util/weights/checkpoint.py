@@ -6,7 +6,9 @@ and named extras. `epoch` is the last finished one, so that MAE's rule "resume a
 files too.
 """
 
+import contextlib
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,8 +20,12 @@ from util import dist
 from util.dist.fsdp import cut_like
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
+from util.weights.validate import shown
 
 LAST = "checkpoint-last.pth"
+NUMBERED = re.compile(r"checkpoint-([0-9]{1,9})\.pth")
+# How many whole checkpoints are looked for to be offered in the place of a damaged one.
+MOST_LISTED = 5
 
 
 def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
@@ -50,13 +56,19 @@ def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
 
 
 def describe_mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """One line on how two state dicts differ in names and shapes; '' if they fit."""
+    """One line on how two state dicts differ in names, shapes and kinds of numbers; '' if they fit."""
     missing = [k for k in expected if k not in weights]
-    unexpected = [k for k in weights if k not in expected]
+    unexpected = [shown(k) for k in weights if k not in expected]
     shapes = [
         f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}"
         for k, v in expected.items()
         if k in weights and v.shape != weights[k].shape
+    ]
+    # A precision may differ; whole numbers in place of real ones are others.
+    shapes += [
+        f"{k} is of {weights[k].dtype}, not {v.dtype}"
+        for k, v in expected.items()
+        if k in weights and v.is_floating_point() != weights[k].is_floating_point()
     ]
     parts = []
     if missing:
@@ -74,6 +86,20 @@ def _first_few(items: list[str]) -> str:
     if len(items) > 4:
         listed += f" and {len(items) - 4} more"
     return listed
+
+
+def load_part(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """Load a further module of a run, such as its average, from the entry `name` of a checkpoint.
+
+    Raises ValueError, with the first differences, if the entry does not fit.
+    """
+    problem = describe_mismatch(module.state_dict(), checkpoint.entries[name])
+    if problem:
+        raise ValueError(
+            f"{checkpoint.path}: its entry '{name}' does not fit this run: {problem}. Give the flags that it "
+            "was made with, or another `output_dir`"
+        )
+    module.load_state_dict(checkpoint.entries[name])
 
 
 def load_strict(model: torch.nn.Module, checkpoint: Checkpoint, kept: Collection[str] = frozenset()) -> None:
@@ -105,7 +131,7 @@ def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
         raise ValueError(f"{e}{hint}") from None
     origin = ""
     if "model" in checkpoint.args:
-        origin = f"It was made with `model` {checkpoint.args['model']}; "
+        origin = f"It was made with `model` {shown(checkpoint.args['model'])}; "
     raise ValueError(
         f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made "
         "with, or another `output_dir`"
@@ -175,11 +201,89 @@ IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
 
 
 def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
-    """The checkpoint that this run continues, the same on all ranks; None for a new run."""
+    """The checkpoint that this run continues, the same on all ranks; None for a new run.
+
+    If the last checkpoint in `output_dir` is damaged, it is `resume`; in a job that was requeued it is rather
+    the newest numbered checkpoint that is whole, because such a job repeats the flags of its first start. The
+    run says so. Raises ValueError on all ranks if one of them
+    cannot load the file; for a damaged last checkpoint the error names those that are whole.
+    """
     path = find_start(output_dir, resume)
     if not path:
         return None
-    return load(path)
+    checkpoint, problem = _load_together(path)
+    if checkpoint is not None:
+        return checkpoint
+    is_last = bool(output_dir) and path == os.path.join(output_dir or "", LAST)
+    if not is_last:
+        raise ValueError(problem)
+    other = _substitute(path, resume, problem)
+    checkpoint, next_problem = _load_together(other)
+    if checkpoint is None:
+        raise ValueError(f"{problem}. And {next_problem}")
+    dist.print_rank0(
+        f"warning: {problem}. The run continues from {other}; the damaged file is replaced at the next save"
+    )
+    return checkpoint
+
+
+def _load_together(path: str) -> tuple[Checkpoint | None, str]:
+    """A checkpoint that all ranks can load, or None and the problem of the first one that cannot."""
+    checkpoint = None
+    problem = ""
+    try:
+        checkpoint = load(path)
+    except (ValueError, OSError) as e:
+        problem = str(e)
+    problems = [text for text in dist.gather_objects(problem) if text]
+    if problems:
+        return None, problem or problems[0]
+    return checkpoint, ""
+
+
+def _substitute(last: str, resume: str, problem: str) -> str:
+    """The file that takes the place of the damaged `last` one, the same on all ranks; see `load_start`.
+
+    Raises ValueError, which lists the whole numbered checkpoints, if a run was started by hand without
+    another file, and if there is none.
+    """
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    is_other = bool(resume) and not (os.path.exists(resume) and os.path.samefile(last, resume))
+    if is_other and not requeued:
+        return resume
+    found: list[str] = []
+    if dist.is_main():
+        most = MOST_LISTED
+        if requeued:
+            most = 1
+        found = _whole_numbered(os.path.dirname(last), most)
+    found = dist.gather_objects(found)[0]
+    if requeued and (found or is_other):
+        return (found or [resume])[0]
+    if not found:
+        raise ValueError(
+            f"{problem}. No numbered checkpoint in that folder is whole: give a file by `resume`, or another "
+            "`output_dir`"
+        )
+    raise ValueError(
+        f"{problem}. Whole numbered checkpoints are {', '.join(found)}: the same command with "
+        f"`resume` {found[0]} goes on from the newest, and its next save replaces the damaged file"
+    )
+
+
+def _whole_numbered(folder: str, most: int) -> list[str]:
+    """The newest numbered checkpoints of a folder that load, newest first, at most `most`."""
+    numbers = [int(match[1]) for match in map(NUMBERED.fullmatch, os.listdir(folder or ".")) if match]
+    whole: list[str] = []
+    for number in sorted(numbers, reverse=True):
+        path = os.path.join(folder, f"checkpoint-{number}.pth")
+        # Reading one takes as long as a start of the run.
+        if len(whole) == most:
+            break
+        with contextlib.suppress(ValueError, OSError):
+            load(path)
+            whole.append(path)
+    return whole
 
 
 def to_evaluate(start: Checkpoint | None) -> Checkpoint:
@@ -229,11 +333,16 @@ def other_than_trained(
 def changed_flags(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Flags, except the harmless ones, that differ between a checkpoint and this run: 'name: old -> new'."""
     return [
-        f"{k}: {old[k]} -> {v}"
+        f"{k}: {_text(old[k])} -> {v}"
         for k, v in sorted(new.items())
         # Lists are equal to their one number: MAE stores `input_size` as a number, we as a list.
         if k in old and k not in HARMLESS and str(old[k]) != str(v) and [old[k]] != v
     ]
+
+
+def _text(value: Any) -> str:
+    """A stored flag on one line."""
+    return shown(str(value))
 
 
 def plain_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,16 @@ import os
 import pathlib
 import pickle
 import pickletools
-import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from util.weights import archive, validate
 from util.weights.types import Checkpoint
+from util.weights.validate import shown
 
 # Python 3.13 moved pathlib's classes. A pickle names them as the Python version that wrote it did.
 _PATH_CLASSES = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)
@@ -22,14 +26,21 @@ _SAFE_CLASSES: list[Any] = [
 ]
 # Entries that hold the weights, in the order of preference: ours and MAE's, timm's, DINO's.
 _WEIGHT_ENTRIES = ("model", "state_dict", "teacher", "student")
+# What safetensors files of ours store as text, besides tensors.
+_METADATA = ("args", "classes")
+DIGEST = "crc32"
+_ARRAY = b"bytearray\n"
 
 
 def load(path: str) -> Checkpoint:
     """Load a checkpoint without running any code in it; tensors are on the CPU.
 
-    MAE's own files load too: they pickle an argparse.Namespace with pathlib paths. Raises ValueError with the
-    reason if the file is missing, empty, truncated, not a checkpoint, or would run code (the message lists
-    the names that it asks for).
+    All fields have the types that `Checkpoint` states: weights are dense, real and finite, and flags are
+    plain values. Other entries are as the file has them. MAE's own files load too: they pickle
+    an argparse.Namespace with pathlib paths.
+
+    Raises ValueError with the reason if the file is missing, empty, truncated, damaged, not a checkpoint, or
+    would run code (the message lists the names that it asks for), and if a field has another type.
     """
     _check_exists(path)
     if path.endswith(".safetensors"):
@@ -41,17 +52,35 @@ def load(path: str) -> Checkpoint:
     if state and all(torch.is_tensor(v) for v in state.values()):
         # A file of bare weights.
         state = {"model": state}
+    for name in state:
+        if type(name) is not str:
+            raise ValueError(f"{path} has an entry named {shown(name)}, which is no text: {validate.REMEDY}")
+    most_bytes = archive.most_bytes(path)
+    entry = _weight_entry(state, path)
+    weights = validate.state_dict(path, entry, state[entry], most_bytes)
+    rest = {k: v for k, v in state.items() if k not in ("model", "args", "classes")}
     return Checkpoint(
         path,
-        # DistributedDataParallel prefixes all names, and DINO stores the wrapped model.
-        model={k.removeprefix("module."): v for k, v in _find_weights(state, path).items()},
-        args=_plain_flags(state.get("args")),
-        classes=state.get("classes"),
-        entries={k: v for k, v in state.items() if k not in ("model", "args", "classes")},
+        model=_unwrapped(weights, path),
+        args=validate.plain_flags(path, state.get("args")),
+        classes=validate.class_names(path, state.get("classes")),
+        entries=validate.entries(path, rest, most_bytes),
     )
 
 
+def _unwrapped(weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The weights without the prefix that DistributedDataParallel gives all names; DINO stores it."""
+    unwrapped = {k.removeprefix("module."): v for k, v in weights.items()}
+    if len(unwrapped) < len(weights):
+        raise ValueError(
+            f"{path} has weights twice, with the prefix 'module.' and without: {validate.REMEDY}"
+        )
+    return unwrapped
+
+
 def _check_exists(path: str) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file, but a folder, a pipe or a device: give a file")
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         others: list[str] = []
@@ -67,13 +96,15 @@ def _check_exists(path: str) -> None:
 
 def _load_pickle(path: str) -> Any:
     try:
-        with torch.serialization.safe_globals(_SAFE_CLASSES):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickled(path)
+    except _Damaged as e:
+        raise ValueError(f"{path} is damaged: {e}; use another checkpoint") from None
     except pickle.UnpicklingError:
         names = _unsafe_names(path)
         if names:
+            listed = ", ".join(map(shown, sorted(names)[:8]))
             raise ValueError(
-                f"{path} is refused: loading it would run code; it asks for {', '.join(sorted(names))}. "
+                f"{path} is refused: loading it would run code; it asks for {listed}. "
                 "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' "
                 "entry anew"
             ) from None
@@ -81,14 +112,66 @@ def _load_pickle(path: str) -> Any:
             f"{path} is not a checkpoint: its pickle holds more than tensors and plain values"
         ) from None
     except Exception as e:  # torch raises many types for damaged files, and the remedy is one
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} is truncated or not a checkpoint ({reason}): use another one") from None
+        raise ValueError(
+            f"{path} is truncated or not a checkpoint{_first_line(e)}: use another one"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error in brackets."""
+    lines = str(error).splitlines()
+    return f" ({shown((lines or [type(error).__name__])[0])})"
+
+
+class _Damaged(Exception):
+    """Content that differs from its checksum."""
+
+
+def _unpickled(path: str) -> Any:
+    """What the file's pickle describes. Raises _Damaged, and errors of many types for other files."""
+    if not archive.is_archive(path):
+        # The format before PyTorch 1.6 has no checksums.
+        with open(path, "rb") as lines:
+            _check_arrays(line[-len(_ARRAY) :] for line in lines)
+        return _torch_load(path)
+    with archive.opened(path) as file:
+        file.check_small_records()
+        _check_damage(file)
+        _check_arrays([file.pickled()])
+        try:
+            state = _torch_load(file)
+        except Exception:
+            _check_damage(file)
+            raise
+        file.check_rest()
+        _check_damage(file)
+    return state
+
+
+def _check_arrays(texts: Iterable[bytes]) -> None:
+    """Raise ValueError if a pickle makes an array of bytes: a few letters may ask for one of any size."""
+    if any(_ARRAY in text for text in texts):
+        raise ValueError("it asks for a bytearray, which no weights are")
+
+
+def _torch_load(file: Any) -> Any:
+    with torch.serialization.safe_globals(_SAFE_CLASSES):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_damage(file: archive.Archive) -> None:
+    name = file.damaged()
+    if name:
+        raise _Damaged(f"the content of {shown(name)} does not have the checksum that was stored with it")
 
 
 def _unsafe_names(path: str) -> set[str]:
     """Names that a pickle would import, apart from those of MAE's own files."""
-    if zipfile.is_zipfile(path):
-        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names: set[str] = set()
+    if archive.is_archive(path):
+        # A damaged pickle may end anywhere.
+        with contextlib.suppress(Exception):
+            names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     else:
         names = _names_in_pickle(path)
     return {name for name in names if not name.startswith(("argparse.", "pathlib."))}
@@ -98,7 +181,7 @@ def _names_in_pickle(path: str) -> set[str]:
     """Names that a file in the format before PyTorch 1.6 would import; nothing is run."""
     names = set()
     strings: list[str] = []
-    with open(path, "rb") as f, contextlib.suppress(ValueError, IndexError):
+    with open(path, "rb") as f, contextlib.suppress(Exception):
         # Such a file is up to five pickles in a row.
         for _ in range(5):
             for op, value, _ in pickletools.genops(f):
@@ -114,34 +197,49 @@ def _names_in_pickle(path: str) -> set[str]:
 
 def _load_safetensors(path: str) -> dict[str, Any]:
     """The weights, and the flags and class names that `checkpoints.py export` stores as JSON."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as f:
-            state = {"model": {k: f.get_tensor(k) for k in f.keys()}}  # noqa: SIM118 (not a mapping)
+            weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
             metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({e}): use another one") from None
-    return state | {k: json.loads(metadata[k]) for k in ("args", "classes") if k in metadata}
+    except Exception as e:  # types of its own, and those of torch
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file{_first_line(e)}: use another one"
+        ) from None
+    if DIGEST in metadata and metadata[DIGEST] != digest(weights, metadata):
+        raise ValueError(
+            f"{path} is damaged: its content does not have the checksum that was stored with it; use "
+            "another checkpoint"
+        )
+    return {"model": weights} | {k: _from_json(path, k, metadata[k]) for k in _METADATA if k in metadata}
 
 
-def _find_weights(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """The entry of the file that holds the weights."""
+def _from_json(path: str, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    # Brackets may be nested deeper than Python's stack.
+    except (ValueError, RecursionError):
+        validate.refuse(path, name, "a text that is not JSON", "what `export` writes")
+
+
+def digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The CRC-32 of tensors and of what is stored with them; the safetensors format has no checksums."""
+    crc = 0
+    for name in _METADATA:
+        crc = zlib.crc32(metadata.get(name, "").encode(), crc)
+    for name, tensor in sorted(weights.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        if tensor.numel():
+            # numpy does not know all types, but the bytes of all.
+            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _weight_entry(state: dict[str, Any], path: str) -> str:
+    """The name of the entry that holds the weights."""
     for name in _WEIGHT_ENTRIES:
         if isinstance(state.get(name), dict):
-            return state[name]
-    entries = ", ".join(map(str, list(state)[:8])) or "nothing"
+            return name
+    entries = ", ".join(map(shown, list(state)[:8])) or "nothing"
     raise ValueError(f"{path} does not have an entry 'model'; it has {entries}")
-
-
-def _plain_flags(stored: Any) -> dict[str, Any]:
-    """Stored flags as a dictionary of plain values. MAE's files store an argparse.Namespace with paths."""
-    if isinstance(stored, argparse.Namespace):
-        return {k: _plain_value(v) for k, v in vars(stored).items()}
-    return stored or {}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, (int, float, bool, type(None))):
-        return value
-    return str(value)

@@ -14,6 +14,7 @@ from layers.vit import ViTBackbone
 from util.weights.architecture import SO_VIT, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
 from util.weights.types import Checkpoint
+from util.weights.validate import shown
 
 Weights = dict[str, Tensor]
 
@@ -72,6 +73,7 @@ def _fit_pos_embed(
         return weights, ""
     table = weights.get("pos_embed")
     if table is not None:
+        _check_sizes("pos_embed", table, 3)
         grid = grid_of(stored, table.shape[1] - 1 - ("dist_token" in weights))
         table, note = _resized_pos_embed(table, grid, parameter.shape[1], model.grid)
     elif not parameter.requires_grad:
@@ -102,12 +104,24 @@ def _resized_pos_embed(
     return torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1), note
 
 
+def _check_sizes(name: str, weight: Tensor, ndim: int) -> None:
+    """Raise ValueError unless a weight that is to be adapted has `ndim` sizes above 0, and real numbers."""
+    if weight.ndim != ndim or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(
+            f"the weight {name} of the pretrained file is {shown(weight)}, expected {ndim} sizes above 0 and "
+            "real numbers: use another file"
+        )
+
+
 def _fit_channels(weights: Weights, model: Classifier) -> tuple[Weights, str]:
     """Adapt the patch embedding to the model's number of channels."""
     names = [n for n in ("patch_embed.stem.0.weight", "patch_embed.proj.weight") if n in weights]
-    if not names or weights[names[0]].shape[1] == model.in_chans:
+    if not names:
         return weights, ""
     name = names[0]
+    _check_sizes(name, weights[name], 4)
+    if weights[name].shape[1] == model.in_chans:
+        return weights, ""
     channels = weights[name].shape[1]
     adapted = adapt_channels(weights[name], model.in_chans)
     note = f"patch embedding adapted from {channels} to {model.in_chans} channels"
@@ -149,7 +163,7 @@ def _check_fit(weights: Weights, model: nn.Module, new: Collection[str], checkpo
         return
     origin = ""
     if "model" in checkpoint.args:
-        origin = f". It was made with `model` {checkpoint.args['model']}"
+        origin = f". It was made with `model` {shown(checkpoint.args['model'])}"
     raise ValueError(
         f"the encoder in {checkpoint.path} does not fit `model`: {problem}{origin}; choose the classifier of "
         "the same size and patch"
@@ -207,6 +221,7 @@ def init_from(model: ViTBackbone, checkpoint: Checkpoint) -> str:
         note = "its positional embedding is left out; "
     elif "pos_embed" in expected and "pos_embed" not in kept:
         if "pos_embed" in weights:
+            _check_sizes("pos_embed", weights["pos_embed"], 3)
             grid = grid_of(checkpoint.args, weights["pos_embed"].shape[1] - 1)
             weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid, model.grid)
         else:
@@ -240,10 +255,10 @@ def grid_of(stored: Mapping[str, Any], cells: int) -> tuple[int, int]:
     size = whole_numbers(stored.get("input_size"))
     patch = whole_numbers(stored.get("patch_size"))
     # MAE stores no patch size: it is part of the model's name, as in vit_base_patch16.
-    in_name = re.search(r"patch(\d+)", str(stored.get("model", "")))
+    in_name = re.search(r"patch([0-9]{1,9})", str(stored.get("model", "")))
     if in_name and not stored.get("patch_size"):
         patch = [int(in_name[1])]
-    if size and patch:
+    if size and patch and min(patch) > 0:
         grid = (size[0] // patch[0], size[-1] // patch[-1])
         if grid[0] * grid[1] == cells:
             return grid

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from util.weights.validate import shown
+
 # Kind -> (its description, the commands and flags that take it).
 KINDS = {
     "pretraining": (
@@ -113,7 +115,7 @@ class Checkpoint:
             return
         description, commands = KINDS[self.kind]
         if self.kind == "unknown":
-            description += f" (it has {', '.join(list(self.model)[:4])})"
+            description += f" (it has {', '.join(map(shown, list(self.model)[:4]))})"
         raise ValueError(f"{self.path} is {description}, not {KINDS[wanted][0]}: it is for {commands}")
 
     def drop_optimizer(self) -> None:
