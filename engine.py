@@ -21,6 +21,7 @@ from util.data.loading.samplers import EpochSampler
 from util.dist import fsdp
 from util.flags.parser import with_flags
 from util.run import plan
+from util.run.checkpoint_manager import Owed
 from util.run.flops import FlopCounter, peak_flops
 from util.run.guards import BadImages, NonFiniteLoss, write_replay
 from util.run.log import peak_memory_mb
@@ -105,6 +106,16 @@ class Run:
                 raise
             print(f"warning: {error}; training continues and the next save tries again", flush=True)
 
+    def check_owner(self) -> None:
+        """Raise ValueError on rank 0 if another run has taken the folder over: this one may write no more."""
+        checkpoints = self.session.checkpoints
+        if checkpoints is None or not dist.is_main():
+            return
+        try:
+            checkpoints.check_owner()
+        except OSError as error:
+            print(f"warning: {error}; training continues", flush=True)
+
     def time_to_save(self) -> bool:
         """Whether the clock asks for a save.
 
@@ -159,14 +170,15 @@ def fit(
         )
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp == "fp16")
     state = TrainState(model, optimizer, scaler, extras=objective.state())
+    owed = session.owed()
     start = _load_start(run, state)
     if session.dry_run:
         dist.print_rank0(with_flags(_plan(run, state, start), session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
-    session.log.truncate(first_epoch)
     if first_epoch >= budget.epochs:
+        session.finish(owed)
         text = (
             f"all {budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose another "
             "`output_dir`)"
@@ -176,9 +188,8 @@ def fit(
     session.log.peak_flops = peak_flops(
         model, setup.device, AMP[setup.amp] or torch.float32, budget.compile_mode
     )
-    if session.checkpoints is not None and dist.is_main():
-        session.checkpoints.claim()
-        plan.write_record(session.checkpoints.dir, session.flags, _resolved(run, state, start))
+    _take_folder(run, state, start, owed)
+    session.log.open(first_epoch, state.step, run.updates_per_epoch)
     with run.stop, slurm.lost_peers(run.stop):
         return all(train_one_epoch(run, state, epoch) for epoch in range(first_epoch, budget.epochs))
 
@@ -204,6 +215,14 @@ def _load_start(run: Run, state: TrainState) -> str:
     # The loaded tensors are as large as the state itself, and the caller keeps its reference to the end.
     start.release()
     return f"continues {start.path} at step {state.step}"
+
+
+def _take_folder(run: Run, state: TrainState, start: str, owed: Owed | None) -> None:
+    """Become the owner of the run's folder, before anything is written there, and record this start."""
+    session = run.session
+    session.claim(owed)
+    if session.checkpoints is not None:
+        plan.write_record(session.checkpoints.dir, session.flags, _resolved(run, state, start))
 
 
 def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
@@ -232,7 +251,11 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     if not finished or run.stop.agreed(now=True):
         run.leave(state, epoch - 1)
         return False
-    log.end_epoch(evaluate_epoch(run, state, epoch))
+    run.check_owner()
+    figures = evaluate_epoch(run, state, epoch)
+    # Again, because the evaluation may take long.
+    run.check_owner()
+    log.end_epoch(figures)
     state.meters = {}
     save_epoch(run, state, epoch)
     return True
@@ -243,14 +266,13 @@ def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
     updates = run.updates_per_epoch
     first = state.step - epoch * updates
     if first == updates:  # the run stopped just before the evaluation of this epoch
+        # The state that is saved after it has the rate and the schedules of the last update.
+        _set_schedules(run, state, epoch + (updates - 1) / updates)
         return True
     stream = run.batches(epoch, first * run.budget.accum_iter)
     run.wrapped.train()
     for update in range(first, updates):
-        done = epoch + update / updates
-        lr = run.budget.lr_at(done)
-        set_lr(state.optimizer, lr)
-        run.objective.before_update(done)
+        lr = _set_schedules(run, state, epoch + update / updates)
         try:
             metrics, waited = train_one_update(run, state, stream, _counter(run))
         except StopIteration:
@@ -258,6 +280,7 @@ def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
             state.optimizer.zero_grad(set_to_none=True)
             state.step = (epoch + 1) * updates
             run.session.log.flush()
+            state.meters = run.session.log.meters
             break
         run.session.log.step(state.step - 1, metrics, lr, waited)
         stopping = run.stop.agreed()
@@ -265,6 +288,14 @@ def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
         if stopping:
             return update + 1 == updates
     return True
+
+
+def _set_schedules(run: Run, state: TrainState, done: float) -> float:
+    """Set what depends on the epochs done, for the next update; return the learning rate."""
+    lr = run.budget.lr_at(done)
+    set_lr(state.optimizer, lr)
+    run.objective.before_update(done)
+    return lr
 
 
 def _counter(run: Run) -> FlopCounter | None:
@@ -280,6 +311,7 @@ def _log_and_save(run: Run, state: TrainState, epoch: int, stopping: bool) -> No
     save_now = run.step_to_save(state.step)
     if not (log.due or save_now or stopping):
         return
+    run.check_owner()
     log.flush()  # raises before anything non-finite can be saved
     run.bad_images.check()
     state.meters = log.meters

@@ -129,7 +129,7 @@ from util.data.sources.image_index import ImageIndex, check_same_classes, some_n
 from util.data.sources.layouts import class_names
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
-from util.evaluate.supervised import evaluate
+from util.evaluate.supervised import evaluate, first_classes
 from util.run.log import Log
 from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
 from util.train.amp import resolve_amp
@@ -323,12 +323,9 @@ def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: floa
         share = 1.0
         if min(size) <= 224:
             share = 224 / 256
-    classes = ", ".join(val.index.classes[:3])
-    if len(val.index.classes) > 3:
-        classes += ", ..."
     dist.print_rank0(
         f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {share:.3f}, bicubic, "
-        f"classes in the order {classes}"
+        f"classes in the order {first_classes(val.index.classes)}"
     )
 
 

@@ -94,6 +94,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from tools.draw import attention, positions, read_runs, reconstruct, sweep
+from util.files.atomic import write_text
 from util.report import charts
 from util.report.page import page
 from util.report.panels import save_png
@@ -123,8 +124,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         out = out or os.path.join(args.dir, "report.html")
         text = page(args.dir, args.metric)
-        with open(out, "w") as f:
-            f.write(text)
+        write_text(out, text)
     print(f"wrote {out}")
     return 0
 

@@ -27,6 +27,8 @@ from util.data.pixels import normalize, unnormalize
 from util.data.sources.image_index import NoSplit
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
+from util.files.atomic import write_text
+from util.files.names import printable, printable_lines
 from util.flags.groups import MAX_PIXELS, channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
@@ -379,11 +381,10 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
     chance = chance_of(runs, metric)
     table = sweep_table(groups, flag, metric, chance).markdown()
     charts.save(charts.sweep(groups, flag, metric, chance), out)
-    with open(os.path.splitext(out)[0] + ".md", "w") as f:
-        f.write(table + "\n")
-    print(table)
+    write_text(os.path.splitext(out)[0] + ".md", table + "\n")
+    print(printable_lines(table))
     if missing:
-        print(f"no figures yet: {', '.join(missing)}")
+        print(f"no figures yet: {', '.join(map(printable, missing))}")
 
 
 def read_runs(folders: list[str]) -> list[RunRecord]:

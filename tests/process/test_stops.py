@@ -1,10 +1,14 @@
 """Runs that stop at the end of an epoch, or whose evaluation fails, continue with the same bits."""
 
+import json
 import math
 
 import pytest
 
+import main_finetune
 import main_pretrain
+import main_sere
+import tiny
 from commands import call
 from processes import assert_same, last, log_lines, start
 
@@ -21,6 +25,42 @@ def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path):
     assert code == 0 and text.count("val images") == 2, text
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
     assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+
+
+MAINS = {
+    "pretrain": (main_pretrain, ["--model", "mae_test", "--picture_epochs", 1]),
+    "finetune": (main_finetune, ["--model", "vit_test", "--ema", 0.9]),
+    "sere": (
+        main_sere,
+        ["--model", "sere_test", "--local_size", 16, "--local_crops_number", 1, "--out_dim", 32],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_stop_in_the_last_update_of_an_epoch_changes_nothing(tmp_path, capsys, monkeypatch, name):
+    """The learning rate and SERE's weight decay, which a checkpoint stores, and the names in log.txt."""
+    main, flags = MAINS[name]
+    flags = [*flags, "--batch_size", 100, "--epochs", 2, "--lr", 1e-2, "--warmup_epochs", 1]
+    call(main, capsys, *flags, "--output_dir", tmp_path / "whole")
+    for update in (1, 3):  # the last ones of the two epochs, as the first start counts them
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "fit", main.fit)  # and back again
+            tiny.disturb(main, None, f"0:{update}:SIGTERM")
+            folder = tmp_path / str(update)
+            assert call(main, capsys, *flags, "--output_dir", folder)[0] == 75
+        assert last(folder)["step"] == update + 1
+        assert call(main, capsys, *flags, "--output_dir", folder)[0] == 0
+        assert_same(last(tmp_path / "whole"), last(folder))
+        assert (
+            last(tmp_path / "whole")["optimizer"]["param_groups"] == last(folder)["optimizer"]["param_groups"]
+        )
+        assert log_lines(tmp_path / "whole") == log_lines(folder)
+        whole, parts = (
+            [list(json.loads(line)) for line in (tmp_path / place / "log.txt").read_text().splitlines()]
+            for place in ("whole", str(update))
+        )
+        assert whole == parts, "names and their order, those of speeds too"
 
 
 def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):

@@ -1,6 +1,7 @@
 """The process group of a run and its few collectives, which also work in a single process without a group."""
 
 import atexit
+import contextlib
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.dist.device import choose_device, prepare_device
+from util.files.names import printable_lines
 
 
 def is_initialized() -> bool:
@@ -43,9 +45,9 @@ def is_main() -> bool:
 
 
 def print_rank0(message: str) -> None:
-    """Print on rank 0 only, without buffering."""
+    """Print on rank 0 only, without buffering; names of strangers in it cannot command the terminal."""
     if is_main():
-        print(message, flush=True)
+        print(printable_lines(message), flush=True)
 
 
 def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
@@ -156,7 +158,9 @@ def make_shared_folder(folder: str) -> None:
     # This also makes rank 0 wait until all ranks have looked.
     answers = gather_objects((host, sees_token))
     if is_main():
-        os.remove(token)
+        # Whoever cleans the folder meanwhile may take it.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(token)
     blind = sorted({name for name, sees in answers if not sees})
     if blind:
         raise ValueError(

@@ -10,6 +10,7 @@ from util import dist
 from util.data.contract import Batches, IndexedSamples
 from util.evaluate.accuracy import classification
 from util.evaluate.passes import mean_terms
+from util.files.names import printable
 from util.run.log import write_predictions
 from util.train.objective import LossFunction
 from util.train.setup import Setup
@@ -77,6 +78,14 @@ def evaluate(
         if dist.is_main():
             write_predictions(predictions, all_rows, loader.dataset.index)
     return stats
+
+
+def first_classes(names: list[str], most: int = 3) -> str:
+    """Return the first names as text for a message. They are names of folders, which may hold anything."""
+    text = ", ".join(map(printable, names[:most]))
+    if len(names) > most:
+        text += ", ..."
+    return text
 
 
 def _columns(data: list[str], classes: list[str], device: torch.device) -> Tensor | None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from util import dist
+from util.files.atomic import write_json, write_text
+from util.files.names import one_line, printable
 
 
 class NonFiniteLoss(RuntimeError):
@@ -37,9 +38,17 @@ def survive_full_disk() -> Iterator[None]:
         print(f"warning: {error}; training continues", flush=True)
 
 
+def make_again(folder: str) -> None:
+    """Make a run's folder again, with a warning, if someone has removed it. Raises OSError if that fails."""
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
+        print(f"warning: {folder} was removed: it is made again, and training continues", flush=True)
+
+
 class BadImages:
-    """Images that could not be decoded: counted once each, listed in bad_images.txt, an error above a
-    share.
+    """Images that could not be decoded: counted once each, listed in bad_images.txt, an error above a share.
+
+    The list has a name a line. Characters that would start a new line or command a terminal are escaped.
     """
 
     def __init__(self, dataset: Any, output_dir: str | None, max_share: float):
@@ -65,13 +74,12 @@ class BadImages:
         self.known |= new
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
-            # File names may hold bytes that are not valid UTF-8.
-            latest = os.fsencode(names[-1]).decode(errors="backslashreplace")
             count = len(self.known)
+            latest = printable(names[-1])
             print(
                 f"warning: {count} images cannot be decoded and are skipped, the latest: {latest}", flush=True
             )
-            self._list(names)
+            self._list([one_line(name) for name in names])
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
             path = os.path.join(self.dir or "", "bad_images.txt")
@@ -81,14 +89,27 @@ class BadImages:
             )
 
     def _list(self, names: list[str]) -> None:
-        """Append to bad_images.txt the names that earlier starts of the run have not listed."""
+        """Add to bad_images.txt the names that earlier starts of the run have not listed."""
         if not self.dir:
             return
         path = os.path.join(self.dir, "bad_images.txt")
-        with survive_full_disk(), open(path, "a+", errors="surrogateescape") as f:
-            f.seek(0)
-            listed = set(f.read().splitlines())
-            f.writelines(name + "\n" for name in names if name not in listed)
+        with survive_full_disk():
+            make_again(self.dir)
+            listed = _lines(path)
+            known = set(listed)
+            new = [name for name in names if name not in known]
+            if new:
+                write_text(path, "".join(name + "\n" for name in [*listed, *new]))
+
+
+def _lines(path: str) -> list[str]:
+    """Return the lines of a list of names; none if there is no such file."""
+    try:
+        # File names may hold bytes that are not valid UTF-8. Other characters than \n end no line.
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
+            return [line for line in f.read().split("\n") if line]
+    except FileNotFoundError:
+        return []
 
 
 def write_replay(
@@ -116,6 +137,7 @@ def write_replay(
         "data, augmentation and masks; rank r of W gets the r-th of W equal parts of each micro-batch",
     }
     path = os.path.join(output_dir, f"replay-step{error.step}.json")
-    with survive_full_disk(), open(path, "w") as f:
-        json.dump(replay, f, indent=1)
+    with survive_full_disk():
+        make_again(output_dir)
+        write_json(path, replay)
         print(f"wrote {path}", flush=True)

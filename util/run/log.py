@@ -4,6 +4,7 @@ Step metrics stay on the device, unread, until a log point. There they are avera
 collective, so that nothing waits for the device in between and every rank sees the same numbers.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -14,17 +15,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 
 from util import dist
-from util.run.guards import NonFiniteLoss, survive_full_disk
+from util.files.atomic import append_line, replacing, write_text
+from util.files.names import printable, table_cell
+from util.run.guards import NonFiniteLoss, make_again, survive_full_disk
 from util.run.tensorboard import Board
 
 if TYPE_CHECKING:
     # Needed at a terminal only.
     from tqdm import tqdm
+
+
+# Sums in `Log.meters` that are not of metrics: images, seconds, and seconds spent waiting for data; and the
+# model's operations, if they are counted.
+COSTS = ("cost_images", "cost_seconds", "cost_waited")
+FLOPS = "cost_flops"
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,14 @@ class Interval:
 class Log:
     """Collects step metrics and writes them out.
 
-    `board` is TensorBoard's writer on rank 0, or None. `chance` holds the chance levels of the metrics that
-    have one; they are printed after these and written to log.txt. `loss_tag` is the loss's name in
-    TensorBoard, where MAE's names differ: train_loss in pretraining, loss in fine-tuning.
+    `board` is TensorBoard's writer on rank 0, which `open` makes, or None. `chance` holds the chance levels
+    of the metrics that have one; they are printed after these and written to log.txt. `loss_tag` is the
+    loss's name in TensorBoard, where MAE's names differ: train_loss in pretraining, loss in fine-tuning.
 
-    `meters` are the sums of the unfinished epoch. A checkpoint stores them, so that an interrupted epoch
-    reports the same averages as an uninterrupted one. With `peak_flops`, the device's measured rate, and
-    `image_flops`, the model's operations per image, which the run's first update counts, speed is also
-    reported as `mfu`, a percentage of that rate.
+    `meters` are the sums of the unfinished epoch, of metrics and of its costs (see COSTS). A checkpoint
+    stores them, so that an interrupted epoch reports the same averages as an uninterrupted one. With
+    `peak_flops`, the device's measured rate, and `image_flops`, the model's operations per image, which the
+    run's first update counts, speed is also reported as `mfu`, a percentage of that rate.
     """
 
     def __init__(
@@ -64,9 +73,8 @@ class Log:
         self.print_freq = print_freq
         self.chance = chance or {}
         self.loss_tag = loss_tag
+        self.log_dir = log_dir
         self.board: Board | None = None
-        if dist.is_main() and log_dir:
-            self.board = Board(log_dir)
         self.peak_flops: float | None = None
         self.image_flops: float | None = None
         self.meters: dict[str, float] = {}
@@ -74,21 +82,33 @@ class Log:
         # (step, names, values on the device, learning rate) of the updates since the last log point
         self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
         self._waited = 0.0
-        self._total_waited = 0.0
-        self._total_seconds = 0.0
+
+    def open(self, epoch: int, step: int, updates: int) -> None:
+        """Continue the files of earlier starts of the run, at `epoch` and after `step` updates.
+
+        What they wrote about later updates is dropped, because the run makes these updates again.
+        """
+        self.truncate(epoch)
+        if dist.is_main() and self.log_dir:
+            whole, part = divmod(step, updates)
+            purged = 0
+            if step:
+                purged = _x(whole, part / updates) + 1
+            self.board = Board(self.log_dir, purged)
 
     def truncate(self, epoch: int) -> None:
-        """Drop the lines of log.txt from `epoch` on: a resumed run writes them again."""
+        """Drop the lines of log.txt from `epoch` on, and what a kill or a full disk has cut off."""
         path = os.path.join(self.output_dir or "", "log.txt")
-        if not (self.output_dir and dist.is_main() and os.path.exists(path)):
+        # A device would not end.
+        if not (self.output_dir and dist.is_main() and os.path.isfile(path)):
             return
-        with open(path) as f:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as f:
             lines = f.readlines()
-        earlier = [line for line in lines if _epoch_of(line) < epoch]
-        # A file that stays as it is keeps its modification time, the end of a finished run.
-        if len(earlier) < len(lines):
-            with open(path, "w") as f:
-                f.writelines(earlier)
+        earlier = [line.removesuffix("\n") + "\n" for line in lines if _epoch_of(line) < epoch]
+        # A file that stays as it is keeps its modification time.
+        if earlier != lines:
+            with survive_full_disk():
+                write_text(path, "".join(earlier))
 
     def start_epoch(
         self,
@@ -143,8 +163,12 @@ class Log:
         seconds = max(seconds, 1e-9)
         speed = {"img_per_s": images / seconds, "data_wait": waited / seconds}
         if self.peak_flops and self.image_flops is not None:
-            speed["mfu"] = 100 * speed["img_per_s"] * self.image_flops / (self.peak_flops * dist.world_size())
+            speed["mfu"] = self._utilisation(images * self.image_flops, seconds)
         return speed
+
+    def _utilisation(self, flops: float, seconds: float) -> float:
+        assert self.peak_flops is not None
+        return 100 * flops / (seconds * self.peak_flops * dist.world_size())
 
     def flush(self) -> None:
         """Read the noted metrics, on all ranks together; raise NonFiniteLoss on all if a value is not
@@ -164,11 +188,13 @@ class Log:
             self._add(last | {"lr": lr, "steps": 1})
         now = time.monotonic()
         interval = Interval(len(self._steps), now - self._since, self._waited, self._steps[-1][3])
+        images = interval.updates * self.images
+        self._add(dict(zip(COSTS, (images, interval.seconds, interval.waited))))
+        if self.image_flops is not None:
+            self._add({FLOPS: images * self.image_flops})
         self._steps = []
         self._since = now
         self._waited = 0.0
-        self._total_seconds += interval.seconds
-        self._total_waited += interval.waited
         if dist.is_main():
             self._report(last, interval)
 
@@ -193,8 +219,7 @@ class Log:
     def _report_to_board(self, last: dict[str, float], lr: float, speed: dict[str, float]) -> None:
         if self.board is None:
             return
-        # MAE's x axis: thousandths of an epoch, comparable across batch sizes.
-        x = int((self.epoch + self.done / self.updates) * 1000)
+        x = _x(self.epoch, self.done / self.updates)
         self.board.scalar(self.loss_tag, last["loss"], x)
         self.board.scalar("lr", lr, x)
         for name in last.keys() - {"loss"}:
@@ -247,71 +272,117 @@ class Log:
         """Show figures of an epoch's end in TensorBoard."""
         if self.board is not None:
             for name, value in values.items():
-                self.board.scalar(name, value, (epoch + 1) * 1000)
+                self.board.scalar(name, value, _x(epoch + 1))
 
     def picture(self, name: str, image, epoch: int) -> None:
         """Show a picture (H, W, 3) uint8 in TensorBoard."""
         if self.board is not None:
-            self.board.image(name, image, (epoch + 1) * 1000)
+            self.board.image(name, image, _x(epoch + 1))
 
     def averages(self) -> dict[str, float]:
         """Return the means over the updates of the epoch so far."""
         steps = self.meters.get("steps", 0)
         if not steps:
             return {}
-        return {name: total / steps for name, total in self.meters.items() if name != "steps"}
+        sums = {"steps", FLOPS, *COSTS}
+        return {name: total / steps for name, total in self.meters.items() if name not in sums}
 
     def end_epoch(self, extra: dict[str, float]) -> dict[str, float]:
-        """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours."""
+        """Write the epoch's line of log.txt: MAE's names first (train_lr, train_loss, epoch), then ours.
+
+        It comes after those of earlier epochs: what else stands there is another run's, which has lost this
+        folder, or was cut off by a full disk.
+        """
         line = {f"train_{name}": value for name, value in self.averages().items()}
         line |= extra | {"epoch": self.epoch}
         line |= {f"chance_{name}": value for name, value in self.chance.items()}
-        images = (self.done - self._epoch_first) * self.images
-        line |= self.speed(images, self._total_seconds, self._total_waited)
-        self._total_seconds = 0.0
-        self._total_waited = 0.0
+        line |= self._epoch_speed()
         self.meters = {}
+        self.truncate(self.epoch)
         self.write_line(line)
         return line
 
+    def _epoch_speed(self) -> dict[str, float]:
+        """Return the speed of the whole epoch, with what earlier starts of the run have trained of it."""
+        images, seconds, waited = (self.meters.get(name, 0.0) for name in COSTS)
+        if not seconds:
+            # A checkpoint of an earlier version has no costs of its updates.
+            return {}
+        speed = self.speed(images, seconds, waited)
+        if self.peak_flops and FLOPS in self.meters:
+            speed["mfu"] = self._utilisation(self.meters[FLOPS], seconds)
+        return speed
+
     def write_line(self, line: dict[str, float]) -> None:
-        """Append one JSON object to log.txt."""
+        """Append one JSON object to log.txt, on a line of its own whatever the file ends with."""
         if not dist.is_main():
             return
         if self.board is not None:
             self.board.flush()
         if self.output_dir:
-            with survive_full_disk(), open(os.path.join(self.output_dir, "log.txt"), "a") as f:
-                f.write(json.dumps(line) + "\n")
+            path = os.path.join(self.output_dir, "log.txt")
+            with survive_full_disk():
+                make_again(self.output_dir)
+                text = json.dumps(line)
+                if _is_cut_off(path):
+                    text = f"\n{text}"
+                append_line(path, text)
+
+
+def _x(epoch: int, part: float = 0.0) -> int:
+    """Return a point of time on MAE's x axis: thousandths of an epoch, comparable across batch sizes."""
+    return int((epoch + part) * 1000)
 
 
 def _epoch_of(line: str) -> float:
     """Return the epoch of a line of log.txt; infinity for a line that a full disk or a lost node has cut
-    off.
+    off, or that is not of a run.
     """
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError):
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    if isinstance(epoch, (int, float)):
+        return epoch
+    return math.inf
+
+
+def _is_cut_off(path: str) -> bool:
+    """Whether the last line of a file has no end, because a kill or a full disk has cut it off."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False
+    with open(path, "rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read() != b"\n"
 
 
 def write_predictions(path: str, rows: Sequence[tuple[int, int, int, float]], index) -> None:
     """Write a CSV line per image: name, label, predicted class, probability, and whether it is correct.
 
+    Names are escaped so that a spreadsheet takes none for a formula. Bytes that are not valid UTF-8 stay.
+
     `rows` are (image, label, predicted class, probability), numbers in the data set's order. A label of -1 is
     an image that could not be decoded.
     """
-    # File names may hold bytes that are not valid UTF-8.
-    with open(path, "w", newline="", errors="surrogateescape") as f:
+    make_again(os.path.dirname(os.path.abspath(path)))
+    with _table(path) as f:
         writer = csv.writer(f)
         writer.writerow(["image", "label", "prediction", "probability", "correct"])
         for image, label, predicted, probability in rows:
             name = "unreadable"
             if label >= 0:
                 name = index.classes[label]
-            row = [index.name(image), name, index.classes[predicted], f"{probability:.6f}"]
-            writer.writerow([*row, int(label == predicted)])
-    print(f"wrote {len(rows)} predictions to {path}", flush=True)
+            names = [table_cell(text) for text in (index.name(image), name, index.classes[predicted])]
+            writer.writerow([*names, f"{probability:.6f}", int(label == predicted)])
+    print(f"wrote {len(rows)} predictions to {printable(path)}", flush=True)
+
+
+def _table(path: str) -> contextlib.AbstractContextManager[IO]:
+    """Open a table for writing: a file is replaced as a whole, and a pipe or a terminal is written to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+    # The same partial name each time: the next table replaces what a kill has left of this one.
+    return replacing(path, writer="table")
 
 
 def reserved_memory_mb() -> float:

@@ -1,7 +1,6 @@
 """A run's cost, measured over a few updates before it begins; and run.json, the record of a run."""
 
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from util import dist
+from util.files.atomic import read_json, write_json
 from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, matmul_rate, synchronize
 
@@ -251,21 +251,28 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
         "earlier_starts": _earlier_starts(path),
     }
     try:
-        with open(path + ".partial", "w") as f:
-            json.dump(record, f, indent=1)
-        os.replace(path + ".partial", path)
+        write_json(path, record)
     except OSError as error:
         print(f"warning: could not write {path}: {error}", flush=True)
 
 
 def _earlier_starts(path: str) -> list[dict]:
-    """Return the starts that an existing run.json lists; none if it is missing or damaged."""
+    """Return the starts that an existing run.json lists, and its own.
+
+    A file that is damaged, or of another program, lists none; a warning names it. Entries that it lacks are
+    left out.
+    """
     try:
-        with open(path) as f:
-            before = json.load(f)
-        return [*before["earlier_starts"], {k: before[k] for k in ("started", "host", "commit", "resolved")}]
-    except (OSError, ValueError, KeyError):
+        before = read_json(path, dict)
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError) as error:
+        print(f"warning: earlier starts of the run are not recorded: {error}", flush=True)
+        return []
+    earlier = before.get("earlier_starts")
+    if not isinstance(earlier, list):
+        earlier = []
+    return [*earlier, {k: before[k] for k in ("started", "host", "commit", "resolved") if k in before}]
 
 
 def versions() -> dict[str, str]:

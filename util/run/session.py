@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from util import dist
 from util.flags.groups import compile_mode
-from util.run.checkpoint_manager import CheckpointManager
+from util.run.checkpoint_manager import CheckpointManager, Owed
 from util.run.log import Log
 from util.train.lr_sched import warmup_cosine
 from util.train.setup import Budget
@@ -51,6 +51,39 @@ class Session:
             )
         log = Log(args.output_dir, log_dir, args.print_freq, chance, loss_tag)
         return cls(log, flags, checkpoints, start, args.dry_run)
+
+    def owed(self) -> Owed | None:
+        """Return what the run that wrote `start` still had to do, if it was killed right after that."""
+        if self.checkpoints is None or self.start is None:
+            return None
+        return self.checkpoints.owed(self.start)
+
+    def claim(self, owed: Owed | None) -> None:
+        """Take the folder over, and make up for what a killed run `owed`. Does nothing on other ranks than 0.
+
+        Raises ValueError if the folder belongs to a later start of this job.
+        """
+        if self.checkpoints is None or not dist.is_main():
+            return
+        self.checkpoints.claim()
+        if owed is None:
+            return
+        try:
+            self.checkpoints.make_up(owed)
+        except OSError as error:
+            print(f"warning: {error}; training continues", flush=True)
+
+    def finish(self, owed: Owed | None) -> None:
+        """Make up for what a killed run `owed`, if all epochs are done; the folder of a whole run stays as it
+        is.
+        """
+        if self.checkpoints is None or owed is None or not dist.is_main():
+            return
+        try:
+            if self.checkpoints.is_behind(owed):
+                self.claim(owed)
+        except OSError as error:
+            print(f"warning: {error}", flush=True)
 
 
 def open_budget(args: argparse.Namespace, lr: float) -> Budget:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from util import dist
 from util.dist.fsdp import cut_like
+from util.files.atomic import replacing
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
 from util.weights.validate import shown
@@ -35,20 +36,11 @@ def save_atomic(state: dict[str, Any], path: str, writer: str = "") -> None:
     temporary file's name. Raises OSError (full disk, quota), which says whether the previous file is intact;
     no partial file is left behind.
     """
-    partial = f"{path}.partial"
-    if writer:
-        partial += f"-{writer}"
     try:
-        with open(partial, "wb") as f:
+        with replacing(path, "wb", writer) as f:
             torch.save(state, f)
-            f.flush()
-            # The content must be on the disk before the name is: a crash would leave an empty file otherwise.
-            os.fsync(f.fileno())
-        os.replace(partial, path)
     # torch's zip writer raises RuntimeError when the disk is full.
     except (OSError, RuntimeError) as e:
-        if os.path.exists(partial):
-            os.remove(partial)
         consequence = f"there is no {path}"
         if os.path.exists(path):
             consequence = f"the previous {path} is intact"
