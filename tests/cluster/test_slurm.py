@@ -174,6 +174,21 @@ def test_a_real_time_out(uninterrupted, tmp_path):
     assert_equal_runs(uninterrupted, tmp_path)
 
 
+def test_warnings_in_the_last_second_do_not_fail_a_job(tmp_path):
+    """They come after the run has asked for signals for the last time, until SLURM has no step left."""
+    job = submit(tmp_path, *RUN, "--epochs", 1, "--picture_epochs", 1)
+    wait("picture", lambda: ends(tmp_path), until=lambda text: "picture:" in text)
+
+    def warned() -> str:
+        call("scancel", "--signal=USR2", job, check=False)
+        call("scancel", "--signal=TERM", job, check=False)
+        return state(job)
+
+    wait("the end", warned, 120, until=lambda seen: seen not in ("RUNNING", "COMPLETING"))
+    finished(tmp_path, job, 30)
+    assert read_note(tmp_path)["starts"] == 1 and "Caught signal" not in output(tmp_path), ends(tmp_path)
+
+
 def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
     """One rank waits for ever, and the others for it, in collectives where Python runs no signal handler."""
     limit = shlex.split("--save_steps 7 --timeout 2 --slurm signal=USR2@60")
