@@ -53,15 +53,17 @@ def submit(folder, *flags, step: float = 0.0, hang: int = -1) -> str:
     return re.search(r"job (\d+)", text)[1]
 
 
-def wait(what: str, done, seconds: float = 180):
-    """Wait until done() returns something true, and return that."""
+def wait(what: str, look, seconds: float = 180, until=bool):
+    """Wait until `until(look())` is true, and return what look() saw. The error says what it saw last."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        result = done()
-        if result:
-            return result
+    while True:
+        seen = look()
+        if until(seen):
+            return seen
+        if time.monotonic() > end:
+            shown = call("squeue", check=False)
+            raise TimeoutError(f"not within {seconds:g} s: {what}; the last state seen is {seen!r}\n{shown}")
         time.sleep(0.3)
-    raise TimeoutError(f"not within {seconds} s: {what}\n{call('squeue', check=False)}")
 
 
 def state(job: str) -> str:
@@ -72,19 +74,35 @@ def state(job: str) -> str:
     return (states or ["GONE"])[0]
 
 
-def finished(folder, job: str, seconds: float = 240) -> None:
-    def done():
+BAD = ("FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+def completed(folder, job: str, seconds: float = 120) -> None:
+    """Wait until SLURM, too, counts a job as done. That it failed is said at once."""
+
+    def look() -> str:
         current = state(job)
-        assert current not in ("FAILED", "TIMEOUT", "CANCELLED"), f"{current}\n{ends(folder)}"
-        return read_note(folder).get("state") == "finished"
+        assert current not in BAD, f"job {job} is {current}\n{ends(folder)}"
+        return current
+
+    wait(f"SLURM counts job {job} as completed", look, seconds, until=("COMPLETED", "GONE").__contains__)
+
+
+def finished(folder, job: str, seconds: float = 240) -> None:
+    """Wait until a run has noted its end, and until SLURM counts its job as completed."""
+
+    def look() -> tuple[str, str]:
+        current = state(job)
+        assert current not in BAD, f"job {job} is {current}\n{ends(folder)}"
+        return current, read_note(folder).get("state", "without a note")
 
     try:
-        wait(f"{folder} finished", done, seconds)
+        wait(f"{folder} finished", look, seconds, until=lambda seen: seen[1] == "finished")
     except TimeoutError as e:
         call("scancel", "--signal=USR2", job, check=False)
         time.sleep(40)  # ranks that hang print their stack after 25 s
         raise AssertionError(f"{e}\n{ends(folder)}") from None
-    wait("SLURM knows it", lambda: state(job) in ("COMPLETED", "GONE"), 120)
+    completed(folder, job)
 
 
 def outputs(folder) -> list[str]:
@@ -103,12 +121,18 @@ def ends(folder) -> str:
 def reach(folder, step: int) -> None:
     """Wait until a run has done that many steps."""
 
-    def reached():
+    def steps() -> int:
         text = output(folder)
         done = [(int(e), int(s)) for e, s in re.findall(r"Epoch: \[(\d+)\]  \[(\d+)/5\]", text)]
-        return done and 5 * done[-1][0] + done[-1][1] >= step
+        epoch, in_epoch = (done or [(0, 0)])[-1]
+        return 5 * epoch + in_epoch
 
-    wait(f"step {step} of {folder}", reached)
+    wait(f"step {step} of {folder}", steps, until=lambda seen: seen >= step)
+
+
+def note_states(*folders) -> list[str]:
+    """The states that runs have noted."""
+    return [read_note(folder).get("state", "without a note") for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +174,21 @@ def test_a_real_time_out(uninterrupted, tmp_path):
     assert_equal_runs(uninterrupted, tmp_path)
 
 
+def test_warnings_in_the_last_second_do_not_fail_a_job(tmp_path):
+    """They come after the run has asked for signals for the last time, until SLURM has no step left."""
+    job = submit(tmp_path, *RUN, "--epochs", 1, "--picture_epochs", 1)
+    wait("picture", lambda: ends(tmp_path), until=lambda text: "picture:" in text)
+
+    def warned() -> str:
+        call("scancel", "--signal=USR2", job, check=False)
+        call("scancel", "--signal=TERM", job, check=False)
+        return state(job)
+
+    wait("the end", warned, 120, until=lambda seen: seen not in ("RUNNING", "COMPLETING"))
+    finished(tmp_path, job, 30)
+    assert read_note(tmp_path)["starts"] == 1 and "Caught signal" not in output(tmp_path), ends(tmp_path)
+
+
 def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_path):
     """One rank waits for ever, and the others for it, in collectives where Python runs no signal handler."""
     limit = shlex.split("--save_steps 7 --timeout 2 --slurm signal=USR2@60")
@@ -166,7 +205,7 @@ def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_p
 def test_a_warning_before_torch_is_imported(tmp_path):
     """It comes as soon as submitit has loaded the job, before the training loop handles signals."""
     job = submit(tmp_path, *RUN, "--epochs", "1")
-    wait("four ranks", lambda: output(tmp_path).count("Loading pickle") == 4)
+    wait("four ranks", lambda: output(tmp_path).count("Loading pickle"), until=lambda ranks: ranks == 4)
     call("scancel", "--signal=USR2", job)
     finished(tmp_path, job)
     assert "Caught signal SIGUSR2" in output(tmp_path) and len(log_lines(tmp_path)) == 1
@@ -180,7 +219,7 @@ def test_a_node_is_lost(uninterrupted, tmp_path):
     reach(tmp_path, random.randrange(10, 60))
     subprocess.run(os.environ["MAE_PL_TEST_CRASH"], shell=True, check=True)
     try:
-        wait("SLURM has given the job up", lambda: state(job) != "RUNNING", 120)
+        wait("SLURM has given the job up", lambda: state(job), 120, until=lambda seen: seen != "RUNNING")
     finally:
         subprocess.run(os.environ["MAE_PL_TEST_REVIVE"], shell=True, check=True, capture_output=True)
     finished(tmp_path, job)
@@ -214,8 +253,8 @@ def test_plain_batch_scripts_requeue_themselves(uninterrupted, tmp_path, launche
     job = re.search(r"job (\d+)", call("sbatch", script, TEST_STEP="0.15"))[1]
     reach(tmp_path, random.randrange(10, 50))
     call("scancel", f"--signal={signal}", job)
-    wait("requeued", lambda: "is requeued" in output(tmp_path), 60)
-    wait("all steps", lambda: state(job) in ("COMPLETED", "GONE"))
+    wait("requeued", lambda: ends(tmp_path), 60, until=lambda text: "is requeued" in text)
+    completed(tmp_path, job, 180)
     assert_same(last(uninterrupted), last(tmp_path))
     assert log_lines(uninterrupted) == log_lines(tmp_path) and "continuing" in output(tmp_path)
 
@@ -224,7 +263,7 @@ def test_cancelled_jobs_stay_cancelled(tmp_path):
     job = submit(tmp_path, *RUN, "--epochs", 100, step=0.2)
     reach(tmp_path, 3)
     call("scancel", job)
-    wait("cancelled", lambda: state(job) == "CANCELLED", 60)
+    wait("cancelled", lambda: state(job), 60, until=lambda seen: seen == "CANCELLED")
     time.sleep(3)
     assert state(job) == "CANCELLED" and "is requeued" not in output(tmp_path)
     assert last(tmp_path)["step"] >= 3, "what was learned is kept"
@@ -245,8 +284,9 @@ def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
     command, points, bad = sweep_with_a_bad_point(tmp_path)
     text = call(*command)
     assert len(set(re.findall(r"job (\d+)_\d", text))) == 1, "one array"
-    ended = ("finished", "failed")
-    wait("all points", lambda: all(read_note(tmp_path / p).get("state") in ended for p in points))
+    folders = [tmp_path / p for p in points]
+    ended = {"finished", "failed"}
+    wait("all points", lambda: note_states(*folders), until=lambda seen: ended.issuperset(seen))
     shown = call(*SLOW, "--status", tmp_path)
     states = dict(re.findall(r"^(mask\S+)\s+(\w+)", shown, re.M))
     assert states == dict.fromkeys(points, "finished") | {points[2]: "failed"}
@@ -256,7 +296,7 @@ def test_sweep_with_a_failing_point_that_is_submitted_again(tmp_path):
     bad.unlink()
     text = call(*command)
     assert text.count("finished, not submitted again") == 3 and len(re.findall(r": job \d+", text)) == 1, text
-    wait("the repaired point", lambda: read_note(bad.parent).get("state") == "finished")
+    wait("the repaired point", lambda: note_states(bad.parent), until=lambda seen: seen == ["finished"])
     assert [len(log_lines(tmp_path / p)) for p in points] == [2, 2, 2, 2]
 
 
@@ -276,7 +316,12 @@ def test_pretraining_and_follow_ups(tmp_path):
     text = call(*command)
     assert text.count("not submitted again") == 6 and not re.search(r": job \d", text), text
     for run in jobs:
-        wait(f"{run} done", lambda run=run: read_note(tmp_path / run).get("state") == "finished", 240)
+        wait(
+            f"{run} done",
+            lambda run=run: note_states(tmp_path / run),
+            240,
+            until=lambda seen: seen == ["finished"],
+        )
     assert "encoder from" in output(tmp_path)
     status = call(*launcher, "--status", tmp_path)
     assert len(re.findall(r"^pos_label\S+\s+finished", status, re.M)) == 6, status
@@ -291,7 +336,7 @@ def test_the_follow_up_of_a_failed_run_is_cancelled(tmp_path):
     )
     text = call(*launcher, *CLUSTER, "--job_dir", tmp_path, *RUN, *flags)
     after = re.search(r"finetune: job (\d+)", text)[1]
-    wait("cancelled", lambda: state(after) in ("CANCELLED", "GONE"), 90)
+    wait("cancelled", lambda: state(after), 90, until=("CANCELLED", "GONE").__contains__)
 
 
 def test_check(tmp_path):
@@ -299,11 +344,10 @@ def test_check(tmp_path):
     text = call(*launcher, *CLUSTER, "--job_dir", tmp_path / "%j", "--device", "cpu", "--check")
     folder = tmp_path / re.search(r"job (\d+)", text)[1]
 
-    def outputs_of_four_ranks():
-        text = "".join(map(output, folder.glob("check-*")))
-        return text.count("200 images") == 4 and text
+    def outputs_of_ranks() -> str:
+        return "".join(map(output, folder.glob("check-*")))
 
-    text = wait("four ranks", outputs_of_four_ranks)
+    text = wait("four ranks", outputs_of_ranks, until=lambda text: text.count("200 images") == 4)
     assert [p.name for p in tmp_path.glob("[!.]*")] == [folder.name], "%j is the ID of the job"
     assert "is shared by all 4 ranks" in text and re.search(r"all-reduce over 4 ranks: .* GB/s", text)
     nodes = set(re.findall(r"^rank \d: (\w+), cpu", text, re.M))

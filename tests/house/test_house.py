@@ -28,7 +28,7 @@ ROOMS = {
     "util.report util.run util.train",
     "util.files": "",
     "util.flags": "layers util.files",
-    "util.dist": "util.files",
+    "util.dist": "util.files util.flags",
     "util.data": "util.files util.flags util.dist",
     "util.weights": "layers util.dist util.files",
     "util.train": "layers util.data util.dist util.weights",

@@ -22,6 +22,7 @@ from util.cluster.job import Job, read_note, write_note
 from util.cluster.job_dir import locked
 from util.cluster.launch import launch, report_stale
 from util.cluster.status import last_line, state_of, status
+from util.flags import ending
 
 TINY_MODEL = shlex.split(
     "--model mae_vit_nano_patch8 --input_size 16 --device cpu --num_workers 0 --epochs 1 --batch_size 100 "
@@ -376,19 +377,23 @@ def test_a_warning_after_the_end_of_a_run_is_ignored(tmp_path, monkeypatch):
 
     import main_linprobe
 
-    warnings = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    warnings = {number: signal.getsignal(number) for number in ending.IGNORED}
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
-    try:
-        for executor, code, ignored in (("local", 0, False), ("slurm", 75, False), ("slurm", 0, True)):
+    cases = [("", 0, False), ("", 75, False), ("local", 0, True), ("slurm", 0, True), ("slurm", 75, True)]
+    # A job that fails must not need a SIGKILL if it hangs as it exits.
+    cases.append(("slurm", 3, False))
+    for executor, code, ignored in cases:
+        if executor:
             monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
-            monkeypatch.setattr(main_linprobe, "main", lambda args, code=code: code)
-            with contextlib.suppress(SystemExit):
+        monkeypatch.setattr(main_linprobe, "main", lambda args, code=code: code)
+        try:
+            with contextlib.suppress(SystemExit, RuntimeError):
                 Job("main_linprobe", [], str(tmp_path))()
             for number in warnings:
                 assert (signal.getsignal(number) == signal.SIG_IGN) == ignored, (executor, code)
-    finally:
-        for number, handler in warnings.items():
-            signal.signal(number, handler)
+        finally:
+            for number, handler in warnings.items():
+                signal.signal(number, handler)
 
 
 def test_requeue_asks_slurm_first(monkeypatch, capsys):

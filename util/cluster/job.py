@@ -8,7 +8,6 @@ of requeueing it.
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from util.flags import ending
 from util.flags.parser import Parser, describe, escape_undecodable_names
 
 # Jobs import the mains from this checkout.
@@ -59,7 +59,11 @@ class Job:
         self.folder = folder
 
     def __call__(self) -> int:
-        """Run the main and return 0. A stopped run exits with STOPPED, a failed one raises its error."""
+        """Run the main and return 0. A stopped run exits with STOPPED, a failed one raises its error.
+
+        In a process of submitit, signals are ignored as soon as the run has finished or stopped. submitit
+        would requeue a finished job for them, or one that has requeued itself.
+        """
         from util import dist
 
         escape_undecodable_names()
@@ -70,7 +74,9 @@ class Job:
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
             self._note_start(job_id)
-        code = self._run_main()
+        # A run within the launcher's process has no such variable. Others may follow it there.
+        with ending.exit_follows("SUBMITIT_EXECUTOR" in os.environ):
+            code = self._run_main()
         if code != 0:
             if is_main:
                 self._note_state("stopped")
@@ -78,7 +84,6 @@ class Job:
             sys.exit(code)
         if is_main:
             self._note_state("finished")
-        _ignore_warnings()
         return code
 
     def checkpoint(self, *args: Any) -> Any:
@@ -157,17 +162,6 @@ def _join_ranks() -> str:
         # All processes of a node see all its GPUs, as under torchrun.
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     return submitit.JobEnvironment().job_id
-
-
-def _ignore_warnings() -> None:
-    """Ignore SLURM's warnings from now on, because the run is done.
-
-    Python removes its signal handlers while it shuts down. A warning of the time limit would then kill the
-    process, and SLURM would count the job as failed.
-    """
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        for warning in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(warning, signal.SIG_IGN)
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as td
 
 from util.dist import group
+from util.flags import ending
 
 
 class StopSignal:
@@ -26,6 +27,10 @@ class StopSignal:
     If the process has not left the context within `patience` seconds of a signal, its stack is printed to
     stderr: schedulers kill a job that hangs without a message. Then, unless the signal was SIGINT,
     `when_stuck(left)` is called in a thread; the event `left` is set when the process does leave.
+
+    At the end the handlers of before come back. In a script or a submitted job (see `ending.exit_follows`)
+    only the exit follows, within seconds. Signals other than SIGINT are then ignored for good. After an error
+    the handlers of before come back in any case.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -55,11 +60,16 @@ class StopSignal:
         self._watcher.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if not self._previous:
             return
+        # Without a moment in which the handlers of before could end the process.
+        ignored: tuple[signal.Signals, ...] = ()
+        if kind is None and ending.done(self._previous):
+            ignored = ending.IGNORED
         for s, handler in self._previous.items():
-            signal.signal(s, handler)
+            if s not in ignored:
+                signal.signal(s, handler)
         signal.set_wakeup_fd(self._previous_wakeup)
         self._left.set()
         # Closing the pipe would not end the watcher: data workers have inherited it.

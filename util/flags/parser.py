@@ -11,7 +11,10 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from types import FrameType
 from typing import Any
+
+from util.flags import ending
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -198,16 +201,27 @@ def describe(error: BaseException, flags: Collection[str]) -> str:
     return with_flags(message, flags)
 
 
+def _is_of_a_script(frame: FrameType) -> bool:
+    """Whether code belongs to the script that Python was started with, and not to a session that goes on."""
+    # Python and IPython set ps1 where a person types.
+    interactive = bool(sys.flags.interactive) or hasattr(sys, "ps1")
+    return frame.f_globals.get("__name__") == "__main__" and not interactive
+
+
 def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) -> int:
     """Call a main with its parsed flags and return its exit code.
 
     Errors that the user can fix (ValueError, OSError) become one message on stderr and exit code
     2. Other errors are bugs and keep their traceback; so do all errors if the environment
     variable MAE_PL_TRACEBACK is set.
+
+    A script that calls it passes the code to sys.exit. From the end of the training loop, or else of the
+    main, it ignores signals other than SIGINT, so that a warning in its last second does not kill it.
     """
     escape_undecodable_names()
     try:
-        return main(flags)
+        with ending.exit_follows(_is_of_a_script(sys._getframe(1))):
+            return main(flags)
     except (ValueError, OSError) as error:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
