@@ -11,6 +11,7 @@ They write nothing if it is above 1e-4. Label heads and the optimizer are left o
 import argparse
 import sys
 
+from util.files.names import printable_lines
 from util.flags.parser import Parser, run
 
 FORMATS = ("encoder", "mae", "timm", "hf", "safetensors")
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.command == "inspect":
         for path in args.files:
-            print(describe(path))
+            print(printable_lines(describe(path)))
     elif args.command == "export":
         export(args.file, args.out, args.to, args.pos_embed_init)
     else:

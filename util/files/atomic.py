@@ -20,16 +20,22 @@ def replacing(path: str | os.PathLike, mode: str = "w", writer: str = "") -> Ite
     without a `writer` each call makes up its own.
 
     Args:
-        path: the file to replace. Its folder must exist.
+        path: the file to replace; its folder must exist. A link stays a link: the file that it names is
+            replaced. Pipes and terminals, such as /dev/stdout, are written to instead.
         mode: "w" for UTF-8 text, in which file names may hold any bytes; "wb" for bytes.
         writer: a name that no other process uses at the same time.
 
     Raises OSError, for example on a full disk.
     """
-    partial = f"{os.fspath(path)}.partial-{writer or uuid.uuid4().hex}"
     options: dict[str, Any] = {}
     if "b" not in mode:
         options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    path = os.path.realpath(path)
+    partial = f"{path}.partial-{writer or uuid.uuid4().hex}"
     try:
         with open(partial, mode, **options) as file:
             yield file

@@ -4,7 +4,6 @@ Step metrics stay on the device, unread, until a log point. There they are avera
 collective, so that nothing waits for the device in between and every rank sees the same numbers.
 """
 
-import contextlib
 import csv
 import json
 import math
@@ -15,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -365,7 +364,8 @@ def write_predictions(path: str, rows: Sequence[tuple[int, int, int, float]], in
     an image that could not be decoded.
     """
     make_again(os.path.dirname(os.path.abspath(path)))
-    with _table(path) as f:
+    # The same partial name each time: the next table replaces what a kill has left of this one.
+    with replacing(path, writer="table") as f:
         writer = csv.writer(f)
         writer.writerow(["image", "label", "prediction", "probability", "correct"])
         for image, label, predicted, probability in rows:
@@ -375,14 +375,6 @@ def write_predictions(path: str, rows: Sequence[tuple[int, int, int, float]], in
             names = [table_cell(text) for text in (index.name(image), name, index.classes[predicted])]
             writer.writerow([*names, f"{probability:.6f}", int(label == predicted)])
     print(f"wrote {len(rows)} predictions to {printable(path)}", flush=True)
-
-
-def _table(path: str) -> contextlib.AbstractContextManager[IO]:
-    """Open a table for writing: a file is replaced as a whole, and a pipe or a terminal is written to."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
-    # The same partial name each time: the next table replaces what a kill has left of this one.
-    return replacing(path, writer="table")
 
 
 def reserved_memory_mb() -> float:

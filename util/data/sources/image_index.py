@@ -221,4 +221,4 @@ def some_names(names: list[str], most: int = 5) -> str:
     more = ""
     if len(names) > most:
         more = f", ... ({len(names)} in all)"
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more
