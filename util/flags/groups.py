@@ -17,11 +17,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_MEAN = (0.449,)
 GREY_STD = (0.226,)
 
-# Pixels that an image may have. Its decoding takes up to 7 bytes for each of them.
+# Pixels that an image may have. Decoding and augmenting it takes up to 9 bytes for each of them.
 MAX_PIXELS = 100_000_000
 MAX_PIXELS_HELP = (
-    "pixels (height x width) that an image may have; one that has more counts as unreadable and is not "
-    "decoded. Pillow's own limit does not apply"
+    "pixels (height x width) that an image may have; one with more counts as unreadable and is not decoded. "
+    "Such an image takes up to 0.9 GB per worker. Pillow's own limit does not apply"
 )
 
 # Modes of torch.compile.

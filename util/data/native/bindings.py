@@ -138,7 +138,10 @@ def crop_pixels(image: torch.Tensor, box: Box, size: Size, flags: int = 0) -> to
             f"the box {top, left, height, width} does not lie in an image of {tuple(image.shape[1:])}, or a "
             f"side of the image has more than {LARGEST_SIDE} pixels"
         )
-    image = image.contiguous()  # the C code reads row after row
+    # The C code reads row after row. Decoders return other layouts, of which only the box is copied.
+    if not image.is_contiguous():
+        image = image[:, top : top + height, left : left + width].contiguous()
+        top = left = 0
     out = torch.empty(3, out_height, out_width, dtype=torch.uint8)
     corners = (ctypes.c_int32 * 4)(left, top, width, height)
     status = _loaded().native_crop_pixels(
