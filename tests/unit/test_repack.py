@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def test_a_stopped_call_is_continued(tmp_path, monkeypatch, capsys):
     assert sum(counts.values()) == 5  # the first shard was kept
     assert list(members(target)) == [build_index(path).name(i) for i in range(len(files))]
     assert repack.repack(path, target, shard_images=4) == {}
-    assert not list((tmp_path / "target").rglob("*.tmp"))
+    assert not list((tmp_path / "target").rglob("*.partial-*"))
 
 
 def test_wrong_calls_are_named(tmp_path, monkeypatch):
@@ -252,3 +253,52 @@ def test_shards_without_labels(tmp_path):
     repack.repack(str(tmp_path / "flat"), str(tmp_path / "target"))
     made = ImageDataset(build_index(tmp_path / "target", labels=False), pretrain_transform(8))
     assert [made.index.name(i) for i in range(3)] == ["0.jpg", "1.jpg", "2.jpg"] and made[1]["bad"] == []
+
+
+def test_what_a_killed_call_leaves_is_removed(tmp_path, monkeypatch):
+    path, files = source(tmp_path)
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        # A killed process cannot tidy up.
+        patch.setattr(os, "remove", lambda path: None)
+        patch.setattr(repack, "convert", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            repack.repack(path, str(target), shard_images=4)
+    assert len(list(target.rglob("*.partial-*"))) == 1
+    repack.repack(path, str(target), shard_images=4)
+    assert list(members(target)) == [build_index(path).name(i) for i in range(len(files))]
+    assert not list(target.rglob("*.partial-*"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda note: note.write_bytes(b""), "settings.json is damaged, it is not JSON: it is empty"),
+        (lambda note: note.write_text("[]"), "settings.json holds a JSON list where a dict is expected"),
+        (lambda note: note.write_bytes(b"\xff{"), "settings.json is damaged, it is not JSON"),
+        (lambda note: note.unlink(), "holds shards without their settings.json: delete that folder"),
+    ],
+)
+def test_a_damaged_note_is_named(tmp_path, damage, message):
+    path, _ = source(tmp_path)
+    folder = tmp_path / "target" / ".repack-train"
+    folder.mkdir(parents=True)
+    (folder / "train-00000.tar").write_bytes(b"of other settings")
+    (folder / "settings.json").write_text("{}")
+    damage(folder / "settings.json")
+    with pytest.raises(ValueError, match=re.escape(str(folder)) + ".*" + message):
+        repack.repack(path, str(tmp_path / "target"))
+    assert (folder / "train-00000.tar").read_bytes() == b"of other settings"
+
+
+def test_repacking_a_tar_that_is_replaced_meanwhile_is_an_error(tmp_path, monkeypatch, capsys):
+    path, _ = source(tmp_path)
+    repack.repack(path, str(tmp_path / "first"))
+    tar = tmp_path / "first" / "train-00000.tar"
+    other = tar.read_bytes()[512:]
+    claim = repack._claim
+    monkeypatch.setattr(repack, "_claim", lambda *args: tar.write_bytes(other) and claim(*args))
+    second = ["repack", str(tmp_path / "first"), str(tmp_path / "second"), "--workers", "0"]
+    assert commands.main(second) == 2
+    assert "train-00000.tar was replaced or changed since it was listed" in capsys.readouterr().err
+    assert not list((tmp_path / "second").rglob("*.tar*"))
