@@ -59,6 +59,8 @@ def test_of_one_job_the_higher_restart_owns_the_folder_whichever_comes_last(tmp_
     (tmp_path / OWNER).write_text(json.dumps(lost.me))
     requeued.save(state(3))
     assert value(tmp_path) == 3
+    with pytest.raises(ValueError, match="job 7, restart 1"):
+        lost.check_owner()
 
 
 def test_another_job_takes_over_and_leftovers_go(tmp_path, monkeypatch):
@@ -104,6 +106,14 @@ def test_a_damaged_owner_file_names_nobody(tmp_path, monkeypatch, capsys, conten
     with pytest.raises(ValueError, match="job 8"):
         first.save(state(2))
     assert value(tmp_path) == 1
+
+
+def test_an_owners_name_cannot_command_a_terminal(tmp_path, monkeypatch):
+    run = keeper(tmp_path, monkeypatch)
+    owner = run.me | {"token": "t", "host": "n1\x1b[2J\n", "job": "7\r"}
+    (tmp_path / OWNER).write_text(json.dumps(owner))
+    with pytest.raises(ValueError, match=r"job 7\\r, restart 0 .* on n1\\x1b\[2J\\n at"):
+        run.save(state(1))
 
 
 def test_a_removed_folder_is_made_again_by_a_save(tmp_path, monkeypatch, capsys):

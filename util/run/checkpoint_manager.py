@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from util.files.atomic import read_json, replacing, sync_folder, write_json
+from util.files.names import printable
 from util.weights.checkpoint import save_atomic
 from util.weights.types import Checkpoint
 
@@ -105,6 +106,9 @@ class CheckpointManager:
         owner = self._owner()
         if owner is not None:
             self._refuse(owner)
+            if owner["token"] != self.token:
+                # The owner is an earlier start of this job. It must see that it has lost the folder.
+                self._become_owner()
             return
         if self.claimed and not os.path.exists(self._owner_path):
             print(f"warning: {self.dir} or its {OWNER} was removed: it is made again", flush=True)
@@ -141,7 +145,7 @@ class CheckpointManager:
 
     def _refuse(self, owner: Mapping[str, Any], only_newer_restart: bool = False) -> None:
         """Raise ValueError if the folder belongs to a run that takes precedence over this one."""
-        if owner["token"] == self.me["token"]:
+        if owner["token"] == self.token:
             return
         same_job = owner["job"] is not None and owner["job"] == self.me["job"]
         older = same_job and owner["restart"] < self.me["restart"]
@@ -150,9 +154,10 @@ class CheckpointManager:
             return
         who = "a run"
         if owner["job"]:
-            who = f"job {owner['job']}, restart {owner['restart']}"
+            who = f"job {printable(owner['job'])}, restart {owner['restart']}"
+        place = f"on {printable(owner['host'])} at {printable(owner['since'])}"
         raise ValueError(
-            f"{self.dir} belongs to {who} that started later, on {owner['host']} at {owner['since']}: "
+            f"{self.dir} belongs to {who} that started later, {place}: "
             "this run stops without saving; give every run its own `output_dir`"
         )
 
