@@ -6,7 +6,8 @@ workers share its memory, because numpy has no per-element reference counts that
 
 import hashlib
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,6 +15,18 @@ import numpy as np
 from util.data.sources.listing_cache import Listing, unpack_names
 
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
+# A sparse file or a wrong entry of a tar may claim any size, and it is allocated before it is read.
+MAX_BYTES = 1 << 30
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+# Gets the number of an image before it is read; data workers report what they do.
+_report: Callable[[int], None] | None = None
 
 
 class NoSplit(ValueError):
@@ -83,12 +96,19 @@ class ImageIndex:
         return os.fsdecode(self._blob[start : self._ends[i]].tobytes())
 
     def read(self, i: int) -> bytes:
-        """Return the undecoded bytes of image i. Raises OSError if they cannot be read."""
+        """Return the undecoded bytes of image i.
+
+        Raises OSError if they cannot be read, are more than MAX_BYTES, or are not in a regular file: a pipe
+        would be waited for, and a device has no end.
+        """
+        if _report is not None:
+            _report(i)
         if not self.tars:
-            with open(os.path.join(self.root, self.name(i)), "rb") as file:
-                return file.read()
-        # pread has no file position, so workers may share a file that was opened before a fork.
+            return _read_file(os.path.join(self.root, self.name(i)))
         size = int(self._size[i])
+        if not 0 <= size <= MAX_BYTES:
+            raise OSError(f"{self.name(i)} in {self.tars[self._shard[i]]} {_wrong_size(size)}")
+        # pread has no file position, so workers may share a file that was opened before a fork.
         data = os.pread(self._tar(int(self._shard[i])).fileno(), size, int(self._offset[i]))
         if len(data) != size:
             raise OSError(f"{self.tars[self._shard[i]]} ends inside {self.name(i)}")
@@ -100,7 +120,7 @@ class ImageIndex:
             if len(self._files) >= MAX_OPEN_TARS:
                 oldest = next(iter(self._files))
                 self._files.pop(oldest).close()
-            self._files[shard] = open(self.tars[shard], "rb", buffering=0)  # noqa: SIM115 (stays open)
+            self._files[shard] = _open_tar(self.tars[shard])
         return self._files[shard]
 
     def digest(self) -> str:
@@ -120,6 +140,65 @@ class ImageIndex:
         if self.ignored:
             ignored = f"; {self.ignored} images outside class folders are ignored"
         return f"{self.path}: {len(self)} images, {classes} ({self.kind}{ignored})"
+
+
+def report_reads(report: Callable[[int], None]) -> None:
+    """Let this process call `report` with the number of each image before it is read."""
+    global _report
+    _report = report
+
+
+def _read_file(path: str) -> bytes:
+    """Return the content of a regular file; see `ImageIndex.read`."""
+    descriptor = _open_safely(path, os.O_RDONLY)
+    try:
+        left = _size_of(descriptor, path)
+        parts = []
+        # A file system may give less at a time. What is appended meanwhile is left out.
+        while left:
+            part = os.read(descriptor, left)
+            if not part:
+                raise OSError(f"{path} has become shorter while it was read")
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
+
+
+def _size_of(descriptor: int, path: str) -> int:
+    """Return the size of an open file. Raises OSError for one that is not regular, or too large."""
+    found = os.fstat(descriptor)
+    _check_regular(found, path)
+    if found.st_size > MAX_BYTES:
+        raise OSError(f"{path} {_wrong_size(found.st_size)}")
+    return found.st_size
+
+
+def _check_regular(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
+        raise OSError(f"{path} is {kind}, not a regular file")
+
+
+def _wrong_size(size: int) -> str:
+    return f"claims {size} bytes, and an image may have up to {MAX_BYTES}"
+
+
+def _open_safely(path: str, flags: int) -> int:
+    # Opening a pipe must not wait for its other end, and opening a terminal must not adopt it.
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _open_tar(path: str) -> BinaryIO:
+    """Open a tar, without a buffer. Raises OSError if it is not a regular file."""
+    file = open(path, "rb", buffering=0, opener=_open_safely)  # noqa: SIM115 (stays open)
+    try:
+        _check_regular(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
