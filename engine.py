@@ -18,6 +18,7 @@ from util.cluster import slurm
 from util.data.contract import Batches, Samples
 from util.data.loading.loader import device_batches
 from util.data.loading.samplers import EpochSampler
+from util.data.loading.waits import Guard, NoData, StopAsked, guarded
 from util.dist import fsdp
 from util.flags.parser import with_flags
 from util.run import plan
@@ -52,6 +53,7 @@ class Run:
     session: Session
     stop: dist.StopSignal
     bad_images: BadImages
+    guard: Guard
 
     @property
     def sharded(self) -> bool:
@@ -134,13 +136,51 @@ class Run:
         return checkpoints is not None and checkpoints.step_due(step)
 
     def leave(self, state: TrainState, epoch: int) -> None:
-        """Save and ask SLURM to requeue the job if it would not do so itself; no rank exits before that."""
+        """Save and ask SLURM to requeue the job if it would not do so itself; no rank exits before that.
+
+        Raises NoData on all ranks if one of them stops the run because it has lost a data worker.
+        """
         received = [name for name in dist.gather_objects(self.stop.received) if name]
+        failures = [text for text in dist.gather_objects(self.guard.failure) if text]
         self.save(state, epoch, must=True)
         dist.print_rank0(f"stopped by {received[0]} after step {state.step}: state saved")
-        if dist.is_main() and "SIGINT" not in received:
+        # A worker that was killed for its memory would be killed again.
+        if dist.is_main() and "SIGINT" not in received and not failures:
             slurm.requeue()
         dist.barrier()
+        if failures:
+            raise NoData(failures[0])
+
+    def save_alone(self, state: TrainState) -> None:
+        """Save the finished updates while the other ranks may be inside of the next one, and wait for this.
+
+        Does nothing on other ranks than 0, and if the model is sharded. With several ranks the averages of
+        the epoch lack the updates since the last log point, as the values of the other ranks cannot be had.
+        Raises NonFiniteLoss or ValueError as the check before any other save does.
+        """
+        if self.session.checkpoints is None or not dist.is_main() or self.sharded:
+            return
+        log = self.session.log
+        if dist.world_size() == 1:
+            log.flush()
+            self.bad_images.check()
+            state.meters = log.meters
+        # A value that is not finite on any rank has reached the weights of all.
+        elif not all(p.isfinite().all() for p in state.model.parameters()):
+            print("the weights are not finite: the state is not saved", flush=True)
+            return
+        self.save(state, log.epoch - 1, must=True)
+        print(f"state saved after step {state.step}", flush=True)
+
+    def leave_alone(self, state: TrainState) -> None:
+        """Save without the other ranks, and ask SLURM to requeue the job as `leave` does.
+
+        The others get no answer any more: the launcher ends them, or the connection that they lose.
+        """
+        self.save_alone(state)
+        print(f"stopped by {self.stop.received} while waiting for data", flush=True)
+        if self.stop.received != "SIGINT":
+            slurm.requeue()
 
 
 def fit(
@@ -157,12 +197,13 @@ def fit(
     In a dry run a few updates are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done. Returns False when a signal asked to stop, after saving the state.
     Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises ValueError for settings that
-    cannot work.
+    cannot work. Raises NoData if the data do not come, after saving the state if this process can.
     """
     wrapped = _wrap(model, setup, budget)
     stop = dist.StopSignal(slurm.requeue_at_the_limit)
     bad_images = BadImages(loader.dataset, session.log.output_dir, budget.max_bad_images)
-    run = Run(model, wrapped, objective, loader, setup, budget, session, stop, bad_images)
+    guard = Guard(stop, fsdp.is_sharded(model))
+    run = Run(model, wrapped, objective, loader, setup, budget, session, stop, bad_images, guard)
     if budget.accum_iter > run.batches_per_epoch:
         raise ValueError(
             f"`accum_iter` {budget.accum_iter} is longer than the epoch of {run.batches_per_epoch} batches: "
@@ -190,8 +231,17 @@ def fit(
     )
     _take_folder(run, state, start, owed)
     session.log.open(first_epoch, state.step, run.updates_per_epoch)
-    with run.stop, slurm.lost_peers(run.stop):
-        return all(train_one_epoch(run, state, epoch) for epoch in range(first_epoch, budget.epochs))
+    with run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
+        return _train(run, state, first_epoch)
+
+
+def _train(run: Run, state: TrainState, first_epoch: int) -> bool:
+    """Train the epochs that are left; return False, after saving the state, if a signal asked to stop."""
+    try:
+        return all(train_one_epoch(run, state, epoch) for epoch in range(first_epoch, run.budget.epochs))
+    except StopAsked:
+        run.leave_alone(state)
+        return False
 
 
 def _wrap(model: nn.Module, setup: Setup, budget: Budget) -> nn.Module:
@@ -275,6 +325,9 @@ def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
         lr = _set_schedules(run, state, epoch + update / updates)
         try:
             metrics, waited = train_one_update(run, state, stream, _counter(run))
+        except NoData:
+            run.save_alone(state)
+            raise
         except StopIteration:
             # The stream ended before its announced length.
             state.optimizer.zero_grad(set_to_none=True)
@@ -327,15 +380,20 @@ def train_one_update(
     """Run one optimizer step over `accum_iter` micro-batches.
 
     Returns the mean metrics, scalars on the device, and the seconds spent waiting for data. Raises
-    StopIteration at the end of the stream.
+    StopIteration at the end of the stream. Raises NoData or StopAsked, with the state as it was before, if a
+    batch does not come.
     """
     accum_iter = run.budget.accum_iter
+    before: list[Tensor] = []
+    # The first micro-batch comes before any change.
+    if accum_iter > 1:
+        before = [buffer.clone() for buffer in _buffers(state)]
     sums: dict[str, Tensor] = {}
     waited = 0.0
     for micro in range(accum_iter):
-        before = time.monotonic()
-        batch = next(stream)
-        waited += time.monotonic() - before
+        start = time.monotonic()
+        batch = _next_batch(state, stream, before)
+        waited += time.monotonic() - start
         run.bad_images.add(batch.get("bad", ()))
         seed_step(run.budget.seed, state.step * accum_iter + micro)
         # The counter is active only here: data loading may start processes, which would inherit it.
@@ -354,6 +412,21 @@ def train_one_update(
     if counter is not None:
         run.session.log.image_flops = counter.total / (accum_iter * run.loader.batch_size)
     return sums, waited
+
+
+def _next_batch(state: TrainState, stream: Iterator[dict], before: list[Tensor]) -> dict:
+    """Return the next batch, or restore the state's buffers if it does not come."""
+    try:
+        return next(stream)
+    except (NoData, StopAsked):
+        # The update's earlier micro-batches have changed running statistics.
+        for buffer, value in zip(_buffers(state), before):
+            buffer.copy_(value)
+        raise
+
+
+def _buffers(state: TrainState) -> list[Tensor]:
+    return [b for module in (state.model, *state.extras.values()) for b in module.buffers()]
 
 
 def _gradient_sync(run: Run, last: bool) -> contextlib.AbstractContextManager:

@@ -297,7 +297,12 @@ def build_data(
     transform = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
-    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
+    loading = dict(
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
+        data_timeout=args.data_timeout,
+    )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     describe_evaluation(val, setup.size, args.crop_pct)
     if args.eval:

@@ -288,7 +288,12 @@ def build_data(
             f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders"
         )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
-    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
+    loading = dict(
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
+        data_timeout=args.data_timeout,
+    )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     if args.eval:
         return None, val_loader

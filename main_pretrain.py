@@ -351,7 +351,12 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
     train = build_dataset(args.data_path, "train", augment, **options)
     dist.print_rank0(train.summary())
     pin_memory = args.pin_mem and setup.device.type == "cuda"
-    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers, pin_memory=pin_memory)
+    loading = dict(
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
+        data_timeout=args.data_timeout,
+    )
     loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
         val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)

@@ -345,6 +345,7 @@ def build_data(
         seed=args.seed,
         num_workers=args.num_workers,
         pin_memory=pin_memory,
+        data_timeout=args.data_timeout,
     )
     plain = build_dataset(args.data_path, "train", eval_transform(setup.size), **options)
     return cached(loader, args.cache_data, setup.device), plain

@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         out = out or os.path.join(args.dir, "report.html")
         text = page(args.dir, args.metric)
-        write_text(out, text)
+        write_text(out, text, follow=True)
     print(f"wrote {out}")
     return 0
 

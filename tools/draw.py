@@ -381,7 +381,7 @@ def sweep(folder: str, out: str, flag: str | None, metric: str | None) -> None:
     chance = chance_of(runs, metric)
     table = sweep_table(groups, flag, metric, chance).markdown()
     charts.save(charts.sweep(groups, flag, metric, chance), out)
-    write_text(os.path.splitext(out)[0] + ".md", table + "\n")
+    write_text(os.path.splitext(out)[0] + ".md", table + "\n", follow=True)
     print(printable_lines(table))
     if missing:
         print(f"no figures yet: {', '.join(map(printable, missing))}")

@@ -37,14 +37,17 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path):
 def test_links_stay_and_pipes_are_written_to(tmp_path):
     write_text(tmp_path / "file", "old")
     (tmp_path / "link").symlink_to("file")
-    write_text(tmp_path / "link", "new")
+    write_text(tmp_path / "link", "new", follow=True)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "new"
     reader, writer = os.pipe()
-    write_text(f"/dev/fd/{writer}", "through a pipe")
+    write_text(f"/dev/fd/{writer}", "through a pipe", follow=True)
     assert os.read(reader, 100) == b"through a pipe"
     os.close(reader)
     os.close(writer)
+    os.mkfifo(tmp_path / "unread")
+    with pytest.raises(OSError, match="unread"):
+        write_text(tmp_path / "unread", "nobody waits", follow=True)
 
 
 def test_lines_are_appended(tmp_path):

@@ -23,6 +23,7 @@ INHERITED = (
     "in_chans",
     "mean",
     "std",
+    "max_pixels",
     "pos_tokens",
     "device",
     "num_workers",

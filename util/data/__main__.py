@@ -61,6 +61,7 @@ def command(args: argparse.Namespace) -> int:
             long_side=args.long_side,
             quality=args.quality,
             num_workers=args.num_workers,
+            max_pixels=args.max_pixels,
         )
         return 0
     # Without labels loose images count as well.

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from util.files.regular import open_safely
+
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, mode: str = "w", writer: str = "") -> Iterator[IO]:
+def replacing(
+    path: str | os.PathLike, mode: str = "w", writer: str = "", follow: bool = False
+) -> Iterator[IO]:
     """Open a new file that takes the name `path` when the block has ended without an error.
 
     The content is on the disk before the name is, so that a crash of the machine leaves the old file or the
@@ -20,22 +24,26 @@ def replacing(path: str | os.PathLike, mode: str = "w", writer: str = "") -> Ite
     without a `writer` each call makes up its own.
 
     Args:
-        path: the file to replace; its folder must exist. A link stays a link: the file that it names is
-            replaced. Pipes and terminals, such as /dev/stdout, are written to instead.
+        path: the file to replace. Its folder must exist.
         mode: "w" for UTF-8 text, in which file names may hold any bytes; "wb" for bytes.
         writer: a name that no other process uses at the same time.
+        follow: for paths that a user names. A link stays a link, and the file that it leads to is replaced.
+            Pipes and terminals, such as /dev/stdout, are written to.
 
     Raises OSError, for example on a full disk.
     """
     options: dict[str, Any] = {}
     if "b" not in mode:
         options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **options) as file:
+    if follow and os.path.exists(path) and not os.path.isfile(path):
+        # A pipe that nobody reads is an error, and is not waited for.
+        with open(path, mode, opener=open_safely, **options) as file:
+            os.set_blocking(file.fileno(), True)
             yield file
         return
-    path = os.path.realpath(path)
-    partial = f"{path}.partial-{writer or uuid.uuid4().hex}"
+    if follow:
+        path = os.path.realpath(path)
+    partial = f"{os.fspath(path)}.partial-{writer or uuid.uuid4().hex}"
     try:
         with open(partial, mode, **options) as file:
             yield file
@@ -59,9 +67,9 @@ def sync_folder(folder: str | os.PathLike) -> None:
             os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str, follow: bool = False) -> None:
     """Replace a text file; see `replacing`."""
-    with replacing(path) as file:
+    with replacing(path, follow=follow) as file:
         file.write(text)
 
 

@@ -46,6 +46,13 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         "--num_workers", default=num_workers, type=number(0), help="data loading processes per rank"
     )
     g.add_argument(
+        "--data_timeout",
+        default=5,
+        type=number(0, kind=float),
+        help="minutes that a batch may take before the run saves its state and ends; 0 waits for ever. "
+        "Without data loading processes a file system that hangs is not noticed",
+    )
+    g.add_argument(
         "--pin_mem",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -365,7 +365,7 @@ def write_predictions(path: str, rows: Sequence[tuple[int, int, int, float]], in
     """
     make_again(os.path.dirname(os.path.abspath(path)))
     # The same partial name each time: the next table replaces what a kill has left of this one.
-    with replacing(path, writer="table") as f:
+    with replacing(path, writer="table", follow=True) as f:
         writer = csv.writer(f)
         writer.writerow(["image", "label", "prediction", "probability", "correct"])
         for image, label, predicted, probability in rows:

@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import socket
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, default_colla
 from util import dist
 from util.data.contract import Samples
 from util.data.loading.samplers import EpochSampler, EvalSampler
+from util.data.loading.waits import Crew, StartWorker, WorkerKilled, batch_is_read, survives
 from util.data.pixels import Pixels
-from util.dist.allocator import return_freed_memory
 
 # The class of a loader's data set.
 S = TypeVar("S", bound=Samples)
+T = TypeVar("T")
+DATA_TIMEOUT = 5.0  # minutes
 
 
 def collate(samples: list[dict]) -> dict:
@@ -28,29 +30,62 @@ def collate(samples: list[dict]) -> dict:
     It has `image` uint8 (B, C, H, W) and other views; `label`, `index` and `key`, int64 (B,); and `bad`, a
     list of indices.
     """
+    batch_is_read()
     # Samples have different numbers of `bad` indices, so these cannot be stacked.
     batch = {k: default_collate([s[k] for s in samples]) for k in samples[0] if k != "bad"}
     return batch | dict(bad=[i for s in samples for i in s["bad"]])
 
 
 class Loader(DataLoader[dict], Generic[S]):
-    """A DataLoader whose workers ignore the signals that end a run.
+    """A DataLoader that notices when its workers do not answer or are killed; see `Crew` for its errors.
 
-    Schedulers and terminals signal every process. The parent decides what follows and needs its workers until
-    it has saved, so they are started with these signals blocked. There is then no moment in which a signal
-    could end one.
+    If the run goes on after a worker was killed (`Guard.survives`), this process makes the other batches
+    itself. They are the same.
     """
 
     dataset: S
     batch_size: int
 
+    def __init__(self, dataset: S, *, data_timeout: float, num_workers: int, **options: Any):
+        self.data_timeout = data_timeout
+        self.crew = Crew(dataset, num_workers, data_timeout)
+        super().__init__(
+            dataset, num_workers=num_workers, worker_init_fn=StartWorker(self.crew.rows), **options
+        )
+
     def __iter__(self) -> Any:
-        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        try:
+        # This process loads the images, and waits for nobody.
+        if self.num_workers == 0:
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._batches(self._ask(super().__iter__, self.crew.start))
+
+    def _batches(self, workers: Iterator[dict] | None) -> Iterator[dict]:
+        """Yield the batches of the workers, and once they are lost, those that are left."""
+        done = 0
+        while workers is not None:
+            try:
+                batch = self._ask(workers.__next__, self.crew.wait)
+            except StopIteration:
+                return
+            if batch is None:
+                break
+            done += 1
+            yield batch
+        sampler: Any = self.batch_sampler
+        for numbers in islice(sampler, done, None):
+            yield self.collate_fn([self.dataset[number] for number in numbers])
+
+    def _ask(self, call: Callable[[], T], how: Callable[[Callable[[], T]], T]) -> T | None:
+        """Return how(call), or None once the workers are lost and the run goes on without them."""
+        if self.crew.dismissed:
+            return None
+        try:
+            return how(call)
+        except WorkerKilled as error:
+            # A stream cannot be entered where its workers have left it.
+            if isinstance(self.dataset, IterableDataset) or not survives(error):
+                raise
+            return None
 
 
 @lru_cache(maxsize=1)  # registered once
@@ -78,11 +113,13 @@ def build_loader(
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    data_timeout: float = DATA_TIMEOUT,
 ) -> Loader[S]:
     """Return a loader of batches as `collate` makes them.
 
     Its workers persist over epochs, use one thread each, and leave signals to the parent. `sampler` must be
-    None for a stream; the last, partial batches of a stream are dropped.
+    None for a stream; the last, partial batches of a stream are dropped. `data_timeout` is the number of
+    minutes that a batch may take; 0 means for ever.
     """
     # DataLoader refuses a sampler for a stream.
     stream = isinstance(dataset, IterableDataset)
@@ -100,7 +137,7 @@ def build_loader(
         pin_memory=pin_memory,
         drop_last=stream,
         persistent_workers=num_workers > 0,
-        worker_init_fn=return_freed_memory,  # type: ignore[arg-type]
+        data_timeout=data_timeout,
     )
 
 
@@ -123,7 +160,15 @@ def check_same_everywhere(dataset: Any) -> None:
         )
 
 
-def train_loader(dataset: S, *, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> Loader[S]:
+def train_loader(
+    dataset: S,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+    data_timeout: float = DATA_TIMEOUT,
+) -> Loader[S]:
     """Return a loader of this rank's shuffled batches, epoch by epoch; a stream keeps its own order."""
     check_same_everywhere(dataset)
     sampler = None
@@ -132,18 +177,35 @@ def train_loader(dataset: S, *, batch_size: int, seed: int, num_workers: int, pi
             len(dataset), batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size(), seed=seed
         )
     return build_loader(
-        dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory
+        dataset,
+        sampler,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        data_timeout=data_timeout,
     )
 
 
-def eval_loader(dataset: S, *, batch_size: int, num_workers: int, pin_memory: bool) -> Loader[S]:
+def eval_loader(
+    dataset: S,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    data_timeout: float = DATA_TIMEOUT,
+) -> Loader[S]:
     """Return a loader of this rank's share of all samples, each once over all ranks."""
     check_same_everywhere(dataset)
     sampler = None
     if dataset.exact_resume:
         sampler = EvalSampler(len(dataset), dist.rank(), dist.world_size())
     return build_loader(
-        dataset, sampler, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory
+        dataset,
+        sampler,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        data_timeout=data_timeout,
     )
 
 

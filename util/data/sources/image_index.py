@@ -7,16 +7,22 @@ workers share its memory, because numpy has no per-element reference counts that
 import hashlib
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from util.data.sources.listing_cache import LEFT_OUT, Listing, open_regular, stamp, unpack_names
+from util.data.sources.listing_cache import LEFT_OUT, Listing, stamp, unpack_names
 from util.files.names import printable
+from util.files.regular import open_regular, open_safely, regular_size
 
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
 PROBED_MEMBERS = 32  # whose headers are compared with the listing, if a tar has another time than there
+# A sparse file or a wrong entry of a tar may claim any size, and it is allocated before it is read.
+MAX_BYTES = 1 << 30
+
+# Gets the number of an image before it is read; data workers report what they do.
+_report: Callable[[int], None] | None = None
 
 
 class NoSplit(ValueError):
@@ -95,12 +101,19 @@ class ImageIndex:
         return os.fsdecode(self._blob[start : self._ends[i]].tobytes())
 
     def read(self, i: int) -> bytes:
-        """Return the undecoded bytes of image i. Raises OSError if they cannot be read."""
+        """Return the undecoded bytes of image i.
+
+        Raises OSError if they cannot be read, are more than MAX_BYTES, or are not in a regular file: a pipe
+        would be waited for, and a device has no end.
+        """
+        if _report is not None:
+            _report(i)
         if not self.tars:
-            with open(os.path.join(self.root, self.name(i)), "rb") as file:
-                return file.read()
-        # pread has no file position, so workers may share a file that was opened before a fork.
+            return _read_file(os.path.join(self.root, self.name(i)))
         size = int(self._size[i])
+        if not 0 <= size <= MAX_BYTES:
+            raise OSError(f"{self.name(i)} in {self.tars[self._shard[i]]} {_wrong_size(size)}")
+        # pread has no file position, so workers may share a file that was opened before a fork.
         data = os.pread(self._tar(int(self._shard[i])).fileno(), size, int(self._offset[i]))
         if len(data) != size:
             raise OSError(f"{self.tars[self._shard[i]]} ends inside {self.name(i)}")
@@ -199,6 +212,36 @@ class ImageIndex:
         if not counts:
             return ""
         return f"; {', '.join(counts)} left out"
+
+
+def report_reads(report: Callable[[int], None]) -> None:
+    """Let this process call `report` with the number of each image before it is read."""
+    global _report
+    _report = report
+
+
+def _read_file(path: str) -> bytes:
+    """Return the content of a regular file; see `ImageIndex.read`."""
+    descriptor = open_safely(path)
+    try:
+        left = regular_size(descriptor, path)
+        if left > MAX_BYTES:
+            raise OSError(f"{path} {_wrong_size(left)}")
+        parts = []
+        # A file system may give less at a time. What is appended meanwhile is left out.
+        while left:
+            part = os.read(descriptor, left)
+            if not part:
+                raise OSError(f"{path} has become shorter while it was read")
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
+
+
+def _wrong_size(size: int) -> str:
+    return f"claims {size} bytes, and an image may have up to {MAX_BYTES}"
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 from util.data.formats import IMAGE_SUFFIXES
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import from_names, is_folder, list_folder, list_tars
-from util.data.sources.listing_cache import Listing, load_listing, open_regular, unpack_names
+from util.data.sources.listing_cache import Listing, load_listing, unpack_names
 from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
 from util.files.names import printable
+from util.files.regular import open_regular
 
 LAYOUTS = """Layouts that work:
   <data_path>/{train,val}/<class>/*.jpg, as ImageNet

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import os
-import stat
 import time
 import zipfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from util.files.atomic import replacing
-from util.files.names import printable
+from util.files.regular import open_regular
 
 Listing = dict[str, np.ndarray]
 # A younger file may change again without getting another time: file systems round times.
@@ -59,23 +58,6 @@ def stamp(path: str | bytes | int) -> tuple[int, int]:
     """Return the modification time in nanoseconds and the size in bytes of a path or an open file."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_size
-
-
-def open_regular(path: str, buffering: int = -1) -> Any:
-    """Open a regular file for reading bytes.
-
-    Raises ValueError for a pipe, a device or the like, which may block or never end.
-    """
-    file = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise ValueError(f"{printable(path)} is a pipe, a device or a socket: give a regular file")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    # Opening a pipe waits for its writer otherwise. Windows has no such pipes.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 # --- reading ---

@@ -25,6 +25,7 @@ from util.data.sources.image_index import ImageIndex, some_names
 from util.data.sources.layouts import build_index
 from util.files.atomic import read_json, replacing, write_json
 from util.files.names import printable
+from util.flags.groups import MAX_PIXELS
 
 __all__ = ["COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
 
@@ -63,13 +64,14 @@ def repack(
     quality: int = 90,
     num_workers: int = 0,
     shard_images: int = SHARD_IMAGES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Counter:
     """Write `target`/<split>-*.tar with the images and class folders of one split of `source`.
 
     For paths see `build_index`. The same call continues one that was stopped: finished shards stay in a
     hidden folder until the last one is finished. Every rewritten JPEG is decoded again and compared: all its
     pixels, or its size if it was encoded anew. Images other than 8-bit grey, RGB and CMYK are copied, and so
-    are unreadable files, which training then reports.
+    are unreadable files, which training then reports, and images of more than `max_pixels` pixels.
 
     Returns the number of images of this call by outcome. Raises ValueError without the native library, and if
     `target` holds shards of a call with other settings, or other data.
@@ -92,7 +94,7 @@ def repack(
     folder = _claim(target, split, settings)
     shards = _plan(len(index), shard_images, split, target, folder)
     missing = [shard for shard in shards if not shard.exists()]
-    images = _Conversion(index, long_side, quality)
+    images = _Conversion(index, long_side, quality, max_pixels)
     report = _write(missing, images, num_workers)
     # Only now: half a data set must not look like a whole one.
     for shard in shards:
@@ -174,7 +176,8 @@ def _write(shards: list[Shard], images: "_Conversion", num_workers: int) -> _Rep
 class _Conversion(Dataset):
     """The converted images of an index, made by a loader's workers."""
 
-    def __init__(self, index: ImageIndex, long_side: int | None, quality: int):
+    def __init__(self, index: ImageIndex, long_side: int | None, quality: int, max_pixels: int):
+        self.max_pixels = max_pixels
         self.index = index
         self.long_side = long_side
         self.quality = quality
@@ -194,7 +197,7 @@ class _Conversion(Dataset):
             data = self.index.read(i)
         except OSError as error:
             raise ValueError(f"{printable(name)} cannot be read: {error}") from error
-        stored, outcome = convert(data, self.long_side, self.quality)
+        stored, outcome = convert(data, self.long_side, self.quality, self.max_pixels)
         # A PNG that has become a JPEG; the old suffix stays, so that two names cannot become one.
         if outcome == ENCODED and not name.lower().endswith((".jpg", ".jpeg")):
             name += ".jpg"

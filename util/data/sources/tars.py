@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from util.data.formats import IMAGE_SUFFIXES
-from util.data.sources.listing_cache import open_regular
 from util.files.names import printable
+from util.files.regular import open_regular
 
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
 # First bytes of gzip, bzip2, xz, zstd and zip.
