@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from util.files.names import printable
 
 # Recipes have a few kB. Files that include each other twice and more would otherwise grow without an end.
-MAX_BYTES = 2**20  # each inclusion counts
+MAX_BYTES = 2**20  # of all recipes together
+MAX_FILES = 200  # each inclusion counts
 MAX_DEPTH = 20
 
 
@@ -24,6 +25,7 @@ class Recipes:
     def __init__(self, split: Callable[[str], list[str]]):
         self.split = split
         self.bytes_left = MAX_BYTES
+        self.files_left = MAX_FILES
 
     def expanded(self, words: Sequence[str], includers: tuple[str, ...] = ()) -> list[str]:
         """Return the words with those of all recipes. `includers` are the recipes that hold the words.
@@ -38,7 +40,7 @@ class Recipes:
                 continue
             # Relative to the working directory.
             path = word[1:]
-            _check_includers(path, includers)
+            self._check(path, includers)
             for number, line in enumerate(self._lines(path), start=1):
                 try:
                     parts = self.split(line)
@@ -46,6 +48,19 @@ class Recipes:
                     raise ValueError(f"recipe {printable(path)}, line {number}: {_reason(error)}") from None
                 all_words += self.expanded(parts, (*includers, path))
         return all_words
+
+    def _check(self, path: str, includers: tuple[str, ...]) -> None:
+        chain = " -> ".join(printable(each) for each in (*includers, path))
+        # Links may give a file several names.
+        if os.path.realpath(path) in map(os.path.realpath, includers):
+            raise ValueError(f"recipe {printable(path)} includes itself: {chain}")
+        if len(includers) >= MAX_DEPTH:
+            raise ValueError(f"recipes include each other more than {MAX_DEPTH} deep: {chain}")
+        self.files_left -= 1
+        if self.files_left < 0:
+            raise ValueError(
+                f"recipe {printable(path)} is one too many: a command line may include {MAX_FILES} ({chain})"
+            )
 
     def _lines(self, path: str) -> list[str]:
         name = printable(path)
@@ -87,16 +102,7 @@ class Recipes:
         return data
 
 
-def _check_includers(path: str, includers: tuple[str, ...]) -> None:
-    chain = " -> ".join(printable(each) for each in (*includers, path))
-    # Links may give a file several names.
-    if os.path.realpath(path) in map(os.path.realpath, includers):
-        raise ValueError(f"recipe {printable(path)} includes itself: {chain}")
-    if len(includers) >= MAX_DEPTH:
-        raise ValueError(f"recipes include each other more than {MAX_DEPTH} deep: {chain}")
-
-
 def _reason(error: ValueError) -> str:
     if "quotation" in str(error):
         return "an open quote. Close it, or put a backslash before it"
-    return str(error)
+    return "a backslash at the end. Remove it: a recipe has whole flags on each line"

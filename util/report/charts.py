@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from util.report.aggregate import Aggregate, is_number
-from util.report.labels import chart_text
+from util.report.labels import LONGEST_TICK, chart_text
 from util.report.runs import RunRecord
 
 # Okabe and Ito's palette, whose colours colour-blind readers can distinguish.
@@ -195,7 +195,7 @@ def _draw_sweep(axes: Axes, x: list[float], rows: list[Aggregate], others: str, 
 
 
 def _name_ticks(axes: Axes, places: dict) -> None:
-    names = [chart_text(str(x)) for x in places]
+    names = [chart_text(str(x), LONGEST_TICK) for x in places]
     rotation = 0
     if len("".join(names)) > 50:
         # Side by side they would overlap.

@@ -103,6 +103,9 @@ def _sweep_parts(runs: list[RunRecord], swept: list[str], metrics: list[str] | N
         for metric in metrics_of(runs, metrics):
             chance = chance_of(runs, metric)
             groups = aggregate(runs, flag, metric)
+            if not groups:
+                # The flags of these runs are not known.
+                continue
             chart = charts.data_uri(charts.sweep(groups, flag, metric, chance))
             yield f"<h2>{page_text(metric)} against {page_text(flag)}</h2>"
             yield (
