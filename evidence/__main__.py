@@ -27,6 +27,7 @@ from evidence.page import blocks, filled
 from evidence.records import check_same_flags, collect_experiment, load, load_one
 from evidence.statistics import combined_verdict
 from util.files.atomic import write_text
+from util.files.names import printable
 from util.flags.parser import Parser, run
 from util.report.runs import print_damage
 
@@ -83,7 +84,7 @@ def run_command(args: argparse.Namespace, extra: list[str]) -> int:
         if args.missing and before:
             points = missing_points(name, before)
             if not points:
-                print(f"{name}: {os.path.join(args.results, name)}.json has all runs")
+                print(printable(f"{name}: {os.path.join(args.results, name)}.json has all runs"))
                 continue
             only = ["--only", *points]
         words = launcher_words(name, args.data, args.runs, args.max_parallel, [*only, *extra])
@@ -140,7 +141,7 @@ def write_command(results: str, page: str) -> int:
     with open(page) as f:
         text = filled(f.read(), blocks(load(results)))
     write_text(page, text)
-    print(f"wrote {page}")
+    print(printable(f"wrote {page}"))
     return 0
 
 

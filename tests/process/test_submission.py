@@ -316,6 +316,15 @@ def test_a_recipe_that_cannot_be_read_is_one_line_anywhere(tmp_path, capsys, bef
     assert error.count("\n") == 1
 
 
+def test_an_empty_status_submits_nothing(tmp_path, fake, monkeypatch, capsys):
+    """Such as that of an unset variable."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["--status", ""], ["--status="]):
+        assert launch("main_pretrain", [*RUN, *words]) == 2
+        assert "--status is empty: give the job directory" in capsys.readouterr().err
+    assert options(fake) == [] and not (tmp_path / "jobs").exists()
+
+
 def test_a_newline_in_a_swept_value_is_not_in_the_name(tmp_path):
     (point,) = plan("data_path='a\n#SBATCH \x1b'")
     assert point.name == "data_path=_a__SBATCH___" and point.flags == {"data_path": "a\n#SBATCH \x1b"}

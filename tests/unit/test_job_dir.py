@@ -1,8 +1,8 @@
 """The small files of a job directory: written as a whole, damaged ones named, and the other runs spared."""
 
 import json
-import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,20 +128,17 @@ def test_a_damaged_sweep_is_never_overwritten(tmp_path, content):
     assert path.read_text() == content
 
 
-def _append(folder: str, run: int) -> None:
-    for job in range(10):
-        add_job_ids(Path(folder), {f"seed={run}": str(job)})
+def test_launchers_that_write_at_once_keep_each_others_jobs(tmp_path):
+    def launcher(run: int) -> None:
+        for job in range(10):
+            add_job_ids(tmp_path, {f"seed={run}": str(job)})
 
-
-@pytest.mark.slow  # starts two processes
-def test_launchers_that_start_at_once_keep_each_others_jobs(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    launchers = [context.Process(target=_append, args=(str(tmp_path), run)) for run in (0, 1)]
-    for launcher in launchers:
-        launcher.start()
-    for launcher in launchers:
-        launcher.join(60)
-    assert read_job_ids(tmp_path) == {f"seed={run}": [str(i) for i in range(10)] for run in (0, 1)}
+    launchers = [threading.Thread(target=launcher, args=(run,)) for run in range(4)]
+    for each in launchers:
+        each.start()
+    for each in launchers:
+        each.join()
+    assert read_job_ids(tmp_path) == {f"seed={run}": [str(i) for i in range(10)] for run in range(4)}
 
 
 @pytest.mark.parametrize("content", [*DAMAGED, '{"seed=0": "7"}'])

@@ -60,7 +60,7 @@ def _add_job_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--check", action="store_true", help="check the cluster instead: ranks, shared folder, data"
     )
-    g.add_argument("--status", default="", metavar="DIR", help="print the state of a job directory's runs")
+    g.add_argument("--status", default=None, metavar="DIR", help="print the state of a job directory's runs")
 
 
 def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
@@ -166,7 +166,10 @@ def launch(main: str, argv: list[str] | None = None) -> int:
     own, rest = cluster.parse_known_args(words)
 
     def act(_: argparse.Namespace) -> int:
-        if own.status:
+        if own.status is not None:
+            # An unset variable of a shell must not submit a run.
+            if not own.status:
+                raise ValueError("--status is empty: give the job directory")
             print(status(Path(own.status)))
             return 0
         return submit(_make_request(main, rest, chain, own))

@@ -221,7 +221,7 @@ def status(job_dir: Path) -> str:
         if "%j" in str(job_dir):
             hint = ". Write the ID of a job for %j"
         raise ValueError(
-            f"{job_dir} is not a job directory: nothing was submitted there (no jobs.json){hint}"
+            f"{printable(job_dir)} is not a job directory: nothing was submitted there (no jobs.json){hint}"
         )
     directory = JobDir.read(job_dir)
     # Earlier jobs of a run have ended.

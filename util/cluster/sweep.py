@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any, NoReturn
 
 from util.cluster.job import Job
+from util.files.names import printable
 from util.flags.parser import Parser
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
@@ -107,13 +108,13 @@ def _check_swept(main: str, swept: Mapping[str, list[str]]) -> None:
     flags = [flag for names in swept for flag in names.split("+")]
     for flag in flags:
         if flags.count(flag) > 1:
-            raise ValueError(f"`sweep` has two lists of values for {flag}: give one")
+            raise ValueError(f"`sweep` has two lists of values for {printable(flag)}: give one")
         reason = NOT_SWEPT.get(flag)
         for action in (known.get(f"--{flag}"), known.get(f"-{flag}")):
             if isinstance(action, (argparse._HelpAction, argparse._VersionAction)):
                 reason = "it prints a text, and nothing runs"
         if reason:
-            raise ValueError(f"`sweep` {flag}: the flag cannot be swept, {reason}")
+            raise ValueError(f"`sweep` {printable(flag)}: the flag cannot be swept, {reason}")
 
 
 def _make_point(
@@ -158,7 +159,7 @@ def parse_sweep(words: list[str]) -> dict[str, list[str]]:
         # As on the command line, dashes and underscores are equal.
         flag = name.lstrip("-").replace("-", "_")
         if flag in swept:
-            raise ValueError(f"`sweep` has two lists of values for {flag}: give one")
+            raise ValueError(f"`sweep` has two lists of values for {printable(flag)}: give one")
         swept[flag] = values.split(",")
     return swept
 
@@ -174,8 +175,9 @@ def apart(names: str, values: str) -> dict[str, str]:
         return {names: values}
     parts = values.split("+")
     if len(parts) != len(flags):
+        text = printable(f"{names}={values}")
         raise ValueError(
-            f"`sweep` {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} "
+            f"`sweep` {text}: {len(flags)} flags move together, so each value needs {len(flags)} "
             "parts, joined by +"
         )
     return dict(zip(flags, parts))
@@ -248,14 +250,15 @@ def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:
 
 
 def _value_words(name: str, value: str) -> list[str]:
+    text = printable(f"{name}={value}")
     try:
         words = shlex.split(value)
     except ValueError:
-        raise ValueError(f"`sweep` {name}={value}: the value has an open quote") from None
+        raise ValueError(f"`sweep` {text}: the value has an open quote") from None
     for word in words:
         # Numbers may be negative.
         if re.match("--|-[A-Za-z]|@", word):
-            raise ValueError(f"`sweep` {name}={value}: {word} is no value, but a flag or a recipe")
+            raise ValueError(f"`sweep` {text}: {printable(word)} is no value, but a flag or a recipe")
     return words
 
 
@@ -313,9 +316,8 @@ def _split_chain(chain: list[str]) -> list[list[str]]:
     for part in parts:
         if not part or part[0] not in FOLLOW_UPS:
             mains = " or ".join(FOLLOW_UPS)
-            raise ValueError(
-                f"`then` must be followed by {mains} and its flags, found {' '.join(part) or 'nothing'}"
-            )
+            found = printable(" ".join(part)) or "nothing"
+            raise ValueError(f"`then` must be followed by {mains} and its flags, found {found}")
     return parts
 
 

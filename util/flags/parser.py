@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from util.files.names import printable_lines
+from util.files.names import printable, printable_lines
 from util.flags.recipes import Recipes
 
 
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         """Parse a command line, sys.argv by default. An unknown flag ends the process with exit code 2."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(self._describe_unknown(unknown[0].split("=")[0]))
+            self.error(self._describe_unknown(printable(unknown[0].split("=")[0])))
         return parsed
 
     def _describe_unknown(self, flag: str) -> str:

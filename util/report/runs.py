@@ -197,10 +197,11 @@ def _flags(folder: str, report: Report) -> dict:
     from util.weights.files import load
 
     try:
-        return load(path).args
+        args = load(path).args
     except (ValueError, OSError) as error:
         report(str(error))
         return {}
+    return {name: value for name, value in args.items() if isinstance(name, str)}
 
 
 def read_plan(folder: str | os.PathLike) -> dict[str, Any]:
