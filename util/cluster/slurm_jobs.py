@@ -181,7 +181,8 @@ class SlurmSubmission:
         with _without_leftovers(self.job_dir), slurm.submission_errors(), executor.batch():
             jobs = [executor.submit(point.job()) for point in points]
         for point, job in zip(points, jobs):
-            print(f"{point.label}: job {job.job_id}, log {job.paths.stdout}")
+            label = point.label.replace("%j", job.job_id)
+            print(f"{label}: job {job.job_id}, log {job.paths.stdout}")
         self.job_dir = self.job_dir.replace("%j", jobs[0].job_id)
         self._note({point.name: job.job_id for point, job in zip(points, jobs)})
         write_flags(points)
