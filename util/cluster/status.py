@@ -151,7 +151,7 @@ def state_of(note: Mapping[str, Any], queued: str, ended: str) -> str:
         return queued.lower()
     if noted in ("finished", "failed", "stopped"):
         return noted
-    if ended:
+    if ended.strip():
         # sacct says who cancelled a job: "CANCELLED by 0".
         return ended.split()[0].lower()
     return noted or "not submitted"
