@@ -24,9 +24,12 @@ from evidence.claims import CLAIMS
 from evidence.experiments import EXPERIMENTS, HERE, recipe
 from evidence.launch import launcher_words, main_flags, missing_points, run_experiments
 from evidence.page import blocks, filled
-from evidence.records import check_same_flags, collect_experiment, load
+from evidence.records import check_same_flags, collect_experiment, load, load_one
 from evidence.statistics import combined_verdict
+from util.files.atomic import write_text
+from util.files.names import printable
 from util.flags.parser import Parser, run
+from util.report.runs import print_damage
 
 
 def get_args_parser() -> Parser:
@@ -72,23 +75,23 @@ def run_command(args: argparse.Namespace, extra: list[str]) -> int:
     """Run experiments and collect their results, if they run here and now."""
     if not args.data:
         raise ValueError("--data DIR: the folder that holds mini_imagenet20 and cifar10")
-    results = load(args.results)
     command_lines = {}
     for name in args.names:
+        path = os.path.join(args.results, f"{name}.json")
+        before = load_one(path)
         # The launcher's own flag for some points of a sweep.
         only: list[str] = []
-        if args.missing and name in results:
-            points = missing_points(name, results[name])
+        if args.missing and before:
+            points = missing_points(name, before)
             if not points:
-                print(f"{name}: {os.path.join(args.results, name)}.json has all runs")
+                print(printable(f"{name}: {os.path.join(args.results, name)}.json has all runs"))
                 continue
             only = ["--only", *points]
         words = launcher_words(name, args.data, args.runs, args.max_parallel, [*only, *extra])
         command_lines[name] = words
         if "--dry_run" not in extra:
             # Now, not after hours of training.
-            path = os.path.join(args.results, f"{name}.json")
-            check_same_flags(path, results.get(name), main_flags(words), shlex.join(recipe(name)))
+            check_same_flags(path, before, main_flags(words), shlex.join(recipe(name)))
     # One experiment that fails does not stop the others.
     failed = run_experiments(command_lines, args.max_parallel)
     if failed:
@@ -117,8 +120,11 @@ def collect_command(names: list[str], runs: str, results: str) -> int:
 
 
 def list_command(folder: str) -> int:
-    """Print each experiment with its number of runs, and each claim with its verdict."""
-    results = load(folder)
+    """Print each experiment with its number of runs, and each claim with its verdict.
+
+    Damaged files are named and left out.
+    """
+    results = load(folder, print_damage)
     for name, experiment in EXPERIMENTS.items():
         state = "not run"
         if name in results:
@@ -131,12 +137,11 @@ def list_command(folder: str) -> int:
 
 
 def write_command(results: str, page: str) -> int:
-    """Write the tables of the page anew."""
+    """Write the tables of the page anew. Raises ValueError for damaged results: the page would lose them."""
     with open(page) as f:
         text = filled(f.read(), blocks(load(results)))
-    with open(page, "w") as f:
-        f.write(text)
-    print(f"wrote {page}")
+    write_text(page, text)
+    print(printable(f"wrote {page}"))
     return 0
 
 

@@ -9,21 +9,36 @@ import glob
 import json
 import os
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from evidence.experiments import recipe
 from util.cluster.job import read_note
-from util.report.runs import RunRecord, read_json, read_sweep, run_folders
+from util.files.atomic import read_json, replacing, write_text
+from util.files.names import printable
+from util.report.runs import RunRecord, known_json, print_damage, read_plan, read_sweep, run_folders
 
 # Keys of log.txt that describe the course of a run, not its results.
 NOT_RESULTS = ("epoch", "train_lr", "train_grad_norm", "n_parameters", "data_wait", "mfu")
+
+# The types of the entries of NAME.json.
+RESULT: dict[str, Any] = {
+    "flags": str,
+    "recipe": str,
+    "runs": list,
+    "missing": list,
+    "machines": list,
+    "versions": dict,
+    "hours": (int, float),
+}
 
 
 def collect(folder: str) -> dict:
     """The results of a sweep's folder: {flags, runs: [{name, flags, figures, hours}], missing, ...}.
 
     Figures are those of the last epoch; follow-up runs add theirs, such as `finetune/test_acc1`. A run that
-    its launcher has not noted as finished is missing. Raises ValueError if no run is finished.
+    its launcher has not noted as finished is missing. Raises ValueError if no run is finished, or if
+    sweep.json is damaged.
     """
     sweep = read_sweep(folder)
     runs = [run for run in sweep.runs if is_finished(run.folder)]
@@ -31,8 +46,9 @@ def collect(folder: str) -> dict:
     if not runs:
         raise ValueError(f"no run in {folder} is finished: there is nothing to collect")
     # Copied logs have no run.json.
-    records = [read_json(os.path.join(run.folder, "run.json")) for run in runs]
-    plan = read_json(os.path.join(folder, "sweep.json"))
+    records = [known_json(os.path.join(run.folder, "run.json"), print_damage) for run in runs]
+    # Without the plan, the results would have the wrong flags.
+    plan = read_plan(folder)
     hours = [run_hours(run.folder) for run in runs]
     return {
         "flags": noted_flags(plan.get("flags", [])),
@@ -41,11 +57,25 @@ def collect(folder: str) -> dict:
             for run, h in zip(runs, hours)
         ],
         "missing": sweep.missing + unfinished,
-        "machines": sorted({device for record in records for device in record.get("devices", [])}),
+        "machines": sorted({device for record in records for device in _devices(record)}),
         # Those of the last run; `merged` joins them with those of earlier collections.
-        "versions": records[-1].get("versions", {}),
+        "versions": _versions(records[-1]),
         "hours": round(sum(hours), 2),
     }
+
+
+def _devices(record: dict) -> list[str]:
+    devices = record.get("devices", [])
+    if not isinstance(devices, list):
+        return []
+    return [device for device in devices if isinstance(device, str)]
+
+
+def _versions(record: dict) -> dict[str, str]:
+    versions = record.get("versions", {})
+    if not isinstance(versions, dict):
+        return {}
+    return {package: str(version) for package, version in versions.items()}
 
 
 def collect_experiment(name: str, runs: str, results: str) -> None:
@@ -57,7 +87,7 @@ def collect_experiment(name: str, runs: str, results: str) -> None:
     path = os.path.join(results, f"{name}.json")
     result = {"experiment": name, "recipe": shlex.join(recipe(name))} | collect(folder)
     # Results of an earlier collection, perhaps from another machine.
-    before = load(results).get(name)
+    before = load_one(path)
     check_same_flags(path, before, result["flags"], result["recipe"])
     if before:
         result = merged(before, result)
@@ -67,13 +97,52 @@ def collect_experiment(name: str, runs: str, results: str) -> None:
     message = f"{name}: {len(result['runs'])} runs"
     if result["missing"]:
         message += f", missing: {', '.join(result['missing'])}"
-    print(message)
+    print(printable(message))
 
 
-def load(results: str) -> dict[str, dict]:
-    """{experiment: content of its NAME.json} of a folder of results."""
-    paths = sorted(glob.glob(os.path.join(results, "*.json")))
-    return {os.path.basename(path).removesuffix(".json"): read_json(path) for path in paths}
+def load(results: str, report: Callable[[str], object] | None = None) -> dict[str, dict]:
+    """{experiment: content of its NAME.json} of a folder of results.
+
+    Raises ValueError for a damaged file. With `report`, such files are left out, and it gets the messages.
+    """
+    contents = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(results), "*.json"))):
+        try:
+            content = load_one(path)
+        except (ValueError, OSError) as error:
+            if report is None:
+                raise
+            report(str(error))
+            continue
+        if content is not None:
+            contents[os.path.basename(path).removesuffix(".json")] = content
+    return contents
+
+
+def load_one(path: str) -> dict | None:
+    """The content of a NAME.json, None if there is no such file. Raises ValueError if it is damaged."""
+    try:
+        content = read_json(path, dict)
+    except FileNotFoundError:
+        return None
+    for key, kind in RESULT.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{path} is damaged, or of another program: it has no valid `{key}`. Restore it")
+    if not all(map(_is_run, content["runs"])):
+        raise ValueError(f"{path} is damaged: not all its `runs` have name, flags and figures. Restore it")
+    if not all(isinstance(word, str) for word in content["missing"] + content["machines"]):
+        raise ValueError(f"{path} is damaged: its `missing` and `machines` are no names. Restore it")
+    return content
+
+
+def _is_run(run: object) -> bool:
+    if not isinstance(run, dict) or not isinstance(run.get("name"), str):
+        return False
+    flags = run.get("flags")
+    figures = run.get("figures")
+    if not isinstance(flags, dict) or not isinstance(figures, dict):
+        return False
+    return all(isinstance(value, (int, float)) for value in [run.get("hours", 0), *figures.values()])
 
 
 def noted_flags(words: list[str]) -> str:
@@ -161,7 +230,7 @@ def write_json(path: str, result: dict) -> None:
         if key == "runs":
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         lines.append(f" {json.dumps(key)}: {text}")
-    with open(path, "w") as f:
+    with replacing(path) as f:
         f.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -191,7 +260,11 @@ def figures_of(run: RunRecord) -> dict[str, float]:
 def is_finished(folder: str) -> bool:
     """Whether the launcher noted the run as finished."""
     # A run that was started without the launcher has no note, and counts as finished.
-    return read_note(folder).get("state", "finished") == "finished"
+    try:
+        return read_note(folder).get("state", "finished") == "finished"
+    except (ValueError, OSError) as error:
+        print_damage(str(error))
+        return False
 
 
 def run_hours(folder: str) -> float:
@@ -217,8 +290,7 @@ def copy_logs(folder: str, out: str) -> None:
             continue
         copy = os.path.join(out, run.name)
         os.makedirs(copy, exist_ok=True)
-        with open(os.path.join(copy, "log.txt"), "w") as f:
+        with replacing(os.path.join(copy, "log.txt")) as f:
             for line in run.log:
                 f.write(json.dumps({key: rounded(value) for key, value in line.items()}) + "\n")
-        with open(os.path.join(copy, "flags.json"), "w") as f:
-            json.dump(run.flags, f)
+        write_text(os.path.join(copy, "flags.json"), json.dumps(run.flags))

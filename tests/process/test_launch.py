@@ -100,7 +100,7 @@ def test_flags_that_move_together():
         (["pos_label=apl,abc"], "invalid choice: 'abc'"),
         (["norm_pix_loss=1,0"], "sweep over true,false"),
         (["mask_ratio"], "FLAG=A,B,C"),
-        (["seed=1,1"], "names a point twice: seed=1"),
+        (["data_path=a/b,a_b"], "names a point twice: data_path=a_b"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_starts(words, message):

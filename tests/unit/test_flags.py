@@ -1,12 +1,13 @@
 """Command lines: what is answered before the heavy imports, and how errors name flags."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from processes import ROOT, environment
-from util.flags.parser import Parser, answer_at_once, with_flags
+from util.flags.parser import Parser, answer_at_once, describe, with_flags
 
 SCRIPT = """
 import sys
@@ -80,3 +81,76 @@ def test_jobs_that_were_submitted_under_the_old_name_can_be_loaded():
     from util.job import Job as stored
 
     assert stored is Job
+
+
+def parser_error(capsys, *words: str) -> str:
+    """What the parser prints about a command line that it refuses."""
+    parser = Parser(add_help=False, prog="prog")
+    parser.add_argument("--size")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(list(words))
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"--size 1\n@R.args\n", "recipe R.args includes itself: R.args -> R.args"),
+        (b"@other.args", "recipe R.args includes itself: R.args -> other.args -> R.args"),
+        (b"--size 1\n\0\1\2", "recipe R.args is not a text file: it holds zero bytes"),
+        (b"--size 1\n# caf\xe9\n", "recipe R.args is not a text file in UTF-8: line 2 has the byte 0xe9"),
+        (b'# a\n--size "a\n', "recipe R.args, line 2: an open quote. Close it, or put a backslash before it"),
+        (b"--size a\\", "recipe R.args, line 1: a backslash at the end. Remove it"),
+        (b"# " + b"x" * 2**20, "recipe R.args is too large: all recipes of a command line may have 1048576"),
+        (b"@small.args\n" * 201, "recipe small.args is one too many: a command line may include 200"),
+        (b"@missing.args", "there is no recipe missing.args; see recipes/*.args"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_one_line_with_its_name(
+    tmp_path, monkeypatch, capsys, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "R.args").write_bytes(content)
+    (tmp_path / "other.args").write_text("@R.args")
+    (tmp_path / "small.args").write_text("--size 1")
+    error = parser_error(capsys, "@R.args")
+    assert error.startswith(f"prog: error: {message}") and error.count("\n") == 1
+
+
+def test_only_regular_files_are_recipes(tmp_path, monkeypatch, capsys):
+    """A pipe would hang, and a device would fill the memory."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("/dev/zero", "zero")
+    os.symlink("loop", "loop")
+    for name in ("pipe", "zero"):
+        assert parser_error(capsys, f"@{name}") == f"prog: error: recipe {name} is not a regular file\n"
+    assert "recipe loop cannot be read: Too many levels" in parser_error(capsys, "@loop")
+    assert f"recipe {tmp_path} is a folder" in parser_error(capsys, f"@{tmp_path}")
+
+
+def test_a_recipe_includes_others_to_a_limited_depth(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(30):
+        (tmp_path / f"{i}.args").write_text(f"@{i + 1}.args")
+    (tmp_path / "30.args").write_bytes(b"\xef\xbb\xbf--size  'a b' # a byte order mark\r\n")
+    parser = Parser(add_help=False)
+    assert parser.with_recipes(["x", "@11.args", "@30.args"]) == ["x", *2 * ["--size", "a b"]]
+    assert "include each other more than 20 deep: 0.args -> 1.args" in parser_error(capsys, "@0.args")
+
+
+def test_control_characters_of_a_command_line_do_not_reach_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "unknown flag --y\\x1b[31m; " in parser_error(capsys, "--y\x1b[31m")
+    assert parser_error(capsys, "@no\nrecipe\x1b").startswith(
+        "prog: error: there is no recipe no\\nrecipe\\x1b;"
+    )
+    (tmp_path / "\x1b[2J.args").write_text("'")
+    assert "recipe \\x1b[2J.args, line 1" in parser_error(capsys, "@\x1b[2J.args")
+    assert "\x1b" not in parser_error(capsys, "word\x1b")
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal_in_errors():
+    error = ValueError("\x1b[31mred\x9b\r.jpg\n\tis damaged, \u202egpj.exe, \udcff: lower `size`")
+    described = describe(error, {"size"})
+    assert described == "\\x1b[31mred\\x9b\\r.jpg\n\tis damaged, \\u202egpj.exe, \\xff: lower --size"

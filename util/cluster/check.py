@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 
+from util.files.names import printable
 from util.flags.parser import Parser, answer_at_once, parse, run
 
 
@@ -50,7 +51,7 @@ def main(flags: argparse.Namespace) -> int:
     device = dist.init(flags.device, flags.dist_backend, flags.dist_timeout)
     dist.make_shared_folder(flags.output_dir)
     n = dist.world_size()
-    dist.print_rank0(f"{os.path.abspath(flags.output_dir)} is shared by all {n} ranks")
+    dist.print_rank0(f"{printable(os.path.abspath(flags.output_dir))} is shared by all {n} ranks")
     latency = time_all_reduce(1, device)
     seconds = time_all_reduce(LARGE, device)
     # In a ring each rank sends and receives 2 (n - 1) / n of the data.
@@ -60,7 +61,8 @@ def main(flags: argparse.Namespace) -> int:
         f"({bandwidth / 1e9:.2f} GB/s of bus bandwidth)"
     )
     # Gathered, because lines that all ranks print at once get mixed up.
-    line = f"rank {dist.rank()}: {socket.gethostname()}, {device}, {time_reading(flags.data_path)}"
+    reading = printable(time_reading(flags.data_path))
+    line = f"rank {dist.rank()}: {socket.gethostname()}, {device}, {reading}"
     lines = dist.gather_objects(line)
     dist.print_rank0("\n".join(lines))
     dist.shutdown()

@@ -5,24 +5,27 @@ the import of torch came first, a warning that arrives within those seconds woul
 of requeueing it.
 """
 
+import functools
 import importlib
-import json
 import os
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from util.files.atomic import read_json, write_json
+from util.files.names import printable
 from util.flags import ending
 from util.flags.parser import Parser, describe, escape_undecodable_names
 
 # Jobs import the mains from this checkout.
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = "job.json"
+# What a note may hold, and of which type it is.
+NOTED = {"state": str, "main": str, "argv": list, "job": str, "host": str, "starts": int, "error": str}
 # A main returns it if a signal has stopped the run and its state is saved (EX_TEMPFAIL of sysexits.h).
 STOPPED = 75
 
@@ -106,13 +109,13 @@ class Job:
         except BaseException as error:
             # The first of several failing ranks has the cause; the others often only lose their
             # connection to it.
-            if read_note(self.folder).get("state") != "failed":
+            if known_note(self.folder).get("state") != "failed":
                 message = f"{type(error).__name__}: {describe(error, known_flags)}"
                 self._note_state("failed", message)
             raise
 
     def _note_start(self, job_id: str) -> None:
-        starts = read_note(self.folder).get("starts", 0)
+        starts = known_note(self.folder).get("starts", 0)
         note = {
             "state": "running",
             "main": self.main,
@@ -122,13 +125,20 @@ class Job:
             "starts": starts + 1,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        write_note(self.folder, note)
+        self._write_note(note)
 
     def _note_state(self, state: str, error: str | None = None) -> None:
-        note = read_note(self.folder) | {"state": state}
+        note = known_note(self.folder) | {"state": state}
         if error is not None:
             note["error"] = error
-        write_note(self.folder, note)
+        self._write_note(note)
+
+    def _write_note(self, note: Mapping[str, Any]) -> None:
+        try:
+            write_note(self.folder, note)
+        except OSError as error:
+            # A full disk, for example. It must not hide how the run went.
+            print(printable(f"the state of the run is not noted: {error}"), file=sys.stderr, flush=True)
 
     def final_state(self, job_id: str) -> str:
         """Return the state of a job that has ended: finished, stopped, failed, or lost if it left no note.
@@ -136,25 +146,26 @@ class Job:
         A job that was killed could not note it. Its note is corrected to failed.
         """
         job = Job(self.main, self.argv, self.folder.replace("%j", job_id))
-        if read_note(job.folder).get("state") == "running":
+        if known_note(job.folder).get("state") == "running":
             job._note_state("failed", "the process ended without an error: killed, by hand or for its memory")
-        return read_note(job.folder).get("state", "lost")
+        return known_note(job.folder).get("state", "lost")
 
     def is_finished(self) -> bool:
         """Whether a job of this main with exactly these flags has finished in this folder."""
-        note = read_note(self.folder)
+        note = known_note(self.folder)
         if note.get("state") != "finished":
             return False
-        return (note["main"], note["argv"]) == (self.main, self.argv)
+        argv = [word.replace("%j", note.get("job", "")) for word in self.argv]
+        return (note.get("main"), note.get("argv")) == (self.main, argv)
 
 
 def _join_ranks() -> str:
-    """Set the variables of torch.distributed from those of submitit, and return the job ID ("" without
-    submitit).
+    """Set the variables of torch.distributed from those of submitit, and return the job ID.
+
+    Without submitit, the process ID stands for it, as in local runs.
     """
-    job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
     if "SUBMITIT_EXECUTOR" not in os.environ:
-        return job_id
+        return os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
     # A run within this process has no such variable, and does not need submitit.
     import submitit
 
@@ -165,17 +176,42 @@ def _join_ranks() -> str:
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
-    """Read the note of the job that runs or ran in a folder, {} if there is none."""
+    """Read the note of the job that runs or ran in a folder, {} if there is none.
+
+    Raises ValueError, which names the file, if it is damaged.
+    """
+    path = Path(folder, NOTE)
     try:
-        return json.loads(Path(folder, NOTE).read_text())
+        note = read_json(path, dict)
     except FileNotFoundError:
+        return {}
+    for name, kind in NOTED.items():
+        if name in note and not isinstance(note[name], kind):
+            raise ValueError(
+                f"{path} is damaged: its `{name}` is a {type(note[name]).__name__}, not a {kind.__name__}. "
+                "Restore it, or remove it"
+            )
+    return note
+
+
+def known_note(folder: str | Path) -> dict[str, Any]:
+    """Read a note as `read_note` does. A damaged one counts as none, and the reason is printed once.
+
+    A run that has finished already ends at once when it is started again, and replaces the note.
+    """
+    try:
+        return read_note(folder)
+    except (ValueError, OSError) as error:
+        _warn(f"{error}; without it, the run counts as not finished")
         return {}
 
 
+@functools.cache
+def _warn(message: str) -> None:
+    print(printable(message), file=sys.stderr, flush=True)
+
+
 def write_note(folder: str | Path, note: Mapping[str, Any]) -> None:
-    """Write the note of a job. A reader finds the old note or the new one, never a part."""
+    """Write the note of a job. Several ranks may note a failure at the same time."""
     os.makedirs(folder, exist_ok=True)
-    # Several ranks may note a failure at the same time.
-    partial = Path(folder, f"{NOTE}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(note, indent=1))
-    os.replace(partial, Path(folder, NOTE))
+    write_json(Path(folder, NOTE), note)

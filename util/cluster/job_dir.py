@@ -1,64 +1,104 @@
-"""The files of a job directory: jobs.json, sweep.json and the flags.json of each point."""
+"""The files of a job directory: jobs.json, sweep.json and the flags.json of each point.
+
+Damaged files are refused by name, and never overwritten: with jobs.json, the IDs of queued jobs would be
+lost, and the runs would be submitted a second time.
+"""
 
 import contextlib
 import fcntl
-import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from util.cluster.sweep import Point
+from util.files.atomic import read_json, write_json
+from util.report.runs import is_run_name, read_plan
+
+# One launcher at a time changes jobs.json and sweep.json.
+LOCK = ".sweep.lock"
 
 
 def read_job_ids(folder: Path) -> dict[str, list[str]]:
-    """Read the IDs of the jobs that were submitted for each run, in the order of submission."""
+    """Read the IDs of the jobs that were submitted for each run, in the order of submission.
+
+    Raises ValueError, which names the file, if it is damaged.
+    """
     path = folder / "jobs.json"
-    if not path.exists():
+    try:
+        job_ids = read_json(path, dict)
+    except FileNotFoundError:
         return {}
-    return json.loads(path.read_text())
+    for run, jobs in job_ids.items():
+        if not is_run_name(run) or not isinstance(jobs, list) or not all(map(_is_job_id, jobs)):
+            raise ValueError(
+                f"{path} does not list the IDs of jobs for its entry {run!r}: it is damaged, or the file of "
+                "another program. Restore it, or remove it when none of its jobs is in the queue"
+            )
+    return {run: jobs for run, jobs in job_ids.items() if jobs}
 
 
-def write_job_ids(folder: Path, job_ids: dict[str, list[str]]) -> None:
-    """Write the IDs of the jobs that were submitted for each run."""
+def _is_job_id(job: object) -> bool:
+    return isinstance(job, str) and re.fullmatch(r"\d+(_\d+)?", job) is not None
+
+
+def add_job_ids(folder: Path, new: Mapping[str, str]) -> None:
+    """Append the ID of a new job to those of each run. Other launchers may do so at the same time.
+
+    Raises ValueError, which names the file and the jobs, if jobs.json is damaged.
+    """
     # A single run has no folder before its job starts.
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(job_ids, indent=1))
+    with locked(folder / LOCK):
+        try:
+            job_ids = read_job_ids(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"jobs {', '.join(new.values())} are submitted, but not noted: {error}"
+            ) from None
+        for run, job in new.items():
+            job_ids.setdefault(run, []).append(job)
+        write_json(folder / "jobs.json", job_ids)
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
-    """Read the names and the flags of the points of a sweep, [] if there is no sweep."""
-    path = folder / "sweep.json"
-    if not path.exists():
-        return []
-    return json.loads(path.read_text())["points"]
+    """Read the names and the flags of the points of a sweep, [] if there is no sweep.
+
+    Raises ValueError, which names the file, if it is damaged.
+    """
+    return read_plan(folder).get("points", [])
 
 
 def write_sweep(folder: Path, points: Sequence[Point], flags: list[str], swept: dict[str, list[str]]) -> None:
-    """Write sweep.json, and flags.json of each point. A job directory of a single run has neither.
+    """Write sweep.json. A job directory of a single run has none.
 
     Args:
         folder: the job directory.
         points: the points of this submission. Points of earlier submissions stay in the file.
         flags: the flags of the main that all points share.
         swept: the values of each swept flag.
+
+    Raises ValueError, which names the file, if an earlier sweep.json is damaged.
     """
     if not any(point.name for point in points):
         return
-    for point in points:
-        os.makedirs(point.folder, exist_ok=True)
-        Path(point.folder, "flags.json").write_text(json.dumps(point.flags))
+    folder.mkdir(parents=True, exist_ok=True)
     # Points of this submission replace those of the same name.
     new = [{"name": point.name, "flags": point.flags} for point in points]
     new_names = {point.name for point in points}
-    path = folder / "sweep.json"
-    with locked(folder / ".sweep.lock"):
+    with locked(folder / LOCK):
         earlier = [point for point in read_points(folder) if point["name"] not in new_names]
         content = {"main": points[0].main, "flags": flags, "sweep": swept, "points": earlier + new}
-        # A reader finds the old file or the new one, never a part.
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1))
-        os.replace(partial, path)
+        write_json(folder / "sweep.json", content)
+
+
+def write_flags(points: Sequence[Point]) -> None:
+    """Make the folder of each point of a sweep, and write its flags.json for reports."""
+    for point in points:
+        if point.name:
+            os.makedirs(point.folder, exist_ok=True)
+            write_json(Path(point.folder, "flags.json"), point.flags)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,12 +17,20 @@ from pathlib import Path
 
 from util.cluster import slurm
 from util.cluster.job import Resources
-from util.cluster.job_dir import write_sweep
+from util.cluster.job_dir import write_flags, write_sweep
 from util.cluster.local import run_here, run_locally
-from util.cluster.slurm_jobs import preview, submit_to_slurm
+from util.cluster.slurm_jobs import check_limits, preview, submit_to_slurm
 from util.cluster.status import status
 from util.cluster.sweep import Point, check_flags, parse_sweep, plan
-from util.flags.parser import Parser, run
+from util.files.names import one_line, printable
+from util.flags.parser import COUNT, Parser, number, run
+
+# Options of sbatch that the launcher depends on: with another value, it would lose sight of its jobs.
+SET_BY_LAUNCHER = {"array", "output", "error", "open_mode"}
+# With these, sbatch submits nothing, or does not print the job's ID.
+NO_SUBMISSION = {"help", "usage", "version", "test_only", "parsable", "quiet", "wrap"}
+# Words of the command line that become lines of the sbatch script.
+TEXTS = ("job_dir", "partition", "qos", "account", "constraint", "comment")
 
 
 def add_cluster_flags(p: argparse.ArgumentParser) -> None:
@@ -51,25 +60,28 @@ def _add_job_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--check", action="store_true", help="check the cluster instead: ranks, shared folder, data"
     )
-    g.add_argument("--status", default="", metavar="DIR", help="print the state of a job directory's runs")
+    g.add_argument("--status", default=None, metavar="DIR", help="print the state of a job directory's runs")
 
 
 def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
     defaults = Resources()
-    g.add_argument("--nodes", default=defaults.nodes, type=int, help="number of nodes")
+    g.add_argument("--nodes", default=defaults.nodes, type=COUNT, help="number of nodes")
     g.add_argument(
         "--ngpus",
         default=None,
-        type=int,
+        type=number(0),
         help="GPUs, and processes, per node; 0 is one process on the CPU. If not given: 8 under SLURM, else "
         "all GPUs of this machine",
     )
     # A requeued job continues its run, so a run may last longer than one job.
     g.add_argument(
-        "--timeout", default=defaults.timeout, type=int, help="minutes until SLURM's warning and the requeue"
+        "--timeout",
+        default=defaults.timeout,
+        type=COUNT,
+        help="minutes until SLURM's warning and the requeue",
     )
-    g.add_argument("--cpus_per_task", default=None, type=int, help="--num_workers + 1 if not given")
-    g.add_argument("--mem_gb", default=None, type=float, help="memory per node in GB")
+    g.add_argument("--cpus_per_task", default=None, type=COUNT, help="--num_workers + 1 if not given")
+    g.add_argument("--mem_gb", default=None, type=number(0.001, 1e6, float), help="memory per node in GB")
     g.add_argument("--partition", default=None, help="partition; the default one of the cluster if not given")
     g.add_argument("--qos", default=None, help="quality of service")
     g.add_argument("--account", default=None, help="account that is charged")
@@ -89,7 +101,7 @@ def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--max_parallel",
         default=None,
-        type=int,
+        type=COUNT,
         help="points of a sweep at a time; if not given all under SLURM, and 1 otherwise",
     )
 
@@ -154,7 +166,10 @@ def launch(main: str, argv: list[str] | None = None) -> int:
     own, rest = cluster.parse_known_args(words)
 
     def act(_: argparse.Namespace) -> int:
-        if own.status:
+        if own.status is not None:
+            # An unset variable of a shell must not submit a run.
+            if not own.status:
+                raise ValueError("--status is empty: give the job directory")
             print(status(Path(own.status)))
             return 0
         return submit(_make_request(main, rest, chain, own))
@@ -188,7 +203,7 @@ def with_chain(argv: list[str]) -> tuple[list[str], list[str]]:
             start = expanded.index("--then")
         words += expanded[:start]
         chain += expanded[start:]
-    return words, chain
+    return _with_previews(words, chain)
 
 
 def _with_previews(words: list[str], chain: list[str]) -> tuple[list[str], list[str]]:
@@ -198,7 +213,54 @@ def _with_previews(words: list[str], chain: list[str]) -> tuple[list[str], list[
     return words + previews, [word for word in chain if word not in previews]
 
 
+def _check_texts(flags: argparse.Namespace) -> None:
+    """Raise ValueError for texts that would add lines to the sbatch script, or move the logs."""
+    for name in TEXTS:
+        text = getattr(flags, name) or ""
+        if one_line(text) != text:
+            raise ValueError(
+                f"--{name} holds a line break or another control character, which it may not: "
+                f"{printable(text)}"
+            )
+    if not flags.job_dir:
+        raise ValueError("--job_dir is empty: give the folder of the runs")
+    # sbatch replaces many patterns in the names of logs: %x, %10j, %%, and a backslash turns that off.
+    pattern = re.search(r"\\|%\d*[A-Za-z%]", re.sub("%[tj]", "", flags.job_dir))
+    if pattern and flags.cluster == "slurm":
+        raise ValueError(
+            f"--job_dir {flags.job_dir}: {pattern[0]} has a meaning for sbatch, and the logs would lie "
+            "elsewhere. Only %t and %j are replaced"
+        )
+
+
+def _sbatch_options(words: list[str]) -> dict[str, str]:
+    """Split the words KEY=VALUE of --slurm. KEY alone gives an empty value.
+
+    Raises ValueError for what is not an option, and for options that the launcher depends on.
+    """
+    options = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        name = key.replace("-", "_")
+        if not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise ValueError(
+                f"--slurm takes options of sbatch such as exclude=node7, found {printable(word)}"
+            )
+        if one_line(value) != value:
+            raise ValueError(
+                f"--slurm {name} holds a line break or another control character, which it may not: "
+                f"{printable(value)}"
+            )
+        if name in SET_BY_LAUNCHER:
+            raise ValueError(f"--slurm {key}: the launcher sets this option itself")
+        if name in NO_SUBMISSION:
+            raise ValueError(f"--slurm {key}: sbatch would not report a job, leave the option out")
+        options[name] = value
+    return options
+
+
 def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.Namespace) -> Request:
+    _check_texts(flags)
     # Both %t and the folder of a check use it.
     now = time.strftime("%Y%m%d-%H%M%S")
     resources = Resources(
@@ -212,14 +274,17 @@ def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.
         account=flags.account,
         constraint=flags.constraint,
         comment=flags.comment,
-        # KEY alone gives an empty value.
-        sbatch=dict(word.partition("=")[::2] for word in flags.slurm),
+        sbatch=_sbatch_options(flags.slurm),
         max_parallel=flags.max_parallel,
     )
+    job_dir = os.path.abspath(flags.job_dir.replace("%t", now))
+    if flags.cluster == "debug":
+        # There is no job. As in local runs, the process ID stands for its ID.
+        job_dir = job_dir.replace("%j", str(os.getpid()))
     request = Request(
         main=main,
         flags=rest,
-        job_dir=os.path.abspath(flags.job_dir.replace("%t", now)),
+        job_dir=job_dir,
         cluster=flags.cluster,
         resources=resources,
         sweep=flags.sweep,
@@ -260,26 +325,37 @@ def submit(request: Request) -> int:
     # A job whose folder does not exist on its node fails without a log.
     if request.cluster == "slurm":
         slurm.check_shared(request.job_dir)
+    _print_equal(points)
     if request.dry_run:
         _print_plan(points, request)
         return 0
+    if request.cluster == "slurm":
+        check_limits(points)
     write_sweep(Path(request.job_dir), points, request.flags, parse_sweep(request.sweep))
     report_stale(points)
     if request.cluster == "slurm":
         return submit_to_slurm(points, request.resources, request.job_dir)
+    write_flags(points)
     if request.cluster == "local":
         return run_locally(points, request.resources, request.job_dir)
     return run_here(points)
 
 
+def _print_equal(points: list[Point]) -> None:
+    for point in points:
+        if point.equal:
+            print(f"{point.name}: stands for equal points too, {' '.join(point.equal)}")
+
+
 def _select(points: list[Point], only: list[str]) -> list[Point]:
     if not only:
         return points
-    names = [point.name for point in points]
-    unknown = sorted(set(only) - set(names))
+    known = {name for point in points for name in (point.name, *point.equal)}
+    unknown = sorted(set(only) - known)
     if unknown:
-        raise ValueError(f"`only` {' '.join(unknown)}: no such point; there are {' '.join(names)}")
-    return [point for point in points if point.name in only]
+        names = " ".join(point.name for point in points)
+        raise ValueError(f"`only` {' '.join(unknown)}: no such point; there are {names}")
+    return [point for point in points if {point.name, *point.equal} & set(only)]
 
 
 def _print_plan(points: list[Point], request: Request) -> None:
@@ -288,7 +364,9 @@ def _print_plan(points: list[Point], request: Request) -> None:
         print(preview(points, request.resources, request.job_dir))
     for point in points:
         for each in (point, *point.then):
-            print(f"# {each.label}\npython {each.main}.py {shlex.join(each.argv)}")
+            print(f"# {printable(each.label)}\npython {each.main}.py {printable(shlex.join(each.argv))}")
+            if any("%j" in word for word in each.argv):
+                print("# %j stands for the ID of the job: replace it before you run the command by hand")
 
 
 def report_stale(points: list[Point]) -> None:

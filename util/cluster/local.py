@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from util.cluster.job import ROOT, Resources
-from util.cluster.job_dir import read_job_ids, write_job_ids
+from util.cluster.job_dir import add_job_ids, read_job_ids
 from util.cluster.sweep import Point
 
 POLL_SECONDS = 0.2
@@ -44,7 +44,8 @@ class _Running:
 class LocalPool:
     """Runs chains of points in processes on this machine, a fixed number at a time, each with its own GPUs.
 
-    A chain is a run and its follow-ups. It ends if one of its runs fails.
+    A chain is a run and its follow-ups. It ends if one of its runs fails. Raises ValueError if the jobs.json
+    of the folder is damaged.
     """
 
     def __init__(self, resources: Resources, job_dir: str):
@@ -56,10 +57,11 @@ class LocalPool:
         if resources.ngpus is not None:
             self.ngpus = resources.ngpus
         self.timeout = resources.timeout
-        self.job_dir = Path(job_dir)
+        self.job_dir = job_dir
+        # Damage is found before the first run starts.
+        read_job_ids(Path(job_dir))
         self.executor = submitit.LocalExecutor(folder=os.path.join(job_dir, "submitit", "%j"))
         self.slots: list[_Running | None] = [None] * (resources.max_parallel or 1)
-        self.job_ids = read_job_ids(self.job_dir)
         self.failed = 0
 
     def run(self, chains: list[list[Point]]) -> int:
@@ -95,9 +97,9 @@ class LocalPool:
         )
         job = self.executor.submit(point.job())
         # Written at once, for --status in another terminal.
-        self.job_ids.setdefault(point.name, []).append(job.job_id)
-        write_job_ids(self.job_dir, self.job_ids)
-        print(f"{point.folder}: running, log {job.paths.stdout}", flush=True)
+        add_job_ids(Path(self.job_dir.replace("%j", job.job_id)), {point.name: job.job_id})
+        folder = point.folder.replace("%j", job.job_id)
+        print(f"{folder}: running, log {job.paths.stdout}", flush=True)
         self.slots[slot] = _Running(point, job, chain[1:])
 
     def _collect(self, slot: int) -> None:
@@ -107,8 +109,9 @@ class LocalPool:
             return
         # Cleared first, because the next run of the chain takes the same slot.
         self.slots[slot] = None
-        state = running.point.job().final_state(running.job.job_id)
-        print(f"{running.point.folder}: {state}", flush=True)
+        job_id = running.job.job_id
+        state = running.point.job().final_state(job_id)
+        print(f"{running.point.folder.replace('%j', job_id)}: {state}", flush=True)
         if state == "finished":
             self._start(slot, running.then)
         else:

@@ -1,15 +1,18 @@
-"""Submitting runs to SLURM through submitit: one array for all points, and a job for each follow-up."""
+"""Submitting runs to SLURM through submitit: arrays of points, and a job for each follow-up."""
 
+import contextlib
 import os
+import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from util.cluster import slurm
 from util.cluster.job import ROOT, Resources
-from util.cluster.job_dir import read_job_ids, write_job_ids
+from util.cluster.job_dir import add_job_ids, locked, read_job_ids, write_flags
 from util.cluster.status import queue
 from util.cluster.sweep import Point, parse_main
 
@@ -20,6 +23,38 @@ GPUS_PER_NODE = 8
 # Seconds between SLURM's warning and the end. They must suffice for the slowest step and for writing the
 # checkpoint of a huge model.
 WARNING_SECONDS = 120
+# SLURM's own default of MaxArraySize, the number of points in one array.
+ARRAY_SIZE = 1001
+
+
+def _limit(name: str, default: int) -> int:
+    """Return a limit of the cluster, the default if SLURM does not say it."""
+    found = re.search(rf"^{name}\s*=\s*(\d+)", slurm.query("scontrol", "show", "config"), re.M)
+    if found is None:
+        return default
+    return int(found[1])
+
+
+def check_limits(points: list[Point]) -> None:
+    """Raise ValueError if there is no cluster, or if it cannot hold the jobs of points and follow-ups."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise ValueError(
+            "this machine has no SLURM (no sbatch and srun on PATH): choose another `cluster`, such as local"
+        )
+    jobs = sum(1 + len(point.then) for point in points)
+    most = _limit("MaxJobCount", jobs)
+    if jobs > most:
+        raise ValueError(
+            f"the command makes {jobs} jobs, but the cluster holds {most} at a time (its MaxJobCount): "
+            "submit some of the points with `only`, and the others when these have ended"
+        )
+
+
+def arrays_of(points: list[Point]) -> list[list[Point]]:
+    """Split points into arrays that the cluster accepts."""
+    # 0 turns arrays off.
+    size = max(1, _limit("MaxArraySize", ARRAY_SIZE))
+    return [points[i : i + size] for i in range(0, len(points), size)]
 
 
 def sbatch_options(points: list[Point], resources: Resources) -> dict[str, Any]:
@@ -76,7 +111,10 @@ def make_executor(points: list[Point], resources: Resources, job_dir: str) -> "s
 
 
 def preview(points: list[Point], resources: Resources, job_dir: str) -> str:
-    """Return the sbatch script of a submission. It needs no SLURM on this machine."""
+    """Return the sbatch script of a submission, of the first array if there are several.
+
+    It needs no SLURM on this machine.
+    """
     import submitit
 
     class Preview(submitit.SlurmExecutor):
@@ -85,11 +123,15 @@ def preview(points: list[Point], resources: Resources, job_dir: str) -> str:
 
     executor = Preview(folder=os.path.join(job_dir, "submitit", "%j"))
     executor.update_parameters(**sbatch_options(points, resources))
+    first, *others = arrays_of(points)
     # In a submission, submitit sets the size of an array itself.
-    if len(points) > 1:
-        executor.parameters["map_count"] = len(points)
+    if len(first) > 1:
+        executor.parameters["map_count"] = len(first)
     command = "python -m submitit.core._submit " + shlex.quote(job_dir + "/submitit")
-    return executor._make_submission_file_text(command, "preview")
+    text = executor._make_submission_file_text(command, "preview")
+    for array in others:
+        text += f"# The same again with {len(array)} more points, as an array of the cluster is full.\n"
+    return text
 
 
 class SlurmSubmission:
@@ -103,6 +145,8 @@ class SlurmSubmission:
         latest = [jobs[-1] for jobs in self.job_ids.values()]
         # If SLURM did not answer, all runs in its queue would be submitted a second time.
         self.queued = queue(latest, required=True)
+        # By this submission.
+        self.submitted = 0
 
     def _is_queued(self, point: Point) -> bool:
         return self.job_ids.get(point.name, [""])[-1] in self.queued
@@ -119,16 +163,36 @@ class SlurmSubmission:
                 selected.append(point)
         return selected
 
-    def submit_array(self, points: list[Point], executor: "submitit.SlurmExecutor") -> None:
-        """Submit points as one job array."""
-        with slurm.submission_errors(), executor.batch():
+    def submit_arrays(self, points: list[Point]) -> None:
+        """Submit points as job arrays.
+
+        With a limit on parallel runs, an array starts when the one before it has ended. Raises ValueError if
+        SLURM refuses an array. Those before it stay submitted.
+        """
+        after = ""
+        for array in arrays_of(points):
+            executor = make_executor(array, self.resources, self.job_dir)
+            if after and self.resources.max_parallel:
+                _start_after(executor, f"afterany:{after}")
+            jobs = self._submit_array(array, executor)
+            after = jobs[0].partition("_")[0]
+
+    def _submit_array(self, points: list[Point], executor: "submitit.SlurmExecutor") -> list[str]:
+        with _without_leftovers(self.job_dir), slurm.submission_errors(), executor.batch():
             jobs = [executor.submit(point.job()) for point in points]
         for point, job in zip(points, jobs):
-            self.job_ids.setdefault(point.name, []).append(job.job_id)
-            print(f"{point.label}: job {job.job_id}, log {job.paths.stdout}")
-        if jobs:
-            self.job_dir = self.job_dir.replace("%j", jobs[0].job_id)
-        write_job_ids(Path(self.job_dir), self.job_ids)
+            label = point.label.replace("%j", job.job_id)
+            print(f"{label}: job {job.job_id}, log {job.paths.stdout}")
+        self.job_dir = self.job_dir.replace("%j", jobs[0].job_id)
+        self._note({point.name: job.job_id for point, job in zip(points, jobs)})
+        write_flags(points)
+        return [job.job_id for job in jobs]
+
+    def _note(self, jobs: dict[str, str]) -> None:
+        for run, job in jobs.items():
+            self.job_ids.setdefault(run, []).append(job)
+        self.submitted += len(jobs)
+        add_job_ids(Path(self.job_dir), jobs)
 
     def submit_follow_ups(self, point: Point, submitted_now: bool) -> None:
         """Submit the follow-ups of a point, each in a job of its own."""
@@ -152,14 +216,51 @@ class SlurmSubmission:
         if after:
             dependency = f" after {after}"
             # Without the option, the follow-up of a failed job stays in the queue for ever.
-            options = executor.parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
-            executor.update_parameters(dependency=f"afterok:{after}", additional_parameters=options)
-        with slurm.submission_errors():
+            _start_after(executor, f"afterok:{after}", kill_on_invalid_dep="yes")
+        with _without_leftovers(self.job_dir), slurm.submission_errors():
             job = executor.submit(point.job())
-        self.job_ids.setdefault(point.name, []).append(job.job_id)
-        # Written after each job, because SLURM may refuse the next one.
-        write_job_ids(Path(self.job_dir), self.job_ids)
         print(f"{point.name}: job {job.job_id}{dependency}, log {job.paths.stdout}")
+        # Written after each job, because SLURM may refuse the next one.
+        self._note({point.name: job.job_id})
+
+
+def _start_after(executor: "submitit.SlurmExecutor", condition: str, **options: str) -> None:
+    """Make the jobs of an executor wait for other jobs of this submission.
+
+    These wait for the user's own dependency already, if there is one.
+    """
+    additional = executor.parameters["additional_parameters"] | options
+    additional.pop("dependency", None)
+    executor.update_parameters(dependency=condition, additional_parameters=additional)
+
+
+@contextlib.contextmanager
+def _without_leftovers(job_dir: str) -> Iterator[None]:
+    """Remove the stored jobs that submitit wrote for a submission, if SLURM refuses it.
+
+    The launcher must have the lock of the job directory, because those of others look the same.
+    """
+    stored = Path(job_dir, "submitit")
+    before = set(stored.glob("*.pkl"))
+    try:
+        yield
+    except ValueError:
+        for path in set(stored.glob("*.pkl")) - before:
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _alone(job_dir: str) -> Iterator[None]:
+    """Let one launcher at a time submit to a job directory: two would submit the same runs."""
+    if "%j" in job_dir:
+        # The folder has a name only when SLURM has the job. No other launcher can have it.
+        yield
+        return
+    folder = Path(job_dir, "submitit")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        yield
 
 
 def submit_to_slurm(points: list[Point], resources: Resources, job_dir: str) -> int:
@@ -167,13 +268,24 @@ def submit_to_slurm(points: list[Point], resources: Resources, job_dir: str) -> 
 
     Raises ValueError if SLURM does not answer or refuses a job.
     """
-    submission = SlurmSubmission(resources, job_dir)
-    selected = submission.select(points)
-    # Made even if no point is selected, so that wrong options are reported in any case.
-    executor = make_executor(selected or points, resources, job_dir)
-    submission.submit_array(selected, executor)
-    names = {point.name for point in selected}
-    for point in points:
-        submission.submit_follow_ups(point, submitted_now=point.name in names)
+    with _alone(job_dir):
+        submission = SlurmSubmission(resources, job_dir)
+        selected = submission.select(points)
+        # Made even if no point is selected, so that wrong options are reported in any case.
+        make_executor(selected or points, resources, job_dir)
+        names = {point.name for point in selected}
+        try:
+            submission.submit_arrays(selected)
+            for point in points:
+                submission.submit_follow_ups(point, submitted_now=point.name in names)
+        except ValueError as error:
+            if not submission.submitted:
+                raise
+            raise ValueError(
+                f"{error}. {submission.submitted} jobs are submitted; the same command again submits the "
+                "others"
+            ) from error
+        # Of earlier submissions, which may have been killed before they wrote them.
+        write_flags([point for point in points if not Path(point.folder, "flags.json").exists()])
     print(f"status: python {os.path.basename(sys.argv[0])} --status {submission.job_dir}")
     return 0

@@ -1,42 +1,111 @@
 """The state of submitted runs, from their notes, their logs and SLURM."""
 
-import contextlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from util.cluster.job import read_note
+from util.cluster.job import NOTE, read_note
 from util.cluster.job_dir import read_job_ids, read_points
 from util.cluster.slurm import query
+from util.files.names import printable
+from util.report.runs import Report, log_lines
 from util.report.tables import Table
+
+T = TypeVar("T")
 
 HEADER = ["run", "state", "epoch", "last figures", "starts", "job", "folder or error"]
 # The figures of log.txt that the table shows, if a run has them.
 FIGURES = ("train_loss", "train_pixel", "train_position", "test_position", "test_acc1", "knn20_cls")
 # An error message must not push the other columns off the screen.
 ERROR_COLUMNS = 300
+# Of a run that may still succeed. Its follow-ups wait for it.
+HOPEFUL = (
+    "finished",
+    "pending",
+    "requeued",
+    "running",
+    "completing",
+    "configuring",
+    "suspended",
+    "preempted",
+)
 
 
 @dataclass(frozen=True)
 class SlurmStates:
-    """SLURM's view of some jobs: the state of those in the queue, and the final state of the others."""
+    """SLURM's view of some jobs: the state of those in the queue, and the final state of the others.
+
+    `answers` says whether SLURM has answered: only then has a job that is not in the queue ended.
+    """
 
     queued: Mapping[str, str]
     ended: Mapping[str, str]
+    answers: bool = True
 
 
-def last_line(folder: Path) -> dict[str, Any]:
-    """Read the last complete line of log.txt, {} before there is one."""
+@dataclass
+class JobDir:
+    """A job directory as far as it can be read: its runs, their jobs, and what is damaged."""
+
+    folder: Path
+    job_ids: dict[str, list[str]] = field(default_factory=dict)
+    points: list[str] = field(default_factory=list)  # names
+    damage: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> "JobDir":
+        """Read the directory. Damaged files are noted in `damage`."""
+        directory = cls(folder)
+        directory.job_ids = directory.spared(lambda: read_job_ids(folder), {})
+        no_points: list[dict[str, Any]] = []
+        points = directory.spared(lambda: read_points(folder), no_points)
+        directory.points = [point["name"] for point in points]
+        return directory
+
+    def spared(self, read: Callable[[], T], default: T) -> T:
+        """Return what `read` returns, or the default if a file is damaged, which is noted."""
+        try:
+            return read()
+        except (ValueError, OSError) as error:
+            self.damage.append(str(error))
+            return default
+
+    def runs(self) -> list[str]:
+        """Return the names of all runs: each point, then its follow-ups. The name of a single run is ""."""
+        points = list(self.points)
+        # A sweep may share its folder with a single run, whose note then lies there as well.
+        single = not self.job_ids or "" in self.job_ids or (self.folder / NOTE).exists()
+        if not points and self.damage:
+            points = self._noted("")
+        if not points and single:
+            points = [""]
+        names = []
+        for point in points:
+            follow_ups = [run for run in self.job_ids if run != point and Path(run).parent == Path(point)]
+            if self.damage:
+                follow_ups += [run for run in self._noted(point) if run not in (*points, *follow_ups)]
+            names += [point, *follow_ups]
+        return names
+
+    def _noted(self, run: str) -> list[str]:
+        """The runs below a run whose jobs have left a note, for damaged lists of runs."""
+        return sorted(
+            str(path.parent.relative_to(self.folder)) for path in (self.folder / run).glob(f"*/{NOTE}")
+        )
+
+
+def last_line(folder: Path, report: Report = lambda message: None) -> dict[str, Any]:
+    """Read the last complete line of log.txt, {} before there is one. Damage goes to `report`."""
     path = folder / "log.txt"
-    if not path.exists():
+    if not path.is_file():
         return {}
-    for line in reversed(path.read_text().splitlines()):
-        # The last line may be incomplete: it is being written, or the run was killed.
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(line)
-    return {}
+    # The last line may be incomplete: it is being written, or the run was killed.
+    lines = log_lines(str(path), report)
+    if not lines:
+        return {}
+    return lines[-1]
 
 
 def queue(job_ids: Sequence[str], required: bool = False) -> dict[str, str]:
@@ -47,7 +116,7 @@ def queue(job_ids: Sequence[str], required: bool = False) -> dict[str, str]:
     if not job_ids:
         return {}
     lines = query("squeue", "-h", "-r", "-o", "%i %T", "--me", required=required).splitlines()
-    states = dict(line.split() for line in lines)
+    states = dict(line.split() for line in lines if len(line.split()) == 2)
     # squeue lists all jobs of the user.
     return {job: states[job] for job in job_ids if job in states}
 
@@ -58,7 +127,7 @@ def final_states(job_ids: Sequence[str]) -> dict[str, str]:
         return {}
     # -X leaves out the steps of a job.
     text = query("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(job_ids))
-    return dict(line.split("|", 1) for line in text.splitlines())
+    return dict(line.split("|", 1) for line in text.splitlines() if "|" in line)
 
 
 def state_of(note: Mapping[str, Any], queued: str, ended: str) -> str:
@@ -82,59 +151,87 @@ def state_of(note: Mapping[str, Any], queued: str, ended: str) -> str:
         return queued.lower()
     if noted in ("finished", "failed", "stopped"):
         return noted
-    if ended:
+    if ended.strip():
         # sacct says who cancelled a job: "CANCELLED by 0".
         return ended.split()[0].lower()
     return noted or "not submitted"
 
 
-def run_names(job_dir: Path) -> list[str]:
-    """Return the names of all runs of a job directory: each point, then its follow-ups.
-
-    The name of a single run is "".
-    """
-    points = [point["name"] for point in read_points(job_dir)]
-    submitted = list(read_job_ids(job_dir))
-    # A sweep may share its folder with a single run, whose note then lies there as well.
-    single = not submitted or "" in submitted or (job_dir / "job.json").exists()
-    if not points and single:
-        points = [""]
-    names = []
-    for point in points:
-        follow_ups = [run for run in submitted if run != point and Path(run).parent == Path(point)]
-        names += [point, *follow_ups]
-    return names
-
-
-def _row(job_dir: Path, run: str, job: str, slurm: SlurmStates) -> list[str]:
-    """Make the row of a run for `status`. `job` is the ID of its latest job, "" if none was submitted."""
-    folder = job_dir / run
-    note = read_note(folder)
-    line = last_line(folder)
-    job = job or note.get("job", "")
-    current = note
-    # A job in the queue that has not started leaves the note of an earlier job in place.
-    if job in slurm.queued and note.get("job") != job:
-        current = {}
-    state = state_of(current, slurm.queued.get(job, ""), slurm.ended.get(job, ""))
+def _row(directory: JobDir, run: str, slurm: SlurmStates, states: dict[str, str]) -> list[str]:
+    """Make the row of a run for `status`. Its state is added to `states`, for its follow-ups."""
+    folder = directory.folder / run
+    damage: list[str] = []
+    no_line: dict[str, Any] = {}
+    line = directory.spared(lambda: last_line(folder, damage.append), no_line)
+    directory.damage += damage
+    jobs = directory.job_ids.get(run, [])
+    place = str(folder)
+    try:
+        note = read_note(folder)
+    except (ValueError, OSError) as error:
+        place = str(error)
+        note = {}
+        states[run] = "damaged"
+    job = ([note.get("job", ""), *jobs])[-1]
+    if run not in states:
+        parent = ""
+        if run not in directory.points:
+            parent = states.get(str(Path(run).parent).removeprefix("."), "")
+        states[run] = _state(note, jobs, slurm, parent)
     epoch = "-"
-    if "epoch" in line:
+    if line:
         epoch = str(line["epoch"] + 1)
     figures = [f"{name.removeprefix('train_')} {line[name]:.4g}" for name in FIGURES if name in line]
-    place = str(folder)
-    if state == "failed" and note.get("error"):
+    if states[run] == "failed" and note.get("error"):
         place = note["error"].splitlines()[0][:ERROR_COLUMNS]
-    return [run or ".", state, epoch, "  ".join(figures), str(note.get("starts", 0)), job, place]
+    return [run or ".", states[run], epoch, "  ".join(figures), str(note.get("starts", 0)), job, place]
+
+
+def _state(note: Mapping[str, Any], jobs: Sequence[str], slurm: SlurmStates, parent: str) -> str:
+    """Return the state of a run in one word.
+
+    Args:
+        note: the note in its folder, {} if there is none.
+        jobs: the IDs of its jobs, in the order of submission.
+        slurm: SLURM's view of the latest one.
+        parent: the state of the run that it follows, "" if there is none.
+    """
+    job = ""
+    if jobs:
+        job = jobs[-1]
+    # A job that has not started leaves the note of an earlier job in place.
+    if note.get("job") != job and (job in slurm.queued or note.get("job") in jobs):
+        note = {}
+    state = state_of(note, slurm.queued.get(job, ""), slurm.ended.get(job, ""))
+    if state != "not submitted" or not job:
+        return state
+    # The job left the queue without a note, and accounting does not say why.
+    if parent and parent not in (*HOPEFUL, "unknown") and slurm.answers:
+        return "cancelled"
+    return "unknown"
 
 
 def status(job_dir: Path) -> str:
-    """Make a table of the runs of a job directory. Raises ValueError if nothing was submitted there."""
-    if not any((job_dir / name).exists() for name in ("jobs.json", "sweep.json", "job.json")):
-        raise ValueError(f"{job_dir} is not a job directory: nothing was submitted there (no jobs.json)")
-    # Run -> its latest job; earlier ones have ended.
-    latest = {run: jobs[-1] for run, jobs in read_job_ids(job_dir).items() if jobs}
-    queued = queue(list(latest.values()))
-    ended = final_states([job for job in latest.values() if job not in queued])
-    slurm = SlurmStates(queued, ended)
-    rows = [_row(job_dir, run, latest.get(run, ""), slurm) for run in run_names(job_dir)]
-    return Table(HEADER, rows).text()
+    """Make a table of the runs of a job directory, and name its damaged files below.
+
+    Raises ValueError if nothing was submitted there.
+    """
+    if not any((job_dir / name).exists() for name in ("jobs.json", "sweep.json", NOTE)):
+        hint = ""
+        if "%j" in str(job_dir):
+            hint = ". Write the ID of a job for %j"
+        raise ValueError(
+            f"{printable(job_dir)} is not a job directory: nothing was submitted there (no jobs.json){hint}"
+        )
+    directory = JobDir.read(job_dir)
+    # Earlier jobs of a run have ended.
+    latest = [jobs[-1] for jobs in directory.job_ids.values()]
+    queued = directory.spared(lambda: queue(latest, required=True), None)
+    answers = queued is not None and shutil.which("squeue") is not None
+    queued = queued or {}
+    ended = final_states([job for job in latest if job not in queued])
+    slurm = SlurmStates(queued, ended, answers)
+    states: dict[str, str] = {}
+    rows = [_row(directory, run, slurm, states) for run in directory.runs()]
+    lines = [Table(HEADER, rows).text()]
+    return "\n".join(lines + [f"warning: {printable(message)}" for message in directory.damage])

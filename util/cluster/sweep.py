@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any, NoReturn
 
 from util.cluster.job import Job
+from util.files.names import printable
 from util.flags.parser import Parser
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
@@ -29,11 +30,23 @@ INHERITED = (
     "num_workers",
     "seed",
 )
+# Flags that cannot be swept, and why.
+NOT_SWEPT = {
+    "output_dir": "the launcher sets it: each point has its own folder in `job_dir`",
+    "dry_run": "such a run trains nothing. The launcher has a flag of this name",
+}
+# The launcher sets these flags of a follow-up.
+SET_FOR_FOLLOW_UPS = ("finetune", "resume", "output_dir")
+# Of a folder, in bytes, on all common file systems.
+LONGEST_NAME = 255
 
 
 @dataclass
 class Point:
-    """One run: its swept flags, all flags of its main, its folder, and its follow-ups."""
+    """One run: its swept flags, all flags of its main, its folder, and its follow-ups.
+
+    `equal` are the names of points with the same flags, such as lr=0.001 and lr=1e-3, for which it stands.
+    """
 
     name: str  # a path below the job directory; "" for a single run
     flags: dict[str, Any]  # the swept flags with their parsed values
@@ -41,6 +54,7 @@ class Point:
     argv: list[str]
     folder: str
     then: list["Point"] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -62,30 +76,60 @@ def plan(main: str, rest: list[str], sweep: list[str], chain: list[str], job_dir
         chain: words --then MAIN FLAGS [--then ...].
         job_dir: folder of all runs.
 
-    Raises ValueError if a flag or a value is wrong, or if two points are equal.
+    Points of equal flags are one: the first, which lists the others.
+
+    Raises ValueError if a flag or a value is wrong, or if different points have the same name.
     """
     swept = parse_sweep(sweep)
     if (swept or chain) and "%j" in job_dir:
         raise ValueError("`sweep` and `then` need a `job_dir` that is known at submission: leave out %j")
-    points = []
+    _check_swept(main, swept)
+    # Flags as text -> the point that has them.
+    points: dict[str, Point] = {}
     # The last flag varies fastest.
     for values in product(*swept.values()):
         flags: dict[str, str] = {}
         for names, value in zip(swept, values):
             flags |= apart(names, value)
-        points.append(_make_point(main, rest, flags, chain, job_dir))
+        point, settings = _make_point(main, rest, flags, chain, job_dir)
+        first = points.setdefault(settings, point)
+        if first is not point:
+            first.equal.append(point.name)
     # Different values may give the same name, because special characters are replaced.
-    count = Counter(point.name for point in points)
+    count = Counter(point.name for point in points.values())
     twice = sorted(name for name in count if count[name] > 1)
     if twice:
         raise ValueError(f"`sweep` names a point twice: {', '.join(twice)}")
-    return points
+    return list(points.values())
 
 
-def _make_point(main: str, rest: list[str], flags: dict[str, str], chain: list[str], job_dir: str) -> Point:
+def _check_swept(main: str, swept: Mapping[str, list[str]]) -> None:
+    """Raise ValueError for flags that cannot be swept, or that are swept twice."""
+    known = actions(main)
+    flags = [flag for names in swept for flag in names.split("+")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ValueError(f"`sweep` has two lists of values for {printable(flag)}: give one")
+        reason = NOT_SWEPT.get(flag)
+        for action in (known.get(f"--{flag}"), known.get(f"-{flag}")):
+            if isinstance(action, (argparse._HelpAction, argparse._VersionAction)):
+                reason = "it prints a text, and nothing runs"
+        if reason:
+            raise ValueError(f"`sweep` {printable(flag)}: the flag cannot be swept, {reason}")
+
+
+def _make_point(
+    main: str, rest: list[str], flags: dict[str, str], chain: list[str], job_dir: str
+) -> tuple[Point, str]:
+    """Make a point, and a text that is the same for points of the same flags."""
     name = ",".join(f"{flag}={value}" for flag, value in flags.items())
     # Values may hold spaces, slashes and quotes, which have no place in a folder's name.
     name = re.sub(r"[^\w.+=,-]", "_", name)
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ValueError(
+            f"`sweep` names a point {name[:60]}..., a folder of {len(os.fsencode(name))} bytes, but file "
+            f"systems allow {LONGEST_NAME}: sweep fewer flags at a time"
+        )
     folder = job_dir
     if name:
         folder = os.path.join(job_dir, name)
@@ -98,21 +142,26 @@ def _make_point(main: str, rest: list[str], flags: dict[str, str], chain: list[s
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
     values = {flag: parsed[switches[f"--{flag}"].dest] for flag in flags}
-    return Point(name, values, main, argv, folder, follow_ups(parsed, chain, name, folder))
+    settings = repr(sorted((parsed | {"output_dir": ""}).items()))
+    return Point(name, values, main, argv, folder, follow_ups(parsed, chain, name, folder)), settings
 
 
 def parse_sweep(words: list[str]) -> dict[str, list[str]]:
     """Parse ["mask_ratio=0.5,0.75", "seed=0,1"] to {"mask_ratio": ["0.5", "0.75"], "seed": ["0", "1"]}.
 
-    Flags that move together stay one entry, which `apart` takes apart: "hflip+vflip=0+0,0.5+0.5".
+    Flags that move together stay one entry, which `apart` takes apart: "hflip+vflip=0+0,0.5+0.5". Raises
+    ValueError for other words, and for a flag that is named twice.
     """
-    swept = {}
+    swept: dict[str, list[str]] = {}
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not values:
             raise ValueError(f"`sweep` takes FLAG=A,B,C, found {word!r}")
         # As on the command line, dashes and underscores are equal.
-        swept[name.lstrip("-").replace("-", "_")] = values.split(",")
+        flag = name.lstrip("-").replace("-", "_")
+        if flag in swept:
+            raise ValueError(f"`sweep` has two lists of values for {printable(flag)}: give one")
+        swept[flag] = values.split(",")
     return swept
 
 
@@ -127,8 +176,9 @@ def apart(names: str, values: str) -> dict[str, str]:
         return {names: values}
     parts = values.split("+")
     if len(parts) != len(flags):
+        text = printable(f"{names}={values}")
         raise ValueError(
-            f"`sweep` {names}={values}: {len(flags)} flags move together, so each value needs {len(flags)} "
+            f"`sweep` {text}: {len(flags)} flags move together, so each value needs {len(flags)} "
             "parts, joined by +"
         )
     return dict(zip(flags, parts))
@@ -140,7 +190,7 @@ class _Strict(Parser):
     The user did not type all of these words, so the usage would not help.
     """
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str, usage: bool = True) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}")
 
 
@@ -181,12 +231,12 @@ def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:
     """Append --name value to a command line.
 
     The values of a list are separated by spaces. A flag without a value is set by true and removed by false.
-    Raises ValueError if such a flag has another value.
+    Raises ValueError if such a flag has another value, or if the value would add more flags.
     """
     action = actions(main).get(f"--{name}")
     # The parser reports an unknown flag later, and names the nearest one.
     if action is None or action.nargs != 0:
-        return [*argv, f"--{name}", *shlex.split(value)]
+        return [*argv, f"--{name}", *_value_words(name, value)]
     if value not in ("true", "false"):
         raise ValueError(f"`sweep` {name}: the flag takes no value; sweep over true,false")
     if isinstance(action, argparse.BooleanOptionalAction):
@@ -200,6 +250,19 @@ def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:
     return argv
 
 
+def _value_words(name: str, value: str) -> list[str]:
+    text = printable(f"{name}={value}")
+    try:
+        words = shlex.split(value)
+    except ValueError:
+        raise ValueError(f"`sweep` {text}: the value has an open quote") from None
+    for word in words:
+        # Numbers may be negative.
+        if re.match("--|-[A-Za-z]|@", word):
+            raise ValueError(f"`sweep` {text}: {printable(word)} is no value, but a flag or a recipe")
+    return words
+
+
 def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str) -> list[Point]:
     """Plan the follow-ups of a run, each on its last checkpoint.
 
@@ -208,11 +271,14 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
         chain: words --then MAIN FLAGS [--then ...].
         run: name of the run.
         folder: folder of the run.
+
+    Raises ValueError if a flag is wrong, or is one that the launcher sets.
     """
     points: list[Point] = []
     for part in _split_chain(chain):
         kind = part[0]
         main = FOLLOW_UPS[kind]
+        _check_follow_up(kind, part[1:])
         earlier = sum(point.main == main for point in points)
         name = kind
         if earlier:
@@ -227,6 +293,18 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
     return points
 
 
+def _check_follow_up(kind: str, words: list[str]) -> None:
+    main = FOLLOW_UPS[kind]
+    if "--help" in words or "-h" in words:
+        raise ValueError(f"`then` {kind}: its flags are those of python {main}.py --help")
+    for name in SET_FOR_FOLLOW_UPS:
+        if name in given_to(main, words):
+            raise ValueError(
+                f"`then` {kind} sets `{name}`, which the launcher sets: a follow-up starts from the last "
+                "checkpoint of its run, and its folder is in that of the run"
+            )
+
+
 def _split_chain(chain: list[str]) -> list[list[str]]:
     """Split --then MAIN FLAGS [--then ...] into a list [MAIN, FLAGS] for each follow-up."""
     parts: list[list[str]] = []
@@ -239,9 +317,8 @@ def _split_chain(chain: list[str]) -> list[list[str]]:
     for part in parts:
         if not part or part[0] not in FOLLOW_UPS:
             mains = " or ".join(FOLLOW_UPS)
-            raise ValueError(
-                f"`then` must be followed by {mains} and its flags, found {' '.join(part) or 'nothing'}"
-            )
+            found = printable(" ".join(part)) or "nothing"
+            raise ValueError(f"`then` must be followed by {mains} and its flags, found {found}")
     return parts
 
 

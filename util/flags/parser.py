@@ -12,9 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from util.files.names import printable, printable_lines
 from util.flags import ending
+from util.flags.recipes import Recipes
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,20 +49,21 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def with_recipes(self, argv: list[str]) -> list[str]:
-        """Replace each ``@file`` of a command line by the words of that recipe, which may include others."""
-        words = []
-        for word in argv:
-            if not word.startswith("@"):
-                words.append(word)
-                continue
-            # Relative to the working directory.
-            path = word[1:]
-            if not os.path.isfile(path):
-                self.error(f"there is no recipe {path}; see recipes/*.args")
-            with open(path) as f:
-                inner = [part for line in f for part in self.convert_arg_line_to_args(line)]
-            words += self.with_recipes(inner)
-        return words
+        """Replace each ``@file`` of a command line by the words of that recipe, which may include others.
+
+        A recipe that cannot be read is an error, which names the file.
+        """
+        try:
+            return Recipes(self.convert_arg_line_to_args).expanded(argv)
+        except ValueError as error:
+            self.error(str(error), usage=False)
+
+    def error(self, message: str, usage: bool = True) -> NoReturn:
+        """Print the usage, unless the flags are not to blame, and the message, and exit with code 2."""
+        if usage:
+            self.print_usage(sys.stderr)
+        # The message repeats words of the command line, which may hold commands to the terminal.
+        self.exit(2, f"{self.prog}: error: {printable_lines(message)}\n")
 
     # argparse calls this on every command line; its own version knows no nested files and no comments.
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
@@ -87,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         """Parse a command line, sys.argv by default. An unknown flag ends the process with exit code 2."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(self._describe_unknown(unknown[0].split("=")[0]))
+            self.error(self._describe_unknown(printable(unknown[0].split("=")[0])))
         return parsed
 
     def _describe_unknown(self, flag: str) -> str:
@@ -192,13 +195,16 @@ def with_flags(message: str, flags: Collection[str]) -> str:
 
 
 def describe(error: BaseException, flags: Collection[str]) -> str:
-    """Return the message of an error for the user: parameters as flags, and no traceback of a data worker."""
+    """Return the message of an error for the user: parameters as flags, and no traceback of a data worker.
+
+    Control characters, which names of files may hold, are escaped.
+    """
     message = str(error)
     # A data worker puts its whole traceback into the message; the last line is "Type: message".
     if "Original Traceback" in message:
         last_line = message.strip().rpartition("\n")[2]
         message = last_line.partition(": ")[2] or message
-    return with_flags(message, flags)
+    return printable_lines(with_flags(message, flags))
 
 
 def _is_of_a_script(frame: FrameType) -> bool:

@@ -90,13 +90,20 @@ def _sorted_aggregates(group: dict[object, list[float]]) -> list[Aggregate]:
 def _hashable(value: object) -> object:
     # Flags with several values are lists.
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return str(value)
     return value
+
+
+def is_number(x: object) -> bool:
+    """Whether a flag's value has a place on an axis of numbers."""
+    return isinstance(x, (int, float)) and -1e100 < x < 1e100
 
 
 def _order(x: object) -> tuple:
     """Numbers by size, then all other values by their text."""
-    if isinstance(x, (int, float)):
+    if is_number(x):
         return (0, x, "")
     return (1, 0, str(x))
 

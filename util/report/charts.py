@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from util.report.aggregate import Aggregate
+from util.report.aggregate import Aggregate, is_number
+from util.report.labels import LONGEST_TICK, chart_text
 from util.report.runs import RunRecord
 
 # Okabe and Ito's palette, whose colours colour-blind readers can distinguish.
@@ -26,6 +27,8 @@ BEHIND = "#B0B0B0"
 # Of the first seven points, the next seven, and so on: colours alone would repeat.
 MARKERS = ("", "^", "s", "x", "D")
 NOT_CURVES = {"epoch", "grad_norm", "img_per_s", "data_wait", "mfu", "n_parameters", "lr", "loss"}
+# A foreign log.txt may have any number of figures.
+MOST_PANELS = 60
 # A curve of fewer epochs shows each of them as a dot.
 FEW_EPOCHS = 15
 
@@ -50,7 +53,8 @@ def curves(runs: Sequence[RunRecord], references: Sequence[RunRecord] = ()) -> F
         references = ()
     if not runs:
         raise ValueError("no runs to draw: give folders with a log.txt, or `references`")
-    metrics = _curve_names(runs)
+    all_metrics = _curve_names(runs)
+    metrics = all_metrics[:MOST_PANELS]
     looks = _looks(runs)
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
@@ -71,7 +75,10 @@ def curves(runs: Sequence[RunRecord], references: Sequence[RunRecord] = ()) -> F
         _plain(axes, metric, "epochs done")
     for axes in panels[len(metrics) :]:
         axes.remove()
-    _legend(figure, looks, references)
+    title = "solid: training, dashed: validation, dotted: chance"
+    if len(all_metrics) > MOST_PANELS:
+        title += f"; the first {MOST_PANELS} of {len(all_metrics)} figures"
+    _legend(figure, looks, references, title)
     return figure
 
 
@@ -121,8 +128,8 @@ def _chance_levels(runs: Sequence[RunRecord], metric: str) -> list[float]:
     return sorted({line[key] for run in runs for line in run.log if key in line})
 
 
-def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunRecord]) -> None:
-    labels = list(looks)
+def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunRecord], title: str) -> None:
+    labels = [chart_text(point) for point in looks]
     # Not those of the curves: a point may have no curve in the first panel.
     handles = [Line2D([], [], markersize=4, color=look.color, marker=look.marker) for look in looks.values()]
     if references:
@@ -131,7 +138,7 @@ def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunReco
         name = f"{len(points)} settings"
         if len(points) == 1:
             (name,) = points
-        labels.append(f"reference: {name}")
+        labels.append(chart_text(f"reference: {name}"))
         handles.append(Line2D([], [], color=BEHIND))
     figure.legend(
         handles,
@@ -140,7 +147,7 @@ def _legend(figure: Figure, looks: dict[str, Look], references: Sequence[RunReco
         fontsize=8,
         ncols=2,
         frameon=False,
-        title="solid: training, dashed: validation, dotted: chance",
+        title=title,
         title_fontsize=8,
         alignment="left",
     )
@@ -155,7 +162,7 @@ def sweep(groups: dict[str, list[Aggregate]], flag: str, metric: str, chance: fl
     axes = figure.subplots()
     # As text, because a flag may have numbers and words as values.
     values = sorted({row.x for rows in groups.values() for row in rows}, key=str)
-    numeric = all(isinstance(x, (int, float)) for x in values)
+    numeric = all(map(is_number, values))
     # Values that are not numbers stand side by side, in the order of their names.
     places: dict = {x: i for i, x in enumerate(values)}
     if numeric:
@@ -182,13 +189,13 @@ def _draw_sweep(axes: Axes, x: list[float], rows: list[Aggregate], others: str, 
     if others:
         label = f"{others}, {label}"
     bars = [mean - lowest, highest - mean]
-    axes.errorbar(x, mean, bars, color=colour, marker="o", capsize=3, label=label)
+    axes.errorbar(x, mean, bars, color=colour, marker="o", capsize=3, label=chart_text(label))
     for place, row in zip(x, rows):
         axes.plot([place] * len(row.values), row.values, ".", color=colour, alpha=0.5)
 
 
 def _name_ticks(axes: Axes, places: dict) -> None:
-    names = [str(x) for x in places]
+    names = [chart_text(str(x), LONGEST_TICK) for x in places]
     rotation = 0
     if len("".join(names)) > 50:
         # Side by side they would overlap.
@@ -197,8 +204,8 @@ def _name_ticks(axes: Axes, places: dict) -> None:
 
 
 def _plain(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(below, fontsize=9)
+    axes.set_title(chart_text(title), fontsize=10)
+    axes.set_xlabel(chart_text(below), fontsize=9)
     axes.grid(alpha=0.25)
     # A frame without its upper and right side.
     axes.spines[["top", "right"]].set_visible(False)
@@ -239,7 +246,7 @@ def positions(
     below = 1 + len(confusions)
     columns = max(shown, below)
     figure = Figure(figsize=(3 * columns, 2.8 * rows + 0.3), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(chart_text(title), fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False)
     for i in range(shown):
         _arrows(axes[0, i], images[i], target[i], predicted[i], grid)
@@ -305,7 +312,7 @@ def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     heads = maps.shape[1]
     # Inches: a square for each map, and the title.
     figure = Figure(figsize=(1.5 * (2 + heads), 1.6 * len(images) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(chart_text(title), fontsize=10)
     names = ["all heads", *(f"head {i}" for i in range(heads))]
     for row, image, image_maps in zip(figure.subplots(len(images), 2 + heads, squeeze=False), images, maps):
         row[0].imshow(image)

@@ -8,11 +8,22 @@ from collections.abc import Iterator
 
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
-from util.report.runs import RunRecord, is_sweep, metrics_of, read_json, read_run, read_sweep
+from util.report.labels import page_text
+from util.report.runs import (
+    Report,
+    RunRecord,
+    is_sweep,
+    known_json,
+    metrics_of,
+    print_damage,
+    read_run,
+    read_sweep,
+)
 from util.report.tables import Table
 
 # Each picture is stored in the page, which a browser must still open quickly.
 MAX_PICTURES = 12
+MAX_PICTURE_BYTES = 20 * 2**20
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#202020;
 background:#fff}
@@ -28,33 +39,48 @@ figcaption{font-size:13px;color:#555}code{font-size:13px}details{margin:1rem 0}
 def page(folder: str, metrics: list[str] | None = None) -> str:
     """The page of a run's or a sweep's folder. Raises ValueError if the folder is neither.
 
-    `metrics` are the figures to draw against the swept flags; the usual ones if not given.
+    `metrics` are the figures to draw against the swept flags; the usual ones if not given. Damaged files are
+    named on the page and on stderr.
     """
     name = os.path.basename(os.path.abspath(folder))
     swept: list[str] = []
+    damage: list[str] = []
+
+    def report(message: str) -> None:
+        if message not in damage:
+            print_damage(message)
+            damage.append(message)
+
     if is_sweep(folder):
-        runs, swept, missing = read_sweep(folder)
-        parts = [f"<h1>Sweep {html.escape(name)}</h1>", summary(runs, missing)]
+        runs, swept, missing = read_sweep(folder, report)
+        parts = [f"<h1>Sweep {page_text(name)}</h1>", summary(runs, missing)]
         parts += _sweep_parts(runs, swept, metrics)
     else:
-        runs = [read_run(folder, name)]
-        parts = [f"<h1>Run {html.escape(name)}</h1>", summary(runs, [])]
+        runs = [read_run(folder, name, report)]
+        parts = [f"<h1>Run {page_text(name)}</h1>", summary(runs, [])]
     parts += [
         "<h2>Curves</h2>",
         _image(charts.data_uri(charts.curves(runs)), "losses and accuracies over epochs"),
         "<h2>Last epoch</h2>",
         last_epochs(runs, swept),
         *_pictures(runs),
-        *_flags(folder, runs),
+        *_flags(folder, runs, report),
+        *_damage(damage),
     ]
     return _document(name, "\n".join(parts))
+
+
+def _damage(messages: list[str]) -> Iterator[str]:
+    if messages:
+        rows = "".join(f"<li>{page_text(message)}</li>" for message in messages)
+        yield f"<h2>Files that could not be read</h2><ul>{rows}</ul>"
 
 
 def _document(title: str, body: str) -> str:
     # The style is inside the page, which must not need another file.
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<title>{page_text(title)}</title><style>{STYLE}</style>"
     )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
@@ -67,7 +93,7 @@ def summary(runs: list[RunRecord], missing: list[str]) -> str:
     text = f"{len(runs)} run{plural}, {' or '.join(map(str, epochs))} epochs done"
     if missing:
         text += f"; no figures yet: {', '.join(missing)}"
-    return f"<p>{html.escape(text)}.</p>"
+    return f"<p>{page_text(text)}.</p>"
 
 
 def _sweep_parts(runs: list[RunRecord], swept: list[str], metrics: list[str] | None) -> Iterator[str]:
@@ -77,8 +103,11 @@ def _sweep_parts(runs: list[RunRecord], swept: list[str], metrics: list[str] | N
         for metric in metrics_of(runs, metrics):
             chance = chance_of(runs, metric)
             groups = aggregate(runs, flag, metric)
+            if not groups:
+                # The flags of these runs are not known.
+                continue
             chart = charts.data_uri(charts.sweep(groups, flag, metric, chance))
-            yield f"<h2>{html.escape(metric)} against {html.escape(flag)}</h2>"
+            yield f"<h2>{page_text(metric)} against {page_text(flag)}</h2>"
             yield (
                 f"<div class=row>{_image(chart, f'{metric} in the last epoch')}"
                 f"{sweep_table(groups, flag, metric, chance).html()}"
@@ -129,30 +158,31 @@ def _newest_picture(folder: str) -> str:
     folder = os.path.join(folder, "pictures")
     if not os.path.isdir(folder):
         return ""
-    names = [name for name in os.listdir(folder) if name.endswith(".png")]
-    if not names:
-        return ""
+    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".png")]
+    # A pipe would be read for ever.
+    paths = [path for path in paths if os.path.isfile(path) and os.path.getsize(path) <= MAX_PICTURE_BYTES]
     # Epochs have leading zeros in the names.
-    return os.path.join(folder, max(names))
+    return max(paths, default="")
 
 
 def _image(uri: str, caption: str) -> str:
     # Names of folders are in captions, and may hold any character.
-    text = html.escape(caption)
+    text = page_text(caption)
     return f'<figure><img alt="{text}" src="{uri}"><figcaption>{text}</figcaption></figure>'
 
 
-def _flags(folder: str, runs: list[RunRecord]) -> Iterator[str]:
+def _flags(folder: str, runs: list[RunRecord], report: Report) -> Iterator[str]:
     """The flags and the machine of each run, as sweep.json and run.json have them, folded away."""
     # Dozens of lines for each run, so that they are closed at first.
     yield "<h2>Flags</h2>"
     paths = [os.path.join(folder, "sweep.json"), *(os.path.join(run.folder, "run.json") for run in runs)]
     for path in filter(os.path.isfile, paths):
-        name = html.escape(os.path.relpath(path, folder))
-        text = html.escape(json.dumps(read_json(path), indent=1))
+        name = page_text(os.path.relpath(path, folder))
+        # Control characters are escaped in JSON.
+        text = html.escape(json.dumps(known_json(path, report), indent=1))
         yield f"<details><summary>{name}</summary><pre>{text}</pre></details>"
     for run in runs:
         # Without a run.json, what is known is the swept flags or the checkpoint's.
         if run.flags and not os.path.isfile(os.path.join(run.folder, "run.json")):
             flags = ", ".join(f"{flag} {value}" for flag, value in sorted(run.flags.items()))
-            yield f"<p><b>{html.escape(run.name)}</b> <code>{html.escape(flags)}</code></p>"
+            yield f"<p><b>{page_text(run.name)}</b> <code>{page_text(flags)}</code></p>"

@@ -4,12 +4,21 @@ A run is a folder with a log.txt. Follow-up runs are in its subfolders, and thei
 `finetune/test_acc1`. A sweep is a folder of runs. Its file sweep.json lists the planned runs, and the
 flags.json of each run has the values of the swept flags. If these files are missing, the flags stored in the
 runs' checkpoints are compared.
+
+Damaged files, and those of other programs, are named. They do not keep the other runs from being read.
 """
 
+import functools
 import json
+import math
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from util.files.atomic import read_json
+from util.files.names import one_line, printable
 
 # More flags than this are not a sweep, unless a file says so.
 MOST_SWEPT = 4
@@ -77,65 +86,156 @@ class Sweep(NamedTuple):
     missing: list[str]
 
 
-def read_run(folder: str, name: str = "") -> RunRecord:
-    """Read a run. Raises ValueError if the folder has no log.txt with at least one epoch."""
+# Takes the message about a damaged file.
+Report = Callable[[str], object]
+
+
+@functools.cache
+def print_damage(message: str) -> None:
+    """Print a message about a damaged file as one line on stderr, once."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def read_run(folder: str, name: str = "", report: Report = print_damage) -> RunRecord:
+    """Read a run. Raises ValueError if the folder has no log.txt with at least one epoch.
+
+    Damaged lines and files are left out, and their names go to `report`.
+    """
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
         raise ValueError(
             f"{folder} has no log.txt: give the `output_dir` of a run, or a folder of such folders"
         )
-    log = _log_lines(path)
+    log = log_lines(path, report)
     if not log:
-        raise ValueError(f"{path} is empty: the run has not finished an epoch yet")
+        what = "has no complete line"
+        if not os.path.getsize(path):
+            what = "is empty"
+        raise ValueError(f"{path} {what}: the run has not finished an epoch yet")
     # normpath drops a slash at the end.
     name = name or os.path.basename(os.path.normpath(folder))
-    return RunRecord(name, folder, _flags(folder), log, name, _follow_ups(folder))
+    return RunRecord(name, folder, _flags(folder, report), log, name, _follow_ups(folder, report))
 
 
-def _follow_ups(folder: str) -> list[dict]:
+def _follow_ups(folder: str, report: Report) -> list[dict]:
     lines = []
     for subfolder in run_folders(folder):
-        for line in _log_lines(os.path.join(folder, subfolder, "log.txt")):
+        for line in log_lines(os.path.join(folder, subfolder, "log.txt"), report):
             lines.append({f"{subfolder}/{key}": value for key, value in line.items()})
     return lines
 
 
-def _log_lines(path: str) -> list[dict]:
+def log_lines(path: str, report: Report = print_damage) -> list[dict]:
+    """Read the lines of a log.txt, each {"epoch": from 0, name: number}. Damaged lines are left out."""
     lines = []
-    with open(path) as f:
-        for line in f:
+    damaged: list[str] = []
+    # A damaged file may hold any bytes.
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, text in enumerate(f, start=1):
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                lines.append(_figures(text))
+            except ValueError as error:
                 # The last line is incomplete while a run writes it, or if the run was killed then.
-                continue
+                if text.endswith("\n") and text.strip():
+                    damaged.append(f"line {number}: {error}")
+    if damaged:
+        report(f"{path} has damaged lines, which are left out ({len(damaged)}, the first is {damaged[0]})")
     return lines
 
 
-def read_json(path: str) -> dict:
-    """The dictionary in a JSON file, {} if there is no such file."""
-    if not os.path.isfile(path):
+def _figures(text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(line, dict):
+        raise ValueError(f"it is a {type(line).__name__}, not an object of figures")
+    for name, value in line.items():
+        if not _is_figure(value):
+            raise ValueError(f"`{name}` is not a number")
+    epoch = line.get("epoch")
+    if not isinstance(epoch, int) or not 0 <= epoch < 10**9:
+        raise ValueError("it has no number of an epoch")
+    return line
+
+
+def _is_figure(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    # Those of a diverged run may be nan or infinite. Larger numbers than those of float32 have no square.
+    return -1e100 < value < 1e100 or (isinstance(value, float) and not math.isfinite(value))
+
+
+def known_json(path: str, report: Report) -> dict:
+    """The dictionary in a JSON file, {} if there is no such file or if it is damaged."""
+    if not os.path.lexists(path):
         return {}
-    with open(path) as f:
-        return json.load(f)
+    try:
+        return read_json(path, dict)
+    except (ValueError, OSError) as error:
+        report(str(error))
+        return {}
 
 
-def _flags(folder: str) -> dict:
+def _flags(folder: str, report: Report) -> dict:
     """The flags of a run: the swept ones if noted, else those in run.json, else those in its checkpoint."""
     path = os.path.join(folder, "flags.json")
     if os.path.isfile(path):
-        return read_json(path)
+        return known_json(path, report)
     path = os.path.join(folder, "run.json")
     if os.path.isfile(path):
-        note = read_json(path)
-        return note.get("flags", note)
+        note = known_json(path, report)
+        flags = note.get("flags", note)
+        if not isinstance(flags, dict):
+            report(f"{path} is damaged: its `flags` is a {type(flags).__name__}, not a dict")
+            return {}
+        return flags
     path = os.path.join(folder, "checkpoint-last.pth")
     if not os.path.isfile(path):
         return {}
     # Imported here because torch takes seconds to import, and most folders have one of the files above.
     from util.weights.files import load
 
-    return load(path).args
+    try:
+        args = load(path).args
+    except (ValueError, OSError) as error:
+        report(str(error))
+        return {}
+    return {name: value for name, value in args.items() if isinstance(name, str)}
+
+
+def read_plan(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read sweep.json, {} if there is none: `sweep` has the values of each flag, `points` name and flags.
+
+    Raises ValueError, which names the file, if it is damaged or not that of a launcher.
+    """
+    path = os.path.join(folder, "sweep.json")
+    try:
+        plan = read_json(path, dict)
+    except FileNotFoundError:
+        return {}
+    points = plan.get("points")
+    if not isinstance(points, list) or not all(map(_is_point, points)):
+        raise ValueError(
+            f"{path} has no list `points` of runs with their flags: it is damaged, or the file of another "
+            "program. Restore it, or remove it"
+        )
+    if not isinstance(plan.get("sweep", {}), dict):
+        raise ValueError(f"{path} is damaged: its `sweep` is not a dict. Restore it, or remove it")
+    return plan
+
+
+def _is_point(point: object) -> bool:
+    if not isinstance(point, dict) or not isinstance(point.get("flags"), dict):
+        return False
+    return is_run_name(point.get("name"))
+
+
+def is_run_name(name: object) -> bool:
+    """Whether a name can be that of a run below a folder. It must neither leave the folder nor hide text."""
+    if not isinstance(name, str) or one_line(name) != name:
+        return False
+    return not os.path.isabs(name) and ".." not in name.split("/")
 
 
 def run_folders(folder: str) -> list[str]:
@@ -150,17 +250,18 @@ def is_sweep(folder: str) -> bool:
     return not os.path.isfile(os.path.join(folder, "log.txt")) and bool(run_folders(folder))
 
 
-def read_sweep(folder: str) -> Sweep:
-    """Read all runs of a sweep. Raises ValueError if the folder holds no runs.
+def read_sweep(folder: str, report: Report = print_damage) -> Sweep:
+    """Read all runs of a sweep. Raises ValueError if the folder holds no runs with figures.
 
     If no file says what was swept, all flags that differ between runs count as swept. If they are more than
-    MOST_SWEPT, the runs are probably unrelated: the only swept flag is then `run`, the run's name.
+    MOST_SWEPT, the runs are probably unrelated: the only swept flag is then `run`, the run's name. Runs and
+    files that cannot be read are left out, and their names go to `report`.
     """
-    runs = [read_run(os.path.join(folder, name)) for name in run_folders(folder)]
-    if not runs:
-        raise ValueError(f"{folder} holds no runs: a sweep is a folder of folders with a log.txt each")
-    # Written by the launcher; folders that were put together by hand have none.
-    plan = read_json(os.path.join(folder, "sweep.json"))
+    runs = _readable_runs(folder, report)
+    plan = _known_plan(folder, report)
+    planned = {point["name"]: point["flags"] for point in plan.get("points", [])}
+    # If its own file is damaged, a run has the flags that were planned.
+    runs = [replace(run, flags=run.flags or planned.get(run.name, {})) for run in runs]
     swept = _planned_flags(plan)
     if not swept:
         swept = _differing_flags(runs)
@@ -171,8 +272,32 @@ def read_sweep(folder: str) -> Sweep:
     sweep_name = os.path.basename(os.path.normpath(folder))
     runs = [_with_swept_flags(run, swept, sweep_name) for run in runs]
     names = {run.name for run in runs}
-    missing = [point["name"] for point in plan.get("points", []) if point["name"] not in names]
+    missing = [name for name in planned if name not in names]
     return Sweep(runs, swept, missing)
+
+
+def _known_plan(folder: str, report: Report) -> dict:
+    # Written by the launcher; folders that were put together by hand have none.
+    try:
+        return read_plan(folder)
+    except (ValueError, OSError) as error:
+        report(str(error))
+        return {}
+
+
+def _readable_runs(folder: str, report: Report) -> list[RunRecord]:
+    names = run_folders(folder)
+    if not names:
+        raise ValueError(f"{folder} holds no runs: a sweep is a folder of folders with a log.txt each")
+    runs = []
+    for name in names:
+        try:
+            runs.append(read_run(os.path.join(folder, name), report=report))
+        except (ValueError, OSError) as error:
+            report(str(error))
+    if not runs:
+        raise ValueError(f"{folder} holds no run with figures yet")
+    return runs
 
 
 def _planned_flags(plan: dict) -> list[str]:
