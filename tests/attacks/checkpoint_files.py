@@ -142,7 +142,7 @@ def _of_names() -> list[Change]:
         Change("names, numbers", numbers, ALL),
         Change("names, pairs", tuples, ALL),
         Change("a name, a number", one_number, ALL),
-        Change("no weights", lambda s: s["model"].clear(), WEIGHTS),
+        Change("no weights", lambda s: s.update(model={}, ema={}), WEIGHTS),
         Change("weights, a list", lambda s: s.update(model=list(s["model"].values())), ALL),
         Change("weights, a string", _set(model="model"), ALL),
         Change("weights, None", _set(model=None), ALL),
@@ -230,7 +230,8 @@ def _of_fields() -> list[Change]:
         "a list": [1],
     }
     return [
-        *(Change(f"step, {what}", _set(step=value), RESUME) for what, value in steps.items()),
+        # Without a step, as in MAE's files, the run continues after the last epoch.
+        *(Change(f"step, {what}", _set(step=x), RESUME) for what, x in steps.items() if x is not None),
         *(
             Change(f"epoch, {what}", lambda s, v=value: s.update(epoch=v), RESUME)  # type: ignore[misc]
             for what, value in steps.items()

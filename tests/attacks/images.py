@@ -6,6 +6,7 @@ the same pixels from a folder and from a tar. Nothing else may happen.
 
 import contextlib
 import io
+import itertools
 import os
 import random
 import tarfile
@@ -30,7 +31,7 @@ LIMITS = Limits(cpu=15, wall=60, memory_mb=1100)
 LONG = 2  # seconds
 BATCH = 125
 WAYS = 4  # transforms with three channels
-FILLERS = 16  # readable pictures in each folder, to draw replacements from
+FILLERS = 80  # readable pictures in each folder, to draw replacements from
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".npy")
 NAMES = (
     "\x1b[2Jred",
@@ -62,6 +63,10 @@ def valid() -> list[Picture]:
     return seeds()
 
 
+def readable() -> list[Picture]:
+    return [file for file in valid() if file.expected == READ]
+
+
 @lru_cache(maxsize=1)
 def given() -> list[Picture]:
     """Return the pictures that are not drawn: valid ones as they are, and hostile ones."""
@@ -73,7 +78,9 @@ def picture(seed: int, number: int) -> Picture:
     if number < len(given()):
         return given()[number]
     draw = random.Random(f"images {seed} {number}")
-    base = draw.choice(valid())
+    base = draw.choice(readable())
+    if draw.random() < 0.1:
+        base = draw.choice(valid())
     data, changes = changed(base.data, draw, [other.data for other in valid()])
     suffix = base.suffix
     if draw.random() < 0.1:
@@ -107,7 +114,7 @@ class Folder:
         with tarfile.open(root / "tars" / "train.tar", "w") as tar:
             for number in numbers:
                 self._add(tar, self.names[number], self.pictures[number])
-            for number, filler in enumerate([p for p in valid() if p.expected == READ][:FILLERS]):
+            for number, filler in zip(range(FILLERS), itertools.cycle(readable())):
                 self._add(tar, f"c/filler-{number}{filler.suffix}", filler)
         self.seed = seed
         # By source and transform. In evaluation no other picture replaces an unreadable one.
@@ -195,7 +202,9 @@ class Folder:
         lines = printed.getvalue().split("\n")
         for number in sorted(self.listed):
             outcome = Outcome(number, self.pictures[number].what)
-            found = [line for line in lines if f"{number:06d}" in line]
+            # Up to its number a name has no letters that are escaped.
+            start = self.names[number][: self.names[number].index(f"{number:06d}") + 6]
+            found = [line for line in lines if start in line]
             refused = self.refused[number]
             # A transform may refuse what another one can make a sample of.
             if len(refused) in (0, WAYS) and bool(found) != bool(refused):

@@ -29,8 +29,8 @@ from util.weights.files import load
 
 EPOCHS = 3
 FLAGS = ("--epochs", EPOCHS, "--save_steps", 1)
-PER_RUN = 4  # kills of one run before it may end
-TRIES = 4  # moments that are drawn for a kill
+KILLS = 4  # of one input, which is a run, or several if a run ends before its kill
+MOST_RUNS = 10
 LIMITS = Limits(cpu=60, wall=300, memory_mb=1000)
 # Operations on files, as (module, name), that a kill may precede or follow.
 OPERATIONS: tuple[tuple[Any, str], ...] = (
@@ -262,25 +262,26 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def judged(references: dict[str, Reference], root: Path, seed: int, number: int) -> Outcome:
-    """Kill one run several times, and let it end."""
+    """Kill runs until there were `KILLS` kills, and let each run end."""
     draw = random.Random(f"kills {seed} {number}")
     kind = sorted(MAINS)[number % len(MAINS)]
     outcome = Outcome(number, kind, "not ended")
-    run = Run(references[kind], root / f"run {number}", draw, outcome)
-    if not run.links:
-        outcome.what += " without hard links"
-    for kill in range(PER_RUN):
-        # A run may end before its kill. Then another moment is drawn, also in starts that do nothing.
-        tries = 0
-        while tries < TRIES and not run.kill(aimed=kill % 2 == 1):
-            tries += 1
-    run.end()
+    for start_number in range(MOST_RUNS):
+        run = Run(references[kind], root / f"run {number}-{start_number}", draw, outcome)
+        if not run.links:
+            outcome.what += " without hard links"
+        # A run may end before its kill.
+        while outcome.kills < KILLS and run.kill(aimed=outcome.kills % 2 == 1):
+            pass
+        run.end()
+        if outcome.kills == KILLS or outcome.failures:
+            break
     return outcome
 
 
 def attack(count: int, seed: int, keep: Path | None, only: int | None = None) -> list[Outcome]:
-    """Kill `count` times at drawn moments and `count` times at drawn operations. Each outcome is a run."""
-    numbers = list(range(-(-2 * count // PER_RUN)))
+    """Kill `count` times at drawn moments and `count` times at drawn operations."""
+    numbers = list(range(-(-2 * count // KILLS)))
     if only is not None:
         numbers = [only]
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
@@ -290,13 +291,12 @@ def attack(count: int, seed: int, keep: Path | None, only: int | None = None) ->
 
         def work(batch: list[int], begin: Begin) -> Iterator[Outcome]:
             for number in batch:
-                begin(number, "a run")
+                begin(number, "runs")
                 yield judged(references, root, seed, number)
 
         outcomes = judge([[number] for number in numbers], work, LIMITS)
         for outcome in outcomes:
-            if keep is not None and outcome.failures:
-                shutil.copytree(
-                    root / f"run {outcome.number}", keep / f"run-{outcome.number}", dirs_exist_ok=True
-                )
+            for run in root.glob(f"run {outcome.number}-*/"):
+                if keep is not None and outcome.failures:
+                    shutil.copytree(run, keep / run.name, dirs_exist_ok=True)
     return outcomes
