@@ -12,7 +12,9 @@ from layers.classifier import Classifier
 from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
+from util.weights.architecture import whole_numbers
 from util.weights.types import Checkpoint
+from util.weights.validate import MOST_PIXELS, shown
 
 MODELS: dict[str, Entry[Classifier]] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
 
@@ -105,7 +107,11 @@ def trained_options(flags: dict) -> dict[str, Any]:
     """Options of a classifier on which its weights depend, from a checkpoint's stored flags."""
     options = {k: flags[k] for k in ("pos_embed", "pool") if flags.get(k) is not None}
     if flags.get("patch_size"):
-        options["patch_size"] = pair(flags["patch_size"], "patch_size")
+        # Other programs store a number, or a text.
+        sizes = whole_numbers(flags["patch_size"])
+        if not sizes or max(sizes) > MOST_PIXELS:
+            raise ValueError(f"the stored `patch_size` {shown(flags['patch_size'])} is no size of patches")
+        options["patch_size"] = pair(sizes, "patch_size")
     if flags.get("swin_merge_last"):
         options["merge_last"] = True
     return options

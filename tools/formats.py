@@ -197,7 +197,8 @@ def _read_hf_folder(folder: str) -> Checkpoint:
         kind = shown(config.get("model_type"))
         raise ValueError(f"{folder} does not hold a Vision Transformer: its model_type is {kind}")
     weights = load(os.path.join(folder, "model.safetensors")).model
-    return Checkpoint(folder, from_hf(weights, folder), plain_flags(folder, _flags_of(config)))
+    flags = plain_flags(folder, _flags_of(config), strict=True)
+    return Checkpoint(folder, from_hf(weights, folder), flags)
 
 
 def _flags_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,10 @@ def _model_lines(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _sizes(arch: Architecture, checkpoint: Checkpoint) -> str:
-    heads, decoder_heads, is_known = stored_model.heads_of(arch, checkpoint.args)
+    try:
+        heads, decoder_heads, is_known = stored_model.heads_of(arch, checkpoint.args)
+    except ValueError as e:
+        raise ValueError(f"{checkpoint.path}: its stored {e}") from None
     text = f"{arch.depth} blocks of width {arch.dim}, {heads} heads"
     if not is_known:
         text += " (assumed: weights do not show it)"

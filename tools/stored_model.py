@@ -8,6 +8,7 @@ from backbones.registry import MODELS
 from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import describe_mismatch
 from util.weights.types import Checkpoint
+from util.weights.validate import MOST_CHANNELS, shown
 
 
 def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_vit.VisionTransformer:
@@ -65,7 +66,8 @@ def heads_of(a: Architecture, flags: dict) -> tuple[int, int, bool]:
     """(heads, decoder heads, whether they are known) of a checkpoint, which its weights do not determine.
 
     They are the stored flags `num_heads` and `decoder_heads`, else those of the stored model's name, else
-    those of the models of the same size, else a head has 64 channels (32 in the decoder).
+    those of the models of the same size, else a head has 64 channels (32 in the decoder). Raises ValueError
+    if a stored one is no number of heads.
     """
     size, heads, decoder_heads = models_mae_pl.name_and_heads(a.dim, a.depth, a.decoder_dim, a.patch_size[0])
     entry = (models_mae_pl.MODELS | MODELS).get(flags.get("model") or "")
@@ -75,4 +77,18 @@ def heads_of(a: Architecture, flags: dict) -> tuple[int, int, bool]:
         if a.decoder_depth:
             decoder_heads = entry.options.get("decoder_heads", decoder_heads)
     known = bool(entry is not None or size or flags.get("num_heads"))
-    return flags.get("num_heads") or heads, flags.get("decoder_heads") or decoder_heads, known
+    return (
+        _stored_heads(flags, "num_heads", heads),
+        _stored_heads(flags, "decoder_heads", decoder_heads),
+        known,
+    )
+
+
+def _stored_heads(flags: dict, name: str, usual: int) -> int:
+    """A stored number of heads; `usual` if none is stored."""
+    value = flags.get(name)
+    if value is None:
+        return usual
+    if type(value) is not int or not 1 <= value <= MOST_CHANNELS:
+        raise ValueError(f"`{name}` is {shown(value)}, expected a whole number from 1 to {MOST_CHANNELS}")
+    return value

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny  # noqa: F401 (registers mae_test and vit_test)
-from backbones.registry import build_classifier, known_classes
+from backbones.registry import build_classifier, known_classes, trained_options
 from models_mae_pl import MODELS
 from tools import convert, inspect
 from tools.stored_model import model_of
@@ -311,6 +311,14 @@ def test_weights_are_dense_and_finite_tensors(tmp_path, content, make, part):
         refusal(tmp_path / "c.pth", f"'{entry}.{name}' is ", part)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_nested_tensors_have_no_shape_to_show(tmp_path, content):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for place in (("args",), ("meters", "loss"), ("model", "cls_token")):
+        torch.save(changed(content, place, nested), tmp_path / "c.pth")
+        refusal(tmp_path / "c.pth", "nested tensor")
+
+
 def test_numbers_whose_sum_overflows_are_finite(tmp_path):
     torch.save({"model": {"w": torch.full((9,), 6e4).half()}}, tmp_path / "c.pth")
     assert load(str(tmp_path / "c.pth")).model["w"].dtype is torch.float16
@@ -330,6 +338,18 @@ def test_entries_of_other_projects_stay_as_they_are(tmp_path):
     torch.save(other | {"optimizer": None, "epoch": None, "scaler": {}}, tmp_path / "c.pth")
     found = load(str(tmp_path / "c.pth"))
     assert found.entries["metric"] == "x" and found.entries["model_ema"] == 5 and found.args == {}
+
+
+def test_flags_of_other_programs_may_have_our_names(tmp_path, content):
+    foreign = {"finetune": True, "std": 0.02, "head": 12, "model": {"name": "x"}, "mask_ratio": [0.1, 0.2]}
+    torch.save({"model": content["model"], "args": foreign | {"lr": 0.1}}, tmp_path / "c.pth")
+    assert load(str(tmp_path / "c.pth")).args == {"lr": 0.1}
+    # The number of heads is not guessed if one is stored, whatever it is.
+    for heads in ([2, 4], 0, 10**9, "2"):
+        torch.save({"model": content["model"], "args": {"num_heads": heads}}, tmp_path / "c.pth")
+        part = "`num_heads` is "
+        refusal(tmp_path / "c.pth", part, "expected a whole number", use=lambda p: model_of(load(p)))
+        refusal(tmp_path / "c.pth", part, "expected a whole number", use=inspect.describe)
 
 
 # -- optimizer state -----------------------------------------------------------------------------------------
@@ -497,6 +517,13 @@ def test_weights_that_are_adapted_have_sizes(name, value):
         transfer.init_encoder(model, checkpoint.Checkpoint("c.pth", weights), "zero")
 
 
+def test_the_patch_size_of_another_program_may_be_a_number():
+    assert trained_options({"patch_size": 8})["patch_size"] == (8, 8)
+    for size in (10**9, "none"):
+        with pytest.raises(ValueError, match="stored `patch_size`"):
+            trained_options({"patch_size": size})
+
+
 def test_a_bias_that_is_one_number_counts_one_output():
     saved = checkpoint.Checkpoint("c.pth", {"head.bias": torch.tensor(1.0)})
     with pytest.raises(ValueError, match="distinguishes 1 classes"):
@@ -511,7 +538,7 @@ def test_a_bias_that_is_one_number_counts_one_output():
         ({"args": "{"}, "'args' is a text that is not JSON"),
         ({"args": "[" * 10**6}, "'args' is a text that is not JSON"),
         ({"classes": "5"}, "'classes' is 5, expected a list of names"),
-        ({"args": '{"num_heads": 1.5}'}, "'args.num_heads' is 1.5"),
+        ({"args": '{"num_heads": 1.5, "pos_label": "none"}'}, "'args.num_heads' is 1.5"),
         ({"crc32": "00000000"}, "is damaged: its content does not have the checksum"),
     ],
     ids=lambda x: str(x)[:30],

@@ -36,6 +36,9 @@ PLAIN = (int, float, bool, str, type(None))
 def shown(value: Any) -> str:
     """A name or a value of a file for messages: on one line, without control characters, and short."""
     if isinstance(value, Tensor):
+        # Nested tensors have no shape.
+        if value.is_nested:
+            return "a nested tensor"
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     if not isinstance(value, PLAIN):
         return f"a {type(value).__name__}"
@@ -147,8 +150,12 @@ class _Plain:
         refuse(self.path, field, value, "a plain key")
 
 
-def plain_flags(path: str, stored: Any) -> dict[str, Any]:
-    """Stored flags as a dictionary of plain values. MAE's files store an argparse.Namespace with paths."""
+def plain_flags(path: str, stored: Any, strict: bool = False) -> dict[str, Any]:
+    """Stored flags as a dictionary of plain values. MAE's files store an argparse.Namespace with paths.
+
+    Those that are read here have their types if the file is of this toolkit, or if `strict`. In other
+    programs' files they are left out if they have not, except sizes.
+    """
     if stored is None:
         return {}
     if isinstance(stored, argparse.Namespace):
@@ -156,10 +163,20 @@ def plain_flags(path: str, stored: Any) -> dict[str, Any]:
     stored = dictionary(path, "args", stored)
     plain = _Plain(path)
     flags = {name: plain.copied(f"args.{name}", value) for name, value in stored.items()}
+    # All mains here have the flag, and no other program has it.
+    strict = strict or "pos_label" in flags
     for name, check in _FLAGS.items():
         # None stands for a flag that was not given.
-        if flags.get(name) is not None:
+        if flags.get(name) is None:
+            continue
+        try:
             check(path, f"args.{name}", flags[name])
+        except ValueError:
+            if strict:
+                raise
+            # Another program's flag that has the name by chance. Sizes are checked where they count.
+            if name not in _SIZES:
+                del flags[name]
     return flags
 
 
@@ -227,6 +244,10 @@ _FLAGS: dict[str, Callable[[str, str, Any], None]] = {
     "mask_ratio": _share,
     "new_parameters": _texts,
 }
+
+
+# Flags of the model's sizes, which other programs have, too.
+_SIZES = ("num_heads", "decoder_heads", "input_size", "patch_size")
 
 
 # -- the other fields ----------------------------------------------------------------------------------------
