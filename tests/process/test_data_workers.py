@@ -11,7 +11,7 @@ from util.data.loading.samplers import EpochSampler
 
 pytestmark = pytest.mark.slow
 
-RUN = ["--epochs", 1, "--batch_size", 20, "--num_workers", 2]
+RUN = ["--epochs", 1, "--batch_size", 20, "--num_workers", 2, "--lr", 1e-3]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,11 +22,21 @@ def program():
         yield
 
 
+def image_of(place: int) -> str:
+    """The name of the training image at a place of the fifth batch of all ranks."""
+    index = build_dataset(None, "train", None, labels=False).index
+    return index.name(list(EpochSampler(len(index), batch_size=20))[4 * 20 + place][1])
+
+
 @pytest.fixture(scope="module")
 def image() -> str:
-    """The name of a training image of the fifth batch of all ranks."""
-    index = build_dataset(None, "train", None, labels=False).index
-    return index.name(list(EpochSampler(len(index), batch_size=20))[4 * 20 + 3][1])
+    """One of the only rank, or of the first of two."""
+    return image_of(3)
+
+
+@pytest.fixture(scope="module")
+def image_of_rank_1() -> str:
+    return image_of(13)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +87,22 @@ def test_a_run_stops_while_a_worker_does_not_answer(tmp_path, whole, image):
     assert_continues(tmp_path, whole)
 
 
-def test_all_ranks_stop_at_one_step_after_one_has_lost_a_worker(tmp_path, whole, image):
+def test_all_ranks_stop_at_one_step_after_one_has_lost_a_worker(tmp_path, whole, image_of_rank_1):
     """The rank reads its next images itself, so that its updates end and all can agree."""
-    for code, text in ranks(2, tmp_path, *RUN, "--batch_size", 10, TEST_READ=f"SIGKILL:{image}"):
+    troubled = f"SIGKILL:{image_of_rank_1}"
+    for code, text in ranks(2, tmp_path, *RUN, "--batch_size", 10, TEST_READ=troubled):
         assert code == 2, text
-        assert_one_line(text, "rank 0 on ", f"killed by SIGKILL while it read {image} in ")
+        assert_one_line(text, "rank 1 on ", f"killed by SIGKILL while it read {image_of_rank_1} in ")
     assert 2 <= last(tmp_path)["step"] <= 6
     # Two ranks add gradients in another order.
     code, text = start(tmp_path, *RUN)
     assert code == 0 and "continuing" in text, text
     assert_same(last(whole), last(tmp_path), exact=False)
+
+
+def test_rank_0_leaves_alone_while_it_waits(tmp_path, image):
+    """The other rank is inside of the update that rank 0 has no data for."""
+    flags = [*RUN, "--batch_size", 10, "--num_workers", 1]
+    (code, text), _ = ranks(2, tmp_path, *flags, TEST_READ=f"SIGTERM:{image}", TEST_PATIENCE=2)
+    assert code == 75 and "stopped by SIGTERM while waiting for data" in text, text
+    assert last(tmp_path)["step"] == 4 and "state saved after step 4\n" in text
