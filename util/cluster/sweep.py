@@ -25,6 +25,7 @@ INHERITED = (
     "mean",
     "std",
     "max_pixels",
+    "data_timeout",
     "pos_tokens",
     "device",
     "num_workers",

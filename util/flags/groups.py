@@ -41,6 +41,11 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         "--input_size", default=[224], type=int, nargs="+", metavar=("H", "W"), help="image size, H [W]"
     )
     _add_channel_flags(g)
+    _add_loading_flags(g, num_workers)
+    _add_unreadable_flags(g)
+
+
+def _add_loading_flags(g: argparse._ArgumentGroup, num_workers: int) -> None:
     # 10 is MAE's number, for a GPU server. More workers than cores slow a run down.
     g.add_argument(
         "--num_workers", default=num_workers, type=number(0), help="data loading processes per rank"
@@ -68,6 +73,9 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         "are bit-identical to those without a cache. device: images are cropped on the device, a value "
         "may be one grey level off where an image shrinks a lot, and fine-tuning needs --aa ''",
     )
+
+
+def _add_unreadable_flags(g: argparse._ArgumentGroup) -> None:
     # Bad images are skipped. A large share of them points to a wrong path or a broken copy.
     g.add_argument(
         "--max_bad_images",

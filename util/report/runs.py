@@ -30,6 +30,7 @@ NEVER_SWEPT = {
     "resume",
     "device",
     "num_workers",
+    "data_timeout",
     "local_rank",
     "print_freq",
     "predictions",

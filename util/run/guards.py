@@ -85,7 +85,8 @@ class BadImages:
             path = os.path.join(self.dir or "", "bad_images.txt")
             raise ValueError(
                 f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more than "
-                f"`max_bad_images` {self.max_share}: repair or remove them, they are listed in {path}"
+                f"`max_bad_images` {self.max_share}: repair or remove them, they are listed in {path}, "
+                "and python -m util.data check gives the reasons"
             )
 
     def _list(self, names: list[str]) -> None:

@@ -165,6 +165,7 @@ HARMLESS = {
     "log_dir",
     "device",
     "num_workers",
+    "data_timeout",
     "pin_mem",
     "resume",
     "compile",

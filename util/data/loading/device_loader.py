@@ -47,6 +47,7 @@ class DeviceLoader:
             batch_size=loader.batch_size,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
+            data_timeout=loader.data_timeout,
         )
 
     def __len__(self) -> int:
