@@ -139,7 +139,8 @@ class ImageDataset(IndexedSamples):
                 if len(bad) == MAX_TRIES:
                     raise ValueError(
                         f"{len(bad)} images in a row could not be read; the last is "
-                        f"{printable(self.index.name(i))} in {printable(self.index.path)}: {error}"
+                        f"{printable(self.index.name(i))} in {printable(self.index.path)}: "
+                        f"{printable(str(error))}"
                     ) from error
                 # Not a neighbour: it lies in the same folder, which may be damaged as a whole.
                 i = sample_seed(first_key, 0, len(bad)) % len(self)

@@ -18,6 +18,7 @@ from util.data.formats import PIL_FORMATS, PIL_MODES, open_image
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
+from util.files.names import printable
 from util.flags.groups import MAX_PIXELS
 
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")
@@ -100,8 +101,8 @@ class TimmDataset(Samples):
                     image, label = self.dataset[i]
                 return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
             except (OSError, Unreadable) as error:
-                reason = error
-                log.warning("image %d of %s is unreadable and replaced: %s", i, self.name, error)
+                reason = printable(str(error))
+                log.warning("image %d of %s is unreadable and replaced: %s", i, self.name, reason)
             i = sample_seed(first_key, 0, tries) % len(self)
         raise ValueError(f"{MAX_TRIES} images of {self.name} in a row could not be read: {reason}")
 
@@ -143,7 +144,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
             try:
                 sample = self._sample(image, label, -1, key)
             except Unreadable as error:
-                log.warning("an image of %s is left out: %s", self.name, error)
+                log.warning("an image of %s is left out: %s", self.name, printable(str(error)))
                 continue
             yield sample
 
