@@ -198,11 +198,11 @@ def _flags(folder: str, report: Report) -> dict:
     from util.weights.files import load
 
     try:
-        args = load(path).args
+        stored = load(path).args
     except (ValueError, OSError) as error:
         report(str(error))
         return {}
-    return {name: value for name, value in args.items() if isinstance(name, str)}
+    return {name: value for name, value in stored.items() if isinstance(name, str)}
 
 
 def read_plan(folder: str | os.PathLike) -> dict[str, Any]:
