@@ -76,6 +76,12 @@ def test_damaged_json_names_the_file(tmp_path, content, reason):
     assert "remove it" in str(error.value)
 
 
+def test_a_pipe_is_no_json_file(tmp_path):
+    os.mkfifo(tmp_path / "jobs.json")
+    with pytest.raises(ValueError, match=r"jobs\.json is not a regular file: remove it"):
+        read_json(tmp_path / "jobs.json", dict)
+
+
 def test_a_missing_json_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json", dict)
@@ -90,6 +96,7 @@ def test_a_missing_json_file_is_a_missing_file(tmp_path):
         ("a\nb\r\t.jpg", "a\\nb\\r\\t.jpg"),
         ("\u202egpj.exe", "\\u202egpj.exe"),
         ("a\u2028b\x9b", "a\\u2028b\\x9b"),
+        ("\ud800.jpg", "\\ud800.jpg"),
     ],
 )
 def test_names_are_one_printable_line(name, safe):

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from util.data.datasets import ImageDataset
+from util.data.loading.cached_pixels import Reader
 from util.data.sources import listing, listing_cache, tars
 from util.data.sources.image_index import ChangedTar
 from util.data.sources.layouts import build_index, class_names
@@ -259,6 +261,17 @@ def test_a_tar_that_is_overwritten_while_open_is_noticed(tmp_path):
         pickle.loads(pickle.dumps(index)).read(0)  # as a worker of the next epoch
     with pytest.raises(ChangedTar, match="was replaced or changed since it was listed"):
         index.check_unchanged(0)
+
+
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_a_replaced_tar_is_an_error_of_training_and_not_bad_images(tmp_path, evaluation):
+    path, index = indexed(tmp_path)
+    path.write_bytes(reordered())
+    dataset = ImageDataset(index, lambda image: image, evaluation=evaluation)
+    cached = Reader(index, in_chans=3, max_pixels=100)
+    for read in (dataset.__getitem__, cached):
+        with pytest.raises(ChangedTar, match="was replaced or changed since it was listed"):
+            read(0)
 
 
 def test_a_tar_that_is_replaced_while_open_is_read_from_the_old_file(tmp_path):

@@ -44,11 +44,12 @@ def query(*command: str, required: bool = False) -> str:
 @contextlib.contextmanager
 def submission_errors() -> Iterator[None]:
     """Turn a refusal of sbatch into a ValueError with its message."""
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         yield
-    except FailedJobError as error:
+    # The latter if submitit does not find a job ID in what sbatch prints.
+    except (FailedJobError, FailedSubmissionError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"SLURM refuses the job: {message}") from error
 

@@ -123,6 +123,7 @@ def print_stats(dataset: ImageDataset, images: int) -> int:
         try:
             image = decode(index.read(i), in_chans, dataset.max_pixels)
         except (OSError, ValueError) as error:
+            index.check_unchanged(i)
             print(f"left out: {_described(index, i, str(error))}")
             continue
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in image])

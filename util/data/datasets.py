@@ -133,6 +133,8 @@ class ImageDataset(IndexedSamples):
             try:
                 return load(i, key), dict(label=int(self.index.labels[i]), index=i, key=key, bad=bad)
             except Unreadable as error:
+                # A tar that was replaced is an error of its own, not one bad image after the other.
+                self.index.check_unchanged(i)
                 bad.append(i)
                 if self.evaluation:
                     return None, dict(label=-1, index=i, key=key, bad=bad)

@@ -5,10 +5,9 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from util.files.regular import open_safely
+from util.files.regular import open_regular, open_safely
 
 T = TypeVar("T")
 
@@ -90,11 +89,15 @@ def append_line(path: str | os.PathLike, line: str) -> None:
 def read_json(path: str | os.PathLike, kind: type[T]) -> T:
     """Read a JSON file that holds a value of the type `kind`, such as dict.
 
-    Raises FileNotFoundError if there is no file, and ValueError, which names the file, if it is damaged or
-    holds something else.
+    Raises FileNotFoundError if there is no file, and ValueError, which names the file, if it is damaged,
+    holds something else, or is a pipe.
     """
+    # A pipe would be waited for.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file: remove it")
     try:
-        value = json.loads(Path(path).read_bytes())
+        with open_regular(os.fspath(path)) as file:
+            value = json.loads(file.read())
     # Damaged UTF-8 is a ValueError as well. Brackets a million deep exceed Python's stack.
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__

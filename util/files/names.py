@@ -19,14 +19,17 @@ def one_line(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    if unicodedata.category(character) in _UNSAFE:
+    category = unicodedata.category(character)
+    # JSON may hold surrogates that stand for no byte. Those of bytes can be written.
+    lone = category == "Cs" and not "\udc80" <= character <= "\udcff"
+    if lone or category in _UNSAFE:
         return character.encode("unicode_escape").decode("ascii")
     return character
 
 
 def printable(text: str | os.PathLike) -> str:
     r"""Escape a file name for messages: as `one_line`, and bytes that are not valid UTF-8 become \xff."""
-    return os.fsencode(one_line(os.fspath(text))).decode(errors="backslashreplace")
+    return os.fsencode(one_line(os.fsdecode(text))).decode(errors="backslashreplace")
 
 
 def printable_lines(text: str) -> str:

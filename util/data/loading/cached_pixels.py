@@ -138,6 +138,7 @@ class Reader:
         try:
             return decode(self.thread.index.read(i), self.in_chans, self.max_pixels)
         except (OSError, ValueError) as error:
+            self.thread.index.check_unchanged(i)
             return error
 
     def shape(self, i: int) -> torch.Size | None:
