@@ -378,6 +378,8 @@ def test_a_whole_file_resumes(tmp_path, content):
         (("state", 0, "exp_avg_sq"), torch.ones(32, dtype=torch.complex64), ["torch.complex64"]),
         (("state", 0, "exp_avg_sq"), torch.ones(32, dtype=torch.int64), ["of torch.int64"]),
         (("state", 0, "exp_avg"), torch.full((32,), float("inf")), ["nan or infinite numbers"]),
+        (("state", 0, "exp_avg_sq"), torch.full((32,), float("nan")), ["nan or infinite numbers"]),
+        (("state", 0, "exp_avg_sq"), torch.linspace(1, -1, 32), ["negative numbers, expected means of"]),
         (("state", 0, "exp_avg"), torch.empty(32, device="meta"), ["on meta without values"]),
         (("state", 0, "exp_avg"), torch.ones(1).expand(32), ["with fewer numbers"]),
         (("state", 0, "max_exp_avg_sq"), torch.ones(5), ["max_exp_avg_sq' is of shape (5,)"]),

@@ -56,6 +56,14 @@ def little_memory(megabytes=300):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
+    data = encode(picture(), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    data = data[:-2] + scan * 2000 + data[-2:]
+    with pytest.raises(ValueError, match=r"a JPEG of 20\d\d scans, more than 100"):
+        decode(data)
+
+
 # --- programs ---
 
 

@@ -30,6 +30,9 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # takes PostScript, in files of any name, and runs Ghostscript, which executes it.
 PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 NPY_MAGIC = b"\x93NUMPY"
+# Scans of a JPEG. Encoders write about ten. A file of a few kilobytes can have thousands, each of which costs
+# as much time as the whole image.
+MOST_SCANS = 100
 STRIP_PIXELS = 1 << 22  # of larger images as many pixels are converted at a time
 # Numbers of two fields of a TIFF.
 TILE_WIDTH = 322
@@ -127,6 +130,10 @@ def _is_jpeg(data: bytes, in_chans: int) -> bool:
 
 
 def _decode_any_jpeg(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
+    # In compressed data 0 follows 0xFF, so that this counts markers only. A thumbnail has few.
+    scans = data.count(b"\xff\xda")
+    if scans > MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans} scans, more than {MOST_SCANS}")
     size = None
     if decode_jpeg is not None and in_chans in (1, 3):
         size = plain_jpeg_size(data)

@@ -110,7 +110,7 @@ def load_optimizer(
     `origin`, if the parameter groups differ, and as `check_optimizer` does.
     """
     check_optimizer(saved, optimizer, origin)
-    _check_groups(saved["param_groups"], optimizer.param_groups)
+    _check_groups(saved["param_groups"], optimizer.param_groups, origin)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     counts_steps = type(optimizer) in KEPT
     state = {i: _cut_state(values, parameters[i], counts_steps) for i, values in saved["state"].items()}
@@ -134,21 +134,22 @@ def _cut_state(values: dict[str, Any], parameter: Tensor, counts_steps: bool) ->
     return state
 
 
-def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]], origin: str) -> None:
     """Raise ValueError unless the groups hold the same numbers of parameters in the same order."""
     old = [len(group["params"]) for group in saved]
     new = [len(group["params"]) for group in now]
     if old == new:
         return
-    before = ", ".join(map(str, old))
+    before = ", ".join(map(str, old)) or "no"
     after = ", ".join(map(str, new))
     if sorted(old) == sorted(new):
         raise ValueError(
-            f"the optimizer was saved with the same groups in another order ({before}; now {after}), as "
-            "MAE's own fine-tuning with global pooling has them: such a run can be evaluated, not continued"
+            f"{origin}: the optimizer was saved with the same groups in another order ({before}; now "
+            f"{after}), as MAE's own fine-tuning with global pooling has them: such a run can be evaluated, "
+            "not continued"
         )
     raise ValueError(
-        f"the optimizer was saved with groups of {before} parameters, now there are {after}: set "
+        f"{origin}: the optimizer was saved with groups of {before} parameters, now there are {after}: set "
         "`layer_decay` and `partial` as they were, or start from the weights alone, with `finetune` or "
         "`init_from` and another `output_dir`"
     )

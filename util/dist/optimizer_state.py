@@ -104,7 +104,15 @@ def _check_value(value: Any, parameter: Tensor, field: str, origin: str) -> None
         _refuse(origin, field, f"of shape {tuple(value.shape)}", f"the parameter's shape, {shape}")
     if not value.is_floating_point():
         _refuse(origin, field, f"of {value.dtype}", "floating-point numbers")
-    if not is_finite(value):
+    # Means of squares: the root of a negative number would be nan. One pass finds both faults.
+    if field.endswith("_sq") and value.numel():
+        low, high = value.aminmax()
+        finite = math.isfinite(low) and math.isfinite(high)
+        if finite and low < 0:
+            _refuse(origin, field, "with negative numbers", "means of squares")
+    else:
+        finite = is_finite(value)
+    if not finite:
         _refuse(origin, field, "with nan or infinite numbers", "finite numbers")
 
 
