@@ -129,7 +129,10 @@ def visible_cells(model: Model, keys: Tensor, mask_ratio: float | None, flags: d
     if not isinstance(model, MaskedAutoencoderViT):
         return torch.arange(num_patches).expand(len(keys), -1)
     if mask_ratio is None:
-        mask_ratio = float(flags.get("mask_ratio", 0.75))
+        mask_ratio = 0.75
+        # Files of other programs may store None.
+        if flags.get("mask_ratio") is not None:
+            mask_ratio = float(flags["mask_ratio"])
     return random_masking(sample_noise(keys, num_patches), mask_ratio)
 
 
