@@ -179,7 +179,10 @@ class Folder:
         return outcome
 
     def replace(self, number: int) -> Outcome:
-        """Train on a picture; if it is unreadable, another one replaces it."""
+        """Train on a picture; if it is unreadable, another one replaces it.
+
+        The crop is not that of `judge`, and the native library does not see damage outside of a crop.
+        """
         outcome = Outcome(number, self.pictures[number].what)
         if number not in self.listed:
             return outcome
@@ -190,8 +193,6 @@ class Folder:
         bad = sample["bad"]
         if bad and (bad[0] != i or sample["index"] in bad):
             outcome.fail("not replaced", f"{bad} by {sample['index']}")
-        if bool(bad) != ("pretraining" in self.refused[number]):
-            outcome.fail("not repeated", f"training finds {bad}, pretraining found {self.refused[number]}")
         return outcome
 
     def check(self) -> Iterator[Outcome]:
