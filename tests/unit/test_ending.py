@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from util.dist import StopSignal
+from util.dist import StopSignal, shutdown
 from util.flags import ending
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,14 @@ def test_a_library_gives_the_handlers_back():
                 assert handlers() == CALLERS
         assert handlers() == CALLERS
     assert handlers() == IGNORED
+
+
+def test_an_evaluation_without_a_loop_ends_at_shutdown():
+    shutdown()
+    assert handlers() == CALLERS, "in a notebook"
+    with ending.exit_follows():
+        shutdown()
+        assert handlers() == IGNORED
 
 
 def test_signals_are_ignored_from_the_end_of_the_loop_on():

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.dist.device import choose_device, prepare_device
 from util.files.names import printable_lines
+from util.flags import ending
 
 
 def is_initialized() -> bool:
@@ -170,7 +171,8 @@ def make_shared_folder(folder: str) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group. Mains call it when their work is done; see `ending.done`."""
+    ending.done()
     if is_initialized():
         td.destroy_process_group()
 
