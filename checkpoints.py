@@ -10,6 +10,7 @@ They write nothing if it is above 1e-4. Label heads and the optimizer are left o
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from util.files.names import printable_lines
 from util.flags.parser import Parser, run
@@ -41,6 +42,21 @@ def get_args_parser() -> Parser:
     return p
 
 
+def inspect(files: list[str], describe: Callable[[str], str]) -> int:
+    """Print what each file is; returns exit code 2 if one of them cannot be read, and 0 otherwise."""
+    code = 0
+    for path in files:
+        try:
+            print(printable_lines(describe(path)), flush=True)
+        except (ValueError, OSError) as error:
+            # The other files are described all the same.
+            if len(files) == 1:
+                raise
+            print(f"error: {printable_lines(str(error))}", file=sys.stderr, flush=True)
+            code = 2
+    return code
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     # Imported here because they take seconds: --help and mistyped flags answer at once.
@@ -48,9 +64,8 @@ def main(args: argparse.Namespace) -> int:
     from tools.inspect import describe
 
     if args.command == "inspect":
-        for path in args.files:
-            print(printable_lines(describe(path)))
-    elif args.command == "export":
+        return inspect(args.files, describe)
+    if args.command == "export":
         export(args.file, args.out, args.to, args.pos_embed_init)
     else:
         import_file(args.file, args.out)

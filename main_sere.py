@@ -7,7 +7,7 @@ The checkpoint holds the student (`model`), the teacher and the centres. Fine-tu
 probing take the teacher.
 
 Exit codes: 0 all epochs are done; 75 a signal stopped the run, its state is saved, and the same command
-continues it; 2 wrong input.
+continues it; 2 an error that its message explains.
 """
 
 import argparse

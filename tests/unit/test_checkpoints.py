@@ -628,6 +628,8 @@ def test_the_command_line(tmp_path, capsys):
     file = saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32))))
     for argv, code in (
         (["inspect", file], 0),
+        # One that cannot be read does not hide the others.
+        (["inspect", str(tmp_path / "absent.pth"), file], 2),
         (["export", file, str(tmp_path / "b.bin"), "--to", "mae"], 2),
         (["export", file, file, "--to", "mae"], 2),
         (["import", str(tmp_path), str(tmp_path / "c.pth")], 2),
@@ -637,7 +639,8 @@ def test_the_command_line(tmp_path, capsys):
     assert (
         "--to mae writes .pth, found" in printed.err and f"{file} exists: choose another name" in printed.err
     )
-    assert "lacks config.json and model.safetensors" in printed.err and "sha256" in printed.out
+    assert "lacks config.json and model.safetensors" in printed.err and printed.out.count("sha256") == 2
+    assert "error: no checkpoint at" in printed.err
     assert json.loads(json.dumps(checkpoint.load(file).args))["model"] == "mae_test"
 
 

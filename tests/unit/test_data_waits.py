@@ -60,7 +60,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     names = [f"{name}.jpg" for name in expected]
     index = index_of(tmp_path, *names)
     for i, (name, kind) in enumerate(zip(names, expected.values())):
-        with pytest.raises(OSError, match=f"{name} is {kind}: give a regular file"):
+        with pytest.raises(OSError, match=f"{name} is {kind}, not a regular file"):
             index.read(i)
 
 
@@ -80,7 +80,7 @@ def test_a_tar_that_is_no_regular_file_is_refused(tmp_path, kind):
     else:
         tar.symlink_to("/dev/zero")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError, match=rf"x\.tar is a .*{kind}: give a regular file"):
+    with pytest.raises(OSError, match=rf"x\.tar is a .*{kind}, not a regular file"):
         tar_index(tar, size=10).read(0)
     assert len(os.listdir("/proc/self/fd")) == before
 

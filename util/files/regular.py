@@ -28,7 +28,7 @@ def regular_size(descriptor: int, path: str) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
-        raise OSError(f"{printable(path)} is {kind}: give a regular file")
+        raise OSError(f"{printable(path)} is {kind}, not a regular file")
     return found.st_size
 
 

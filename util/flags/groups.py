@@ -21,7 +21,7 @@ GREY_STD = (0.226,)
 MAX_PIXELS = 100_000_000
 MAX_PIXELS_HELP = (
     "pixels (height x width) that an image may have; one with more counts as unreadable and is not decoded. "
-    "Such an image takes up to 0.9 GB per worker. Pillow's own limit does not apply"
+    "An image of the default size takes up to 0.9 GB per worker. Pillow's own limit does not apply"
 )
 
 # Modes of torch.compile.

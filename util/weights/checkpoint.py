@@ -126,7 +126,7 @@ def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
         origin = f"It was made with `model` {shown(checkpoint.args['model'])}; "
     raise ValueError(
         f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made "
-        "with, or another `output_dir`"
+        "with, another file or another `output_dir`"
     )
 
 
@@ -259,7 +259,7 @@ def _substitute(last: str, resume: str, problem: str) -> str:
             "`output_dir`"
         )
     raise ValueError(
-        f"{problem}. Whole numbered checkpoints are {', '.join(found)}: the same command with "
+        f"{problem}. Undamaged numbered checkpoints: {', '.join(found)}. The same command with "
         f"`resume` {found[0]} goes on from the newest, and its next save replaces the damaged file"
     )
 
