@@ -2,6 +2,8 @@
 
 A file is used with exactly the values that were written, or refused in one line that names it. Where a format
 has no checksums, other values may be read, and must do no harm.
+
+Files in the format before PyTorch 1.6 hold addresses of memory: they differ between two attacks of one seed.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from attacks.children import Begin, Limits, Outcome, Started, judge, measured, w
 from attacks.mutations import changed, set_sizes
 from attacks.runs import UPDATES, make_data, stopped, train
 from backbones.registry import build_classifier
-from recorded_runs import flat
+from recorded_runs import PATHS, flat
 from tools.convert import export
 from tools.inspect import describe
 from util.run.guards import NonFiniteLoss
@@ -86,7 +88,9 @@ def rewritten(data: bytes, change: Callable[[str, bytes], bytes], **options: Any
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", **options) as new:
         for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
+            # Without the time of writing.
+            info = zipfile.ZipInfo(name)
+            new.writestr(info, change(name, old.read(name)), new.compression, new.compresslevel)
     return file.getvalue()
 
 
@@ -103,14 +107,18 @@ def make_bases(folder: Path) -> list[Base]:
     for kind in ("pretraining", "fine-tuning"):
         stopped(kind, folder / "data", folder / kind, UPDATES + 1)
         states[kind] = torch.load(folder / kind / checkpoint.LAST, weights_only=True)
+        # Names of temporary folders differ between runs, and inputs must not.
+        states[kind]["args"] |= {name: "" for name in PATHS if name in states[kind]["args"]}
     pretraining = states["pretraining"]
     args = argparse.Namespace(
         **pretraining["args"] | {"output_dir": pathlib.PosixPath("out"), "log_dir": None}
     )
     mae = {name: pretraining[name] for name in ("model", "optimizer", "scaler", "epoch")} | {"args": args}
+    source = folder / "source.pth"
+    source.write_bytes(written(pretraining))
     exported = folder / "exported.safetensors"
     with contextlib.redirect_stdout(io.StringIO()):
-        export(str(folder / "pretraining" / checkpoint.LAST), str(exported), "safetensors")
+        export(str(source), str(exported), "safetensors")
     old = written(pretraining, _use_new_zipfile_serialization=False)
     weights = dict(load(str(exported)).model)
     return [
