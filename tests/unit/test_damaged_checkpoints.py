@@ -636,7 +636,7 @@ def test_by_hand_the_error_names_the_flag_that_works(run_folder, capsys):
         checkpoint.load_start(str(run_folder), "")
     message = str(error.value)
     assert f"Undamaged numbered checkpoints: {newest}, {run_folder}/checkpoint-0.pth." in message
-    assert f"The same command with `resume` {newest} goes on" in message
+    assert f"The same command with `resume` {newest} continues" in message
     # The damaged file itself is no remedy.
     with pytest.raises(ValueError, match="`resume`"):
         checkpoint.load_start(str(run_folder), str(run_folder / "checkpoint-last.pth"))

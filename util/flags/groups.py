@@ -24,6 +24,8 @@ MAX_PIXELS_HELP = (
     "An image of the default size takes up to 0.9 GB per worker. Pillow's own limit does not apply"
 )
 
+DATA_TIMEOUT = 5  # minutes that a batch may take
+
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
@@ -52,7 +54,7 @@ def _add_loading_flags(g: argparse._ArgumentGroup, num_workers: int) -> None:
     )
     g.add_argument(
         "--data_timeout",
-        default=5,
+        default=DATA_TIMEOUT,
         type=number(0, kind=float),
         help="minutes that a batch may take before the run saves its state and ends; 0 waits for ever. "
         "Without data loading processes a file system that hangs is not noticed",

@@ -5,10 +5,10 @@ This module imports nothing heavy, so that --help answers at once.
 
 import io
 import os
-import stat
 from collections.abc import Callable, Sequence
 
 from util.files.names import printable
+from util.files.regular import open_regular
 
 # Recipes have a few kB. Files that include each other twice and more would otherwise grow without an end.
 MAX_BYTES = 2**20  # of all recipes together
@@ -82,18 +82,15 @@ class Recipes:
     def _read(self, path: str) -> bytes:
         name = printable(path)
         try:
-            # Opening a pipe would wait for a writer.
-            kind = os.stat(path).st_mode
-            if stat.S_ISDIR(kind):
-                raise ValueError(f"recipe {name} is a folder: give a file, such as recipes/*.args")
-            if not stat.S_ISREG(kind):
-                raise ValueError(f"recipe {name} is not a regular file")
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 data = file.read(self.bytes_left + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"there is no recipe {name}; see recipes/*.args") from None
+        except IsADirectoryError:
+            raise ValueError(f"recipe {name} is a folder: give a file, such as recipes/*.args") from None
         except OSError as error:
-            raise ValueError(f"recipe {name} cannot be read: {error.strerror}") from None
+            # Python's own message would quote the name once more.
+            raise ValueError(f"recipe {name} cannot be read: {error.strerror or error}") from None
         self.bytes_left -= len(data)
         if self.bytes_left < 0:
             raise ValueError(

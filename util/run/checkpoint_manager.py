@@ -15,7 +15,7 @@ from typing import Any
 
 from util.files.atomic import read_json, replacing, sync_folder, write_json
 from util.files.names import printable
-from util.weights.checkpoint import save_atomic
+from util.weights.checkpoint import NUMBERED, save_atomic
 from util.weights.types import Checkpoint
 
 OWNER = ".owner.json"
@@ -24,7 +24,6 @@ PARTIAL = re.compile(
     r"(checkpoint-\w+\.pth|\.owner\.json|run\.json|log\.txt|bad_images\.txt|replay-step\d+\.json)"
     r"\.partial(-\w+)?"
 )
-NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.pth")
 
 
 @dataclass(frozen=True)

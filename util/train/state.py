@@ -12,6 +12,7 @@ from util import dist
 from util.dist import fsdp
 from util.weights.checkpoint import load_part, load_strict
 from util.weights.types import Checkpoint
+from util.weights.validate import REMEDY
 
 
 @dataclass
@@ -93,7 +94,7 @@ class TrainState:
                 found = f"a scale of {saved['scale']}"
             raise ValueError(
                 f"{checkpoint.path}: its entry 'scaler' is {found}, expected the state of a gradient scaler: "
-                "it is damaged or another program's; use another file"
+                f"{REMEDY}"
             )
         self.scaler.load_state_dict(saved)
 

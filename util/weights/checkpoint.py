@@ -24,7 +24,7 @@ from util.weights.types import Checkpoint, kind_of, stored_flags
 from util.weights.validate import shown
 
 LAST = "checkpoint-last.pth"
-NUMBERED = re.compile(r"checkpoint-([0-9]{1,9})\.pth")
+NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.pth")
 # How many whole checkpoints are looked for to be offered in the place of a damaged one.
 MOST_LISTED = 5
 
@@ -260,7 +260,7 @@ def _substitute(last: str, resume: str, problem: str) -> str:
         )
     raise ValueError(
         f"{problem}. Undamaged numbered checkpoints: {', '.join(found)}. The same command with "
-        f"`resume` {found[0]} goes on from the newest, and its next save replaces the damaged file"
+        f"`resume` {found[0]} continues from the newest, and its next save replaces the damaged file"
     )
 
 

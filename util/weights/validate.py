@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from util.dist.optimizer_state import is_finite, unfit
-from util.files.names import one_line
+from util.files.names import printable
 
 REMEDY = "it is damaged or another program's; use another file"
 # Names and values of a file are shown up to this length.
@@ -48,7 +48,7 @@ def shown(value: Any) -> str:
     text = str(value)
     if len(text) > SHOWN:
         text = f"{text[:SHOWN]}..."
-    return one_line(text).encode("utf-8", "backslashreplace").decode()
+    return printable(text)
 
 
 def refuse(path: str, field: str, found: Any, expected: str, remedy: str = REMEDY) -> NoReturn:

@@ -17,11 +17,11 @@ from util.data.contract import Samples
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.loading.waits import Crew, StartWorker, WorkerKilled, batch_is_read, survives
 from util.data.pixels import Pixels
+from util.flags.groups import DATA_TIMEOUT
 
 # The class of a loader's data set.
 S = TypeVar("S", bound=Samples)
 T = TypeVar("T")
-DATA_TIMEOUT = 5.0  # minutes
 
 
 def collate(samples: list[dict]) -> dict:
