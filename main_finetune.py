@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 
+from layers.sizes import classifier_names
 from util.flags.groups import (
     OptimDefaults,
     add_augment_flags,
@@ -30,13 +31,13 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import BELOW_ONE, SHARE, Parser, answer_at_once, number, parse, run
+from util.flags.numbers import BELOW_ONE, COUNT, LAYER_DECAY, number, side
+from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
 
 def get_args_parser() -> Parser:
-    p = Parser(
-        description="Fine-tuning, training from scratch, and evaluation of classifiers", add_help=False
-    )
+    about = "Fine-tuning, training from scratch, and evaluation of classifiers"
+    p = Parser(description=about, epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
     add_position_flags(p, pos_embed="learned", pos_label="auto")
     start = "initial values of a positional embedding that the checkpoint lacks"
@@ -58,19 +59,20 @@ def get_args_parser() -> Parser:
     )
     g.add_argument("--classes", default="", metavar="PATH", help=classes)
     crop = "side of the centre crop, as a share of the resized image"
-    g.add_argument("--crop_pct", default=None, type=number(0.05, kind=float), help=crop)
+    g.add_argument("--crop_pct", default=None, type=number(0.05, 2, float), help=crop)
     g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
     return p
 
 
 def add_model_flags(g) -> None:
-    g.add_argument(
-        "--model", default="vit_large_patch16", help="vit_*, deit_*, swin_*, so_vit_*, or timm/NAME"
+    names = (
+        f"that of the checkpoint if the run starts from one; {', '.join(classifier_names())}, or timm/NAME"
     )
+    g.add_argument("--model", default="vit_large_patch16", help=names)
     patch = "patch size, if other than the model's"
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument(
-        "--nb_classes", default=None, type=int, help="number of classes; the data must have as many"
+        "--nb_classes", default=None, type=COUNT, help="number of classes; the data must have as many"
     )
     g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
     average = (
@@ -96,11 +98,11 @@ def add_model_flags(g) -> None:
 def add_finetuning_flags(g) -> None:
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
     decay = "learning rate factor per layer, from the top down"
-    g.add_argument("--layer_decay", default=0.75, type=SHARE, help=decay)
+    g.add_argument("--layer_decay", default=0.75, type=LAYER_DECAY, help=decay)
     partial = "train only the last K blocks and the heads"
-    g.add_argument("--partial", default=None, type=int, metavar="K", help=partial)
+    g.add_argument("--partial", default=None, type=number(0), metavar="K", help=partial)
     average = "evaluate a moving average of the weights"
-    g.add_argument("--ema", default=0.0, type=float, metavar="DECAY", help=average)
+    g.add_argument("--ema", default=0.0, type=BELOW_ONE, metavar="DECAY", help=average)
     teacher = "teacher for DeiT's distillation token: timm/NAME, or any model with --distill_checkpoint"
     g.add_argument("--distill", default="", metavar="MODEL", help=teacher)
     weights = "a checkpoint of main_finetune.py; timm's pretrained weights if not given"
@@ -115,7 +117,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.heads import head_options, resolve_head
-from backbones.registry import build_classifier, find, freeze_all_but, known_classes
+from backbones.registry import MODELS, build_classifier, find, freeze_all_but, known_classes
 from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
@@ -138,6 +140,7 @@ from util.train.optim import WeightAverage, adamw, param_groups
 from util.train.state import TrainState
 from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
+from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_flags
 
 
@@ -233,15 +236,6 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     check_evaluation_flags(args)
-    if args.distill and not find(args.model).distillation:
-        raise ValueError(
-            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
-            f"{args.model}"
-        )
-    if args.swin_merge_last and "merge_last" not in find(args.model).options:
-        raise ValueError(
-            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
-        )
     if args.ema and args.strategy == "fsdp":
         raise ValueError(
             "--ema keeps a whole copy of the weights and does not work with --strategy fsdp: leave one out"
@@ -251,6 +245,19 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             "--cache_data device cuts one crop of an image and flips it; RandAugment and colour jitter do "
             "more: give --cache_data memory, or --aa '' without --color_jitter"
+        )
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that the model, which may be that of a checkpoint, does not take."""
+    if args.distill and not find(args.model).distillation:
+        raise ValueError(
+            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
+            f"{args.model}"
+        )
+    if args.swin_merge_last and "merge_last" not in find(args.model).options:
+        raise ValueError(
+            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
         )
 
 
@@ -528,6 +535,10 @@ def main(args: argparse.Namespace) -> int:
 
     # Data, as the encoder has learned to see them
     start = find_start(args)
+    args = argparse.Namespace(
+        **as_stored(vars(args), given_in(args), start.resume or start.pretrained, MODELS)
+    )
+    check_model_flags(args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader = build_data(args, setup)

@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 
+from layers.sizes import classifier_names
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -28,24 +29,26 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import Parser, answer_at_once, parse, run
+from util.flags.numbers import COUNT, POSITIVE, SHARE, side
+from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
 
 def get_args_parser() -> Parser:
-    p = Parser(description="Linear probing and kNN of frozen encoders", add_help=False)
+    about = "Linear probing and kNN of frozen encoders"
+    p = Parser(description=about, epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
     area = "area of the random crop, as a share of the image"
     p.add_argument(
-        "--crop_scale", default=[0.08, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"), help=area
+        "--crop_scale", default=[0.08, 1.0], type=SHARE, nargs=2, metavar=("MIN", "MAX"), help=area
     )
     defaults = OptimDefaults(
         batch_size=512, epochs=90, blr=0.1, min_lr=0.0, weight_decay=0.0, warmup_epochs=10
     )
     add_optim_flags(p, defaults)
     grid = "factors of the learning rate, with a head each; 1 alone is MAE's protocol"
-    p.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=float, nargs="+", help=grid)
+    p.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=POSITIVE, nargs="+", help=grid)
     cached_help = "compute features once, without augmentation, and train on them"
     p.add_argument("--cached", action="store_true", help=cached_help)
     neighbours = "k nearest neighbours instead: k = 10, 20, 100, temperature 0.07"
@@ -56,14 +59,13 @@ def get_args_parser() -> Parser:
 
 
 def add_model_flags(g) -> None:
-    g.add_argument(
-        "--model", default="vit_large_patch16", help="the classifier that has the checkpoint's encoder"
-    )
+    names = f"the classifier that has the checkpoint's encoder: {', '.join(classifier_names())}, or timm/NAME"
+    g.add_argument("--model", default="vit_large_patch16", help=names)
     patch = "patch size, if other than the model's"
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
     g.add_argument(
-        "--nb_classes", default=None, type=int, help="number of classes; the data must have as many"
+        "--nb_classes", default=None, type=COUNT, help="number of classes; the data must have as many"
     )
     kinds = ["auto", "none", "sincos", "learned"]
     g.add_argument(
@@ -88,7 +90,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
-from backbones.registry import build_classifier, find, trained_options
+from backbones.registry import MODELS, build_classifier, find, trained_options
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
@@ -113,6 +115,7 @@ from util.train.lr_sched import effective_lr
 from util.train.optim import lars
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
+from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint
 
 LOST = 100  # times the chance level of the loss
@@ -449,6 +452,7 @@ def main(given: argparse.Namespace) -> int:
     args = as_trained(given, start)
     pretrained = checkpoint.load(args.finetune)
     pretrained.drop_optimizer()
+    args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}

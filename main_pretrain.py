@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 
+from layers.sizes import mae_names
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -24,11 +25,13 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import SHARE, Parser, answer_at_once, parse, run
+from util.flags.numbers import BELOW_ONE, SHARE, number, side
+from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
 
 def get_args_parser() -> Parser:
-    p = Parser(description="MAE pretraining with positional labels", add_help=False)
+    about = "MAE pretraining with positional labels"
+    p = Parser(description=about, epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
     add_position_flags(p, pos_embed="none", pos_label="apl")
     add_self_relation_flags(p, spatial=0.0, channel=0.0)
@@ -36,7 +39,7 @@ def get_args_parser() -> Parser:
     p.add_argument("--sr_views", default="same", choices=["same", "two"], help=views)
     add_data_flags(p)
     area = "area of the random crop, as a share of the image"
-    p.add_argument("--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"), help=area)
+    p.add_argument("--crop_scale", default=[0.2, 1.0], type=SHARE, nargs=2, metavar=("MIN", "MAX"), help=area)
     p.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a left-right flip")
     dct = "decode large JPEGs at half size or less if the crop allows it: faster, slightly different pixels"
     p.add_argument("--dct_scaling", action="store_true", help=dct)
@@ -47,15 +50,16 @@ def get_args_parser() -> Parser:
     add_run_flags(p)
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
     pictures = "evaluate and draw reconstructions every N epochs"
-    p.add_argument("--picture_epochs", default=20, type=int, metavar="N", help=pictures)
+    p.add_argument("--picture_epochs", default=20, type=number(0), metavar="N", help=pictures)
     return p
 
 
 def add_model_flags(g) -> None:
-    g.add_argument("--model", default="mae_vit_large_patch16", help="a name in models_mae_pl.MODELS")
+    names = f"that of the checkpoint if the run starts from one; one of {', '.join(mae_names())}"
+    g.add_argument("--model", default="mae_vit_large_patch16", help=names)
     patch = "patch size, if other than the model's"
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
-    g.add_argument("--mask_ratio", default=0.75, type=float, help="share of patches that are removed")
+    g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--mask_ratio", default=0.75, type=BELOW_ONE, help="share of patches that are removed")
     normalise = "normalise the pixel targets by each patch's mean and variance"
     g.add_argument("--norm_pix_loss", action="store_true", help=normalise)
     recompute = "recompute each block in backward: less memory, a fifth to a third more time"
@@ -103,6 +107,7 @@ from util.train.objective import LossFunction
 from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
+from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint
 
 
@@ -134,6 +139,19 @@ class Relations:
 
     def follow(self) -> None:
         self._update(self.momentum)
+
+
+@dataclass
+class Start:
+    """Where a run starts: the checkpoint that it continues, or weights for a fresh schedule, or neither."""
+
+    resume: Checkpoint | None
+    weights: Checkpoint | None
+
+    @property
+    def saved(self) -> Checkpoint | None:
+        """The checkpoint of either kind."""
+        return self.resume or self.weights
 
 
 @dataclass
@@ -373,24 +391,36 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
     return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
 
 
-def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) -> Checkpoint | None:
-    """Return the checkpoint to continue: the run's own, or --resume; otherwise load --init_from, if given."""
-    start = checkpoint.continue_from(args.output_dir, args.resume, flags)
-    if start is not None:
-        return start
-    if not args.init_from:
+def read_start(args: argparse.Namespace) -> Start:
+    """Read the checkpoint to continue, the run's own or --resume, or else --init_from, if given."""
+    resume = checkpoint.load_start(args.output_dir, args.resume)
+    weights = None
+    if resume is None and args.init_from:
+        weights = checkpoint.load(args.init_from)
+        weights.drop_optimizer()
+    return Start(resume, weights)
+
+
+def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
+    """Print how the run starts; load the weights of --init_from, if it starts from them."""
+    if start.resume is not None:
+        checkpoint.print_continuing(start.resume, flags)
+        return
+    if start.weights is None:
         dist.print_rank0("starting from scratch")
-        return None
-    note = transfer.init_from(objective.model, checkpoint.load(args.init_from))
+        return
+    note = transfer.init_from(objective.model, start.weights)
+    start.weights = None  # its memory is needed
     if objective.relations is not None:
         copy_parameters(objective.relations.teacher, objective.model)
     dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
-    return None
 
 
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    start = read_start(args)
+    args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
@@ -417,7 +447,8 @@ def main(args: argparse.Namespace) -> int:
     )
 
     flags = checkpoint.plain_flags(vars(args))
-    session = Session.open(args, flags, find_start(args, flags, objective), chance)
+    find_start(args, flags, objective, start)
+    session = Session.open(args, flags, start.resume, chance)
     objective.evaluation = Evaluation(setup, session, loader, val_loader, args.picture_epochs, args.epochs)
     finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)
     dist.shutdown()

@@ -28,8 +28,9 @@ from layers.self_relation import (
     spatial_loss,
     valid_mean,
 )
+from layers.sizes import MAE_ALIASES, SIZES, named_sizes
 from layers.transformer import Block, gather_tokens, init_linear_and_norm, patchify, run_blocks, unpatchify
-from layers.vit import SIZES, ViTBackbone, named_sizes
+from layers.vit import ViTBackbone
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -370,5 +371,5 @@ MODELS: dict[str, Entry[MaskedAutoencoderViT]] = {
     f"mae_vit_{size}_patch{patch}": _named(size, patch) for size, patch in named_sizes()
 }
 # MAE's full names.
-for _name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14"):
-    MODELS[f"{_name}_dec512d8b"] = MODELS[_name]
+for _full, _name in MAE_ALIASES.items():
+    MODELS[_full] = MODELS[_name]

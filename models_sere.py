@@ -25,8 +25,9 @@ from layers.self_relation import (
     spatial_loss,
     valid_mean,
 )
+from layers.sizes import SIZES, named_sizes
 from layers.transformer import gather_tokens
-from layers.vit import SIZES, ViTBackbone, named_sizes
+from layers.vit import ViTBackbone
 
 # Share of the smaller crop. Crops that overlap less have no spatial relation in common.
 MIN_OVERLAP = 0.05

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from layers.classifier import Classifier, make_head
 from layers.contract import Entry, Heads, Trunk
 from layers.positional.draws import Draws
-from layers.vit import SIZES, ViTBackbone, named_sizes
+from layers.sizes import DEIT_SIZES, SIZES, named_sizes
+from layers.vit import ViTBackbone
 
 
 class VisionTransformer(Classifier, ViTBackbone):
@@ -100,6 +101,6 @@ MODELS: dict[str, Entry[Classifier]] = {
     f"vit_{size}_patch{patch}": VIT.override(**SIZES[size], patch_size=(patch, patch))
     for size, patch in named_sizes()
 }
-for _size, _patch in (("pico", 8), ("tiny", 16), ("small", 16), ("base", 16)):
+for _size, _patch in DEIT_SIZES:
     for _name, _entry in ((f"deit_{_size}", DEIT), (f"deit_{_size}_distilled", DEIT_DISTILLED)):
         MODELS[f"{_name}_patch{_patch}"] = _entry.override(**SIZES[_size], patch_size=(_patch, _patch))

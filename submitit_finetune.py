@@ -8,4 +8,4 @@ import sys
 from util.cluster.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(launch("main_finetune"))
+    sys.exit(launch("main_finetune", about=__doc__))

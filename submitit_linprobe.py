@@ -9,4 +9,4 @@ import sys
 from util.cluster.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(launch("main_linprobe"))
+    sys.exit(launch("main_linprobe", about=__doc__))

@@ -8,4 +8,4 @@ import sys
 from util.cluster.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(launch("main_sere"))
+    sys.exit(launch("main_sere", about=__doc__))

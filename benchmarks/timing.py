@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from util.dist.allocator import keep_freed_memory, return_freed_memory
 from util.report.tables import Table
+from util.train.amp import EMULATED, relative_speed
 
 Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,9 +116,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_amps(device: torch.device) -> list[str]:
-    """Precisions that are measured by default: bf16 on a GPU, fp32 and bf16 on a CPU."""
+    """Precisions that are measured by default: bf16 on a GPU, fp32 and bf16 on a CPU that has it."""
     if device.type == "cuda":
         return ["bf16"]
+    if relative_speed(torch.bfloat16) < EMULATED:
+        print("bf16 is left out, as this CPU emulates it; --amp fp32 bf16 measures both", flush=True)
+        return ["fp32"]
     return ["fp32", "bf16"]
 
 

@@ -3,7 +3,6 @@
 Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,35 +15,6 @@ from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_bloc
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
-
-# Options of an encoder by the name of its size. Tiny, small and base are DeiT's and ViT's, large and huge
-# MAE's. Pico and nano are for experiments on CPUs.
-SIZES: dict[str, dict[str, int]] = {
-    "pico": {"dim": 96, "depth": 4, "num_heads": 3},
-    "nano": {"dim": 128, "depth": 6, "num_heads": 4},
-    "tiny": {"dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"dim": 1280, "depth": 32, "num_heads": 16},
-}
-# Sides of the patches that each size comes with; small patches are for small images.
-PATCHES: dict[str, tuple[int, ...]] = {
-    "pico": (8, 4),
-    "nano": (8, 4),
-    "tiny": (16, 8, 4),
-    "small": (16, 8, 4),
-    "base": (16, 8, 4),
-    "large": (16,),
-    "huge": (14,),
-}
-
-
-def named_sizes() -> Iterator[tuple[str, int]]:
-    """All (size, patch) for which there are models, e.g. ("base", 16)."""
-    for size, patches in PATCHES.items():
-        for patch in patches:
-            yield size, patch
 
 
 class ViTBackbone(Backbone):

@@ -26,6 +26,7 @@ from processes import ROOT
 from util import dist
 from util.cluster.launch import launch
 from util.dist import fsdp
+from util.flags.groups import own_workers
 from util.flags.parser import parse, run
 from util.run import checkpoint_manager
 from util.run.log import Log
@@ -71,7 +72,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
             ["--input_size", 30],
             "image height 30 is not a multiple of the patch height 8: choose --input_size 24 or 32",
         ),
-        (["--mask_ratio", 1.0], "--mask_ratio must lie in [0, 1), found 1.0"),
+        (["--mask_ratio", 1.0], "argument --mask_ratio: must be at least 0 and less than 1, found 1.0"),
         (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
         (["--batch_size", 300], "200 images are fewer than one batch: --batch_size 300"),
         (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
@@ -86,7 +87,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
         (["--clip_grad", -1], "argument --clip_grad: must be 0 or more, found -1"),
         (["--crop_scale", 1, 0.2], "--crop_scale takes the smallest and the largest share of an image"),
         (["--hflip", 1.5], "argument --hflip: must lie between 0 and 1, found 1.5"),
-        (["--device", "toaster"], "--device toaster"),
+        (["--device", "toaster"], "argument --device: takes auto, cuda, cpu"),
         (["--dct_scaling", "--sr_spatial", 1, "--sr_views", "two"], "--dct_scaling crops one view"),
         (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
         (["--batch", 8], "unknown flag --batch"),
@@ -205,10 +206,12 @@ def test_maes_defaults():
         min_lr=0.0,
         warmup_epochs=40,
         output_dir="./output_dir",
-        device="cuda",
+        # The GPU if there is one; MAE's "cuda" needs one.
+        device="auto",
         seed=0,
         resume="",
-        num_workers=10,
+        # MAE's 10, and not more than there are cores.
+        num_workers=own_workers(),
         pin_mem=True,
         local_rank=-1,
         dist_on_itp=False,

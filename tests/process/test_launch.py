@@ -96,7 +96,7 @@ def test_flags_that_move_together():
     "words, message",
     [
         (["mask_ration=0.5"], "unknown flag --mask_ration; did you mean --mask_ratio"),
-        (["mask_ratio=0.5,x"], "--mask_ratio: invalid float value: 'x'"),
+        (["mask_ratio=0.5,x"], "--mask_ratio: takes a number, found 'x'"),
         (["pos_label=apl,abc"], "invalid choice: 'abc'"),
         (["norm_pix_loss=1,0"], "sweep over true,false"),
         (["mask_ratio"], "FLAG=A,B,C"),
@@ -491,7 +491,7 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(tmp_path, monkeypatch,
         slurm.subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 1, "", "timed out")
     )
     assert launch("main_pretrain", [*TINY_MODEL, "--job_dir", str(tmp_path)]) == 2
-    assert "SLURM does not answer squeue (timed out)" in capfd.readouterr().err
+    assert "SLURM does not answer scontrol (timed out)" in capfd.readouterr().err
 
 
 def test_submitted_jobs_are_noted_before_slurm_refuses_more(tmp_path, monkeypatch, capfd):

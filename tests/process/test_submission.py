@@ -151,7 +151,7 @@ def test_a_follow_up_waits_for_its_run_whatever_else_jobs_wait_for(tmp_path, fak
 def test_a_machine_without_slurm_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(slurm_jobs.shutil, "which", lambda name: None)
     assert launch("main_pretrain", [*RUN, "--job_dir", str(tmp_path / "jobs"), "--sweep", "seed=0,1"]) == 2
-    assert "has no SLURM (no sbatch and srun on PATH): choose another --cluster" in capsys.readouterr().err
+    assert "has no SLURM (no sbatch and srun on PATH): give --cluster local" in capsys.readouterr().err
     assert not (tmp_path / "jobs").exists()
 
 

@@ -47,7 +47,10 @@ def run_script(folder, add_help: bool, *flags: str) -> subprocess.CompletedProce
 def test_a_script_answers_before_its_heavy_imports(tmp_path, add_help):
     done = run_script(tmp_path, add_help, "--help")
     assert done.returncode == 0 and "a size (default: 4)" in done.stdout and "heavy" not in done.stdout
-    for flags, message in ((["--sise", "3"], "did you mean --size?"), (["--size", "x"], "invalid int value")):
+    for flags, message in (
+        (["--sise", "3"], "did you mean --size?"),
+        (["--size", "x"], "takes a whole number"),
+    ):
         done = run_script(tmp_path, add_help, *flags)
         assert done.returncode == 2 and message in done.stderr and "heavy" not in done.stdout
     done = run_script(tmp_path, add_help, "--size", "3")

@@ -12,6 +12,8 @@ import sys
 import time
 
 from util.files.names import printable
+from util.flags.groups import device_name
+from util.flags.numbers import MINUTES
 from util.flags.parser import Parser, answer_at_once, parse, run
 
 
@@ -25,12 +27,12 @@ def get_args_parser() -> Parser:
     p.add_argument(
         "--data_path", default="", help="images that all nodes must read; the demo set if not given"
     )
-    p.add_argument("--device", default="cuda", help="cuda or cpu")
+    p.add_argument("--device", default="auto", type=device_name, help="auto, cuda or cpu")
     p.add_argument(
         "--dist_backend", default=None, help="backend of torch.distributed; nccl on GPUs, gloo elsewhere"
     )
     # Shorter than in training: a check should fail soon.
-    p.add_argument("--dist_timeout", default=2, type=float, help="minutes that a rank waits for the others")
+    p.add_argument("--dist_timeout", default=2, type=MINUTES, help="minutes that a rank waits for the others")
     return p
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from util.files.atomic import read_json, write_json
 from util.files.names import printable
-from util.flags import ending
+from util.flags import early, ending
 from util.flags.parser import Parser, describe, escape_undecodable_names
 
 # Jobs import the mains from this checkout.
@@ -102,6 +102,7 @@ class Job:
             parser = Parser(parents=[module.get_args_parser()], prog=self.main)
             flags = parser.parse_args(self.argv)
             known_flags = vars(flags)
+            early.announce(flags)
             code = module.main(flags)
             if code not in (0, STOPPED):
                 raise RuntimeError(f"{self.main} ended with exit code {code}")

@@ -5,7 +5,6 @@ lost, and the runs would be submitted a second time.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,10 +104,13 @@ def write_flags(points: Sequence[Point]) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time into the block: several launchers may start at once in one folder.
 
-    It does nothing on file systems without locks.
+    It does nothing on Windows, and on file systems without locks.
     """
     with open(path, "w") as lock:
-        with contextlib.suppress(OSError):
+        # Windows does not have the module.
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         # Closing the file releases the lock.
         yield

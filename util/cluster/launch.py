@@ -6,7 +6,6 @@ run. In a sweep, each point has its own folder there, named after its flags. `sw
 
 import argparse
 import dataclasses
-import importlib
 import os
 import re
 import shlex
@@ -23,7 +22,8 @@ from util.cluster.slurm_jobs import check_limits, preview, submit_to_slurm
 from util.cluster.status import status
 from util.cluster.sweep import Point, check_flags, parse_sweep, plan
 from util.files.names import one_line, printable
-from util.flags.parser import COUNT, Parser, number, run
+from util.flags.numbers import COUNT, number
+from util.flags.parser import Parser, examples, parser_of, run
 
 # Options of sbatch that the launcher depends on: with another value, it would lose sight of its jobs.
 SET_BY_LAUNCHER = {"array", "output", "error", "open_mode"}
@@ -52,7 +52,7 @@ def _add_job_flags(g: argparse._ArgumentGroup) -> None:
         "--cluster",
         default="slurm",
         choices=["slurm", "local", "debug"],
-        help="local: processes on this machine; debug: in this process",
+        help="slurm; local: processes on this machine, without SLURM; debug: in this process",
     )
     g.add_argument(
         "--dry_run", action="store_true", help="print the sbatch script and the flags, and submit nothing"
@@ -141,21 +141,23 @@ class Request:
     dry_run: bool = False
 
 
-def launch(main: str, argv: list[str] | None = None) -> int:
+def launch(main: str, argv: list[str] | None = None, about: str | None = None) -> int:
     """Submit the runs of a command line of submitit_*.py, or print their status. Returns the exit code.
 
     Args:
         main: module name of the main.
         argv: the command line, sys.argv by default.
+        about: the docstring of the script, whose commands are the examples of --help.
     """
     if argv is None:
         argv = sys.argv[1:]
     words, chain = with_chain(argv)
     everything = Parser(
-        parents=[importlib.import_module(main).get_args_parser()],
+        parents=[parser_of(main)],
         # The launcher's --dry_run replaces that of the main.
         conflict_handler="resolve",
         description=f"{main}.py on a cluster, through submitit",
+        epilog=examples(about),
     )
     add_cluster_flags(everything)
     # All flags are parsed together first, so that --help lists them and an unknown flag is an error.

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-
-from util import dist
+# torch and util.dist are imported inside of the functions that a job calls: submitting needs neither.
+if TYPE_CHECKING:
+    from util import dist
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str:
@@ -37,7 +38,12 @@ def query(*command: str, required: bool = False) -> str:
     if done.returncode == 0:
         return done.stdout.strip()
     if required:
-        raise ValueError(f"SLURM does not answer {command[0]} ({done.stderr.strip()}): try again")
+        # The last line of several has the cause.
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(
+            f"SLURM does not answer {command[0]} ({reason}): try again, or give `cluster` local to run on "
+            "this machine"
+        )
     return ""
 
 
@@ -124,6 +130,8 @@ def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
     time limit would end the job for good. Rank 0 polls SLURM until then, or until the run has stopped by
     itself, which sets `left`.
     """
+    from util import dist
+
     # Three seconds between queries do not burden the controller, and are short against the margin.
     while dist.is_main() and job_id() and not left.wait(3):
         seconds = time_left(job_id())
@@ -133,6 +141,8 @@ def requeue_at_the_limit(left: threading.Event, margin: float = 30) -> None:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
+    import torch
+
     if isinstance(error, torch.distributed.DistBackendError):
         return True
     # gloo raises a plain RuntimeError.
@@ -141,7 +151,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
+def lost_peers(stop: "dist.StopSignal", minutes: float = 10) -> Iterator[None]:
     """Delay the failure of a rank that has lost its connection to another one until SLURM has decided.
 
     If the other node has died, SLURM notices it after its SlurmdTimeout and requeues the job, but
@@ -154,6 +164,8 @@ def lost_peers(stop: dist.StopSignal, minutes: float = 10) -> Iterator[None]:
         # On a single node no other node can be lost.
         several_nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1
         if several_nodes and _is_lost_connection(error):
+            from util import dist
+
             cause = str(error).splitlines()[0]
             print(
                 f"rank {dist.rank()} has lost its connection ({cause}): waiting up to {minutes:g} minutes "

@@ -15,6 +15,8 @@ from util.cluster.job import ROOT, Resources
 from util.cluster.job_dir import add_job_ids, locked, read_job_ids, write_flags
 from util.cluster.status import queue
 from util.cluster.sweep import Point, parse_main
+from util.flags.groups import MOST_WORKERS
+from util.flags.parser import given_in
 
 if TYPE_CHECKING:
     import submitit
@@ -39,8 +41,11 @@ def check_limits(points: list[Point]) -> None:
     """Raise ValueError if there is no cluster, or if it cannot hold the jobs of points and follow-ups."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ValueError(
-            "this machine has no SLURM (no sbatch and srun on PATH): choose another `cluster`, such as local"
+            "this machine has no SLURM (no sbatch and srun on PATH): give `cluster` local to run on this "
+            "machine, or submit where SLURM is"
         )
+    # Before anything is written.
+    slurm.query("scontrol", "show", "config", required=True)
     jobs = sum(1 + len(point.then) for point in points)
     most = _limit("MaxJobCount", jobs)
     if jobs > most:
@@ -65,8 +70,8 @@ def sbatch_options(points: list[Point], resources: Resources) -> dict[str, Any]:
         ngpus = GPUS_PER_NODE
     cpus = resources.cpus_per_task
     if not cpus:
-        # A core for the training loop and one for each data worker. The check of a cluster has no workers.
-        cpus = getattr(parse_main(first.main, first.argv), "num_workers", 0) + 1
+        # A core for the training loop and one for each data worker.
+        cpus = _data_workers(first) + 1
     memory = None
     if resources.mem_gb:
         memory = f"{resources.mem_gb:g}GB"
@@ -94,6 +99,17 @@ def sbatch_options(points: list[Point], resources: Resources) -> dict[str, Any]:
         additional_parameters={"requeue": True} | _sbatch_words(resources.sbatch),
     )
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _data_workers(point: Point) -> int:
+    """Return the number of data workers of a rank. The check of a cluster has none."""
+    flags = parse_main(point.main, point.argv)
+    if "num_workers" not in vars(flags):
+        return 0
+    # The default is that of this machine, and the job gets as many cores as are asked for here.
+    if "num_workers" not in given_in(flags):
+        return MOST_WORKERS
+    return flags.num_workers
 
 
 def _sbatch_words(options: Mapping[str, str]) -> dict[str, str | bool]:

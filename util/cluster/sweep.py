@@ -1,7 +1,6 @@
 """The runs of a sweep: their flags and folders, and the runs that follow each of them."""
 
 import argparse
-import importlib
 import os
 import re
 import shlex
@@ -13,7 +12,8 @@ from typing import Any, NoReturn
 
 from util.cluster.job import Job
 from util.files.names import printable
-from util.flags.parser import Parser
+from util.flags import early
+from util.flags.parser import Parser, given_in, parser_of
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
 # A follow-up takes these flags from its pretraining, unless its own flags set them.
@@ -31,6 +31,8 @@ INHERITED = (
     "num_workers",
     "seed",
 )
+# Defaults of these are those of the machine that runs the job, and not of the one that submits it.
+OF_THE_MACHINE = ("device", "num_workers")
 # Flags that cannot be swept, and why.
 NOT_SWEPT = {
     "output_dir": "the launcher sets it: each point has its own folder in `job_dir`",
@@ -140,11 +142,14 @@ def _make_point(
     # The job directory overrides --output_dir, as in MAE.
     argv = [*argv, "--output_dir", folder]
     parsed = vars(parse_main(main, argv))
+    given = given_to(main, argv)
+    handed_on = {k: v for k, v in parsed.items() if k in given or k not in OF_THE_MACHINE}
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
     values = {flag: parsed[switches[f"--{flag}"].dest] for flag in flags}
     settings = repr(sorted((parsed | {"output_dir": ""}).items()))
-    return Point(name, values, main, argv, folder, follow_ups(parsed, chain, name, folder)), settings
+    then = follow_ups(handed_on, chain, name, folder)
+    return Point(name, values, main, argv, folder, then), settings
 
 
 def parse_sweep(words: list[str]) -> dict[str, list[str]]:
@@ -196,36 +201,36 @@ class _Strict(Parser):
 
 
 def _strict_parser(main: str) -> _Strict:
-    return _Strict(parents=[importlib.import_module(main).get_args_parser()], prog=main)
+    return _Strict(parents=[parser_of(main)], prog=main)
 
 
 def parse_main(main: str, argv: list[str]) -> argparse.Namespace:
     """Parse the flags of a main. Raises ValueError if they are wrong."""
-    return _strict_parser(main).parse_args(argv)
+    flags = _strict_parser(main).parse_args(argv)
+    if "model" in vars(flags):
+        early.check_model(main, flags.model)
+    return flags
 
 
 def check_flags(main: str, rest: list[str]) -> list[str]:
     """Select those flags of a main that the check of the cluster has too."""
     flags = vars(parse_main(main, rest))
+    given = given_to(main, rest)
     words = []
     for name in ("data_path", "device"):
-        if flags[name]:
+        if name in given and flags[name]:
             words += [f"--{name}", str(flags[name])]
     return words
 
 
 def given_to(main: str, argv: list[str]) -> set[str]:
     """Return the flags (as attributes) that a command line sets, even if to their defaults."""
-    parser = _strict_parser(main)
-    # Without defaults, only the flags of the command line become attributes.
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
+    return set(given_in(parse_main(main, argv)))
 
 
 def actions(main: str) -> dict[str, argparse.Action]:
     """Return argparse's action for each flag of a main."""
-    return Parser(parents=[importlib.import_module(main).get_args_parser()])._option_string_actions
+    return Parser(parents=[parser_of(main)])._option_string_actions
 
 
 def with_flag(main: str, argv: list[str], name: str, value: str) -> list[str]:

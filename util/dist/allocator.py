@@ -7,6 +7,7 @@ Xeon (benchmarks/README.md).
 """
 
 import ctypes
+import os
 
 # Options of mallopt(3), numbered as in glibc's malloc.h.
 TRIM_THRESHOLD = -1
@@ -35,6 +36,9 @@ def return_freed_memory(*_) -> bool:
 
 
 def _set(options: dict[int, int]) -> bool:
+    # Windows has no handle of all loaded libraries.
+    if os.name == "nt":
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

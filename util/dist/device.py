@@ -11,24 +11,34 @@ from util.dist.allocator import keep_freed_memory
 def choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
     """The device of this process: its own GPU for "cuda", else the device `name`.
 
-    "cuda" falls back to the CPU, with a printed line, but only in a run of one process: several
-    must not end up on different kinds of device. Raises ValueError if a rank of several finds no
-    GPU, and for unknown names.
+    "auto" is a GPU if there is one, and else the CPU, with a printed line, but only in a run of one process:
+    several must not end up on different kinds of device. Raises ValueError if a rank of several, or a process
+    that is to run on a GPU, finds none, and for unknown names.
     """
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        if ranks > 1:
-            raise ValueError(
-                f"rank {os.environ['RANK']} sees no CUDA device on {socket.gethostname()}: ask the scheduler "
-                "for GPUs, or set `device` to cpu to run on CPUs"
-            )
+    if (name == "auto" or name.startswith("cuda")) and not torch.cuda.is_available():
+        _check_may_do_without(name, ranks)
         print("no CUDA device is visible: running on the CPU", flush=True)
         return torch.device("cpu")
-    if name == "cuda":
+    if name in ("auto", "cuda"):
         return _own_gpu(local_rank)
     try:
         return torch.device(name)
     except RuntimeError as e:
         raise ValueError(f"`device` {name}: {str(e).splitlines()[0]}") from e
+
+
+def _check_may_do_without(name: str, ranks: int) -> None:
+    """Raise ValueError if a process needs a GPU, and there is none."""
+    if ranks > 1:
+        raise ValueError(
+            f"rank {os.environ['RANK']} sees no CUDA device on {socket.gethostname()}: ask the scheduler "
+            "for GPUs, or set `device` to cpu to run on CPUs"
+        )
+    if name != "auto":
+        why = "no GPU is visible to this process"
+        if torch.version.cuda is None:
+            why = f"torch {torch.__version__} is built without CUDA"
+        raise ValueError(f"`device` {name}: {why}; leave `device` out to run on the CPU")
 
 
 def _own_gpu(local_rank: int) -> torch.device:

@@ -93,7 +93,7 @@ def timeout() -> timedelta:
 
 
 def init(
-    device: str = "cuda", backend: str | None = None, timeout_minutes: float = 30, local_rank: int = -1
+    device: str = "auto", backend: str | None = None, timeout_minutes: float = 30, local_rank: int = -1
 ) -> torch.device:
     """Join the process group that torchrun's or srun's environment describes; a single process needs none.
 

@@ -33,7 +33,7 @@ class StopSignal:
     the handlers of before come back in any case.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = ending.known_signals("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 
     def __init__(self, when_stuck: Callable[[threading.Event], None] | None = None, patience: float = 25):
         self.received: str | None = None
@@ -54,7 +54,9 @@ class StopSignal:
         # Python runs handlers in the main thread, and not while that waits in a collective. The number of a
         # signal is written to this pipe at once.
         read_end, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
+        # Python 3.11 does not have it on Windows, where pipes need it not.
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(self._wakeup, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
         self._watcher.start()

@@ -11,9 +11,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+
+def known_signals(*names: str) -> tuple[signal.Signals, ...]:
+    """The signals of these names that the system has; Windows has fewer of them."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
 # What schedulers send. SIGINT is left out: it comes from a person, who may end a process that hangs as it
 # exits. The state is saved by then.
-IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED = known_signals("SIGTERM", "SIGUSR1", "SIGUSR2")
 
 _exit_follows = False
 # The handlers of before `done`.

@@ -5,11 +5,27 @@ at once.
 """
 
 import argparse
+import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layers.positional import label_choices
-from util.flags.parser import COUNT, SHARE, number
+from util.flags.numbers import (
+    BELOW_ONE,
+    COUNT,
+    EPOCHS,
+    MINUTES,
+    NOT_NEGATIVE,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    POSITIVE,
+    SEED,
+    SHARE,
+    number,
+    side,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,11 +42,45 @@ MAX_PIXELS_HELP = (
 
 DATA_TIMEOUT = 5  # minutes that a batch may take
 
+MOST_WORKERS = 10
+# Kinds of devices; a number may follow.
+DEVICES = ("cuda", "cpu", "mps", "xpu")
+
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
 
-def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
+def own_workers() -> int:
+    """Return the default number of data workers: the cores of this rank, and at most 10.
+
+    10 is MAE's number, for a GPU server. More workers than cores slow a run down.
+    """
+    cores = os.cpu_count() or 1
+    # A job may run on some of the cores.
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # torchrun's ranks share the cores of their node.
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if ranks.isdigit():
+        cores //= max(1, int(ranks))
+    return max(1, min(MOST_WORKERS, cores))
+
+
+def device_name(text: str) -> str:
+    """Read the name of a device: the argparse type of --device."""
+    if re.fullmatch(rf"auto|({'|'.join(DEVICES)})(:\d+)?", text):
+        return text
+    meant = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
+    near = meant.get(text.lower()) or meant.get(text.lower().partition(":")[0])
+    if text.isdigit():
+        near = f"cuda:{text}"
+    if near is None:
+        near = (difflib.get_close_matches(text.lower(), ("auto", *DEVICES), n=1) or [""])[0]
+    hint = f"; did you mean {near}?" if near else ""
+    raise argparse.ArgumentTypeError(f"takes auto, {', '.join(DEVICES)} or cuda:N, found {text!r}{hint}")
+
+
+def add_data_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that say which images are read, and how."""
     g = p.add_argument_group("data")
     g.add_argument(
@@ -40,22 +90,25 @@ def add_data_flags(p: argparse.ArgumentParser, num_workers: int = 10) -> None:
         help="folder, tar file or list of paths; the embedded demo set if not given",
     )
     g.add_argument(
-        "--input_size", default=[224], type=int, nargs="+", metavar=("H", "W"), help="image size, H [W]"
+        "--input_size", default=[224], type=side, nargs="+", metavar=("H", "W"), help="image size, H [W]"
     )
     _add_channel_flags(g)
-    _add_loading_flags(g, num_workers)
+    _add_loading_flags(g)
     _add_unreadable_flags(g)
 
 
-def _add_loading_flags(g: argparse._ArgumentGroup, num_workers: int) -> None:
-    # 10 is MAE's number, for a GPU server. More workers than cores slow a run down.
+def _add_loading_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
-        "--num_workers", default=num_workers, type=number(0), help="data loading processes per rank"
+        "--num_workers",
+        default=own_workers(),
+        type=number(0),
+        help="data loading processes per rank; the cores that a rank has if not given, and at most "
+        f"{MOST_WORKERS}",
     )
     g.add_argument(
         "--data_timeout",
         default=DATA_TIMEOUT,
-        type=number(0, kind=float),
+        type=MINUTES,
         help="minutes that a batch may take before the run saves its state and ends; 0 waits for ever. "
         "Without data loading processes a file system that hangs is not noticed",
     )
@@ -95,19 +148,19 @@ def _add_unreadable_flags(g: argparse._ArgumentGroup) -> None:
 
 
 def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
-    g.add_argument("--in_chans", default=3, type=int, help="image channels")
+    g.add_argument("--in_chans", default=3, type=COUNT, help="image channels")
     # Statistics are those of pixel values scaled to [0, 1], as in torchvision.
     g.add_argument(
         "--mean",
         default=None,
-        type=float,
+        type=PIXEL_MEAN,
         nargs="+",
         help="mean of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
     )
     g.add_argument(
         "--std",
         default=None,
-        type=float,
+        type=PIXEL_STD,
         nargs="+",
         help="standard deviation of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
     )
@@ -132,31 +185,29 @@ def add_optim_flags(p: argparse.ArgumentParser, defaults: OptimDefaults) -> None
     g.add_argument(
         "--batch_size", default=defaults.batch_size, type=COUNT, help="images per rank and micro-step"
     )
-    g.add_argument("--epochs", default=defaults.epochs, type=int, help="epochs of the whole schedule")
+    g.add_argument("--epochs", default=defaults.epochs, type=EPOCHS, help="epochs of the whole schedule")
     # The optimizer sees batch_size * accum_iter * ranks images per step.
     g.add_argument("--accum_iter", default=1, type=COUNT, help="micro-steps per optimizer step")
     # Biases, norms and other vectors are exempt, as in timm.
-    g.add_argument("--weight_decay", default=defaults.weight_decay, type=float, help="weight decay")
-    g.add_argument("--lr", default=None, type=float, help="absolute learning rate; overrides --blr")
+    g.add_argument("--weight_decay", default=defaults.weight_decay, type=NOT_NEGATIVE, help="weight decay")
+    g.add_argument("--lr", default=None, type=NOT_NEGATIVE, help="absolute learning rate; overrides --blr")
     # The linear scaling rule of Goyal et al. 2017 (arXiv 1706.02677), as in MAE.
     g.add_argument(
         "--blr",
         default=defaults.blr,
-        type=float,
+        type=NOT_NEGATIVE,
         help="base learning rate: lr = blr * batch_size * accum_iter * ranks / 256",
     )
     g.add_argument(
-        "--min_lr", default=defaults.min_lr, type=float, help="learning rate at the end of the cosine"
+        "--min_lr", default=defaults.min_lr, type=NOT_NEGATIVE, help="learning rate at the end of the cosine"
     )
     g.add_argument(
         "--warmup_epochs",
         default=defaults.warmup_epochs,
-        type=float,
+        type=NOT_NEGATIVE,
         help="epochs in which the learning rate rises from 0",
     )
-    g.add_argument(
-        "--clip_grad", default=defaults.clip_grad, type=number(0, kind=float), help=defaults.clip_help
-    )
+    g.add_argument("--clip_grad", default=defaults.clip_grad, type=NOT_NEGATIVE, help=defaults.clip_help)
 
 
 def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label: str) -> None:
@@ -183,7 +234,7 @@ def add_position_flags(p: argparse.ArgumentParser, *, pos_embed: str, pos_label:
         tokens_help += "; that of the checkpoint if not given, half from scratch"
     g.add_argument("--pos_label", default=pos_label, choices=labels, help=label_help)
     g.add_argument(
-        "--pos_weight", default=0.5, type=float, help="weight of the label loss (lambda in the paper)"
+        "--pos_weight", default=0.5, type=NOT_NEGATIVE, help="weight of the label loss (lambda in the paper)"
     )
     g.add_argument("--pos_tokens", default=tokens, choices=["half", "full"], help=tokens_help)
     # The number of pairs is the square of the number of tokens. A random subset gives an unbiased loss.
@@ -204,7 +255,7 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
     g.add_argument(
         "--so_dims",
         default=None,
-        type=int,
+        type=COUNT,
         nargs=2,
         metavar=("D1", "D2"),
         help="widths of the two projections; 48 24 if not given, wider in so_vit_14 and so_vit_19",
@@ -212,7 +263,7 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
     g.add_argument(
         "--so_heads",
         default=None,
-        type=int,
+        type=COUNT,
         metavar="N",
         help="number of cross-covariances, each of that size; 1 if not given",
     )
@@ -226,21 +277,21 @@ def add_head_flags(p: argparse.ArgumentParser, model_help: str) -> None:
     g.add_argument(
         "--so_alpha",
         default=None,
-        type=float,
+        type=number(0, 1, float, above=True),
         metavar="A",
         help="exponent of the largest singular value; 0.5 if not given",
     )
     g.add_argument(
         "--so_iters",
         default=None,
-        type=int,
+        type=COUNT,
         metavar="N",
         help="power iterations that estimate the largest singular value; 1 if not given",
     )
     g.add_argument(
         "--so_dropout",
         default=None,
-        type=float,
+        type=BELOW_ONE,
         metavar="P",
         help="dropout of the second-order feature; 0 if not given, 0.5 in so_vit_14 and so_vit_19",
     )
@@ -252,29 +303,29 @@ def add_self_relation_flags(p: argparse.ArgumentParser, *, spatial: float, chann
     g.add_argument(
         "--sr_spatial",
         default=spatial,
-        type=float,
+        type=NOT_NEGATIVE,
         metavar="W",
         help="weight of the loss on spatial relations; 0 turns it off",
     )
     g.add_argument(
         "--sr_channel",
         default=channel,
-        type=float,
+        type=NOT_NEGATIVE,
         metavar="W",
         help="weight of the loss on channel relations; 0 turns it off",
     )
     # Temperatures of Li et al. 2022, as published for iBOT.
     g.add_argument(
-        "--sr_temp_spatial", default=0.5, type=float, help="temperature of the teacher's spatial relations"
+        "--sr_temp_spatial", default=0.5, type=POSITIVE, help="temperature of the teacher's spatial relations"
     )
     g.add_argument(
-        "--sr_temp_channel", default=0.1, type=float, help="temperature of the teacher's channel relations"
+        "--sr_temp_channel", default=0.1, type=POSITIVE, help="temperature of the teacher's channel relations"
     )
     # A cosine takes the momentum to 1, where the teacher stands still.
     g.add_argument(
         "--ema_momentum",
         default=0.996,
-        type=float,
+        type=SHARE,
         help="momentum of the teacher at the start; it rises to 1",
     )
 
@@ -286,12 +337,12 @@ def add_augment_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm; '' for none")
     # timm ignores colour jitter if there is an AutoAugment policy.
     g.add_argument(
-        "--color_jitter", default=None, type=float, help="strength of colour jitter; needs --aa ''"
+        "--color_jitter", default=None, type=NOT_NEGATIVE, help="strength of colour jitter; needs --aa ''"
     )
     g.add_argument(
         "--crop_scale",
         default=[0.08, 1.0],
-        type=float,
+        type=SHARE,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="area of the random crop, as a share of the image",
@@ -312,14 +363,12 @@ def add_augment_flags(p: argparse.ArgumentParser) -> None:
 
 def _add_mixup_flags(g: argparse._ArgumentGroup) -> None:
     # Alpha is the parameter of the Beta distribution that the mixing ratio is drawn from.
-    g.add_argument("--mixup", default=0.0, type=number(0, kind=float), help="alpha of mixup; 0 turns it off")
-    g.add_argument(
-        "--cutmix", default=0.0, type=number(0, kind=float), help="alpha of cutmix; 0 turns it off"
-    )
+    g.add_argument("--mixup", default=0.0, type=NOT_NEGATIVE, help="alpha of mixup; 0 turns it off")
+    g.add_argument("--cutmix", default=0.0, type=NOT_NEGATIVE, help="alpha of cutmix; 0 turns it off")
     g.add_argument(
         "--cutmix_minmax",
         default=None,
-        type=float,
+        type=SHARE,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="range of cutmix's box, as a share of the image's sides; overrides the alpha of cutmix",
@@ -365,9 +414,14 @@ def _add_output_flags(g: argparse._ArgumentGroup) -> None:
 
 
 def _add_device_flags(g: argparse._ArgumentGroup) -> None:
-    g.add_argument("--device", default="cuda", help="cuda (falls back to the CPU), cpu or mps")
+    g.add_argument(
+        "--device",
+        default="auto",
+        type=device_name,
+        help="auto is cuda where there is a GPU, else cpu; mps is Apple's GPU",
+    )
     # Draws are functions of the seed and of the place in the run, so that a resumed run has the same ones.
-    g.add_argument("--seed", default=0, type=int, help="seed of all random draws")
+    g.add_argument("--seed", default=0, type=SEED, help="seed of all random draws")
     # fp16 needs loss scaling; bf16 has the range of fp32 and does not.
     g.add_argument(
         "--amp",
@@ -400,7 +454,7 @@ def _add_saving_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--save_minutes",
         default=30,
-        type=number(0, kind=float),
+        type=MINUTES,
         help="minutes between saves of checkpoint-last.pth",
     )
     g.add_argument(
@@ -434,7 +488,7 @@ def _add_rank_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--dist_timeout",
         default=30,
-        type=number(0, kind=float),
+        type=MINUTES,
         help="minutes that a rank waits for the others",
     )
     # torchrun and SLURM set the rank in the environment; the older torch.distributed.launch passes this flag.

@@ -5,28 +5,93 @@ This module imports nothing heavy, so that --help answers at once.
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from util.files.names import printable, printable_lines
-from util.flags import ending
+from util.flags import early, ending
+from util.flags.numbers import BELOW_ONE as BELOW_ONE
+from util.flags.numbers import COUNT as COUNT
+from util.flags.numbers import FINITE, WHOLE
+from util.flags.numbers import SHARE as SHARE
+from util.flags.numbers import number as number
 from util.flags.recipes import Recipes
+
+# Flags that most runs give, in the order in which --help shows them, before all others.
+COMMON = (
+    "job_dir",
+    "cluster",
+    "nodes",
+    "ngpus",
+    "timeout",
+    "partition",
+    "sweep",
+    "arch",
+    "model",
+    "data_path",
+    "output_dir",
+    "finetune",
+    "resume",
+    "eval",
+    "init_from",
+    "knn",
+    "mask_ratio",
+    "pos_embed",
+    "pos_label",
+    "input_size",
+    "nb_classes",
+    "batch_size",
+    "epochs",
+    "warmup_epochs",
+    "blr",
+    "lr",
+    "device",
+    "amp",
+    "num_workers",
+    "seed",
+    "dry_run",
+)
+# Lines of usage that may stand before an error.
+SHORT_USAGE = 3
+
+
+class Flags(argparse.Namespace):
+    """Parsed flags. `given` are the names of those that the command line sets, be it to their defaults.
+
+    It is a slot, and so it is not among `vars(flags)`.
+    """
+
+    __slots__ = ("given",)
+    given: frozenset[str]
+
+
+def given_in(flags: argparse.Namespace) -> frozenset[str]:
+    """Return the names of the flags that a command line sets; all of them if no `Parser` made the flags."""
+    return getattr(flags, "given", frozenset(vars(flags)))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Append the default to the help text of each flag that has one."""
+    """Append the default to the help text of each flag that has one; keep the lines of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # The help of a flag without a default says what happens without the flag; "(default:
         # None)" adds nothing.
         if action.default is None or action.default in ("", []):
             return action.help
+        if isinstance(action.default, list):
+            # As a command line has them.
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -43,6 +108,9 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("fromfile_prefix_chars", "@")
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
+        # Flags without limits of their own refuse nan and inf, too.
+        self.register("type", int, WHOLE)
+        self.register("type", float, FINITE)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Split a line of a recipe into words, as a shell does."""
@@ -59,9 +127,13 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error), usage=False)
 
     def error(self, message: str, usage: bool = True) -> NoReturn:
-        """Print the usage, unless the flags are not to blame, and the message, and exit with code 2."""
-        if usage:
-            self.print_usage(sys.stderr)
+        """Print the message and exit with code 2.
+
+        A short usage comes first, unless the flags are not to blame. A long one would hide the message.
+        """
+        text = self.format_usage()
+        if usage and len(text.splitlines()) <= SHORT_USAGE:
+            self._print_message(text, sys.stderr)
         # The message repeats words of the command line, which may hold commands to the terminal.
         self.exit(2, f"{self.prog}: error: {printable_lines(message)}\n")
 
@@ -88,39 +160,53 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line, sys.argv by default. An unknown flag ends the process with exit code 2."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        if args is None:
+            args = sys.argv[1:]
+        parsed, unknown = self.parse_known_args(args, namespace or Flags())
         if unknown:
             self.error(self._describe_unknown(printable(unknown[0].split("=")[0])))
+        if isinstance(parsed, Flags):
+            parsed.given = self._given_by(args)
         return parsed
+
+    def _given_by(self, args: Sequence[str]) -> frozenset[str]:
+        """The names of the flags that a command line sets, which must be a right one."""
+        defaults = [(action, action.default) for action in self._actions]
+        try:
+            # Without defaults, only the flags of the command line become attributes.
+            for action, _ in defaults:
+                action.default = argparse.SUPPRESS
+            return frozenset(vars(self.parse_known_args(args)[0]))
+        finally:
+            for action, default in defaults:
+                action.default = default
+
+    def format_help(self) -> str:
+        """Return the text of --help: a line of usage, examples, what most runs give, and the other flags."""
+        known = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
+        first = [known[name] for name in COMMON if name in known]
+        if len(first) < 5:
+            # Commands with few flags, and those with commands of their own.
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.add_usage("%(prog)s [flags] [@recipe ...]", self._actions, [], None)
+        formatter.add_text(self.epilog)
+        formatter.start_section("flags that most runs give")
+        formatter.add_arguments(first)
+        formatter.end_section()
+        # What has no group of its own comes last.
+        for group in sorted(self._action_groups, key=lambda group: group is self._optionals):
+            formatter.start_section(group.title)
+            formatter.add_arguments([each for each in group._group_actions if each not in first])
+            formatter.end_section()
+        return formatter.format_help()
 
     def _describe_unknown(self, flag: str) -> str:
         nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
-
-
-def number(least: float, most: float = float("inf"), kind: type = int) -> Callable[[str], float]:
-    """Make an argparse type that accepts numbers of a kind from `least` to `most`, both included."""
-
-    def read(text: str) -> float:
-        value = kind(text)
-        # A comparison with nan is False, so nan is refused.
-        if least <= value <= most:
-            return value
-        allowed = f"must be {least} or more"
-        if most < float("inf"):
-            allowed = f"must lie between {least} and {most}"
-        raise argparse.ArgumentTypeError(f"{allowed}, found {text}")
-
-    read.__name__ = kind.__name__  # argparse prints it: "invalid int value"
-    return read
-
-
-COUNT = number(1)
-SHARE = number(0, 1, float)
-# Rates of dropout and of stochastic depth: 1 would drop everything and divide by zero.
-BELOW_ONE = number(0, 0.999, float)
 
 
 def with_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -130,7 +216,7 @@ def with_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     if parser.add_help:
         return parser
-    return Parser(parents=[parser], description=parser.description)
+    return Parser(parents=[parser], description=parser.description, epilog=parser.epilog)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,15 +224,65 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return with_help(parser).parse_args(argv)
 
 
+class _ParserOnly(BaseException):
+    """Ends the import of a main after its parser is made."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        super().__init__()
+        self.parser = parser
+
+
+# The module whose parser is wanted without the rest of it.
+_wanted = ""
+
+
 def answer_at_once(name: str, parser: argparse.ArgumentParser) -> None:
-    """Parse the command line before the heavy imports of a script, if the script is run and not imported.
+    """Check the command line before the heavy imports of a script, if the script is run and not imported.
 
     A script calls it as ``answer_at_once(__name__, get_args_parser())`` between its parser and the imports
-    that take seconds. --help, an unknown flag and a wrong value then answer at once. The result is thrown
-    away: the script parses again when it runs its main.
+    that take seconds. --help, an unknown flag, a wrong value, and what `early.check` refuses, then answer at
+    once. The result is thrown away: the script parses again when it runs its main.
     """
+    if name == _wanted:
+        raise _ParserOnly(parser)
     if name == "__main__":
-        parse(parser)
+        complete = with_help(parser)
+        flags = complete.parse_args()
+        try:
+            early.check(os.path.basename(sys.argv[0]), flags)
+        except ValueError as error:
+            complete.exit(2, f"error: {describe(error, vars(flags))}\n")
+
+
+def parser_of(main: str) -> argparse.ArgumentParser:
+    """Return the parser of a main, by the name of its module, without the heavy imports of that module."""
+    global _wanted
+    if main in sys.modules:
+        return sys.modules[main].get_args_parser()
+    _wanted = main
+    try:
+        module = importlib.import_module(main)
+    except _ParserOnly as found:
+        return found.parser
+    finally:
+        _wanted = ""
+    return module.get_args_parser()
+
+
+def examples(docstring: str | None) -> str:
+    """Return the commands of a script's docstring as the examples of --help; '' if there are none."""
+    lines: list[str] = []
+    goes_on = False
+    for line in (docstring or "").splitlines():
+        command = line.strip().startswith(("python ", "torchrun "))
+        if command:
+            lines.append(f"  {line.strip()}")
+        elif goes_on:
+            lines.append(f"      {line.strip()}")
+        goes_on = (command or goes_on) and line.endswith("\\")
+    if not lines:
+        return ""
+    return "\n".join(["examples:", *lines])
 
 
 def escape_undecodable_names() -> None:
@@ -225,19 +361,12 @@ def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) ->
     main, it ignores signals other than SIGINT, so that a warning in its last second does not kill it.
     """
     escape_undecodable_names()
+    early.announce(flags)
     try:
         with ending.exit_follows(_is_of_a_script(sys._getframe(1))):
             return main(flags)
     except (ValueError, OSError) as error:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
-        # The innermost frame, for those who report a bug.
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        origin = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        print(
-            f"error: {describe(error, vars(flags))}\n"
-            f"(raised in {origin}; MAE_PL_TRACEBACK=1 shows the traceback)",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {describe(error, vars(flags))}", file=sys.stderr, flush=True)
         return 2

@@ -3,9 +3,11 @@
 This module imports nothing heavy, so that --help answers at once.
 """
 
+import difflib
 import io
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from util.files.names import printable
 from util.files.regular import open_regular
@@ -14,6 +16,8 @@ from util.files.regular import open_regular
 MAX_BYTES = 2**20  # of all recipes together
 MAX_FILES = 200  # each inclusion counts
 MAX_DEPTH = 20
+# The folder of the mains.
+HOME = Path(__file__).resolve().parents[2]
 
 
 class Recipes:
@@ -38,8 +42,7 @@ class Recipes:
             if not word.startswith("@"):
                 all_words.append(word)
                 continue
-            # Relative to the working directory.
-            path = word[1:]
+            path = found(word[1:])
             self._check(path, includers)
             for number, line in enumerate(self._lines(path), start=1):
                 try:
@@ -85,7 +88,7 @@ class Recipes:
             with open_regular(path) as file:
                 data = file.read(self.bytes_left + 1)
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"there is no recipe {name}; see recipes/*.args") from None
+            raise ValueError(f"there is no recipe {name}{_hint(path)}") from None
         except IsADirectoryError:
             raise ValueError(f"recipe {name} is a folder: give a file, such as recipes/*.args") from None
         except OSError as error:
@@ -97,6 +100,24 @@ class Recipes:
                 f"recipe {name} is too large: all recipes of a command line may have {MAX_BYTES} bytes"
             )
         return data
+
+
+def found(path: str) -> str:
+    """Return where a recipe is: relative to the working directory, or else to the folder of the mains."""
+    beside = os.path.join(HOME, path)
+    if os.path.lexists(path) or not os.path.lexists(beside):
+        return path
+    return beside
+
+
+def _hint(path: str) -> str:
+    """The recipe of this toolkit with the most similar name, or where they are."""
+    names = sorted(each.name for each in (HOME / "recipes").glob("*.args"))
+    name = os.path.basename(path)
+    near = difflib.get_close_matches(name, names, n=1) or [n for n in names if n == f"{name}.args"]
+    if near:
+        return f"; did you mean @recipes/{near[0]}?"
+    return "; see recipes/*.args"
 
 
 def _reason(error: ValueError) -> str:

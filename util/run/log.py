@@ -8,7 +8,6 @@ import csv
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -388,7 +387,17 @@ def reserved_memory_mb() -> float:
 
 
 def peak_memory_mb() -> float:
-    """Return the peak memory of this process in MB: allocated memory on CUDA, resident memory otherwise."""
+    """Return the peak memory of this process in MB: allocated memory on CUDA, resident memory otherwise; 0 on
+    Windows, which does not say it.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    if sys.platform == "darwin":
+        return peak / 2**20
+    return peak / 2**10

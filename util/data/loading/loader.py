@@ -98,7 +98,8 @@ def _kill_workers_at_exit() -> None:
 
     def kill() -> None:
         # torch's handler would report each killed worker as a crash.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()

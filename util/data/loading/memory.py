@@ -1,6 +1,7 @@
 """Whether a cache of images fits: memory of the host and of the device, on all ranks together."""
 
 import contextlib
+import math
 import os
 import socket
 from typing import NamedTuple
@@ -102,6 +103,9 @@ def _machine_memory(proc: str) -> float:
         line = next(line for line in _lines(proc, "meminfo") if line.startswith("MemAvailable"))
         return 1024 * float(line.split()[1])  # in KiB
     except (OSError, StopIteration):
+        # Windows says neither.
+        if not hasattr(os, "sysconf"):
+            return math.inf
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

@@ -29,9 +29,11 @@ PATIENCE = 10.0  # seconds that a run which is asked to stop still waits for its
 # Why a signal ends a data worker, and what helps.
 MEMORY = "lower `num_workers` or `batch_size`, or ask for more memory"
 CAUSES = {
-    signal.SIGKILL: f"usually because no memory is left: {MEMORY}",
-    signal.SIGBUS: "usually because /dev/shm is full: lower `num_workers` or `batch_size`, or enlarge it",
+    "SIGKILL": f"usually because no memory is left: {MEMORY}",
+    "SIGBUS": "usually because /dev/shm is full: lower `num_workers` or `batch_size`, or enlarge it",
 }
+# Windows has neither the timer nor masks of signals. A hanging file system is not noticed there.
+HAS_TIMER = hasattr(signal, "setitimer")
 CRASH = "so that file is damaged, or a library that reads it: remove the file, and report the crash"
 
 
@@ -80,7 +82,7 @@ class Guard:
         A single process saves at once instead. An image that has crashed a worker would crash this process as
         well.
         """
-        if dist.world_size() == 1 or error.number != signal.SIGKILL:
+        if dist.world_size() == 1 or error.number != getattr(signal, "SIGKILL", None):
             return False
         self.failure = str(error)
         self.stop.received = self.stop.received or "the loss of a data worker"
@@ -169,6 +171,11 @@ class Crew:
         if self.processes:
             return self.wait(start)
         others = set(multiprocessing.active_children())
+        if not HAS_TIMER:
+            try:
+                return start()
+            finally:
+                self.processes = [p for p in multiprocessing.active_children() if p not in others]
         # Schedulers and terminals signal every process. The parent decides what follows, and needs its
         # workers until it has saved. They start with these signals blocked, so that none can ever end one.
         blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -263,7 +270,7 @@ class Crew:
             text = f"a data worker has ended with exit code {code}{while_reading}"
             return WorkerKilled(self._here(text), 0)
         number = signal.Signals(-code)
-        text = f"a data worker was killed by {number.name}{while_reading}, {CAUSES.get(number, CRASH)}"
+        text = f"a data worker was killed by {number.name}{while_reading}, {CAUSES.get(number.name, CRASH)}"
         return WorkerKilled(self._here(text), number)
 
     def _silent(self) -> str:
@@ -308,7 +315,7 @@ def _in_main_thread() -> bool:
 def _arm(look: Callable[[], None]) -> None:
     """Call `look` in the main thread every TICK seconds; do nothing in another thread."""
     global _look
-    if not _in_main_thread():
+    if not (HAS_TIMER and _in_main_thread()):
         return
     # It stays installed: a signal that comes late must not meet the default action, which ends the process.
     if signal.getsignal(signal.SIGALRM) is not _tick:
@@ -319,7 +326,7 @@ def _arm(look: Callable[[], None]) -> None:
 
 def _disarm() -> None:
     global _look
-    if not _in_main_thread():
+    if not (HAS_TIMER and _in_main_thread()):
         return
     _look = None
     signal.setitimer(signal.ITIMER_REAL, 0)

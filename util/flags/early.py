@@ -1,0 +1,151 @@
+"""Checks of parsed flags that need no torch: wrong names and missing files are told before it is imported.
+
+Mains check the rest, and these once more where they read them: in a notebook or a submitted job, nothing here
+runs.
+"""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from layers import sizes
+from util.files.names import printable
+from util.flags.groups import ascending, channel_stats, compile_mode, pair
+
+# Main -> the names of its models.
+MODELS: Mapping[str, Callable[[], list[str]]] = {
+    "main_pretrain": sizes.mae_names,
+    "main_finetune": sizes.classifier_names,
+    "main_linprobe": sizes.classifier_names,
+    "main_sere": sizes.sere_names,
+}
+KINDS = {
+    "main_pretrain": "a masked autoencoder, which main_pretrain.py trains",
+    "main_finetune": "a classifier, which main_finetune.py trains",
+    "main_sere": "a student of self-distillation, which main_sere.py trains",
+}
+LETTERS = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
+# Flags with a file or folder to start from.
+STARTS = ("resume", "finetune", "init_from", "distill_checkpoint")
+LAST = "checkpoint-last.pth"
+
+
+def check(script: str, flags: argparse.Namespace) -> None:
+    """Raise ValueError, which names the flag, for what is wrong in the flags of a script.
+
+    Args:
+        script: file name of the script.
+        flags: its parsed flags. Those that a script does not have are not checked.
+    """
+    main = script.removesuffix(".py")
+    if main in MODELS:
+        check_model(main, flags.model)
+    _check_sizes(flags)
+    if hasattr(flags, "compile_mode"):
+        compile_mode(flags.compile, flags.compile_mode, flags.accum_iter)
+    _check_path("data_path", getattr(flags, "data_path", ""))
+    _check_starts(main, flags)
+
+
+def announce(flags: argparse.Namespace) -> None:
+    """Print on rank 0 that the demo images are used because the data are not named."""
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    # A status is not a run.
+    if first and getattr(flags, "data_path", None) == "" and getattr(flags, "status", None) is None:
+        print("no --data_path: the embedded demo images are used", flush=True)
+
+
+# --- models
+
+
+def check_model(main: str, name: str) -> None:
+    """Raise ValueError, with the nearest name, if a main has no model of that name."""
+    # timm's names are known once timm is imported.
+    if main not in MODELS or name in MODELS[main]() or name.startswith("timm/"):
+        return
+    names = MODELS[main]()
+    here = sizes.same_encoder(name, names)
+    for other, kind in KINDS.items():
+        if here and name in MODELS[other]():
+            raise ValueError(f"--model {name} is {kind}; {main}.py takes {here}")
+    near = here or nearest(name, names)
+    message = f"--model {printable(name)} is unknown"
+    if near:
+        message += f"; did you mean {near}? --help lists all names"
+    else:
+        message += f"; there are {', '.join(names)}"
+    if main in ("main_finetune", "main_linprobe"):
+        message += ", and timm/NAME is timm's"
+    raise ValueError(message)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return the most similar name, '' if none is similar. ViT-B/16, for example, is a vit_base_patch16."""
+    plain = re.sub(r"\W+", "_", name.lower())
+    short = re.search(r"vit_?([tslbh])_?(\d+)", plain)
+    if short is not None:
+        plain = f"vit_{LETTERS[short[1]]}_patch{short[2]}"
+    same = [each for each in names if each.endswith(plain) or (len(plain) > 5 and each.startswith(plain))]
+    return (same or difflib.get_close_matches(plain, names, n=1) or [""])[0]
+
+
+# --- sizes
+
+
+def _check_sizes(flags: argparse.Namespace) -> None:
+    for name in ("input_size", "patch_size", "local_size"):
+        if getattr(flags, name, None):
+            pair(getattr(flags, name), f"--{name}")
+    for name in ("crop_scale", "global_crops_scale", "local_crops_scale"):
+        if getattr(flags, name, None):
+            ascending(getattr(flags, name), f"--{name}")
+    # A checkpoint may know the statistics.
+    if hasattr(flags, "mean") and not any(getattr(flags, name, "") for name in STARTS):
+        last = os.path.join(flags.output_dir or "", LAST)
+        if not os.path.exists(last):
+            channel_stats(flags.in_chans, flags.mean, flags.std)
+
+
+# --- paths
+
+
+def _check_starts(main: str, flags: argparse.Namespace) -> None:
+    """Raise ValueError for a start that does not exist, unless the run continues from its own checkpoint."""
+    if getattr(flags, "eval", False) and not flags.resume:
+        raise ValueError("--eval needs --resume FILE, the trained checkpoint to evaluate")
+    if main == "main_linprobe" and not (flags.finetune or (flags.eval and flags.resume)):
+        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
+    own = os.path.join(getattr(flags, "output_dir", "") or "", LAST)
+    # A requeued job repeats the flags of its first start, whose files may be gone.
+    if os.path.exists(own) and not getattr(flags, "eval", False):
+        return
+    for name in STARTS:
+        _check_path(name, getattr(flags, name, ""))
+
+
+def _check_path(flag: str, path: str) -> None:
+    """Raise ValueError, with a similar name of the same folder, if a file or folder does not exist."""
+    # hfds/..., torch/... and addresses are read by other libraries.
+    if not path or "://" in path or re.match(r"(hfds|hfids|wds|tfds|torch)/", path, re.IGNORECASE):
+        return
+    whole = os.path.expanduser(path)
+    if os.path.exists(whole):
+        return
+    folder = os.path.dirname(whole.rstrip("/")) or "."
+    name = os.path.basename(whole.rstrip("/"))
+    shown = printable(path)
+    if not os.path.isdir(folder):
+        parent = folder
+        while not os.path.isdir(parent):
+            parent = os.path.dirname(parent) or "."
+        raise ValueError(
+            f"--{flag} {shown} does not exist; the last folder of that path that does is "
+            f"{printable(os.path.abspath(parent))}"
+        )
+    near = difflib.get_close_matches(name, os.listdir(folder), n=1)
+    hint = f"there is no {printable(name)} in {printable(os.path.abspath(folder))}"
+    if near:
+        hint += f"; did you mean {printable(near[0])}?"
+    raise ValueError(f"--{flag} {shown} does not exist: {hint}")
