@@ -296,6 +296,14 @@ def find_start(args: argparse.Namespace) -> Start:
     return Start(resume, finetune, pretrained, new_parameters)
 
 
+def settled(args: argparse.Namespace, start: Start) -> argparse.Namespace:
+    """Return the flags, with the model and the image size of the checkpoint where they are not given."""
+    saved = start.resume or start.pretrained
+    args = argparse.Namespace(**as_stored(vars(args), given_in(args), saved, MODELS))
+    check_model_flags(args)
+    return args
+
+
 def build_data(
     args: argparse.Namespace, setup: Setup
 ) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
@@ -535,10 +543,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Data, as the encoder has learned to see them
     start = find_start(args)
-    args = argparse.Namespace(
-        **as_stored(vars(args), given_in(args), start.resume or start.pretrained, MODELS)
-    )
-    check_model_flags(args)
+    args = settled(args, start)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader = build_data(args, setup)

@@ -202,7 +202,21 @@ class Parser(argparse.ArgumentParser):
             formatter.end_section()
         return formatter.format_help()
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            names = [str(choice) for choice in action.choices or ()]
+            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
+
     def _describe_unknown(self, flag: str) -> str:
+        if not flag.startswith("-"):
+            hint = "see --help"
+            if "--data_path" in self._option_string_actions and os.path.exists(flag):
+                hint = "a path of images follows --data_path"
+            return f"{flag} belongs to no flag; {hint}"
         nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"

@@ -1,0 +1,220 @@
+"""Mistakes that people make on the command line: each is answered by one line with the remedy, and exit code 2.
+
+A row names the mistake, the main, the words of the command line and the facts that the answer must hold: the
+flag, what was found, and what to do. The wording is free. `EARLY` are answered before torch is imported,
+`LATE` by the main, in a folder with the small data sets and checkpoints of `place`. `LAUNCHED` are those of
+submitit_*.py. A row more is one line here.
+"""
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models_mae_pl import MODELS
+from models_vit import MODELS as CLASSIFIERS
+from util.cluster import slurm_jobs
+from util.cluster.launch import launch
+from util.flags import early
+from util.flags.parser import answer_at_once, parse, parser_of, run
+
+# Main, words, facts. {name} is a file or folder of `place`.
+EARLY = [
+    # Numbers
+    ("main_pretrain", "--epochs -3", "--epochs 1 -3"),
+    ("main_pretrain", "--epochs 0", "--epochs 1 --dry_run"),
+    ("main_pretrain", "--epochs 1e3", "--epochs whole 1e3"),
+    ("main_pretrain", "--epochs=", "--epochs whole"),
+    ("main_pretrain", "--seed -1", "--seed -1"),
+    ("main_pretrain", "--batch_size 0", "--batch_size 1"),
+    ("main_pretrain", "--num_workers -1", "--num_workers 0"),
+    ("main_pretrain", "--warmup_epochs -2", "--warmup_epochs 0 -2"),
+    ("main_pretrain", "--weight_decay -1", "--weight_decay 0"),
+    ("main_pretrain", "--min_lr -1", "--min_lr 0"),
+    ("main_pretrain", "--lr inf", "--lr finite inf"),
+    ("main_pretrain", "--blr nan", "--blr finite nan"),
+    ("main_pretrain", "--lr 1,5", "--lr 1.5"),
+    ("main_pretrain", "--pos_weight nan", "--pos_weight finite nan"),
+    ("main_pretrain", "--clip_grad -1", "--clip_grad 0"),
+    ("main_pretrain", "--mask_ratio 75", "--mask_ratio 75 percentage 0.75"),
+    ("main_pretrain", "--mask_ratio 1", "--mask_ratio less 1"),
+    ("main_pretrain", "--crop_scale 1 0.2", "--crop_scale smallest largest 1 0.2"),
+    ("main_pretrain", "--crop_scale 20 100", "--crop_scale 20 percentage 0.2"),
+    ("main_pretrain", "--mean 123.675 116.28 103.53", "--mean 123.675 255 0.485"),
+    ("main_pretrain", "--std 58.395 57.12 57.375", "--std 58.395 255 0.229"),
+    ("main_pretrain", "--mean 0.5", "--mean 3 --in_chans 1"),
+    ("main_pretrain", "--in_chans 4", "--in_chans 4 --mean stats"),
+    ("main_pretrain", "--in_chans 0", "--in_chans 1"),
+    ("main_pretrain", "--input_size 224x192", "--input_size 224x192 '224 192'"),
+    ("main_pretrain", "--input_size 0", "--input_size 1"),
+    ("main_pretrain", "--input_size 3 224 224", "--input_size H W 3"),
+    ("main_pretrain", "--sr_temp_channel 0", "--sr_temp_channel greater 0"),
+    ("main_pretrain", "--ema_momentum 1.5", "--ema_momentum 0 1"),
+    ("main_pretrain", "--save_minutes inf", "--save_minutes finite"),
+    ("main_finetune", "--smoothing -0.1", "--smoothing 0 1"),
+    ("main_finetune", "--drop_path 10", "--drop_path 0.1"),
+    ("main_finetune", "--layer_decay 0", "--layer_decay 1 off"),
+    ("main_finetune", "--layer_decay 65", "--layer_decay 0.65"),
+    ("main_finetune", "--ema 99.99", "--ema 0.9999"),
+    ("main_finetune", "--so_alpha 2", "--so_alpha 1"),
+    ("main_finetune", "--so_iters 0", "--so_iters 1"),
+    ("main_finetune", "--nb_classes 0", "--nb_classes 1"),
+    ("main_linprobe", "--finetune {file} --lr_grid 0", "--lr_grid greater 0"),
+    ("main_sere", "--cls_weight nan", "--cls_weight finite"),
+    # Names
+    ("main_pretrain", "--model vit_base_patch16", "--model main_finetune.py mae_vit_base_patch16"),
+    ("main_finetune", "--model mae_vit_base_patch16", "--model main_pretrain.py vit_base_patch16"),
+    ("main_sere", "--model vit_small_patch16", "--model sere_vit_small_patch16"),
+    ("main_pretrain", "--model mae_vit_bose_patch16", "--model 'did you mean mae_vit_base_patch16'"),
+    ("main_finetune", "--model ViT-B/16", "--model 'did you mean vit_base_patch16' timm/"),
+    ("main_finetune", "--model vit_large", "--model 'did you mean vit_large_patch16'"),
+    ("main_pretrain", "--model resnet", "--model mae_vit_large_patch16"),
+    ("main_pretrain", "--device gpu", "--device cuda"),
+    ("main_pretrain", "--device 1", "--device cuda:1"),
+    ("main_pretrain", "--amp f16", "--amp fp16"),
+    ("main_pretrain", "--pos_label apI", "--pos_label apl"),
+    # Flags
+    ("main_pretrain", "--batch_sise 8", "--batch_sise --batch_size"),
+    ("main_pretrain", "--batch 8", "--batch --batch_size"),
+    ("main_pretrain", "-epochs 3", "-epochs --epochs"),
+    ("main_pretrain", "--data_path", "--data_path argument"),
+    ("main_pretrain", "{data}", "{data} --data_path"),
+    ("main_pretrain", "@recipes/mae_vit_basse.args", "recipes/mae_vit_basse.args mae_vit_base.args"),
+    ("main_pretrain", "@recipes/mae_vit_base", "recipes/mae_vit_base.args"),
+    ("main_finetune", "--eval", "--eval --resume"),
+    ("main_linprobe", "", "--finetune"),
+    (
+        "main_pretrain",
+        "--compile_mode reduce-overhead --accum_iter 2",
+        "--compile_mode --accum_iter",
+    ),
+    # Paths
+    ("main_pretrain", "--data_path {place}/dat", "--data_path {place}/dat 'did you mean data'"),
+    ("main_pretrain", "--data_path {place}/no/such/folder", "--data_path {place}"),
+    ("main_pretrain", "--resume {place}/mae.pht", "--resume 'did you mean mae.pth'"),
+    ("main_pretrain", "--init_from {place}/none.pth", "--init_from none.pth {place}"),
+    ("main_finetune", "--finetune {place}/mae.pht", "--finetune 'did you mean mae.pth'"),
+]
+LATE = [
+    ("main_pretrain", "--device cuda", "--device cuda CPU"),
+    ("main_pretrain", "--input_size 20", "20 8 --input_size 16 24"),
+    ("main_pretrain", "--batch_size 400", "--batch_size 400 8"),
+    ("main_pretrain", "--accum_iter 9", "--accum_iter 9"),
+    ("main_pretrain", "--mask_ratio 0.99", "--mask_ratio 0.99"),
+    ("main_pretrain", "--resume {file}", "{file} checkpoint"),
+    ("main_pretrain", "--resume {classifier}", "{classifier} classifier main_finetune.py --resume"),
+    ("main_pretrain", "--resume {mae} --pos_label rpl", "{mae} pos_head"),
+    ("main_pretrain", "--data_path {empty}", "{empty} <class>"),
+    ("main_pretrain", "--data_path {data}/train/a/0.png", "0.png <class>"),
+    ("main_pretrain", "--strategy fsdp --sr_spatial 1", "--strategy --sr_spatial"),
+    ("main_finetune", "--finetune {mae} --data_path {flat}", "{flat} <class>"),
+    ("main_finetune", "--finetune {mae} --data_path {data}/train", "{data}/train val"),
+    ("main_finetune", "--finetune {mae} --data_path {data}/train/a", "<class>"),
+    ("main_finetune", "--finetune {mae} --data_path {no_val}", "{no_val} val"),
+    ("main_finetune", "--finetune {mae} --nb_classes 1000", "--nb_classes 1000 2"),
+    ("main_finetune", "--finetune {mae} --pos_label apl --input_size 8", "--pos_label --input_size"),
+    ("main_finetune", "--resume {mae}", "{mae} pretraining --finetune"),
+    ("main_finetune", "--eval --resume {mae}", "{mae} pretraining --finetune"),
+    ("main_finetune", "--finetune {mae} --head linear --so_heads 2", "--so_heads --head second_order"),
+    ("main_finetune", "--finetune {mae} --predictions no/where.csv", "--predictions no/where.csv"),
+    ("main_finetune", "--finetune {mae} --distill timm/vit_tiny_patch16_224", "--distill deit"),
+    ("main_linprobe", "--finetune {mae} --so_dims 4 4", "--so_ --head second_order"),
+    ("main_linprobe", "--finetune {mae} --knn --dry_run", "--dry_run --knn"),
+]
+LAUNCHED = [
+    ("--partition gpu", "SLURM sbatch '--cluster local'"),
+    ("--cluster local --nodes 2", "--nodes 2 --cluster local"),
+    ("--cluster local --sweep mask_rato=0.5,0.75", "--mask_rato --mask_ratio"),
+    ("--cluster local --sweep mask_ratio", "--sweep FLAG=A,B"),
+    ("--cluster local --model vit_base_patch16", "--model mae_vit_base_patch16"),
+    ("--cluster slrum", "--cluster slurm"),
+    ("--status {empty}", "{empty} jobs.json"),
+]
+COMMON = (
+    "--input_size 16 --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --output_dir out"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> dict[str, Path]:
+    """Small data sets and files by name."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("data/train/a", "data/train/b", "data/val/a", "data/val/b", "no_val/train/a", "flat"):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (9 * i, 40, 200)).save(folder / name / f"{i}.png")
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").write_text("not a checkpoint")
+    torch.manual_seed(0)
+    options = {"img_size": (16, 16)}
+    mae = MODELS["mae_vit_pico_patch8"](**options)
+    torch.save({"model": mae.state_dict(), "args": {"pos_label": "apl"}}, folder / "mae.pth")
+    classifier = CLASSIFIERS["vit_pico_patch8"](**options, num_classes=2)
+    torch.save({"model": classifier.state_dict(), "args": {}}, folder / "classifier.pth")
+    names = {name: folder / name for name in ("data", "no_val", "flat", "empty")}
+    names |= {"mae": folder / "mae.pth", "classifier": folder / "classifier.pth"}
+    return names | {"file": folder / "notes.txt", "place": folder}
+
+
+def words_of(text: str, place: dict[str, Path]) -> list[str]:
+    return shlex.split(text.format(**place))
+
+
+def check_answer(text: str, facts: str, place: dict[str, Path]) -> None:
+    """One line, without a traceback, that holds all facts; usages and layouts of data may follow or precede."""
+    lines = [line for line in text.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in text and "raised in" not in text, text
+    answer = text[text.index("error: ") :]
+    missing = [fact for fact in words_of(facts, place) if fact.lower() not in answer.lower()]
+    assert not missing, f"{missing} not in: {answer}"
+
+
+@pytest.mark.parametrize("main, words, facts", EARLY, ids=[f"{row[0][5:]} {row[1]}" for row in EARLY])
+def test_a_mistake_is_answered_at_once(place, monkeypatch, capsys, tmp_path, main, words, facts):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{main}.py", *words_of(words, place)])
+    with pytest.raises(SystemExit) as end:
+        answer_at_once("__main__", parser_of(main))
+    out = capsys.readouterr()
+    assert end.value.code == 2 and not out.out
+    check_answer(out.err, facts, place)
+    # Nothing but the answer.
+    assert out.err.count("\n") == 1, out.err
+
+
+@pytest.mark.parametrize("main, words, facts", LATE, ids=[f"{row[0][5:]} {row[1]}" for row in LATE])
+def test_a_mistake_is_answered_by_the_main(place, monkeypatch, capsys, tmp_path, main, words, facts):
+    monkeypatch.chdir(tmp_path)
+    model = {"main_pretrain": "mae_vit_pico_patch8"}.get(main, "vit_pico_patch8")
+    base = f"--model {model} --data_path {{data}} {COMMON}"
+    module = importlib.import_module(main)
+    if "cuda" in words:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = parse(module.get_args_parser(), words_of(f"{base} {words}", place))
+    early.check(f"{main}.py", flags)
+    assert run(module.main, flags) == 2
+    check_answer(capsys.readouterr().err, facts, place)
+    assert not list(tmp_path.glob("out/*.pth"))
+
+
+@pytest.mark.parametrize("words, facts", LAUNCHED, ids=[row[0] for row in LAUNCHED])
+def test_a_mistake_is_answered_by_the_launcher(place, monkeypatch, capsys, tmp_path, words, facts):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm_jobs.shutil, "which", lambda name: None)
+    try:
+        code = launch("main_pretrain", [*words_of(words, place), "--data_path", str(place["data"])])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    check_answer(capsys.readouterr().err, facts, place)
+    # A refused submission leaves no folder.
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_many_mistakes_and_each_main_has_some():
+    assert len(EARLY) + len(LATE) + len(LAUNCHED) >= 42
+    assert {row[0] for row in EARLY} == set(early.MODELS)
