@@ -1,13 +1,17 @@
 """Command lines: what is answered before the heavy imports, and how errors name flags."""
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from processes import ROOT, environment
-from util.flags.parser import Parser, answer_at_once, describe, with_flags
+from util.flags import early
+from util.flags.numbers import number, side
+from util.flags.parser import Parser, answer_at_once, describe, given_in, parser_of, run, with_flags
 
 SCRIPT = """
 import sys
@@ -157,3 +161,210 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal_in_errors():
     error = ValueError("\x1b[31mred\x9b\r.jpg\n\tis damaged, \u202egpj.exe, \udcff: lower `size`")
     described = describe(error, {"size"})
     assert described == "\\x1b[31mred\\x9b\\r.jpg\n\tis damaged, \\u202egpj.exe, \\xff: lower --size"
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    "kind, word, message",
+    [
+        (number(1), "0", "must be 1 or more, found 0"),
+        (number(1), "2.0", "takes a whole number, found '2.0'"),
+        (number(0, kind=float, above=True), "0", "must be greater than 0, found 0"),
+        (number(0, 1, float), "1.01", "must lie between 0 and 1, found 1.01"),
+        (number(0, 1, float, below=True), "1", "must be at least 0 and less than 1, found 1"),
+        (number(0, 1, float, above=True), "0", "must be greater than 0 and at most 1, found 0"),
+        (number(0, kind=float), "nan", "must be a finite number, found nan"),
+        (number(0, kind=float), "Infinity", "must be a finite number, found Infinity"),
+        (number(0, kind=float), "0,75", "takes a number, found '0,75'; write 0.75"),
+        (number(0, kind=float), "", "takes a number, found ''"),
+        (side, "0", "must lie between 1 and 65536, found 0"),
+        (side, "224X224", "takes a whole number"),
+        # What `type=float` and `type=int` mean without limits of their own.
+        (float, "-inf", "must be a finite number, found -inf"),
+        (int, "x", "takes a whole number, found 'x'"),
+    ],
+)
+def test_a_number_out_of_its_limits_is_refused(capsys, kind, word, message):
+    parser = Parser(add_help=False)
+    parser.add_argument("--n", type=kind)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--n={word}"])
+    assert f"error: argument --n: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, word, value",
+    [
+        (number(1), "1", 1),
+        (number(0, 1, float), "1", 1.0),
+        (number(0, 1, float, below=True), "0", 0.0),
+        (number(0, 1, float, below=True), "0.99999", 0.99999),
+        (number(0, 1, float, above=True), "1", 1.0),
+        (number(-3), "-3", -3),
+        (side, "65536", 65536),
+        (float, "-1e300", -1e300),
+    ],
+)
+def test_a_number_at_its_limits_is_taken(kind, word, value):
+    parser = Parser(add_help=False)
+    parser.add_argument("--n", type=kind)
+    found = parser.parse_args([f"--n={word}"]).n
+    assert found == value and type(found) is type(value)
+
+
+MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_sere"]
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_no_number_of_a_main_is_nan_or_infinite(main, capsys):
+    """A flag that takes numbers refuses these, whatever its limits are."""
+    numeric = [action for action in parser_of(main)._actions if action.type not in (None, str)]
+    assert len(numeric) > 25
+    for action in numeric:
+        flag = action.option_strings[0]
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        for word in ("nan", "inf"):
+            with pytest.raises(SystemExit, match="2"):
+                Parser(parents=[parser_of(main)]).parse_args([flag, *count * [word]])
+            assert f"error: argument {flag}: " in capsys.readouterr().err
+
+
+# --- help
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_help_begins_with_what_most_runs_give_and_shows_every_default(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    parser = Parser(parents=[parser_of(main)])
+    text = parser.format_help()
+    rare = text.index("\n  --dist_backend")
+    places = [
+        text.index(f"\n  {flag}") for flag in ("--data_path", "--output_dir", "--epochs", "--max_pixels")
+    ]
+    assert places == sorted(places) and places[-1] < rare
+    assert len(text.partition("--model")[0].splitlines()) < 16
+    for action in parser._actions:
+        if action.help in (None, argparse.SUPPRESS) or action.default in (None, "", [], argparse.SUPPRESS):
+            continue
+        (entry,) = re.findall(rf"^  {action.option_strings[0]}\b.*\n(?:   +.*\n)*", text, re.MULTILINE)
+        shown = action.default
+        if isinstance(shown, list):
+            shown = " ".join(map(str, shown))
+        assert f"(default: {shown})" in " ".join(entry.split()), entry
+    # Every visible flag is listed once.
+    for action in parser._actions:
+        times = len(re.findall(rf"^  {action.option_strings[-1]}\b", text, re.MULTILINE))
+        if action.help != argparse.SUPPRESS and len(action.option_strings) == 1:
+            assert times == 1, action
+
+
+@pytest.mark.parametrize("main", ["main_pretrain", "main_finetune", "main_linprobe"])
+def test_help_has_examples_and_the_names_of_the_models(main):
+    text = Parser(parents=[parser_of(main)], epilog=parser_of(main).epilog).format_help()
+    assert f"examples:\n  python {main}.py" in text
+    assert all(re.search(rf"[\s]{re.escape(name)}[,\s]", text) for name in early.MODELS[main]())
+
+
+def test_an_error_is_not_hidden_by_a_long_usage(capsys):
+    with pytest.raises(SystemExit):
+        Parser(parents=[parser_of("main_pretrain")], prog="p").parse_args(["--epochz", "1"])
+    assert capsys.readouterr().err == "p: error: unknown flag --epochz; did you mean --epochs?\n"
+    # A short one helps.
+    parser = Parser(prog="p")
+    parser.add_argument("file")
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert (
+        capsys.readouterr().err
+        == "usage: p [-h] file\np: error: the following arguments are required: file\n"
+    )
+
+
+# --- what is given
+
+
+def test_flags_remember_what_the_command_line_has_given(tmp_path):
+    parser = Parser(add_help=False)
+    parser.add_argument("--size", default=4, type=int)
+    parser.add_argument("--name", default="a")
+    parser.add_argument("--fast", action="store_true")
+    (tmp_path / "r.args").write_text("--name b")
+    flags = parser.parse_args(["--size=4", f"@{tmp_path / 'r.args'}"])
+    assert given_in(flags) == {"size", "name"}
+    assert vars(flags) == {"size": 4, "name": "b", "fast": False}
+    # The second pass leaves the defaults as they were.
+    assert vars(parser.parse_args([])) == {"size": 4, "name": "a", "fast": False}
+    assert given_in(parser.parse_args(["--fast"])) == {"fast"} and given_in(parser.parse_args([])) == set()
+    assert given_in(argparse.Namespace(size=4)) == {"size"}
+
+
+# --- recipes of any folder
+
+
+def test_a_recipe_lies_in_the_working_directory_or_beside_the_mains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    parser = Parser(add_help=False)
+    assert "--mask_ratio" in parser.with_recipes(["@recipes/mae_vit_base.args"])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mae_vit_base.args").write_text("--size 1")
+    assert parser.with_recipes(["@recipes/mae_vit_base.args"]) == ["--size", "1"]
+    assert "did you mean @recipes/mae_vit_large.args?" in parser_error(capsys, "@mae_vit_lagre.args")
+
+
+# --- runs
+
+
+def test_missing_data_are_told_first_and_on_one_rank(monkeypatch, capsys):
+    def main(flags):
+        print("the run")
+        return 0
+
+    flags = argparse.Namespace(data_path="")
+    assert run(main, flags) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "no --data_path" in first and "demo" in first and second == "the run"
+    for data_path, rank, lines in (("x", "0", 1), ("", "1", 1), ("", "0", 2)):
+        monkeypatch.setenv("RANK", rank)
+        run(main, argparse.Namespace(data_path=data_path))
+        assert len(capsys.readouterr().out.splitlines()) == lines
+    # Commands without data do not say anything.
+    run(main, argparse.Namespace())
+    assert capsys.readouterr().out == "the run\n"
+
+
+def test_the_place_of_an_error_is_shown_on_request_only(monkeypatch, capsys):
+    def main(flags):
+        raise ValueError("`epochs` is wrong")
+
+    monkeypatch.delenv("MAE_PL_TRACEBACK", raising=False)
+    assert run(main, argparse.Namespace(epochs=1)) == 2
+    assert capsys.readouterr().err == "error: --epochs is wrong\n"
+    monkeypatch.setenv("MAE_PL_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        run(main, argparse.Namespace(epochs=1))
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from util.flags import early
+from util.flags.parser import parse, parser_of
+for main in early.MODELS:
+    words = ["--finetune", "README.md"] if main == "main_linprobe" else []
+    early.check(main + ".py", parse(parser_of(main), words))
+from util.cluster import launch, slurm_jobs
+slurm_jobs.shutil.which = lambda name: None
+sys.exit(launch.launch("main_pretrain", ["--data_path", "x", "--sweep", "seed=0,1", "--then", "linprobe"]))
+"""
+
+
+@pytest.mark.slow  # starts a process
+def test_command_lines_are_checked_without_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--cluster local" in done.stderr, (
+        done.stderr
+    )

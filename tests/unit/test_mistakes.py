@@ -1,4 +1,4 @@
-"""Mistakes that people make on the command line: each is answered by one line with the remedy, and exit code 2.
+"""Mistakes that people make on the command line: one line with the remedy answers each, and exit code 2.
 
 A row names the mistake, the main, the words of the command line and the facts that the answer must hold: the
 flag, what was found, and what to do. The wording is free. `EARLY` are answered before torch is imported,
@@ -134,9 +134,7 @@ LAUNCHED = [
     ("--cluster slrum", "--cluster slurm"),
     ("--status {empty}", "{empty} jobs.json"),
 ]
-COMMON = (
-    "--input_size 16 --epochs 1 --warmup_epochs 0 --batch_size 4 --num_workers 0 --device cpu --output_dir out"
-)
+COMMON = "--input_size 16 --epochs 1 --batch_size 4 --num_workers 0 --device cpu --output_dir out"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,7 @@ def words_of(text: str, place: dict[str, Path]) -> list[str]:
 
 
 def check_answer(text: str, facts: str, place: dict[str, Path]) -> None:
-    """One line, without a traceback, that holds all facts; usages and layouts of data may follow or precede."""
+    """One line, without a traceback, that holds all facts; the layouts of data may follow it."""
     lines = [line for line in text.splitlines() if "error: " in line]
     assert len(lines) == 1 and "Traceback" not in text and "raised in" not in text, text
     answer = text[text.index("error: ") :]

@@ -50,12 +50,11 @@ def known_flags(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
     channels = stored.get("in_chans")
     if type(channels) is int and 1 <= channels <= MOST_CHANNELS:
         found["in_chans"] = channels
-    # Files of others store no flags, or only some of these.
-    for name, value in _from_weights(saved, models).items():
-        if name == "patch_size" and found["model"]:
-            continue
-        if not found.get(name):
-            found[name] = value
+    # Files of others store no flags, or only some of these. A stored model has its own patch size.
+    settled = {name for name, value in found.items() if value}
+    if "model" in settled:
+        settled.add("patch_size")
+    found |= {k: v for k, v in _from_weights(saved, models).items() if k not in settled}
     return {name: found[name] for name in NAMES if found.get(name)}
 
 
