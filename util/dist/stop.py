@@ -45,22 +45,26 @@ class StopSignal:
         self._pending: tuple[torch.Tensor, td.Work] | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._left = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
             # Only the main thread can set handlers. The caller handles signals.
             return self
         self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        # On Windows, Python 3.11 cannot make such a pipe. There, a process that hangs is not reported.
+        if hasattr(os, "set_blocking"):
+            self._start_watching()
+        return self
+
+    def _start_watching(self) -> None:
         # Python runs handlers in the main thread, and not while that waits in a collective. The number of a
         # signal is written to this pipe at once.
         read_end, self._wakeup = os.pipe()
-        # Python 3.11 does not have it on Windows, where pipes need it not.
-        if hasattr(os, "set_blocking"):
-            os.set_blocking(self._wakeup, False)
+        os.set_blocking(self._wakeup, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
         self._watcher.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if not self._previous:
@@ -72,8 +76,11 @@ class StopSignal:
         for s, handler in self._previous.items():
             if s not in ignored:
                 signal.signal(s, handler)
-        signal.set_wakeup_fd(self._previous_wakeup)
+        if self._watcher is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
         self._left.set()
+        if self._watcher is None:
+            return
         # Closing the pipe would not end the watcher: data workers have inherited it.
         os.write(self._wakeup, b"\0")
         os.close(self._wakeup)
