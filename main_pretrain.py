@@ -419,12 +419,12 @@ def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining, st
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    if args.output_dir and not args.dry_run:
+        dist.make_shared_folder(args.output_dir)
     start = read_start(args)
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
-    if args.output_dir and not args.dry_run:
-        dist.make_shared_folder(args.output_dir)
     loader, val_loader = build_data(args, setup)
 
     # Model and loss

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from processes import ROOT, environment
 from util.flags import early
@@ -344,6 +345,24 @@ def test_the_place_of_an_error_is_shown_on_request_only(monkeypatch, capsys):
     monkeypatch.setenv("MAE_PL_TRACEBACK", "1")
     with pytest.raises(ValueError):
         run(main, argparse.Namespace(epochs=1))
+
+
+def test_a_lack_of_memory_is_one_line_with_what_helps(monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    def main(flags):
+        raise error
+
+    flags = argparse.Namespace(batch_size=8, accum_iter=1)
+    monkeypatch.delenv("MAE_PL_TRACEBACK", raising=False)
+    assert run(main, flags) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "2.00 GiB" in text and "--batch_size" in text and "--accum_iter" in text
+    assert "--grad_checkpointing" not in text
+    # Other errors of torch are bugs.
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError):
+        run(main, flags)
 
 
 WITHOUT_TORCH = """

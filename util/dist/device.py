@@ -22,9 +22,24 @@ def choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
     if name in ("auto", "cuda"):
         return _own_gpu(local_rank)
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as e:
         raise ValueError(f"`device` {name}: {str(e).splitlines()[0]}") from e
+    _check_exists(device)
+    return device
+
+
+def _check_exists(device: torch.device) -> None:
+    """Raise ValueError for a device that this machine does not have."""
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("`device` mps: torch sees no GPU of Apple's here; leave `device` out")
+    if device.type == "xpu" and not torch.xpu.is_available():
+        raise ValueError("`device` xpu: torch sees no GPU of Intel's here; leave `device` out")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"`device` {device}: {torch.cuda.device_count()} GPUs are visible, numbered from 0; leave the "
+            "number out to take the first one"
+        )
 
 
 def _check_may_do_without(name: str, ranks: int) -> None:

@@ -364,6 +364,25 @@ def _is_of_a_script(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") == "__main__" and not interactive
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU, or the system, had no memory left."""
+    # torch's class cannot be named here, as this module does not import torch.
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _memory_advice(error: RuntimeError, flags: Collection[str]) -> str:
+    advice = []
+    if "batch_size" in flags:
+        advice.append("lower --batch_size")
+    if "accum_iter" in flags:
+        advice.append("raise --accum_iter by the same factor")
+    if "grad_checkpointing" in flags:
+        advice.append("or give --grad_checkpointing")
+    # The first lines say how much was asked for; the others are about the allocator.
+    cause = printable_lines(str(error).strip().splitlines()[0])
+    return f"no memory is left ({cause}): {', '.join(advice) or 'use a machine with more'}"
+
+
 def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) -> int:
     """Call a main with its parsed flags and return its exit code.
 
@@ -383,4 +402,9 @@ def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) ->
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
         print(f"error: {describe(error, vars(flags))}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if os.environ.get("MAE_PL_TRACEBACK") or not _is_out_of_memory(error):
+            raise
+        print(f"error: {_memory_advice(error, vars(flags))}", file=sys.stderr, flush=True)
         return 2
