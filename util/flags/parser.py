@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("fromfile_prefix_chars", "@")
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(**kwargs)
+        # Functions (parser, words) -> words that translate other programs' spellings. Parsers that have this
+        # one as a parent inherit them with its flags.
+        self.translators: list[Callable[[Parser, list[str]], list[str]]] = []
+        for parent in kwargs.get("parents", ()):
+            self.translators += getattr(parent, "translators", ())
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Split a line of a recipe into words, as a shell does."""
@@ -67,7 +72,10 @@ class Parser(argparse.ArgumentParser):
 
     # argparse calls this on every command line; its own version knows no nested files and no comments.
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
-        return [self._underscored(word) for word in self.with_recipes(arg_strings)]
+        words = self.with_recipes(arg_strings)
+        for translate in self.translators:
+            words = translate(self, words)
+        return [self._underscored(word) for word in words]
 
     def _underscored(self, arg: str) -> str:
         """Spell a flag as it was added: --batch-size becomes --batch_size. Values stay as they are."""
