@@ -211,7 +211,8 @@ def _check_built(given: argparse.Namespace) -> None:
     for name, (values, reason) in BUILT.items():
         value = getattr(given, name)
         if value not in values:
-            raise ValueError(f"--{name} {value} is not built: {reason}")
+            shown = {False: "false"}.get(value, value)
+            raise ValueError(f"--{name} {shown} is not built: {reason}")
     size = given.overlap_size
     if len(size) != 2 or size[0] != size[1]:
         raise ValueError(
