@@ -140,6 +140,19 @@ def test_what_the_commands_build(command):
     assert objective.weights == pytest.approx(dict(cls=1.65, patch=1.65, sr_spatial=0.2, sr_channel=0.5))
     assert objective.most_masked == 98 and objective.clip_grad == 0.3
     assert all(centre.once_per_step for centre in objective.centres.values())
+    at, last = objective.schedules, 29 if small else 49
+    assert (at.temperature(0.9), at.temperature(last), at.momentum(0)) == pytest.approx((0.04, 0.07, 0.996))
+    assert at.temperature(last - 1) < 0.0695 and at.patch_temperature(last) == pytest.approx(0.07)
+    assert at.frozen(last) is False and at.frozen(0.5 if small else 2.5) and at.masks(0)
+
+
+def test_schedules_of_patches_come_from_their_flags():
+    flags = "--warmup_teacher_patch_temp 0.02 --teacher_patch_temp 0.06 --pred_start_epoch 2"
+    args = argparse.Namespace(**settings(f"{SMALL} {flags}"))
+    with torch.device("meta"):
+        at = main_sere.build_objective(args, main_sere.build_model(args), torch.device("meta")).schedules
+    assert at.patch_temperature(2) == 0.02 and at.patch_temperature(31) == pytest.approx(0.06)
+    assert at.temperature(31) == pytest.approx(0.07) and not at.masks(1.9)
 
 
 @pytest.mark.parametrize("command", [SMALL, BASE], ids=["small", "base"])
@@ -365,6 +378,10 @@ def test_the_training_folder_or_its_parent_is_read(tmp_path):
         args = settings(f"--arch vit_tiny --data_path {folder} --batch_size_per_gpu 1 --num_workers 0")
         loader, _ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2))
         assert len(loader.dataset) == 3
+    assert loader.dataset.transform.details == Details("block", exact=True)
+    args = settings(f"--data_path {folder} --batch_size 1 --num_workers 0 --pred_shape rand")
+    loader, _ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2))
+    assert loader.dataset.transform.details == Details("rand", exact=False)
 
 
 def test_a_checkpoint_to_load_lies_in_the_output_folder():
