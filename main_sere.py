@@ -74,10 +74,10 @@ def add_model_flags(g) -> None:
     g.add_argument("--out_dim", default=8192, type=number(2), help=prototypes)
     unit = "prototypes of unit length; without it each has a learned scale"
     g.add_argument("--norm_last_layer", default=True, action=argparse.BooleanOptionalAction, help=unit)
-    own = "who has prototypes of its own for patches: nobody, the student, or student and teacher (own)"
+    own = "who has prototypes for patches alone: nobody, the student, or student and teacher (own)"
     kinds = ["shared", "student", "own"]
     g.add_argument("--patch_prototypes", default="shared", choices=kinds, help=own)
-    own = "how many, with --patch_prototypes own; as --out_dim if not given"
+    own = "number of the patches' own prototypes; --out_dim if not given"
     g.add_argument("--patch_out_dim", default=None, type=number(2), help=own)
 
 
@@ -97,9 +97,9 @@ def add_loss_flags(p) -> None:
         "--teacher_temp", default=0.07, type=float, help="the teacher's temperature after its ramp"
     )
     g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
-    start = "the same for patches; --warmup_teacher_temp if not given"
+    start = "its temperature for patches at the start; --warmup_teacher_temp if not given"
     g.add_argument("--warmup_teacher_patch_temp", default=None, type=float, help=start)
-    end = "the same for patches; --teacher_temp if not given"
+    end = "its temperature for patches after the ramp; --teacher_temp if not given"
     g.add_argument("--teacher_patch_temp", default=None, type=float, help=end)
 
 

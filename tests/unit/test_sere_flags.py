@@ -326,6 +326,8 @@ def test_the_advice_of_a_refusal_works(capsys):
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu: must be 1 or more, found 0"),
         ("--alpha 3 --beta 2", "--alpha 3 and --beta 2 give the other losses a negative weight"),
         ("--global_crops_scale 0.4", "--global_crops_scale: expected 2 arguments"),
+        ("--temperature_pixel 0", "--temperature_pixel: must be greater than 0, found 0"),
+        ("--batch-size_per_gp 3", "unknown flag --batch-size_per_gp; did you mean --batch_size_per_gpu?"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_seres_name(flags, says, capsys):

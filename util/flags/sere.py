@@ -8,6 +8,7 @@ This module imports nothing heavy, so that --help answers at once.
 """
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,14 @@ def word(text: str) -> bool:
     return WORDS[text.lower()]
 
 
-POSITIVE = number(1e-12, kind=float)
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, found {text}")
+    return value
+
+
 WEIGHT = number(0, kind=float)
 WHOLE = number(0)
 
@@ -73,15 +81,15 @@ FLAGS: dict[str, Flag] = {
     "lambda2": Flag(WEIGHT, 1.0),
     "alpha": Flag(WEIGHT, 1.0, ours="sr_spatial"),
     "beta": Flag(WEIGHT, 1.0, ours="sr_channel"),
-    "temperature_pixel": Flag(POSITIVE, 0.5, ours="sr_temp_spatial"),
-    "temperature_channel": Flag(POSITIVE, 0.1, ours="sr_temp_channel"),
+    "temperature_pixel": Flag(positive, 0.5, ours="sr_temp_spatial"),
+    "temperature_channel": Flag(positive, 0.1, ours="sr_temp_channel"),
     "overlap_size": Flag(COUNT, [13, 13], nargs="+"),
     # Teacher
     "momentum_teacher": Flag(SHARE, 0.996, ours="ema_momentum"),
-    "warmup_teacher_temp": Flag(POSITIVE, 0.04, ours="warmup_teacher_temp"),
-    "teacher_temp": Flag(POSITIVE, 0.04, ours="teacher_temp"),
-    "warmup_teacher_patch_temp": Flag(POSITIVE, 0.04, ours="warmup_teacher_patch_temp"),
-    "teacher_patch_temp": Flag(POSITIVE, 0.07, ours="teacher_patch_temp"),
+    "warmup_teacher_temp": Flag(positive, 0.04, ours="warmup_teacher_temp"),
+    "teacher_temp": Flag(positive, 0.04, ours="teacher_temp"),
+    "warmup_teacher_patch_temp": Flag(positive, 0.04, ours="warmup_teacher_patch_temp"),
+    "teacher_patch_temp": Flag(positive, 0.07, ours="teacher_patch_temp"),
     "warmup_teacher_temp_epochs": Flag(WHOLE, 30, ours="warmup_teacher_temp_epochs"),
     # Optimisation
     "batch_size_per_gpu": Flag(COUNT, 128, ours="batch_size"),
@@ -125,8 +133,8 @@ BUILT: dict[str, tuple[Sequence[Any], str]] = {
     "norm_in_head": ((None, "None", "none", ""), "the projection head has no norm; leave the flag out"),
     "act_in_head": (("gelu",), "the projection head has GELU; leave the flag out"),
     "pred_shape": (("block", "rand"), "masks are block or rand"),
-    "optimizer": (("adamw",), "there is adamw"),
-    "global_crops_number": ((2,), "there are 2 global crops"),
+    "optimizer": (("adamw",), "the optimizer is adamw"),
+    "global_crops_number": ((2,), "the losses compare 2 global crops"),
 }
 # What our command lines have instead of a name that only SERE has. Names without an entry have nothing.
 INSTEAD = {
@@ -173,6 +181,7 @@ def translated(parser: Parser, words: list[str]) -> list[str]:
         _refuse_spellings(parser, words)
         return words
     given, ours = _SereParser(parser).parse_known_args(words)
+    _check_known(parser, ours)
     try:
         _check_built(given)
         return [*_our_words(given), *ours]
@@ -204,6 +213,16 @@ def _refuse_spellings(parser: Parser, words: list[str]) -> None:
         else:
             message = f"--{name} is a flag of SERE's, which needs --arch, such as --arch vit_small"
         parser.error(message, usage=False)
+
+
+def _check_known(parser: Parser, words: list[str]) -> None:
+    """Refuse a flag that neither program has; the nearest name may be SERE's."""
+    known = [*parser._option_string_actions, *(f"--{name}" for name in FLAGS)]
+    for text in words:
+        flag = parser._underscored(text).partition("=")[0]
+        if _name(text) and flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.5) or ["--help"]
+            parser.error(f"unknown flag {flag}; did you mean {nearest[0]}?", usage=False)
 
 
 def _check_built(given: argparse.Namespace) -> None:
