@@ -3,6 +3,9 @@
     torchrun --nproc_per_node 8 main_sere.py @recipes/sere_vit_small.args --data_path DIR --output_dir RUN
     python main_sere.py ... --sr_spatial 0 --sr_channel 0 --cls_weight 1 --patch_weight 1     # iBOT alone
 
+The commands of SERE's README run unchanged: with `--arch`, flags have the names, meanings and defaults of
+its main_sere.py (see util/flags/sere.py), and `--sere_exact` is on.
+
 The checkpoint holds the student (`model`), the teacher and the centres. Fine-tuning and
 probing take the teacher.
 
@@ -14,6 +17,7 @@ import argparse
 import math
 import sys
 
+from util.flags import sere
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -31,16 +35,7 @@ from util.flags.parser import BELOW_ONE, Parser, answer_at_once, number, parse, 
 def get_args_parser() -> Parser:
     p = Parser(description="iBOT and SERE pretraining", add_help=False)
     add_model_flags(p.add_argument_group("model"))
-    g = p.add_argument_group("losses")
-    g.add_argument("--cls_weight", default=1.65, type=float, help="weight of the class-token loss")
-    g.add_argument("--patch_weight", default=1.65, type=float, help="weight of the masked-patch loss")
-    add_self_relation_flags(p, spatial=0.2, channel=0.5)
-    start = "the teacher's temperature at the start"
-    g.add_argument("--warmup_teacher_temp", default=0.04, type=float, help=start)
-    g.add_argument(
-        "--teacher_temp", default=0.07, type=float, help="the teacher's temperature after its ramp"
-    )
-    g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
+    add_loss_flags(p)
     add_data_flags(p)
     add_crop_flags(p)
     defaults = OptimDefaults(
@@ -59,7 +54,11 @@ def get_args_parser() -> Parser:
     )
     frozen = "keep the prototypes fixed that long"
     p.add_argument("--freeze_last_layer", default=1.0, type=float, metavar="EPOCHS", help=frozen)
+    add_exact_flag(p)
     add_run_flags(p)
+    # What --use_fp16 of SERE stands for: the precision on GPUs if --amp is auto.
+    p.add_argument("--gpu_amp", default=None, choices=["fp32", "fp16"], help=argparse.SUPPRESS)
+    p.translators.append(sere.translated)
     return p
 
 
@@ -75,6 +74,43 @@ def add_model_flags(g) -> None:
     g.add_argument("--out_dim", default=8192, type=number(2), help=prototypes)
     unit = "prototypes of unit length; without it each has a learned scale"
     g.add_argument("--norm_last_layer", default=True, action=argparse.BooleanOptionalAction, help=unit)
+    own = "who has prototypes for patches alone: nobody, the student, or student and teacher (own)"
+    kinds = ["shared", "student", "own"]
+    g.add_argument("--patch_prototypes", default="shared", choices=kinds, help=own)
+    own = "number of the patches' own prototypes; --out_dim if not given"
+    g.add_argument("--patch_out_dim", default=None, type=number(2), help=own)
+
+
+def add_loss_flags(p) -> None:
+    g = p.add_argument_group("losses")
+    g.add_argument("--cls_weight", default=1.65, type=float, help="weight of the class-token loss")
+    g.add_argument("--patch_weight", default=1.65, type=float, help="weight of the masked-patch loss")
+    add_self_relation_flags(p, spatial=0.2, channel=0.5)
+    points = (
+        "points in the overlap of two global crops, rows [columns]; one less than the patches if not given"
+    )
+    limits = ("ROWS", "COLUMNS")
+    g.add_argument("--sr_points", default=None, type=number(1), nargs="+", metavar=limits, help=points)
+    start = "the teacher's temperature at the start"
+    g.add_argument("--warmup_teacher_temp", default=0.04, type=float, help=start)
+    g.add_argument(
+        "--teacher_temp", default=0.07, type=float, help="the teacher's temperature after its ramp"
+    )
+    g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
+    start = "its temperature for patches at the start; --warmup_teacher_temp if not given"
+    g.add_argument("--warmup_teacher_patch_temp", default=None, type=float, help=start)
+    end = "its temperature for patches after the ramp; --teacher_temp if not given"
+    g.add_argument("--teacher_patch_temp", default=None, type=float, help=end)
+
+
+def add_exact_flag(p) -> None:
+    # What still differs is listed in recipes/sere_vit_*.args.
+    exact = (
+        "follow the code of SERE's authors where this toolkit differs: decay of biases, tokens and prototype "
+        "scales, initial weights, points on the edges of an overlap, pairs of crops without overlap, blur "
+        "and embedding of local crops, block masks, centres that move once per update, temperatures per epoch"
+    )
+    p.add_argument("--sere_exact", default=False, action=argparse.BooleanOptionalAction, help=exact)
 
 
 def add_crop_flags(p) -> None:
@@ -92,11 +128,16 @@ def add_crop_flags(p) -> None:
     p.add_argument("--pred_ratio", default=[0.0, 0.3], type=float, nargs="+", help=ratio)
     width = "half width of the range around each of them"
     p.add_argument("--pred_ratio_var", default=[0.0, 0.2], type=float, nargs="+", help=width)
+    shape = "masked patches are rectangles, or drawn one by one"
+    p.add_argument("--pred_shape", default="block", choices=["block", "rand"], help=shape)
+    first = "epochs without masked patches at the start"
+    p.add_argument("--pred_start_epoch", default=0, type=number(0), metavar="EPOCHS", help=first)
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +150,7 @@ from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
-from util.data.multicrop import MultiCrop
+from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -123,7 +164,12 @@ from util.weights import checkpoint
 
 @dataclass(frozen=True)
 class Schedules:
-    """Momentum, weight decay, temperature and freezing as pure functions of the epochs done."""
+    """Momentum, weight decay, temperatures and freezing as pure functions of the epochs done.
+
+    Temperatures of patches are those of class tokens if they are None. `unmasked_epochs` is the number of
+    epochs without masked patches; their temperature rises after that. With `by_epoch` temperatures are
+    constant within an epoch, as in DINO's code.
+    """
 
     epochs: int
     first_momentum: float
@@ -133,6 +179,10 @@ class Schedules:
     last_temperature: float
     ramp_epochs: float
     frozen_epochs: float
+    first_patch_temperature: float | None = None
+    last_patch_temperature: float | None = None
+    unmasked_epochs: float = 0.0
+    by_epoch: bool = False
 
     def momentum(self, done: float) -> float:
         return cosine(done, start=self.first_momentum, end=1.0, total=self.epochs)
@@ -141,7 +191,29 @@ class Schedules:
         return cosine(done, start=self.first_weight_decay, end=self.last_weight_decay, total=self.epochs)
 
     def temperature(self, done: float) -> float:
-        return ramp(done, start=self.first_temperature, end=self.last_temperature, length=self.ramp_epochs)
+        return self._ramp(done, self.first_temperature, self.last_temperature)
+
+    def patch_temperature(self, done: float) -> float:
+        first = self.first_patch_temperature
+        if first is None:
+            first = self.first_temperature
+        last = self.last_patch_temperature
+        if last is None:
+            last = self.last_temperature
+        return self._ramp(max(0.0, done - self.unmasked_epochs), first, last)
+
+    def _ramp(self, done: float, first: float, last: float) -> float:
+        if not self.by_epoch:
+            return ramp(done, start=first, end=last, length=self.ramp_epochs)
+        # The last epoch of the ramp has the last temperature.
+        epoch = int(done)
+        if epoch == 0 and self.ramp_epochs >= 1:
+            return first
+        return ramp(epoch, start=first, end=last, length=self.ramp_epochs - 1)
+
+    def masks(self, done: float) -> bool:
+        """Whether patches are masked already."""
+        return done >= self.unmasked_epochs
 
     def frozen(self, done: float) -> bool:
         """Whether the prototypes do not learn yet."""
@@ -178,11 +250,14 @@ class SelfDistillation(Objective):
         self.decayed = [i for i, group in enumerate(optimizer.param_groups) if group["weight_decay"]]
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.schedules.masks(self.done):
+            batch = batch | {"mask": torch.zeros_like(batch["mask"])}
         mask = batch["mask"].flatten(0, 1)  # (B*2, L)
         # Every crop gets the same number of cells, so that nothing waits for the device to count them.
         # Surplus cells are not masked and do not count.
         ids = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : self.most_masked]
-        targets = self.teacher(batch["image"], ids, self.centres, self.schedules.temperature(self.done))
+        temperatures = self.schedules.temperature(self.done), self.schedules.patch_temperature(self.done)
+        targets = self.teacher(batch["image"], ids, self.centres, *temperatures)
         losses = model(batch["image"], batch["local"], batch["mask"], ids, batch["boxes"], targets)
         # 0 means that the teacher puts all weight on one prototype.
         entropy = torch.special.entr(targets["cls"]).sum(-1).mean()
@@ -205,6 +280,9 @@ class SelfDistillation(Objective):
 
     def after_step(self, step: int) -> None:
         self._update(self.schedules.momentum(self.done))
+        centre: Any
+        for centre in self.centres.values():
+            centre.step()
 
     def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
         if self.ranks is None or not dist.is_main():
@@ -237,20 +315,25 @@ class Ranks:
 def build_model(args: argparse.Namespace) -> SereStudent:
     if args.model not in MODELS:
         raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
-    options = {}
+    options: dict[str, Any] = {}
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
-    local_size = None
     if args.local_crops_number:
-        local_size = pair(args.local_size, "--local_size")
+        options["local_size"] = pair(args.local_size, "--local_size")
+    else:
+        options["local_size"] = None
+    if args.sr_points:
+        options["points"] = pair(args.sr_points, "--sr_points")
     return MODELS[args.model](
         img_size=pair(args.input_size, "--input_size"),
         in_chans=args.in_chans,
         pos_embed=args.pos_embed,
-        local_size=local_size,
         drop_path=args.drop_path,
         out_dim=args.out_dim,
         norm_last_layer=args.norm_last_layer,
+        patch_prototypes=args.patch_prototypes,
+        patch_out_dim=args.patch_out_dim or 0,
+        exact=args.sere_exact,
         sr_spatial=args.sr_spatial > 0,
         sr_channel=args.sr_channel > 0,
         sr_temp_spatial=args.sr_temp_spatial,
@@ -293,11 +376,16 @@ def build_objective(args: argparse.Namespace, student: SereStudent, device: torc
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.freeze_last_layer,
+        args.warmup_teacher_patch_temp,
+        args.teacher_patch_temp,
+        args.pred_start_epoch,
+        by_epoch=args.sere_exact,
     )
+    patch_out_dim = student.prototypes.of_patches(teacher=True)
     return SelfDistillation(
         student,
         teacher,
-        make_centres(args.out_dim).to(device),
+        make_centres(args.out_dim, patch_out_dim, once_per_step=args.sere_exact).to(device),
         weights,
         max(1, int(most * student.patch_embed.num_patches)),
         schedules,
@@ -308,9 +396,10 @@ def build_objective(args: argparse.Namespace, student: SereStudent, device: torc
 def chance_levels(args: argparse.Namespace, model: SereStudent) -> dict[str, float]:
     """Return the losses of uniform distributions, by their names in the log."""
     uniform = math.log(args.out_dim)
+    patch = math.log(model.prototypes.of_patches(teacher=True) or args.out_dim)
     # A crop without masked cells counts 0 in the patch loss.
     masked = sum(ratio > 0 for ratio in args.pred_ratio) / len(args.pred_ratio)
-    chance = {"cls": uniform, "patch": uniform * masked, "teacher_entropy": uniform}
+    chance = {"cls": uniform, "patch": patch * masked, "teacher_entropy": uniform}
     if args.sr_spatial:
         # Two maps of global crops, and each local crop against both global ones.
         maps = 2 * math.log(math.prod(model.points))
@@ -334,6 +423,7 @@ def build_data(
         global_scale=ascending(args.global_crops_scale, "--global_crops_scale"),
         local_scale=ascending(args.local_crops_scale, "--local_crops_scale"),
         mask_ratios=mask_ranges(args),
+        details=Details(args.pred_shape, args.sere_exact),
     )
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     train = build_dataset(args.data_path, "train", crops, **options)
@@ -351,11 +441,30 @@ def build_data(
     return cached(loader, args.cache_data, setup.device), plain
 
 
+def precision(args: argparse.Namespace, device: torch.device) -> str:
+    """Resolve --amp, or --use_fp16 of SERE's command, on a device."""
+    if args.amp != "auto" or args.gpu_amp is None:
+        return resolve_amp(args.amp, device)
+    if device.type == "cuda":
+        return args.gpu_amp
+    if args.gpu_amp == "fp16":
+        dist.print_rank0(f"--use_fp16 true: float16 is for GPUs, float32 on this {device.type}")
+    return "fp32"
+
+
+def optimizer_groups(args: argparse.Namespace, model: SereStudent) -> list[dict]:
+    # Weight decay is 1 here to mark the groups that are decayed; its schedule sets the value
+    # before each update.
+    if args.sere_exact:
+        return model.published_groups(1.0)
+    return param_groups(model, 1.0, model.no_weight_decay())
+
+
 def main(args: argparse.Namespace) -> int:
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
-    setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
+    setup = Setup(device, precision(args, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
         dist.make_shared_folder(args.output_dir)
     if args.strategy == "fsdp":
@@ -371,9 +480,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))
-    # Weight decay is 1 here to mark the groups that are decayed; its schedule sets the value
-    # before each update.
-    optimizer = adamw(param_groups(model, 1.0, model.no_weight_decay()), lr, betas=(0.9, 0.999))
+    optimizer = adamw(optimizer_groups(args, model), lr, betas=(0.9, 0.999))
     objective.use(optimizer)
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     dist.print_rank0(

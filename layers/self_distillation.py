@@ -21,11 +21,18 @@ Teacher = TypeVar("Teacher", bound=nn.Module)
 class ProjectionHead(nn.Module):
     """Tokens (..., C) -> logits (..., K): three linear layers with GELU, then cosines to K prototypes.
 
-    Each prototype has a learned scale. `norm_last_layer` fixes it at 1 (DINO, appendix C).
+    Each prototype has a learned scale. `norm_last_layer` fixes it at 1 (DINO, appendix C). Patches have
+    `patch_out_dim` prototypes of their own; with 0 they share those of the class tokens.
     """
 
     def __init__(
-        self, dim: int, out_dim: int, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = True
+        self,
+        dim: int,
+        out_dim: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        norm_last_layer: bool = True,
+        patch_out_dim: int = 0,
     ):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -41,34 +48,56 @@ class ProjectionHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out_dim, bottleneck), a=5**0.5))
         self.scale = nn.Parameter(torch.ones(out_dim), requires_grad=not norm_last_layer)
+        self.patch_prototypes: nn.Parameter | None = None
+        self.patch_scale: nn.Parameter | None = None
+        if patch_out_dim:
+            table = nn.init.kaiming_uniform_(torch.empty(patch_out_dim, bottleneck), a=5**0.5)
+            self.patch_prototypes = nn.Parameter(table)
+            self.patch_scale = nn.Parameter(torch.ones(patch_out_dim), requires_grad=not norm_last_layer)
 
     def project(self, x: Tensor) -> Tensor:
         """Tokens (..., C) -> unit vectors (..., bottleneck) in float32."""
         return F.normalize(self.mlp(x).float(), dim=-1)
 
-    def logits(self, unit: Tensor) -> Tensor:
-        """Unit vectors (..., bottleneck) -> logits (..., K)."""
+    def logits(self, unit: Tensor, patches: bool = False) -> Tensor:
+        """Unit vectors (..., bottleneck) of class tokens, or of `patches` -> logits (..., K)."""
+        prototypes = self.prototypes
+        scale = self.scale
+        if patches and self.patch_prototypes is not None and self.patch_scale is not None:
+            prototypes = self.patch_prototypes
+            scale = self.patch_scale
         # The map is linear, so the mean of logits equals the logits of the mean. Callers rely on it.
-        return F.linear(unit, F.normalize(self.prototypes, dim=-1) * self.scale[:, None])
+        return F.linear(unit, F.normalize(prototypes, dim=-1) * scale[:, None])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (..., C) -> logits (..., K)."""
-        return self.logits(self.project(x))
+    def forward(self, x: Tensor, patches: bool = False) -> Tensor:
+        """Class tokens or `patches` (..., C) -> logits (..., K)."""
+        return self.logits(self.project(x), patches)
 
     def last_layer(self) -> list[nn.Parameter]:
         """Parameters that are frozen at the start of training (`freeze_last_layer`)."""
-        return [self.prototypes, self.scale]
+        every = [self.prototypes, self.scale, self.patch_prototypes, self.patch_scale]
+        return [p for p in every if p is not None]
 
 
 class Centre(nn.Module):
-    """Running mean (K,) of a teacher's logits over the batches of all ranks (DINO, Eq. 4)."""
+    """Running mean (K,) of a teacher's logits over the batches of all ranks (DINO, Eq. 4).
+
+    It moves with each batch. With `once_per_step` it moves in `step`, by the mean of all batches since the
+    last one: the micro-batches of an optimizer step then have the same centre.
+    """
 
     mean: Tensor
+    collected: Tensor
+    batches: Tensor
 
-    def __init__(self, out_dim: int, momentum: float = 0.9):
+    def __init__(self, out_dim: int, momentum: float = 0.9, once_per_step: bool = False):
         super().__init__()
         self.momentum = momentum
+        self.once_per_step = once_per_step
         self.register_buffer("mean", torch.zeros(out_dim))
+        # Not stored: they are zero between steps. They are buffers, so that an unfinished step is undone.
+        self.register_buffer("collected", torch.zeros(out_dim), persistent=False)
+        self.register_buffer("batches", torch.zeros(()), persistent=False)
 
     def target(self, logits: Tensor, temperature: float) -> Tensor:
         """Logits (..., K) -> the distribution (..., K) that the student learns: centred, then sharpened."""
@@ -76,8 +105,23 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, batch_mean: Tensor) -> None:
-        """Update the mean with the mean logits (K,) of this rank's batch. Every rank must call it."""
+        """Take in the mean logits (K,) of this rank's batch. Every rank must call it."""
         batch_mean = batch_mean.detach().float()
+        if self.once_per_step:
+            self.collected += batch_mean
+            self.batches += 1
+        else:
+            self._move(batch_mean)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End an optimizer step. Every rank must call it."""
+        if self.once_per_step:
+            self._move(self.collected / self.batches)
+            self.collected.zero_()
+            self.batches.zero_()
+
+    def _move(self, batch_mean: Tensor) -> None:
         if td.is_available() and td.is_initialized():
             # The caller's tensor must not change.
             batch_mean = batch_mean.clone()

@@ -181,13 +181,43 @@ def overlap_points(a: Tensor, b: Tensor, size: tuple[int, int]) -> tuple[Tensor,
     """
     # Centres, not corners: `sample_tokens` then reads no further than half a token beyond
     # the outermost centres.
+    low, extent, share = _overlap(a, b)
+    cells = (cell_centres(size, a.device) + 1) / 2  # (S, 2) in [0, 1]
+    source = low[..., None, :] + cells * extent[..., None, :]  # (..., S, 2)
+    return to_crop(source, a), to_crop(source, b), share
+
+
+def edge_points(a: Tensor, b: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Corresponding points from edge to edge of the overlap of two crops, as in the code that SERE published.
+
+    The first and the last of the `size` (rows, columns) points lie on the edges of the overlap. Without
+    overlap, all points are -2, which is outside of any crop.
+
+    Returns:
+        As `overlap_points`: the points (..., S, 2) in crop `a`, those in crop `b`, and the overlap's share
+        (...) of the smaller crop.
+    """
+    low, extent, share = _overlap(a, b)
+    h, w = size
+    y = torch.linspace(0, 1, h, device=a.device)
+    x = torch.linspace(0, 1, w, device=a.device)
+    steps = torch.stack([x.repeat(h), y.repeat_interleave(w)], -1)  # (S, 2) in [0, 1]
+    source = low[..., None, :] + steps * extent[..., None, :]  # (..., S, 2)
+    empty = (share <= 0)[..., None, None]
+    return (
+        torch.where(empty, -2.0, to_crop(source, a)),
+        torch.where(empty, -2.0, to_crop(source, b)),
+        share,
+    )
+
+
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The overlap of two crops: its top left corner (..., 2), its extent (..., 2), and its share (...) of the
+    smaller crop."""
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., :2] + a[..., 2:4], b[..., :2] + b[..., 2:4])
     extent = (high - low).clamp(min=0)
-    cells = (cell_centres(size, a.device) + 1) / 2  # (S, 2) in [0, 1]
-    source = low[..., None, :] + cells * extent[..., None, :]  # (..., S, 2)
-    share = extent.prod(-1) / torch.minimum(a[..., 2:4].prod(-1), b[..., 2:4].prod(-1))
-    return to_crop(source, a), to_crop(source, b), share
+    return low, extent, extent.prod(-1) / torch.minimum(a[..., 2:4].prod(-1), b[..., 2:4].prod(-1))
 
 
 def cells_elsewhere(ids: Tensor, grid: tuple[int, int], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,14 +229,15 @@ def cells_elsewhere(ids: Tensor, grid: tuple[int, int], a: Tensor, b: Tensor) ->
     return points, (points.abs() <= 1).all(-1)
 
 
-def sample_tokens(tokens: Tensor, grid: tuple[int, int], points: Tensor) -> Tensor:
+def sample_tokens(tokens: Tensor, grid: tuple[int, int], points: Tensor, outside: str = "border") -> Tensor:
     """Interpolate tokens (B, h*w, C) on a grid bilinearly at points (B, S, 2) -> (B, S, C) in float32.
 
-    Points beyond the outermost tokens get the value at the edge.
+    `outside` is what points beyond the outermost tokens are interpolated with: the value at the edge
+    ("border") or zeros ("zeros").
     """
     # The paper samples the relation. Sampling is linear, S (Z Z^T) S^T = (S Z) (S Z)^T, so sampling the
     # features gives the same relation, without an (N, N) tensor.
     maps = tokens.float().transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
     grid_points = points[:, :, None].to(maps.dtype)  # (B, S, 1, 2)
-    out = F.grid_sample(maps, grid_points, padding_mode="border", align_corners=False)  # (B, C, S, 1)
+    out = F.grid_sample(maps, grid_points, padding_mode=outside, align_corners=False)  # (B, C, S, 1)
     return out[..., 0].transpose(1, 2)  # (B, S, C)

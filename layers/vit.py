@@ -103,8 +103,12 @@ class ViTBackbone(Backbone):
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
-            x = x + resize_pos_embed(self.pos_embed, self.grid, grid)
+            x = x + self.resized_pos_embed(self.pos_embed, grid)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
+
+    def resized_pos_embed(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The positional embedding (1, num_prefix + L, C) of this model, resized to a `grid`."""
+        return resize_pos_embed(table, self.grid, grid)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""

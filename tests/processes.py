@@ -42,6 +42,22 @@ SERE = [
     "32",
     *COMMON,
 ]
+# The two commands of SERE's README, without the launcher and with folders.
+SERE_SMALL = (
+    "--arch vit_small --output_dir OUT --data_path TRAIN --teacher_temp 0.07 --warmup_teacher_temp_epochs 30 "
+    "--norm_last_layer false --epochs 100 --shared_head true --out_dim 8192 --local_crops_number 10 "
+    "--global_crops_scale 0.40 1 --local_crops_scale 0.05 0.40 --pred_ratio 0 0.3 --pred_ratio_var 0 0.2 "
+    "--batch_size_per_gpu 128 --num_workers 6 --saveckp_freq 10 --alpha 0.2 --beta 0.5 --clip_grad 0.3"
+)
+SERE_BASE = (
+    "--arch vit_base --output_dir OUT --data_path TRAIN --teacher_temp 0.07 --teacher_patch_temp 0.07 "
+    "--warmup_teacher_temp 0.04 --warmup_teacher_patch_temp 0.04 --warmup_teacher_temp_epochs 50 "
+    "--norm_last_layer true --warmup_epochs 10 --epochs 100 --lr 0.00075 --min_lr 2e-6 --weight_decay 0.04 "
+    "--weight_decay_end 0.4 --shared_head true --shared_head_teacher true --out_dim 8192 "
+    "--patch_out_dim 8192 --local_crops_number 10 --global_crops_scale 0.32 1 --local_crops_scale 0.05 0.32 "
+    "--pred_ratio 0 0.3 --pred_ratio_var 0 0.2 --pred_shape block --batch_size_per_gpu 128 --num_workers 6 "
+    "--saveckp_freq 10 --freeze_last_layer 3 --clip_grad 0.3 --alpha 0.2 --beta 0.5 --use_fp16 true"
+)
 FINETUNE = ["main_finetune", "--model", "vit_test", *COMMON]
 
 

@@ -42,6 +42,7 @@ def cases() -> dict[str, tuple]:
     found["mae_vit_pico_patch8 pos_tokens=full"] = (mae, {"pos_label": "apl+rpl", "pos_tokens": "full"})
     found["mae_vit_pico_patch8 relations"] = (mae, {"sr_spatial": True, "sr_channel": True})
     found["sere_vit_pico_patch8 relations"] = (sere, {"sr_spatial": True, "sr_channel": True})
+    found["sere_vit_pico_patch8 patch_prototypes=own"] = (sere, {"patch_prototypes": "own"})
     found["vit_pico_patch8 pool=cls"] = (vit, {"pool": "cls"})
     found["vit_pico_patch8 second_order"] = (vit, {"second_order": {"dims": (16, 8), "fusion": "concat"}})
     found["vit_pico_patch8 patch_embed=conv"] = (vit, {"patch_embed": "conv"})

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import main_sere
 import tiny
@@ -16,7 +17,7 @@ from layers.self_distillation import copy_parameters
 from layers.self_relation import cells_elsewhere, channel_loss, overlap_points, sample_tokens, spatial_loss
 from models_mae_pl import RelationTeacher
 from models_sere import SereTeacher, make_centres
-from processes import COMMON, FINETUNE, PRETRAIN, SERE, assert_same, last, log_lines, ranks, start
+from processes import COMMON, FINETUNE, PRETRAIN, SERE, SERE_SMALL, assert_same, last, log_lines, ranks, start
 from tools import inspect
 from util.data.multicrop import MultiCrop, TwoViews, block_mask
 from util.evaluate.effective_rank import effective_rank
@@ -318,6 +319,51 @@ def test_a_killed_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
     assert 4 <= last(tmp_path)["step"] < 9
     assert_same_run(last(uninterrupted), here(tmp_path, *RUN, main=SERE))
     assert log_lines(uninterrupted) == log_lines(tmp_path)
+
+
+def test_an_exact_run_with_accumulation_goes_on_bit_for_bit(tmp_path):
+    flags = ["--sere_exact", "--accum_iter", 2, "--patch_prototypes", "own", "--patch_out_dim", 20]
+    flags += ["--pred_shape", "rand", "--pred_start_epoch", 1, "--warmup_teacher_temp_epochs", 2]
+    flags += ["--no-norm_last_layer", "--teacher_patch_temp", 0.05, "--freeze_last_layer", 1]
+    one = here(tmp_path / "one", *RUN, *flags, main=SERE)
+    assert one["step"] == 6 and one["centres"].keys() == {"cls.mean", "patch.mean"}
+    # In the second micro-batch of the fourth update.
+    code, text = start(
+        tmp_path / "killed", *RUN, *flags, "--save_steps", 1, main=SERE, TEST_SIGNAL="0:7:SIGKILL"
+    )
+    assert code == -signal.SIGKILL and last(tmp_path / "killed")["step"] == 3, text
+    assert_same_run(one, here(tmp_path / "killed", *RUN, *flags, main=SERE))
+    assert log_lines(tmp_path / "one") == log_lines(tmp_path / "killed")
+    lines = log_lines(tmp_path / "one")
+    assert lines[0]["train_patch"] == 0 and lines[1]["train_patch"] > 0, "no masks in the first epoch"
+    decays = sorted(group["weight_decay"] for group in one["optimizer"]["param_groups"])
+    assert decays == [0.0, pytest.approx(main_sere.cosine(2.5, start=0.04, end=0.4, total=3))]
+
+
+def test_the_published_command_trains(tmp_path, capsys):
+    """The command of SERE's README for ViT-S, made small by flags at its end."""
+    for i in range(5):
+        path = tmp_path / "train" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    smaller = (
+        f"--arch vit_tiny --data_path {tmp_path / 'train'} --batch_size_per_gpu 2 --epochs 1 --out_dim 64"
+    )
+    smaller += " --local_crops_number 2 --overlap_size 3 3 --warmup_epochs 0 --num_workers 0"
+    ours = "--input_size 32 --local_size 16 --device cpu"
+    command = ["main_sere", *SERE_SMALL.split(), *smaller.split(), *ours.split()]
+    saved = here(tmp_path / "out", main=command)
+    text = capsys.readouterr().out
+    assert "--use_fp16 true: float16 is for GPUs, float32 on this cpu" in text and "fp32 on cpu" in text
+    assert "5 images" in text and "lr 3.91e-06" in text, "5e-4 * 2 / 256"
+    assert saved["step"] == 2 and saved["args"]["sere_exact"] and saved["args"]["clip_grad"] == 0.3
+    assert saved["model"]["blocks.11.attn.qkv.weight"].shape == (576, 192)
+    losses = log_lines(tmp_path / "out")[-1]
+    weights = dict(cls=1.65, patch=1.65, sr_spatial=0.2, sr_channel=0.5)
+    assert losses["train_loss"] == pytest.approx(sum(w * losses[f"train_{n}"] for n, w in weights.items()))
+    here(tmp_path / "out", main=command)
+    assert "all 1 epochs are done already" in capsys.readouterr().out, "a run in the folder is continued"
 
 
 def test_what_a_run_leaves(uninterrupted):

@@ -146,10 +146,18 @@ def _make_point(
     handed_on = {k: v for k, v in parsed.items() if k in given or k not in OF_THE_MACHINE}
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
-    values = {flag: parsed[switches[f"--{flag}"].dest] for flag in flags}
+    values = {flag: _parsed(parsed, switches.get(f"--{flag}"), text) for flag, text in flags.items()}
     settings = repr(sorted((parsed | {"output_dir": ""}).items()))
     then = follow_ups(handed_on, chain, name, folder)
     return Point(name, values, main, argv, folder, then), settings
+
+
+def _parsed(parsed: Mapping[str, Any], action: argparse.Action | None, text: str) -> Any:
+    """Return the parsed value of a swept flag, or its text if the parser translates it into another flag."""
+    # A switch without a value may store None.
+    if action is None or (action.nargs != 0 and parsed[action.dest] is None):
+        return text
+    return parsed[action.dest]
 
 
 def parse_sweep(words: list[str]) -> dict[str, list[str]]:

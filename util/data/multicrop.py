@@ -58,6 +58,22 @@ class View(NamedTuple):
     solarize: float
 
 
+class Details(NamedTuple):
+    """What may differ in iBOT's views.
+
+    Attributes:
+        mask_shape: "block" or "rand", which masks single cells.
+        exact: follows the code that iBOT and SERE published: blurs of local crops are as wide as those of
+            global ones, in pixels, and block masks are drawn as there.
+    """
+
+    mask_shape: str = "block"
+    exact: bool = False
+
+
+USUAL = Details()
+
+
 class MultiCrop:
     """iBOT's views of an image.
 
@@ -69,6 +85,7 @@ class MultiCrop:
         grid: (h, w), the cells of a global crop.
         global_scale, local_scale: ranges of a crop's share of the image's area.
         mask_ratios: (low, high) ranges; each global crop draws one of them.
+        details: what else may differ.
     """
 
     def __init__(
@@ -81,6 +98,7 @@ class MultiCrop:
         global_scale: Range,
         local_scale: Range,
         mask_ratios: list[Range],
+        details: Details = USUAL,
     ):
         # Blur and solarisation of the two global crops differ, as in BYOL and DINO.
         self.views = [
@@ -90,6 +108,7 @@ class MultiCrop:
         ]
         self.grid = grid
         self.mask_ratios = mask_ratios
+        self.details = details
         self.local_size = local_size
         # The strengths and chances of DINO and iBOT.
         self.jitter = v2.Compose(
@@ -101,7 +120,7 @@ class MultiCrop:
         if len(crop) == 3:
             crop = self.jitter(crop)
         if random.random() < view.blur:
-            crop = gaussian_blur(crop)
+            crop = gaussian_blur(crop, in_proportion=not self.details.exact)
         # Drawn for every image, so that the draws do not depend on the number of channels.
         solarized = random.random() < view.solarize
         if solarized and len(crop) == 3:
@@ -110,7 +129,7 @@ class MultiCrop:
 
     def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         crops, boxes = zip(*(self._make(image, view) for view in self.views))
-        masks = [block_mask(self.grid, random.uniform(*random.choice(self.mask_ratios))) for _ in range(2)]
+        masks = [self._mask(random.uniform(*random.choice(self.mask_ratios))) for _ in range(2)]
         # An empty tensor instead of none, so that batches have the same names.
         local = image.new_empty(0, len(image), *self.local_size)
         if len(crops) > 2:
@@ -122,11 +141,23 @@ class MultiCrop:
             mask=torch.stack(masks).flatten(1),  # (2, h, w) -> (2, L)
         )
 
+    def _mask(self, ratio: float) -> torch.Tensor:
+        if self.details.mask_shape == "rand":
+            return scattered_mask(self.grid, ratio)
+        if self.details.exact:
+            return published_block_mask(self.grid, ratio)
+        return block_mask(self.grid, ratio)
 
-def gaussian_blur(crop: torch.Tensor) -> torch.Tensor:
-    """Blur as DINO: sigma from 0.1 to 2 pixels for a crop of 224, and in proportion for others."""
+
+def gaussian_blur(crop: torch.Tensor, in_proportion: bool = True) -> torch.Tensor:
+    """Blur as DINO: sigma from 0.1 to 2 pixels for a crop of 224, and in proportion for others.
+
+    Without `in_proportion` sigma has that range for crops of any size, as in DINO's code.
+    """
     side = min(crop.shape[-2:])
-    sigma = random.uniform(0.1, 2.0) * side / 224
+    sigma = random.uniform(0.1, 2.0)
+    if in_proportion:
+        sigma = sigma * side / 224
     # torchvision refuses a filter that reaches beyond the opposite edge.
     reach = min(math.ceil(3 * sigma), side - 1)
     return F.gaussian_blur(crop, [2 * reach + 1, 2 * reach + 1], [sigma, sigma])
@@ -164,3 +195,42 @@ def block_mask(grid: Size, ratio: float) -> torch.Tensor:
             wanted -= new
             misses = 0
     return mask
+
+
+def published_block_mask(grid: Size, ratio: float) -> torch.Tensor:
+    """Draw a mask as `block_mask`, with the limits of the code that BEiT, iBOT and SERE published.
+
+    The area is drawn up to the wanted number of cells before it is rounded down, and also where less than a
+    ninth of the grid is left to mask. A rectangle is narrower and lower than the grid.
+    """
+    h, w = grid
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    left_over = ratio * (h * w)
+    smallest = (min(h, w) // 3) ** 2
+    attempts = 10
+    while left_over > 0 and attempts > 0:
+        attempts -= 1
+        # Below `smallest` the range is reversed; it is still one.
+        area = random.uniform(smallest, left_over)
+        aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+        height = round(math.sqrt(area * aspect))
+        width = round(math.sqrt(area / aspect))
+        if height >= h or width >= w:
+            continue
+        top = random.randint(0, h - height)
+        left = random.randint(0, w - width)
+        block = mask[top : top + height, left : left + width]
+        new = block.numel() - int(block.sum())
+        if 0 < new <= left_over:
+            block.fill_(True)
+            left_over -= new
+            attempts = 10
+    return mask
+
+
+def scattered_mask(grid: Size, ratio: float) -> torch.Tensor:
+    """Draw a bool mask (h, w) of ratio * h * w cells, rounded down, that lie anywhere."""
+    h, w = grid
+    mask = torch.zeros(h * w, dtype=torch.bool)
+    mask[random.sample(range(h * w), int(ratio * (h * w)))] = True
+    return mask.view(h, w)

@@ -111,6 +111,11 @@ class Parser(argparse.ArgumentParser):
         # Flags without limits of their own refuse nan and inf, too.
         self.register("type", int, WHOLE)
         self.register("type", float, FINITE)
+        # Functions (parser, words) -> words that translate other programs' spellings. Parsers that have this
+        # one as a parent inherit them with its flags.
+        self.translators: list[Callable[[Parser, list[str]], list[str]]] = []
+        for parent in kwargs.get("parents", ()):
+            self.translators += getattr(parent, "translators", ())
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Split a line of a recipe into words, as a shell does."""
@@ -139,7 +144,10 @@ class Parser(argparse.ArgumentParser):
 
     # argparse calls this on every command line; its own version knows no nested files and no comments.
     def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
-        return [self._underscored(word) for word in self.with_recipes(arg_strings)]
+        words = self.with_recipes(arg_strings)
+        for translate in self.translators:
+            words = translate(self, words)
+        return [self._underscored(word) for word in words]
 
     def _underscored(self, arg: str) -> str:
         """Spell a flag as it was added: --batch-size becomes --batch_size. Values stay as they are."""
