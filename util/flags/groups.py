@@ -357,6 +357,13 @@ def _add_output_flags(g: argparse._ArgumentGroup) -> None:
     # The host waits for the device at log points only.
     g.add_argument("--print_freq", default=20, type=COUNT, help="updates between log points")
     g.add_argument(
+        "--max_steps",
+        default=None,
+        type=COUNT,
+        metavar="N",
+        help="for a trial: save and stop after N updates of the schedule; without it the run continues",
+    )
+    g.add_argument(
         "--dry_run",
         action="store_true",
         help="measure a few steps; print data, speed, memory, hours, disk space and starting point; "

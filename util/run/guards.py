@@ -12,16 +12,42 @@ from util.files.atomic import write_json, write_text
 from util.files.names import one_line, printable
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(ValueError):
     """Raised on every rank at the first log point after a non-finite value; `step` is the update that made
     it.
     """
 
-    def __init__(self, step: int, values: dict[str, float]):
+    def __init__(self, step: int, values: dict[str, float], advice: str = ""):
         self.step = step
         self.values = values
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
-        super().__init__(f"non-finite at step {step}: {bad}")
+        message = f"non-finite at step {step}: {bad}"
+        if advice:
+            message += f": {advice}"
+        super().__init__(message)
+
+    def with_advice(self, amp: str, clip_grad: float | None, start: str) -> "NonFiniteLoss":
+        """Return the same error with what may help.
+
+        Args:
+            amp: the precision of the run, "fp32", "bf16" or "fp16".
+            clip_grad: the largest gradient norm; None and 0 mean no clipping.
+            start: a phrase that says where the next start of the run begins.
+        """
+        if self.step == 0:
+            # No update was made before it, so that no learning rate can be at fault.
+            remedies = "the weights are those of the start: check the pixel values and `mean` and `std`"
+            if amp != "fp32":
+                remedies += ", or train in `amp` fp32"
+            return NonFiniteLoss(self.step, self.values, remedies)
+        remedies = "lower the learning rate (`lr` or `blr`)"
+        if not clip_grad:
+            remedies += ", clip gradients (`clip_grad` 1)"
+        if amp == "fp16":
+            remedies += ", or train in `amp` bf16 or fp32"
+        elif amp == "bf16":
+            remedies += ", or train in `amp` fp32"
+        return NonFiniteLoss(self.step, self.values, f"{remedies}; the same command then {start}")
 
 
 @contextlib.contextmanager

@@ -102,6 +102,7 @@ def open_budget(args: argparse.Namespace, lr: float) -> Budget:
         clip_grad=args.clip_grad,
         compile_mode=compile_mode(args.compile, args.compile_mode, args.accum_iter),
         max_bad_images=args.max_bad_images,
+        max_steps=args.max_steps,
     )
 
 

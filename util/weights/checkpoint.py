@@ -185,6 +185,7 @@ HARMLESS = {
     "world_size",
     "start_epoch",
     "max_bad_images",
+    "max_steps",
     "dry_run",
     "strategy",
     "grad_checkpointing",
