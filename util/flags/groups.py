@@ -26,6 +26,8 @@ MAX_PIXELS_HELP = (
 
 DATA_TIMEOUT = 5  # minutes that a batch may take
 
+OUTPUT_DIR = "./output_dir"  # the folder of a run that is not given one
+
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
@@ -350,7 +352,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
 def _add_output_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--output_dir",
-        default="./output_dir",
+        default=OUTPUT_DIR,
         help="folder of checkpoints and log.txt; a run in it is continued",
     )
     g.add_argument("--log_dir", default=None, help="folder of TensorBoard files; --output_dir if not given")

@@ -287,14 +287,6 @@ def to_evaluate(start: Checkpoint | None) -> Checkpoint:
     return start
 
 
-def continue_from(output_dir: str | None, resume: str, flags: dict[str, Any]) -> Checkpoint | None:
-    """`load_start`, and print which file it is and which flags have changed."""
-    checkpoint = load_start(output_dir, resume)
-    if checkpoint is not None:
-        print_continuing(checkpoint, flags)
-    return checkpoint
-
-
 def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:
     """Print which checkpoint the run continues, which flags have changed, and which have no effect."""
     changed = changed_flags(checkpoint.args, flags)
