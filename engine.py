@@ -25,7 +25,7 @@ from util.flags.parser import with_flags
 from util.run import plan
 from util.run.checkpoint_manager import Owed
 from util.run.flops import FlopCounter, peak_flops
-from util.run.guards import BadImages, NonFiniteLoss, write_replay
+from util.run.guards import BadImages, NonFiniteLoss, say_what_fits, write_replay
 from util.run.log import peak_memory_mb
 from util.run.session import Session
 from util.train.amp import AMP
@@ -207,8 +207,8 @@ def fit(
     In a dry run a few updates are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done, or `budget.max_steps` updates. Returns False when a signal asked to
     stop, after saving the state. Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises
-    ValueError for settings that cannot work. Raises NoData if the data do not come, after saving the state if
-    this process can.
+    ValueError for settings that cannot work, such as a batch that the device cannot hold. Raises NoData if
+    the data do not come, after saving the state if this process can.
     """
     wrapped = _wrap(model, setup, budget)
     stop = dist.StopSignal(slurm.requeue_at_the_limit)
@@ -225,7 +225,9 @@ def fit(
     owed = session.owed()
     start = _load_start(run, state)
     if session.dry_run:
-        dist.print_rank0(with_flags(_plan(run, state, start), session.flags))
+        with say_what_fits(loader.batch_size):
+            text = _plan(run, state, start)
+        dist.print_rank0(with_flags(text, session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
@@ -246,7 +248,7 @@ def fit(
     )
     _take_folder(run, state, start, owed)
     session.log.open(first_epoch, state.step, run.updates_per_epoch)
-    with run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
+    with say_what_fits(loader.batch_size), run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
         return _train(run, state, first_epoch)
 
 

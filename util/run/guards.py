@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from util import dist
 from util.files.atomic import write_json, write_text
 from util.files.names import one_line, printable
@@ -48,6 +50,20 @@ class NonFiniteLoss(ValueError):
         elif amp == "bf16":
             remedies += ", or train in `amp` fp32"
         return NonFiniteLoss(self.step, self.values, f"{remedies}; the same command then {start}")
+
+
+@contextlib.contextmanager
+def say_what_fits(batch_size: int) -> Iterator[None]:
+    """Turn an accelerator's lack of memory into a ValueError with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # The first sentence says how much was wanted; the rest is about the allocator.
+        reason = str(error).partition(". ")[0]
+        raise ValueError(
+            f"{reason} with `batch_size` {batch_size}: halve it and double `accum_iter`, which keeps the "
+            "effective batch"
+        ) from error
 
 
 @contextlib.contextmanager
