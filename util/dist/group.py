@@ -155,9 +155,7 @@ def check_folder(folder: str) -> None:
         problem = _write_token(token)
     token, problem = gather_objects((token, problem))[0]
     if problem:
-        raise ValueError(
-            f"the folder {folder} cannot be written ({problem}): choose another `output_dir`, or make room"
-        )
+        raise ValueError(f"the folder {folder} cannot be written ({problem}): choose another `output_dir`")
     host = socket.gethostname()
     place = os.path.dirname(token)
     sees_token = os.path.isdir(place) and os.path.basename(token) in os.listdir(place)

@@ -36,20 +36,19 @@ class NonFiniteLoss(ValueError):
             clip_grad: the largest gradient norm; None and 0 mean no clipping.
             start: a phrase that says where the next start of the run begins.
         """
+        wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(amp)
         if self.step == 0:
-            # No update was made before it, so that no learning rate can be at fault.
-            remedies = "the weights are those of the start: check the pixel values and `mean` and `std`"
-            if amp != "fp32":
-                remedies += ", or train in `amp` fp32"
-            return NonFiniteLoss(self.step, self.values, remedies)
-        remedies = "lower the learning rate (`lr` or `blr`)"
-        if not clip_grad:
-            remedies += ", clip gradients (`clip_grad` 1)"
-        if amp == "fp16":
-            remedies += ", or train in `amp` bf16 or fp32"
-        elif amp == "bf16":
-            remedies += ", or train in `amp` fp32"
-        return NonFiniteLoss(self.step, self.values, f"{remedies}; the same command then {start}")
+            remedies = ["no update came before, so check the pixel values, `mean` and `std`"]
+        else:
+            remedies = ["lower the learning rate (`lr` or `blr`)"]
+            if not clip_grad:
+                remedies.append("clip gradients (`clip_grad` 1)")
+        if wider:
+            remedies.append(f"train in `amp` {wider}")
+        advice = " or ".join(remedies)
+        if self.step > 0:
+            advice += f"; the same command then {start}"
+        return NonFiniteLoss(self.step, self.values, advice)
 
 
 @contextlib.contextmanager
