@@ -231,17 +231,7 @@ def fit(
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
-    if first_epoch >= budget.epochs:
-        session.finish(owed)
-        text = (
-            f"all {budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose another "
-            "`output_dir`)"
-        )
-        dist.print_rank0(with_flags(text, session.flags))
-        return True
-    # At an epoch's end only its evaluation may be missing, which is made up for.
-    if run.reached_max_steps(state) and state.step < (first_epoch + 1) * run.updates_per_epoch:
-        _print_stopped_early(run, state)
+    if _is_done(run, state, first_epoch, owed):
         return True
     session.log.peak_flops = peak_flops(
         model, setup.device, AMP[setup.amp] or torch.float32, budget.compile_mode
@@ -250,6 +240,23 @@ def fit(
     session.log.open(first_epoch, state.step, run.updates_per_epoch)
     with say_what_fits(loader.batch_size), run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
         return _train(run, state, first_epoch)
+
+
+def _is_done(run: Run, state: TrainState, first_epoch: int, owed: Owed | None) -> bool:
+    """Whether nothing is left to train; print so, and make up for what a killed run `owed`."""
+    if first_epoch >= run.budget.epochs:
+        run.session.finish(owed)
+        text = (
+            f"all {run.budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose "
+            "another `output_dir`)"
+        )
+        dist.print_rank0(with_flags(text, run.session.flags))
+        return True
+    # At an epoch's end only its evaluation may be missing, which is made up for.
+    if run.reached_max_steps(state) and state.step < (first_epoch + 1) * run.updates_per_epoch:
+        _print_stopped_early(run, state)
+        return True
+    return False
 
 
 def _train(run: Run, state: TrainState, first_epoch: int) -> bool:

@@ -128,16 +128,20 @@ def _changes_of_the_run(start: Checkpoint, flags: dict) -> list[str]:
     changed = checkpoint.changed_flags(old, new)
     # Other models come with other settings of their own.
     changed = [text for text in changed if text.startswith("model: ")] or changed
-    before = str(old.get("data_path", ""))
-    now = flags.get("data_path", "")
-    # An empty path is the demo set.
-    if "data_path" in old and _place(before) != _place(now):
-        changed.append(f"data_path: {printable(before) or 'the demo set'} -> {now or 'the demo set'}")
+    if "data_path" in old:
+        changed += _changed_data(str(old["data_path"]), flags.get("data_path", ""))
     resume = flags.get("resume", "")
     # A requeued job repeats the flag of its first start.
     if resume and resume != old.get("resume") and _place(resume) != _place(start.path):
         changed.append(f"resume: {resume}, which is another file")
     return changed
+
+
+def _changed_data(before: str, now: str) -> list[str]:
+    if _place(before) == _place(now):
+        return []
+    # An empty path is the demo set.
+    return [f"data_path: {printable(before) or 'the demo set'} -> {now or 'the demo set'}"]
 
 
 def _place(path: str) -> str:
