@@ -108,7 +108,7 @@ def test_a_stream_that_ends_early_is_evaluated_after_a_stop_at_its_end(tmp_path,
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 6])
 def test_a_trial_stops_after_its_updates_and_continues_bit_for_bit(tmp_path, capsys, steps):
-    """Update 4 is the last one of the first epoch, which is then logged. No epoch is saved as the best one."""
+    """Update 4 is the last one of an epoch, which is then logged. No epoch is saved as the best."""
     objective = Classify()
     settings = dict(save_every_epochs=0, print_freq=100)
     assert small_run(tmp_path / "whole", Classify(), **settings)
