@@ -6,6 +6,7 @@ rank). No generator state is stored, so a run can stop and continue at any step.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from util.flags.parser import with_flags
 from util.run import plan
 from util.run.checkpoint_manager import Owed
 from util.run.flops import FlopCounter, peak_flops
-from util.run.guards import BadImages, NonFiniteLoss, write_replay
+from util.run.guards import BadImages, NonFiniteLoss, say_what_fits, write_replay
 from util.run.log import peak_memory_mb
 from util.run.session import Session
 from util.train.amp import AMP
@@ -70,8 +71,17 @@ class Run:
         return self.batches_per_epoch // self.budget.accum_iter
 
     @property
+    def updates(self) -> int:
+        return self.budget.epochs * self.updates_per_epoch
+
+    @property
     def images_per_update(self) -> int:
         return self.loader.batch_size * self.budget.accum_iter * dist.world_size()
+
+    def reached_max_steps(self, state: TrainState) -> bool:
+        """Whether the run has made the updates of a trial, after which it stops although epochs are left."""
+        most = self.budget.max_steps
+        return most is not None and state.step >= most
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[dict]:
         """Yield the epoch's batches on the device, without the first `skip`."""
@@ -195,9 +205,10 @@ def fit(
     """Train `model` for `budget.epochs`, from the start or from the checkpoint `session.start`.
 
     In a dry run a few updates are measured, the plan of the whole run is printed, and nothing is written.
-    Returns True when all epochs are done. Returns False when a signal asked to stop, after saving the state.
-    Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises ValueError for settings that
-    cannot work. Raises NoData if the data do not come, after saving the state if this process can.
+    Returns True when all epochs are done, or `budget.max_steps` updates. Returns False when a signal asked to
+    stop, after saving the state. Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises
+    ValueError for settings that cannot work, such as a batch that the device cannot hold. Raises NoData if
+    the data do not come, after saving the state if this process can.
     """
     wrapped = _wrap(model, setup, budget)
     stop = dist.StopSignal(slurm.requeue_at_the_limit)
@@ -214,34 +225,62 @@ def fit(
     owed = session.owed()
     start = _load_start(run, state)
     if session.dry_run:
-        dist.print_rank0(with_flags(_plan(run, state, start), session.flags))
+        with say_what_fits(loader.batch_size):
+            text = _plan(run, state, start)
+        dist.print_rank0(with_flags(text, session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch
-    if first_epoch >= budget.epochs:
-        session.finish(owed)
-        text = (
-            f"all {budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose another "
-            "`output_dir`)"
-        )
-        dist.print_rank0(with_flags(text, session.flags))
+    if _is_done(run, state, first_epoch, owed):
         return True
     session.log.peak_flops = peak_flops(
         model, setup.device, AMP[setup.amp] or torch.float32, budget.compile_mode
     )
     _take_folder(run, state, start, owed)
     session.log.open(first_epoch, state.step, run.updates_per_epoch)
-    with run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
+    with say_what_fits(loader.batch_size), run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
         return _train(run, state, first_epoch)
+
+
+def _is_done(run: Run, state: TrainState, first_epoch: int, owed: Owed | None) -> bool:
+    """Whether nothing is left to train; print so, and make up for what a killed run `owed`."""
+    if first_epoch >= run.budget.epochs:
+        run.session.finish(owed)
+        text = (
+            f"all {run.budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose "
+            "another `output_dir`)"
+        )
+        dist.print_rank0(with_flags(text, run.session.flags))
+        return True
+    # At an epoch's end only its evaluation may be missing, which is made up for.
+    if run.reached_max_steps(state) and state.step < (first_epoch + 1) * run.updates_per_epoch:
+        _print_stopped_early(run, state)
+        return True
+    return False
 
 
 def _train(run: Run, state: TrainState, first_epoch: int) -> bool:
     """Train the epochs that are left; return False, after saving the state, if a signal asked to stop."""
     try:
-        return all(train_one_epoch(run, state, epoch) for epoch in range(first_epoch, run.budget.epochs))
+        for epoch in range(first_epoch, run.budget.epochs):
+            if not train_one_epoch(run, state, epoch):
+                return False
+            if run.reached_max_steps(state) and state.step < run.updates:
+                _print_stopped_early(run, state)
+                break
     except StopAsked:
         run.leave_alone(state)
         return False
+    return True
+
+
+def _print_stopped_early(run: Run, state: TrainState) -> None:
+    """Print how far a trial has come, and how it continues."""
+    text = (
+        f"stopped after {state.step} of {run.updates} updates, as `max_steps` {run.budget.max_steps} says: "
+        "the same command without it continues"
+    )
+    dist.print_rank0(with_flags(text, run.session.flags))
 
 
 def _wrap(model: nn.Module, setup: Setup, budget: Budget) -> nn.Module:
@@ -278,7 +317,8 @@ def _take_folder(run: Run, state: TrainState, start: str, owed: Owed | None) -> 
 def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     """Train from the state's step to the end of `epoch`, evaluate, log and save.
 
-    Returns False, after saving the state, if a signal asked to stop.
+    Returns False, after saving the state, if a signal asked to stop. If `max_steps` is reached before the end
+    of the epoch, the state is saved and nothing is evaluated.
     """
     log = run.session.log
     updates = run.updates_per_epoch
@@ -296,11 +336,15 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
         write_replay(
             log.output_dir, error, run.loader.sampler, epoch, updates, run.budget.accum_iter, run.budget.seed
         )
-        raise
+        raise error.with_advice(run.setup.amp, run.budget.clip_grad, _next_start(run)) from None
+    ends_within = not finished and run.reached_max_steps(state)
     # Ask again before the evaluation, which may take longer than a scheduler waits.
-    if not finished or run.stop.agreed(now=True):
+    if not (finished or ends_within) or run.stop.agreed(now=True):
         run.leave(state, epoch - 1)
         return False
+    if ends_within:
+        run.save(state, epoch - 1, must=True)
+        return True
     run.check_owner()
     figures = evaluate_epoch(run, state, epoch)
     # Again, because the evaluation may take long.
@@ -311,8 +355,18 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
     return True
 
 
+def _next_start(run: Run) -> str:
+    """Return a phrase about where the same command would begin."""
+    checkpoints = run.session.checkpoints
+    if checkpoints is None or not os.path.isfile(checkpoints.last):
+        return "starts again from step 0"
+    return f"continues {checkpoints.last}"
+
+
 def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
-    """Train from the state's step to the end of `epoch`; return False if all ranks agreed to stop before."""
+    """Train from the state's step to the end of `epoch`; return False if all ranks agreed to stop before, or
+    if `max_steps` is reached.
+    """
     updates = run.updates_per_epoch
     first = state.step - epoch * updates
     if first == updates:  # the run stopped just before the evaluation of this epoch
@@ -336,7 +390,7 @@ def run_updates(run: Run, state: TrainState, epoch: int) -> bool:
             state.meters = run.session.log.meters
             break
         run.session.log.step(state.step - 1, metrics, lr, waited)
-        stopping = run.stop.agreed()
+        stopping = run.stop.agreed() or run.reached_max_steps(state)
         _log_and_save(run, state, epoch, stopping)
         if stopping:
             return update + 1 == updates
@@ -461,12 +515,13 @@ def save_epoch(run: Run, state: TrainState, epoch: int) -> None:
     last = epoch + 1 == run.budget.epochs
     best = state.best_epoch == epoch
     keeps = checkpoints.keeps(epoch)
+    ends = last or run.reached_max_steps(state)
     due = keeps or run.step_to_save(state.step) or run.time_to_save()
-    if last or best or due:
+    if ends or best or due:
         numbered = None
         if last or keeps:
             numbered = epoch
-        run.save(state, epoch, numbered, best, must=last)
+        run.save(state, epoch, numbered, best, must=ends)
 
 
 def _resolved(run: Run, state: TrainState, start: str) -> dict:

@@ -133,7 +133,7 @@ from util.data.transforms import CropSettings, eval_transform, finetune_transfor
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
 from util.run.log import Log
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.run.session import STOPPED, describe_batch, effective_batch, open_budget, print_continuing
 from util.train.amp import resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import WeightAverage, adamw, param_groups
@@ -273,6 +273,8 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
     folder = os.path.dirname(os.path.abspath(args.predictions))
     if args.predictions and not os.path.isdir(folder):
         raise ValueError(f"--predictions {args.predictions}: there is no such folder")
+    if os.path.isdir(args.predictions):
+        raise ValueError(f"--predictions {args.predictions} is a folder: name a file in it, such as p.csv")
 
 
 def find_start(args: argparse.Namespace) -> Start:
@@ -443,7 +445,7 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
 def load_weights(args: argparse.Namespace, model: Classifier, start: Start, flags: dict) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
-        checkpoint.print_continuing(start.resume, flags)
+        print_continuing(args, start.resume, flags)
     elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
     else:
@@ -539,7 +541,7 @@ def main(args: argparse.Namespace) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     if args.output_dir and not (args.eval or args.dry_run):
-        dist.make_shared_folder(args.output_dir)
+        dist.check_folder(args.output_dir)
 
     # Data, as the encoder has learned to see them
     start = find_start(args)

@@ -109,7 +109,7 @@ from util.evaluate.knn import knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
 from util.run.log import Log
 from util.run.plan import write_record
-from util.run.session import STOPPED, effective_batch, open_budget
+from util.run.session import STOPPED, effective_batch, open_budget, print_continuing
 from util.train.amp import products, resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import lars
@@ -457,7 +457,7 @@ def main(given: argparse.Namespace) -> int:
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}
     if args.output_dir and not (args.eval or args.dry_run):
-        dist.make_shared_folder(args.output_dir)
+        dist.check_folder(args.output_dir)
 
     # Data, frozen encoder, heads
     loader, val_loader = build_data(args, setup)
@@ -481,7 +481,7 @@ def main(given: argparse.Namespace) -> int:
         f"effective batch {effective_batch(args)}, lr {lr:.3g} x {grid}"
     )
     if start is not None:
-        checkpoint.print_continuing(start, flags)
+        print_continuing(args, start, flags)
     session = Session.open(args, flags, start, loss_tag="loss")
     objective.log = session.log
     finished = fit(objective.probe, objective, optimizer, loader, setup, open_budget(args, lr), session)

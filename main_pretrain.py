@@ -100,7 +100,7 @@ from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms
 from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
 from util.run.guards import survive_full_disk
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.run.session import STOPPED, describe_batch, effective_batch, open_budget, print_continuing
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr
 from util.train.objective import LossFunction
@@ -238,16 +238,17 @@ class Evaluation:
     def run(self, objective: Pretraining, epoch: int) -> dict[str, float]:
         """Return the figures of log.txt and write the picture."""
         stats: dict[str, float] = {}
+        log = self.session.log
         with fsdp.gathered(objective.model) as whole:
             if self.val_loader is not None:
                 # Without relations: they are normalised by the batch of all ranks, and ranks may have
                 # unequal shares of these images.
                 stats = self.losses(whole, objective.reconstruction_loss, self.val_loader)
+                log.scalars({f"perf/test_{name}": value for name, value in stats.items()}, epoch)
             if objective.relations is not None:
                 stats |= self.ranks(whole, epoch)
-            output_dir = self.session.log.output_dir
-            if dist.is_main() and output_dir:
-                self.draw(whole, objective.mask_ratio, epoch, output_dir)
+            if dist.is_main() and log.output_dir:
+                self.draw(whole, objective.mask_ratio, epoch, log.output_dir)
         return {f"test_{name}": value for name, value in stats.items()}
 
     def losses(
@@ -357,6 +358,19 @@ def check_flags(args: argparse.Namespace) -> None:
         )
 
 
+def warn_of_nothing_to_predict(args: argparse.Namespace) -> None:
+    """Print a warning if no patch is removed, so that no pixel is predicted."""
+    if args.mask_ratio > 0:
+        return
+    others = "only the other losses are learned"
+    if args.pos_label == "none" and not relation_weights(args):
+        others = "and nothing is learned, as there is no other loss"
+    dist.print_rank0(
+        f"warning: --mask_ratio {args.mask_ratio:g} removes no patch: no pixel is predicted, {others}; "
+        "MAE's ratio is 0.75"
+    )
+
+
 def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
     """Return the training loader, and the validation loader or None."""
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
@@ -401,10 +415,10 @@ def read_start(args: argparse.Namespace) -> Start:
     return Start(resume, weights)
 
 
-def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
+def load_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
     """Print how the run starts; load the weights of --init_from, if it starts from them."""
     if start.resume is not None:
-        checkpoint.print_continuing(start.resume, flags)
+        print_continuing(args, start.resume, flags)
         return
     if start.weights is None:
         dist.print_rank0("starting from scratch")
@@ -420,7 +434,7 @@ def main(args: argparse.Namespace) -> int:
     check_flags(args)
     device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
     if args.output_dir and not args.dry_run:
-        dist.make_shared_folder(args.output_dir)
+        dist.check_folder(args.output_dir)
     start = read_start(args)
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
@@ -433,6 +447,7 @@ def main(args: argparse.Namespace) -> int:
     if args.strategy == "fsdp":
         fsdp.shard(model, device, setup.amp)
     chance = model.chance(args.mask_ratio)  # also refuses a mask ratio that leaves nothing visible
+    warn_of_nothing_to_predict(args)
     objective = Pretraining(model, args.mask_ratio, args.pos_weight)
     if weights := relation_weights(args):
         objective.relations = Relations(model, weights, args.ema_momentum, args.epochs)
@@ -447,7 +462,7 @@ def main(args: argparse.Namespace) -> int:
     )
 
     flags = checkpoint.plain_flags(vars(args))
-    find_start(args, flags, objective, start)
+    load_start(args, flags, objective, start)
     session = Session.open(args, flags, start.resume, chance)
     objective.evaluation = Evaluation(setup, session, loader, val_loader, args.picture_epochs, args.epochs)
     finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)

@@ -154,7 +154,7 @@ from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.run.session import STOPPED, continue_from, describe_batch, effective_batch, open_budget
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr, ramp
 from util.train.optim import adamw, clip_each, param_groups
@@ -466,7 +466,7 @@ def main(args: argparse.Namespace) -> int:
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, precision(args, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
-        dist.make_shared_folder(args.output_dir)
+        dist.check_folder(args.output_dir)
     if args.strategy == "fsdp":
         raise ValueError(
             "--strategy fsdp is for runs without a teacher, which averages whole parameters: leave it out"
@@ -488,7 +488,7 @@ def main(args: argparse.Namespace) -> int:
     )
 
     flags = checkpoint.plain_flags(vars(args))
-    start = checkpoint.continue_from(args.output_dir, args.resume, flags)
+    start = continue_from(args, flags)
     if start is None:
         dist.print_rank0("starting from scratch")
     session = Session.open(args, flags, start, chance_levels(args, model))

@@ -28,7 +28,9 @@ IMAGES = 32
 BATCH = 8
 SETUP = Setup(torch.device("cpu"), "fp32", (1, 1), Pixels((0.0,), (1.0,)))
 FLAGS = dict(epochs=2, save_every_epochs=1, save_minutes=0, save_steps=0, keep=0)
-BUDGET = dict(min_lr=0.0, warmup_epochs=1, seed=0, accum_iter=1, clip_grad=None, max_bad_images=1.0)
+BUDGET = dict(
+    min_lr=0.0, warmup_epochs=1, seed=0, accum_iter=1, clip_grad=None, max_bad_images=1.0, max_steps=None
+)
 CLOCK = ("img_per_s", "data_wait", "mfu")
 
 

@@ -336,8 +336,17 @@ def attention(path: str, data_path: str, n: int) -> Figure:
     batches, stats = load_images(model, flags, data_path, n)
     images, _ = next(batches)
     maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)
-    title = "attention of the class token in the last block; each map from 0 to its own largest"
+    unread = ""
+    if not _is_read(model):
+        unread = " (no loss reads it)"
+    title = f"attention of the class token{unread} in the last block; each map from 0 to its own largest"
     return charts.attention(as_pixels(images, *stats), maps.numpy(), title)
+
+
+def _is_read(model: Model) -> bool:
+    """Whether a loss of the model's training reads the output of its class token."""
+    # In pretraining only the decoder does, and a classifier may take the mean of the patch tokens.
+    return not isinstance(model, MaskedAutoencoderViT) and (model.pool == "cls" or not model.num_classes)
 
 
 def class_attention(model: Model, images: Tensor) -> Tensor:

@@ -10,18 +10,33 @@ import main_pretrain
 import main_sere
 import tiny
 from commands import call
-from processes import assert_same, last, log_lines, start
+from processes import assert_same, last, log_lines
 
 
-def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path):
+def interrupted(monkeypatch, capsys, main, signal: str, *flags) -> str:
+    """Run a main that gets a signal in one of its updates, "rank:call:NAME", and stops -> its output."""
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "fit", main.fit)  # and back again
+        tiny.disturb(main, None, signal)
+        code, text = call(main, capsys, *flags)
+    assert code == 75, text
+    return text
+
+
+PRETRAIN = ["--model", "mae_test", "--lr", 1e-2, "--warmup_epochs", 1, "--save_every_epochs", 1, "--keep", 1]
+
+
+def test_a_stop_at_an_epochs_end_comes_before_its_evaluation(tmp_path, capsys, monkeypatch):
     """Evaluation may last longer than the time between a scheduler's warning and its kill."""
-    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
-    code, text = start(tmp_path / "whole", *flags)
+    flags = [*PRETRAIN, "--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+    code, text = call(main_pretrain, capsys, *flags, "--output_dir", tmp_path / "whole")
     assert code == 0, text
-    code, text = start(tmp_path / "parts", *flags, TEST_SIGNAL="0:3:SIGUSR2")  # 4 steps an epoch: in its last
-    assert code == 75 and "val images" not in text, text
+    flags += ["--output_dir", tmp_path / "parts"]
+    # There are four updates in an epoch: this is its last.
+    text = interrupted(monkeypatch, capsys, main_pretrain, "0:3:SIGUSR2", *flags)
+    assert "val images" not in text, text
     assert last(tmp_path / "parts")["step"] == 4 and not (tmp_path / "parts" / "log.txt").exists()
-    code, text = start(tmp_path / "parts", *flags)
+    code, text = call(main_pretrain, capsys, *flags)
     assert code == 0 and text.count("val images") == 2, text
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
     assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
@@ -44,11 +59,8 @@ def test_a_stop_in_the_last_update_of_an_epoch_changes_nothing(tmp_path, capsys,
     flags = [*flags, "--batch_size", 100, "--epochs", 2, "--lr", 1e-2, "--warmup_epochs", 1]
     call(main, capsys, *flags, "--output_dir", tmp_path / "whole")
     for update in (1, 3):  # the last ones of the two epochs, as the first start counts them
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "fit", main.fit)  # and back again
-            tiny.disturb(main, None, f"0:{update}:SIGTERM")
-            folder = tmp_path / str(update)
-            assert call(main, capsys, *flags, "--output_dir", folder)[0] == 75
+        folder = tmp_path / str(update)
+        interrupted(monkeypatch, capsys, main, f"0:{update}:SIGTERM", *flags, "--output_dir", folder)
         assert last(folder)["step"] == update + 1
         assert call(main, capsys, *flags, "--output_dir", folder)[0] == 0
         assert_same(last(tmp_path / "whole"), last(folder))
@@ -63,29 +75,26 @@ def test_a_stop_in_the_last_update_of_an_epoch_changes_nothing(tmp_path, capsys,
         assert whole == parts, "names and their order, those of speeds too"
 
 
-def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path):
-    flags = ["--epochs", 2, "--batch_size", 50, "--picture_epochs", 1]
+def test_a_failing_evaluation_does_not_cost_the_epoch(tmp_path, capsys):
+    flags = [*PRETRAIN, "--epochs", 2, "--batch_size", 50, "--picture_epochs", 1, "--output_dir"]
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "pictures").write_text("a file where the folder should be")
-    code, text = start(tmp_path / "parts", *flags)
+    code, text = call(main_pretrain, capsys, *flags, tmp_path / "parts")
     assert code == 2 and last(tmp_path / "parts")["step"] == 4, text
     (tmp_path / "parts" / "pictures").unlink()
-    assert start(tmp_path / "parts", *flags)[0] == 0
-    assert start(tmp_path / "whole", *flags)[0] == 0
+    for place in ("parts", "whole"):
+        code, text = call(main_pretrain, capsys, *flags, tmp_path / place)
+        assert code == 0, text
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
-RUN = ["--epochs", 2, "--batch_size", 40, "--lr", 1e-2, "--warmup_epochs", 1]
-
-
 @pytest.mark.parametrize("kind", ["shuffled", "shuffled_fixed"])
-def test_a_run_stops_and_continues_bit_for_bit(tmp_path, capsys, kind):
-    command = ["--model", "mae_test", "--input_size", 32, "--pos_label", kind, *RUN]
-    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "whole")
+def test_a_run_stops_and_continues_bit_for_bit(tmp_path, capsys, monkeypatch, kind):
+    command = [*PRETRAIN, "--epochs", 2, "--pos_label", kind, "--output_dir"]
+    code, text = call(main_pretrain, capsys, *command, tmp_path / "whole")
     assert code == 0 and "chance 2.7726" in text, text
-    code, text = start(tmp_path / "parts", "--pos_label", kind, *RUN, TEST_SIGNAL="0:6:SIGTERM")
-    assert code == 75, text
-    code, text = call(main_pretrain, capsys, *command, "--output_dir", tmp_path / "parts")
+    interrupted(monkeypatch, capsys, main_pretrain, "0:6:SIGTERM", *command, tmp_path / "parts")
+    code, text = call(main_pretrain, capsys, *command, tmp_path / "parts")
     assert code == 0 and "continuing" in text, text
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"))
     assert log_lines(tmp_path / "whole")[-1]["test_position"] == pytest.approx(math.log(16), abs=0.1)

@@ -3,10 +3,13 @@
 import csv
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 from argparse import Namespace
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
+import small_run as small_run_module
 import visualize
 from small_run import Classify, contents, lines, samples, small_run
 from tools import draw
@@ -100,6 +104,91 @@ def test_a_stream_that_ends_early_is_evaluated_after_a_stop_at_its_end(tmp_path,
     assert small_run(tmp_path, Classify((1.0, 2.0)), print_freq=100)
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
     assert lines(tmp_path)[0]["train_lr"] == pytest.approx(0.01 * (0 + 0.25 + 0.5) / 3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])
+def test_a_trial_stops_after_its_updates_and_continues_bit_for_bit(tmp_path, capsys, steps):
+    """Update 4 is the last one of an epoch, which is then logged. No epoch is saved as the best."""
+    objective = Classify()
+    settings = dict(save_every_epochs=0, print_freq=100)
+    assert small_run(tmp_path / "whole", Classify(), **settings)
+    capsys.readouterr()
+    assert small_run(tmp_path / "parts", objective, max_steps=steps, **settings), "no signal: exit code 0"
+    assert objective.updates == steps
+    assert f"stopped after {steps} of 8 updates, as --max_steps {steps} says" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "parts" / "checkpoint-last.pth", weights_only=True)
+    assert (saved["step"], saved["epoch"]) == (steps, steps // 4 - 1)
+    log = tmp_path / "parts" / "log.txt"
+    assert log.exists() == (steps >= 4), "the line of a whole epoch"
+    # Once more, nothing is left to do; fewer updates than are done are no reason to train either.
+    for again in (steps, 1):
+        assert small_run(tmp_path / "parts", objective, max_steps=again, **settings)
+        assert f"stopped after {steps} of 8 updates" in capsys.readouterr().out
+    assert objective.updates == steps
+    assert small_run(tmp_path / "parts", Classify(), **settings)
+    assert "stopped" not in capsys.readouterr().out
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def test_a_trial_makes_up_for_a_missing_evaluation(tmp_path, capsys):
+    assert small_run(tmp_path / "whole", Classify((1.0, 2.0)))
+    assert not small_run(tmp_path / "parts", terminated_in(4))
+    assert small_run(tmp_path / "parts", Classify((1.0, 2.0)), max_steps=4)
+    assert [line["test_acc1"] for line in lines(tmp_path / "parts")] == [1.0]
+    assert small_run(tmp_path / "parts", Classify((1.0, 2.0)), max_steps=8)
+    assert capsys.readouterr().out.count("stopped after") == 1, "8 updates are the whole run"
+    assert contents(tmp_path / "whole")["log.txt"] == contents(tmp_path / "parts")["log.txt"]
+
+
+def test_a_signal_in_the_last_update_of_a_trial_is_a_stop(tmp_path, capsys):
+    assert not small_run(tmp_path, terminated_in(3), max_steps=3), "a scheduler starts the job again"
+    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
+
+
+def test_the_first_line_comes_at_the_first_update_of_each_start(tmp_path, capsys):
+    assert not small_run(tmp_path, terminated_in(2), print_freq=3)
+    assert re.findall(r"\[0\]  \[(\d)/4\]", capsys.readouterr().out) == ["1", "2"]
+    assert small_run(tmp_path, print_freq=3)
+    text = capsys.readouterr().out
+    assert re.findall(r"\[0\]  \[(\d)/4\]", text) == ["3", "4"]
+    assert re.findall(r"\[1\]  \[(\d)/4\]", text) == ["3", "4"], "the run is known to be under way"
+
+
+# -- Values that are not finite.
+@dataclass
+class Diverging(Classify):
+    diverges_in: int = 0
+
+    def loss(self, model, batch):
+        loss, terms = super().loss(model, batch)
+        if self.updates == self.diverges_in:
+            loss = loss * math.nan
+        return loss, terms
+
+
+@pytest.mark.parametrize(
+    "update, settings, amp, facts, absent",
+    [
+        (1, {}, "fp32", ["step 0", "`mean`", "`std`"], ["lr", "`amp`"]),
+        (1, {}, "bf16", ["`amp` fp32"], ["lr"]),
+        (2, {}, "fp32", ["step 1", "`lr`", "`blr`", "`clip_grad`", "starts again"], ["`amp`", "mean"]),
+        (7, {}, "fp16", ["step 6", "`amp` bf16 or fp32", "continues", "checkpoint-last.pth"], ["mean"]),
+        (7, {"clip_grad": 1.0}, "bf16", ["`lr`", "`amp` fp32"], ["`clip_grad`"]),
+    ],
+)
+def test_a_value_that_is_not_finite_stops_with_advice(
+    tmp_path, monkeypatch, update, settings, amp, facts, absent
+):
+    monkeypatch.setattr(small_run_module, "SETUP", replace(small_run_module.SETUP, amp=amp))
+    with pytest.raises(ValueError) as caught:
+        small_run(tmp_path, Diverging(diverges_in=update), print_freq=1, **settings)
+    message = str(caught.value)
+    assert "\n" not in message and "loss = nan" in message
+    for fact in facts:
+        assert fact in message
+    for fact in absent:
+        assert fact not in message
+    assert (tmp_path / f"replay-step{update - 1}.json").exists()
 
 
 # -- log.txt.
@@ -278,8 +367,8 @@ def test_going_back_hides_the_later_points(tmp_path):
     shutil.copy(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-last.pth")
     logged_run(tmp_path, print_freq=1)
     second = scalars(tmp_path)
-    assert [event.step for event in first] == [500, 1000, 1500, 2000]
-    assert [event.step for event in second] == [500, 1000, 1250, 1500, 1750, 2000], "each point once"
+    assert [event.step for event in first] == [250, 500, 1000, 1500, 2000], "the first update, too"
+    assert [event.step for event in second] == [250, 500, 1000, 1250, 1500, 1750, 2000], "each point once"
     assert [event.value for event in second][-1] == first[-1].value
 
 
@@ -299,7 +388,7 @@ def test_a_start_from_nothing_hides_the_points_of_an_earlier_one(tmp_path):
     for path in tmp_path.glob("*.pth"):
         path.unlink()
     logged_run(tmp_path, print_freq=4)
-    assert [event.step for event in scalars(tmp_path)] == [1000, 2000]
+    assert [event.step for event in scalars(tmp_path)] == [250, 1000, 2000]
 
 
 # -- Small files.

@@ -371,6 +371,50 @@ def test_curves_show_the_log_and_chance(sweep):
     assert lines[":"].get_ydata()[0] == 4.0
 
 
+def test_ticks_are_the_values_themselves():
+    """Accuracies of 91.2501 and 91.2504 are no distances from 9.125e1."""
+    figures = [charts.sweep({"": [Aggregate(x, (91.2500 + x / 1e4,)) for x in (1, 2, 4)]}, "x", "y", None)]
+    log = [{"epoch": i, "train_position": 91.25 + i / 1e4, "test_position": 91.26} for i in range(3)]
+    figures.append(charts.curves([runs.RunRecord("a", ".", {}, log)]))
+    for figure in figures:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert all(label.startswith("91.2") for label in labels) and len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    "figures, flags, unread",
+    [
+        ({"train_pixel": 1.0, "train_sr_spatial": 2.0}, {}, True),
+        ({"train_cls": 1.0}, {"cls_weight": 1.65}, False),
+        ({"train_cls": 1.0}, {}, False),
+        ({"train_cls": 1.0}, {"cls_weight": 0.0}, True),
+    ],
+)
+def test_the_rank_of_a_token_that_no_loss_reads_says_so(figures, flags, unread):
+    log = [{"epoch": 0, "test_effective_rank_cls": 3.0, "test_effective_rank_avg": 4.0} | figures]
+    titles = [axes.get_title() for axes in charts.curves([runs.RunRecord("a", ".", flags, log)]).axes]
+    assert ("effective_rank_cls (no loss reads this token)" in titles) == unread
+    assert ("effective_rank_cls" in titles) != unread and "effective_rank_avg" in titles
+
+
+def test_attention_of_a_token_that_no_loss_reads_says_so(tmp_path):
+    sizes = dict(img_size=(32, 32))
+    models = {
+        "mae": MODELS["mae_test"](**sizes),
+        "avg": build_classifier("vit_test", num_classes=2, pool="avg", **sizes),
+        "cls": build_classifier("vit_test", num_classes=2, pool="cls", **sizes),
+    }
+    titles = {
+        name: draw.attention(saved(tmp_path / f"{name}.pth", model), "", 1).get_suptitle()
+        for name, model in models.items()
+    }
+    unread = [name for name, title in titles.items() if "class token (no loss reads it)" in title]
+    assert unread == ["mae", "avg"] and all(title.endswith("own largest") for title in titles.values())
+
+
 def test_references_are_grey_and_behind(sweep, tmp_path):
     record = runs.read_run(str(sweep / "mask_ratio=0.9,seed=0"))
     seeds = draw.read_runs([str(sweep)])
@@ -406,6 +450,9 @@ def test_a_report_is_one_page_without_links(sweep, tmp_path):
     assert links and all(link.startswith("data:image/") for link in links)
     assert "<script" not in text and "@import" not in text
     assert sum(link.startswith("data:image/png") for link in links) == 1
+    tables = text.count("<table>")
+    assert tables == 3 and text.count("<div class=wide><table>") == tables, "wide tables scroll"
+    assert ".wide{overflow-x:auto" in text
     for words in (
         "test_position against mask_ratio",
         "± 2.4841",

@@ -51,7 +51,7 @@ def main(flags: argparse.Namespace) -> int:
     Returns exit code 2 if a rank cannot read the data, else 0.
     """
     device = dist.init(flags.device, flags.dist_backend, flags.dist_timeout)
-    dist.make_shared_folder(flags.output_dir)
+    dist.check_folder(flags.output_dir)
     n = dist.world_size()
     dist.print_rank0(f"{printable(os.path.abspath(flags.output_dir))} is shared by all {n} ranks")
     latency = time_all_reduce(1, device)

@@ -2,6 +2,7 @@
 
 from util.dist.group import (
     barrier,
+    check_folder,
     data_parallel,
     first_host,
     from_main,
@@ -9,7 +10,6 @@ from util.dist.group import (
     init,
     is_initialized,
     is_main,
-    make_shared_folder,
     mean_over_ranks,
     print_rank0,
     rank,
@@ -24,6 +24,7 @@ from util.dist.stop import StopSignal
 __all__ = [
     "StopSignal",
     "barrier",
+    "check_folder",
     "data_parallel",
     "first_host",
     "from_main",
@@ -31,7 +32,6 @@ __all__ = [
     "init",
     "is_initialized",
     "is_main",
-    "make_shared_folder",
     "mean_over_ranks",
     "print_rank0",
     "rank",

@@ -139,23 +139,26 @@ def _meet(device: torch.device, backend: str | None) -> None:
     atexit.register(shutdown)
 
 
-def make_shared_folder(folder: str) -> None:
-    """Make a run's folder. Raises ValueError on all ranks if some host does not see what rank 0 writes there.
+def check_folder(folder: str) -> None:
+    """Check that rank 0 can write a run's folder, and that all hosts see it there; leave nothing behind.
 
-    Without this check each host would look for its own last checkpoint, and some would start from scratch.
+    The folder itself is made when the run starts to write, so that a run that is refused leaves none. Its
+    nearest existing parent is checked if it does not exist. Raises ValueError on all ranks if rank 0 cannot
+    write there, or if some host does not see what it writes. Without this check each host would look for its
+    own last checkpoint, and some would start from scratch.
     """
-    if is_main():
-        os.makedirs(folder, exist_ok=True)
-    if world_size() == 1:
-        return
     # The name is random: a token that an earlier run left behind proves nothing.
-    token = os.path.join(folder, f".shared-{gather_objects(uuid.uuid4().hex)[0]}")
+    token = ""
+    problem = ""
     if is_main():
-        with open(token, "w"):
-            pass
-    barrier()
+        token = os.path.join(_existing(folder), f".shared-{uuid.uuid4().hex}")
+        problem = _write_token(token)
+    token, problem = gather_objects((token, problem))[0]
+    if problem:
+        raise ValueError(f"the folder {folder} cannot be written ({problem}): choose another `output_dir`")
     host = socket.gethostname()
-    sees_token = os.path.isdir(folder) and os.path.basename(token) in os.listdir(folder)
+    place = os.path.dirname(token)
+    sees_token = os.path.isdir(place) and os.path.basename(token) in os.listdir(place)
     # This also makes rank 0 wait until all ranks have looked.
     answers = gather_objects((host, sees_token))
     if is_main():
@@ -168,6 +171,32 @@ def make_shared_folder(folder: str) -> None:
             f"{os.path.abspath(folder)} is not shared: {', '.join(blind)} cannot see what rank 0 writes "
             "there; choose a folder that all nodes mount"
         )
+
+
+def _existing(folder: str) -> str:
+    """Return the absolute path of a folder, or of its nearest parent that exists."""
+    path = os.path.abspath(folder)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _write_token(path: str) -> str:
+    """Write a small file, and return why this fails, or ''; after a failure there is no file."""
+    try:
+        with open(path, "wb") as f:
+            # A full disk still takes empty files.
+            f.write(bytes(4096))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        place = os.path.dirname(path)
+        if not os.path.isdir(place):
+            return f"{place} is a file"
+        return f"{error.strerror} in {place}"
+    return ""
 
 
 def shutdown() -> None:

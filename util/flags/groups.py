@@ -45,6 +45,7 @@ DATA_TIMEOUT = 5  # minutes that a batch may take
 MOST_WORKERS = 10
 # Kinds of devices; a number may follow.
 DEVICES = ("cuda", "cpu", "mps", "xpu")
+OUTPUT_DIR = "./output_dir"  # the folder of a run that is not given one
 
 # Modes of torch.compile.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
@@ -399,12 +400,19 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
 def _add_output_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--output_dir",
-        default="./output_dir",
+        default=OUTPUT_DIR,
         help="folder of checkpoints and log.txt; a run in it is continued",
     )
     g.add_argument("--log_dir", default=None, help="folder of TensorBoard files; --output_dir if not given")
     # The host waits for the device at log points only.
     g.add_argument("--print_freq", default=20, type=COUNT, help="updates between log points")
+    g.add_argument(
+        "--max_steps",
+        default=None,
+        type=COUNT,
+        metavar="N",
+        help="for a trial: save and stop after N updates of the schedule; without it the run continues",
+    )
     g.add_argument(
         "--dry_run",
         action="store_true",

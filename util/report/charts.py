@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from util.report.aggregate import Aggregate, is_number
 from util.report.labels import LONGEST_TICK, chart_text
@@ -72,7 +72,7 @@ def curves(runs: Sequence[RunRecord], references: Sequence[RunRecord] = ()) -> F
         for level in _chance_levels(runs, metric):
             axes.axhline(level, color="grey", linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes, metric, "epochs done")
+        _plain(axes, _curve_title(metric, runs), "epochs done")
     for axes in panels[len(metrics) :]:
         axes.remove()
     title = "solid: training, dashed: validation, dotted: chance"
@@ -88,6 +88,18 @@ def _curve_names(runs: Sequence[RunRecord]) -> list[str]:
     names = {key.partition("_")[2] for key in keys if key.startswith(("train_", "test_"))}
     # The total loss is worth a panel only if a run logs none of its parts.
     return sorted(names - NOT_CURVES) or ["loss"]
+
+
+def _curve_title(metric: str, runs: Sequence[RunRecord]) -> str:
+    """The name of a panel, which says so if its figure is of a token that no run's loss reads."""
+    if metric == "effective_rank_cls" and not any(_learns_class_token(run) for run in runs):
+        return f"{metric} (no loss reads this token)"
+    return metric
+
+
+def _learns_class_token(run: RunRecord) -> bool:
+    # Self-distillation logs this loss, even if its weight is 0. Masked autoencoders have none.
+    return any("train_cls" in line for line in run.log) and run.flags.get("cls_weight") not in (0, "0", "0.0")
 
 
 def _looks(runs: Sequence[RunRecord]) -> dict[str, Look]:
@@ -204,6 +216,12 @@ def _name_ticks(axes: Axes, places: dict) -> None:
 
 
 def _plain(axes: Axes, title: str, below: str) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        formatter = axis.get_major_formatter()
+        # Ticks that are names have another formatter.
+        if isinstance(formatter, ScalarFormatter):
+            # Otherwise values that differ little are written as differences from a number in the corner.
+            formatter.set_useOffset(False)
     axes.set_title(chart_text(title), fontsize=10)
     axes.set_xlabel(chart_text(below), fontsize=9)
     axes.grid(alpha=0.25)

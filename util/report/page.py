@@ -28,6 +28,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#202020;
 background:#fff}
 h1,h2{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
+.wide{overflow-x:auto;max-width:100%}pre{overflow-x:auto}
 table{border-collapse:collapse;margin:1rem 0;font-size:14px}
 td,th{border-bottom:1px solid #ddd;padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
 .row{display:flex;align-items:flex-start;flex-wrap:wrap;gap:1rem}
@@ -108,11 +109,8 @@ def _sweep_parts(runs: list[RunRecord], swept: list[str], metrics: list[str] | N
                 continue
             chart = charts.data_uri(charts.sweep(groups, flag, metric, chance))
             yield f"<h2>{page_text(metric)} against {page_text(flag)}</h2>"
-            yield (
-                f"<div class=row>{_image(chart, f'{metric} in the last epoch')}"
-                f"{sweep_table(groups, flag, metric, chance).html()}"
-            )
-            yield "</div>"
+            yield f"<div class=row>{_image(chart, f'{metric} in the last epoch')}"
+            yield f"{_scrolling(sweep_table(groups, flag, metric, chance))}</div>"
 
 
 def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
@@ -128,7 +126,12 @@ def last_epochs(runs: list[RunRecord], swept: list[str]) -> str:
         figures = [_figure(run.log[-1], metric) for metric in metrics]
         rows.append([run.name, *flags, str(len(run.log)), *figures])
     table = Table(["run", *swept, "epochs", *metrics], rows)
-    return f"<div style='overflow-x:auto'>{table.html()}</div>"
+    return _scrolling(table)
+
+
+def _scrolling(table: Table) -> str:
+    """A table that scrolls by itself where it is wider than the page."""
+    return f"<div class=wide>{table.html()}</div>"
 
 
 def _figure(line: dict, metric: str) -> str:

@@ -114,6 +114,11 @@ class CheckpointManager:
         self._become_owner()
 
     @property
+    def last(self) -> str:
+        """The path of the file that the next start continues."""
+        return self._path("last")
+
+    @property
     def _owner_path(self) -> str:
         return os.path.join(self.dir, OWNER)
 
@@ -182,15 +187,14 @@ class CheckpointManager:
         Raises OSError if writing fails, and ValueError if the folder has a new owner.
         """
         self.check_owner()
-        last = self._path("last")
-        save_atomic(state, last, self.token)
+        save_atomic(state, self.last, self.token)
         self.saved_at = time.monotonic()
         if numbered is not None:
             self._link(str(numbered))
         if best:
             self._link("best")
         self._retire(state.get("epoch", math.inf), self.keep)
-        return last
+        return self.last
 
     def owed(self, saved: Checkpoint) -> Owed | None:
         """Return what the run that wrote `saved` still had to do, if a kill came right after that.
@@ -200,7 +204,7 @@ class CheckpointManager:
         its evaluation, has no further names.
         """
         entries = saved.entries
-        own = os.path.abspath(saved.path) == os.path.abspath(self._path("last"))
+        own = os.path.abspath(saved.path) == os.path.abspath(self.last)
         epoch = entries.get("epoch")
         updates = entries.get("updates_per_epoch")
         # MAE's own files have no number of updates.
@@ -240,24 +244,22 @@ class CheckpointManager:
     def _has(self, name: str) -> bool:
         """Whether the last checkpoint has this further name, as a link or as a copy."""
         path = self._path(name)
-        last = self._path("last")
         if not os.path.exists(path):
             return False
-        return os.path.samefile(last, path) or filecmp.cmp(last, path, shallow=False)
+        return os.path.samefile(self.last, path) or filecmp.cmp(self.last, path, shallow=False)
 
     def _link(self, name: str) -> None:
         """Give the last checkpoint a second name, in one step: a kill leaves the old file or the new one.
 
         Raises OSError, which names the file.
         """
-        last = self._path("last")
         path = self._path(name)
         partial = f"{path}.partial-{self.token}"
         try:
-            os.link(last, partial)
+            os.link(self.last, partial)
         except OSError:
             # Some file systems have no hard links.
-            _copy(last, path)
+            _copy(self.last, path)
             return
         try:
             os.replace(partial, path)

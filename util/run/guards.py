@@ -7,21 +7,62 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from util import dist
 from util.files.atomic import write_json, write_text
 from util.files.names import one_line, printable
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(ValueError):
     """Raised on every rank at the first log point after a non-finite value; `step` is the update that made
     it.
     """
 
-    def __init__(self, step: int, values: dict[str, float]):
+    def __init__(self, step: int, values: dict[str, float], advice: str = ""):
         self.step = step
         self.values = values
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
-        super().__init__(f"non-finite at step {step}: {bad}")
+        message = f"non-finite at step {step}: {bad}"
+        if advice:
+            message += f": {advice}"
+        super().__init__(message)
+
+    def with_advice(self, amp: str, clip_grad: float | None, start: str) -> "NonFiniteLoss":
+        """Return the same error with what may help.
+
+        Args:
+            amp: the precision of the run, "fp32", "bf16" or "fp16".
+            clip_grad: the largest gradient norm; None and 0 mean no clipping.
+            start: a phrase that says where the next start of the run begins.
+        """
+        wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(amp)
+        if self.step == 0:
+            remedies = ["no update came before, so check the pixel values, `mean` and `std`"]
+        else:
+            remedies = ["lower the learning rate (`lr` or `blr`)"]
+            if not clip_grad:
+                remedies.append("clip gradients (`clip_grad` 1)")
+        if wider:
+            remedies.append(f"train in `amp` {wider}")
+        advice = " or ".join(remedies)
+        if self.step > 0:
+            advice += f"; the same command then {start}"
+        return NonFiniteLoss(self.step, self.values, advice)
+
+
+@contextlib.contextmanager
+def say_what_fits(batch_size: int) -> Iterator[None]:
+    """Turn an accelerator's lack of memory into a ValueError with the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # The first sentence says how much was wanted; the rest is about the allocator.
+        reason = str(error).partition(". ")[0]
+        raise ValueError(
+            f"{reason} with `batch_size` {batch_size}: halve it and double `accum_iter`, which keeps the "
+            "effective batch"
+        ) from error
 
 
 @contextlib.contextmanager

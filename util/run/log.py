@@ -80,6 +80,7 @@ class Log:
         # (step, names, values on the device, learning rate) of the updates since the last log point
         self._steps: list[tuple[int, list[str], torch.Tensor, float]] = []
         self._waited = 0.0
+        self._has_reported = False
 
     def open(self, epoch: int, step: int, updates: int) -> None:
         """Continue the files of earlier starts of the run, at `epoch` and after `step` updates.
@@ -147,8 +148,11 @@ class Log:
 
     @property
     def due(self) -> bool:
-        """Whether this update is a log point; the same on every rank."""
-        return self.done == self.updates or self.done % self.print_freq == 0
+        """Whether this update is a log point; the same on every rank.
+
+        The first update of each start is one, so that people see at once that the run is under way.
+        """
+        return not self._has_reported or self.done == self.updates or self.done % self.print_freq == 0
 
     @property
     def wants_flops(self) -> bool:
@@ -193,6 +197,7 @@ class Log:
         self._steps = []
         self._since = now
         self._waited = 0.0
+        self._has_reported = True
         if dist.is_main():
             self._report(last, interval)
 

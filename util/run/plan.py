@@ -234,8 +234,8 @@ def _with_parents(path: str) -> Iterator[str]:
 def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
     """Write run.json: flags, what became of them, versions, commit, host and devices.
 
-    Earlier starts of the run are kept in it. A full disk or a missing folder is only reported: it must not
-    end a run here.
+    Earlier starts of the run are kept in it. The folder is made if it is missing. A full disk is only
+    reported: it must not end a run here.
     """
     if not folder or not dist.is_main():
         return
@@ -251,6 +251,7 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
         "earlier_starts": _earlier_starts(path),
     }
     try:
+        os.makedirs(folder, exist_ok=True)
         write_json(path, record)
     except OSError as error:
         print(f"warning: could not write {path}: {error}", flush=True)

@@ -1,14 +1,17 @@
 """A run's folder: its log, its checkpoints, and the checkpoint that it continues."""
 
 import argparse
+import os
 from dataclasses import dataclass
 
 from util import dist
-from util.flags.groups import compile_mode
+from util.files.names import printable
+from util.flags.groups import OUTPUT_DIR, compile_mode
 from util.run.checkpoint_manager import CheckpointManager, Owed
 from util.run.log import Log
 from util.train.lr_sched import warmup_cosine
 from util.train.setup import Budget
+from util.weights import checkpoint
 from util.weights.types import Checkpoint
 
 STOPPED = 75  # exit code of a run that a signal stopped after saving its state (EX_TEMPFAIL)
@@ -86,6 +89,68 @@ class Session:
             print(f"warning: {error}", flush=True)
 
 
+# What may change between two starts in the default folder: the schedule and the optimizer, and what changes
+# neither the images nor the model.
+MAY_CHANGE = {"epochs", "lr", "blr", "min_lr", "warmup_epochs", "batch_size", "accum_iter", "weight_decay"}
+MAY_CHANGE |= {"clip_grad", "amp", "compile_mode", "cache_data", "max_pixels", "crop_pct", "nb_classes"}
+
+
+def continue_from(args: argparse.Namespace, flags: dict) -> Checkpoint | None:
+    """Return the checkpoint that the run continues, None for a new run; see `print_continuing`."""
+    start = checkpoint.load_start(args.output_dir, args.resume)
+    if start is not None:
+        print_continuing(args, start, flags)
+    return start
+
+
+def print_continuing(args: argparse.Namespace, start: Checkpoint, flags: dict) -> None:
+    """Print which checkpoint the run continues, and which flags have changed.
+
+    Raises ValueError if the checkpoint lies in the default folder and is of a run with another model or other
+    data: the next run without an `output_dir` would otherwise continue the one before it. A folder that is
+    given by hand is continued with changed flags as far as they can be loaded.
+    """
+    in_default = os.path.dirname(os.path.abspath(start.path)) == os.path.abspath(OUTPUT_DIR)
+    changed = _changes_of_the_run(start, flags)
+    if args.output_dir == OUTPUT_DIR and in_default and changed:
+        raise ValueError(
+            f"{start.path}, in the default folder, is of another run ({'; '.join(changed)}): "
+            "give the new run its own `output_dir`, or continue that one with its own flags"
+        )
+    checkpoint.print_continuing(start, flags)
+
+
+def _changes_of_the_run(start: Checkpoint, flags: dict) -> list[str]:
+    """Return the flags, as 'name: old -> new', that make another run of the one that wrote `start`."""
+    old = {name: value for name, value in start.args.items() if name not in MAY_CHANGE}
+    # A run that has started keeps its weights, wherever they came from.
+    new = {name: value for name, value in flags.items() if value or name not in ("finetune", "init_from")}
+    changed = checkpoint.changed_flags(old, new)
+    # Other models come with other settings of their own.
+    changed = [text for text in changed if text.startswith("model: ")] or changed
+    if "data_path" in old:
+        changed += _changed_data(str(old["data_path"]), flags.get("data_path", ""))
+    resume = flags.get("resume", "")
+    # A requeued job repeats the flag of its first start.
+    if resume and resume != old.get("resume") and _place(resume) != _place(start.path):
+        changed.append(f"resume: {resume}, which is another file")
+    return changed
+
+
+def _changed_data(before: str, now: str) -> list[str]:
+    if _place(before) == _place(now):
+        return []
+    # An empty path is the demo set.
+    return [f"data_path: {printable(before) or 'the demo set'} -> {now or 'the demo set'}"]
+
+
+def _place(path: str) -> str:
+    """Return a path without links, '' for ''."""
+    if not path:
+        return ""
+    return os.path.realpath(path)
+
+
 def open_budget(args: argparse.Namespace, lr: float) -> Budget:
     """Return the training budget that the flags of a main describe, with MAE's schedule to the learning rate
     `lr`.
@@ -102,6 +167,7 @@ def open_budget(args: argparse.Namespace, lr: float) -> Budget:
         clip_grad=args.clip_grad,
         compile_mode=compile_mode(args.compile, args.compile_mode, args.accum_iter),
         max_bad_images=args.max_bad_images,
+        max_steps=args.max_steps,
     )
 
 

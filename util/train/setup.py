@@ -39,7 +39,8 @@ class Budget:
     `lr_at` maps epochs done, a fraction within an epoch, to the learning rate. `accum_iter` is the number of
     batches per update. `clip_grad` is the largest gradient norm; None and 0 mean no clipping. `compile_mode`
     is a mode of torch.compile; None means that the model is not compiled. `max_bad_images` is the share of
-    images that may fail to decode.
+    images that may fail to decode. After `max_steps` updates the run saves and stops, although its epochs are
+    not done; None means no such limit.
     """
 
     epochs: int
@@ -49,3 +50,4 @@ class Budget:
     clip_grad: float | None = None
     compile_mode: str | None = None
     max_bad_images: float = 0.01
+    max_steps: int | None = None

@@ -185,6 +185,7 @@ HARMLESS = {
     "world_size",
     "start_epoch",
     "max_bad_images",
+    "max_steps",
     "dry_run",
     "strategy",
     "grad_checkpointing",
@@ -284,14 +285,6 @@ def to_evaluate(start: Checkpoint | None) -> Checkpoint:
     if start is None:
         raise ValueError("`eval` needs `resume`, the checkpoint to evaluate")
     return start
-
-
-def continue_from(output_dir: str | None, resume: str, flags: dict[str, Any]) -> Checkpoint | None:
-    """`load_start`, and print which file it is and which flags have changed."""
-    checkpoint = load_start(output_dir, resume)
-    if checkpoint is not None:
-        print_continuing(checkpoint, flags)
-    return checkpoint
 
 
 def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:

@@ -40,9 +40,12 @@ class EpochSampler(Sampler):
         self.batches_per_epoch = n // (batch_size * world_size)
         # Otherwise a run would train on nothing.
         if self.batches_per_epoch == 0:
+            remedy = f"lower `batch_size` to {n // world_size}"
+            if n < world_size:
+                remedy = f"start {n} ranks with `batch_size` 1, or give more images"
             raise ValueError(
                 f"{n} images are fewer than one batch: `batch_size` {batch_size} x {world_size} ranks = "
-                f"{batch_size * world_size}. Lower `batch_size` to {n // world_size} or less."
+                f"{batch_size * world_size}: {remedy}"
             )
         self.set_position(0)
 
