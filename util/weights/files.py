@@ -7,7 +7,6 @@ import os
 import pathlib
 import pickle
 import pickletools
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from util.weights import archive, validate
+from util.weights.archive import crc32
 from util.weights.types import Checkpoint
 from util.weights.validate import shown
 
@@ -227,12 +227,12 @@ def digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The CRC-32 of tensors and of what is stored with them; the safetensors format has no checksums."""
     crc = 0
     for name in _METADATA:
-        crc = zlib.crc32(metadata.get(name, "").encode(), crc)
+        crc = crc32(metadata.get(name, "").encode(), crc)
     for name, tensor in sorted(weights.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         if tensor.numel():
             # numpy does not know all types, but the bytes of all.
-            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+            crc = crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
