@@ -425,16 +425,18 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
     ).to(setup.device)
 
 
-def load_weights(args: argparse.Namespace, model: Classifier, start: Start, flags: dict) -> None:
+def load_weights(
+    args: argparse.Namespace, model: Classifier, start: Start, flags: dict, classes: list[str]
+) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
         checkpoint.print_continuing(start.resume, flags)
     elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
     else:
-        note = transfer.init_encoder(model, start.pretrained, args.pos_embed_init)
+        note = transfer.init_encoder(model, start.pretrained, args.pos_embed_init, classes)
         changed = checkpoint.other_than_trained(start.pretrained, flags)
-        dist.print_rank0(f"encoder from {start.finetune}{changed}; {note}")
+        dist.print_rank0(f"encoder from {start.finetune}; {note}{changed}")
     start.pretrained = None  # its memory is needed
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -457,10 +459,13 @@ def evaluate_checkpoint(
 ) -> int:
     """Evaluate --resume; nothing is trained."""
     saved = checkpoint.to_evaluate(start.resume)
-    checkpoint.load_for_evaluation(model, saved)
+    fitted, resized = transfer.fit_for_evaluation(model, saved)
+    checkpoint.load_for_evaluation(model, fitted)
     text = f"evaluating {saved.path} in {setup.precision}"
     if saved.ema is not None:
         text += ", the moving average of its weights"
+    if resized:
+        text += f", {resized}"
     changed = checkpoint.other_than_trained(saved, flags_to_store(args, start, setup, choices))
     dist.print_rank0(text + changed)
     evaluate(model, val_loader, choices.classes, setup, choices.positions, args.predictions)
@@ -539,7 +544,7 @@ def main(args: argparse.Namespace) -> int:
     if loader is None:  # --eval
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
     flags = flags_to_store(args, start, setup, choices)
-    load_weights(args, model, start, flags)
+    load_weights(args, model, start, flags, choices.classes)
     frozen_norms = freeze(args, model, start)
     if args.strategy == "fsdp":
         fsdp.shard(model, device, setup.amp)

@@ -8,6 +8,8 @@ import difflib
 import functools
 import math
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from layers.classifier import POOLS, Classifier
 from layers.contract import Entry, Heads
+from util.weights.transfer import adapt_channels
 
 # Layouts of a model's features: tokens in a sequence, channels last, channels first.
 SEQUENCE = "NLC"
@@ -127,6 +130,30 @@ class TimmClassifier(Classifier):
             tokens = self._to_tokens(norm(self._from_tokens(tokens)))
         return tokens[:, self.num_prefix :]
 
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of timm's model, or of this one, under the names of this one.
+
+        timm's own filter resizes embeddings of another image or patch size. The class head of timm's model
+        becomes `head`. Raises ValueError if timm cannot convert the weights.
+        """
+        prefix = "backbone."
+        own = self.state_dict()
+        heads = {}
+        body = dict(weights)
+        if any(name.startswith(prefix) for name in weights):
+            heads = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+            body = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        else:
+            heads = _pop_class_head(body, self.backbone)
+        shapes = {name.removeprefix(prefix): w.shape for name, w in own.items() if name.startswith(prefix)}
+        if {name: weight.shape for name, weight in body.items()} != shapes:
+            body = _fitted(body, self.backbone, self.in_chans)
+        named = {prefix + name: weight for name, weight in body.items()}
+        if self.trunk.pos_embed == "none":
+            # The zeros of `_remove_pos_embed` stay.
+            named |= {name: w for name, w in own.items() if name.rpartition(".")[2] == "pos_embed"}
+        return named | heads
+
     def no_weight_decay(self) -> set[str]:
         """timm's list for the model."""
         if not hasattr(self.backbone, "no_weight_decay"):
@@ -163,6 +190,56 @@ def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
         if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
             return norm
     return None
+
+
+def _names_of(backbone: Any, entry: str) -> list[str]:
+    """Names of layers in the configuration of a timm model: one, several, or none."""
+    found = (getattr(backbone, "pretrained_cfg", None) or {}).get(entry) or ()
+    if isinstance(found, str):
+        return [found]
+    return list(found)
+
+
+def _pop_class_head(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Take timm's class head out of the weights, and return it under our name."""
+    heads = {}
+    # DeiT's second classifier has no place in a model of one head.
+    for i, layer in enumerate(_names_of(backbone, "classifier")):
+        for part in ("weight", "bias"):
+            weight = weights.pop(f"{layer}.{part}", None)
+            if weight is not None and i == 0:
+                heads[f"head.{part}"] = weight
+    return heads
+
+
+def _fitted(weights: dict[str, Tensor], backbone: Any, in_chans: int) -> dict[str, Tensor]:
+    """Fit weights of timm's names to a model with other channels, sizes or pooling."""
+    for layer in _names_of(backbone, "first_conv"):
+        first = weights.get(f"{layer}.weight")
+        if first is not None and first.ndim == 4 and first.shape[1] != in_chans:
+            weights[f"{layer}.weight"] = adapt_channels(first, in_chans)
+    weights = _filtered(weights, backbone)
+    own = backbone.state_dict()
+    # The same norm, before or after the pooling.
+    for here, there in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
+        if f"{there}weight" in own and f"{there}weight" not in weights and f"{here}weight" not in own:
+            weights = {re.sub(f"^{re.escape(here)}", there, name): w for name, w in weights.items()}
+    return weights
+
+
+def _filtered(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Apply the filter that timm applies to published weights of this kind of model, if it has one."""
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return weights
+    try:
+        return dict(convert(weights, backbone))
+    except (AssertionError, AttributeError, KeyError, IndexError, RuntimeError, TypeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(
+            f"timm cannot fit these weights to its {type(backbone).__name__} ({reason}): use a file of the "
+            "same model"
+        ) from None
 
 
 @torch.no_grad()

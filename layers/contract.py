@@ -137,6 +137,10 @@ class Backbone(nn.Module):
         """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C)."""
         raise NotImplementedError
 
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a file under the names of this model; most models have the names that files have."""
+        return dict(weights)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, in addition to all one-dimensional ones."""
         raise NotImplementedError

@@ -68,6 +68,8 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     if not out.endswith(SUFFIXES[to]):
         raise ValueError(f"`to` {to} writes {' or '.join(SUFFIXES[to])}, found {out}")
     checkpoint = read(path)
+    # The file itself, if `path` is a run's folder.
+    path = checkpoint.path
     source = stored_model.model_of(checkpoint)
     if to == "encoder":
         checkpoint = _encoder_of(checkpoint, source)
@@ -224,6 +226,7 @@ def import_file(path: str, out: str) -> float:
     if not out.endswith(".pth"):
         raise ValueError(f"import writes .pth, found {out}")
     checkpoint = read(path)
+    path = checkpoint.path
     if "pos_label" in checkpoint.args:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
     model = stored_model.model_of(checkpoint)

@@ -21,6 +21,7 @@ from models_vit import VisionTransformer
 from util.files.atomic import read_json
 from util.weights.architecture import Architecture
 from util.weights.files import load
+from util.weights.locate import LAST
 from util.weights.types import Checkpoint
 from util.weights.validate import plain_flags, shown
 
@@ -35,7 +36,7 @@ LIMIT = 1e-4
 MASK_RATIO = 0.75
 DECODER = ("decoder_", "mask_token")
 # Weights of pretraining objectives, which neither the plain Vision Transformer nor its decoder has.
-LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.")
+LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.", "masked_embed", "channel_sere", "pixel_sere")
 
 # Hugging Face's names of the parts of a block, and of everything else, with ours.
 _HF_BLOCK = {
@@ -154,6 +155,11 @@ def _hf_name(part: str, prefix: str) -> str:
 
 
 # -- reading -------------------------------------------------------------------------------------------------
+def is_hf_folder(path: str) -> bool:
+    """Whether a path is to be read as a Hugging Face folder: a folder, but not of a run of ours."""
+    return os.path.isdir(path) and not os.path.exists(os.path.join(path, LAST))
+
+
 def read(path: str) -> Checkpoint:
     """Any checkpoint, or a Hugging Face folder, with its evaluated weights under our names.
 
@@ -161,17 +167,16 @@ def read(path: str) -> Checkpoint:
     names are kept. Raises ValueError for a Hugging Face file without its folder, and for models with a
     distillation token.
     """
-    if os.path.isdir(path):
+    if is_hf_folder(path):
         checkpoint = _read_hf_folder(path)
     else:
         checkpoint = load(path)
+    path = checkpoint.path
     if checkpoint.kind == "huggingface":
         raise ValueError(f"{path}: give its folder, in which config.json stores the number of heads")
     if checkpoint.kind == "dino":
-        prefix = "backbone."
-        backbone = {k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)}
         # Without the stored flags, which are DINO's.
-        checkpoint = Checkpoint(path, backbone)
+        checkpoint = Checkpoint(path, checkpoint.encoder_weights())
     if checkpoint.kind == "self-distillation":
         weights = checkpoint.encoder_weights()
     else:

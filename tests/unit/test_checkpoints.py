@@ -165,22 +165,47 @@ def check_transformers_outputs(ours, folder, expect_equal: bool):
         assert torch.allclose(losses["pixel"], answer.loss, atol=1e-4), "target and norm_pix_loss agree"
 
 
-@pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny"])
-def test_a_classifier_without_an_encoder_file_starts_another(name):
-    """Swin from one data set to the next. A plain Vision Transformer's encoder is exported first instead."""
+@pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny", "vit_test"])
+def test_a_classifier_starts_another(name):
+    """From one data set to the next: without its head, unless the classes are the same."""
     torch.manual_seed(0)
     first, second = (
         build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7)
     )
-    note = transfer.init_encoder(second, Checkpoint("x.pth", first.state_dict()), "zero")
+    new = {k: v.clone() for k, v in second.state_dict().items()}
+    names = list("abcdefg")
+    file = Checkpoint("x.pth", first.state_dict(), classes=names)
+    note = transfer.init_encoder(second, file, "zero", list("hijklmn"))
     assert "of a classifier, whose head is left behind" in note and "new: head" in note
     for k, v in second.state_dict().items():
-        same = torch.equal(v, first.state_dict()[k])
-        assert same or k.startswith("head"), k
-        assert not same or not k.endswith(("head.weight", "fc.weight", "pool.start")), k
-    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=7)
-    with pytest.raises(ValueError, match="is a fine-tuned classifier, not an encoder"):
-        transfer.init_encoder(vit, Checkpoint("x.pth", vit.state_dict()), "zero")
+        assert torch.equal(v, new[k] if k.startswith("head") else first.state_dict()[k]), k
+    note = transfer.init_encoder(second, file, "zero", names)
+    assert "whose head goes on: it has the same classes; " in note and "new: nothing" in note
+    assert all(torch.equal(v, first.state_dict()[k]) for k, v in second.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pool, stored, classes, kept",
+    [
+        ("avg", None, 5, True),
+        ("cls", None, 5, False),
+        ("avg", None, 4, False),
+        ("avg", list("abcde"), 5, True),
+        ("avg", list("abcdf"), 5, False),
+    ],
+)
+def test_a_head_goes_on_where_classes_and_pooling_agree(pool, stored, classes, kept):
+    first = randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=5))
+    second = build_classifier("vit_test", img_size=(48, 48), num_classes=classes, pool=pool)
+    file = Checkpoint("x.pth", first.state_dict(), {"input_size": [32], "patch_size": [8]}, stored)
+    note = transfer.init_encoder(second, file, "zero", list("abcde")[:classes])
+    assert ("whose head goes on" in note) == kept and "resized from (4, 4) to (6, 6)" in note
+    assert (
+        second.head.weight.shape == first.head.weight.shape
+        and torch.equal(second.head.weight, first.head.weight)
+    ) == kept
+    norm = second.fc_norm if pool == "avg" else second.norm
+    assert torch.equal(norm.weight, first.fc_norm.weight), "the last norm goes along in both places"
 
 
 def test_flags_that_differ_in_form_only_are_no_change():
@@ -475,7 +500,7 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
             "model",
             "a Hugging Face file",
         ),
-        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "a DINO-style file"),
+        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "heads of DINO, iBOT, SERE"),
         (
             {"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)},
             "model",
@@ -592,7 +617,6 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
             "encoder",
             "it is for main_finetune.py and main_linprobe.py --finetune",
         ),
-        (main_finetune, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
         (main_finetune, "--finetune", [], "huggingface", "it is for checkpoints.py import"),
         (
             main_finetune,
@@ -604,7 +628,6 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
         ),
         (main_finetune, "--resume", ["--eval"], "pretraining", "main_linprobe.py --finetune"),
         (main_finetune, "--finetune", [], "other_size", "the encoder in"),
-        (main_linprobe, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
         (main_linprobe, "--finetune", [], "probe", "it is for main_linprobe.py --resume"),
         (main_pretrain, "--init_from", [], "other_size", "does not fit this model: "),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from util.weights.layouts import without_backbone
 from util.weights.validate import shown
 
 # Kind -> (its description, the commands and flags that take it).
@@ -23,12 +24,15 @@ KINDS = {
     "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
     "classifier": (
         "a fine-tuned classifier",
-        "main_finetune.py --resume, with --eval to evaluate; --finetune takes its encoder alone, which "
-        "checkpoints.py export --to encoder writes",
+        "main_finetune.py --resume, with --eval to evaluate; main_finetune.py and main_linprobe.py "
+        "--finetune, which take its encoder",
     ),
     "probe": ("a linear probe", "main_linprobe.py --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
-    "dino": ("a DINO-style file of student and teacher", "checkpoints.py import"),
+    "dino": (
+        "a backbone and heads of DINO, iBOT, SERE or the like",
+        "main_finetune.py and main_linprobe.py --finetune; checkpoints.py import",
+    ),
     "unknown": ("a file of weights that no command here knows", "none of the commands here"),
 }
 # Kind -> what the name of one of its weights starts with. The first kind that matches counts: a pretraining
@@ -45,7 +49,11 @@ _SIGNS = {
     "dino": r"backbone\.",
 }
 # Weights that only pretraining needs.
-PRETRAINING_ONLY = ("decoder_", "mask_token", "ibot_head.", "sr_")
+PRETRAINING_ONLY = (
+    *("decoder_", "mask_token", "ibot_head.", "sr_"),
+    # In the backbones of iBOT and SERE.
+    *("masked_embed", "channel_sere", "pixel_sere"),
+)
 
 
 def kind_of(keys: Collection[str]) -> str:
@@ -62,7 +70,8 @@ class Checkpoint:
 
     `args` are the stored flags, {} if the file stores none. `classes` are the class names in the order of the
     classifier's outputs. `entries` are all other entries under the names of the file: optimizer, scaler,
-    epoch, step, best, meters, and the state dicts of further modules (ema, teacher, centres).
+    epoch, step, best, meters, and the state dicts of further modules (ema, teacher, centres). `origin` says
+    which of several models in the file was taken, if there were several.
     """
 
     path: str
@@ -70,6 +79,7 @@ class Checkpoint:
     args: dict[str, Any] = field(default_factory=dict)
     classes: list[str] | None = None
     entries: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def kind(self) -> str:
@@ -107,6 +117,8 @@ class Checkpoint:
             weights = self.entries["teacher"]
         else:
             weights = self.evaluated_weights()
+        if self.kind == "dino":
+            weights = without_backbone(weights)
         return {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_ONLY)}
 
     def check_kind(self, wanted: str) -> None:

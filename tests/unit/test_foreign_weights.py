@@ -1,0 +1,378 @@
+"""Weights as other programs write them: wrapped, nested, of two models, in folders, at addresses."""
+
+import argparse
+import hashlib
+import http.server
+import os
+import threading
+
+import pytest
+import torch
+
+import checkpoints
+import main_finetune
+import main_linprobe
+import main_pretrain
+import tiny  # noqa: F401 (registers mae_test and vit_test)
+from backbones.registry import build_classifier
+from commands import call
+from models_mae_pl import MODELS
+from tools import inspect
+from util.flags.parser import run
+from util.weights import locate, transfer
+from util.weights.files import load
+
+
+def weights_of(name: str = "vit_test", **options) -> dict:
+    torch.manual_seed(3)
+    model = build_classifier(name, **{"img_size": (32, 32), "num_classes": 0, "pool": "cls"} | options)
+    return {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+
+
+def prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + name: weight for name, weight in weights.items()}
+
+
+def inside(weights: dict) -> dict:
+    """As if each block and its attention had been compiled, and checkpointed within FSDP."""
+    return {
+        name.replace("blocks.0.", "blocks.0._orig_mod._fsdp_wrapped_module.").replace(
+            "attn.", "attn._checkpoint_wrapped_module."
+        ): weight
+        for name, weight in weights.items()
+    }
+
+
+def found(tmp_path, content) -> dict:
+    torch.save(content, tmp_path / "c.pth")
+    return load(str(tmp_path / "c.pth")).model
+
+
+def check_equal(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+# -- prefixes ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"model": prefixed(w, "_orig_mod.")},
+        lambda w: {"model": prefixed(w, "module._orig_mod.")},
+        lambda w: {"model": prefixed(w, "_orig_mod.module.")},
+        lambda w: {"state_dict": prefixed(w, "model.module._orig_mod."), "epoch": 1},
+        lambda w: {"state_dict": prefixed(w, "model."), "pytorch-lightning_version": "2.5"},
+        lambda w: {"module": w, "dp_world_size": 8},
+        lambda w: {"module": prefixed(w, "module.model."), "optimizer": None},
+        lambda w: {"model": {"module": {"state_dict": w}}},
+        lambda w: prefixed(w, "module."),
+        lambda w: {"model_state_dict": prefixed(w, "net.")},
+        lambda w: {"model": inside(w)},
+        lambda w: {"model": prefixed(inside(w), "module._orig_mod.")},
+        # torch.optim.swa_utils.AveragedModel's, and a loss with a state.
+        lambda w: {"model": prefixed(w, "module.") | {"n_averaged": torch.tensor(3)}},
+        lambda w: {"state_dict": prefixed(w, "model.") | {"criterion.weight": torch.ones(5)}},
+    ],
+)
+def test_wrapped_weights_have_their_own_names(tmp_path, wrap):
+    expected = weights_of()
+    check_equal(found(tmp_path, wrap(expected)), expected)
+
+
+def test_a_head_beside_a_wrapped_backbone_stays(tmp_path):
+    expected = weights_of(num_classes=5)
+    wrapped = {name if name.startswith("head.") else f"model.{name}": w for name, w in expected.items()}
+    check_equal(found(tmp_path, {"state_dict": wrapped}), expected)
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    torch.save(
+        {"model": prefixed(weights_of(), "model.") | {"criterion.a": torch.ones(1)}}, tmp_path / "c.pth"
+    )
+    assert load(str(tmp_path / "c.pth")).origin == "criterion.a left out"
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda w: prefixed(w, "module.") | {"norm.weight": torch.ones(32)}, "has weights twice"),
+        (lambda w: prefixed(w, "_orig_mod.") | {"norm.weight": torch.ones(32)}, "has weights twice"),
+        (lambda w: w | {"module.norm.weight": torch.ones(32)}, "has weights twice"),
+        (
+            lambda w: prefixed(w, "model.") | prefixed(w, "ema_model."),
+            "holds several models, under the prefixes 'model.' and 'ema_model.'",
+        ),
+        (
+            lambda w: prefixed(w, "net.") | prefixed(w, "average.module."),
+            "holds several models, under the prefixes 'net.' and 'average.'",
+        ),
+        (lambda w: prefixed(w, "module.") | {"module.x": [1]}, "'model.module.x' is a list"),
+        (lambda w: prefixed(w, "module.") | {"module.x": torch.tensor(torch.nan)}, "nan or infinite"),
+    ],
+)
+def test_ambiguous_and_damaged_weights_are_refused(tmp_path, make, message):
+    with pytest.raises(ValueError, match=r"c\.pth") as error:
+        found(tmp_path, {"model": make(weights_of())})
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_nesting_has_an_end(tmp_path):
+    content: dict = weights_of()
+    for _ in range(40):
+        content = {"model": content}
+    with pytest.raises(ValueError, match=r"'(model\.){8}model' is a dict"):
+        found(tmp_path, content)
+
+
+def test_unwrapping_copies_nothing(tmp_path):
+    """The file's storages are those of the result, and the second model's are free."""
+    w = weights_of()
+    content = {"student": prefixed(w, "module.backbone."), "teacher": prefixed(w, "backbone."), "epoch": 2}
+    torch.save(content, tmp_path / "c.pth")
+    state = load(str(tmp_path / "c.pth"))
+    assert state.entries.keys() == {"epoch"}
+    assert all(
+        state.encoder_weights()[name].data_ptr() == state.model[f"backbone.{name}"].data_ptr() for name in w
+    )
+
+
+# -- students and teachers -----------------------------------------------------------------------------------
+def heads(values: float) -> dict:
+    names = ("mlp.0.weight", "mlp.0.bias", "last_layer.weight_g", "last_layer.weight_v")
+    return {f"head.{name}": torch.full((3, 2), values) for name in names}
+
+
+def relation_heads() -> dict:
+    """Of SERE, which are parts of the backbone."""
+    out = {}
+    for head in ("channel_sere", "pixel_sere", "channel_sere_local", "pixel_sere_local"):
+        out |= {
+            f"{head}.projection.0.weight": torch.ones(32),
+            f"{head}.projection.0.running_mean": torch.ones(32),
+        }
+        out |= {
+            f"{head}.predictor.0.weight": torch.ones(32, 32, 1, 1),
+            f"{head}.predictor.1.bias": torch.ones(32),
+        }
+    return out
+
+
+def sere_file(teacher: dict, student: dict) -> dict:
+    """What the published code of SERE writes."""
+    backbone = student | relation_heads() | {"masked_embed": torch.zeros(1, 32)}
+    return {
+        "student": prefixed(prefixed(backbone, "backbone.") | heads(1.0), "module."),
+        "teacher": prefixed(teacher | relation_heads(), "backbone.") | heads(2.0),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small", patch_size=8, lr=5e-4, global_crops_scale=(0.4, 1.0)),
+        "ibot_loss": {"center": torch.zeros(1, 4), "center2": torch.zeros(1, 1, 4)},
+        "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0},
+    }
+
+
+def dino_file(teacher: dict, student: dict) -> dict:
+    """What DINO writes; iBOT adds the mask embedding and a second layer of prototypes."""
+    return sere_file(teacher, student) | {
+        "student": prefixed(prefixed(student, "backbone.") | heads(1.0), "module."),
+        "teacher": prefixed(teacher | {"masked_embed": torch.zeros(1, 32)}, "module.backbone.") | heads(2.0),
+    }
+
+
+LAYOUTS = {
+    "SERE": (sere_file, "the teacher's weights; new"),
+    "DINO": (dino_file, "the teacher's weights; new"),
+    "a published backbone of SERE": (lambda t, s: t | relation_heads(), "new"),
+    "a backbone of iBOT": (lambda t, s: {"state_dict": t | {"masked_embed": torch.zeros(1, 32)}}, "new"),
+    "Lightning": (
+        lambda t, s: {
+            "state_dict": prefixed(prefixed(s, "backbone.") | heads(1.0), "student.")
+            | prefixed(prefixed(t, "backbone.") | heads(2.0), "teacher.")
+            | {"criterion.center": torch.zeros(4)}
+        },
+        "the teacher's weights; criterion.center left out; new",
+    ),
+    "a student alone": (
+        lambda t, s: {"student": prefixed(t, "module.backbone.")},
+        "the student's weights; new",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["vit_test", "timm"])
+def test_the_teacher_of_another_program_is_an_encoder(tmp_path, layout, name):
+    make, note = LAYOUTS[layout]
+    if name == "timm":
+        size, name = (160, 160), "timm/test_vit"
+        teacher = {k.removeprefix("backbone."): v for k, v in weights_of(name, img_size=size).items()}
+    else:
+        size = (32, 32)
+        teacher = weights_of()
+    student = {k: torch.zeros_like(v) for k, v in teacher.items()}
+    torch.save(make(teacher, student), tmp_path / "c.pth")
+    model = build_classifier(name, img_size=size, num_classes=5, pool="cls")
+    found = transfer.init_encoder(model, load(str(tmp_path / "c.pth")), "zero", list("abcde"))
+    found = found.replace("positional embedding from the checkpoint; ", "")
+    assert note in found and not found.startswith("of a classifier")
+    own = model.state_dict()
+    prefix = "backbone." if "timm" in name else ""
+    assert all(torch.equal(own[prefix + k], v) for k, v in teacher.items())
+
+
+def test_a_file_of_sere_goes_straight_into_fine_tuning_and_import(tmp_path, capsys):
+    teacher = weights_of()
+    torch.save(sere_file(teacher, weights_of()), tmp_path / "checkpoint.pth")
+    file = str(tmp_path / "checkpoint.pth")
+    flags = ["--model", "vit_test", "--lr", 0, "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *flags, "--cls_token", "--finetune", file)
+    assert code == 0 and f"encoder from {file}; the teacher's weights" in text, text
+    saved = load(str(tmp_path / "run")).model
+    assert all(torch.equal(saved[k], v) for k, v in teacher.items())
+    text = inspect.describe(file)
+    assert "a backbone and heads of DINO, iBOT, SERE" in text and "read        the teacher's weights" in text
+    commands = ["import", file, str(tmp_path / "out.pth")]
+    assert run(checkpoints.main, checkpoints.get_args_parser().parse_args(commands)) == 0
+    check_equal(load(str(tmp_path / "out.pth")).model, teacher)
+
+
+# -- folders and addresses -----------------------------------------------------------------------------------
+def test_a_folder_means_its_last_checkpoint(tmp_path, capsys):
+    """At each flag that takes a checkpoint."""
+    model = MODELS["mae_test"](img_size=(32, 32))
+    (tmp_path / "pt").mkdir()
+    torch.save({"model": model.state_dict(), "args": {}}, tmp_path / "pt" / "checkpoint-last.pth")
+    folder = str(tmp_path / "pt")
+    flags = ["--lr", 0, "--output_dir", tmp_path / "a"]
+    code, text = call(main_pretrain, capsys, "--model", "mae_test", "--init_from", folder, *flags)
+    assert code == 0 and f"weights from {folder}" in text, text
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--finetune", folder, "--knn", *flags)
+    assert code == 0 and f"encoder from {folder}" in text, text
+    code, text = call(
+        main_pretrain,
+        capsys,
+        "--model",
+        "mae_test",
+        "--resume",
+        tmp_path / "a",
+        "--output_dir",
+        tmp_path / "b",
+    )
+    assert code == 0 and f"continuing {tmp_path / 'a' / 'checkpoint-last.pth'}" in text, text
+    assert inspect.describe(folder).startswith(folder) and "sha256" in inspect.describe(folder)
+    export = ["export", folder, str(tmp_path / "e.pth"), "--to", "encoder"]
+    assert run(checkpoints.main, checkpoints.get_args_parser().parse_args(export)) == 0
+
+
+def test_a_folder_without_a_last_checkpoint_lists_its_files(tmp_path):
+    (tmp_path / "checkpoint-3.pth").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"without checkpoint-last\.pth.*give one of its files, checkpoint-3\.pth"
+    ):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"Hugging Face's save_pretrained.* checkpoints\.py import"):
+        load(str(tmp_path))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a web server that serves tmp_path/web, and the paths that were asked for."""
+    (tmp_path / "web").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "web"))
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}", asked
+        web.shutdown()
+
+
+def test_an_address_is_downloaded_once_and_checked(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    address, asked = server
+    expected = weights_of()
+    torch.save({"model": expected}, tmp_path / "web" / "a.pth")
+    for _ in range(2):
+        state = load(f"{address}/a.pth?download=true")
+        check_equal(state.model, expected)
+    assert len(asked) == 1 and state.path.startswith(str(tmp_path / "hub" / "checkpoints"))
+    assert os.path.basename(state.path) == "a.pth"
+    # The name of another address is another file.
+    (tmp_path / "web" / "other").mkdir()
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "web" / "other" / "a.pth")
+    assert load(f"{address}/other/a.pth").model.keys() == {"w"}
+    # torch.hub's names with a part of the SHA-256.
+    content = (tmp_path / "web" / "a.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / "web" / f"b-{digest[:8]}.pth").write_bytes(content)
+    (tmp_path / "web" / "b-01234567.pth").write_bytes(content)
+    load(f"{address}/b-{digest[:8]}.pth")
+    with pytest.raises(ValueError, match=f"its SHA-256 begins with {digest[:8]}"):
+        load(f"{address}/b-01234567.pth")
+    left = [name for _, _, names in os.walk(tmp_path / "hub") for name in names]
+    assert sorted(left) == ["a.pth", "a.pth", f"b-{digest[:8]}.pth"], "nothing of the refused file is left"
+
+
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("http://127.0.0.1:9/a.pth", "cannot download http://127.0.0.1:9/a.pth ("),
+        ("SERVER/none.pth", "404"),
+        ("SERVER/short.pth", "bytes came"),
+        ("https://", "does not end with the name of a file"),
+        ("http:///a.pth", "no host given"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_one_line(tmp_path, server, monkeypatch, capsys, address, message):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "web" / "short.pth").write_bytes(b"x" * 99)
+    real = http.server.BaseHTTPRequestHandler.send_header
+
+    def send_header(self, name, value):
+        longer = name == "Content-Length" and self.path.endswith("short.pth")
+        real(self, name, "199" if longer else value)
+
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "send_header", send_header)
+    flags = ["--model", "vit_test", "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *flags, "--finetune", address.replace("SERVER", server[0]))
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and message in errors[0], text
+    assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("*.pth*"))
+
+
+def test_a_run_continues_from_an_address(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    flags = ["--model", "mae_test", "--picture_epochs", 9]
+    assert call(main_pretrain, capsys, *flags, "--output_dir", tmp_path / "web" / "run")[0] == 0
+    code, text = call(
+        main_pretrain, capsys, *flags, "--epochs", 2, "--output_dir", tmp_path / "two",
+        "--resume", f"{server[0]}/run/checkpoint-last.pth",
+    )  # fmt: skip
+    assert code == 0 and "Epoch: [1]" in text and "Epoch: [0]" not in text, text
+
+
+def test_ranks_that_share_a_folder_download_once(tmp_path, monkeypatch):
+    """The others wait for rank 0; a host with another folder has a download of its own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    downloads = []
+    monkeypatch.setattr(locate, "_download", lambda address, path: downloads.append(path))
+    monkeypatch.setattr(locate.dist, "is_main", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    answers = iter([[""], [""], [True, False]])
+    monkeypatch.setattr(locate.dist, "gather_objects", lambda value: next(answers))
+    with pytest.raises(ValueError, match="some ranks do not see"):
+        locate.located("https://a.b/c.pth")
+    assert not downloads
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    answers = iter([[""], [""], [True, True]])
+    assert locate.located("https://a.b/c.pth") == downloads[0]
+    answers = iter([["no network"]])
+    with pytest.raises(ValueError, match="no network"):
+        locate.located("https://a.b/d.pth")
