@@ -15,9 +15,12 @@ import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from backbones.registry import build_classifier
-from commands import call
+from commands import accuracy, call
 from models_mae_pl import MODELS
 from tools import inspect
+from util.data.datasets import build_class_dataset
+from util.data.transforms import eval_transform
+from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
 from util.flags.parser import run
 from util.weights import locate, transfer
 from util.weights.files import load
@@ -376,3 +379,94 @@ def test_ranks_that_share_a_folder_download_once(tmp_path, monkeypatch):
     answers = iter([["no network"]])
     with pytest.raises(ValueError, match="no network"):
         locate.located("https://a.b/d.pth")
+
+
+# -- MAE's probes --------------------------------------------------------------------------------------------
+def maes_probe(pool: str, classes: int) -> tuple[dict, torch.nn.Module]:
+    """The state dict of a probed model as MAE's main_linprobe.py writes it, and the encoder."""
+    torch.manual_seed(5)
+    encoder = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool=pool).eval()
+    for p in encoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    probe = {
+        "head.0.running_mean": torch.randn(32),
+        "head.0.running_var": torch.rand(32) + 0.2,
+        "head.0.num_batches_tracked": torch.tensor(5),
+        "head.1.weight": torch.randn(classes, 32),
+        "head.1.bias": torch.randn(classes),
+    }
+    return encoder.state_dict() | probe, encoder
+
+
+def accuracy_by_hand(encoder, weights: dict, pool: str) -> float:
+    """Of the demo set's validation images; BatchNorm and the linear layer are written out."""
+    data = build_class_dataset("", "val", eval_transform((32, 32)), evaluation=True, in_chans=3, seed=0)
+    images = torch.stack([data[i]["image"] for i in range(len(data))]) / 255
+    labels = torch.tensor([data[i]["label"] for i in range(len(data))])
+    shape = (3, 1, 1)
+    images = (images - torch.tensor(IMAGENET_MEAN).view(shape)) / torch.tensor(IMAGENET_STD).view(shape)
+    with torch.no_grad():
+        tokens = encoder.forward_features(images)
+        feature = tokens[:, 0]
+        if pool == "avg":
+            mean = tokens[:, 1:].mean(1)
+            mean = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, False, keepdim=True) + 1e-6).sqrt()
+            feature = mean * encoder.fc_norm.weight + encoder.fc_norm.bias
+        x = (feature - weights["head.0.running_mean"]) / (weights["head.0.running_var"] + 1e-6).sqrt()
+        logits = x @ weights["head.1.weight"].T + weights["head.1.bias"]
+    return 100 * float((logits.argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_maes_probe_is_evaluated_without_a_file_of_its_encoder(tmp_path, capsys, pool):
+    weights, encoder = maes_probe(pool, 10)
+    expected = accuracy_by_hand(encoder, weights, pool)
+    args = argparse.Namespace(
+        model="vit_test",
+        input_size=32,
+        global_pool=pool == "avg",
+        finetune="/a/b.pth",
+        lr=0.1,
+        nb_classes=1000,
+    )
+    content = {"model": weights, "optimizer": {"state": {}}, "epoch": 89, "scaler": {}, "args": args}
+    torch.save(content, tmp_path / "checkpoint-89.pth")
+    flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "checkpoint-89.pth"]
+    code, text = call(main_linprobe, capsys, *flags)
+    assert code == 0 and accuracy(text) == [f"{expected:.3f}"] and expected > 10, text
+    assert f"encoder from {tmp_path / 'checkpoint-89.pth'}" in text and "other than in training" not in text
+    other = {"cls": "--global_pool", "avg": "--cls_token"}[pool]
+    code, text = call(main_linprobe, capsys, *flags, other)
+    assert code == 2 and "give that flag, or neither" in text
+    # It is checked as every other file is.
+    weights["head.0.running_var"][3] = torch.nan
+    torch.save(content, tmp_path / "checkpoint-89.pth")
+    code, text = call(main_linprobe, capsys, *flags)
+    assert code == 2 and "head.0.running_var' is a tensor with nan" in text
+
+
+def test_our_own_probes_go_on_as_before(tmp_path, capsys):
+    torch.save({"model": weights_of()}, tmp_path / "e.pth")
+    flags = ["--model", "vit_test", "--output_dir", tmp_path / "p", "--lr_grid", 1, 3]
+    code, text = call(main_linprobe, capsys, *flags, "--finetune", tmp_path / "e.pth")
+    assert code == 0, text
+    again = ["--model", "vit_test", "--eval", "--resume", tmp_path / "p"]
+    code, other = call(main_linprobe, capsys, *again, "--finetune", tmp_path / "e.pth")
+    assert code == 0 and accuracy(other) == accuracy(text)[-1:]
+    code, other = call(main_linprobe, capsys, *again)
+    assert code == 2 and "holds the heads of a probe alone: give the encoder, too, by --finetune" in other
+
+
+def test_a_fine_tuned_classifier_is_probed_as_its_encoder(tmp_path, capsys):
+    """The norm after the mean normalises each token, as `export --to encoder` writes it."""
+    classifier = weights_of(num_classes=7, pool="avg")
+    torch.save({"model": classifier, "args": {}}, tmp_path / "c.pth")
+    encoder = {k.replace("fc_norm", "norm"): v for k, v in classifier.items() if not k.startswith("head")}
+    torch.save({"model": encoder, "args": {}}, tmp_path / "e.pth")
+    lines = []
+    for name in ("c", "e"):
+        flags = ["--model", "vit_test", "--knn", "--output_dir", tmp_path / name]
+        code, text = call(main_linprobe, capsys, *flags, "--finetune", tmp_path / f"{name}.pth")
+        assert code == 0 and ("whose head is left behind" in text) == (name == "c"), text
+        lines.append([line for line in text.splitlines() if line.startswith("* kNN")])
+    assert lines[0] == lines[1] and len(lines[0]) == 2

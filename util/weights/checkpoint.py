@@ -211,6 +211,7 @@ HARMLESS = {
 # Flags that are usually left out and then have the value of the model, the data or the checkpoint. MAE stores
 # the values that they got, such as the learning rate.
 LEFT_OPEN = {"patch_size", "lr", "nb_classes", "in_chans", "input_size", "mean", "std", "layer_norm_eps"}
+LEFT_OPEN |= {"finetune", "init_from"}
 # Flags that decide what an image is.
 IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
 
@@ -364,7 +365,7 @@ def changed_flags(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _means_the_same(name: str, old: Any, new: Any) -> bool:
     """Whether a stored value and one of this run are the same; other programs spell some differently."""
-    if new is None and name in LEFT_OPEN:
+    if new in (None, "") and name in LEFT_OPEN:
         return True
     # MAE stores `input_size` as a number, we as a list. [224] and [224, 224] are the same square.
     if _square(old) == _square(new):

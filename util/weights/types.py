@@ -87,6 +87,11 @@ class Checkpoint:
         return kind_of(self.model)
 
     @property
+    def is_whole_probe(self) -> bool:
+        """Whether a probe's file holds its encoder, too, as MAE's files do."""
+        return self.kind == "probe" and any(name.startswith("blocks.") for name in self.model)
+
+    @property
     def step(self) -> int | None:
         """Number of optimizer updates done; None for files of other projects."""
         return self.entries.get("step")
