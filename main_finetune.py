@@ -115,7 +115,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.heads import head_options, resolve_head
-from backbones.registry import build_classifier, find, freeze_all_but, known_classes
+from backbones.registry import build_classifier, find, freeze_all_but, known_classes, norm_options
 from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
@@ -138,7 +138,7 @@ from util.train.optim import WeightAverage, adamw, param_groups
 from util.train.state import TrainState
 from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
-from util.weights.types import Checkpoint, stored_flags
+from util.weights.types import Checkpoint, stored_eps, stored_flags
 
 
 @dataclass
@@ -394,7 +394,7 @@ def check_convolutional_start(pretrained: Checkpoint) -> None:
 
 def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start: Start) -> Classifier:
     """Build the classifier; its weights are loaded by `load_weights`."""
-    options = head_options(args.model, choices.head)
+    options = head_options(args.model, choices.head) | norm_options(args.model, start.trained)
     if choices.head["patch_embed"] == "conv" and start.pretrained is not None:
         check_convolutional_start(start.pretrained)
     pool = args.pool
@@ -522,7 +522,8 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
     }
-    return checkpoint.plain_flags(vars(args)) | resolved | choices.labels | choices.head
+    kept = stored_eps(start.trained)
+    return checkpoint.plain_flags(vars(args)) | resolved | kept | choices.labels | choices.head
 
 
 def main(args: argparse.Namespace) -> int:

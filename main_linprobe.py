@@ -88,7 +88,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
-from backbones.registry import build_classifier, find, trained_options
+from backbones.registry import build_classifier, find, norm_options, trained_options
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
@@ -124,8 +124,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     if args.eval and (args.knn or args.dry_run or not args.resume):
         raise ValueError(
-            "--eval needs --resume FILE, a trained probe, and the encoder of --finetune unless the file holds "
-            "it, as MAE's do; it does not work with --knn or --dry_run"
+            "--eval needs --resume FILE, a trained probe, and the encoder of --finetune unless the file "
+            "holds it, as MAE's do; it does not work with --knn or --dry_run"
         )
     if args.knn and args.dry_run:
         raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
@@ -182,7 +182,7 @@ def maes_choices(saved: Checkpoint, pool: str | None) -> dict[str, Any]:
 
 
 def probed_encoder(args: argparse.Namespace, start: Checkpoint | None) -> Checkpoint:
-    """Return the checkpoint of the frozen encoder: --finetune, or the whole model in a probe file of MAE's."""
+    """Return the checkpoint of the frozen encoder: --finetune, or a probe file of MAE's, which holds it."""
     if args.eval and checkpoint.to_evaluate(start).is_whole_probe:
         return checkpoint.to_evaluate(start)
     if not args.finetune:
@@ -299,6 +299,7 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
             options["patch_embed"] = state.args["patch_embed"]
         if state.is_whole_probe:
             options["pool"] = args.pool
+        options |= norm_options(args.model, state.args)
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
     if args.patch_size:

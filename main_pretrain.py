@@ -103,7 +103,7 @@ from util.train.objective import LossFunction
 from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
-from util.weights.types import Checkpoint
+from util.weights.types import Checkpoint, stored_eps
 
 
 class Relations:
@@ -377,15 +377,27 @@ def find_start(args: argparse.Namespace, flags: dict, objective: Pretraining) ->
     """Return the checkpoint to continue: the run's own, or --resume; otherwise load --init_from, if given."""
     start = checkpoint.continue_from(args.output_dir, args.resume, flags)
     if start is not None:
+        keep_norm_eps(objective, start, flags)
         return start
     if not args.init_from:
         dist.print_rank0("starting from scratch")
         return None
-    note = transfer.init_from(objective.model, checkpoint.load(args.init_from))
+    source = checkpoint.load(args.init_from)
+    note = transfer.init_from(objective.model, source)
+    keep_norm_eps(objective, source, flags)
     if objective.relations is not None:
         copy_parameters(objective.relations.teacher, objective.model)
     dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
     return None
+
+
+def keep_norm_eps(objective: Pretraining, source: Checkpoint, flags: dict) -> None:
+    """Give model and teacher the epsilon that the weights were trained with, and store it in this run."""
+    for name, eps in stored_eps(source.args).items():
+        flags[name] = eps
+        objective.model.set_norm_eps(eps)
+        if objective.relations is not None:
+            objective.relations.teacher.set_norm_eps(eps)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.heads import head_options, resolve_head
-from backbones.registry import build_classifier, trained_options
+from backbones.registry import build_classifier, norm_options, trained_options
 from util.data.sources.image_index import some_names
 from util.weights.checkpoint import load, load_for_evaluation
 
@@ -68,6 +68,7 @@ def _stored_teacher(
             f"{some_names(classes)}: fine-tune a teacher on them"
         )
     options = head_options(name, resolve_head({}, name, saved)) | trained_options(flags)
+    options |= norm_options(name, flags)
     teacher = build_classifier(
         name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
     )

@@ -3,6 +3,7 @@
 Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,13 @@ class ViTBackbone(Backbone):
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, self.grid, grid)
         return run_blocks(self.blocks, x, self.grad_checkpointing)
+
+    def set_norm_eps(self, eps: float) -> None:
+        """Set the epsilon of all layer norms, as of a file that was trained with another one."""
+        self.trunk = dataclasses.replace(self.trunk, norm_eps=eps)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""

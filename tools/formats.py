@@ -6,6 +6,7 @@ transformers read.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.contract import NORM_EPS, Trunk
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
 from util.files.atomic import read_json
 from util.weights.architecture import Architecture
 from util.weights.files import load
 from util.weights.locate import LAST
-from util.weights.types import Checkpoint
+from util.weights.types import Checkpoint, stored_eps
 from util.weights.validate import plain_flags, shown
 
 Weights = dict[str, Tensor]
@@ -278,8 +280,18 @@ def appears_whole(out: str, path: str) -> Iterator[str]:
 
 
 # -- timm ----------------------------------------------------------------------------------------------------
-def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> dict[str, Any]:
+class NormOf(functools.partial):
+    """A layer norm of some epsilon, shown as the Python code that makes it."""
+
+    def __repr__(self) -> str:
+        return f"functools.partial(torch.nn.LayerNorm, eps={self.keywords['eps']!r})"
+
+
+def timm_options(arch: Architecture, trunk: Trunk, img_size: tuple[int, int]) -> dict[str, Any]:
     """Keywords that make timm's `vit_base_patch16_224` a model of this architecture."""
+    norm = {}
+    if trunk.norm_eps != NORM_EPS:
+        norm["norm_layer"] = NormOf(torch.nn.LayerNorm, eps=trunk.norm_eps)
     pool = "token"
     if arch.pool == "avg":
         pool = "avg"
@@ -289,10 +301,11 @@ def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> d
         in_chans=arch.in_chans,
         embed_dim=arch.dim,
         depth=arch.depth,
-        num_heads=heads,
+        num_heads=trunk.num_heads,
         mlp_ratio=arch.mlp_ratio,
         num_classes=arch.classes,
         global_pool=pool,
+        **norm,
     )
 
 
@@ -344,7 +357,7 @@ def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int]
 
     _check_hf_can_hold(checkpoint.path, arch)
     name = _hf_class(arch)
-    config = _hf_config(name, arch, heads)
+    config = _hf_config(name, arch, heads) | stored_eps(checkpoint.args)
     if arch.decoder_depth:
         config["norm_pix_loss"] = bool(checkpoint.args.get("norm_pix_loss"))
     if arch.classes:
@@ -408,8 +421,8 @@ def _hf_config(name: str, arch: Architecture, heads: tuple[int, int]) -> dict[st
         "image_size": _square(arch.img_size),
         "patch_size": _square(arch.patch_size),
         "num_channels": arch.in_chans,
-        # Our models' value. transformers' default is 1e-12.
-        "layer_norm_eps": 1e-6,
+        # transformers' default is 1e-12.
+        "layer_norm_eps": NORM_EPS,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "attention_probs_dropout_prob": 0.0,

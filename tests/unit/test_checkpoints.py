@@ -1,6 +1,7 @@
 """Exported files give the same outputs in other libraries and come back equal; broken files are refused."""
 
 import argparse
+import functools
 import json
 import pathlib
 import pickle
@@ -10,16 +11,20 @@ import pytest
 import torch
 
 import checkpoints
+import commands
 import main_finetune
 import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from backbones.registry import build_classifier
+from layers.pos_embed import sincos_2d
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from tools import convert, inspect
 from tools import formats as conversions
 from tools.stored_model import model_of
+from util.data.pixels import Pixels
 from util.flags.parser import parse, run
+from util.train.setup import Setup
 from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint, kind_of
 
@@ -259,21 +264,79 @@ def test_a_folder_written_by_transformers_is_imported(tmp_path):
         )
 
 
-def test_another_epsilon_is_named_where_it_matters(tmp_path):
+def test_another_epsilon_of_the_layer_norms_goes_along(tmp_path, capsys):
+    """Into the imported file, the models that are made of it, and back; MAE's models cannot have it."""
+    timm = pytest.importorskip("timm")
     transformers = pytest.importorskip("transformers")
 
     config = transformers.ViTConfig(
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
-        image_size=16,
+        intermediate_size=128,
+        image_size=32,
         patch_size=8,
-        layer_norm_eps=1e-2,
+        layer_norm_eps=0.5,
     )
-    transformers.ViTModel(config).save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"layer_norm_eps 0\.01, ours 1e-06"):
-        convert.import_file(str(tmp_path / "hf"), str(tmp_path / "a.pth"))
+    theirs = randomised(transformers.ViTModel(config, add_pooling_layer=False))
+    theirs.save_pretrained(tmp_path / "hf")
+    file = str(tmp_path / "a.pth")
+    assert convert.import_file(str(tmp_path / "hf"), file) < 1e-4
+    state = checkpoint.load(file)
+    assert state.args["layer_norm_eps"] == 0.5
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        assert torch.allclose(model_of(state).forward_features(images), expected, atol=1e-4)
+        flags = ["--model", "vit_test", "--finetune", file, "--input_size", "32", "--device", "cpu"]
+        args = parse(main_linprobe.get_args_parser(), flags)
+        setup = Setup(torch.device("cpu"), "fp32", (32, 32), Pixels((0.5,) * 3, (0.5,) * 3))
+        probed = main_linprobe.load_backbone(args, state, setup, {})
+        assert torch.allclose(probed.forward_features(images), expected, atol=1e-4)
+    capsys.readouterr()
+    convert.export(file, str(tmp_path / "t.pth"), "timm")
+    code = capsys.readouterr().out.splitlines()[1]
+    model = eval(code, {"timm": timm, "torch": torch, "functools": functools}).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.forward_features(images), expected, atol=1e-4)
+    convert.export(file, str(tmp_path / "back"), "hf")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["layer_norm_eps"] == 0.5
+    with pytest.raises(ValueError, match=r"layer_norm_eps 1e-06 instead of 0\.5"):
+        convert.export(file, str(tmp_path / "m.pth"), "mae")
+
+
+def test_runs_keep_the_epsilon_of_their_start(tmp_path, capsys):
+    mae = randomised(MODELS["mae_test"](img_size=(32, 32), pos_label="none", norm_eps=0.5))
+    with torch.no_grad():
+        mae.decoder_pos_embed.copy_(sincos_2d(32, (4, 4)))
+    file = saved(tmp_path / "a.pth", mae, layer_norm_eps=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    cells = torch.arange(16).expand(2, -1)
+    with torch.no_grad():
+        expected = mae(images, ids_keep=cells[:, :4])[1]
+        assert torch.allclose(model_of(checkpoint.load(file))(images, ids_keep=cells[:, :4])[1], expected)
+    flags = ["--model", "mae_test", "--pos_label", "none", "--lr", "0", "--picture_epochs", "9"]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    start(main_pretrain, capsys, *flags, "--init_from", file, "--output_dir", first)
+    start(main_pretrain, capsys, *flags, "--resume", first, "--output_dir", second, "--epochs", "2")
+    with torch.no_grad():
+        again = model_of(checkpoint.load(second))
+        assert torch.allclose(again(images, ids_keep=cells[:, :4])[1], expected)
+        latent = mae.forward_encoder(images, cells)
+    flags = ["--model", "vit_test", "--cls_token", "--lr", "0"]
+    start(main_finetune, capsys, *flags, "--finetune", second, "--output_dir", str(tmp_path / "ft"))
+    tuned = checkpoint.load(str(tmp_path / "ft"))
+    assert tuned.args["layer_norm_eps"] == 0.5
+    with torch.no_grad():
+        assert torch.allclose(model_of(tuned).forward_features(images), latent, atol=1e-5)
+    start(main_finetune, capsys, *flags, "--output_dir", str(tmp_path / "ft"), "--epochs", "2")
+    assert checkpoint.load(str(tmp_path / "ft")).args["layer_norm_eps"] == 0.5
+
+
+def start(main, capsys, *flags) -> None:
+    """Run a main, which must succeed."""
+    code, text = commands.call(main, capsys, *flags)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("classes", [0, 5])
@@ -400,7 +463,8 @@ def test_the_encoder_of_a_classifier_keeps_its_norm(tmp_path):
 
 def test_a_conversion_that_would_differ_is_refused(tmp_path, monkeypatch):
     file = saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32))))
-    monkeypatch.setattr(convert, "timm_options", lambda a, heads, size: conversions.timm_options(a, 4, size))
+    options = conversions.timm_options
+    monkeypatch.setattr(convert, "timm_options", lambda *a: options(*a) | {"num_heads": 4})
     with pytest.raises(
         ValueError, match=r"our model and timm's VisionTransformer differ by .* nothing was written"
     ):

@@ -1,7 +1,7 @@
 """What a checkpoint file holds: the `Checkpoint` type and the kinds of checkpoints."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from util.weights.layouts import without_backbone
 from util.weights.validate import shown
 
+# The stored flag of a model whose layer norms have another epsilon than the model's own.
+NORM_EPS = "layer_norm_eps"
 # Kind -> (its description, the commands and flags that take it).
 KINDS = {
     "pretraining": (
@@ -152,6 +154,11 @@ class Checkpoint:
         if self.classes is not None:
             stored["classes"] = self.classes
         return stored | self.entries
+
+
+def stored_eps(flags: Mapping[str, Any]) -> dict[str, float]:
+    """The flag NORM_EPS alone if it is among the stored flags, else nothing."""
+    return {name: value for name, value in flags.items() if name == NORM_EPS and value is not None}
 
 
 def stored_flags(checkpoint: Checkpoint | None) -> dict[str, Any]:
