@@ -509,9 +509,24 @@ def build_optimizer(
     if start.finetune:
         layer_decay = args.layer_decay
     groups = param_groups(
-        model, args.weight_decay, model.no_weight_decay(), layer_decay, model.layer_id, model.num_layers
+        model,
+        args.weight_decay,
+        model.no_weight_decay(),
+        layer_decay,
+        model.layer_id,
+        model.num_layers,
+        by_layer=has_groups_by_layer(start.resume),
     )
     return adamw(groups, lr, betas=(0.9, 0.999))
+
+
+def has_groups_by_layer(resume: Checkpoint | None) -> bool:
+    """Whether the continued optimizer has groups for each layer: MAE's has them without layer decay, too."""
+    if resume is None:
+        return False
+    # Anything else in the file is refused when the state is loaded.
+    groups = (resume.entries.get("optimizer") or {}).get("param_groups")
+    return isinstance(groups, list) and len(groups) > 2
 
 
 def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices: Choices) -> dict:

@@ -20,9 +20,13 @@ from models_mae_pl import MODELS
 from tools import inspect
 from util.data.datasets import build_class_dataset
 from util.data.transforms import eval_transform
+from util.dist import fsdp
 from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
-from util.flags.parser import run
+from util.flags.parser import parse, run
+from util.train.optim import param_groups
 from util.weights import locate, transfer
+from util.weights.architecture import architecture
+from util.weights.checkpoint import changed_flags
 from util.weights.files import load
 
 
@@ -470,3 +474,194 @@ def test_a_fine_tuned_classifier_is_probed_as_its_encoder(tmp_path, capsys):
         assert code == 0 and ("whose head is left behind" in text) == (name == "c"), text
         lines.append([line for line in text.splitlines() if line.startswith("* kNN")])
     assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+# -- runs of facebookresearch/mae that go on here ------------------------------------------------------------
+# What its parsers store for the flags that its README gives, as of the published code.
+COMMON = dict(
+    batch_size=40, epochs=1, accum_iter=1, model="mae_test", input_size=32, weight_decay=0.05, lr=1.5e-4,
+    min_lr=0.0, warmup_epochs=40, data_path="/datasets/imagenet", output_dir="./output_dir", device="cuda",
+    log_dir="./output_dir", seed=0, resume="", start_epoch=0, num_workers=10, pin_mem=True, world_size=8,
+    local_rank=0, dist_on_itp=False, dist_url="env://", distributed=True, rank=0, gpu=0, dist_backend="nccl",
+)  # fmt: skip
+PRETRAINED = COMMON | dict(mask_ratio=0.75, norm_pix_loss=False, blr=1e-3)
+FINE_TUNED = COMMON | dict(
+    blr=5e-4, model="vit_test", drop_path=0.1, clip_grad=None, layer_decay=1.0, min_lr=1e-6, warmup_epochs=5,
+    color_jitter=None, aa="rand-m9-mstd0.5-inc1", smoothing=0.1, reprob=0.25, remode="pixel", recount=1,
+    resplit=False, mixup=0, cutmix=0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
+    mixup_mode="batch", finetune="/runs/mae_pretrain_vit_base.pth", global_pool=True, nb_classes=10,
+    eval=False, dist_eval=True,
+)  # fmt: skip
+
+
+def groups_by_layer(model, depth: int) -> list[dict]:
+    """MAE's groups of fine-tuning, in its order: the first parameter of a group decides where it comes."""
+    groups: dict = {}
+    for name, p in model.named_parameters():
+        layer = depth + 1
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        decayed = p.ndim > 1 and name not in ("cls_token", "pos_embed")
+        group = {"params": [], "weight_decay": 0.05 * decayed, "lr_scale": 1.0}
+        groups.setdefault((layer, decayed), group)["params"].append(p)
+    return list(groups.values())
+
+
+def maes_run(model, groups: list[dict], flags: dict) -> dict:
+    """A checkpoint of MAE's after an epoch; the moments of a parameter are its number among the names."""
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for i, (_, p) in enumerate(model.named_parameters()):
+        if p.requires_grad:
+            optimizer.state[p] = {
+                "step": torch.tensor(3.0),
+                "exp_avg": torch.full_like(p, i),
+                "exp_avg_sq": torch.full_like(p, i),
+            }
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 0,
+        "scaler": {},
+        "args": argparse.Namespace(**flags),
+    }
+
+
+@pytest.mark.parametrize("decay", ["1", "0.75"])
+def test_a_fine_tuning_of_maes_goes_on_with_its_moments(tmp_path, capsys, decay):
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=10)
+    content = maes_run(model, groups_by_layer(model, 2), FINE_TUNED | {"layer_decay": float(decay)})
+    torch.save(content, tmp_path / "checkpoint-0.pth")
+    resume = load(str(tmp_path / "checkpoint-0.pth"))
+    flags = ["--model", "vit_test", "--layer_decay", decay]
+    args = parse(main_finetune.get_args_parser(), flags)
+    start = main_finetune.Start(resume, resume.args["finetune"], None, [])
+    optimizer = main_finetune.build_optimizer(args, model, start, 1e-3)
+    fsdp.load_optimizer(optimizer, resume.entries["optimizer"])
+    for i, (name, p) in enumerate(model.named_parameters()):
+        assert (optimizer.state[p]["exp_avg"] == i).all(), name
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert scales == {float(decay) ** i for i in range(4)}
+    more = ["--resume", tmp_path / "checkpoint-0.pth", "--output_dir", tmp_path / "run", "--epochs", 1]
+    code, text = call(main_finetune, capsys, *flags, "--blr", 5e-4, *more)
+    assert code == 0 and "continuing" in text and "changed flags" not in text, text
+    assert "not read" not in text
+
+
+def test_a_pretraining_of_maes_goes_on_without_false_alarms(tmp_path, capsys):
+    model = MODELS["mae_test"](img_size=(32, 32), pos_embed="sincos", pos_label="none")
+    groups = param_groups(model, 0.05)
+    torch.save(maes_run(model, groups, PRETRAINED), tmp_path / "checkpoint-0.pth")
+    flags = ["--model", "mae_test", "--pos_embed", "sincos", "--pos_label", "none", "--warmup_epochs", 40]
+    more = [
+        "--resume",
+        tmp_path / "checkpoint-0.pth",
+        "--output_dir",
+        tmp_path / "run",
+        "--picture_epochs",
+        9,
+    ]
+    code, text = call(main_pretrain, capsys, *flags, *more)
+    assert code == 0 and "continuing" in text and "changed flags" not in text, text
+    code, text = call(main_pretrain, capsys, *flags, *more, "--mask_ratio", 0.5, "--blr", 2e-3)
+    assert "with changed flags (blr: 0.001 -> 0.002; mask_ratio: 0.75 -> 0.5)" in text
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ({"mixup": 0}, {"mixup": 0.0}, True),
+        ({"input_size": 224}, {"input_size": [224, 224]}, True),
+        ({"input_size": [224, 192]}, {"input_size": [192, 224]}, False),
+        ({"clip_grad": 1.0}, {"clip_grad": None}, False),
+        ({"clip_grad": None}, {"clip_grad": 3.0}, False),
+        ({"lr": 6e-4}, {"lr": None}, True),
+        ({"lr": 6e-4}, {"lr": 1e-3}, False),
+        ({"norm_pix_loss": True}, {"norm_pix_loss": False}, False),
+        ({"aa": ""}, {"aa": None}, True),
+        ({"pool": "avg"}, {"pool": "cls"}, False),
+    ],
+)
+def test_what_counts_as_a_changed_flag(old, new, same):
+    assert (not changed_flags(old, new)) == same
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("beit_base_patch16_224", ["LayerScale", "relative position biases", "separate biases of queries"]),
+        ("vit_small_patch14_reg4_dinov2", ["LayerScale", "register tokens"]),
+        ("eva02_base_patch14_224", ["a gated or normalised MLP"]),
+    ],
+)
+def test_parts_of_other_models_are_called_by_their_names(tmp_path, name, words):
+    import timm
+
+    with torch.device("meta"):
+        names = timm.create_model(name, num_classes=0).state_dict().keys()
+    weights = {name: torch.ones(1) for name in names}
+    weights |= {"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}
+    weights |= {"blocks.0.attn.qkv.weight": torch.ones(96, 32)}
+    torch.save(weights, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="does not hold a plain Vision Transformer: it has") as error:
+        architecture(load(str(tmp_path / "c.pth")))
+    assert all(word in str(error.value) for word in words) and "So-ViT" not in str(error.value)
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+    with pytest.raises(ValueError, match="choose the model that it was made with, a timm/NAME") as error:
+        transfer.init_encoder(model, load(str(tmp_path / "c.pth")), "zero")
+    assert words[0] in str(error.value) and len(str(error.value)) < 900
+
+
+def test_a_run_does_not_go_on_at_another_size(tmp_path, capsys):
+    """The advice works when it is followed: the head goes on, the moments start anew."""
+    flags = ["--model", "vit_test", "--finetune", ""]
+    assert call(main_finetune, capsys, *flags, "--output_dir", tmp_path / "a")[0] == 0
+    flags += ["--input_size", 48]
+    code, text = call(main_finetune, capsys, *flags, "--epochs", 2, "--output_dir", tmp_path / "a")
+    advice = (
+        f"start a new one, in another --output_dir, with --finetune {tmp_path / 'a' / 'checkpoint-last.pth'}"
+    )
+    assert code == 2 and "is of another image size: pos_embed is (1, 17, 32)" in text and advice in text
+    code, text = call(
+        main_finetune, capsys, *flags, "--output_dir", tmp_path / "b", "--lr", 0,
+        "--finetune", tmp_path / "a" / "checkpoint-last.pth",
+    )  # fmt: skip
+    assert code == 0 and "whose head goes on: it has the same classes" in text, text
+    first, second = load(str(tmp_path / "a")), load(str(tmp_path / "b"))
+    assert torch.equal(first.model["head.weight"], second.model["head.weight"]) and second.epoch == 0
+    flags = ["--model", "mae_test", "--pos_label", "none"]
+    assert call(main_pretrain, capsys, *flags, "--output_dir", tmp_path / "c")[0] == 0
+    more = ["--epochs", 2, "--output_dir", tmp_path / "c", "--input_size", 48]
+    code, text = call(main_pretrain, capsys, *flags, *more)
+    assert code == 2 and "with --init_from" in text
+
+
+def test_a_classifier_is_evaluated_at_another_size(tmp_path, capsys):
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=10)
+    with torch.no_grad():
+        model.pos_embed.normal_()
+        model.head.weight.normal_()
+    args = {"model": "vit_test", "input_size": [32], "patch_size": [8]}
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
+    larger = build_classifier("vit_test", img_size=(48, 40), num_classes=10)
+    expected = model.state_dict()
+    cells = expected["pos_embed"][0, 1:].T.reshape(1, 32, 4, 4)
+    cells = torch.nn.functional.interpolate(cells, (6, 5), mode="bicubic", align_corners=False)
+    expected["pos_embed"] = torch.cat([expected["pos_embed"][:, :1], cells.flatten(2).transpose(1, 2)], 1)
+    fitted, note = transfer.fit_for_evaluation(larger, load(str(tmp_path / "c.pth")))
+    assert note == "positional embedding resized from (4, 4) to (6, 5)"
+    assert torch.allclose(fitted.model["pos_embed"], expected["pos_embed"], atol=1e-6)
+    code, text = call(
+        main_finetune,
+        capsys,
+        "--model",
+        "vit_test",
+        "--eval",
+        "--resume",
+        tmp_path / "c.pth",
+        "--input_size",
+        48,
+    )
+    assert code == 0 and "positional embedding resized from (4, 4) to (6, 6) (other than in training" in text

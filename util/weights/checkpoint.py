@@ -125,7 +125,7 @@ def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str
         raise ValueError(f"{e}{hint}") from None
     other_size = _size_remedy(checkpoint, wanted, expected)
     if other_size:
-        raise ValueError(f"{checkpoint.path} is of another image or patch size: {problem}. {other_size}")
+        raise ValueError(f"{checkpoint.path} is of another image size: {problem}. {other_size}")
     origin = ""
     if "model" in checkpoint.args:
         origin = f"It was made with `model` {shown(checkpoint.args['model'])}; "
@@ -140,7 +140,7 @@ def _size_remedy(checkpoint: Checkpoint, wanted: str, expected: Mapping[str, Ten
     parameters = {"pretraining": "`init_from`", "classifier": "`finetune`"}
     weights = checkpoint.model
     differ = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
-    of_the_grid = all(name.endswith("pos_embed") or name.startswith("pos_head.") for name in differ)
+    of_the_grid = all(re.search(r"pos_embed$|^pos_head\..*\.classifier\.", name) for name in differ)
     if wanted not in parameters or not differ or not of_the_grid or weights.keys() != expected.keys():
         return ""
     return (
@@ -196,6 +196,9 @@ HARMLESS = {
     "picture_epochs",
     "predictions",
     "eval",
+    # MAE's flags without an effect here.
+    "dist_eval",
+    "resplit",
     "dist_backend",
     "dist_timeout",
     "dist_url",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layers.classifier import Classifier
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.vit import ViTBackbone
-from util.weights.architecture import square_grid, whole_numbers
+from util.weights.architecture import foreign_parts, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
 from util.weights.types import Checkpoint
 from util.weights.validate import shown
@@ -39,6 +39,7 @@ def init_encoder(
     Raises ValueError for the wrong kind of file, and if the weights do not fit.
     """
     weights = _pretrained_encoder(model, checkpoint)
+    _check_parts(weights, model, checkpoint)
     weights, head = _fit_class_head(weights, model, checkpoint, classes)
     weights, position = _fit_pos_embed(weights, model, checkpoint.args, pos_embed_init)
     weights, channels = _fit_channels(weights, model)
@@ -75,6 +76,18 @@ def _pretrained_encoder(model: Classifier, checkpoint: Checkpoint) -> Weights:
         return weights
     # The norm after the mean becomes that of each token.
     return {k.replace("fc_norm.", "norm."): v for k, v in weights.items()}
+
+
+def _check_parts(weights: Weights, model: Classifier, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if the file has a part, such as LayerScale, that the model does not have."""
+    expected = model.state_dict()
+    unknown = {k: v for k, v in weights.items() if k not in expected and not k.startswith("head")}
+    parts = foreign_parts(unknown)
+    if parts:
+        raise ValueError(
+            f"the encoder in {checkpoint.path} does not fit `model`: it has {', '.join(parts)}; choose the "
+            "model that it was made with, a timm/NAME perhaps"
+        )
 
 
 def _fit_class_head(
