@@ -95,6 +95,8 @@ def add_model_flags(g) -> None:
 
 def add_finetuning_flags(g) -> None:
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
+    published = "start from the weights that timm publishes, with --model timm/NAME"
+    g.add_argument("--pretrained", action="store_true", help=published)
     decay = "learning rate factor per layer, from the top down"
     g.add_argument("--layer_decay", default=0.75, type=SHARE, help=decay)
     partial = "train only the last K blocks and the heads"
@@ -233,15 +235,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     check_evaluation_flags(args)
-    if args.distill and not find(args.model).distillation:
-        raise ValueError(
-            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
-            f"{args.model}"
-        )
-    if args.swin_merge_last and "merge_last" not in find(args.model).options:
-        raise ValueError(
-            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
-        )
+    check_model_flags(args)
     if args.ema and args.strategy == "fsdp":
         raise ValueError(
             "--ema keeps a whole copy of the weights and does not work with --strategy fsdp: leave one out"
@@ -251,6 +245,23 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             "--cache_data device cuts one crop of an image and flips it; RandAugment and colour jitter do "
             "more: give --cache_data memory, or --aa '' without --color_jitter"
+        )
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    if args.distill and not find(args.model).distillation:
+        raise ValueError(
+            f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
+            f"{args.model}"
+        )
+    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
+        raise ValueError(
+            "--pretrained starts a training of --model timm/NAME from timm's own weights: leave it out with "
+            "other models, --finetune and --eval"
+        )
+    if args.swin_merge_last and "merge_last" not in find(args.model).options:
+        raise ValueError(
+            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
         )
 
 
@@ -281,12 +292,25 @@ def find_start(args: argparse.Namespace) -> Start:
     pretrained = None
     # Older checkpoints do not store the new parameters. They are then read from the encoder's file.
     needed = resume is None or (args.partial is not None and new_parameters is None)
+    if args.pretrained and not finetune:
+        finetune = args.model
     if finetune and needed:
-        pretrained = checkpoint.load(finetune)
-        pretrained.drop_optimizer()
+        pretrained = load_encoder(finetune, args.pretrained)
     if new_parameters is None:
         new_parameters = sorted(transfer.new_parameters(pretrained))
     return Start(resume, finetune, pretrained, new_parameters)
+
+
+def load_encoder(finetune: str, published: bool) -> Checkpoint:
+    """Return the checkpoint of --finetune, or with --pretrained the weights that timm publishes."""
+    if published:
+        # timm takes seconds to import.
+        from backbones.timm import published_checkpoint
+
+        return published_checkpoint(finetune)
+    pretrained = checkpoint.load(finetune)
+    pretrained.drop_optimizer()
+    return pretrained
 
 
 def build_data(

@@ -87,14 +87,15 @@ def pretrained_teacher(distill: str, num_classes: int) -> nn.Module:
 
     Raises ValueError if timm does not have them, and if the number of its classes is not `num_classes`.
     """
-    import timm
+    # timm takes seconds to import.
+    from backbones.timm import published_model
 
     try:
-        model = timm.create_model(distill.removeprefix("timm/"), pretrained=True)
-    except Exception as e:  # an unknown name, no weights, no network: many types, one remedy
+        model: Any = published_model(distill)
+    except ValueError as e:
         raise ValueError(
-            f"`distill` {distill}: timm cannot give its pretrained weights ({e}); train a teacher with "
-            "main_finetune.py and give it as `distill_checkpoint`"
+            f"`distill` {distill}: {e}; train a teacher with main_finetune.py and give it as "
+            "`distill_checkpoint`"
         ) from e
     if model.num_classes != num_classes:
         raise ValueError(

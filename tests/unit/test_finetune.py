@@ -248,7 +248,7 @@ def test_distillation_learns_the_teachers_answer():
 
 
 def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
-    import timm
+    from backbones import timm
 
     class Fake(torch.nn.Module):
         num_classes, pretrained_cfg = 5, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
@@ -257,7 +257,7 @@ def test_a_pretrained_teacher_sees_its_own_normalisation(monkeypatch):
             self.seen = x
             return x
 
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: Fake())
+    monkeypatch.setattr(timm, "published_model", lambda name: Fake())
     pixels, mean, std = torch.rand(2, 3, 4, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     shape = (3, 1, 1)
     options = dict(img_size=(4, 4), in_chans=3, mean=mean, std=std)

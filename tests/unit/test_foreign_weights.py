@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import threading
+import urllib.error
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from util.flags.parser import parse, run
 from util.train.optim import param_groups
 from util.weights import locate, transfer
 from util.weights.architecture import architecture
-from util.weights.checkpoint import changed_flags
+from util.weights.checkpoint import changed_flags, load_for_evaluation
 from util.weights.files import load
+from util.weights.types import Checkpoint
 
 
 def weights_of(name: str = "vit_test", **options) -> dict:
@@ -665,3 +667,136 @@ def test_a_classifier_is_evaluated_at_another_size(tmp_path, capsys):
         48,
     )
     assert code == 0 and "positional embedding resized from (4, 4) to (6, 6) (other than in training" in text
+
+
+# -- timm ----------------------------------------------------------------------------------------------------
+def timms(name: str, **options):
+    """A model of timm's with large random weights."""
+    import timm
+
+    torch.manual_seed(7)
+    model = timm.create_model(name, **options).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    # A class token; the mean, LayerScale and registers; channels last and first; a classifier called fc.
+    ["test_vit", "test_vit2", "test_vit3", "test_mambaout", "test_convnext", "test_resnet"],
+)
+def test_timms_own_file_starts_timms_model(tmp_path, name):
+    theirs = timms(name, num_classes=6)
+    torch.save(theirs.state_dict(), tmp_path / "c.pth")
+    size = theirs.pretrained_cfg["input_size"][1:]
+    names = list("abcdef")
+    file = load(str(tmp_path / "c.pth"))
+    ours = build_classifier(f"timm/{name}", img_size=size, num_classes=6).eval()
+    note = transfer.init_encoder(ours, file, "zero", names)
+    assert "has 6 outputs, whose classes the file does not name" in note and "new: nothing" in note
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+        other = build_classifier(f"timm/{name}", img_size=size, num_classes=5).eval()
+        note = transfer.init_encoder(other, file, "zero", names[:5])
+        assert "whose head is left behind" in note and "new: head" in note
+        features = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        pooled = other.pool_tokens(other.forward_features(images))
+        assert torch.allclose(pooled, features, atol=1e-5)
+
+
+def test_timms_file_at_another_size_and_of_grey_images(tmp_path):
+    import timm
+
+    theirs = timms("test_vit2", num_classes=3)
+    torch.save({"state_dict": prefixed(theirs.state_dict(), "module.")}, tmp_path / "c.pth")
+    ours = build_classifier("timm/test_vit2", img_size=(96, 128), in_chans=1, num_classes=3)
+    transfer.init_encoder(ours, load(str(tmp_path / "c.pth")), "zero", list("abc"))
+    # As timm itself does with published weights.
+    expected = timm.create_model("test_vit2", img_size=(96, 128), in_chans=1, num_classes=3).eval()
+    weights = theirs.state_dict()
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    expected.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(weights, expected))
+    images = torch.randn(2, 1, 96, 128)
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(images), expected(images), atol=1e-5)
+    # And our own file of that model, for evaluation.
+    ours = build_classifier("timm/test_vit2", img_size=(96, 96), in_chans=1, num_classes=3)
+    transfer.init_encoder(ours, load(str(tmp_path / "c.pth")), "zero", list("abc"))
+    torch.save({"model": ours.state_dict(), "args": {}}, tmp_path / "ours.pth")
+    larger = build_classifier("timm/test_vit2", img_size=(128, 128), in_chans=1, num_classes=3).eval()
+    load_for_evaluation(larger, load(str(tmp_path / "ours.pth")))
+    again = timm.create_model("test_vit2", img_size=(128, 128), in_chans=1, num_classes=3).eval()
+    weights = {name.removeprefix("backbone."): weight for name, weight in ours.state_dict().items()}
+    again.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(weights, again))
+    images = torch.randn(2, 1, 128, 128)
+    with torch.no_grad():
+        assert torch.allclose(larger(images), again(images), atol=1e-5)
+
+
+def test_a_masked_autoencoder_starts_timms_model():
+    import timm
+
+    mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), pos_embed="sincos")
+    file = Checkpoint("x.pth", mae.state_dict())
+    ours = build_classifier("timm/vit_tiny_patch16_224", img_size=(32, 32), num_classes=4)
+    transfer.init_encoder(ours, file, "zero", list("abcd"))
+    weights = {k: v for k, v in file.encoder_weights().items() if not k.startswith("pos_head.")}
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), num_classes=0).eval()
+    theirs.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = ours.eval().pool_tokens(ours.forward_features(images))
+        assert torch.allclose(found, theirs(images), atol=1e-5)
+
+
+def test_another_models_file_is_refused_in_one_line(tmp_path):
+    torch.save(timms("test_resnet").state_dict(), tmp_path / "c.pth")
+    for name in ("timm/test_vit", "timm/test_convnext", "vit_test", "swin_pico"):
+        model = build_classifier(name, img_size=(64, 64), num_classes=4)
+        with pytest.raises(ValueError, match=r"c\.pth") as error:
+            transfer.init_encoder(model, load(str(tmp_path / "c.pth")), "zero")
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 600
+
+
+def test_timms_published_weights_are_a_start(tmp_path, monkeypatch, capsys):
+    import backbones.timm as models
+
+    published = timms("test_vit")
+    monkeypatch.setattr(models, "_check_reachable", lambda repository: None)
+    real = models.timm.create_model
+    monkeypatch.setattr(
+        models.timm,
+        "create_model",
+        lambda *a, pretrained=False, **k: published if pretrained else real(*a, **k),
+    )
+    flags = ["--model", "timm/test_vit", "--lr", 0, "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *flags, "--pretrained")
+    assert code == 0 and "encoder from timm/test_vit; " in text and "new: head" in text, text
+    saved = load(str(tmp_path / "run"))
+    assert torch.equal(saved.model["backbone.cls_token"], published.cls_token)
+    assert (
+        saved.args["mean"] == list(published.pretrained_cfg["mean"])
+        and saved.args["finetune"] == "timm/test_vit"
+    )
+    # A requeued job repeats the flags.
+    code, text = call(main_finetune, capsys, *flags, "--pretrained", "--epochs", 2)
+    assert code == 0 and "continuing" in text and "not read" not in text, text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--pretrained")
+    assert code == 2 and "--pretrained starts a training of --model timm/NAME" in text
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capsys, tmp_path):
+    import backbones.timm as models
+
+    def unreachable(address, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(models.urllib.request, "urlopen", unreachable)
+    flags = ["--model", "timm/test_vit", "--input_size", 160, "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *flags, "--pretrained")
+    assert code == 2 and "does not answer: no route to host" in text and "give the file as --finetune" in text
+    with pytest.raises(ValueError, match="there are none"):
+        models.published_model("vit_base_patch16_xp_224")

@@ -64,7 +64,10 @@ def _origin(checkpoint: Checkpoint) -> str:
 def _pretrained_encoder(model: Classifier, checkpoint: Checkpoint) -> Weights:
     """The file's weights under the model's names. Raises ValueError for the wrong kind of file."""
     stored = checkpoint.encoder_weights()
-    weights = model.own_names(stored)
+    try:
+        weights = model.own_names(stored)
+    except ValueError as e:
+        raise ValueError(f"the encoder in {checkpoint.path} does not fit `model`: {e}") from None
     needed = {name for name in model.state_dict() if not name.startswith(_CLASSIFIER_HEADS)}
     kinds = ("pretraining", "self-distillation", "dino", "classifier", "encoder")
     # Names that are the model's own need no kind: timm's models have many.
@@ -101,13 +104,18 @@ def _fit_class_head(
     expected = model.state_dict()
     fits = stored == _names(expected, ("head",)) and not misfits(expected, weights, stored)
     # The head of a mean does not read a class token.
-    pooled = ("fc_norm.weight" in checkpoint.encoder_weights()) == ("fc_norm.weight" in expected)
+    pooled = _pools_the_mean(checkpoint.encoder_weights()) == _pools_the_mean(expected)
     if classes is None or not fits or not pooled or checkpoint.classes not in (None, classes):
         return body, "of a classifier, whose head is left behind"
     names = "has the same classes"
     if checkpoint.classes is None:
         names = f"has {len(classes)} outputs, whose classes the file does not name"
     return weights, f"of a classifier, whose head goes on: it {names}"
+
+
+def _pools_the_mean(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a Vision Transformer's head reads the mean of the tokens, which then has a norm of its own."""
+    return "fc_norm.weight" in weights or "backbone.fc_norm.weight" in weights
 
 
 def _fit_pos_embed(
