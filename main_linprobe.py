@@ -293,7 +293,7 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
         # The encoder is probed with the embeddings that it was trained with. Pooling by class token keeps its
         # final norm, for the patch tokens too.
         options = {"pos_embed": "none", "pool": "cls"}
-        if "pos_embed" in state.model:
+        if not {"pos_embed", "backbone.pos_embed"}.isdisjoint(state.encoder_weights()):
             options["pos_embed"] = "learned"
         if state.args.get("patch_embed"):
             options["patch_embed"] = state.args["patch_embed"]
@@ -472,8 +472,11 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
             f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "
             f"{some_names(classes)}"
         )
-    heads = {name: weight for name, weight in saved.model.items() if name.startswith("head.")}
-    checkpoint.load_strict(objective.probe, replace(saved, model=heads))
+    heads = saved
+    if saved.is_whole_probe:
+        # The encoder is loaded already.
+        heads = replace(saved, model={k: v for k, v in saved.model.items() if k.startswith("head.")})
+    checkpoint.load_strict(objective.probe, heads)
     objective.evaluate()
     dist.shutdown()
     return 0

@@ -245,6 +245,41 @@ def test_a_file_of_sere_goes_straight_into_fine_tuning_and_import(tmp_path, caps
     check_equal(load(str(tmp_path / "out.pth")).model, teacher)
 
 
+@pytest.mark.parametrize("layout", ["DINO", "Lightning", "a published backbone of SERE"])
+def test_neighbours_in_the_features_of_another_programs_teacher(tmp_path, capsys, layout):
+    """The encoder is probed with its positional embedding, which the file has under another name."""
+    teacher = weights_of()
+    torch.save({"model": teacher}, tmp_path / "ours.pth")
+    torch.save(LAYOUTS[layout][0](teacher, weights_of()), tmp_path / "theirs.pth")
+    lines = []
+    for name in ("ours", "theirs"):
+        flags = ["--model", "vit_test", "--knn", "--output_dir", tmp_path / name]
+        code, text = call(main_linprobe, capsys, *flags, "--finetune", tmp_path / f"{name}.pth")
+        assert code == 0, text
+        lines.append([line for line in text.splitlines() if line.startswith("* kNN")])
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda w: w * torch.nan, "nan or infinite"),
+        (lambda w: w.to_sparse(), "sparse"),
+        (lambda w: w[:1].expand(10**9, *w.shape[1:]), "fewer numbers"),
+        (lambda w: w.to(torch.complex64), "complex64"),
+    ],
+)
+def test_weights_of_other_programs_are_checked_like_ours(tmp_path, layout, make, message):
+    teacher = weights_of()
+    broken = LAYOUTS[layout][0](teacher | {"norm.weight": make(teacher["norm.weight"])}, weights_of())
+    torch.save(broken, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=message) as error:
+        load(str(tmp_path / "c.pth"))
+    assert "c.pth" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
 # -- folders and addresses -----------------------------------------------------------------------------------
 def test_a_folder_means_its_last_checkpoint(tmp_path, capsys):
     """At each flag that takes a checkpoint."""
