@@ -97,6 +97,8 @@ def add_model_flags(g) -> None:
 
 def add_finetuning_flags(g) -> None:
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
+    published = "start from the weights that timm publishes, with --model timm/NAME"
+    g.add_argument("--pretrained", action="store_true", help=published)
     decay = "learning rate factor per layer, from the top down"
     g.add_argument("--layer_decay", default=0.75, type=LAYER_DECAY, help=decay)
     partial = "train only the last K blocks and the heads"
@@ -117,7 +119,14 @@ import torch
 from torch import Tensor, nn
 
 from backbones.heads import head_options, resolve_head
-from backbones.registry import MODELS, build_classifier, find, freeze_all_but, known_classes
+from backbones.registry import (
+    MODELS,
+    build_classifier,
+    find,
+    freeze_all_but,
+    known_classes,
+    norm_options,
+)
 from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
@@ -141,7 +150,7 @@ from util.train.state import TrainState
 from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
-from util.weights.types import Checkpoint, stored_flags
+from util.weights.types import Checkpoint, stored_eps, stored_flags
 
 
 @dataclass
@@ -255,6 +264,11 @@ def check_model_flags(args: argparse.Namespace) -> None:
             f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
             f"{args.model}"
         )
+    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
+        raise ValueError(
+            "--pretrained starts a training of --model timm/NAME from timm's own weights: leave it out with "
+            "other models, --finetune and --eval"
+        )
     if args.swin_merge_last and "merge_last" not in find(args.model).options:
         raise ValueError(
             f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
@@ -290,9 +304,10 @@ def find_start(args: argparse.Namespace) -> Start:
     pretrained = None
     # Older checkpoints do not store the new parameters. They are then read from the encoder's file.
     needed = resume is None or (args.partial is not None and new_parameters is None)
+    if args.pretrained and not finetune:
+        finetune = args.model
     if finetune and needed:
-        pretrained = checkpoint.load(finetune)
-        pretrained.drop_optimizer()
+        pretrained = load_encoder(finetune, args.pretrained)
     if new_parameters is None:
         new_parameters = sorted(transfer.new_parameters(pretrained))
     return Start(resume, finetune, pretrained, new_parameters)
@@ -304,6 +319,18 @@ def settled(args: argparse.Namespace, start: Start) -> argparse.Namespace:
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), saved, MODELS))
     check_model_flags(args)
     return args
+
+
+def load_encoder(finetune: str, published: bool) -> Checkpoint:
+    """Return the checkpoint of --finetune, or with --pretrained the weights that timm publishes."""
+    if published:
+        # timm takes seconds to import.
+        from backbones.timm import published_checkpoint
+
+        return published_checkpoint(finetune)
+    pretrained = checkpoint.load(finetune)
+    pretrained.drop_optimizer()
+    return pretrained
 
 
 def build_data(
@@ -411,7 +438,7 @@ def check_convolutional_start(pretrained: Checkpoint) -> None:
 
 def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start: Start) -> Classifier:
     """Build the classifier; its weights are loaded by `load_weights`."""
-    options = head_options(args.model, choices.head)
+    options = head_options(args.model, choices.head) | norm_options(args.model, start.trained)
     if choices.head["patch_embed"] == "conv" and start.pretrained is not None:
         check_convolutional_start(start.pretrained)
     pool = args.pool
@@ -442,16 +469,18 @@ def build_model(args: argparse.Namespace, setup: Setup, choices: Choices, start:
     ).to(setup.device)
 
 
-def load_weights(args: argparse.Namespace, model: Classifier, start: Start, flags: dict) -> None:
+def load_weights(
+    args: argparse.Namespace, model: Classifier, start: Start, flags: dict, classes: list[str]
+) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
         print_continuing(args, start.resume, flags)
     elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
     else:
-        note = transfer.init_encoder(model, start.pretrained, args.pos_embed_init)
+        note = transfer.init_encoder(model, start.pretrained, args.pos_embed_init, classes)
         changed = checkpoint.other_than_trained(start.pretrained, flags)
-        dist.print_rank0(f"encoder from {start.finetune}{changed}; {note}")
+        dist.print_rank0(f"encoder from {start.finetune}; {note}{changed}")
     start.pretrained = None  # its memory is needed
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -474,10 +503,13 @@ def evaluate_checkpoint(
 ) -> int:
     """Evaluate --resume; nothing is trained."""
     saved = checkpoint.to_evaluate(start.resume)
-    checkpoint.load_for_evaluation(model, saved)
+    fitted, resized = transfer.fit_for_evaluation(model, saved)
+    checkpoint.load_for_evaluation(model, fitted)
     text = f"evaluating {saved.path} in {setup.precision}"
     if saved.ema is not None:
         text += ", the moving average of its weights"
+    if resized:
+        text += f", {resized}"
     changed = checkpoint.other_than_trained(saved, flags_to_store(args, start, setup, choices))
     dist.print_rank0(text + changed)
     evaluate(model, val_loader, choices.classes, setup, choices.positions, args.predictions)
@@ -521,9 +553,24 @@ def build_optimizer(
     if start.finetune:
         layer_decay = args.layer_decay
     groups = param_groups(
-        model, args.weight_decay, model.no_weight_decay(), layer_decay, model.layer_id, model.num_layers
+        model,
+        args.weight_decay,
+        model.no_weight_decay(),
+        layer_decay,
+        model.layer_id,
+        model.num_layers,
+        by_layer=has_groups_by_layer(start.resume),
     )
     return adamw(groups, lr, betas=(0.9, 0.999))
+
+
+def has_groups_by_layer(resume: Checkpoint | None) -> bool:
+    """Whether the continued optimizer has groups for each layer: MAE's has them without layer decay, too."""
+    if resume is None:
+        return False
+    # Anything else in the file is refused when the state is loaded.
+    groups = (resume.entries.get("optimizer") or {}).get("param_groups")
+    return isinstance(groups, list) and len(groups) > 2
 
 
 def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices: Choices) -> dict:
@@ -534,7 +581,8 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
     }
-    return checkpoint.plain_flags(vars(args)) | resolved | choices.labels | choices.head
+    kept = stored_eps(start.trained)
+    return checkpoint.plain_flags(vars(args)) | resolved | kept | choices.labels | choices.head
 
 
 def main(args: argparse.Namespace) -> int:
@@ -557,7 +605,7 @@ def main(args: argparse.Namespace) -> int:
     if loader is None:  # --eval
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
     flags = flags_to_store(args, start, setup, choices)
-    load_weights(args, model, start, flags)
+    load_weights(args, model, start, flags, choices.classes)
     frozen_norms = freeze(args, model, start)
     if args.strategy == "fsdp":
         fsdp.shard(model, device, setup.amp)

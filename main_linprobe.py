@@ -82,7 +82,7 @@ def add_model_flags(g) -> None:
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
-from backbones.registry import MODELS, build_classifier, find, trained_options
+from backbones.registry import MODELS, build_classifier, find, norm_options, trained_options
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
@@ -123,12 +123,12 @@ LOST = 100  # times the chance level of the loss
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
-    if not args.finetune:
+    if not args.finetune and not args.eval:
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     if args.eval and (args.knn or args.dry_run or not args.resume):
         raise ValueError(
-            "--eval needs --resume FILE, a trained probe, in addition to the encoder of --finetune; it does "
-            "not work with --knn or --dry_run"
+            "--eval needs --resume FILE, a trained probe, and the encoder of --finetune unless the file "
+            "holds it, as MAE's do; it does not work with --knn or --dry_run"
         )
     if args.knn and args.dry_run:
         raise ValueError("--dry_run plans training, and --knn trains nothing: leave one of them out")
@@ -160,6 +160,8 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     before: dict[str, Any] = {}
     if args.eval:
         before = checkpoint.to_evaluate(start).args
+    if args.eval and start is not None and start.is_whole_probe:
+        before = before | maes_choices(start, args.pool)
     resolved = {"pool": args.pool or "cls"}
     for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
@@ -168,6 +170,43 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     if before.get("lr_grid") is not None:
         resolved["lr_grid"] = before["lr_grid"]
     return argparse.Namespace(**vars(args) | resolved)
+
+
+def maes_choices(saved: Checkpoint, pool: str | None) -> dict[str, Any]:
+    """Return the choices that a probe file of MAE's shows: one head, on the mean if there is a norm after it.
+
+    Raises ValueError if another `pool` is given.
+    """
+    own = "avg" if "fc_norm.weight" in saved.model else "cls"
+    if pool not in (None, own):
+        flag = {"avg": "--global_pool", "cls": "--cls_token"}[own]
+        raise ValueError(f"{saved.path} is a probe with {flag}: give that flag, or neither")
+    return {"pool": own, "lr_grid": [1.0]}
+
+
+def probed_encoder(args: argparse.Namespace, start: Checkpoint | None) -> Checkpoint:
+    """Return the checkpoint of the frozen encoder: --finetune, or a probe file of MAE's, which holds it."""
+    if args.eval and checkpoint.to_evaluate(start).is_whole_probe:
+        return checkpoint.to_evaluate(start)
+    if not args.finetune:
+        path = checkpoint.to_evaluate(start).path
+        raise ValueError(
+            f"{path} holds the heads of a probe alone: give the encoder, too, by --finetune FILE"
+        )
+    pretrained = checkpoint.load(args.finetune)
+    pretrained.drop_optimizer()
+    return pretrained
+
+
+@dataclass(frozen=True)
+class MaesFeatures:
+    """Features as a classifier of MAE's pools them: with its own norm after the mean."""
+
+    backbone: Classifier
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.backbone.pool_tokens(self.backbone.forward_features(images))
 
 
 @dataclass(frozen=True)
@@ -257,10 +296,13 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
         # The encoder is probed with the embeddings that it was trained with. Pooling by class token keeps its
         # final norm, for the patch tokens too.
         options = {"pos_embed": "none", "pool": "cls"}
-        if "pos_embed" in state.model:
+        if not {"pos_embed", "backbone.pos_embed"}.isdisjoint(state.encoder_weights()):
             options["pos_embed"] = "learned"
         if state.args.get("patch_embed"):
             options["patch_embed"] = state.args["patch_embed"]
+        if state.is_whole_probe:
+            options["pool"] = args.pool
+        options |= norm_options(args.model, state.args)
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
     if args.patch_size:
@@ -269,7 +311,7 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
         args.model, img_size=setup.size, in_chans=args.in_chans, num_classes=0, **options
     )
     dist.print_rank0(transfer.init_encoder(model, state, "zero"))
-    dist.print_rank0(f"encoder from {args.finetune}{checkpoint.other_than_trained(state, flags)}")
+    dist.print_rank0(f"encoder from {state.path}{checkpoint.other_than_trained(state, flags)}")
     if args.pool == "cls" and not model.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
     return model.to(setup.device).eval().requires_grad_(False)
@@ -421,6 +463,8 @@ def build_objective(
 
 def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Checkpoint, flags: dict) -> int:
     """Evaluate the trained probe --resume; nothing is trained."""
+    if saved.is_whole_probe and isinstance(objective.features, Features):
+        objective.features = MaesFeatures(objective.features.backbone)
     if args.cached:
         cache_validation_features(args, objective)
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))
@@ -431,7 +475,11 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
             f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "
             f"{some_names(classes)}"
         )
-    checkpoint.load_strict(objective.probe, saved)
+    heads = saved
+    if saved.is_whole_probe:
+        # The encoder is loaded already.
+        heads = replace(saved, model={k: v for k, v in saved.model.items() if k.startswith("head.")})
+    checkpoint.load_strict(objective.probe, heads)
     objective.evaluate()
     dist.shutdown()
     return 0
@@ -450,8 +498,7 @@ def main(given: argparse.Namespace) -> int:
     device = dist.init(given.device, given.dist_backend, given.dist_timeout, given.local_rank)
     start = find_start(given)
     args = as_trained(given, start)
-    pretrained = checkpoint.load(args.finetune)
-    pretrained.drop_optimizer()
+    pretrained = probed_encoder(args, start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)

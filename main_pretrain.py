@@ -108,7 +108,7 @@ from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
-from util.weights.types import Checkpoint
+from util.weights.types import Checkpoint, stored_eps
 
 
 class Relations:
@@ -419,15 +419,26 @@ def load_start(args: argparse.Namespace, flags: dict, objective: Pretraining, st
     """Print how the run starts; load the weights of --init_from, if it starts from them."""
     if start.resume is not None:
         print_continuing(args, start.resume, flags)
+        keep_norm_eps(objective, start.resume, flags)
         return
     if start.weights is None:
         dist.print_rank0("starting from scratch")
         return
     note = transfer.init_from(objective.model, start.weights)
+    keep_norm_eps(objective, start.weights, flags)
     start.weights = None  # its memory is needed
     if objective.relations is not None:
         copy_parameters(objective.relations.teacher, objective.model)
     dist.print_rank0(f"weights from {args.init_from}, fresh schedule; {note}")
+
+
+def keep_norm_eps(objective: Pretraining, source: Checkpoint, flags: dict) -> None:
+    """Give model and teacher the epsilon that the weights were trained with, and store it in this run."""
+    for name, eps in stored_eps(source.args).items():
+        flags[name] = eps
+        objective.model.set_norm_eps(eps)
+        if objective.relations is not None:
+            objective.relations.teacher.set_norm_eps(eps)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -117,9 +117,10 @@ class MaskedAutoencoderViT(ViTBackbone):
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_pos_embed.data.copy_(sincos_2d(dim, self.grid))
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, self.decoder.num_heads, self.trunk.mlp_ratio) for _ in range(self.decoder.depth)
+            Block(dim, self.decoder.num_heads, self.trunk.mlp_ratio, norm_eps=self.trunk.norm_eps)
+            for _ in range(self.decoder.depth)
         )
-        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(dim, eps=self.trunk.norm_eps)
         pixels = self.patch_size[0] * self.patch_size[1] * self.in_chans
         self.decoder_pred = nn.Linear(dim, pixels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):

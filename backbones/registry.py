@@ -1,7 +1,7 @@
 """All classifiers by name: ours, and every timm backbone as timm/NAME."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
 from util.weights.architecture import whole_numbers
-from util.weights.types import Checkpoint
+from util.weights.types import NORM_EPS, Checkpoint
 from util.weights.validate import MOST_PIXELS, shown
 
 MODELS: dict[str, Entry[Classifier]] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
@@ -101,6 +101,14 @@ def _imagenet_classes(outputs: int | None, data: list[str]) -> list[str] | None:
 
 def _numbers_out_of_order(names: list[str]) -> bool:
     return all(name.isdigit() for name in names) and sorted(names, key=int) != names
+
+
+def norm_options(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The option `norm_eps` of a classifier, if the stored flags name an epsilon and the model takes one."""
+    eps = flags.get(NORM_EPS)
+    if eps is None or "norm_eps" not in find(name).options:
+        return {}
+    return {"norm_eps": eps}
 
 
 def trained_options(flags: dict) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.heads import head_options, resolve_head
-from backbones.registry import build_classifier, trained_options
+from backbones.registry import build_classifier, norm_options, trained_options
 from util.data.sources.image_index import some_names
 from util.weights.checkpoint import load, load_for_evaluation
 
@@ -68,6 +68,7 @@ def _stored_teacher(
             f"{some_names(classes)}: fine-tune a teacher on them"
         )
     options = head_options(name, resolve_head({}, name, saved)) | trained_options(flags)
+    options |= norm_options(name, flags)
     teacher = build_classifier(
         name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
     )
@@ -86,14 +87,15 @@ def pretrained_teacher(distill: str, num_classes: int) -> nn.Module:
 
     Raises ValueError if timm does not have them, and if the number of its classes is not `num_classes`.
     """
-    import timm
+    # timm takes seconds to import.
+    from backbones.timm import published_model
 
     try:
-        model = timm.create_model(distill.removeprefix("timm/"), pretrained=True)
-    except Exception as e:  # an unknown name, no weights, no network: many types, one remedy
+        model: Any = published_model(distill)
+    except ValueError as e:
         raise ValueError(
-            f"`distill` {distill}: timm cannot give its pretrained weights ({e}); train a teacher with "
-            "main_finetune.py and give it as `distill_checkpoint`"
+            f"`distill` {distill}: {e}; train a teacher with main_finetune.py and give it as "
+            "`distill_checkpoint`"
         ) from e
     if model.num_classes != num_classes:
         raise ValueError(

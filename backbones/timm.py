@@ -8,6 +8,10 @@ import difflib
 import functools
 import math
 import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +23,9 @@ from torch import Tensor, nn
 
 from layers.classifier import POOLS, Classifier
 from layers.contract import Entry, Heads
+from util.weights.layouts import without_backbone
+from util.weights.transfer import adapt_channels
+from util.weights.types import Checkpoint
 
 # Layouts of a model's features: tokens in a sequence, channels last, channels first.
 SEQUENCE = "NLC"
@@ -127,6 +134,24 @@ class TimmClassifier(Classifier):
             tokens = self._to_tokens(norm(self._from_tokens(tokens)))
         return tokens[:, self.num_prefix :]
 
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of timm's model, or of this one, under the names of this one.
+
+        timm's own filter resizes embeddings of another image or patch size. The class head of timm's model
+        becomes `head`. Raises ValueError if timm cannot convert the weights.
+        """
+        prefix = "backbone."
+        heads, body = _heads_and_body(weights, self.backbone)
+        expected = {name: weight.shape for name, weight in self.backbone.state_dict().items()}
+        if {name: weight.shape for name, weight in body.items()} != expected:
+            body = _fitted(body, self.backbone, self.in_chans)
+        named = {prefix + name: weight for name, weight in body.items()}
+        if self.trunk.pos_embed == "none":
+            # The zeros of `_remove_pos_embed` stay.
+            own = self.state_dict()
+            named |= {name: own[name] for name in own if name.rpartition(".")[2] == "pos_embed"}
+        return named | heads
+
     def no_weight_decay(self) -> set[str]:
         """timm's list for the model."""
         if not hasattr(self.backbone, "no_weight_decay"):
@@ -163,6 +188,71 @@ def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:
         if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
             return norm
     return None
+
+
+def _names_of(backbone: Any, entry: str) -> list[str]:
+    """Names of layers in the configuration of a timm model: one, several, or none."""
+    found = (getattr(backbone, "pretrained_cfg", None) or {}).get(entry) or ()
+    if isinstance(found, str):
+        return [found]
+    return list(found)
+
+
+def _heads_and_body(
+    weights: Mapping[str, Tensor], backbone: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The heads under our names, and the backbone under timm's, of a file of ours or of timm's."""
+    # Label heads are ours in all files.
+    heads = {name: weight for name, weight in weights.items() if name.startswith("pos_head.")}
+    body = {name: weight for name, weight in weights.items() if name not in heads}
+    own = without_backbone(body)
+    if own:
+        heads |= {name: weight for name, weight in body.items() if not name.startswith("backbone.")}
+        return heads, own
+    heads |= _pop_class_head(body, backbone)
+    return heads, body
+
+
+def _pop_class_head(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Take timm's class head out of the weights, and return it under our name."""
+    heads = {}
+    # DeiT's second classifier has no place in a model of one head.
+    for i, layer in enumerate(_names_of(backbone, "classifier")):
+        for part in ("weight", "bias"):
+            weight = weights.pop(f"{layer}.{part}", None)
+            if weight is not None and i == 0:
+                heads[f"head.{part}"] = weight
+    return heads
+
+
+def _fitted(weights: dict[str, Tensor], backbone: Any, in_chans: int) -> dict[str, Tensor]:
+    """Fit weights of timm's names to a model with other channels, sizes or pooling."""
+    for layer in _names_of(backbone, "first_conv"):
+        first = weights.get(f"{layer}.weight")
+        if first is not None and first.ndim == 4 and first.shape[1] != in_chans:
+            weights[f"{layer}.weight"] = adapt_channels(first, in_chans)
+    weights = _filtered(weights, backbone)
+    own = backbone.state_dict()
+    # The same norm, before or after the pooling.
+    for here, there in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
+        if f"{there}weight" in own and f"{there}weight" not in weights and f"{here}weight" not in own:
+            weights = {re.sub(f"^{re.escape(here)}", there, name): w for name, w in weights.items()}
+    return weights
+
+
+def _filtered(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Apply the filter that timm applies to published weights of this kind of model, if it has one."""
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return weights
+    try:
+        return dict(convert(weights, backbone))
+    except (AssertionError, AttributeError, KeyError, IndexError, RuntimeError, TypeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(
+            f"timm cannot fit these weights to its {type(backbone).__name__} ({reason}): use a file of the "
+            "same model, trained on square images if the size is another one now"
+        ) from None
 
 
 @torch.no_grad()
@@ -334,6 +424,63 @@ def timm_model(name: str, trunk: TimmTrunk, heads: Heads) -> TimmClassifier:
     if trunk.pos_embed == "none":
         _remove_pos_embed(backbone, name)
     return TimmClassifier(backbone, trunk, heads)
+
+
+# Seconds until a hub that does not answer counts as unreachable; timm would try for minutes.
+_HUB_TIMEOUT = 10
+
+
+def published_model(name: str) -> nn.Module:
+    """A timm model with the weights that timm publishes for it, from the hub or its cache.
+
+    Raises ValueError if there are none, and if they cannot be had.
+    """
+    name = name.removeprefix("timm/")
+    try:
+        config = timm.get_pretrained_cfg(name)
+        # Some names are models of two kinds, with weights for one of them.
+        if config is None or not config.has_weights:
+            raise ValueError("there are none")
+        _check_reachable(config.hf_hub_id)
+        return timm.create_model(name, pretrained=True)
+    except Exception as e:  # an unknown name, no network, a wrong hash: many types, one remedy
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"cannot get timm's weights of timm/{name} ({reason})") from e
+
+
+def _check_reachable(repository: str | None) -> None:
+    """Raise OSError if weights on the Hugging Face hub are not in the cache, and the hub does not answer."""
+    if not repository:
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        # It has answered.
+        return
+    except OSError as e:
+        raise OSError(f"{constants.ENDPOINT} does not answer: {getattr(e, 'reason', e)}") from None
+
+
+def published_checkpoint(name: str) -> Checkpoint:
+    """The weights that timm publishes for a model as a checkpoint, with the statistics of its images.
+
+    Raises ValueError as `published_model` does.
+    """
+    try:
+        model: Any = published_model(name)
+    except ValueError as e:
+        raise ValueError(
+            f"{e}: where a network reaches the hub, save the state_dict() of timm.create_model(..., "
+            "pretrained=True) with torch.save, and give the file as `finetune`"
+        ) from None
+    config = model.pretrained_cfg
+    flags = {"in_chans": config["input_size"][0], "mean": list(config["mean"]), "std": list(config["std"])}
+    return Checkpoint(f"timm/{name.removeprefix('timm/')}", model.state_dict(), flags)
 
 
 def _side_or_pair(size: tuple[int, int]) -> int | tuple[int, int]:

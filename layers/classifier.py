@@ -4,6 +4,7 @@ Shapes: B batch, N patch tokens, C channels of a token, F channels of the pooled
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -78,6 +79,13 @@ class Classifier(Backbone):
                 "`head` second_order relates patch tokens, but the last grid of this model is "
                 f"{h}x{w}: {remedy}"
             )
+
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a file under the names of this model: Lightning's classifiers have `backbone.` first."""
+        prefix = "backbone."
+        if any(name.startswith(prefix) for name in weights):
+            return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        return dict(weights)
 
     def init_heads(self, feature_dim: int) -> None:
         """Create the class head; subclasses add heads of their own."""

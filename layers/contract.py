@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from layers.self_relation import RelationHead
 
+# Epsilon of the layer norms of MAE and timm.
+NORM_EPS = 1e-6
+
 
 def option(name: str, default: Any) -> Any:
     """A record's field that a registry entry takes under another name than the field's own."""
@@ -38,7 +41,7 @@ class Trunk:
         drop_path: stochastic depth of the last block; it grows linearly from 0 in the first.
         patch_embed: "linear" (MAE's) or "conv" (So-ViT's, for images without masking).
         qkv_bias: whether queries, keys and values have biases.
-        norm_eps: epsilon of the layer norms.
+        norm_eps: epsilon of the layer norms, also of a decoder's.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -52,7 +55,7 @@ class Trunk:
     drop_path: float = 0.0
     patch_embed: str = "linear"
     qkv_bias: bool = True
-    norm_eps: float = 1e-6
+    norm_eps: float = NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,10 @@ class Backbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C)."""
         raise NotImplementedError
+
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a file under the names of this model; most models have the names that files have."""
+        return dict(weights)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, in addition to all one-dimensional ones."""

@@ -3,6 +3,7 @@
 Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ class ViTBackbone(Backbone):
     def resized_pos_embed(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """The positional embedding (1, num_prefix + L, C) of this model, resized to a `grid`."""
         return resize_pos_embed(table, self.grid, grid)
+
+    def set_norm_eps(self, eps: float) -> None:
+        """Set the epsilon of all layer norms, as of a file that was trained with another one."""
+        self.trunk = dataclasses.replace(self.trunk, norm_eps=eps)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""

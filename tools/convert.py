@@ -10,6 +10,7 @@ import torch
 
 import models_mae_pl
 from backbones import registry as models
+from layers.contract import NORM_EPS as DEFAULT_EPS
 from tools import stored_model
 from tools.formats import (
     DECODER,
@@ -30,7 +31,7 @@ from util.weights import transfer
 from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import save_atomic
 from util.weights.files import DIGEST, digest, load
-from util.weights.types import Checkpoint
+from util.weights.types import NORM_EPS, Checkpoint
 
 # Format -> the endings of its files. A Hugging Face model is a folder of any name.
 SUFFIXES = {
@@ -40,8 +41,6 @@ SUFFIXES = {
     "hf": ("",),
     "safetensors": (".safetensors",),
 }
-# The epsilon of our layer norms.
-EPS = 1e-6
 
 
 # -- export --------------------------------------------------------------------------------------------------
@@ -68,6 +67,8 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     if not out.endswith(SUFFIXES[to]):
         raise ValueError(f"`to` {to} writes {' or '.join(SUFFIXES[to])}, found {out}")
     checkpoint = read(path)
+    # The file itself, if `path` is a run's folder.
+    path = checkpoint.path
     source = stored_model.model_of(checkpoint)
     if to == "encoder":
         checkpoint = _encoder_of(checkpoint, source)
@@ -136,6 +137,8 @@ def _hidden_facts(source: Model, arch: Architecture) -> dict[str, Any]:
     }
     if arch.decoder_depth and isinstance(source, models_mae_pl.MaskedAutoencoderViT):
         flags["decoder_heads"] = source.decoder.num_heads
+    if source.trunk.norm_eps != DEFAULT_EPS:
+        flags[NORM_EPS] = source.trunk.norm_eps
     return flags
 
 
@@ -147,7 +150,9 @@ def _write_encoder(checkpoint: Checkpoint, arch: Architecture, source: Model, pa
 
 
 def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
-    # Without label heads and with a positional embedding, our weights have MAE's names.
+    # Without label heads and with a positional embedding, our weights have MAE's names. MAE's models have one
+    # epsilon, which matters for tokens of small variance: the comparison is with that.
+    eps = checkpoint.args.pop(NORM_EPS, None)
     save_atomic(checkpoint.to_dict(), partial)
     flags = "--finetune {out}"
     if arch.classes:
@@ -155,7 +160,10 @@ def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partia
     if arch.decoder_depth:
         flags += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
     usage = f"facebookresearch/mae and this toolkit load it with {flags}"
-    return Written(_reloaded(partial, arch), "the plain MAE model", usage)
+    model = "the plain MAE model"
+    if eps is not None:
+        model += f" (layer_norm_eps {DEFAULT_EPS:g} instead of {eps:g})"
+    return Written(_reloaded(partial, arch), model, usage)
 
 
 def _write_safetensors(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
@@ -186,7 +194,7 @@ def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, parti
     else:
         save_file(weights, partial)
         weights = load_file(partial)
-    options = timm_options(arch, source.trunk.num_heads, source.img_size)
+    options = timm_options(arch, source.trunk, source.img_size)
     keywords = ", ".join(f"{k}={v!r}" for k, v in options.items())
     usage = f"timm.create_model('vit_base_patch16_224', checkpoint_path='{{out}}', {keywords})"
     return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage)
@@ -224,11 +232,11 @@ def import_file(path: str, out: str) -> float:
     if not out.endswith(".pth"):
         raise ValueError(f"import writes .pth, found {out}")
     checkpoint = read(path)
+    path = checkpoint.path
     if "pos_label" in checkpoint.args:
         raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
     model = stored_model.model_of(checkpoint)
     checkpoint.args["input_size"] = list(model.img_size)
-    eps = checkpoint.args.pop("layer_norm_eps", None) or EPS
     arch = architecture(checkpoint)
     checkpoint.args |= _hidden_facts(model, arch)
     name = _model_name(arch)
@@ -239,11 +247,7 @@ def import_file(path: str, out: str) -> float:
         ours = stored_model.model_of(load(partial))
         library, theirs, full = _other_model(checkpoint, arch, ours)
         difference = largest_difference(ours, theirs, full)
-        note = ""
-        if eps != EPS:
-            # It matters for tokens of small variance.
-            note = f" (layer_norm_eps {eps:g}, ours 1e-06)"
-        refuse_above_limit(difference, path, f"{library} model{note}")
+        refuse_above_limit(difference, path, f"{library} model")
     name = checkpoint.args.get("model")
     usage = f"no model of ours has its size: {arch.depth} blocks of {arch.dim}"
     if name:
@@ -272,5 +276,5 @@ def _other_model(checkpoint: Checkpoint, arch: Architecture, ours: Model) -> tup
     if os.path.isdir(checkpoint.path):
         full = arch.decoder_depth > 0
         return "transformers'", hf_outputs(checkpoint.path, full, arch.classes), full
-    options = timm_options(arch, ours.trunk.num_heads, ours.img_size)
+    options = timm_options(arch, ours.trunk, ours.img_size)
     return "timm's", timm_outputs(checkpoint.model, options), False

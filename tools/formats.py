@@ -6,6 +6,7 @@ transformers read.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.contract import NORM_EPS, Trunk
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
 from util.files.atomic import read_json
 from util.weights.architecture import Architecture
 from util.weights.files import load
-from util.weights.types import Checkpoint
+from util.weights.locate import LAST
+from util.weights.types import Checkpoint, stored_eps
 from util.weights.validate import plain_flags, shown
 
 Weights = dict[str, Tensor]
@@ -35,7 +38,7 @@ LIMIT = 1e-4
 MASK_RATIO = 0.75
 DECODER = ("decoder_", "mask_token")
 # Weights of pretraining objectives, which neither the plain Vision Transformer nor its decoder has.
-LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.")
+LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.", "masked_embed", "channel_sere", "pixel_sere")
 
 # Hugging Face's names of the parts of a block, and of everything else, with ours.
 _HF_BLOCK = {
@@ -154,6 +157,11 @@ def _hf_name(part: str, prefix: str) -> str:
 
 
 # -- reading -------------------------------------------------------------------------------------------------
+def is_hf_folder(path: str) -> bool:
+    """Whether a path is to be read as a Hugging Face folder: a folder, but not of a run of ours."""
+    return os.path.isdir(path) and not os.path.exists(os.path.join(path, LAST))
+
+
 def read(path: str) -> Checkpoint:
     """Any checkpoint, or a Hugging Face folder, with its evaluated weights under our names.
 
@@ -161,17 +169,16 @@ def read(path: str) -> Checkpoint:
     names are kept. Raises ValueError for a Hugging Face file without its folder, and for models with a
     distillation token.
     """
-    if os.path.isdir(path):
+    if is_hf_folder(path):
         checkpoint = _read_hf_folder(path)
     else:
         checkpoint = load(path)
+    path = checkpoint.path
     if checkpoint.kind == "huggingface":
         raise ValueError(f"{path}: give its folder, in which config.json stores the number of heads")
     if checkpoint.kind == "dino":
-        prefix = "backbone."
-        backbone = {k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)}
         # Without the stored flags, which are DINO's.
-        checkpoint = Checkpoint(path, backbone)
+        checkpoint = Checkpoint(path, checkpoint.encoder_weights())
     if checkpoint.kind == "self-distillation":
         weights = checkpoint.encoder_weights()
     else:
@@ -273,8 +280,18 @@ def appears_whole(out: str, path: str) -> Iterator[str]:
 
 
 # -- timm ----------------------------------------------------------------------------------------------------
-def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> dict[str, Any]:
+class NormOf(functools.partial):
+    """A layer norm of some epsilon, shown as the Python code that makes it."""
+
+    def __repr__(self) -> str:
+        return f"functools.partial(torch.nn.LayerNorm, eps={self.keywords['eps']!r})"
+
+
+def timm_options(arch: Architecture, trunk: Trunk, img_size: tuple[int, int]) -> dict[str, Any]:
     """Keywords that make timm's `vit_base_patch16_224` a model of this architecture."""
+    norm = {}
+    if trunk.norm_eps != NORM_EPS:
+        norm["norm_layer"] = NormOf(torch.nn.LayerNorm, eps=trunk.norm_eps)
     pool = "token"
     if arch.pool == "avg":
         pool = "avg"
@@ -284,10 +301,11 @@ def timm_options(arch: Architecture, heads: int, img_size: tuple[int, int]) -> d
         in_chans=arch.in_chans,
         embed_dim=arch.dim,
         depth=arch.depth,
-        num_heads=heads,
+        num_heads=trunk.num_heads,
         mlp_ratio=arch.mlp_ratio,
         num_classes=arch.classes,
         global_pool=pool,
+        **norm,
     )
 
 
@@ -339,7 +357,7 @@ def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int]
 
     _check_hf_can_hold(checkpoint.path, arch)
     name = _hf_class(arch)
-    config = _hf_config(name, arch, heads)
+    config = _hf_config(name, arch, heads) | stored_eps(checkpoint.args)
     if arch.decoder_depth:
         config["norm_pix_loss"] = bool(checkpoint.args.get("norm_pix_loss"))
     if arch.classes:
@@ -403,8 +421,8 @@ def _hf_config(name: str, arch: Architecture, heads: tuple[int, int]) -> dict[st
         "image_size": _square(arch.img_size),
         "patch_size": _square(arch.patch_size),
         "num_channels": arch.in_chans,
-        # Our models' value. transformers' default is 1e-12.
-        "layer_norm_eps": 1e-6,
+        # transformers' default is 1e-12.
+        "layer_norm_eps": NORM_EPS,
         "hidden_act": "gelu",
         "qkv_bias": True,
         "attention_probs_dropout_prob": 0.0,

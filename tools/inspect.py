@@ -1,10 +1,9 @@
 """Describes a checkpoint: its kind, its architecture, its origin, and the commands that take it."""
 
 import hashlib
-import os
 
 from tools import stored_model
-from tools.formats import read
+from tools.formats import is_hf_folder, read
 from util.data.sources.image_index import some_names
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
 from util.weights.files import load
@@ -17,17 +16,20 @@ def describe(path: str) -> str:
 
     Raises ValueError if the file cannot be read.
     """
-    is_folder = os.path.isdir(path)
+    is_folder = is_hf_folder(path)
     # `read` would leave out the label heads and the entries that are to be described.
     if is_folder:
         checkpoint = read(path)
     else:
         checkpoint = load(path)
     lines = {"kind": KINDS[checkpoint.kind][0] + _target(checkpoint) + _origin(checkpoint, is_folder)}
+    if checkpoint.origin:
+        lines["read"] = checkpoint.origin
     lines |= _model_lines(checkpoint)
     lines |= _content_lines(checkpoint)
     if not is_folder:
-        with open(path, "rb") as f:
+        # The file that a run's folder or an address stands for.
+        with open(checkpoint.path, "rb") as f:
             lines["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
     lines["for"] = _accepted_by(checkpoint, is_folder)
     return "\n".join([path, *(f"  {name:<11} {text}" for name, text in lines.items())])

@@ -1,6 +1,7 @@
 """Exported files give the same outputs in other libraries and come back equal; broken files are refused."""
 
 import argparse
+import functools
 import json
 import pathlib
 import pickle
@@ -10,16 +11,20 @@ import pytest
 import torch
 
 import checkpoints
+import commands
 import main_finetune
 import main_linprobe
 import main_pretrain
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from backbones.registry import build_classifier
+from layers.pos_embed import sincos_2d
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from tools import convert, inspect
 from tools import formats as conversions
 from tools.stored_model import model_of
+from util.data.pixels import Pixels
 from util.flags.parser import parse, run
+from util.train.setup import Setup
 from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint, kind_of
 
@@ -165,22 +170,47 @@ def check_transformers_outputs(ours, folder, expect_equal: bool):
         assert torch.allclose(losses["pixel"], answer.loss, atol=1e-4), "target and norm_pix_loss agree"
 
 
-@pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny"])
-def test_a_classifier_without_an_encoder_file_starts_another(name):
-    """Swin from one data set to the next. A plain Vision Transformer's encoder is exported first instead."""
+@pytest.mark.parametrize("name", ["swin_pico", "so_vit_7", "timm/nest_tiny", "vit_test"])
+def test_a_classifier_starts_another(name):
+    """From one data set to the next: without its head, unless the classes are the same."""
     torch.manual_seed(0)
     first, second = (
         build_classifier(name, img_size=(64, 64), num_classes=n, pos_label="apl") for n in (7, 7)
     )
-    note = transfer.init_encoder(second, Checkpoint("x.pth", first.state_dict()), "zero")
+    new = {k: v.clone() for k, v in second.state_dict().items()}
+    names = list("abcdefg")
+    file = Checkpoint("x.pth", first.state_dict(), classes=names)
+    note = transfer.init_encoder(second, file, "zero", list("hijklmn"))
     assert "of a classifier, whose head is left behind" in note and "new: head" in note
     for k, v in second.state_dict().items():
-        same = torch.equal(v, first.state_dict()[k])
-        assert same or k.startswith("head"), k
-        assert not same or not k.endswith(("head.weight", "fc.weight", "pool.start")), k
-    vit = build_classifier("vit_test", img_size=(32, 32), num_classes=7)
-    with pytest.raises(ValueError, match="is a fine-tuned classifier, not an encoder"):
-        transfer.init_encoder(vit, Checkpoint("x.pth", vit.state_dict()), "zero")
+        assert torch.equal(v, new[k] if k.startswith("head") else first.state_dict()[k]), k
+    note = transfer.init_encoder(second, file, "zero", names)
+    assert "whose head goes on: it has the same classes; " in note and "new: nothing" in note
+    assert all(torch.equal(v, first.state_dict()[k]) for k, v in second.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pool, stored, classes, kept",
+    [
+        ("avg", None, 5, True),
+        ("cls", None, 5, False),
+        ("avg", None, 4, False),
+        ("avg", list("abcde"), 5, True),
+        ("avg", list("abcdf"), 5, False),
+    ],
+)
+def test_a_head_goes_on_where_classes_and_pooling_agree(pool, stored, classes, kept):
+    first = randomised(build_classifier("vit_test", img_size=(32, 32), num_classes=5))
+    second = build_classifier("vit_test", img_size=(48, 48), num_classes=classes, pool=pool)
+    file = Checkpoint("x.pth", first.state_dict(), {"input_size": [32], "patch_size": [8]}, stored)
+    note = transfer.init_encoder(second, file, "zero", list("abcde")[:classes])
+    assert ("whose head goes on" in note) == kept and "resized from (4, 4) to (6, 6)" in note
+    assert (
+        second.head.weight.shape == first.head.weight.shape
+        and torch.equal(second.head.weight, first.head.weight)
+    ) == kept
+    norm = second.fc_norm if pool == "avg" else second.norm
+    assert torch.equal(norm.weight, first.fc_norm.weight), "the last norm goes along in both places"
 
 
 def test_flags_that_differ_in_form_only_are_no_change():
@@ -234,21 +264,79 @@ def test_a_folder_written_by_transformers_is_imported(tmp_path):
         )
 
 
-def test_another_epsilon_is_named_where_it_matters(tmp_path):
+def test_another_epsilon_of_the_layer_norms_goes_along(tmp_path, capsys):
+    """Into the imported file, the models that are made of it, and back; MAE's models cannot have it."""
+    timm = pytest.importorskip("timm")
     transformers = pytest.importorskip("transformers")
 
     config = transformers.ViTConfig(
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
-        image_size=16,
+        intermediate_size=128,
+        image_size=32,
         patch_size=8,
-        layer_norm_eps=1e-2,
+        layer_norm_eps=0.5,
     )
-    transformers.ViTModel(config).save_pretrained(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"layer_norm_eps 0\.01, ours 1e-06"):
-        convert.import_file(str(tmp_path / "hf"), str(tmp_path / "a.pth"))
+    theirs = randomised(transformers.ViTModel(config, add_pooling_layer=False))
+    theirs.save_pretrained(tmp_path / "hf")
+    file = str(tmp_path / "a.pth")
+    assert convert.import_file(str(tmp_path / "hf"), file) < 1e-4
+    state = checkpoint.load(file)
+    assert state.args["layer_norm_eps"] == 0.5
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        assert torch.allclose(model_of(state).forward_features(images), expected, atol=1e-4)
+        flags = ["--model", "vit_test", "--finetune", file, "--input_size", "32", "--device", "cpu"]
+        args = parse(main_linprobe.get_args_parser(), flags)
+        setup = Setup(torch.device("cpu"), "fp32", (32, 32), Pixels((0.5,) * 3, (0.5,) * 3))
+        probed = main_linprobe.load_backbone(args, state, setup, {})
+        assert torch.allclose(probed.forward_features(images), expected, atol=1e-4)
+    capsys.readouterr()
+    convert.export(file, str(tmp_path / "t.pth"), "timm")
+    code = capsys.readouterr().out.splitlines()[1]
+    model = eval(code, {"timm": timm, "torch": torch, "functools": functools}).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.forward_features(images), expected, atol=1e-4)
+    convert.export(file, str(tmp_path / "back"), "hf")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["layer_norm_eps"] == 0.5
+    with pytest.raises(ValueError, match=r"layer_norm_eps 1e-06 instead of 0\.5"):
+        convert.export(file, str(tmp_path / "m.pth"), "mae")
+
+
+def test_runs_keep_the_epsilon_of_their_start(tmp_path, capsys):
+    mae = randomised(MODELS["mae_test"](img_size=(32, 32), pos_label="none", norm_eps=0.5))
+    with torch.no_grad():
+        mae.decoder_pos_embed.copy_(sincos_2d(32, (4, 4)))
+    file = saved(tmp_path / "a.pth", mae, layer_norm_eps=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    cells = torch.arange(16).expand(2, -1)
+    with torch.no_grad():
+        expected = mae(images, ids_keep=cells[:, :4])[1]
+        assert torch.allclose(model_of(checkpoint.load(file))(images, ids_keep=cells[:, :4])[1], expected)
+    flags = ["--model", "mae_test", "--pos_label", "none", "--lr", "0", "--picture_epochs", "9"]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    start(main_pretrain, capsys, *flags, "--init_from", file, "--output_dir", first)
+    start(main_pretrain, capsys, *flags, "--resume", first, "--output_dir", second, "--epochs", "2")
+    with torch.no_grad():
+        again = model_of(checkpoint.load(second))
+        assert torch.allclose(again(images, ids_keep=cells[:, :4])[1], expected)
+        latent = mae.forward_encoder(images, cells)
+    flags = ["--model", "vit_test", "--cls_token", "--lr", "0"]
+    start(main_finetune, capsys, *flags, "--finetune", second, "--output_dir", str(tmp_path / "ft"))
+    tuned = checkpoint.load(str(tmp_path / "ft"))
+    assert tuned.args["layer_norm_eps"] == 0.5
+    with torch.no_grad():
+        assert torch.allclose(model_of(tuned).forward_features(images), latent, atol=1e-5)
+    start(main_finetune, capsys, *flags, "--output_dir", str(tmp_path / "ft"), "--epochs", "2")
+    assert checkpoint.load(str(tmp_path / "ft")).args["layer_norm_eps"] == 0.5
+
+
+def start(main, capsys, *flags) -> None:
+    """Run a main, which must succeed."""
+    code, text = commands.call(main, capsys, *flags)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("classes", [0, 5])
@@ -375,7 +463,8 @@ def test_the_encoder_of_a_classifier_keeps_its_norm(tmp_path):
 
 def test_a_conversion_that_would_differ_is_refused(tmp_path, monkeypatch):
     file = saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32))))
-    monkeypatch.setattr(convert, "timm_options", lambda a, heads, size: conversions.timm_options(a, 4, size))
+    options = conversions.timm_options
+    monkeypatch.setattr(convert, "timm_options", lambda *a: options(*a) | {"num_heads": 4})
     with pytest.raises(
         ValueError, match=r"our model and timm's VisionTransformer differ by .* nothing was written"
     ):
@@ -475,7 +564,7 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
             "model",
             "a Hugging Face file",
         ),
-        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "a DINO-style file"),
+        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "heads of DINO, iBOT, SERE"),
         (
             {"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)},
             "model",
@@ -592,7 +681,6 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
             "encoder",
             "it is for main_finetune.py and main_linprobe.py --finetune",
         ),
-        (main_finetune, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
         (main_finetune, "--finetune", [], "huggingface", "it is for checkpoints.py import"),
         (
             main_finetune,
@@ -604,7 +692,6 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
         ),
         (main_finetune, "--resume", ["--eval"], "pretraining", "main_linprobe.py --finetune"),
         (main_finetune, "--finetune", [], "other_size", "the encoder in"),
-        (main_linprobe, "--finetune", [], "classifier", "it is for main_finetune.py --resume"),
         (main_linprobe, "--finetune", [], "probe", "it is for main_linprobe.py --resume"),
         (main_pretrain, "--init_from", [], "other_size", "does not fit this model: "),
     ],

@@ -146,6 +146,34 @@ def test_checksums_of_parts_make_that_of_the_whole():
         assert joined_crc(*parts, len(text) - cut) == zlib.crc32(text)
 
 
+@pytest.mark.parametrize("module", ["zlib", "isal.isal_zlib"])
+def test_both_implementations_of_the_checksum_agree(tmp_path, monkeypatch, module):
+    from util.weights import archive, files
+
+    crc32 = pytest.importorskip(module).crc32
+    monkeypatch.setattr(archive, "crc32", crc32)
+    monkeypatch.setattr(files, "crc32", crc32)
+    saved = small_file(tmp_path / "c.pth")
+    assert all(torch.equal(v, saved["model"][k]) for k, v in load(str(tmp_path / "c.pth")).model.items())
+    assert files.digest({"w": torch.arange(12, dtype=torch.int16)}, {"args": "{}"}) == "c82397fa"
+    whole = (tmp_path / "c.pth").read_bytes()
+    place = whole.index(saved["model"]["b"].numpy().tobytes())
+    (tmp_path / "c.pth").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    refusal(tmp_path / "c.pth", "does not have the checksum")
+
+
+def test_the_checksum_is_zlibs_without_isal(monkeypatch):
+    import importlib
+    import sys
+
+    from util.weights import archive
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "isal.isal_zlib", None)
+        assert importlib.reload(archive).crc32 is zlib.crc32
+    importlib.reload(archive)
+
+
 def test_files_that_were_written_without_checksums_load(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

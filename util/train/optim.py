@@ -14,14 +14,17 @@ def param_groups(
     layer_decay: float = 1.0,
     layer_id: Callable[[str], int] | None = None,
     num_layers: int = 0,
+    by_layer: bool = False,
 ) -> list[dict]:
     """Return groups for AdamW. Biases, norms and the names in `skip` are not decayed.
 
     With `layer_decay` below 1 each depth has its own groups. Their `lr_scale` is layer_decay **
     (num_layers - depth), so that the head learns at the full rate (BEiT; MAE appendix A.1). `layer_id`
-    maps a parameter's name to its depth. Without layer decay there are two groups, in MAE's order: first
-    the one without weight decay.
+    maps a parameter's name to its depth. Without layer decay there are two groups, in the order of MAE's
+    pretraining: first the one without weight decay. MAE's fine-tuning has groups for each depth in any
+    case; `by_layer` makes them.
     """
+    by_layer = layer_id is not None and (by_layer or layer_decay < 1)
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -29,13 +32,14 @@ def param_groups(
         decay = weight_decay
         if p.ndim <= 1 or name in skip:
             decay = 0.0
-        scale = 1.0
-        if layer_decay < 1 and layer_id:
-            scale = layer_decay ** (num_layers - layer_id(name))
+        depth = num_layers
+        if by_layer and layer_id is not None:
+            depth = layer_id(name)
+        scale = layer_decay ** (num_layers - depth)
         new = {"params": [], "weight_decay": decay, "lr_scale": scale}
-        groups.setdefault((scale, decay > 0), new)["params"].append(p)
+        groups.setdefault((depth, decay > 0), new)["params"].append(p)
     found = list(groups.values())
-    if layer_decay == 1:
+    if not by_layer:
         # Optimizer states are loaded by position, and MAE's files have this order.
         found.sort(key=lambda group: group["weight_decay"])
     return found

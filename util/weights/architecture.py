@@ -15,6 +15,19 @@ MOST_PIXELS = 1 << 16
 MOST_CELLS = 1 << 16
 # Weights that only So-ViT has: the second-order head and the convolutional patch embedding.
 SO_VIT = ("head.pool.start", "patch_embed.stem.0.weight")
+# What the name of a weight begins with -> the part of a model that it belongs to, which a plain Vision
+# Transformer does not have. BEiT, DINOv2, EVA and others have some of them.
+_FOREIGN = {
+    r"head\.pool\.": "So-ViT's second-order head",
+    r"patch_embed\.stem\.": "a convolutional patch embedding",
+    r"(rel_pos_bias|blocks\.\d+\.attn)\.relative_position_": "relative position biases",
+    r"blocks\.\d+\.(gamma_|ls)\d": "LayerScale",
+    r"blocks\.\d+\.attn\.[qv]_bias": "separate biases of queries and values",
+    r"blocks\.\d+\.attn\.(q|k)_norm\.": "norms of queries and keys",
+    r"blocks\.\d+\.mlp\.(w\d|fc1_g|norm)": "a gated or normalised MLP",
+    r"(reg_token|register_tokens)": "register tokens",
+    r"norm_pre\.": "a norm before the blocks",
+}
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,23 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is {KINDS[checkpoint.kind][0]}, but it does not hold a plain Vision "
             f"Transformer; it has {', '.join(map(shown, list(weights)[:4]))}"
         )
-    parts = [k for k in SO_VIT if k in weights]
+    parts = foreign_parts(weights)
     if "blocks.0.attn.qkv.bias" not in weights:
-        parts.append("no attn.qkv.bias")
+        parts.append("no biases of queries, keys and values together")
     if parts:
         raise ValueError(
-            f"{checkpoint.path} has parts of So-ViT ({', '.join(parts)}): it does not hold a plain Vision "
-            "Transformer"
+            f"{checkpoint.path} does not hold a plain Vision Transformer: it has {', '.join(parts)}"
         )
+
+
+def foreign_parts(weights: Mapping[str, Tensor]) -> list[str]:
+    """What a plain Vision Transformer does not have, in words, each with the name of a weight."""
+    found = {}
+    for name in weights:
+        for pattern, words in _FOREIGN.items():
+            if words not in found and re.match(pattern, name):
+                found[words] = name
+    return [f"{words} ({shown(name)})" for words, name in found.items()]
 
 
 def _shape(checkpoint: Checkpoint, name: str, ndim: int) -> tuple[int, ...]:

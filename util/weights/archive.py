@@ -14,6 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+try:
+    # Intel's implementation, the extra `fast`, is several times as fast as most builds of zlib.
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
 MAGIC = b"PK\x03\x04"
 # The part of a record that a thread reads and sums up at once: it fits the cache of a core.
 CHUNK = 1 << 19
@@ -225,7 +231,7 @@ class Archive(io.RawIOBase):
             if not count:
                 break
             # In the same thread, while the bytes are in the cache of its core.
-            crc = zlib.crc32(chunk[:count], crc)
+            crc = crc32(chunk[:count], crc)
             done += count
         return done, crc
 

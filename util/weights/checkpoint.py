@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.contract import Backbone
 from util import dist
 from util.dist.fsdp import cut_like
 from util.files.atomic import replacing
 from util.weights.files import load
+from util.weights.locate import LAST
 from util.weights.types import Checkpoint, kind_of, stored_flags
 from util.weights.validate import shown
 
-LAST = "checkpoint-last.pth"
 NUMBERED = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.pth")
 # How many whole checkpoints are looked for to be offered in the place of a damaged one.
 MOST_LISTED = 5
@@ -102,14 +103,15 @@ def load_strict(model: torch.nn.Module, checkpoint: Checkpoint, kept: Collection
     expected = {k: v for k, v in model.state_dict().items() if k not in kept}
     problem = describe_mismatch(expected, checkpoint.model)
     if problem:
-        _refuse(checkpoint, kind_of(expected), problem)
+        _refuse(checkpoint, expected, problem)
     # A sharded model takes its rank's part of each tensor.
     weights = {k: cut_like(v, expected[k]) for k, v in checkpoint.model.items()}
     model.load_state_dict(weights, strict=not kept)
 
 
-def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
+def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str) -> None:
     """Raise the error for weights that do not fit: the wrong kind of file, or a model of other sizes."""
+    wanted = kind_of(expected)
     # If the kind is wrong, hundreds of names differ, and only the kind helps the user.
     try:
         checkpoint.check_kind(wanted)
@@ -121,6 +123,9 @@ def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
                 "; if it lies in `output_dir`, choose another `output_dir`: this run would continue from it"
             )
         raise ValueError(f"{e}{hint}") from None
+    other_size = _size_remedy(checkpoint, wanted, expected)
+    if other_size:
+        raise ValueError(f"{checkpoint.path} is of another image size: {problem}. {other_size}")
     origin = ""
     if "model" in checkpoint.args:
         origin = f"It was made with `model` {shown(checkpoint.args['model'])}; "
@@ -130,16 +135,30 @@ def _refuse(checkpoint: Checkpoint, wanted: str, problem: str) -> None:
     )
 
 
+def _size_remedy(checkpoint: Checkpoint, wanted: str, expected: Mapping[str, Tensor]) -> str:
+    """What to do with weights that differ in their grid of patches alone; '' if they differ otherwise."""
+    parameters = {"pretraining": "`init_from`", "classifier": "`finetune`"}
+    weights = checkpoint.model
+    differ = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
+    of_the_grid = all(re.search(r"pos_embed$|^pos_head\..*\.classifier\.", name) for name in differ)
+    if wanted not in parameters or not differ or not of_the_grid or weights.keys() != expected.keys():
+        return ""
+    return (
+        "A run continues at its own size: start a new one, in another `output_dir`, with "
+        f"{parameters[wanted]} {checkpoint.path}, which resizes the embedding and starts fresh moments"
+    )
+
+
 def load_for_evaluation(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Load the evaluated weights of a fine-tuned classifier, without label heads that the model lacks."""
     checkpoint.check_kind("classifier")
     # A model for evaluation has label heads only if their accuracy was asked for.
     expected = model.state_dict()
-    weights = {
-        k: v
-        for k, v in checkpoint.evaluated_weights().items()
-        if k in expected or not k.startswith("pos_head.")
-    }
+    stored = checkpoint.evaluated_weights()
+    if isinstance(model, Backbone):
+        # Of a timm model for other sizes.
+        stored = model.own_names(stored)
+    weights = {k: v for k, v in stored.items() if k in expected or not k.startswith("pos_head.")}
     load_strict(model, replace(checkpoint, model=weights))
 
 
@@ -177,6 +196,9 @@ HARMLESS = {
     "picture_epochs",
     "predictions",
     "eval",
+    # MAE's flags without an effect here.
+    "dist_eval",
+    "resplit",
     "dist_backend",
     "dist_timeout",
     "dist_url",
@@ -190,6 +212,10 @@ HARMLESS = {
     "strategy",
     "grad_checkpointing",
 }
+# Flags that are usually left out and then have the value of the model, the data or the checkpoint. MAE stores
+# the values that they got, such as the learning rate.
+LEFT_OPEN = {"patch_size", "lr", "nb_classes", "in_chans", "input_size", "mean", "std", "layer_norm_eps"}
+LEFT_OPEN |= {"finetune", "init_from"}
 # Flags that decide what an image is.
 IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
 
@@ -242,7 +268,7 @@ def _substitute(last: str, resume: str, problem: str) -> str:
     another file, and if there is none.
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    is_other = bool(resume) and not (os.path.exists(resume) and os.path.samefile(last, resume))
+    is_other = _is_another_file(resume, last)
     if is_other and not requeued:
         return resume
     found: list[str] = []
@@ -263,6 +289,14 @@ def _substitute(last: str, resume: str, problem: str) -> str:
         f"{problem}. Undamaged numbered checkpoints: {', '.join(found)}. The same command with "
         f"`resume` {found[0]} continues from the newest, and its next save replaces the damaged file"
     )
+
+
+def _is_another_file(resume: str, last: str) -> bool:
+    """Whether `resume` is given and means another file than `last`."""
+    if os.path.isdir(resume):
+        # A folder stands for its last checkpoint.
+        resume = os.path.join(resume, LAST)
+    return bool(resume) and not (os.path.exists(resume) and os.path.samefile(last, resume))
 
 
 def _whole_numbered(folder: str, most: int) -> list[str]:
@@ -321,9 +355,31 @@ def changed_flags(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{k}: {_text(old[k])} -> {v}"
         for k, v in sorted(new.items())
-        # Lists are equal to their one number: MAE stores `input_size` as a number, we as a list.
-        if k in old and k not in HARMLESS and str(old[k]) != str(v) and [old[k]] != v
+        if k in old and k not in HARMLESS and not _means_the_same(k, old[k], v)
     ]
+
+
+def _means_the_same(name: str, old: Any, new: Any) -> bool:
+    """Whether a stored value and one of this run are the same; other programs spell some differently."""
+    if new in (None, "") and name in LEFT_OPEN:
+        return True
+    # MAE stores `input_size` as a number, we as a list. [224] and [224, 224] are the same square.
+    if _square(old) == _square(new):
+        return True
+    if isinstance(old, (int, float)) and isinstance(new, (int, float)) and type(old) is not bool:
+        return old == new
+    # argparse leaves an empty text where another program has nothing.
+    return str(old) == str(new) or {str(old), str(new)} <= {"", "None"}
+
+
+def _square(value: Any) -> list[Any]:
+    """A number or a list as a list, in which a pair of equal numbers is one."""
+    values = [value]
+    if isinstance(value, list):
+        values = value
+    if len(values) == 2 and values[0] == values[1]:
+        return values[:1]
+    return values
 
 
 def _text(value: Any) -> str:

@@ -7,14 +7,15 @@ import os
 import pathlib
 import pickle
 import pickletools
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from util.weights import archive, validate
+from util.weights import archive, layouts, validate
+from util.weights.archive import crc32
+from util.weights.locate import located
 from util.weights.types import Checkpoint
 from util.weights.validate import shown
 
@@ -24,8 +25,6 @@ _SAFE_CLASSES: list[Any] = [
     argparse.Namespace,
     *((c, f"{home}.{c.__name__}") for c in _PATH_CLASSES for home in ("pathlib", "pathlib._local")),
 ]
-# Entries that hold the weights, in the order of preference: ours and MAE's, timm's, DINO's.
-_WEIGHT_ENTRIES = ("model", "state_dict", "teacher", "student")
 # What safetensors files of ours store as text, besides tensors.
 _METADATA = ("args", "classes")
 DIGEST = "crc32"
@@ -35,13 +34,17 @@ _ARRAY = b"bytearray\n"
 def load(path: str) -> Checkpoint:
     """Load a checkpoint without running any code in it; tensors are on the CPU.
 
+    `path` is a file, a run's folder, which stands for its last checkpoint, or an address, which all ranks
+    must load together. The weights lose the prefixes of torch.compile and the like; see `layouts`.
+
     All fields have the types that `Checkpoint` states: weights are dense, real and finite, and flags are
-    plain values. Other entries are as the file has them. MAE's own files load too: they pickle
-    an argparse.Namespace with pathlib paths.
+    plain values. Other entries are as the file has them. MAE's own files load too: they pickle an
+    argparse.Namespace with pathlib paths.
 
     Raises ValueError with the reason if the file is missing, empty, truncated, damaged, not a checkpoint, or
     would run code (the message lists the names that it asks for), and if a field has another type.
     """
+    path = located(path)
     _check_exists(path)
     if path.endswith(".safetensors"):
         state = _load_safetensors(path)
@@ -56,26 +59,23 @@ def load(path: str) -> Checkpoint:
         if type(name) is not str:
             raise ValueError(f"{path} has an entry named {shown(name)}, which is no text: {validate.REMEDY}")
     most_bytes = archive.most_bytes(path)
-    entry = _weight_entry(state, path)
-    weights = validate.state_dict(path, entry, state[entry], most_bytes)
-    rest = {k: v for k, v in state.items() if k not in ("model", "args", "classes")}
+    found = layouts.find(path, state)
+    weights = validate.state_dict(path, ".".join(found.entries), found.weights, most_bytes)
+    weights, note = layouts.unwrapped(path, weights)
+    if found.role:
+        note = "; ".join([f"the {found.role}'s weights", *filter(None, [note])])
+    used = {"model", "args", "classes", found.entries[0]}
+    if found.role:
+        # The other model of a file of DINO's, iBOT's or SERE's, of which nothing else is used.
+        used |= {"teacher", "student"}
     return Checkpoint(
         path,
-        model=_unwrapped(weights, path),
+        model=weights,
         args=validate.plain_flags(path, state.get("args")),
         classes=validate.class_names(path, state.get("classes")),
-        entries=validate.entries(path, rest, most_bytes),
+        entries=validate.entries(path, {k: v for k, v in state.items() if k not in used}, most_bytes),
+        origin=note,
     )
-
-
-def _unwrapped(weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The weights without the prefix that DistributedDataParallel gives all names; DINO stores it."""
-    unwrapped = {k.removeprefix("module."): v for k, v in weights.items()}
-    if len(unwrapped) < len(weights):
-        raise ValueError(
-            f"{path} has weights twice, with the prefix 'module.' and without: {validate.REMEDY}"
-        )
-    return unwrapped
 
 
 def _check_exists(path: str) -> None:
@@ -227,19 +227,10 @@ def digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The CRC-32 of tensors and of what is stored with them; the safetensors format has no checksums."""
     crc = 0
     for name in _METADATA:
-        crc = zlib.crc32(metadata.get(name, "").encode(), crc)
+        crc = crc32(metadata.get(name, "").encode(), crc)
     for name, tensor in sorted(weights.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         if tensor.numel():
             # numpy does not know all types, but the bytes of all.
-            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+            crc = crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
-
-
-def _weight_entry(state: dict[str, Any], path: str) -> str:
-    """The name of the entry that holds the weights."""
-    for name in _WEIGHT_ENTRIES:
-        if isinstance(state.get(name), dict):
-            return name
-    entries = ", ".join(map(shown, list(state)[:8])) or "nothing"
-    raise ValueError(f"{path} does not have an entry 'model'; it has {entries}")

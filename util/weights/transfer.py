@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layers.classifier import Classifier
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.vit import ViTBackbone
-from util.weights.architecture import SO_VIT, square_grid, whole_numbers
+from util.weights.architecture import foreign_parts, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
 from util.weights.types import Checkpoint
 from util.weights.validate import shown
@@ -23,10 +23,14 @@ _CLASSIFIER_HEADS = ("head", "fc_norm.", "pos_head.", "dist_token")
 _PRETRAINING_HEADS = ("pos_head.", "sr_")
 
 
-def init_encoder(model: Classifier, checkpoint: Checkpoint, pos_embed_init: str) -> str:
+def init_encoder(
+    model: Classifier, checkpoint: Checkpoint, pos_embed_init: str, classes: list[str] | None = None
+) -> str:
     """Load a pretrained encoder into a classifier of the same architecture; returns a line on what was done.
 
-    - Decoder and mask token are left out, and the head of a Swin, So-ViT or timm classifier.
+    - Decoder, mask token and the heads of DINO, iBOT and SERE are left out.
+    - A classifier is an encoder, too. Its head goes on if the model has the same head and the file the same
+      `classes`, or as many without names; None leaves the head out.
     - A positional embedding of another grid is resized (bicubic, height and width separately). If the
       checkpoint lacks it, a learned one starts as `pos_embed_init` says: zero, sincos or normal (std 0.02).
     - A patch embedding of other channels is adapted as in timm.
@@ -34,7 +38,9 @@ def init_encoder(model: Classifier, checkpoint: Checkpoint, pos_embed_init: str)
 
     Raises ValueError for the wrong kind of file, and if the weights do not fit.
     """
-    weights, origin = _pretrained_encoder(checkpoint)
+    weights = _pretrained_encoder(model, checkpoint)
+    _check_parts(weights, model, checkpoint)
+    weights, head = _fit_class_head(weights, model, checkpoint, classes)
     weights, position = _fit_pos_embed(weights, model, checkpoint.args, pos_embed_init)
     weights, channels = _fit_channels(weights, model)
     weights = _leave_out_unfit_heads(weights, model)
@@ -44,24 +50,72 @@ def init_encoder(model: Classifier, checkpoint: Checkpoint, pos_embed_init: str)
     _check_fit(weights, model, heads - weights.keys(), checkpoint)
     # Not strict: new heads stay as they were initialised.
     model.load_state_dict(weights, strict=False)
-    notes = [note for note in (origin, position, channels) if note]
+    notes = [note for note in (_origin(checkpoint), head, position, channels) if note]
     return "; ".join([*notes, _new_note(heads - weights.keys())])
 
 
-def _pretrained_encoder(checkpoint: Checkpoint) -> tuple[Weights, str]:
-    """The encoder's weights, and a note on whose they are. Raises ValueError for the wrong kind of file."""
-    weights = checkpoint.encoder_weights()
+def _origin(checkpoint: Checkpoint) -> str:
+    """Whose weights are taken from a file that holds several models."""
     if checkpoint.kind == "self-distillation":
-        return weights, "the teacher's weights"
-    # `checkpoints.py export` writes encoder files of plain Vision Transformers only. Other classifiers start
-    # another one directly.
-    plain = any(k.startswith("blocks.") for k in weights) and not any(k in weights for k in SO_VIT)
-    if checkpoint.kind == "classifier" and not plain:
-        body = {k: v for k, v in weights.items() if not k.startswith("head")}
-        return body, "of a classifier, whose head is left behind"
-    if checkpoint.kind != "pretraining":
+        return "the teacher's weights"
+    return checkpoint.origin
+
+
+def _pretrained_encoder(model: Classifier, checkpoint: Checkpoint) -> Weights:
+    """The file's weights under the model's names. Raises ValueError for the wrong kind of file."""
+    stored = checkpoint.encoder_weights()
+    try:
+        weights = model.own_names(stored)
+    except ValueError as e:
+        raise ValueError(f"the encoder in {checkpoint.path} does not fit `model`: {e}") from None
+    needed = {name for name in model.state_dict() if not name.startswith(_CLASSIFIER_HEADS)}
+    kinds = ("pretraining", "self-distillation", "dino", "classifier", "encoder")
+    # Names that are the model's own need no kind: timm's models have many.
+    if checkpoint.kind not in kinds and not needed <= weights.keys():
         checkpoint.check_kind("encoder")
-    return weights, ""
+    if checkpoint.kind not in ("classifier", "probe") or "fc_norm.weight" not in weights:
+        return weights
+    if "fc_norm.weight" in model.state_dict():
+        return weights
+    # The norm after the mean becomes that of each token.
+    return {k.replace("fc_norm.", "norm."): v for k, v in weights.items()}
+
+
+def _check_parts(weights: Weights, model: Classifier, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if the file has a part, such as LayerScale, that the model does not have."""
+    expected = model.state_dict()
+    unknown = {k: v for k, v in weights.items() if k not in expected and not k.startswith("head")}
+    parts = foreign_parts(unknown)
+    if parts:
+        raise ValueError(
+            f"the encoder in {checkpoint.path} does not fit `model`: it has {', '.join(parts)}; choose the "
+            "model that it was made with, a timm/NAME perhaps"
+        )
+
+
+def _fit_class_head(
+    weights: Weights, model: Classifier, checkpoint: Checkpoint, classes: list[str] | None
+) -> tuple[Weights, str]:
+    """Keep the class head of a file if it answers the same question, or leave it out."""
+    stored = _names(weights, ("head",))
+    if not stored:
+        return weights, ""
+    body = {k: v for k, v in weights.items() if k not in stored}
+    expected = model.state_dict()
+    fits = stored == _names(expected, ("head",)) and not misfits(expected, weights, stored)
+    # The head of a mean does not read a class token.
+    pooled = _pools_the_mean(checkpoint.encoder_weights()) == _pools_the_mean(expected)
+    if classes is None or not fits or not pooled or checkpoint.classes not in (None, classes):
+        return body, "of a classifier, whose head is left behind"
+    names = "has the same classes"
+    if checkpoint.classes is None:
+        names = f"has {len(classes)} outputs, whose classes the file does not name"
+    return weights, f"of a classifier, whose head goes on: it {names}"
+
+
+def _pools_the_mean(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a Vision Transformer's head reads the mean of the tokens, which then has a norm of its own."""
+    return "fc_norm.weight" in weights or "backbone.fc_norm.weight" in weights
 
 
 def _fit_pos_embed(
@@ -102,6 +156,25 @@ def _resized_pos_embed(
     if grid != new_grid:
         note += f", resized from {grid} to {new_grid}"
     return torch.cat([table[:, :prefix], more, table[:, prefix:]], dim=1), note
+
+
+def fit_for_evaluation(model: Classifier, checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
+    """The evaluated weights of a classifier, for a model of another image size; and a note on what was done.
+
+    The positional embedding is resized as in `init_encoder`, so that a model can be evaluated on larger
+    images than it was trained on (Touvron et al. 2019). All other weights stay.
+    """
+    weights = dict(checkpoint.evaluated_weights())
+    entries = {name: entry for name, entry in checkpoint.entries.items() if name != "ema"}
+    note = ""
+    expected = model.state_dict().get("pos_embed")
+    table = weights.get("pos_embed")
+    if expected is not None and table is not None and table.shape != expected.shape:
+        _check_sizes("pos_embed", table, 3)
+        grid = grid_of(checkpoint.args, table.shape[1] - 1 - ("dist_token" in weights))
+        weights["pos_embed"], _ = _resized_pos_embed(table, grid, expected.shape[1], model.grid)
+        note = f"positional embedding resized from {grid} to {model.grid}"
+    return replace(checkpoint, model=weights, entries=entries), note
 
 
 def _check_sizes(name: str, weight: Tensor, ndim: int) -> None:

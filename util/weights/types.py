@@ -1,14 +1,17 @@
 """What a checkpoint file holds: the `Checkpoint` type and the kinds of checkpoints."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from util.weights.layouts import without_backbone
 from util.weights.validate import shown
 
+# The stored flag of a model whose layer norms have another epsilon than the model's own.
+NORM_EPS = "layer_norm_eps"
 # Kind -> (its description, the commands and flags that take it).
 KINDS = {
     "pretraining": (
@@ -23,12 +26,15 @@ KINDS = {
     "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
     "classifier": (
         "a fine-tuned classifier",
-        "main_finetune.py --resume, with --eval to evaluate; --finetune takes its encoder alone, which "
-        "checkpoints.py export --to encoder writes",
+        "main_finetune.py --resume, with --eval to evaluate; main_finetune.py and main_linprobe.py "
+        "--finetune, which take its encoder",
     ),
     "probe": ("a linear probe", "main_linprobe.py --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
-    "dino": ("a DINO-style file of student and teacher", "checkpoints.py import"),
+    "dino": (
+        "a backbone and heads of DINO, iBOT, SERE or the like",
+        "main_finetune.py and main_linprobe.py --finetune; checkpoints.py import",
+    ),
     "unknown": ("a file of weights that no command here knows", "none of the commands here"),
 }
 # Kind -> what the name of one of its weights starts with. The first kind that matches counts: a pretraining
@@ -45,7 +51,11 @@ _SIGNS = {
     "dino": r"backbone\.",
 }
 # Weights that only pretraining needs.
-PRETRAINING_ONLY = ("decoder_", "mask_token", "ibot_head.", "sr_")
+PRETRAINING_ONLY = (
+    *("decoder_", "mask_token", "ibot_head.", "sr_"),
+    # In the backbones of iBOT and SERE.
+    *("masked_embed", "channel_sere", "pixel_sere"),
+)
 
 
 def kind_of(keys: Collection[str]) -> str:
@@ -62,7 +72,8 @@ class Checkpoint:
 
     `args` are the stored flags, {} if the file stores none. `classes` are the class names in the order of the
     classifier's outputs. `entries` are all other entries under the names of the file: optimizer, scaler,
-    epoch, step, best, meters, and the state dicts of further modules (ema, teacher, centres).
+    epoch, step, best, meters, and the state dicts of further modules (ema, teacher, centres). `origin` says
+    which of several models in the file was taken, if there were several.
     """
 
     path: str
@@ -70,11 +81,17 @@ class Checkpoint:
     args: dict[str, Any] = field(default_factory=dict)
     classes: list[str] | None = None
     entries: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def kind(self) -> str:
         """A key of `KINDS`."""
         return kind_of(self.model)
+
+    @property
+    def is_whole_probe(self) -> bool:
+        """Whether a probe's file holds its encoder, too, as MAE's files do."""
+        return self.kind == "probe" and any(name.startswith("blocks.") for name in self.model)
 
     @property
     def step(self) -> int | None:
@@ -107,6 +124,8 @@ class Checkpoint:
             weights = self.entries["teacher"]
         else:
             weights = self.evaluated_weights()
+        if self.kind == "dino":
+            weights = without_backbone(weights)
         return {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_ONLY)}
 
     def check_kind(self, wanted: str) -> None:
@@ -135,6 +154,11 @@ class Checkpoint:
         if self.classes is not None:
             stored["classes"] = self.classes
         return stored | self.entries
+
+
+def stored_eps(flags: Mapping[str, Any]) -> dict[str, float]:
+    """The flag NORM_EPS alone if it is among the stored flags, else nothing."""
+    return {name: value for name, value in flags.items() if name == NORM_EPS and value is not None}
 
 
 def stored_flags(checkpoint: Checkpoint | None) -> dict[str, Any]:

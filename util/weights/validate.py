@@ -226,6 +226,11 @@ def _number(path: str, field: str, value: Any) -> None:
     number(path, field, value)
 
 
+def _epsilon(path: str, field: str, value: Any) -> None:
+    if not 0 < number(path, field, value) <= 1:
+        refuse(path, field, value, "a number above 0, up to 1")
+
+
 def _share(path: str, field: str, value: Any) -> None:
     if not 0 <= number(path, field, value) < 1:
         refuse(path, field, value, "a number from 0 to below 1")
@@ -240,7 +245,8 @@ _FLAGS: dict[str, Callable[[str, str, Any], None]] = {
     **dict.fromkeys(("std", "lr_grid"), _positive_numbers),
     **dict.fromkeys(("input_size", "patch_size", "so_dims"), _sizes),
     **dict.fromkeys(("norm_pix_loss", "swin_merge_last"), _choice),
-    **dict.fromkeys(("layer_norm_eps", "so_alpha", "so_dropout"), _number),
+    **dict.fromkeys(("so_alpha", "so_dropout"), _number),
+    "layer_norm_eps": _epsilon,
     "mask_ratio": _share,
     "new_parameters": _texts,
 }
