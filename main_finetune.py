@@ -131,7 +131,7 @@ from util.data.transforms import CropSettings, eval_transform, finetune_transfor
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
 from util.run.log import Log
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget
+from util.run.session import STOPPED, describe_batch, effective_batch, join_ranks, open_budget
 from util.train.amp import resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import WeightAverage, adamw, param_groups
@@ -522,7 +522,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
 
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    device = join_ranks(args)
     if args.output_dir and not (args.eval or args.dry_run):
         dist.make_shared_folder(args.output_dir)
 

@@ -114,7 +114,7 @@ from util.evaluate.knn import knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
 from util.run.log import Log
 from util.run.plan import write_record
-from util.run.session import STOPPED, effective_batch, open_budget
+from util.run.session import STOPPED, effective_batch, join_ranks, open_budget
 from util.train.amp import products, resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import lars
@@ -124,7 +124,7 @@ from util.weights.types import Checkpoint, stored_flags
 
 LOST = 100  # times the chance level of the loss
 
-# Values of the stored flag `probe_protocol`. Probes that do not store it had torchvision's crop and the mean of
+# Values of the stored flag `probe_protocol`. Probes without it had torchvision's crop and the mean of
 # normalised tokens.
 MAES = "mae"
 EARLIER = "earlier"
@@ -528,7 +528,7 @@ def find_start(args: argparse.Namespace) -> Checkpoint | None:
 
 def main(given: argparse.Namespace) -> int:
     check_flags(given)
-    device = dist.init(given.device, given.dist_backend, given.dist_timeout, given.local_rank)
+    device = join_ranks(given)
     start = find_start(given)
     args = as_trained(given, start)
     keep_protocol(args)

@@ -3,7 +3,6 @@
 from util.dist.group import (
     barrier,
     data_parallel,
-    first_host,
     from_main,
     gather_objects,
     init,
@@ -15,10 +14,10 @@ from util.dist.group import (
     rank,
     share_buffers,
     shutdown,
-    slurm_ranks,
     sum_over_ranks,
     world_size,
 )
+from util.dist.launchers import first_host, flag_ranks, openmpi_ranks, slurm_ranks
 from util.dist.stop import StopSignal
 
 __all__ = [
@@ -26,6 +25,7 @@ __all__ = [
     "barrier",
     "data_parallel",
     "first_host",
+    "flag_ranks",
     "from_main",
     "gather_objects",
     "init",
@@ -33,6 +33,7 @@ __all__ = [
     "is_main",
     "make_shared_folder",
     "mean_over_ranks",
+    "openmpi_ranks",
     "print_rank0",
     "rank",
     "share_buffers",
