@@ -95,8 +95,8 @@ def add_model_flags(g) -> None:
 
 def add_finetuning_flags(g) -> None:
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
-    decay = "learning rate factor per layer, from the top down"
-    g.add_argument("--layer_decay", default=0.75, type=SHARE, help=decay)
+    decay = "learning rate factor per layer, from the top down; if not given 0.75, and 1 without --finetune"
+    g.add_argument("--layer_decay", default=None, type=SHARE, help=decay)
     partial = "train only the last K blocks and the heads"
     g.add_argument("--partial", default=None, type=int, metavar="K", help=partial)
     average = "evaluate a moving average of the weights"
@@ -139,6 +139,8 @@ from util.train.state import TrainState
 from util.train.supervised import BatchAugmentation, Erasing, Mixing, SupervisedLoss
 from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint, stored_flags
+
+LAYER_DECAY = 0.75  # MAE's
 
 
 @dataclass
@@ -499,10 +501,10 @@ def build_objective(
 def build_optimizer(
     args: argparse.Namespace, model: Classifier, start: Start, lr: float
 ) -> torch.optim.Optimizer:
-    """Return AdamW. Layer decay belongs to fine-tuning; from scratch all layers learn at the same rate."""
-    layer_decay = 1.0
-    if start.finetune:
-        layer_decay = args.layer_decay
+    """Return AdamW. Layer decay belongs to fine-tuning; without it, it must be asked for."""
+    layer_decay = args.layer_decay
+    if layer_decay is None:
+        layer_decay = LAYER_DECAY if start.finetune else 1.0
     groups = param_groups(
         model, args.weight_decay, model.no_weight_decay(), layer_decay, model.layer_id, model.num_layers
     )
@@ -513,6 +515,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
     """Return the flags that checkpoints store, with what became of those that were left open."""
     resolved = {
         "finetune": start.finetune,
+        "layer_decay": LAYER_DECAY if args.layer_decay is None else args.layer_decay,
         "new_parameters": start.new_parameters,
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),

@@ -380,10 +380,10 @@ def build_data(
         return None, val_loader
     transform: Callable = eval_transform(setup.size)
     if not once:
-        crop = probe_transform
+        scale = ascending(args.crop_scale, "--crop_scale")
+        transform = probe_transform(setup.size, scale)
         if args.probe_protocol == EARLIER:
-            crop = pretrain_transform
-        transform = crop(setup.size, ascending(args.crop_scale, "--crop_scale"))
+            transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_same_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")

@@ -65,7 +65,8 @@ def init(
 
     `local_rank` is for launchers that pass it as a flag; the environment's LOCAL_RANK takes precedence.
     Returns the device of this rank (see `choose_device`), set as the current one. Raises ValueError if a rank
-    finds no device, and RuntimeError if the ranks do not meet within `timeout_minutes`.
+    finds no device or no address of rank 0, and RuntimeError if the ranks do not meet within
+    `timeout_minutes`.
     """
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
@@ -87,7 +88,13 @@ def _meet(device: torch.device, backend: str | None) -> None:
         f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: host {socket.gethostname()}, "
         f"device {device}, {backend}"
     )
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{process}: there is no {' and no '.join(missing)}, rank 0's host and a free port there: set "
+            "both, or give `dist_url` tcp://HOST:PORT"
+        )
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # Print before the ranks meet: if one is missing, it is the one without this line.
     print(f"{process}, meeting at {address}", flush=True)
     options: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def openmpi_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in OPENMPI.values() if name not in environ]
     if missing:
         raise ValueError(
-            f"`dist_on_itp` reads the ranks from variables of Open MPI, and there is no {', '.join(missing)}: "
+            f"`dist_on_itp` reads the ranks from Open MPI's variables, and there is no {', '.join(missing)}: "
             "start the command by its mpirun, or leave `dist_on_itp` out"
         )
     return {ours: environ[theirs] for ours, theirs in OPENMPI.items()}
@@ -88,7 +88,7 @@ def flag_ranks(
     address = _address(dist_url)
     if not address:
         return found, notes
-    alone = int((environ | found).get("WORLD_SIZE", 1)) < 2
+    alone = int({**environ, **found}.get("WORLD_SIZE", 1)) < 2
     # torchrun's own process holds the meeting place then, and ranks cannot open another one.
     if alone or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         reason = "this process runs alone" if alone else "torchrun has told the ranks where they meet"
