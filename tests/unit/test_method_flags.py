@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import main_pretrain
+from backbones.registry import build_classifier
+from backbones.swin import NormedPatchEmbed
 from commands import call
 from util.flags.parser import parse
+from util.train.lr_sched import warmup_cosine
 from util.weights.types import Checkpoint
 
 PLAIN = "--pos_embed sincos --pos_label none"
@@ -77,3 +80,18 @@ def test_the_advice_for_maes_weights_works(tmp_path, capsys):
     for method in ("", PLAIN):
         given = [*words, "--dry_run", "--init_from", tmp_path / "m", *method.split()]
         assert call(main_pretrain, capsys, *given)[0] == 0
+
+
+def test_the_differences_that_recipes_name_are_those_of_our_models():
+    """The comments of recipes/supervised_*.args and recipes/so_vit_*.args."""
+    weight = NormedPatchEmbed((32, 32), (4, 4), 3, 96).proj.weight
+    assert 0.2 < weight.abs().max() < 0.2042, "Swin-T's patch embedding starts Xavier-uniform"
+    assert 0.14 < torch.nn.Conv2d(3, 96, 4).weight.abs().max() < 0.1444, "not as PyTorch's convolutions"
+    with torch.device("meta"):
+        swins = [build_classifier("swin_tiny", num_classes=5, merge_last=merge) for merge in (False, True)]
+        vit, so_vit = (build_classifier(name, num_classes=5) for name in ("vit_base_patch16", "so_vit_7"))
+    assert [swin.grid for swin in swins] == [(14, 14), (7, 7)]
+    assert vit.grid == (14, 14) and vit.num_prefix == 1 and vit.pool == "avg" and vit.fc_norm is not None
+    assert "pos_embed" in vit.no_weight_decay() and "cls_token" in so_vit.no_weight_decay()
+    # The cosine begins where the warm-up ends; theirs would have dropped to 0.989 there.
+    assert warmup_cosine(20, lr=1.0, min_lr=0.0, warmup=20, total=300) == 1
