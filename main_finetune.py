@@ -99,8 +99,8 @@ def add_finetuning_flags(g) -> None:
     g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
     published = "start from the weights that timm publishes, with --model timm/NAME"
     g.add_argument("--pretrained", action="store_true", help=published)
-    decay = "learning rate factor per layer, from the top down"
-    g.add_argument("--layer_decay", default=0.75, type=LAYER_DECAY, help=decay)
+    decay = "learning rate factor per layer, from the top down; if not given 0.75, and 1 without --finetune"
+    g.add_argument("--layer_decay", default=None, type=LAYER_DECAY, help=decay)
     partial = "train only the last K blocks and the heads"
     g.add_argument("--partial", default=None, type=number(0), metavar="K", help=partial)
     average = "evaluate a moving average of the weights"
@@ -142,7 +142,14 @@ from util.data.transforms import CropSettings, eval_transform, finetune_transfor
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
 from util.run.log import Log
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget, print_continuing
+from util.run.session import (
+    STOPPED,
+    describe_batch,
+    effective_batch,
+    join_ranks,
+    open_budget,
+    print_continuing,
+)
 from util.train.amp import resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import WeightAverage, adamw, param_groups
@@ -151,6 +158,8 @@ from util.train.supervised import BatchAugmentation, Erasing, Mixing, Supervised
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_eps, stored_flags
+
+MAES_LAYER_DECAY = 0.75
 
 
 @dataclass
@@ -548,10 +557,10 @@ def build_objective(
 def build_optimizer(
     args: argparse.Namespace, model: Classifier, start: Start, lr: float
 ) -> torch.optim.Optimizer:
-    """Return AdamW. Layer decay belongs to fine-tuning; from scratch all layers learn at the same rate."""
-    layer_decay = 1.0
-    if start.finetune:
-        layer_decay = args.layer_decay
+    """Return AdamW. Layer decay belongs to fine-tuning; without it, it must be asked for."""
+    layer_decay = args.layer_decay
+    if layer_decay is None:
+        layer_decay = MAES_LAYER_DECAY if start.finetune else 1.0
     groups = param_groups(
         model,
         args.weight_decay,
@@ -577,6 +586,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
     """Return the flags that checkpoints store, with what became of those that were left open."""
     resolved = {
         "finetune": start.finetune,
+        "layer_decay": MAES_LAYER_DECAY if args.layer_decay is None else args.layer_decay,
         "new_parameters": start.new_parameters,
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
@@ -587,7 +597,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
 
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    device = join_ranks(args)
     if args.output_dir and not (args.eval or args.dry_run):
         dist.check_folder(args.output_dir)
 

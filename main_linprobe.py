@@ -3,13 +3,18 @@
     python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR
     python main_linprobe.py --finetune RUN/checkpoint-last.pth --model vit_base_patch16 --data_path DIR --knn
 
-MAE's protocol (appendix A.1): BatchNorm without affine parameters and a linear layer on the class token,
-LARS, weak augmentation. With --global_pool the mean of the patch tokens is probed, after a LayerNorm without
-parameters; MAE's code has a random, frozen norm there, which is not a part of the encoder. Every learning
-rate of --lr_grid has its own head. The backbone runs once for all of them.
+MAE's protocol (appendix A.1, and its code): BatchNorm without affine parameters and a linear layer on the
+class token, LARS, and MAE's own random crop, which is drawn once. With --global_pool a plain ViT is probed as
+in MAE's code: a new LayerNorm (weights 1, biases 0, eps 1e-6), which is not trained, follows the mean of the
+patch tokens of the last block, and the encoder's own final norm is left out. Other backbones, and DeiT's with
+a distillation token, have no such form: there the mean of the tokens after their final norm is probed, after
+a LayerNorm without parameters (eps 1e-5). Every learning rate of --lr_grid has its own head. The backbone
+runs once for all of them; --lr_grid 1 is MAE's run.
 
---head second_order trains So-ViT's head on the frozen tokens instead. It is not a linear probe and is not
-reported as one.
+--cached reads the same features of images without augmentation. --head second_order trains So-ViT's head on
+the same pooled feature and the frozen, normalised tokens instead, with the same crop. It is not a linear
+probe and is not reported as one. --knn reads the class token and the mean of the patch tokens, both after the
+encoder's final norm.
 """
 
 import argparse
@@ -95,6 +100,7 @@ from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
 from layers.second_order import SecondOrder
+from models_vit import VisionTransformer
 from util import dist
 from util.data.contract import Batches, IndexedSamples
 from util.data.datasets import TensorSamples, build_class_dataset
@@ -102,23 +108,29 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_same_classes, some_names
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.timm_datasets import is_timm_path
+from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
 from util.run.log import Log
 from util.run.plan import write_record
-from util.run.session import STOPPED, effective_batch, open_budget, print_continuing
+from util.run.session import STOPPED, effective_batch, join_ranks, open_budget, print_continuing
 from util.train.amp import products, resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import lars
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
-from util.weights.types import Checkpoint
+from util.weights.types import Checkpoint, stored_flags
 
 LOST = 100  # times the chance level of the loss
+
+# Values of the stored flag `probe_protocol`. Probes without it had torchvision's crop and the mean of
+# normalised tokens.
+MAES = "mae"
+EARLIER = "earlier"
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -142,6 +154,21 @@ def check_flags(args: argparse.Namespace) -> None:
             "leave them out"
         )
     check_head_flags(args)
+    check_data_flags(args)
+
+
+def check_data_flags(args: argparse.Namespace) -> None:
+    if is_timm_path(args.data_path):
+        raise ValueError(
+            f"--data_path {args.data_path}: timm's readers serve pretraining only, and a probe needs the "
+            "names of the classes: save the images as DIR/{train,val}/<class>/* and give --data_path DIR"
+        )
+    # Features that are computed once are read in batches, but only heads learn from batches of more than one.
+    if args.batch_size < 2 and not (args.knn or args.eval):
+        raise ValueError(
+            "--batch_size 1: the BatchNorm of a probe needs at least 2 images per rank and micro-step, also "
+            "with --accum_iter: give --batch_size 2 or more"
+        )
 
 
 def check_head_flags(args: argparse.Namespace) -> None:
@@ -162,7 +189,7 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
         before = checkpoint.to_evaluate(start).args
     if args.eval and start is not None and start.is_whole_probe:
         before = before | maes_choices(start, args.pool)
-    resolved = {"pool": args.pool or "cls"}
+    resolved = {"pool": args.pool or "cls", "probe_protocol": protocol_of(start)}
     for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
             resolved[name] = before[name]
@@ -207,6 +234,51 @@ class MaesFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.backbone.pool_tokens(self.backbone.forward_features(images))
+
+
+def protocol_of(start: Checkpoint | None) -> str:
+    """Return the protocol of a trained probe, or of a new one."""
+    trained = stored_flags(start)
+    # MAE's own files store neither of the two.
+    if "probe_protocol" in trained or "lr_grid" not in trained:
+        return trained.get("probe_protocol", MAES)
+    return EARLIER
+
+
+def keep_protocol(args: argparse.Namespace) -> None:
+    """Print what differs from MAE's protocol in a probe that was trained before it was followed.
+
+    Raises ValueError if such a probe cannot be continued as it began.
+    """
+    if args.probe_protocol != EARLIER:
+        return
+    if args.weight_decay > 0 and not args.eval:
+        raise ValueError(
+            f"--weight_decay {args.weight_decay:g} had another form in the version that began this probe: "
+            "train anew in another --output_dir"
+        )
+    kept = []
+    if args.pool == "avg" and takes_maes_norm(args.model):
+        kept.append("probes the mean of the tokens after the encoder's final norm")
+    if not (args.eval or args.cached):
+        kept.append("trains on torchvision's random crops")
+    if kept:
+        dist.print_rank0(
+            f"this probe {' and '.join(kept)}, as the version that began it did; for MAE's protocol train "
+            "anew in another --output_dir"
+        )
+
+
+def follows_mae(args: argparse.Namespace) -> bool:
+    """Whether the average of a probe is pooled as in MAE. kNN reads all poolings from one pass."""
+    return not args.knn and args.probe_protocol == MAES and takes_maes_norm(args.model)
+
+
+def takes_maes_norm(model: str) -> bool:
+    """Whether MAE's global pooling exists for a model: a plain ViT with one class token."""
+    entry = find(model)
+    plain = isinstance(entry.build, type) and issubclass(entry.build, VisionTransformer)
+    return plain and not entry.distillation
 
 
 @dataclass(frozen=True)
@@ -286,8 +358,10 @@ class Probing(Objective):
 
 
 def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, flags: dict) -> Classifier:
-    """Return the frozen encoder of --finetune in evaluation mode; all tokens of a ViT come after the final
-    norm.
+    """Return the frozen encoder of --finetune in evaluation mode.
+
+    Its tokens come after the final norm, unless a plain ViT is pooled as in MAE: then a new norm follows the
+    mean.
     """
     if find(args.model).own_positions:
         # These models embed positions and pool tokens in their own way.
@@ -296,6 +370,8 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
         # The encoder is probed with the embeddings that it was trained with. Pooling by class token keeps its
         # final norm, for the patch tokens too.
         options = {"pos_embed": "none", "pool": "cls"}
+        if args.pool == "avg" and follows_mae(args):
+            options["pool"] = "avg"
         if not {"pos_embed", "backbone.pos_embed"}.isdisjoint(state.encoder_weights()):
             options["pos_embed"] = "learned"
         if state.args.get("patch_embed"):
@@ -328,6 +404,11 @@ def build_data(
     options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
+    if len(val.index.classes) < 2:
+        raise ValueError(
+            f"there is one class, {some_names(val.index.classes)}, and a probe tells classes apart: give "
+            "--data_path a data set of at least two class folders"
+        )
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(
             f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders"
@@ -344,7 +425,10 @@ def build_data(
         return None, val_loader
     transform: Callable = eval_transform(setup.size)
     if not once:
-        transform = pretrain_transform(setup.size, ascending(args.crop_scale, "--crop_scale"))
+        scale = ascending(args.crop_scale, "--crop_scale")
+        transform = probe_transform(setup.size, scale)
+        if args.probe_protocol == EARLIER:
+            transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_same_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
@@ -495,11 +579,12 @@ def find_start(args: argparse.Namespace) -> Checkpoint | None:
 
 def main(given: argparse.Namespace) -> int:
     check_flags(given)
-    device = dist.init(given.device, given.dist_backend, given.dist_timeout, given.local_rank)
+    device = join_ranks(given)
     start = find_start(given)
     args = as_trained(given, start)
     pretrained = probed_encoder(args, start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
+    keep_protocol(args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}

@@ -76,6 +76,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import Objective, Session, Setup, fit
+from layers.positional import label_choices
 from layers.positional.draws import draws_of
 from layers.self_distillation import MomentumUpdate, copy_parameters
 from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
@@ -100,7 +101,14 @@ from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms
 from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
 from util.run.guards import survive_full_disk
-from util.run.session import STOPPED, describe_batch, effective_batch, open_budget, print_continuing
+from util.run.session import (
+    STOPPED,
+    describe_batch,
+    effective_batch,
+    join_ranks,
+    open_budget,
+    print_continuing,
+)
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr
 from util.train.objective import LossFunction
@@ -343,6 +351,29 @@ def relation_weights(args: argparse.Namespace) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
+EMBEDDINGS = {
+    "none": "no positional embedding in the encoder",
+    "sincos": "MAE's fixed positional embedding",
+    "learned": "a learned positional embedding",
+}
+
+
+def describe_method(args: argparse.Namespace) -> str:
+    """Return a line on what the encoder learns, and on the flags of plain MAE; '' if this is plain MAE."""
+    plain = "--pos_embed sincos --pos_label none"
+    parts = [EMBEDDINGS[args.pos_embed]]
+    if args.pos_label == "none":
+        parts.append("no positional labels")
+    else:
+        parts.append(f"positional labels {args.pos_label} of weight {args.pos_weight:g}")
+    if relations := relation_weights(args):
+        parts += [f"{name} {weight:g}" for name, weight in relations.items()]
+        plain += " --sr_spatial 0 --sr_channel 0"
+    elif (args.pos_embed, args.pos_label) == ("sincos", "none"):
+        return ""
+    return f"method: {', '.join(parts)}; plain MAE is {plain}"
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
@@ -418,6 +449,7 @@ def read_start(args: argparse.Namespace) -> Start:
 def load_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
     """Print how the run starts; load the weights of --init_from, if it starts from them."""
     if start.resume is not None:
+        check_method(args, start.resume)
         print_continuing(args, start.resume, flags)
         keep_norm_eps(objective, start.resume, flags)
         return
@@ -441,9 +473,49 @@ def keep_norm_eps(objective: Pretraining, source: Checkpoint, flags: dict) -> No
             objective.relations.teacher.set_norm_eps(eps)
 
 
+def check_method(args: argparse.Namespace, start: Checkpoint) -> None:
+    """Raise ValueError, with the flags that fit, if a pretrained file has other embeddings or labels."""
+    fitting = trained_method(start)
+    changed = [name for name, value in fitting.items() if getattr(args, name) != value]
+    # `load_strict` explains other kinds of files.
+    if start.kind != "pretraining" or not changed:
+        return
+    flags = " ".join(f"--{name} {value}" for name, value in fitting.items())
+    found = " ".join(f"--{name} {getattr(args, name)}" for name in fitting)
+    text = f"{start.path} was pretrained with {flags}, not with {found}"
+    if start.entries.get("optimizer") is not None:
+        raise ValueError(
+            f"{text}: give these flags to continue it, or start from its weights with --init_from "
+            f"{start.path} and another --output_dir"
+        )
+    raise ValueError(
+        f"{text}, and holds no optimizer state to continue with: start from its weights with --init_from "
+        f"{start.path} in place of --resume, and with {flags} for its own method"
+    )
+
+
+def trained_method(start: Checkpoint) -> dict[str, str]:
+    """Return --pos_embed and --pos_label of a pretrained file, as far as they are known.
+
+    MAE's own files do not store them: they have its fixed embedding and no label heads.
+    """
+    found = {}
+    if "pos_embed" not in start.model:
+        found["pos_embed"] = "none"
+    elif start.args.get("pos_embed", "sincos") in tuple(EMBEDDINGS):
+        found["pos_embed"] = start.args.get("pos_embed", "sincos")
+    if not any(name.startswith("pos_head.") for name in start.model):
+        found["pos_label"] = "none"
+    elif start.args.get("pos_label") in label_choices():
+        found["pos_label"] = start.args["pos_label"]
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    device = join_ranks(args)
+    if method := describe_method(args):
+        dist.print_rank0(method)
     if args.output_dir and not args.dry_run:
         dist.check_folder(args.output_dir)
     start = read_start(args)

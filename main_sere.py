@@ -154,7 +154,14 @@ from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
-from util.run.session import STOPPED, continue_from, describe_batch, effective_batch, open_budget
+from util.run.session import (
+    STOPPED,
+    continue_from,
+    describe_batch,
+    effective_batch,
+    join_ranks,
+    open_budget,
+)
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr, ramp
 from util.train.optim import adamw, clip_each, param_groups
@@ -462,7 +469,7 @@ def optimizer_groups(args: argparse.Namespace, model: SereStudent) -> list[dict]
 
 def main(args: argparse.Namespace) -> int:
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
-    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    device = join_ranks(args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, precision(args, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:

@@ -16,9 +16,13 @@ class Encoder(Protocol):
     """The part of a backbone that a probe needs."""
 
     num_prefix: int
+    fc_norm: nn.Module | None
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, channels, H, W) -> tokens (B, num_prefix + N, C)."""
+
+    def pool_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens of `forward_features` -> the pooled feature of the encoder's own classifier."""
 
     def label_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of `forward_features` -> patch tokens after the final norm, (B, N, C)."""
@@ -80,10 +84,21 @@ def pool_tokens(tokens: Tensor, num_prefix: int, pool: str) -> Tensor:
     return F.layer_norm(mean, mean.shape[-1:])
 
 
+def probed_feature(backbone: Encoder, tokens: Tensor, pool: str) -> Tensor:
+    """Pool tokens of the backbone's `forward_features`, (B, prefix + N, C) -> (B, C), as a probe reads them.
+
+    A backbone with a norm after its average gives tokens before any final norm and pools them itself, as
+    MAE's model does with global pooling. All others give tokens after their final norm, for `pool_tokens`.
+    """
+    if pool != "cls" and backbone.fc_norm is not None:
+        return backbone.pool_tokens(tokens)
+    return pool_tokens(tokens, backbone.num_prefix, pool)
+
+
 def pooled(backbone: Encoder, images: Tensor, pool: str) -> Tensor:
     """Frozen features (B, C) of normalised images (B, channels, H, W)."""
     with torch.no_grad():
-        return pool_tokens(backbone.forward_features(images), backbone.num_prefix, pool)
+        return probed_feature(backbone, backbone.forward_features(images), pool)
 
 
 def pooled_and_patches(backbone: Encoder, images: Tensor, pool: str) -> Tensor:
@@ -93,5 +108,5 @@ def pooled_and_patches(backbone: Encoder, images: Tensor, pool: str) -> Tensor:
     """
     with torch.no_grad():
         tokens = backbone.forward_features(images)  # (B, prefix + N, C)
-        feature = pool_tokens(tokens, backbone.num_prefix, pool)  # (B, C)
+        feature = probed_feature(backbone, tokens, pool)  # (B, C)
         return torch.cat([feature[:, None], backbone.label_tokens(tokens)], dim=1)  # (B, 1 + N, C)

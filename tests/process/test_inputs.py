@@ -419,9 +419,10 @@ def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, caps
     assert pretrain(tmp_path, capsys)[0] == 0
     before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
     code, text = pretrain(tmp_path, capsys, "--pos_label", "rpl", "--epochs", 2)
-    assert (
-        code == 2 and "does not fit this model: missing pos_head.rpl" in text and "--model mae_test" in text
-    )
+    assert code == 2 and "--pos_label apl, not with --pos_embed none --pos_label rpl" in text, text
+    code, text = pretrain(tmp_path, capsys, "--patch_size", 16, "--epochs", 2)
+    assert code == 2 and "does not fit this model: decoder_pos_embed is" in text, text
+    assert "--model mae_test" in text
     assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
 
 

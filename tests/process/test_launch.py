@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -535,3 +536,33 @@ def test_follow_ups_of_an_earlier_checkpoint_are_named(tmp_path, capsys):
     os.utime(tmp_path / "checkpoint-last.pth", (time.time() + 9, time.time() + 9))
     report_stale(points)
     assert f"{then.folder}: used an earlier checkpoint" in capsys.readouterr().out
+
+
+def test_two_ranks_meet_at_maes_address():
+    """One rank by --dist_on_itp, the other one by --world_size: both by --dist_url."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    usual = dict(dist_url=url, dist_on_itp=False, world_size=None, start_epoch=None)
+    usual |= dict(device="cpu", dist_backend=None, dist_timeout=1, local_rank=-1)
+    code = (
+        "import json, sys; from types import SimpleNamespace; from util import dist\n"
+        "from util.run.session import join_ranks\n"
+        "join_ranks(SimpleNamespace(**json.loads(sys.argv[1])))\n"
+        "print(dist.rank(), dist.world_size(), sum(dist.gather_objects(10 + dist.rank())))\n"
+        "dist.shutdown()"
+    )
+    mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("RANK", 0), ("SIZE", 2), ("LOCAL_RANK", 0))}
+    starts = [({"dist_on_itp": True}, mpi), ({"world_size": 2}, {"RANK": "1"})]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(usual | given)],
+            env=environment(**variables),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for given, variables in starts
+    ]
+    lines = [p.communicate(timeout=100)[0].splitlines() for p in processes]
+    assert [text[-1] for text in lines] == ["0 2 21", "1 2 21"]

@@ -28,7 +28,13 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset
-from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
+from util.data.transforms import (
+    CropSettings,
+    eval_transform,
+    finetune_transform,
+    pretrain_transform,
+    probe_transform,
+)
 
 CPU = torch.device("cpu")
 # On other processors torch rounds differently from PIL and the native library; see test_native.py.
@@ -88,6 +94,7 @@ def compare(found, expected, most=0) -> None:
 
 TRAINING = {
     "pretrain": pretrain_transform((24, 20), vflip=0.5),
+    "probe": probe_transform((20, 24)),
     "small crops": pretrain_transform(40, (0.05, 0.3)),
     "finetune": finetune_transform((20, 24), auto_augment="", crop=CropSettings(vflip=0.5)),
 }

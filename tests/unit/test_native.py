@@ -25,7 +25,7 @@ from util.data.formats import decode
 from util.data.native import bindings, compiler
 from util.data.seeding import seeded
 from util.data.sources.layouts import build_index
-from util.data.transforms import CropSettings, finetune_transform, pretrain_transform
+from util.data.transforms import CropSettings, finetune_transform, pretrain_transform, probe_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 # On other processors torch rounds differently.
@@ -279,6 +279,7 @@ def write_odd_files(folder):
     "transform",
     [
         pretrain_transform((24, 20), vflip=0.5),
+        probe_transform((24, 20)),
         finetune_transform((24, 20), auto_augment="", crop=CropSettings(vflip=0.5)),
     ],
 )
@@ -311,6 +312,7 @@ def test_the_library_crops_plain_jpegs_itself(library):
     "transform",
     [
         pretrain_transform(24, vflip=0.5),
+        probe_transform(24),
         finetune_transform(24, auto_augment="", crop=CropSettings(vflip=0.5)),
     ],
 )

@@ -4,7 +4,6 @@ from util.dist.group import (
     barrier,
     check_folder,
     data_parallel,
-    first_host,
     from_main,
     gather_objects,
     init,
@@ -15,10 +14,10 @@ from util.dist.group import (
     rank,
     share_buffers,
     shutdown,
-    slurm_ranks,
     sum_over_ranks,
     world_size,
 )
+from util.dist.launchers import first_host, flag_ranks, openmpi_ranks, slurm_ranks
 from util.dist.stop import StopSignal
 
 __all__ = [
@@ -27,12 +26,14 @@ __all__ = [
     "check_folder",
     "data_parallel",
     "first_host",
+    "flag_ranks",
     "from_main",
     "gather_objects",
     "init",
     "is_initialized",
     "is_main",
     "mean_over_ranks",
+    "openmpi_ranks",
     "print_rank0",
     "rank",
     "share_buffers",

@@ -3,11 +3,8 @@
 import atexit
 import contextlib
 import os
-import re
 import socket
 import uuid
-import zlib
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.dist.device import choose_device, prepare_device
+from util.dist.launchers import slurm_ranks
 from util.files.names import printable_lines
 from util.flags import ending
 
@@ -51,38 +49,6 @@ def print_rank0(message: str) -> None:
         print(printable_lines(message), flush=True)
 
 
-def slurm_ranks(environ: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables made from srun's, for a main that `srun` starts directly.
-
-    Returns {} if torchrun's variables are set, and for a batch script or an interactive shell within an
-    allocation, which is not a step of several tasks: it stays one process.
-    """
-    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
-        return {}
-    # The port differs between jobs, steps and restarts: a rank that survived a network failure cannot join
-    # the requeued job.
-    incarnation = ".".join(
-        environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
-    )
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
-        # Below 32768, where systems hand out ports for outgoing connections.
-        "MASTER_PORT": str(10000 + zlib.crc32(incarnation.encode()) % 20000),
-    }
-
-
-def first_host(nodelist: str) -> str:
-    """The first name of a SLURM host list: node[03-07,9],gpu1 -> node03."""
-    # Up to the first comma outside of brackets: node[03-07,9].
-    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodelist)
-    assert first is not None, nodelist
-    # Each bracket becomes its first number, in which leading zeros count: node03.
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
-
-
 # For groups that are made after `init`.
 _timeout = timedelta(minutes=30)
 
@@ -99,7 +65,8 @@ def init(
 
     `local_rank` is for launchers that pass it as a flag; the environment's LOCAL_RANK takes precedence.
     Returns the device of this rank (see `choose_device`), set as the current one. Raises ValueError if a rank
-    finds no device, and RuntimeError if the ranks do not meet within `timeout_minutes`.
+    finds no device or no address of rank 0, and RuntimeError if the ranks do not meet within
+    `timeout_minutes`.
     """
     global _timeout
     _timeout = timedelta(minutes=timeout_minutes)
@@ -121,7 +88,13 @@ def _meet(device: torch.device, backend: str | None) -> None:
         f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: host {socket.gethostname()}, "
         f"device {device}, {backend}"
     )
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{process}: there is no {' and no '.join(missing)}, rank 0's host and a free port there: set "
+            "both, or give `dist_url` tcp://HOST:PORT"
+        )
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # Print before the ranks meet: if one is missing, it is the one without this line.
     print(f"{process}, meeting at {address}", flush=True)
     options: dict[str, Any] = {}

@@ -501,7 +501,7 @@ def _add_rank_flags(g: argparse._ArgumentGroup) -> None:
     )
     # torchrun and SLURM set the rank in the environment; the older torch.distributed.launch passes this flag.
     g.add_argument("--local_rank", default=-1, type=int, help="rank on this node, set by older launchers")
-    # Flags of MAE's that have no effect here: the environment or the checkpoint has these values.
+    # MAE's flags. The launcher usually says all this; what has no effect says so (see `join_ranks`).
     g.add_argument("--world_size", default=None, type=int, help=argparse.SUPPRESS)
     g.add_argument("--start_epoch", default=None, type=int, help=argparse.SUPPRESS)
     g.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)

@@ -4,9 +4,12 @@ import argparse
 import os
 from dataclasses import dataclass
 
+import torch
+
 from util import dist
 from util.files.names import printable
 from util.flags.groups import OUTPUT_DIR, compile_mode
+from util.flags.parser import with_flags
 from util.run.checkpoint_manager import CheckpointManager, Owed
 from util.run.log import Log
 from util.train.lr_sched import warmup_cosine
@@ -149,6 +152,28 @@ def _place(path: str) -> str:
     if not path:
         return ""
     return os.path.realpath(path)
+
+
+def join_ranks(args: argparse.Namespace) -> torch.device:
+    """Join the ranks that the flags of a main and its launcher describe; return this rank's device.
+
+    Prints a line for each of MAE's flags that has no effect. Raises ValueError and RuntimeError as
+    `dist.init` does, and ValueError if flags ask for a launcher or an address that is not there.
+    """
+    if args.dist_on_itp:
+        os.environ |= dist.openmpi_ranks(os.environ)
+    os.environ |= dist.slurm_ranks(os.environ)
+    found, notes = dist.flag_ranks(os.environ, args.dist_url, args.world_size)
+    os.environ |= found
+    device = dist.init(args.device, args.dist_backend, args.dist_timeout, args.local_rank)
+    if args.start_epoch:
+        notes.append(
+            f"`start_epoch` {args.start_epoch} has no effect: a new run starts at epoch 0, and a continued "
+            "one where its checkpoint ends"
+        )
+    for note in notes:
+        dist.print_rank0(with_flags(note, vars(args)))
+    return device
 
 
 def open_budget(args: argparse.Namespace, lr: float) -> Budget:

@@ -1,6 +1,7 @@
 """AdamW and LARS, parameter groups, layer-wise learning rates, and a moving average of the weights."""
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,9 @@ def lars(
     """Return LARS over heads that learn side by side, each at its factor of the rate, with two groups per
     head.
 
-    As in MAE, matrices move by 0.001 of their norm times the rate, and biases by plain momentum.
+    As in MAE, `weight_decay` times a matrix is added to its gradient. The matrix then moves by 0.001 of its
+    norm times the rate. Biases move by plain momentum, without decay. timm adds 1e-8 to the norm of the
+    gradient, MAE adds nothing.
     """
     from timm.optim import Lars  # timm takes seconds to import
 
@@ -100,11 +103,24 @@ def lars(
         matrices = [p for p in head.parameters() if p.ndim > 1]
         biases = [p for p in head.parameters() if p.ndim <= 1]
         # timm would not adapt the rate of parameters without weight decay, hence `always_adapt`.
-        groups.append(
-            {"params": matrices, "lr_scale": scale, "weight_decay": weight_decay, "always_adapt": True}
-        )
-        groups.append({"params": biases, "lr_scale": scale, "weight_decay": 0.0, "always_adapt": False})
-    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+        groups.append({"params": matrices, "lr_scale": scale, "decay": weight_decay, "always_adapt": True})
+        groups.append({"params": biases, "lr_scale": scale, "decay": 0.0, "always_adapt": False})
+    optimizer = Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+    if weight_decay > 0:
+        optimizer.register_step_pre_hook(_add_decay)
+    return optimizer
+
+
+@torch.no_grad()
+def _add_decay(optimizer: torch.optim.Optimizer, *call: Any) -> None:
+    """Add the decay to the gradients before the step.
+
+    timm's own `weight_decay` divides by |g| + decay |w|, where MAE's LARS divides by |g + decay w|.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["decay"] > 0 and p.grad is not None:
+                p.grad.add_(p, alpha=group["decay"])
 
 
 def clip_each(params: list[nn.Parameter], max_norm: float) -> None:
