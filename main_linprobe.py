@@ -225,17 +225,6 @@ def probed_encoder(args: argparse.Namespace, start: Checkpoint | None) -> Checkp
     return pretrained
 
 
-@dataclass(frozen=True)
-class MaesFeatures:
-    """Features as a classifier of MAE's pools them: with its own norm after the mean."""
-
-    backbone: Classifier
-
-    def __call__(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.backbone.pool_tokens(self.backbone.forward_features(images))
-
-
 def protocol_of(start: Checkpoint | None) -> str:
     """Return the protocol of a trained probe, or of a new one."""
     trained = stored_flags(start)
@@ -376,8 +365,6 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
             options["pos_embed"] = "learned"
         if state.args.get("patch_embed"):
             options["patch_embed"] = state.args["patch_embed"]
-        if state.is_whole_probe:
-            options["pool"] = args.pool
         options |= norm_options(args.model, state.args)
     if args.pos_embed != "auto":
         options["pos_embed"] = args.pos_embed
@@ -547,8 +534,6 @@ def build_objective(
 
 def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Checkpoint, flags: dict) -> int:
     """Evaluate the trained probe --resume; nothing is trained."""
-    if saved.is_whole_probe and isinstance(objective.features, Features):
-        objective.features = MaesFeatures(objective.features.backbone)
     if args.cached:
         cache_validation_features(args, objective)
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))

@@ -237,7 +237,7 @@ def test_a_new_probe_and_maes_file_follow_mae(capsys):
 def test_what_a_probe_cannot_take_is_one_line(tmp_path, capsys, given, facts):
     given = ["--finetune", "none", "--output_dir", tmp_path / "o", *given]
     code, text = call(main_linprobe, capsys, *given)
-    error = [line for line in text.splitlines() if not line.startswith("(raised")]
+    error = [line for line in text.splitlines() if line.startswith("error")]
     assert code == 2 and len(error) == 1 and all(fact in error[0] for fact in facts), text
     assert not (tmp_path / "o").exists()
 
