@@ -254,6 +254,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     check_evaluation_flags(args)
+    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
+        raise ValueError(
+            "--pretrained starts a training of --model timm/NAME from timm's own weights: leave it out with "
+            "other models, --finetune and --eval"
+        )
     if args.ema and args.strategy == "fsdp":
         raise ValueError(
             "--ema keeps a whole copy of the weights and does not work with --strategy fsdp: leave one out"
@@ -272,11 +277,6 @@ def check_model_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--distill needs a model with a distillation token (deit_*_distilled_patch16), found "
             f"{args.model}"
-        )
-    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
-        raise ValueError(
-            "--pretrained starts a training of --model timm/NAME from timm's own weights: leave it out with "
-            "other models, --finetune and --eval"
         )
     if args.swin_merge_last and "merge_last" not in find(args.model).options:
         raise ValueError(

@@ -449,8 +449,8 @@ def read_start(args: argparse.Namespace) -> Start:
 def load_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
     """Print how the run starts; load the weights of --init_from, if it starts from them."""
     if start.resume is not None:
-        check_method(args, start.resume)
         print_continuing(args, start.resume, flags)
+        check_method(args, start.resume)
         keep_norm_eps(objective, start.resume, flags)
         return
     if start.weights is None:

@@ -107,7 +107,7 @@ LATE = [
     ("main_pretrain", "--mask_ratio 0.99", "--mask_ratio 0.99"),
     ("main_pretrain", "--resume {file}", "{file} checkpoint"),
     ("main_pretrain", "--resume {classifier}", "{classifier} classifier main_finetune.py --resume"),
-    ("main_pretrain", "--resume {mae} --pos_label rpl", "{mae} pos_head"),
+    ("main_pretrain", "--resume {mae} --pos_label rpl", "{mae} --pos_label apl --init_from"),
     ("main_pretrain", "--data_path {empty}", "{empty} <class>"),
     ("main_pretrain", "--data_path {data}/train/a/0.png", "0.png <class>"),
     ("main_pretrain", "--strategy fsdp --sr_spatial 1", "--strategy --sr_spatial"),
