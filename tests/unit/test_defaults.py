@@ -15,6 +15,7 @@ import main_pretrain
 import models_mae_pl
 import models_sere
 from backbones import registry
+from benchmarks import timing
 from layers import sizes
 from util.cluster import slurm_jobs, sweep
 from util.cluster.job import Resources
@@ -210,6 +211,15 @@ def test_a_precision_that_the_cpu_emulates_is_told(monkeypatch, capsys):
     for name, device in (("fp16", CPU), ("fp32", CPU), ("auto", CPU), ("bf16", torch.device("cuda"))):
         amp.resolve_amp(name, device)
     assert capsys.readouterr().out == ""
+
+
+def test_benchmarks_leave_out_a_precision_that_the_cpu_emulates(monkeypatch, capsys):
+    for speed, expected, lines in ((1.7, ["fp32", "bf16"], 0), (0.02, ["fp32"], 1)):
+        monkeypatch.setattr(timing, "relative_speed", lambda dtype, speed=speed: speed)
+        assert timing.default_amps(CPU) == expected
+        text = capsys.readouterr().out
+        assert text.count("\n") == lines and ("bf16 is left out" in text) == bool(lines)
+    assert timing.default_amps(torch.device("cuda")) == ["bf16"]
 
 
 def test_the_speed_of_a_precision_is_that_of_its_products(monkeypatch):

@@ -387,3 +387,48 @@ def test_command_lines_are_checked_without_torch():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--cluster local" in done.stderr, (
         done.stderr
     )
+
+
+# --- what is checked early
+
+
+@pytest.mark.parametrize(
+    "name, main, nearest",
+    [
+        ("ViT-L/16", "main_finetune", "vit_large_patch16"),
+        ("vit_h_14", "main_finetune", "vit_huge_patch14"),
+        ("vit_l_16", "main_pretrain", "mae_vit_large_patch16"),
+        ("vit_base", "main_finetune", "vit_base_patch16"),
+        ("mae_vit_huge", "main_pretrain", "mae_vit_huge_patch14"),
+        ("vit_base_patch16_224", "main_finetune", "vit_base_patch16"),
+        ("swin-tiny", "main_finetune", "swin_tiny"),
+        ("resnet50", "main_finetune", ""),
+    ],
+)
+def test_the_nearest_model_is_one_of_that_size(name, main, nearest):
+    assert early.nearest(name, early.MODELS[main]()) == nearest
+
+
+def test_a_start_is_not_needed_where_a_run_continues_from_its_own_checkpoint(tmp_path):
+    """A requeued job repeats the flags of its first start, whose files may be gone."""
+    parser = parser_of("main_finetune")
+    flags = parser.parse_args(["--finetune", str(tmp_path / "gone.pth"), "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--finetune .*gone\.pth does not exist"):
+        early.check("main_finetune.py", flags)
+    (tmp_path / "checkpoint-last.pth").touch()
+    early.check("main_finetune.py", flags)
+    # An evaluation does not continue a run.
+    flags = parser.parse_args(["--eval", "--resume", "gone.pth", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--resume gone\.pth does not exist"):
+        early.check("main_finetune.py", flags)
+
+
+def test_addresses_and_readers_are_no_paths(tmp_path, monkeypatch):
+    parser = parser_of("main_pretrain")
+    for words in (
+        ["--resume", "https://host/x.pth"],
+        ["--data_path", "hfds/uoft-cs/cifar10"],
+        ["--data_path", "torch/cifar10=/data"],
+        ["--data_path", "~"],
+    ):
+        early.check("main_pretrain.py", parser.parse_args([*words, "--output_dir", str(tmp_path)]))

@@ -1,4 +1,4 @@
-"""Checks of parsed flags that need no torch: wrong names and missing files are told before it is imported.
+"""Checks of parsed flags that need no torch: wrong names and missing paths are reported before its import.
 
 Mains check the rest, and these once more where they read them: in a notebook or a submitted job, nothing here
 runs.

@@ -37,6 +37,7 @@ COMMON = (
     "data_path",
     "output_dir",
     "finetune",
+    "pretrained",
     "resume",
     "eval",
     "init_from",
@@ -56,6 +57,7 @@ COMMON = (
     "num_workers",
     "seed",
     "dry_run",
+    "max_steps",
 )
 # Lines of usage that may stand before an error.
 SHORT_USAGE = 3
