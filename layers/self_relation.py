@@ -24,6 +24,26 @@ def world_size() -> int:
     return 1
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, with gradients: they are summed over the ranks, too."""
+
+    # `td.all_reduce` passes no gradients, and torch.distributed.nn, which does, is deprecated.
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """Any shape, the same on every rank -> the sum, of that shape."""
+        out = x.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """The gradient of the sum on this rank -> that of this rank's tensor."""
+        out = grad.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(out)
+        return out
+
+
 class TokenNorm(nn.Module):
     """Batch normalisation of tokens (B, N, C) by the statistics of the current batch on all ranks.
 
@@ -45,11 +65,8 @@ class TokenNorm(nn.Module):
         if world_size() == 1:
             out = F.batch_norm(rows, None, None, self.weight, self.bias, training=True, eps=self.eps)
         else:
-            # This all-reduce passes gradients between ranks; `td.all_reduce` does not.
-            from torch.distributed.nn.functional import all_reduce
-
-            centred = rows - all_reduce(rows.mean(0)) / world_size()
-            variance = all_reduce(centred.square().mean(0)) / world_size()
+            centred = rows - SumOverRanks.apply(rows.mean(0)) / world_size()
+            variance = SumOverRanks.apply(centred.square().mean(0)) / world_size()
             out = centred * ((variance + self.eps).rsqrt() * self.weight) + self.bias
         return out.view(x.shape)
 

@@ -175,6 +175,8 @@ def test_the_order_of_the_flags_does_not_matter_and_the_last_value_wins():
     assert settings(moved) == settings(SMALL)
     found = settings(f"--lr 1e-3 {SMALL} --batch-size-per-gpu=7 --alpha 1 --epochs 3 --epochs 4")
     assert (found["blr"], found["batch_size"], found["epochs"]) == (1e-3, 7, 4)
+    # torch.distributed.launch spells it with a dash.
+    assert settings(f"--local-rank=1 {SMALL}")["local_rank"] == 1
     assert found["cls_weight"] == (4 - 1 - 0.5) / 2
     # Flags that only this toolkit has follow SERE's.
     found = settings(f"--input_size 32 --batch_size 5 --no-sere_exact --amp bf16 {SMALL} --cls_weight 3")
