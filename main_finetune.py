@@ -42,7 +42,7 @@ def get_args_parser() -> Parser:
     add_position_flags(p, pos_embed="learned", pos_label="auto")
     start = "initial values of a positional embedding that the checkpoint lacks"
     p.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"], help=start)
-    add_head_flags(p, "class head of any model; with --resume, the checkpoint's")
+    add_head_flags(p, "class head of any model; if not given the model's, or with --resume the checkpoint's")
     add_data_flags(p)
     defaults = OptimDefaults(
         batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5
@@ -58,7 +58,7 @@ def get_args_parser() -> Parser:
         "them; not needed for ImageNet's classes, nor for files that store the names"
     )
     g.add_argument("--classes", default="", metavar="PATH", help=classes)
-    crop = "side of the centre crop, as a share of the resized image"
+    crop = "side of the centre crop, as a share of the resized image; if not given 0.875 up to 224, else 1"
     g.add_argument("--crop_pct", default=None, type=number(0.05, 2, float), help=crop)
     g.add_argument("--predictions", default="", metavar="FILE", help="write a CSV line per validation image")
     return p
@@ -72,7 +72,10 @@ def add_model_flags(g) -> None:
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument(
-        "--nb_classes", default=None, type=COUNT, help="number of classes; the data must have as many"
+        "--nb_classes",
+        default=None,
+        type=COUNT,
+        help="number of classes, if the data must have as many; any if not given",
     )
     g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
     average = (

@@ -70,7 +70,10 @@ def add_model_flags(g) -> None:
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
     g.add_argument(
-        "--nb_classes", default=None, type=COUNT, help="number of classes; the data must have as many"
+        "--nb_classes",
+        default=None,
+        type=COUNT,
+        help="number of classes, if the data must have as many; any if not given",
     )
     kinds = ["auto", "none", "sincos", "learned"]
     g.add_argument(

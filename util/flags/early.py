@@ -1,7 +1,6 @@
 """Checks of parsed flags that need no torch: wrong names and missing paths are reported before its import.
 
-Mains check the rest, and these once more where they read them: in a notebook or a submitted job, nothing here
-runs.
+Only scripts and the launcher call them. Mains check the rest, and these once more where they read them.
 """
 
 import argparse

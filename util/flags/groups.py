@@ -91,7 +91,12 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
         help="folder, tar file or list of paths; the embedded demo set if not given",
     )
     g.add_argument(
-        "--input_size", default=[224], type=side, nargs="+", metavar=("H", "W"), help="image size, H [W]"
+        "--input_size",
+        default=[224],
+        type=side,
+        nargs="+",
+        metavar=("H", "W"),
+        help="image size, H [W]; that of the checkpoint if the run starts from one",
     )
     _add_channel_flags(g)
     _add_loading_flags(g)
@@ -149,21 +154,27 @@ def _add_unreadable_flags(g: argparse._ArgumentGroup) -> None:
 
 
 def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
-    g.add_argument("--in_chans", default=3, type=COUNT, help="image channels")
+    g.add_argument(
+        "--in_chans",
+        default=3,
+        type=COUNT,
+        help="image channels; those of the checkpoint if the run starts from one",
+    )
     # Statistics are those of pixel values scaled to [0, 1], as in torchvision.
     g.add_argument(
         "--mean",
         default=None,
         type=PIXEL_MEAN,
         nargs="+",
-        help="mean of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
+        help="mean of each channel, of values in [0, 1]; if not given that of the checkpoint, or else "
+        "ImageNet's for 1 and 3 channels",
     )
     g.add_argument(
         "--std",
         default=None,
         type=PIXEL_STD,
         nargs="+",
-        help="standard deviation of each channel, of values in [0, 1]; ImageNet's for 1 and 3 channels",
+        help="standard deviation of each channel, of values in [0, 1]; as the mean if not given",
     )
 
 
@@ -491,7 +502,9 @@ def _add_rank_flags(g: argparse._ArgumentGroup) -> None:
     )
     # gloo works on GPUs too, but copies through the host.
     g.add_argument(
-        "--dist_backend", default=None, help="backend of torch.distributed; nccl on GPUs, gloo elsewhere"
+        "--dist_backend",
+        default=None,
+        help="backend of torch.distributed; if not given nccl on GPUs, gloo elsewhere",
     )
     g.add_argument(
         "--dist_timeout",

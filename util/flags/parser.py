@@ -59,6 +59,8 @@ COMMON = (
     "dry_run",
     "max_steps",
 )
+# Words of a help text that say what happens without the flag.
+SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
 # Lines of usage that may stand before an error.
 SHORT_USAGE = 3
 
@@ -87,9 +89,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The help of a flag without a default says what happens without the flag; "(default:
-        # None)" adds nothing.
         if action.default is None or action.default in ("", []):
+            # Most of these say what happens without the flag.
+            if action.help and action.option_strings and not SAYS_DEFAULT.search(action.help):
+                return f"{action.help} (default: none)"
             return action.help
         if isinstance(action.default, list):
             # As a command line has them.
