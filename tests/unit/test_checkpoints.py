@@ -236,7 +236,8 @@ def test_an_unknown_target_stays_unknown(tmp_path, capsys):
     assert "does not say whether its target was normalised" in capsys.readouterr().out
 
 
-def test_a_folder_written_by_transformers_is_imported(tmp_path):
+@pytest.mark.parametrize("eps", [1e-12, 0.5])
+def test_a_folder_written_by_transformers_is_imported(tmp_path, eps):
     transformers = pytest.importorskip("transformers")
 
     config = transformers.ViTMAEConfig(
@@ -250,6 +251,7 @@ def test_a_folder_written_by_transformers_is_imported(tmp_path):
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=2,
         decoder_intermediate_size=64,
+        layer_norm_eps=eps,
     )
     theirs = randomised(transformers.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path / "hf")
@@ -334,8 +336,16 @@ def test_runs_keep_the_epsilon_of_their_start(tmp_path, capsys):
 
 
 def start(main, capsys, *flags) -> None:
-    """Run a main, which must succeed."""
-    code, text = commands.call(main, capsys, *flags)
+    """Run a main, whose model must have layer norms of the epsilon 0.5."""
+    fit = main.fit
+
+    def checked(model, *rest):
+        assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {0.5}
+        return fit(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "fit", checked)
+        code, text = commands.call(main, capsys, *flags)
     assert code == 0, text
 
 

@@ -88,10 +88,11 @@ def test_wrapped_weights_have_their_own_names(tmp_path, wrap):
     check_equal(found(tmp_path, wrap(expected)), expected)
 
 
-def test_a_head_beside_a_wrapped_backbone_stays(tmp_path):
-    expected = weights_of(num_classes=5)
-    wrapped = {name if name.startswith("head.") else f"model.{name}": w for name, w in expected.items()}
-    check_equal(found(tmp_path, {"state_dict": wrapped}), expected)
+def test_heads_and_decoders_beside_a_wrapped_backbone_stay(tmp_path):
+    for expected in (weights_of(num_classes=5), MODELS["mae_test"](img_size=(32, 32)).state_dict()):
+        beside = ("head.", "decoder_", "mask_token", "pos_head.")
+        wrapped = {name if name.startswith(beside) else f"model.{name}": w for name, w in expected.items()}
+        check_equal(found(tmp_path, {"state_dict": wrapped}), expected)
 
 
 def test_what_is_left_out_is_named(tmp_path):
@@ -439,8 +440,8 @@ def maes_probe(pool: str, classes: int) -> tuple[dict, torch.nn.Module]:
     return encoder.state_dict() | probe, encoder
 
 
-def accuracy_by_hand(encoder, weights: dict, pool: str) -> float:
-    """Of the demo set's validation images; BatchNorm and the linear layer are written out."""
+def by_hand(encoder, weights: dict, pool: str) -> tuple[float, float]:
+    """Accuracy and loss on the demo set's validation images, with all layers of the probe written out."""
     data = build_class_dataset("", "val", eval_transform((32, 32)), evaluation=True, in_chans=3, seed=0)
     images = torch.stack([data[i]["image"] for i in range(len(data))]) / 255
     labels = torch.tensor([data[i]["label"] for i in range(len(data))])
@@ -455,13 +456,17 @@ def accuracy_by_hand(encoder, weights: dict, pool: str) -> float:
             feature = mean * encoder.fc_norm.weight + encoder.fc_norm.bias
         x = (feature - weights["head.0.running_mean"]) / (weights["head.0.running_var"] + 1e-6).sqrt()
         logits = x @ weights["head.1.weight"].T + weights["head.1.bias"]
-    return 100 * float((logits.argmax(1) == labels).float().mean())
+    loss = -logits.log_softmax(1)[torch.arange(len(labels)), labels].mean()
+    return 100 * float((logits.argmax(1) == labels).float().mean()), float(loss)
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_maes_probe_is_evaluated_without_a_file_of_its_encoder(tmp_path, capsys, pool):
+def test_maes_probe_is_evaluated_without_a_file_of_its_encoder(tmp_path, capsys, monkeypatch, pool):
     weights, encoder = maes_probe(pool, 10)
-    expected = accuracy_by_hand(encoder, weights, pool)
+    expected, loss = by_hand(encoder, weights, pool)
+    figures = []
+    evaluate = main_linprobe.Probing.evaluate
+    monkeypatch.setattr(main_linprobe.Probing, "evaluate", lambda self: figures.append(evaluate(self)))
     args = argparse.Namespace(
         model="vit_test",
         input_size=32,
@@ -474,7 +479,8 @@ def test_maes_probe_is_evaluated_without_a_file_of_its_encoder(tmp_path, capsys,
     torch.save(content, tmp_path / "checkpoint-89.pth")
     flags = ["--model", "vit_test", "--eval", "--resume", tmp_path / "checkpoint-89.pth"]
     code, text = call(main_linprobe, capsys, *flags)
-    assert code == 0 and accuracy(text) == [f"{expected:.3f}"] and expected > 10, text
+    assert code == 0 and accuracy(text) == [f"{expected:.3f}"], text
+    assert figures[0]["test_loss"] == pytest.approx(loss, rel=1e-4)
     assert f"encoder from {tmp_path / 'checkpoint-89.pth'}" in text and "other than in training" not in text
     other = {"cls": "--global_pool", "avg": "--cls_token"}[pool]
     code, text = call(main_linprobe, capsys, *flags, other)
