@@ -251,7 +251,7 @@ def keep_protocol(args: argparse.Namespace) -> None:
         )
     kept = []
     if args.pool == "avg" and takes_maes_norm(args.model):
-        kept.append("probes the mean of the tokens after the encoder's final norm")
+        kept.append("reads the mean of the tokens after the encoder's final norm")
     if not (args.eval or args.cached):
         kept.append("trains on torchvision's random crops")
     if kept:
