@@ -1,5 +1,8 @@
-"""Starting the toolkit as real processes, and reading what they leave."""
+"""Starting the toolkit, mostly as real processes, and reading what it leaves."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import socket
@@ -76,6 +79,26 @@ def start(output_dir, *flags, main=PRETRAIN, **env) -> tuple[int, str]:
         timeout=300,
     )
     return out.returncode, out.stdout
+
+
+def here(output_dir, *flags, main=PRETRAIN, signal: str | None = None) -> tuple[int, str]:
+    """The same within this process, which costs no imports; `signal` is tiny.py's TEST_SIGNAL."""
+    # Tests that start processes alone need no torch of their own.
+    import tiny
+    from util.flags.parser import parse, run
+
+    module = importlib.import_module(main[0])
+    words = [*main[1:], "--output_dir", str(output_dir), *map(str, flags)]
+    output = io.StringIO()
+    fit = module.fit
+    if signal is not None:
+        tiny.disturb(module, None, signal)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = run(module.main, parse(module.get_args_parser(), words))
+    finally:
+        module.fit = fit
+    return code, output.getvalue()
 
 
 def ranks(n: int, output_dir, *flags, main=PRETRAIN, **env) -> list[tuple[int, str]]:

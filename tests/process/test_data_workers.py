@@ -1,18 +1,13 @@
 """Runs whose data workers are killed or do not answer: one line says so, and no finished update is lost."""
 
-import contextlib
-import io
 import sys
 
 import pytest
 
-import main_pretrain
 import processes
-import tiny  # noqa: F401 (registers mae_test)
-from processes import ROOT, assert_same, last, log_lines, ranks, start
+from processes import ROOT, assert_same, here, last, log_lines, ranks, start
 from util.data.datasets import build_dataset
 from util.data.loading.samplers import EpochSampler
-from util.flags.parser import parse, run
 
 pytestmark = pytest.mark.slow
 
@@ -45,13 +40,10 @@ def image_of_rank_1() -> str:
 
 
 def untroubled(folder) -> str:
-    """Start or continue a run in this process, without workers and trouble -> its output."""
-    words = [*processes.PRETRAIN[1:], *map(str, RUN), "--num_workers", "0", "--output_dir", str(folder)]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = run(main_pretrain.main, parse(main_pretrain.get_args_parser(), words))
-    assert code == 0, output.getvalue()
-    return output.getvalue()
+    """Start or continue a run without workers and trouble -> its output."""
+    code, text = here(folder, *RUN, "--num_workers", 0)
+    assert code == 0, text
+    return text
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from processes import FINETUNE, PRETRAIN, ROOT, assert_same, last, log_lines, ranks, start
+from processes import FINETUNE, PRETRAIN, ROOT, assert_same, here, last, log_lines, ranks, start
 from util.data.loading.samplers import EpochSampler
 
 # 200 images in batches of 20 are 10 batches an epoch: three updates of 3 batches, and one batch left over.
@@ -20,7 +20,7 @@ RUN = ["--batch_size", 20, "--accum_iter", 3, "--epochs", 4, "--pos_label", "apl
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
-    code, text = start(out, *RUN)
+    code, text = here(out, *RUN)
     assert code == 0, text
     return out
 
@@ -49,13 +49,17 @@ def test_kill_at_random_steps_and_resume_is_bit_equal(uninterrupted, tmp_path, w
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, name):
-    code, text = start(
-        tmp_path, *RUN, TEST_SIGNAL=f"0:9:{name}"
-    )  # the tenth micro-step is the fourth update's first
+    # The tenth micro-step is the fourth update's first.
+    signal_at = f"0:9:{name}"
+    if name == "SIGTERM":
+        code, text = start(tmp_path, *RUN, TEST_SIGNAL=signal_at)
+    else:
+        # The code that a main returns is that of its process.
+        code, text = here(tmp_path, *RUN, signal=signal_at)
     assert code == 75 and f"stopped by {name}" in text, text
     assert last(tmp_path)["step"] == 4, "the update was finished, and none was begun"
     if name == "SIGUSR1":
-        code, text = start(tmp_path, *RUN)
+        code, text = here(tmp_path, *RUN)
         assert code == 0, text
         assert_same(last(uninterrupted), last(tmp_path))
 
@@ -63,7 +67,7 @@ def test_signals_save_and_exit_with_75(uninterrupted, tmp_path, name):
 def test_a_finished_run_is_left_alone(uninterrupted):
     before, log = last(uninterrupted), uninterrupted / "log.txt"
     ended = log.stat().st_mtime_ns
-    code, text = start(uninterrupted, *RUN)
+    code, text = here(uninterrupted, *RUN)
     assert code == 0 and "Epoch" not in text, text
     assert_same(before, last(uninterrupted))
     assert log.stat().st_mtime_ns == ended, "which is when the run ended"
@@ -75,7 +79,7 @@ ONE = ["--epochs", 2, "--pos_label", "apl+rpl", "--lr", "1e-3"]
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    code, text = start(out, *ONE, "--batch_size", 48)
+    code, text = here(out, *ONE, "--batch_size", 48)
     assert code == 0, text
     return out
 
@@ -100,18 +104,18 @@ def test_three_ranks_killed_and_resumed_are_bit_equal(tmp_path):
 
 
 def test_accumulation_equals_the_big_batch(one_process, tmp_path):
-    code, text = start(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
+    code, text = here(tmp_path, *ONE, "--batch_size", 24, "--accum_iter", 2)
     assert code == 0, text
     assert_same(last(one_process), last(tmp_path), exact=False)
 
 
 def test_steps_depend_on_the_effective_batch_alone(tmp_path):
     """A run may change from 2 batches of 80 images to two updates of 2 batches of 40, and back."""
-    code, text = start(tmp_path / "whole", *ONE, "--batch_size", 80)
+    code, text = here(tmp_path / "whole", *ONE, "--batch_size", 80)
     assert code == 0, text
-    code, text = start(tmp_path / "parts", *ONE, "--batch_size", 80, TEST_SIGNAL="0:2:SIGTERM")
+    code, text = here(tmp_path / "parts", *ONE, "--batch_size", 80, signal="0:2:SIGTERM")
     assert code == 75 and last(tmp_path / "parts")["step"] == 3, text
-    code, text = start(tmp_path / "parts", *ONE, "--batch_size", 40, "--accum_iter", 2)
+    code, text = here(tmp_path / "parts", *ONE, "--batch_size", 40, "--accum_iter", 2)
     assert code == 0 and "starts again" not in text, text
     assert last(tmp_path / "parts")["step"] == 4
     assert_same(last(tmp_path / "whole"), last(tmp_path / "parts"), exact=False)
@@ -220,7 +224,7 @@ FT = [
 
 
 def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
-    code, text = start(tmp_path / "a", *FT, main=FINETUNE)
+    code, text = here(tmp_path / "a", *FT, main=FINETUNE)
     assert code == 0, text
     code, text = start(
         tmp_path / "b",
@@ -243,10 +247,10 @@ def test_fine_tuning_killed_and_resumed_is_bit_equal(tmp_path):
 
 def test_evaluation_is_exact_on_two_ranks(tmp_path):
     """Every image once, with any number of ranks: 50 images in batches of 8 are 32 and 18, or 25 and 25."""
-    code, text = start(tmp_path, *FT, main=FINETUNE)
+    code, text = here(tmp_path, *FT, main=FINETUNE)
     assert code == 0, text
     flags = ["--eval", "--resume", tmp_path / "checkpoint-last.pth", "--batch_size", 8]
-    one, text = start(tmp_path, *flags, "--predictions", tmp_path / "one.csv", main=FINETUNE)
+    one, text = here(tmp_path, *flags, "--predictions", tmp_path / "one.csv", main=FINETUNE)
     assert one == 0, text
     two = ranks(2, tmp_path, *flags, "--predictions", tmp_path / "two.csv", main=FINETUNE)
     assert [c for c, _ in two] == [0, 0], two

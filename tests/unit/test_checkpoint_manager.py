@@ -67,6 +67,7 @@ def test_another_job_takes_over_and_leftovers_go(tmp_path, monkeypatch):
     old, new = keeper(tmp_path, monkeypatch, 7, 3), keeper(tmp_path, monkeypatch, 8)
     old.claim()
     (tmp_path / "checkpoint-last.pth.partial-abc").write_bytes(b"half")
+    (tmp_path / f".shared-{'0a' * 16}").write_bytes(b"")
     new.claim()
     assert sorted(p.name for p in tmp_path.iterdir()) == [OWNER]
     with pytest.raises(ValueError, match="job 8, restart 0"):

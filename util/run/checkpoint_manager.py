@@ -19,10 +19,11 @@ from util.weights.checkpoint import NUMBERED, save_atomic
 from util.weights.types import Checkpoint
 
 OWNER = ".owner.json"
-# What a killed run leaves of the files that it replaces as a whole. Other programs have files here, too.
+# What a killed run leaves of the files that it replaces as a whole, and of `dist.check_folder`. Other
+# programs have files here, too.
 PARTIAL = re.compile(
     r"(checkpoint-\w+\.pth|\.owner\.json|run\.json|log\.txt|bad_images\.txt|replay-step\d+\.json)"
-    r"\.partial(-\w+)?"
+    r"\.partial(-\w+)?|\.shared-[0-9a-f]{32}"
 )
 
 
