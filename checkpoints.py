@@ -2,7 +2,9 @@
 
     python checkpoints.py inspect FILE...                # kind, architecture, epoch, sha256, commands
     python checkpoints.py export FILE OUT --to encoder   # or mae, timm, hf (a folder), safetensors
-    python checkpoints.py import FILE OUT                # from MAE, timm, Hugging Face (its folder), DINO
+    python checkpoints.py import FILE OUT                # from MAE, timm, Hugging Face (a folder), DINO, SERE
+
+FILE may also be a run's folder, which stands for its checkpoint-last.pth, or an https address.
 
 Export and import run both models on the same images and print the largest difference between their outputs.
 They write nothing if it is above 1e-4. Label heads and the optimizer are left out.

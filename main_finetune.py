@@ -99,7 +99,8 @@ def add_model_flags(g) -> None:
 
 
 def add_finetuning_flags(g) -> None:
-    g.add_argument("--finetune", default="", help="pretrained checkpoint to start from")
+    encoder = "pretrained encoder or classifier to start from: a file, a run's folder or an https address"
+    g.add_argument("--finetune", default="", help=encoder)
     published = "start from the weights that timm publishes, with --model timm/NAME"
     g.add_argument("--pretrained", action="store_true", help=published)
     decay = "learning rate factor per layer, from the top down; if not given 0.75, and 1 without --finetune"

@@ -19,6 +19,7 @@ from backbones.registry import build_classifier
 from commands import accuracy, call
 from models_mae_pl import MODELS
 from tools import inspect
+from tools.draw import load_model
 from util.data.datasets import build_class_dataset
 from util.data.transforms import eval_transform
 from util.dist import fsdp
@@ -304,6 +305,7 @@ def test_a_folder_means_its_last_checkpoint(tmp_path, capsys):
         tmp_path / "b",
     )
     assert code == 0 and f"continuing {tmp_path / 'a' / 'checkpoint-last.pth'}" in text, text
+    assert torch.equal(load_model(folder)[0].cls_token, model.cls_token)
     assert inspect.describe(folder).startswith(folder) and "sha256" in inspect.describe(folder)
     export = ["export", folder, str(tmp_path / "e.pth"), "--to", "encoder"]
     assert run(checkpoints.main, checkpoints.get_args_parser().parse_args(export)) == 0
