@@ -35,9 +35,15 @@ from util.flags.groups import (
 )
 from util.flags.parser import Parser, answer_at_once, parse, run
 
+# Values of `probe_protocol`, which is stored like a flag. Probes without it had torchvision's crop and the
+# mean of normalised tokens.
+MAES = "mae"
+EARLIER = "earlier"
+
 
 def get_args_parser() -> Parser:
     p = Parser(description="Linear probing and kNN of frozen encoders", add_help=False)
+    p.set_defaults(probe_protocol=MAES)
     add_model_flags(p.add_argument_group("model"))
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
@@ -123,11 +129,6 @@ from util.weights import checkpoint, transfer
 from util.weights.types import Checkpoint, stored_flags
 
 LOST = 100  # times the chance level of the loss
-
-# Values of the stored flag `probe_protocol`. Probes without it had torchvision's crop and the mean of
-# normalised tokens.
-MAES = "mae"
-EARLIER = "earlier"
 
 
 def check_flags(args: argparse.Namespace) -> None:
