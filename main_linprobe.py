@@ -37,10 +37,16 @@ from util.flags.groups import (
 from util.flags.numbers import COUNT, POSITIVE, SHARE, side
 from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
+# Values of `probe_protocol`, which is stored like a flag. Probes without it had torchvision's crop and the
+# mean of normalised tokens.
+MAES = "mae"
+EARLIER = "earlier"
+
 
 def get_args_parser() -> Parser:
     about = "Linear probing and kNN of frozen encoders"
     p = Parser(description=about, epilog=examples(__doc__), add_help=False)
+    p.set_defaults(probe_protocol=MAES)
     add_model_flags(p.add_argument_group("model"))
     add_head_flags(p, "linear (default), or So-ViT's on all tokens: a second-order probe")
     add_data_flags(p)
@@ -129,11 +135,6 @@ from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_flags
 
 LOST = 100  # times the chance level of the loss
-
-# Values of the stored flag `probe_protocol`. Probes without it had torchvision's crop and the mean of
-# normalised tokens.
-MAES = "mae"
-EARLIER = "earlier"
 
 
 def check_flags(args: argparse.Namespace) -> None:
