@@ -81,11 +81,14 @@ class Classifier(Backbone):
             )
 
     def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of a file under the names of this model: Lightning's classifiers have `backbone.` first."""
-        prefix = "backbone."
-        if any(name.startswith(prefix) for name in weights):
-            return {name.removeprefix(prefix): weight for name, weight in weights.items()}
-        return dict(weights)
+        """Weights of a file under the names of this model: Lightning's classifiers have `backbone.` first.
+
+        Raises ValueError if a weight is there with and without this prefix.
+        """
+        named = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+        if len(named) < len(weights):
+            raise ValueError("a weight is there twice, with the prefix 'backbone.' and without")
+        return named
 
     def init_heads(self, feature_dim: int) -> None:
         """Create the class head; subclasses add heads of their own."""

@@ -96,6 +96,30 @@ def test_heads_and_decoders_beside_a_wrapped_backbone_stay(tmp_path):
         check_equal(found(tmp_path, {"state_dict": wrapped}), expected)
 
 
+def test_a_classifier_of_lightnings_is_a_start_and_evaluated(tmp_path):
+    expected = weights_of(num_classes=5, pool="avg")
+    named = {name if name.startswith("head.") else f"backbone.{name}": w for name, w in expected.items()}
+    torch.save({"state_dict": prefixed(named, "model.")}, tmp_path / "c.pth")
+    file = load(str(tmp_path / "c.pth"))
+    for use in (lambda m: transfer.init_encoder(m, file, "zero", list("abcde")), load_evaluated(file)):
+        model = build_classifier("vit_test", img_size=(32, 32), num_classes=5)
+        use(model)
+        check_equal(model.state_dict(), expected)
+    torch.save(
+        {"model": named | {"norm.weight": torch.ones(32), "backbone.norm.weight": torch.ones(32)}},
+        tmp_path / "c.pth",
+    )
+    file = load(str(tmp_path / "c.pth"))
+    with pytest.raises(ValueError, match=r"c\.pth does not fit .* a weight is there twice"):
+        transfer.init_encoder(model, file, "zero")
+    with pytest.raises(ValueError, match=r"c\.pth does not fit this model: a weight is there twice"):
+        load_for_evaluation(model, file)
+
+
+def load_evaluated(file: Checkpoint):
+    return lambda model: load_for_evaluation(model, file)
+
+
 def test_what_is_left_out_is_named(tmp_path):
     torch.save(
         {"model": prefixed(weights_of(), "model.") | {"criterion.a": torch.ones(1)}}, tmp_path / "c.pth"

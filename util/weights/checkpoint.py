@@ -157,7 +157,10 @@ def load_for_evaluation(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     stored = checkpoint.evaluated_weights()
     if isinstance(model, Backbone):
         # Of a timm model for other sizes.
-        stored = model.own_names(stored)
+        try:
+            stored = model.own_names(stored)
+        except ValueError as e:
+            raise ValueError(f"{checkpoint.path} does not fit this model: {e}") from None
     weights = {k: v for k, v in stored.items() if k in expected or not k.startswith("pos_head.")}
     load_strict(model, replace(checkpoint, model=weights))
 
