@@ -4,8 +4,8 @@ instead.
     python main_pretrain.py                                                                    # the demo set
     torchrun --nproc_per_node 8 main_pretrain.py @recipes/mae_pl_vit_base.args --data_path DIR --output_dir R
 
-Exit codes: 0 all epochs are done; 75 a signal stopped the run, its state is saved, and the same command
-continues it; 2 an error that its message explains.
+Exit codes: 0 all epochs are done, or the updates of --max_steps; 75 a signal stopped the run, its state is
+saved, and the same command continues it; 2 an error that its message explains.
 """
 
 import argparse
