@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 
+from layers.sizes import sere_names
 from util.flags import sere
 from util.flags.groups import (
     OptimDefaults,
@@ -29,11 +30,12 @@ from util.flags.groups import (
     compile_mode,
     pair,
 )
-from util.flags.parser import BELOW_ONE, Parser, answer_at_once, number, parse, run
+from util.flags.numbers import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, number, side
+from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
 
 def get_args_parser() -> Parser:
-    p = Parser(description="iBOT and SERE pretraining", add_help=False)
+    p = Parser(description="iBOT and SERE pretraining", epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
     add_loss_flags(p)
     add_data_flags(p)
@@ -50,10 +52,10 @@ def get_args_parser() -> Parser:
     )
     add_optim_flags(p, defaults)
     p.add_argument(
-        "--weight_decay_end", default=0.4, type=float, help="weight decay at the end of its cosine"
+        "--weight_decay_end", default=0.4, type=NOT_NEGATIVE, help="weight decay at the end of its cosine"
     )
     frozen = "keep the prototypes fixed that long"
-    p.add_argument("--freeze_last_layer", default=1.0, type=float, metavar="EPOCHS", help=frozen)
+    p.add_argument("--freeze_last_layer", default=1.0, type=NOT_NEGATIVE, metavar="EPOCHS", help=frozen)
     add_exact_flag(p)
     add_run_flags(p)
     # What --use_fp16 of SERE stands for: the precision on GPUs if --amp is auto.
@@ -63,9 +65,10 @@ def get_args_parser() -> Parser:
 
 
 def add_model_flags(g) -> None:
-    g.add_argument("--model", default="sere_vit_small_patch16", help="a name in models_sere.MODELS")
+    names = f"that of the checkpoint if the run starts from one; one of {', '.join(sere_names())}"
+    g.add_argument("--model", default="sere_vit_small_patch16", help=names)
     patch = "patch size, if other than the model's"
-    g.add_argument("--patch_size", default=None, type=int, nargs="+", metavar=("H", "W"), help=patch)
+    g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     kinds = ["none", "sincos", "learned"]
     g.add_argument("--pos_embed", default="learned", choices=kinds, help="the encoder's positional embedding")
     depth = "stochastic depth of the student's last block"
@@ -83,8 +86,8 @@ def add_model_flags(g) -> None:
 
 def add_loss_flags(p) -> None:
     g = p.add_argument_group("losses")
-    g.add_argument("--cls_weight", default=1.65, type=float, help="weight of the class-token loss")
-    g.add_argument("--patch_weight", default=1.65, type=float, help="weight of the masked-patch loss")
+    g.add_argument("--cls_weight", default=1.65, type=NOT_NEGATIVE, help="weight of the class-token loss")
+    g.add_argument("--patch_weight", default=1.65, type=NOT_NEGATIVE, help="weight of the masked-patch loss")
     add_self_relation_flags(p, spatial=0.2, channel=0.5)
     points = (
         "points in the overlap of two global crops, rows [columns]; one less than the patches if not given"
@@ -92,15 +95,15 @@ def add_loss_flags(p) -> None:
     limits = ("ROWS", "COLUMNS")
     g.add_argument("--sr_points", default=None, type=number(1), nargs="+", metavar=limits, help=points)
     start = "the teacher's temperature at the start"
-    g.add_argument("--warmup_teacher_temp", default=0.04, type=float, help=start)
+    g.add_argument("--warmup_teacher_temp", default=0.04, type=POSITIVE, help=start)
     g.add_argument(
-        "--teacher_temp", default=0.07, type=float, help="the teacher's temperature after its ramp"
+        "--teacher_temp", default=0.07, type=POSITIVE, help="the teacher's temperature after its ramp"
     )
-    g.add_argument("--warmup_teacher_temp_epochs", default=30, type=float, help="length of the ramp")
+    g.add_argument("--warmup_teacher_temp_epochs", default=30, type=NOT_NEGATIVE, help="length of the ramp")
     start = "its temperature for patches at the start; --warmup_teacher_temp if not given"
-    g.add_argument("--warmup_teacher_patch_temp", default=None, type=float, help=start)
+    g.add_argument("--warmup_teacher_patch_temp", default=None, type=POSITIVE, help=start)
     end = "its temperature for patches after the ramp; --teacher_temp if not given"
-    g.add_argument("--teacher_patch_temp", default=None, type=float, help=end)
+    g.add_argument("--teacher_patch_temp", default=None, type=POSITIVE, help=end)
 
 
 def add_exact_flag(p) -> None:
@@ -115,19 +118,19 @@ def add_exact_flag(p) -> None:
 
 def add_crop_flags(p) -> None:
     size = "size of local crops, H [W]"
-    p.add_argument("--local_size", default=[96], type=int, nargs="+", metavar=("H", "W"), help=size)
+    p.add_argument("--local_size", default=[96], type=side, nargs="+", metavar=("H", "W"), help=size)
     p.add_argument(
         "--local_crops_number", default=10, type=number(0), help="local crops per image; 0 for none"
     )
     area = "area of the two global crops, as a share of the image"
     limits = ("MIN", "MAX")
-    p.add_argument("--global_crops_scale", default=[0.4, 1.0], type=float, nargs=2, metavar=limits, help=area)
+    p.add_argument("--global_crops_scale", default=[0.4, 1.0], type=SHARE, nargs=2, metavar=limits, help=area)
     area = "area of the local crops, as a share of the image"
-    p.add_argument("--local_crops_scale", default=[0.05, 0.4], type=float, nargs=2, metavar=limits, help=area)
+    p.add_argument("--local_crops_scale", default=[0.05, 0.4], type=SHARE, nargs=2, metavar=limits, help=area)
     ratio = "masked share of the patches; each crop draws one of them"
-    p.add_argument("--pred_ratio", default=[0.0, 0.3], type=float, nargs="+", help=ratio)
+    p.add_argument("--pred_ratio", default=[0.0, 0.3], type=SHARE, nargs="+", help=ratio)
     width = "half width of the range around each of them"
-    p.add_argument("--pred_ratio_var", default=[0.0, 0.2], type=float, nargs="+", help=width)
+    p.add_argument("--pred_ratio_var", default=[0.0, 0.2], type=SHARE, nargs="+", help=width)
     shape = "masked patches are rectangles, or drawn one by one"
     p.add_argument("--pred_shape", default="block", choices=["block", "rand"], help=shape)
     first = "epochs without masked patches at the start"
@@ -156,17 +159,18 @@ from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.run.session import (
     STOPPED,
-    continue_from,
     describe_batch,
     effective_batch,
     join_ranks,
     open_budget,
+    print_continuing,
 )
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr, ramp
 from util.train.optim import adamw, clip_each, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint
+from util.weights.defaults import as_stored
 
 
 @dataclass(frozen=True)
@@ -470,6 +474,8 @@ def optimizer_groups(args: argparse.Namespace, model: SereStudent) -> list[dict]
 def main(args: argparse.Namespace) -> int:
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
     device = join_ranks(args)
+    start = checkpoint.load_start(args.output_dir, args.resume)
+    args = argparse.Namespace(**as_stored(vars(args), given_in(args), start, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, precision(args, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
@@ -495,9 +501,10 @@ def main(args: argparse.Namespace) -> int:
     )
 
     flags = checkpoint.plain_flags(vars(args))
-    start = continue_from(args, flags)
     if start is None:
         dist.print_rank0("starting from scratch")
+    else:
+        print_continuing(args, start, flags)
     session = Session.open(args, flags, start, chance_levels(args, model))
     objective.ranks = Ranks(setup, session, plain, args.batch_size)
     # Gradients are clipped in `before_step`, each parameter by itself.

@@ -324,7 +324,7 @@ def test_the_advice_of_a_refusal_works(capsys):
     "flags, says",
     [
         ("--shared_head maybe", "--shared_head: takes true or false, found maybe"),
-        ("--lr fast", "--lr: invalid float value: 'fast'"),
+        ("--lr fast", "--lr: takes a number, found 'fast'"),
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu: must be 1 or more, found 0"),
         ("--alpha 3 --beta 2", "--alpha 3 and --beta 2 give the other losses a negative weight"),
         ("--global_crops_scale 0.4", "--global_crops_scale: expected 2 arguments"),

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from util.flags.parser import BELOW_ONE, COUNT, SHARE, Parser, number
+from util.flags.numbers import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, number
+from util.flags.parser import Parser
 
 WORDS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+_WHOLE = number(0)
 
 
 def word(text: str) -> bool:
@@ -24,18 +26,6 @@ def word(text: str) -> bool:
     if text.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"takes true or false, found {text}")
     return WORDS[text.lower()]
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, found {text}")
-    return value
-
-
-WEIGHT = number(0, kind=float)
-WHOLE = number(0)
 
 
 @dataclass(frozen=True)
@@ -75,48 +65,48 @@ FLAGS: dict[str, Flag] = {
     "pred_ratio": Flag(SHARE, [0.3], nargs="+", ours="pred_ratio"),
     "pred_ratio_var": Flag(SHARE, [0.0], nargs="+", ours="pred_ratio_var"),
     "pred_shape": Flag(str, "block", ours="pred_shape"),
-    "pred_start_epoch": Flag(WHOLE, 0, ours="pred_start_epoch"),
+    "pred_start_epoch": Flag(_WHOLE, 0, ours="pred_start_epoch"),
     # Losses
-    "lambda1": Flag(WEIGHT, 1.0),
-    "lambda2": Flag(WEIGHT, 1.0),
-    "alpha": Flag(WEIGHT, 1.0, ours="sr_spatial"),
-    "beta": Flag(WEIGHT, 1.0, ours="sr_channel"),
-    "temperature_pixel": Flag(positive, 0.5, ours="sr_temp_spatial"),
-    "temperature_channel": Flag(positive, 0.1, ours="sr_temp_channel"),
+    "lambda1": Flag(NOT_NEGATIVE, 1.0),
+    "lambda2": Flag(NOT_NEGATIVE, 1.0),
+    "alpha": Flag(NOT_NEGATIVE, 1.0, ours="sr_spatial"),
+    "beta": Flag(NOT_NEGATIVE, 1.0, ours="sr_channel"),
+    "temperature_pixel": Flag(POSITIVE, 0.5, ours="sr_temp_spatial"),
+    "temperature_channel": Flag(POSITIVE, 0.1, ours="sr_temp_channel"),
     "overlap_size": Flag(COUNT, [13, 13], nargs="+"),
     # Teacher
     "momentum_teacher": Flag(SHARE, 0.996, ours="ema_momentum"),
-    "warmup_teacher_temp": Flag(positive, 0.04, ours="warmup_teacher_temp"),
-    "teacher_temp": Flag(positive, 0.04, ours="teacher_temp"),
-    "warmup_teacher_patch_temp": Flag(positive, 0.04, ours="warmup_teacher_patch_temp"),
-    "teacher_patch_temp": Flag(positive, 0.07, ours="teacher_patch_temp"),
-    "warmup_teacher_temp_epochs": Flag(WHOLE, 30, ours="warmup_teacher_temp_epochs"),
+    "warmup_teacher_temp": Flag(POSITIVE, 0.04, ours="warmup_teacher_temp"),
+    "teacher_temp": Flag(POSITIVE, 0.04, ours="teacher_temp"),
+    "warmup_teacher_patch_temp": Flag(POSITIVE, 0.04, ours="warmup_teacher_patch_temp"),
+    "teacher_patch_temp": Flag(POSITIVE, 0.07, ours="teacher_patch_temp"),
+    "warmup_teacher_temp_epochs": Flag(_WHOLE, 30, ours="warmup_teacher_temp_epochs"),
     # Optimisation
     "batch_size_per_gpu": Flag(COUNT, 128, ours="batch_size"),
     "epochs": Flag(COUNT, 100, ours="epochs"),
     "accum_iter": Flag(COUNT, 1, ours="accum_iter"),
     "optimizer": Flag(str, "adamw"),
     # Per 256 images.
-    "lr": Flag(WEIGHT, 5e-4, ours="blr"),
-    "min_lr": Flag(WEIGHT, 1e-6, ours="min_lr"),
-    "warmup_epochs": Flag(WHOLE, 10, ours="warmup_epochs"),
-    "weight_decay": Flag(WEIGHT, 0.04, ours="weight_decay"),
-    "weight_decay_end": Flag(WEIGHT, 0.4, ours="weight_decay_end"),
-    "clip_grad": Flag(WEIGHT, 3.0, ours="clip_grad"),
-    "freeze_last_layer": Flag(WHOLE, 1, ours="freeze_last_layer"),
+    "lr": Flag(NOT_NEGATIVE, 5e-4, ours="blr"),
+    "min_lr": Flag(NOT_NEGATIVE, 1e-6, ours="min_lr"),
+    "warmup_epochs": Flag(_WHOLE, 10, ours="warmup_epochs"),
+    "weight_decay": Flag(NOT_NEGATIVE, 0.04, ours="weight_decay"),
+    "weight_decay_end": Flag(NOT_NEGATIVE, 0.4, ours="weight_decay_end"),
+    "clip_grad": Flag(NOT_NEGATIVE, 3.0, ours="clip_grad"),
+    "freeze_last_layer": Flag(_WHOLE, 1, ours="freeze_last_layer"),
     "use_fp16": Flag(word, True),
     # Crops
     "global_crops_number": Flag(int, 2),
     "global_crops_scale": Flag(SHARE, [0.14, 1.0], nargs=2, ours="global_crops_scale"),
-    "local_crops_number": Flag(WHOLE, 0, ours="local_crops_number"),
+    "local_crops_number": Flag(_WHOLE, 0, ours="local_crops_number"),
     "local_crops_scale": Flag(SHARE, [0.05, 0.4], nargs=2, ours="local_crops_scale"),
     # Run. A default of None leaves the value to our own default.
     "data_path": Flag(str, None, ours="data_path"),
     "output_dir": Flag(str, ".", ours="output_dir"),
-    "saveckp_freq": Flag(WHOLE, 40, ours="save_every_epochs"),
+    "saveckp_freq": Flag(_WHOLE, 40, ours="save_every_epochs"),
     "load_from": Flag(str, None),
     "seed": Flag(int, 0, ours="seed"),
-    "num_workers": Flag(WHOLE, None, ours="num_workers"),
+    "num_workers": Flag(_WHOLE, None, ours="num_workers"),
     "dist_url": Flag(str, None, ours="dist_url"),
     "local_rank": Flag(int, None, ours="local_rank"),
 }

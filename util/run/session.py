@@ -98,14 +98,6 @@ MAY_CHANGE = {"epochs", "lr", "blr", "min_lr", "warmup_epochs", "batch_size", "a
 MAY_CHANGE |= {"clip_grad", "amp", "compile_mode", "cache_data", "max_pixels", "crop_pct", "nb_classes"}
 
 
-def continue_from(args: argparse.Namespace, flags: dict) -> Checkpoint | None:
-    """Return the checkpoint that the run continues, None for a new run; see `print_continuing`."""
-    start = checkpoint.load_start(args.output_dir, args.resume)
-    if start is not None:
-        print_continuing(args, start, flags)
-    return start
-
-
 def print_continuing(args: argparse.Namespace, start: Checkpoint, flags: dict) -> None:
     """Print which checkpoint the run continues, and which flags have changed.
 
