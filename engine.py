@@ -25,7 +25,7 @@ from util.flags.parser import with_flags
 from util.run import plan
 from util.run.checkpoint_manager import Owed
 from util.run.flops import FlopCounter, peak_flops
-from util.run.guards import BadImages, NonFiniteLoss, say_what_fits, write_replay
+from util.run.guards import BadImages, NonFiniteLoss, write_replay
 from util.run.log import peak_memory_mb
 from util.run.session import Session
 from util.train.amp import AMP
@@ -225,8 +225,7 @@ def fit(
     owed = session.owed()
     start = _load_start(run, state)
     if session.dry_run:
-        with say_what_fits(loader.batch_size):
-            text = _plan(run, state, start)
+        text = _plan(run, state, start)
         dist.print_rank0(with_flags(text, session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
@@ -238,7 +237,7 @@ def fit(
     )
     _take_folder(run, state, start, owed)
     session.log.open(first_epoch, state.step, run.updates_per_epoch)
-    with say_what_fits(loader.batch_size), run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
+    with run.stop, slurm.lost_peers(run.stop), guarded(run.guard):
         return _train(run, state, first_epoch)
 
 
@@ -276,10 +275,11 @@ def _train(run: Run, state: TrainState, first_epoch: int) -> bool:
 
 def _print_stopped_early(run: Run, state: TrainState) -> None:
     """Print how far a trial has come, and how it continues."""
-    text = (
-        f"stopped after {state.step} of {run.updates} updates, as `max_steps` {run.budget.max_steps} says: "
-        "the same command without it continues"
-    )
+    text = f"stopped after {state.step} of {run.updates} updates, as `max_steps` {run.budget.max_steps} says"
+    if run.session.checkpoints is None:
+        text += "; nothing is saved, as there is no `output_dir`"
+    else:
+        text += ": the same command without it continues"
     dist.print_rank0(with_flags(text, run.session.flags))
 
 
@@ -356,11 +356,11 @@ def train_one_epoch(run: Run, state: TrainState, epoch: int) -> bool:
 
 
 def _next_start(run: Run) -> str:
-    """Return a phrase about where the same command would begin."""
+    """Return a phrase about where the next start of the run would begin."""
     checkpoints = run.session.checkpoints
     if checkpoints is None or not os.path.isfile(checkpoints.last):
         return "starts again from step 0"
-    return f"continues {checkpoints.last}"
+    return f"continues from {checkpoints.last}"
 
 
 def run_updates(run: Run, state: TrainState, epoch: int) -> bool:

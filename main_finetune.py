@@ -148,11 +148,11 @@ from util.evaluate.supervised import evaluate, first_classes
 from util.run.log import Log
 from util.run.session import (
     STOPPED,
+    check_and_print_continuing,
     describe_batch,
     effective_batch,
     join_ranks,
     open_budget,
-    print_continuing,
 )
 from util.train.amp import resolve_amp
 from util.train.lr_sched import effective_lr
@@ -487,7 +487,7 @@ def load_weights(
 ) -> None:
     """Load the encoder of --finetune, if a new run has one; print a line about the start."""
     if start.resume is not None:
-        print_continuing(args, start.resume, flags)
+        check_and_print_continuing(args, start.resume, flags)
     elif start.pretrained is None:
         dist.print_rank0("starting from scratch")
     else:
@@ -562,9 +562,7 @@ def build_optimizer(
     args: argparse.Namespace, model: Classifier, start: Start, lr: float
 ) -> torch.optim.Optimizer:
     """Return AdamW. Layer decay belongs to fine-tuning; without it, it must be asked for."""
-    layer_decay = args.layer_decay
-    if layer_decay is None:
-        layer_decay = MAES_LAYER_DECAY if start.finetune else 1.0
+    layer_decay = layer_decay_of(args, start)
     groups = param_groups(
         model,
         args.weight_decay,
@@ -574,7 +572,27 @@ def build_optimizer(
         model.num_layers,
         by_layer=has_groups_by_layer(start.resume),
     )
+    check_layer_decay(layer_decay, groups, start.resume)
     return adamw(groups, lr, betas=(0.9, 0.999))
+
+
+def layer_decay_of(args: argparse.Namespace, start: Start) -> float:
+    """Return --layer_decay, or if it is not given MAE's in fine-tuning and none from scratch."""
+    if args.layer_decay is not None:
+        return args.layer_decay
+    return MAES_LAYER_DECAY if start.finetune else 1.0
+
+
+def check_layer_decay(layer_decay: float, groups: list[dict], resume: Checkpoint | None) -> None:
+    """Raise ValueError if layer decay needs more parameter groups than the continued optimizer has."""
+    if resume is None or not resume.entries.get("optimizer") or has_groups_by_layer(resume):
+        return
+    if len(groups) > 2:
+        raise ValueError(
+            f"--layer_decay {layer_decay:g}: {resume.path} was trained without layer decay, and its "
+            "optimizer has no groups for layers: give --layer_decay 1, or start anew from its weights with "
+            "--finetune and another --output_dir"
+        )
 
 
 def has_groups_by_layer(resume: Checkpoint | None) -> bool:
@@ -590,7 +608,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
     """Return the flags that checkpoints store, with what became of those that were left open."""
     resolved = {
         "finetune": start.finetune,
-        "layer_decay": MAES_LAYER_DECAY if args.layer_decay is None else args.layer_decay,
+        "layer_decay": layer_decay_of(args, start),
         "new_parameters": start.new_parameters,
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),

@@ -125,7 +125,7 @@ from util.evaluate.knn import knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
 from util.run.log import Log
 from util.run.plan import write_record
-from util.run.session import STOPPED, effective_batch, join_ranks, open_budget, print_continuing
+from util.run.session import STOPPED, check_and_print_continuing, effective_batch, join_ranks, open_budget
 from util.train.amp import products, resolve_amp
 from util.train.lr_sched import effective_lr
 from util.train.optim import lars
@@ -602,7 +602,7 @@ def main(given: argparse.Namespace) -> int:
         f"effective batch {effective_batch(args)}, lr {lr:.3g} x {grid}"
     )
     if start is not None:
-        print_continuing(args, start, flags)
+        check_and_print_continuing(args, start, flags)
     session = Session.open(args, flags, start, loss_tag="loss")
     objective.log = session.log
     finished = fit(objective.probe, objective, optimizer, loader, setup, open_budget(args, lr), session)

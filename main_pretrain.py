@@ -103,11 +103,11 @@ from util.report.panels import PredictedPositions, reconstruction_panel, save_pn
 from util.run.guards import survive_full_disk
 from util.run.session import (
     STOPPED,
+    check_and_print_continuing,
     describe_batch,
     effective_batch,
     join_ranks,
     open_budget,
-    print_continuing,
 )
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr
@@ -449,7 +449,7 @@ def read_start(args: argparse.Namespace) -> Start:
 def load_start(args: argparse.Namespace, flags: dict, objective: Pretraining, start: Start) -> None:
     """Print how the run starts; load the weights of --init_from, if it starts from them."""
     if start.resume is not None:
-        print_continuing(args, start.resume, flags)
+        check_and_print_continuing(args, start.resume, flags)
         check_method(args, start.resume)
         keep_norm_eps(objective, start.resume, flags)
         return

@@ -77,7 +77,7 @@ def add_model_flags(g) -> None:
     g.add_argument("--out_dim", default=8192, type=number(2), help=prototypes)
     unit = "prototypes of unit length; without it each has a learned scale"
     g.add_argument("--norm_last_layer", default=True, action=argparse.BooleanOptionalAction, help=unit)
-    own = "who has prototypes for patches alone: nobody, the student, or student and teacher (own)"
+    own = "prototypes of their own for patches: in no head (shared), in the student's, or in both (own)"
     kinds = ["shared", "student", "own"]
     g.add_argument("--patch_prototypes", default="shared", choices=kinds, help=own)
     own = "number of the patches' own prototypes; --out_dim if not given"
@@ -159,11 +159,11 @@ from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.run.session import (
     STOPPED,
+    check_and_print_continuing,
     describe_batch,
     effective_batch,
     join_ranks,
     open_budget,
-    print_continuing,
 )
 from util.train.amp import resolve_amp
 from util.train.lr_sched import cosine, effective_lr, ramp
@@ -459,7 +459,9 @@ def precision(args: argparse.Namespace, device: torch.device) -> str:
     if device.type == "cuda":
         return args.gpu_amp
     if args.gpu_amp == "fp16":
-        dist.print_rank0(f"--use_fp16 true: float16 is for GPUs, float32 on this {device.type}")
+        dist.print_rank0(
+            f"--use_fp16 true applies to GPUs only: this run computes in float32 on {device.type}"
+        )
     return "fp32"
 
 
@@ -504,7 +506,7 @@ def main(args: argparse.Namespace) -> int:
     if start is None:
         dist.print_rank0("starting from scratch")
     else:
-        print_continuing(args, start, flags)
+        check_and_print_continuing(args, start, flags)
     session = Session.open(args, flags, start, chance_levels(args, model))
     objective.ranks = Ranks(setup, session, plain, args.batch_size)
     # Gradients are clipped in `before_step`, each parameter by itself.

@@ -257,7 +257,8 @@ class SereStudent(ViTBackbone):
         if not self.exact or grid == self.grid:
             return super().resized_pos_embed(table, grid)
         cells = table[:, self.num_prefix :].unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, C, h, w)
-        # DINO adds 0.1 against rounding, and so stretches the table a little: positions follow the factor.
+        # DINO (Apache-2.0) adds 0.1 against rounding, and so stretches the table a little: positions
+        # follow the factor.
         factors = [(new + 0.1) / old for new, old in zip(grid, self.grid)]
         cells = F.interpolate(cells.float(), scale_factor=factors, mode="bicubic")
         return torch.cat([table[:, : self.num_prefix], cells.flatten(2).transpose(1, 2).to(table.dtype)], 1)

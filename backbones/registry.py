@@ -13,7 +13,7 @@ from layers.contract import Entry
 from util.data.sources.image_index import some_names
 from util.flags.groups import pair
 from util.weights.architecture import whole_numbers
-from util.weights.types import NORM_EPS, Checkpoint
+from util.weights.types import EPS_FLAG, Checkpoint
 from util.weights.validate import MOST_PIXELS, shown
 
 MODELS: dict[str, Entry[Classifier]] = models_vit.MODELS | swin.MODELS | so_vit.MODELS
@@ -105,7 +105,7 @@ def _numbers_out_of_order(names: list[str]) -> bool:
 
 def norm_options(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The option `norm_eps` of a classifier, if the stored flags name an epsilon and the model takes one."""
-    eps = flags.get(NORM_EPS)
+    eps = flags.get(EPS_FLAG)
     if eps is None or "norm_eps" not in find(name).options:
         return {}
     return {"norm_eps": eps}

@@ -10,7 +10,7 @@ import torch
 
 import models_mae_pl
 from backbones import registry as models
-from layers.contract import NORM_EPS as DEFAULT_EPS
+from layers.contract import NORM_EPS
 from tools import stored_model
 from tools.formats import (
     DECODER,
@@ -31,7 +31,7 @@ from util.weights import transfer
 from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import save_atomic
 from util.weights.files import DIGEST, digest, load
-from util.weights.types import NORM_EPS, Checkpoint
+from util.weights.types import EPS_FLAG, Checkpoint
 
 # Format -> the endings of its files. A Hugging Face model is a folder of any name.
 SUFFIXES = {
@@ -137,8 +137,8 @@ def _hidden_facts(source: Model, arch: Architecture) -> dict[str, Any]:
     }
     if arch.decoder_depth and isinstance(source, models_mae_pl.MaskedAutoencoderViT):
         flags["decoder_heads"] = source.decoder.num_heads
-    if source.trunk.norm_eps != DEFAULT_EPS:
-        flags[NORM_EPS] = source.trunk.norm_eps
+    if source.trunk.norm_eps != NORM_EPS:
+        flags[EPS_FLAG] = source.trunk.norm_eps
     return flags
 
 
@@ -152,7 +152,7 @@ def _write_encoder(checkpoint: Checkpoint, arch: Architecture, source: Model, pa
 def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     # Without label heads and with a positional embedding, our weights have MAE's names. MAE's models have one
     # epsilon, which matters for tokens of small variance: the comparison is with that.
-    eps = checkpoint.args.pop(NORM_EPS, None)
+    eps = checkpoint.args.pop(EPS_FLAG, None)
     save_atomic(checkpoint.to_dict(), partial)
     flags = "--finetune {out}"
     if arch.classes:
@@ -162,7 +162,7 @@ def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partia
     usage = f"facebookresearch/mae and this toolkit load it with {flags}"
     model = "the plain MAE model"
     if eps is not None:
-        model += f" (layer_norm_eps {DEFAULT_EPS:g} instead of {eps:g})"
+        model += f" (layer_norm_eps {NORM_EPS:g} instead of {eps:g})"
     return Written(_reloaded(partial, arch), model, usage)
 
 

@@ -7,7 +7,7 @@ import models_vit
 from backbones.registry import MODELS
 from util.weights.architecture import Architecture, architecture
 from util.weights.checkpoint import describe_mismatch
-from util.weights.types import NORM_EPS, Checkpoint
+from util.weights.types import EPS_FLAG, Checkpoint
 from util.weights.validate import MOST_CHANNELS, shown
 
 
@@ -46,8 +46,8 @@ def _build(a: Architecture, flags: dict, distilled: bool) -> Any:
         "pos_label": "+".join(a.labels) or "none",
         "pos_tokens": flags.get("pos_tokens") or "half",
     }
-    if flags.get(NORM_EPS) is not None:
-        options["norm_eps"] = flags[NORM_EPS]
+    if flags.get(EPS_FLAG) is not None:
+        options["norm_eps"] = flags[EPS_FLAG]
     if a.pos_embed:
         options["pos_embed"] = "learned"
     if a.decoder_depth:

@@ -355,7 +355,7 @@ def test_the_published_command_trains(tmp_path, capsys):
     command = ["main_sere", *SERE_SMALL.split(), *smaller.split(), *ours.split()]
     saved = here(tmp_path / "out", main=command)
     text = capsys.readouterr().out
-    assert "--use_fp16 true: float16 is for GPUs, float32 on this cpu" in text and "fp32 on cpu" in text
+    assert "--use_fp16 true applies to GPUs only" in text and "fp32 on cpu" in text
     assert "5 images" in text and "lr 3.91e-06" in text, "5e-4 * 2 / 256"
     assert saved["step"] == 2 and saved["args"]["sere_exact"] and saved["args"]["clip_grad"] == 0.3
     assert saved["model"]["blocks.11.attn.qkv.weight"].shape == (576, 192)

@@ -187,7 +187,7 @@ def test_a_trained_so_vit_starts_another_run(tmp_path, capsys, monkeypatch):
         "--output_dir",
         tmp_path / "b",
     )
-    assert code == 0 and "of a classifier, whose head goes on: it has the same classes" in text, text
+    assert code == 0 and "from a classifier, with its head, which has the same classes" in text, text
 
 
 def test_so_vit_trains_and_is_evaluated_by_its_name(tmp_path, capsys, monkeypatch):

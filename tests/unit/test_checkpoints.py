@@ -181,11 +181,11 @@ def test_a_classifier_starts_another(name):
     names = list("abcdefg")
     file = Checkpoint("x.pth", first.state_dict(), classes=names)
     note = transfer.init_encoder(second, file, "zero", list("hijklmn"))
-    assert "of a classifier, whose head is left behind" in note and "new: head" in note
+    assert "from a classifier, without its head" in note and "new: head" in note
     for k, v in second.state_dict().items():
         assert torch.equal(v, new[k] if k.startswith("head") else first.state_dict()[k]), k
     note = transfer.init_encoder(second, file, "zero", names)
-    assert "whose head goes on: it has the same classes; " in note and "new: nothing" in note
+    assert "with its head, which has the same classes; " in note and "new: nothing" in note
     assert all(torch.equal(v, first.state_dict()[k]) for k, v in second.state_dict().items())
 
 
@@ -204,7 +204,7 @@ def test_a_head_goes_on_where_classes_and_pooling_agree(pool, stored, classes, k
     second = build_classifier("vit_test", img_size=(48, 48), num_classes=classes, pool=pool)
     file = Checkpoint("x.pth", first.state_dict(), {"input_size": [32], "patch_size": [8]}, stored)
     note = transfer.init_encoder(second, file, "zero", list("abcde")[:classes])
-    assert ("whose head goes on" in note) == kept and "resized from (4, 4) to (6, 6)" in note
+    assert ("with its head" in note) == kept and "resized from (4, 4) to (6, 6)" in note
     assert (
         second.head.weight.shape == first.head.weight.shape
         and torch.equal(second.head.weight, first.head.weight)

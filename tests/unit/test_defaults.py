@@ -75,6 +75,10 @@ def test_a_checkpoint_without_flags_is_known_by_its_weights():
     mae = models_mae_pl.MODELS["mae_vit_pico_patch8"](img_size=(32, 32), in_chans=2, pos_embed="sincos")
     expected = {"model": "vit_pico_patch8", "input_size": [32], "in_chans": 2}
     assert known_flags(stored(mae), registry.MODELS) == expected
+    # As in the files of DINO, iBOT and SERE.
+    apart = stored(mae)
+    apart.model = {f"backbone.{k}": v for k, v in apart.model.items()} | {"head.mlp.0.bias": torch.zeros(4)}
+    assert known_flags(apart, registry.MODELS) == expected
     # A patch that no model of this size has, and images that are not square: only flags say both.
     other = registry.MODELS["vit_pico_patch4"](img_size=(20, 40), patch_size=(10, 5), num_classes=2)
     known = known_flags(stored(other, input_size=[20, 40]), registry.MODELS)
@@ -103,7 +107,7 @@ def test_a_given_flag_wins_even_if_it_is_the_default(capsys):
     assert given_in(flags) == {"input_size"} and "given" not in vars(flags)
     settled = as_stored(vars(flags), given_in(flags), checkpoint, registry.MODELS)
     assert (settled["model"], settled["input_size"]) == ("vit_base_patch16", [224])
-    assert capsys.readouterr().out == "as in x.pth: model vit_base_patch16\n"
+    assert capsys.readouterr().out == "taken from x.pth: model vit_base_patch16\n"
     # Without a checkpoint, MAE's defaults stay, and nothing is printed.
     assert as_stored(vars(flags), given_in(flags), None, registry.MODELS) == vars(flags)
     assert flags.model == "vit_large_patch16" and capsys.readouterr().out == ""
@@ -133,16 +137,17 @@ def test_every_main_takes_model_and_size_from_its_start(tmp_path, capsys, monkey
     made = ["--model", "mae_vit_pico_patch8", "--input_size", "16", "32", "--patch_size", "8", "16"]
     call(main_pretrain, *made, "--output_dir", "mae")
     start = "mae/checkpoint-last.pth"
-    line = f"as in {start}: model vit_pico_patch8, input_size 16 32, patch_size 8 16"
+    line = f"taken from {start}: model vit_pico_patch8, input_size 16 32, patch_size 8 16"
     assert line in call(main_finetune, "--finetune", start, "--output_dir", "ft")
     assert line in call(main_linprobe, "--finetune", start, "--output_dir", "probe", "--knn")
     evaluated = call(main_finetune, "--eval", "--resume", "ft/checkpoint-last.pth")
     assert (
-        "as in ft/checkpoint-last.pth: model vit_pico_patch8, input_size 16 32, patch_size 8 16" in evaluated
+        "taken from ft/checkpoint-last.pth: model vit_pico_patch8, input_size 16 32, patch_size 8 16"
+        in evaluated
     )
     # The run's own checkpoint, and weights for a fresh schedule.
     again = call(main_pretrain, "--output_dir", "mae", "--epochs", "2")
-    assert f"as in {start}: model mae_vit_pico_patch8, input_size 16 32" in again
+    assert f"taken from {start}: model mae_vit_pico_patch8, input_size 16 32" in again
     assert "continuing" in again and "model:" not in again
     fresh = call(main_pretrain, "--output_dir", "fresh", "--init_from", start)
     assert "model mae_vit_pico_patch8" in fresh

@@ -541,7 +541,21 @@ def test_a_layer_decay_acts_where_it_is_given(given, scratch, finetuned):
     labels = {"pos_label": "none", "pos_tokens": "half"}
     choices = main_finetune.Choices([], labels, {})
     stored = main_finetune.flags_to_store(args, start, SETUP, choices)
-    assert stored["layer_decay"] == finetuned, "as in files of earlier versions"
+    assert stored["layer_decay"] == finetuned
+    start = main_finetune.Start(None, "", None, [])
+    assert main_finetune.flags_to_store(args, start, SETUP, choices)["layer_decay"] == scratch
+
+
+def test_layer_decay_does_not_continue_an_optimizer_without_it():
+    groups = [{"params": []}] * 2
+    resume = Checkpoint("x.pth", {}, {}, None, {"optimizer": {"param_groups": groups}})
+    # The head alone has two groups with layer decay, too.
+    main_finetune.check_layer_decay(0.75, groups, resume)
+    with pytest.raises(
+        ValueError, match=r"--layer_decay 0.75: x.pth was trained without layer decay.*decay 1"
+    ):
+        main_finetune.check_layer_decay(0.75, groups * 2, resume)
+    main_finetune.check_layer_decay(0.75, groups * 2, None)
 
 
 def test_a_folder_for_predictions_is_asked_for_before_the_training(tmp_path, capsys):

@@ -74,6 +74,8 @@ EARLY = [
     ("main_finetune", "--model vit_large", "--model 'did you mean vit_large_patch16'"),
     ("main_pretrain", "--model resnet", "--model mae_vit_large_patch16"),
     ("main_pretrain", "--device gpu", "--device cuda"),
+    ("main_pretrain", "--device gpu:1", "--device cuda:1"),
+    ("main_pretrain", f"--epochs {'9' * 400}x", "--epochs 'a whole number'"),
     ("main_pretrain", "--device 1", "--device cuda:1"),
     ("main_pretrain", "--amp f16", "--amp fp16"),
     ("main_pretrain", "--pos_label apI", "--pos_label apl"),

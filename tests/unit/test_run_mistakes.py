@@ -99,6 +99,9 @@ def test_the_default_folder_continues_with_another_schedule_and_spelling(in_defa
     code, text = call(main_pretrain, capsys, *flags)
     assert code == 0 and "continuing ./output_dir/checkpoint-last.pth with changed flags" in text, text
     assert len(log_lines(in_default)) == 2
+    # The folder stands for its last checkpoint.
+    code, text = call(main_pretrain, capsys, *flags, "--resume", "output_dir")
+    assert code == 0 and "all 2 epochs are done" in text, text
 
 
 def test_a_folder_given_by_hand_continues_with_changed_flags(in_default, capsys):
@@ -240,7 +243,7 @@ def test_too_little_memory_names_the_batch(tmp_path, capsys, monkeypatch):
     tiny.wrap_loss(main_pretrain, wrap)
     for more in ([], ["--dry_run"]):
         line = refused(capsys, main_pretrain, *PRETRAIN, "--output_dir", tmp_path / "run", *more)
-        assert "CUDA out of memory" in line and "--batch_size 100" in line and "--accum_iter" in line
+        assert "CUDA out of memory" in line and "--batch_size (now 100)" in line and "--accum_iter" in line
 
 
 # -- Odd numbers of images.

@@ -40,10 +40,7 @@ def query(*command: str, required: bool = False) -> str:
     if required:
         # The last line of several has the cause.
         reason = done.stderr.strip().rpartition("\n")[2]
-        raise ValueError(
-            f"SLURM does not answer {command[0]} ({reason}): try again, or give `cluster` local to run on "
-            "this machine"
-        )
+        raise ValueError(f"SLURM does not answer {command[0]} ({reason}): try again")
     return ""
 
 

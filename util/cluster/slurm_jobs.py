@@ -45,7 +45,10 @@ def check_limits(points: list[Point]) -> None:
             "machine, or submit where SLURM is"
         )
     # Before anything is written.
-    slurm.query("scontrol", "show", "config", required=True)
+    try:
+        slurm.query("scontrol", "show", "config", required=True)
+    except ValueError as error:
+        raise ValueError(f"{error}, or give `cluster` local to run on this machine") from None
     jobs = sum(1 + len(point.then) for point in points)
     most = _limit("MaxJobCount", jobs)
     if jobs > most:

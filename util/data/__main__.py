@@ -24,7 +24,8 @@ from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform
 from util.files.names import printable
 from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP
-from util.flags.parser import COUNT, Parser, run, with_flags
+from util.flags.numbers import COUNT
+from util.flags.parser import Parser, run, with_flags
 
 
 def get_args_parser() -> Parser:

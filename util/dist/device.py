@@ -32,9 +32,9 @@ def choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
 def _check_exists(device: torch.device) -> None:
     """Raise ValueError for a device that this machine does not have."""
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("`device` mps: torch sees no GPU of Apple's here; leave `device` out")
+        raise ValueError("`device` mps: torch sees no Apple GPU here; leave `device` out")
     if device.type == "xpu" and not torch.xpu.is_available():
-        raise ValueError("`device` xpu: torch sees no GPU of Intel's here; leave `device` out")
+        raise ValueError("`device` xpu: torch sees no Intel GPU here; leave `device` out")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"`device` {device}: {torch.cuda.device_count()} GPUs are visible, numbered from 0; leave the "

@@ -50,7 +50,8 @@ def check(script: str, flags: argparse.Namespace) -> None:
 
 def announce(flags: argparse.Namespace) -> None:
     """Print on rank 0 that the demo images are used because the data are not named."""
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
     # A status is not a run.
     if first and getattr(flags, "data_path", None) == "" and getattr(flags, "status", None) is None:
         print("no --data_path: the embedded demo images are used", flush=True)
@@ -76,7 +77,7 @@ def check_model(main: str, name: str) -> None:
     else:
         message += f"; there are {', '.join(names)}"
     if main in ("main_finetune", "main_linprobe"):
-        message += ", and timm/NAME is timm's"
+        message += "; timm's models are timm/NAME"
     raise ValueError(message)
 
 

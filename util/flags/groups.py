@@ -72,7 +72,8 @@ def device_name(text: str) -> str:
     if re.fullmatch(rf"auto|({'|'.join(DEVICES)})(:\d+)?", text):
         return text
     meant = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
-    near = meant.get(text.lower()) or meant.get(text.lower().partition(":")[0])
+    kind, colon, index = text.lower().partition(":")
+    near = meant[kind] + colon + index if kind in meant else None
     if text.isdigit():
         near = f"cuda:{text}"
     if near is None:

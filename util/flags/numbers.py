@@ -54,7 +54,7 @@ def _read(text: str, kind: type) -> float:
         if kind is float and re.fullmatch(r"-?\d*,\d+", text):
             meant = f"; write {text.replace(',', '.')}"
         raise argparse.ArgumentTypeError(f"takes {expected}, found {text!r}{meant}") from None
-    if not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, found {text}")
     return value
 

@@ -10,17 +10,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from util.files.names import printable, printable_lines
 from util.flags import early, ending
-from util.flags.numbers import BELOW_ONE as BELOW_ONE
-from util.flags.numbers import COUNT as COUNT
 from util.flags.numbers import FINITE, WHOLE
-from util.flags.numbers import SHARE as SHARE
-from util.flags.numbers import number as number
 from util.flags.recipes import Recipes
 
 # Flags that most runs give, in the order in which --help shows them, before all others.
@@ -277,7 +273,7 @@ def answer_at_once(name: str, parser: argparse.ArgumentParser) -> None:
         flags = complete.parse_args()
         try:
             early.check(os.path.basename(sys.argv[0]), flags)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             complete.exit(2, f"error: {describe(error, vars(flags))}\n")
 
 
@@ -383,17 +379,20 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def _memory_advice(error: RuntimeError, flags: Collection[str]) -> str:
-    advice = []
-    if "batch_size" in flags:
-        advice.append("lower --batch_size")
-    if "accum_iter" in flags:
-        advice.append("raise --accum_iter by the same factor")
-    if "grad_checkpointing" in flags:
-        advice.append("or give --grad_checkpointing")
-    # The first lines say how much was asked for; the others are about the allocator.
-    cause = printable_lines(str(error).strip().splitlines()[0])
-    return f"no memory is left ({cause}): {', '.join(advice) or 'use a machine with more'}"
+def _memory_advice(error: RuntimeError, flags: Mapping[str, Any]) -> str:
+    remedies = []
+    if flags.get("batch_size", 1) > 1:
+        smaller = f"lower --batch_size (now {flags['batch_size']})"
+        if not (flags.get("eval") or flags.get("knn")):
+            smaller += " and raise --accum_iter by the same factor"
+        remedies.append(smaller)
+    if flags.get("grad_checkpointing") is False:
+        remedies.append("give --grad_checkpointing")
+    # The first two sentences say how much was asked for; the others are about the allocator.
+    sentences = str(error).strip().splitlines()[0].split(". ")[:2]
+    cause = printable_lines(". ".join(sentences))
+    advice = " or ".join(remedies) or "use a device with more, or a smaller model"
+    return f"no memory is left ({cause}): {advice}"
 
 
 def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) -> int:

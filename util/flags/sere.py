@@ -18,7 +18,7 @@ from util.flags.numbers import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, 
 from util.flags.parser import Parser
 
 WORDS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-_WHOLE = number(0)
+_FROM_ZERO = number(0)
 
 
 def word(text: str) -> bool:
@@ -65,7 +65,7 @@ FLAGS: dict[str, Flag] = {
     "pred_ratio": Flag(SHARE, [0.3], nargs="+", ours="pred_ratio"),
     "pred_ratio_var": Flag(SHARE, [0.0], nargs="+", ours="pred_ratio_var"),
     "pred_shape": Flag(str, "block", ours="pred_shape"),
-    "pred_start_epoch": Flag(_WHOLE, 0, ours="pred_start_epoch"),
+    "pred_start_epoch": Flag(_FROM_ZERO, 0, ours="pred_start_epoch"),
     # Losses
     "lambda1": Flag(NOT_NEGATIVE, 1.0),
     "lambda2": Flag(NOT_NEGATIVE, 1.0),
@@ -80,7 +80,7 @@ FLAGS: dict[str, Flag] = {
     "teacher_temp": Flag(POSITIVE, 0.04, ours="teacher_temp"),
     "warmup_teacher_patch_temp": Flag(POSITIVE, 0.04, ours="warmup_teacher_patch_temp"),
     "teacher_patch_temp": Flag(POSITIVE, 0.07, ours="teacher_patch_temp"),
-    "warmup_teacher_temp_epochs": Flag(_WHOLE, 30, ours="warmup_teacher_temp_epochs"),
+    "warmup_teacher_temp_epochs": Flag(_FROM_ZERO, 30, ours="warmup_teacher_temp_epochs"),
     # Optimisation
     "batch_size_per_gpu": Flag(COUNT, 128, ours="batch_size"),
     "epochs": Flag(COUNT, 100, ours="epochs"),
@@ -89,24 +89,24 @@ FLAGS: dict[str, Flag] = {
     # Per 256 images.
     "lr": Flag(NOT_NEGATIVE, 5e-4, ours="blr"),
     "min_lr": Flag(NOT_NEGATIVE, 1e-6, ours="min_lr"),
-    "warmup_epochs": Flag(_WHOLE, 10, ours="warmup_epochs"),
+    "warmup_epochs": Flag(_FROM_ZERO, 10, ours="warmup_epochs"),
     "weight_decay": Flag(NOT_NEGATIVE, 0.04, ours="weight_decay"),
     "weight_decay_end": Flag(NOT_NEGATIVE, 0.4, ours="weight_decay_end"),
     "clip_grad": Flag(NOT_NEGATIVE, 3.0, ours="clip_grad"),
-    "freeze_last_layer": Flag(_WHOLE, 1, ours="freeze_last_layer"),
+    "freeze_last_layer": Flag(_FROM_ZERO, 1, ours="freeze_last_layer"),
     "use_fp16": Flag(word, True),
     # Crops
     "global_crops_number": Flag(int, 2),
     "global_crops_scale": Flag(SHARE, [0.14, 1.0], nargs=2, ours="global_crops_scale"),
-    "local_crops_number": Flag(_WHOLE, 0, ours="local_crops_number"),
+    "local_crops_number": Flag(_FROM_ZERO, 0, ours="local_crops_number"),
     "local_crops_scale": Flag(SHARE, [0.05, 0.4], nargs=2, ours="local_crops_scale"),
     # Run. A default of None leaves the value to our own default.
     "data_path": Flag(str, None, ours="data_path"),
     "output_dir": Flag(str, ".", ours="output_dir"),
-    "saveckp_freq": Flag(_WHOLE, 40, ours="save_every_epochs"),
+    "saveckp_freq": Flag(_FROM_ZERO, 40, ours="save_every_epochs"),
     "load_from": Flag(str, None),
     "seed": Flag(int, 0, ours="seed"),
-    "num_workers": Flag(_WHOLE, None, ours="num_workers"),
+    "num_workers": Flag(_FROM_ZERO, None, ours="num_workers"),
     "dist_url": Flag(str, None, ours="dist_url"),
     "local_rank": Flag(int, None, ours="local_rank"),
 }

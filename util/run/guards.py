@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
 from util import dist
 from util.files.atomic import write_json, write_text
 from util.files.names import one_line, printable
@@ -47,22 +45,8 @@ class NonFiniteLoss(ValueError):
             remedies.append(f"train in `amp` {wider}")
         advice = " or ".join(remedies)
         if self.step > 0:
-            advice += f"; the same command then {start}"
+            advice += f"; the run then {start}"
         return NonFiniteLoss(self.step, self.values, advice)
-
-
-@contextlib.contextmanager
-def say_what_fits(batch_size: int) -> Iterator[None]:
-    """Turn an accelerator's lack of memory into a ValueError with the remedy."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        # The first sentence says how much was wanted; the rest is about the allocator.
-        reason = str(error).partition(". ")[0]
-        raise ValueError(
-            f"{reason} with `batch_size` {batch_size}: halve it and double `accum_iter`, which keeps the "
-            "effective batch"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -95,10 +95,11 @@ class Session:
 # What may change between two starts in the default folder: the schedule and the optimizer, and what changes
 # neither the images nor the model.
 MAY_CHANGE = {"epochs", "lr", "blr", "min_lr", "warmup_epochs", "batch_size", "accum_iter", "weight_decay"}
-MAY_CHANGE |= {"clip_grad", "amp", "compile_mode", "cache_data", "max_pixels", "crop_pct", "nb_classes"}
+MAY_CHANGE |= {"layer_decay", "clip_grad", "amp", "compile_mode", "cache_data", "max_pixels"}
+MAY_CHANGE |= {"crop_pct", "nb_classes"}
 
 
-def print_continuing(args: argparse.Namespace, start: Checkpoint, flags: dict) -> None:
+def check_and_print_continuing(args: argparse.Namespace, start: Checkpoint, flags: dict) -> None:
     """Print which checkpoint the run continues, and which flags have changed.
 
     Raises ValueError if the checkpoint lies in the default folder and is of a run with another model or other
@@ -127,7 +128,7 @@ def _changes_of_the_run(start: Checkpoint, flags: dict) -> list[str]:
         changed += _changed_data(str(old["data_path"]), flags.get("data_path", ""))
     resume = flags.get("resume", "")
     # A requeued job repeats the flag of its first start.
-    if resume and resume != old.get("resume") and _place(resume) != _place(start.path):
+    if resume != old.get("resume", "") and checkpoint.is_another_file(resume, start.path):
         changed.append(f"resume: {resume}, which is another file")
     return changed
 
@@ -154,6 +155,7 @@ def join_ranks(args: argparse.Namespace) -> torch.device:
     """
     if args.dist_on_itp:
         os.environ |= dist.openmpi_ranks(os.environ)
+    # Before `flag_ranks`, which looks for RANK; `dist.init` does the same for callers without these flags.
     os.environ |= dist.slurm_ranks(os.environ)
     found, notes = dist.flag_ranks(os.environ, args.dist_url, args.world_size)
     os.environ |= found

@@ -97,12 +97,13 @@ def _check_plain_vit(checkpoint: Checkpoint) -> None:
             f"Transformer; it has {', '.join(map(shown, list(weights)[:4]))}"
         )
     parts = foreign_parts(weights)
-    if "blocks.0.attn.qkv.bias" not in weights:
-        parts.append("no biases of queries, keys and values together")
+    found = []
     if parts:
-        raise ValueError(
-            f"{checkpoint.path} does not hold a plain Vision Transformer: it has {', '.join(parts)}"
-        )
+        found.append(f"it has {', '.join(parts)}")
+    if "blocks.0.attn.qkv.bias" not in weights:
+        found.append("it lacks blocks.0.attn.qkv.bias")
+    if found:
+        raise ValueError(f"{checkpoint.path} does not hold a plain Vision Transformer: {'; '.join(found)}")
 
 
 def foreign_parts(weights: Mapping[str, Tensor]) -> list[str]:

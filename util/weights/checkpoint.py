@@ -156,7 +156,7 @@ def load_for_evaluation(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     expected = model.state_dict()
     stored = checkpoint.evaluated_weights()
     if isinstance(model, Backbone):
-        # Of a timm model for other sizes.
+        # timm's models may need resized embeddings and other names.
         try:
             stored = model.own_names(stored)
         except ValueError as e:
@@ -271,7 +271,7 @@ def _substitute(last: str, resume: str, problem: str) -> str:
     another file, and if there is none.
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    is_other = _is_another_file(resume, last)
+    is_other = is_another_file(resume, last)
     if is_other and not requeued:
         return resume
     found: list[str] = []
@@ -294,7 +294,7 @@ def _substitute(last: str, resume: str, problem: str) -> str:
     )
 
 
-def _is_another_file(resume: str, last: str) -> bool:
+def is_another_file(resume: str, last: str) -> bool:
     """Whether `resume` is given and means another file than `last`."""
     if os.path.isdir(resume):
         # A folder stands for its last checkpoint.
@@ -369,8 +369,6 @@ def _means_the_same(name: str, old: Any, new: Any) -> bool:
     # MAE stores `input_size` as a number, we as a list. [224] and [224, 224] are the same square.
     if _square(old) == _square(new):
         return True
-    if isinstance(old, (int, float)) and isinstance(new, (int, float)) and type(old) is not bool:
-        return old == new
     # argparse leaves an empty text where another program has nothing.
     return str(old) == str(new) or {str(old), str(new)} <= {"", "None"}
 

@@ -1,11 +1,13 @@
 """What a checkpoint says about the model and its images, for runs whose flags leave it open."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from layers.sizes import nearest_size, same_encoder
 from util import dist
 from util.weights.architecture import MOST_PIXELS, Architecture, architecture, whole_numbers
+from util.weights.layouts import without_backbone
 from util.weights.types import Checkpoint
 from util.weights.validate import MOST_CHANNELS, shown
 
@@ -32,7 +34,7 @@ def as_stored(
     changed = {name: value for name, value in known.items() if flags.get(name) != value}
     if changed:
         listed = ", ".join(f"{name} {_text(value)}" for name, value in changed.items())
-        dist.print_rank0(f"as in {shown(saved.path)}: {listed}")
+        dist.print_rank0(f"taken from {shown(saved.path)}: {listed}")
     return {**flags, **changed}
 
 
@@ -78,6 +80,10 @@ def _sizes(value: Any) -> list[int]:
 
 
 def _from_weights(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
+    # DINO, iBOT and SERE keep the encoder apart from their heads.
+    own = without_backbone(saved.model)
+    if own:
+        saved = replace(saved, model=own)
     try:
         a = architecture(saved)
     except ValueError:

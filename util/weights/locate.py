@@ -52,6 +52,10 @@ def located(path: str) -> str:
 
 def _downloaded(address: str) -> str:
     """Download a file, unless it was downloaded before. Rank 0 does it for all that see the same folder."""
+    if address.startswith("http://") and not _is_local(address):
+        raise ValueError(
+            f"{address} is not encrypted: give an https address, or download the file and give it"
+        )
     path = _cached_name(address)
     # First rank 0, then one rank of each host that has another folder.
     for turn in (dist.is_main(), int(os.environ.get("LOCAL_RANK", 0)) == 0):
@@ -66,6 +70,11 @@ def _downloaded(address: str) -> str:
     return path
 
 
+def _is_local(address: str) -> bool:
+    """Whether an address is of this machine, where nobody can change the file on its way."""
+    return urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+
+
 def _cached_name(address: str) -> str:
     """Where a file is kept: in torch.hub's folder, and apart from files of that name at other addresses."""
     name = os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(address).path))
@@ -77,8 +86,12 @@ def _cached_name(address: str) -> str:
 
 def _try_download(address: str, path: str) -> str:
     """Download a file; return the problem in one line, or ''."""
+    folder = os.path.dirname(path)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        return f"cannot write {folder} ({error.strerror}): set TORCH_HOME to another folder, or give a file"
+    try:
         _download(address, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(error).splitlines() or [type(error).__name__]

@@ -106,11 +106,11 @@ def _fit_class_head(
     # The head of a mean does not read a class token.
     pooled = _pools_the_mean(checkpoint.encoder_weights()) == _pools_the_mean(expected)
     if classes is None or not fits or not pooled or checkpoint.classes not in (None, classes):
-        return body, "of a classifier, whose head is left behind"
-    names = "has the same classes"
+        return body, "from a classifier, without its head"
+    names = "the same classes"
     if checkpoint.classes is None:
-        names = f"has {len(classes)} outputs, whose classes the file does not name"
-    return weights, f"of a classifier, whose head goes on: it {names}"
+        names = f"{len(classes)} outputs, whose classes the file does not name"
+    return weights, f"from a classifier, with its head, which has {names}"
 
 
 def _pools_the_mean(weights: Mapping[str, Tensor]) -> bool:

@@ -11,7 +11,7 @@ from util.weights.layouts import without_backbone
 from util.weights.validate import shown
 
 # The stored flag of a model whose layer norms have another epsilon than the model's own.
-NORM_EPS = "layer_norm_eps"
+EPS_FLAG = "layer_norm_eps"
 # Kind -> (its description, the commands and flags that take it).
 KINDS = {
     "pretraining": (
@@ -157,8 +157,8 @@ class Checkpoint:
 
 
 def stored_eps(flags: Mapping[str, Any]) -> dict[str, float]:
-    """The flag NORM_EPS alone if it is among the stored flags, else nothing."""
-    return {name: value for name, value in flags.items() if name == NORM_EPS and value is not None}
+    """The flag EPS_FLAG alone if it is among the stored flags, else nothing."""
+    return {name: value for name, value in flags.items() if name == EPS_FLAG and value is not None}
 
 
 def stored_flags(checkpoint: Checkpoint | None) -> dict[str, Any]:
