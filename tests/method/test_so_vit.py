@@ -456,7 +456,6 @@ def test_a_linear_head_is_what_it_was():
             ["--model", "vit_huge_patch14", "--patch_embed", "conv", "--input_size", 28],
             "works at --patch_size 16 or 8",
         ),
-        (["--head", "second_order", "--so_alpha", 0], "--so_alpha takes a power above 0"),
     ],
 )
 def test_wrong_flags_say_what_to_do(tmp_path, capsys, flags, message):

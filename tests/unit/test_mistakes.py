@@ -75,6 +75,7 @@ EARLY = [
     ("main_pretrain", "--model resnet", "--model mae_vit_large_patch16"),
     ("main_pretrain", "--device gpu", "--device cuda"),
     ("main_pretrain", "--device gpu:1", "--device cuda:1"),
+    ("main_finetune", "--head second_order --so_alpha 0", "--so_alpha 0"),
     ("main_pretrain", f"--epochs {'9' * 400}x", "--epochs 'a whole number'"),
     ("main_pretrain", "--device 1", "--device cuda:1"),
     ("main_pretrain", "--amp f16", "--amp fp16"),
