@@ -110,6 +110,8 @@ LATE = [
     ("main_pretrain", "--mask_ratio 0.99", "--mask_ratio 0.99"),
     ("main_pretrain", "--resume {file}", "{file} checkpoint"),
     ("main_pretrain", "--resume {classifier}", "{classifier} classifier main_finetune.py --resume"),
+    ("main_finetune", "--data_path {data} --aa foo", "--aa foo rand-m9-mstd0.5-inc1"),
+    ("main_finetune", "--data_path {data} --aa rand-m9-incc1", "--aa rand-m9-incc1 rand-m9-mstd0.5-inc1"),
     ("main_pretrain", "--resume {mae} --pos_label rpl", "{mae} --pos_label apl --init_from"),
     ("main_pretrain", "--data_path {empty}", "{empty} <class>"),
     ("main_pretrain", "--data_path {data}/train/a/0.png", "0.png <class>"),

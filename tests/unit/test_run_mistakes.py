@@ -107,7 +107,9 @@ def test_the_default_folder_continues_with_another_schedule_and_spelling(in_defa
 def test_a_folder_given_by_hand_continues_with_changed_flags(in_default, capsys):
     flags = [*PRETRAIN, "--epochs", 2, "--mask_ratio", 0.5, "--output_dir", "output_dir"]
     code, text = call(main_pretrain, capsys, *flags)
-    assert code == 0 and "mask_ratio: 0.75 -> 0.5" in text, text
+    assert code == 0 and "mask_ratio: 0.75 -> 0.5" in text and "is not read" not in text, text
+    code, text = call(main_pretrain, capsys, *flags, "--resume", "none.pth")
+    assert code == 0 and "warning: --resume none.pth is not read" in text, text
     # What cannot be loaded stays an error.
     line = refused(capsys, main_pretrain, *flags, "--epochs", 3, "--model", "mae_vit_pico_patch8")
     assert "does not fit this model" in line and "another --output_dir" in line

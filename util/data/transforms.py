@@ -471,7 +471,7 @@ def finetune_transform(
         mean: per channel, in [0, 1]: the colour that fills the corners after a rotation or a shift.
 
     Other numbers of channels than 1 and 3 get the geometric part only, by torchvision's draws. Raises
-    ValueError if colour changes are wanted for them.
+    ValueError if colour changes are wanted for them, and for an unknown policy.
     """
     changes_colours = bool(auto_augment or color_jitter)
     if in_chans not in (1, 3):
@@ -484,17 +484,24 @@ def finetune_transform(
     # The fast way, without a PIL image.
     if interpolation == "bicubic" and not changes_colours:
         return TimmCrop(input_size, crop)
-    return TimmAugment(
-        _pair(input_size),
-        scale=crop.scale,
-        ratio=crop.ratio,
-        hflip=crop.hflip,
-        vflip=crop.vflip,
-        color_jitter=color_jitter,
-        auto_augment=auto_augment or None,
-        interpolation=interpolation,
-        mean=_per_channel(mean, in_chans),
-    )
+    try:
+        return TimmAugment(
+            _pair(input_size),
+            scale=crop.scale,
+            ratio=crop.ratio,
+            hflip=crop.hflip,
+            vflip=crop.vflip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment or None,
+            interpolation=interpolation,
+            mean=_per_channel(mean, in_chans),
+        )
+    except AssertionError as error:
+        # timm's answer to a policy that it does not know.
+        raise ValueError(
+            f"`auto_augment` {auto_augment!r} is no policy of timm ({error}): give rand-m9-mstd0.5-inc1, "
+            "which is MAE's, another one of timm's, or '' for none"
+        ) from None
 
 
 def _per_channel(mean: Sequence[float], channels: int) -> tuple[float, ...]:

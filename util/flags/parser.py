@@ -223,6 +223,8 @@ class Parser(argparse.ArgumentParser):
     def _describe_unknown(self, flag: str) -> str:
         if not flag.startswith("-"):
             hint = "see --help"
+            if flag.lower() in ("true", "false"):
+                hint = "a flag that turns something on takes no value: leave it out"
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
                 hint = "a path of images follows --data_path"
             return f"{flag} belongs to no flag; {hint}"

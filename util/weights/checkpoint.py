@@ -332,12 +332,21 @@ def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:
         note = f" with changed flags ({'; '.join(changed)})"
     dist.print_rank0(f"continuing {checkpoint.path}{note}")
     # These name weights for the start of a run, and this one has started.
-    for name in ("finetune", "init_from"):
+    for name in ("finetune", "init_from", "resume"):
+        if name == "resume" and not _goes_before_resume(checkpoint, flags):
+            continue
         if flags.get(name) and checkpoint.args.get(name, "") != flags[name]:
             dist.print_rank0(
                 f"warning: --{name} {flags[name]} is not read: the run continues from its own weights; for a "
                 "new run give another --output_dir"
             )
+
+
+def _goes_before_resume(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> bool:
+    """Whether the run's own checkpoint is read in the place of another one that `resume` names."""
+    folder = os.path.dirname(os.path.abspath(checkpoint.path))
+    is_own = folder == os.path.abspath(flags.get("output_dir") or os.curdir)
+    return is_own and is_another_file(flags.get("resume", ""), checkpoint.path)
 
 
 def other_than_trained(

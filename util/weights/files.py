@@ -105,16 +105,25 @@ def _load_pickle(path: str) -> Any:
             listed = ", ".join(map(shown, sorted(names)[:8]))
             raise ValueError(
                 f"{path} is refused: loading it would run code; it asks for {listed}. "
-                "Checkpoints hold tensors and plain values only: if you trust the file, save its 'model' "
-                "entry anew"
+                "Checkpoints hold tensors and plain values only: if you trust the file, load it where it was "
+                "made, and save the weights alone by torch.save(model.state_dict(), FILE)"
             ) from None
-        raise ValueError(
-            f"{path} is not a checkpoint: its pickle holds more than tensors and plain values"
-        ) from None
+        raise ValueError(f"{path} is not a checkpoint: {_what_it_is(path)}") from None
     except Exception as e:  # torch raises many types for damaged files, and the remedy is one
         raise ValueError(
             f"{path} is truncated or not a checkpoint{_first_line(e)}: use another one"
         ) from None
+
+
+def _what_it_is(path: str) -> str:
+    """A phrase about a file that is no pickle of tensors and plain values."""
+    with open(path, "rb") as file:
+        begin = file.read(512)
+    if begin.lstrip()[:1] == b"<":
+        return "it is a web page, perhaps the answer to a wrong address: download the file again"
+    if begin.isascii() and all(byte >= 32 or byte in b"\t\n\r" for byte in begin):
+        return "it is a text file: give the file of the weights"
+    return "its pickle holds more than tensors and plain values"
 
 
 def _first_line(error: Exception) -> str:
