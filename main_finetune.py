@@ -587,6 +587,9 @@ def check_layer_decay(layer_decay: float, groups: list[dict], resume: Checkpoint
     """Raise ValueError if layer decay needs more parameter groups than the continued optimizer has."""
     if resume is None or not resume.entries.get("optimizer") or has_groups_by_layer(resume):
         return
+    if resume.kind in ("pretraining", "self-distillation"):
+        # `load_strict` says what to do with such a file.
+        return
     if len(groups) > 2:
         raise ValueError(
             f"--layer_decay {layer_decay:g}: {resume.path} was trained without layer decay, and its "
