@@ -178,7 +178,7 @@ def test_nan_on_one_rank_stops_both_and_leaves_a_replay_file(tmp_path):
     for code, text in results:
         assert code == 2 and "Traceback" not in text, text
         assert "error: non-finite at step 6: loss = nan" in text, text
-        assert "--clip_grad 1" in text and f"continues {tmp_path}/checkpoint-last.pth" in text, text
+        assert "--clip_grad 1" in text and f"continues from {tmp_path}/checkpoint-last.pth" in text, text
     replay = json.loads((tmp_path / "replay-step6.json").read_text())
     sampler = EpochSampler(200, batch_size=24, world_size=2, seed=0)
     assert replay["epoch"] == 1 and replay["micro_batches"] == [sampler.global_batch(1, 2).tolist()]
