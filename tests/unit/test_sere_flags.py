@@ -400,7 +400,7 @@ def test_half_precision_is_for_gpus(capsys):
     assert resolved(SMALL, "cuda") == "fp16"
     assert capsys.readouterr().out == ""
     assert resolved(SMALL, "cpu") == "fp32"
-    assert "float32 on this cpu" in capsys.readouterr().out
+    assert "computes in float32 on cpu" in capsys.readouterr().out
     assert resolved(f"{SMALL} --use_fp16 false", "cuda") == "fp32"
     assert resolved(f"{SMALL} --amp bf16", "cpu") == "bf16", "our flag wins"
     assert resolved("", "cpu") == "fp32"
