@@ -12,9 +12,10 @@ instead, which the key seeds. Some transforms have further methods, which caller
     elsewhere
 """
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -484,7 +485,7 @@ def finetune_transform(
     # The fast way, without a PIL image.
     if interpolation == "bicubic" and not changes_colours:
         return TimmCrop(input_size, crop)
-    try:
+    with _policy_errors(auto_augment):
         return TimmAugment(
             _pair(input_size),
             scale=crop.scale,
@@ -496,8 +497,14 @@ def finetune_transform(
             interpolation=interpolation,
             mean=_per_channel(mean, in_chans),
         )
+
+
+@contextlib.contextmanager
+def _policy_errors(auto_augment: str | None) -> Iterator[None]:
+    """Turn timm's answer to a policy that it does not know into a ValueError with the remedy."""
+    try:
+        yield
     except AssertionError as error:
-        # timm's answer to a policy that it does not know.
         raise ValueError(
             f"`auto_augment` {auto_augment!r} is no policy of timm ({error}): give rand-m9-mstd0.5-inc1, "
             "which is MAE's, another one of timm's, or '' for none"
