@@ -207,8 +207,8 @@ def fit(
     In a dry run a few updates are measured, the plan of the whole run is printed, and nothing is written.
     Returns True when all epochs are done, or `budget.max_steps` updates. Returns False when a signal asked to
     stop, after saving the state. Raises NonFiniteLoss on all ranks together and leaves a replay file. Raises
-    ValueError for settings that cannot work, such as a batch that the device cannot hold. Raises NoData if
-    the data do not come, after saving the state if this process can.
+    ValueError for settings that cannot work. Raises NoData if the data do not come, after saving the state if
+    this process can.
     """
     wrapped = _wrap(model, setup, budget)
     stop = dist.StopSignal(slurm.requeue_at_the_limit)
@@ -225,8 +225,7 @@ def fit(
     owed = session.owed()
     start = _load_start(run, state)
     if session.dry_run:
-        text = _plan(run, state, start)
-        dist.print_rank0(with_flags(text, session.flags))
+        dist.print_rank0(with_flags(_plan(run, state, start), session.flags))
         return True
     # Meters of a complete epoch mean that only its evaluation is missing, so that epoch is entered again.
     first_epoch = (state.step - bool(state.meters)) // run.updates_per_epoch

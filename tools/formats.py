@@ -20,10 +20,10 @@ from torch import Tensor
 from layers.contract import NORM_EPS, Trunk
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
+from util.files import LAST_CHECKPOINT
 from util.files.atomic import read_json
 from util.weights.architecture import Architecture
 from util.weights.files import load
-from util.weights.locate import LAST
 from util.weights.types import Checkpoint, stored_eps
 from util.weights.validate import plain_flags, shown
 
@@ -159,7 +159,7 @@ def _hf_name(part: str, prefix: str) -> str:
 # -- reading -------------------------------------------------------------------------------------------------
 def is_hf_folder(path: str) -> bool:
     """Whether a path is to be read as a Hugging Face folder: a folder, but not of a run of ours."""
-    return os.path.isdir(path) and not os.path.exists(os.path.join(path, LAST))
+    return os.path.isdir(path) and not os.path.exists(os.path.join(path, LAST_CHECKPOINT))
 
 
 def read(path: str) -> Checkpoint:

@@ -34,6 +34,7 @@ from backbones.registry import build_classifier
 from recorded_runs import PATHS, flat
 from tools.convert import export
 from tools.inspect import describe
+from util.files import LAST_CHECKPOINT
 from util.run.guards import NonFiniteLoss
 from util.run.log import Log
 from util.train.optim import WeightAverage, adamw, param_groups
@@ -106,7 +107,7 @@ def make_bases(folder: Path) -> list[Base]:
     states = {}
     for kind in ("pretraining", "fine-tuning"):
         stopped(kind, folder / "data", folder / kind, UPDATES + 1)
-        states[kind] = torch.load(folder / kind / checkpoint.LAST, weights_only=True)
+        states[kind] = torch.load(folder / kind / LAST_CHECKPOINT, weights_only=True)
         # Names of temporary folders differ between runs, and inputs must not.
         states[kind]["args"] |= {name: "" for name in PATHS if name in states[kind]["args"]}
     pretraining = states["pretraining"]

@@ -56,7 +56,7 @@ def test_maes_flags_of_ranks_act_or_say_that_they_do_not(environ, url, ranks, fo
     assert re.search(note, "".join(notes))
 
 
-@pytest.mark.parametrize("url", ["file:///tmp/x", "tcp://host", "tcp://:1", "tcp://a:b", "host:1"])
+@pytest.mark.parametrize("url", ["file:///shared/file", "tcp://host", "tcp://:1", "tcp://a:b", "host:1"])
 def test_addresses_that_are_none(url):
     with pytest.raises(ValueError, match="`dist_url` takes env:// or tcp://HOST:PORT"):
         dist.flag_ranks({}, url, None)

@@ -830,7 +830,7 @@ def uniform_calls(monkeypatch, values) -> list:
 def test_block_masks_have_the_limits_of_the_published_code(monkeypatch):
     # Areas and logarithms of aspects. 14 rows do not fit 14 rows; 0.3 * 196 = 58.8 cells are wanted.
     calls = uniform_calls(monkeypatch, [14 * 4, math.log(14 / 4), 49.0, 0.0, 9.0, 0.0, *[100.0, 0.0] * 10])
-    mask = multicrop.published_block_mask((14, 14), 0.3)
+    mask = multicrop.block_mask((14, 14), 0.3, published=True)
     areas = calls[::2]
     assert areas[:2] == [(16, pytest.approx(58.8))] * 2, "the first rectangle was as high as the grid"
     assert areas[2] == (16, pytest.approx(9.8)), "below the smallest area the range is reversed"
@@ -842,10 +842,10 @@ def test_block_masks_have_the_limits_of_the_published_code(monkeypatch):
 
 
 def test_masks_of_the_published_code_are_blocks_up_to_the_ratio():
-    sizes = [int(multicrop.published_block_mask((14, 14), 0.3).sum()) for _ in range(60)]
+    sizes = [int(multicrop.block_mask((14, 14), 0.3, published=True).sum()) for _ in range(60)]
     assert max(sizes) <= 58 and sum(sizes) / 60 > 48
-    assert not multicrop.published_block_mask((14, 14), 0.0).any()
-    assert int(multicrop.published_block_mask((2, 2), 0.5).sum()) <= 2
+    assert not multicrop.block_mask((14, 14), 0.0, published=True).any()
+    assert int(multicrop.block_mask((2, 2), 0.5, published=True).sum()) <= 2
 
 
 def test_scattered_masks_have_the_ratio_and_lie_anywhere():
@@ -857,10 +857,13 @@ def test_scattered_masks_have_the_ratio_and_lie_anywhere():
 @pytest.mark.parametrize("shape, exact", [("block", False), ("block", True), ("rand", False)])
 def test_crops_have_the_masks_that_were_asked_for(shape, exact, monkeypatch):
     made = []
-    for name in ("block_mask", "published_block_mask", "scattered_mask"):
-        monkeypatch.setattr(
-            multicrop, name, lambda grid, ratio, name=name: made.append(name) or torch.zeros(grid).bool()
-        )
+    for name in ("block_mask", "scattered_mask"):
+
+        def mask(grid, ratio, published=False, name=name):
+            made.append((name, published))
+            return torch.zeros(grid).bool()
+
+        monkeypatch.setattr(multicrop, name, mask)
     batch_of(1, 1, Details(shape, exact))
-    expected = {"rand": "scattered_mask", "block": "published_block_mask" if exact else "block_mask"}
+    expected = {"rand": ("scattered_mask", False), "block": ("block_mask", exact)}
     assert made == [expected[shape]] * 2

@@ -21,6 +21,7 @@ from util.cluster.local import run_here, run_locally
 from util.cluster.slurm_jobs import check_limits, preview, submit_to_slurm
 from util.cluster.status import status
 from util.cluster.sweep import Point, check_flags, parse_sweep, plan
+from util.files import LAST_CHECKPOINT
 from util.files.names import one_line, printable
 from util.flags.numbers import COUNT, number
 from util.flags.parser import Parser, examples, parser_of, run
@@ -374,7 +375,7 @@ def _print_plan(points: list[Point], request: Request) -> None:
 def report_stale(points: list[Point]) -> None:
     """Print which finished follow-ups used an earlier checkpoint of their run. They are not run again."""
     for point in points:
-        checkpoint = Path(point.folder, "checkpoint-last.pth")
+        checkpoint = Path(point.folder, LAST_CHECKPOINT)
         if not checkpoint.exists():
             continue
         runs_again = not point.job().is_finished()

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, NoReturn
 
 from util.cluster.job import Job
+from util.files import LAST_CHECKPOINT
 from util.files.names import printable
 from util.flags import early
 from util.flags.parser import Parser, given_in, parser_of
@@ -298,7 +299,7 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
         if earlier:
             name = f"{kind}-{earlier + 1}"
         output_dir = os.path.join(folder, name)
-        checkpoint = os.path.join(folder, "checkpoint-last.pth")
+        checkpoint = os.path.join(folder, LAST_CHECKPOINT)
         argv = [*_inherited(flags, main, part[1:]), *part[1:]]
         argv += ["--finetune", checkpoint, "--output_dir", output_dir]
         # Wrong flags are an error now, and not when the pretraining has finished.

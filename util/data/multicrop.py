@@ -145,7 +145,7 @@ class MultiCrop:
         if self.details.mask_shape == "rand":
             return scattered_mask(self.grid, ratio)
         if self.details.exact:
-            return published_block_mask(self.grid, ratio)
+            return block_mask(self.grid, ratio, published=True)
         return block_mask(self.grid, ratio)
 
 
@@ -163,27 +163,38 @@ def gaussian_blur(crop: torch.Tensor, in_proportion: bool = True) -> torch.Tenso
     return F.gaussian_blur(crop, [2 * reach + 1, 2 * reach + 1], [sigma, sigma])
 
 
-def block_mask(grid: Size, ratio: float) -> torch.Tensor:
+def block_mask(grid: Size, ratio: float, published: bool = False) -> torch.Tensor:
     """Draw a bool mask (h, w) of at most ratio * h * w true cells, in rectangles.
 
-    Source: BEiT, Bao et al. 2022, Algorithm 1.
+    A rectangle covers at least a ninth of the grid, or what is left to mask, and has a side ratio of 0.3 to
+    1/0.3. `published` has the limits of the code that BEiT, iBOT and SERE published: the wanted number of
+    cells is not rounded down, an area of a ninth is drawn also where less is left, and a rectangle is
+    narrower and lower than the grid.
 
-    A rectangle covers at least a ninth of the grid, or what is left to mask, and has a side ratio
-    of 0.3 to 1/0.3.
+    Source: BEiT, Bao et al. 2022, Algorithm 1.
     """
     h, w = grid
     mask = torch.zeros(h, w, dtype=torch.bool)
-    wanted = int(ratio * h * w)
+    wanted: float = ratio * h * w
+    heights = range(1, h + 1)
+    widths = range(1, w + 1)
     smallest = max(1, (h // 3) * (w // 3))
+    if published:
+        heights = range(h)
+        widths = range(w)
+        smallest = (min(h, w) // 3) ** 2
+    else:
+        wanted = int(wanted)
     misses = 0
     # Ten misses in a row mean that hardly any rectangle still fits.
     while wanted > 0 and misses < 10:
-        area = random.uniform(min(smallest, wanted), wanted)
+        # The published range may be reversed; it is still one.
+        area = random.uniform(smallest if published else min(smallest, wanted), wanted)
         aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
         height = round(math.sqrt(area * aspect))
         width = round(math.sqrt(area / aspect))
         misses += 1  # until the rectangle is accepted
-        if not (0 < height <= h and 0 < width <= w):
+        if height not in heights or width not in widths:
             continue
         top = random.randint(0, h - height)
         left = random.randint(0, w - width)
@@ -194,37 +205,6 @@ def block_mask(grid: Size, ratio: float) -> torch.Tensor:
             block.fill_(True)
             wanted -= new
             misses = 0
-    return mask
-
-
-def published_block_mask(grid: Size, ratio: float) -> torch.Tensor:
-    """Draw a mask as `block_mask`, with the limits of the code that BEiT, iBOT and SERE published.
-
-    The area is drawn up to the wanted number of cells before it is rounded down, and also where less than a
-    ninth of the grid is left to mask. A rectangle is narrower and lower than the grid.
-    """
-    h, w = grid
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    left_over = ratio * (h * w)
-    smallest = (min(h, w) // 3) ** 2
-    attempts = 10
-    while left_over > 0 and attempts > 0:
-        attempts -= 1
-        # Below `smallest` the range is reversed; it is still one.
-        area = random.uniform(smallest, left_over)
-        aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
-        height = round(math.sqrt(area * aspect))
-        width = round(math.sqrt(area / aspect))
-        if height >= h or width >= w:
-            continue
-        top = random.randint(0, h - height)
-        left = random.randint(0, w - width)
-        block = mask[top : top + height, left : left + width]
-        new = block.numel() - int(block.sum())
-        if 0 < new <= left_over:
-            block.fill_(True)
-            left_over -= new
-            attempts = 10
     return mask
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from layers import sizes
+from util.files import LAST_CHECKPOINT
 from util.files.names import printable
 from util.flags.groups import ascending, channel_stats, compile_mode, pair
 
@@ -28,7 +29,6 @@ KINDS = {
 LETTERS = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 # Flags with a file or folder to start from.
 STARTS = ("resume", "finetune", "init_from", "distill_checkpoint")
-LAST = "checkpoint-last.pth"
 
 
 def check(script: str, flags: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def _check_sizes(flags: argparse.Namespace) -> None:
             ascending(getattr(flags, name), f"--{name}")
     # A checkpoint may know the statistics.
     if hasattr(flags, "mean") and not any(getattr(flags, name, "") for name in STARTS):
-        last = os.path.join(flags.output_dir or "", LAST)
+        last = os.path.join(flags.output_dir or "", LAST_CHECKPOINT)
         if not os.path.exists(last):
             channel_stats(flags.in_chans, flags.mean, flags.std)
 
@@ -117,7 +117,7 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
         raise ValueError("--eval needs --resume FILE, the trained checkpoint to evaluate")
     if main == "main_linprobe" and not (flags.finetune or (flags.eval and flags.resume)):
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
-    own = os.path.join(getattr(flags, "output_dir", "") or "", LAST)
+    own = os.path.join(getattr(flags, "output_dir", "") or "", LAST_CHECKPOINT)
     # A requeued job repeats the flags of its first start, whose files may be gone.
     if os.path.exists(own) and not getattr(flags, "eval", False):
         return

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from util.files import LAST_CHECKPOINT
 from util.files.atomic import read_json
 from util.files.names import one_line, printable
 
@@ -191,7 +192,7 @@ def _flags(folder: str, report: Report) -> dict:
             report(f"{path} is damaged: its `flags` is a {type(flags).__name__}, not a dict")
             return {}
         return flags
-    path = os.path.join(folder, "checkpoint-last.pth")
+    path = os.path.join(folder, LAST_CHECKPOINT)
     if not os.path.isfile(path):
         return {}
     # Imported here because torch takes seconds to import, and most folders have one of the files above.

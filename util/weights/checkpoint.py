@@ -19,9 +19,9 @@ from torch import Tensor
 from layers.contract import Backbone
 from util import dist
 from util.dist.fsdp import cut_like
+from util.files import LAST_CHECKPOINT
 from util.files.atomic import replacing
 from util.weights.files import load
-from util.weights.locate import LAST
 from util.weights.types import Checkpoint, kind_of, stored_flags
 from util.weights.validate import shown
 
@@ -118,7 +118,7 @@ def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str
     except ValueError as e:
         hint = ""
         # A run continues from the last checkpoint of its folder without being asked.
-        if os.path.basename(checkpoint.path) == LAST:
+        if os.path.basename(checkpoint.path) == LAST_CHECKPOINT:
             hint = (
                 "; if it lies in `output_dir`, choose another `output_dir`: this run would continue from it"
             )
@@ -170,7 +170,7 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
 
     Raises ValueError if the ranks see different files: some would start from scratch.
     """
-    last = os.path.join(output_dir or "", LAST)
+    last = os.path.join(output_dir or "", LAST_CHECKPOINT)
     path = resume or ""
     # The run's own checkpoint comes first: a requeued job repeats the flags of its first start.
     if output_dir and os.path.isfile(last):
@@ -237,7 +237,7 @@ def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
     checkpoint, problem = _load_together(path)
     if checkpoint is not None:
         return checkpoint
-    is_last = bool(output_dir) and path == os.path.join(output_dir or "", LAST)
+    is_last = bool(output_dir) and path == os.path.join(output_dir or "", LAST_CHECKPOINT)
     if not is_last:
         raise ValueError(problem)
     other = _substitute(path, resume, problem)
@@ -298,7 +298,7 @@ def is_another_file(resume: str, last: str) -> bool:
     """Whether `resume` is given and means another file than `last`."""
     if os.path.isdir(resume):
         # A folder stands for its last checkpoint.
-        resume = os.path.join(resume, LAST)
+        resume = os.path.join(resume, LAST_CHECKPOINT)
     return bool(resume) and not (os.path.exists(resume) and os.path.samefile(last, resume))
 
 

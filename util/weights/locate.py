@@ -10,9 +10,9 @@ import urllib.request
 import torch
 
 from util import dist
+from util.files import LAST_CHECKPOINT
 from util.files.atomic import replacing
 
-LAST = "checkpoint-last.pth"
 # Seconds without an answer. Some networks drop what they forbid.
 TIMEOUT = 30
 _PIECE = 1 << 20
@@ -35,7 +35,7 @@ def located(path: str) -> str:
         return _downloaded(path)
     if not os.path.isdir(path):
         return path
-    last = os.path.join(path, LAST)
+    last = os.path.join(path, LAST_CHECKPOINT)
     if os.path.exists(last):
         return last
     if os.path.exists(os.path.join(path, "config.json")):
@@ -47,7 +47,7 @@ def located(path: str) -> str:
     remedy = "give a file"
     if others:
         remedy = f"give one of its files, {', '.join(others[:8])}"
-    raise ValueError(f"{path} is a folder without {LAST}, not a regular file: {remedy}")
+    raise ValueError(f"{path} is a folder without {LAST_CHECKPOINT}, not a regular file: {remedy}")
 
 
 def _downloaded(address: str) -> str:
