@@ -247,7 +247,7 @@ def test_a_header_allocates_nothing_beyond_the_budget(name):
         ("NPY", npy((2, -2, 3)), r"found uint8 \(2, -2, 3\)"),
         ("NPY", npy((2, 2, 3), bytes(99), dtype="<f8"), "found float64"),
         ("NPY", b"\x93NUMPY\x03\0" + bytes(20), "version .3, 0."),
-        ("text", png(4, 4, png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**28)))), "too large"),
+        ("text", png(4, 4, png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**28)))), "(?i)too large"),
         ("profile", png(4, 4, png_chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2**28)))), "not a readable"),
         ("TIFF", tiff(16, 16, b"\0" * 9, tile=0), "not a readable"),
     ],
