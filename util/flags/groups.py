@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layers.positional import label_choices
+from util.files.cores import own_cores
 from util.flags.numbers import (
     BELOW_ONE,
     COUNT,
@@ -56,10 +57,7 @@ def own_workers() -> int:
 
     10 is MAE's number, for a GPU server. More workers than cores slow a run down.
     """
-    cores = os.cpu_count() or 1
-    # A job may run on some of the cores.
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = own_cores()
     # torchrun's ranks share the cores of their node.
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     if ranks.isdigit():
