@@ -255,7 +255,7 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
         os.makedirs(folder, exist_ok=True)
         write_json(path, record)
     except OSError as error:
-        print(f"warning: could not write {path}: {error}", flush=True)
+        print(f"warning: {path} could not be written: {error}", flush=True)
 
 
 def _earlier_starts(path: str) -> list[dict]:
