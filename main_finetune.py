@@ -284,7 +284,8 @@ def check_model_flags(args: argparse.Namespace) -> None:
         )
     if args.swin_merge_last and "merge_last" not in find(args.model).options:
         raise ValueError(
-            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}"
+            f"--swin_merge_last belongs to swin_tiny, swin_small and swin_base, not to {args.model}: "
+            "leave it out"
         )
 
 
@@ -299,7 +300,7 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         )
     folder = os.path.dirname(os.path.abspath(args.predictions))
     if args.predictions and not os.path.isdir(folder):
-        raise ValueError(f"--predictions {args.predictions}: there is no such folder")
+        raise ValueError(f"--predictions {args.predictions}: there is no such folder, make it first")
     if os.path.isdir(args.predictions):
         raise ValueError(f"--predictions {args.predictions} is a folder: name a file in it, such as p.csv")
 

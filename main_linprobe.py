@@ -121,7 +121,7 @@ from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
-from util.evaluate.knn import knn_accuracy
+from util.evaluate.knn import NEIGHBOURS, knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
 from util.run.log import Log
 from util.run.plan import write_record
@@ -183,7 +183,7 @@ def check_head_flags(args: argparse.Namespace) -> None:
                 "--cached: leave them out"
             )
     elif second_order_options(vars(args)):
-        raise ValueError("--so_* flags belong to --head second_order, but the probe is linear")
+        raise ValueError("--so_* flags belong to --head second_order: give it, or leave them out")
 
 
 def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.Namespace:
@@ -402,7 +402,8 @@ def build_data(
         )
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders"
+            f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders: leave "
+            "--nb_classes out, or check the path"
         )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
@@ -484,6 +485,8 @@ def run_knn(
 
     bank, bank_labels = extract_features(features, loader, setup)
     queries, labels = extract_features(features, val_loader, setup, gather=False)
+    if len(bank) < max(NEIGHBOURS):
+        dist.print_rank0(f"there are {len(bank)} training images: kNN with a larger k takes all of them")
     num_classes = len(loader.dataset.index.classes)
     stats: dict[str, float] = {}
     for pool, queries_of_pool, bank_of_pool in zip(
@@ -546,7 +549,7 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
     if saved.classes not in (None, classes):
         raise ValueError(
             f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "
-            f"{some_names(classes)}"
+            f"{some_names(classes)}: give the data that it was trained on"
         )
     heads = saved
     if saved.is_whole_probe:

@@ -427,8 +427,8 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
         val = None
     if len(set(dist.gather_objects(val is None))) > 1:
         raise ValueError(
-            f"some ranks find val images in {args.data_path}, and some do not: copy the data to the nodes "
-            f"again"
+            f"some nodes find val images in {args.data_path}, and some do not: copy the data to the nodes "
+            "again"
         )
     if val is None:
         dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from util.dist.allocator import keep_freed_memory, return_freed_memory
+from util.files.cores import own_cores
 from util.report.tables import Table
 from util.train.amp import EMULATED, relative_speed
 
@@ -330,7 +331,7 @@ def machine() -> dict[str, object]:
     return dict(
         machine=dict(
             cpu=_cpu(),
-            cores=_cores(),
+            cores=own_cores(),
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             gpu=gpu,
             system=platform.platform(),
@@ -350,14 +351,6 @@ def _cpu() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _cores() -> int | None:
-    """Number of cores that this process may use."""
-    # macOS has no affinity.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ import os
 
 from evidence.experiments import EXPERIMENTS, recipe
 from evidence.records import noted_flags
+from util.files.cores import own_cores
 from util.flags.parser import Parser
 
 # util.cluster.launch is imported inside of the functions that need it: with torch, it takes seconds.
@@ -64,6 +65,6 @@ def run_experiments(command_lines: dict[str, list[str]], max_parallel: int) -> l
 
     # Parallel runs share the cores of the CPU: with more threads than cores, they are slower
     # than serial ones.
-    threads = max(1, (os.cpu_count() or 1) // max_parallel)
+    threads = max(1, own_cores() // max_parallel)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return [name for name, words in command_lines.items() if launch(EXPERIMENTS[name].main, words) != 0]

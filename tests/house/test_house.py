@@ -24,8 +24,8 @@ ROOMS = {
     "util.run util.train util.weights",
     "submitit": "mains util.cluster",
     "evidence": "util.files util.flags util.cluster util.report",
-    "benchmarks": "backbones engine layers mains models util.flags util.data util.dist util.evaluate "
-    "util.report util.run util.train",
+    "benchmarks": "backbones engine layers mains models util.files util.flags util.data util.dist "
+    "util.evaluate util.report util.run util.train",
     "util.files": "",
     "util.flags": "layers util.files",
     "util.dist": "util.files util.flags",

@@ -20,7 +20,7 @@ import pytest
 from processes import ROOT, environment, log_lines
 from util.cluster import slurm, sweep
 from util.cluster.job import Job, read_note, write_note
-from util.cluster.job_dir import locked
+from util.cluster.job_dir import is_local, locked, read_job_ids
 from util.cluster.launch import launch, report_stale
 from util.cluster.status import last_line, state_of, status
 from util.flags import ending
@@ -293,6 +293,7 @@ def test_two_local_processes_are_two_ranks(tmp_path):
     )
     log = "".join(p.read_text() for p in tmp_path.glob("submitit/*/*_log.out"))
     assert code == 0 and "rank 1 of 2" in log and "= 100, lr" in log, text + log
+    assert is_local(tmp_path, read_job_ids(tmp_path)[""][0])
 
 
 def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from util.cluster import slurm_jobs, sweep
+from util.cluster.job_dir import is_local
 from util.cluster.launch import launch
 
 RUN = shlex.split("--model mae_vit_nano_patch8 --input_size 16 --device cpu --num_workers 0 --epochs 1")
@@ -73,6 +74,7 @@ def test_more_points_than_an_array_may_have_are_several_arrays(tmp_path, fake, m
         ["102"],
     ]
     assert all((folder / "flags.json").exists() for folder in points(tmp_path / "jobs"))
+    assert not any(is_local(tmp_path / "jobs", jobs[0]) for jobs in job_ids.values())
 
 
 def test_a_limit_on_parallel_runs_holds_over_several_arrays(tmp_path, fake, monkeypatch):

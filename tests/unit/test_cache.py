@@ -431,7 +431,7 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * unpadded)
     CachedPixels(index, 3)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
-    with pytest.raises(ValueError, match="by all its ranks"):
+    with pytest.raises(ValueError, match="by all its processes"):
         CachedPixels(index, 3)
     small = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])

@@ -838,7 +838,9 @@ def test_ranks_must_list_the_same_images(tmp_path, monkeypatch):
     check_same_everywhere(a)
     others[:] = [(c.index.digest(), "3 on node2")]
     for make in (eval_loader, partial(train_loader, seed=0)):
-        with pytest.raises(ValueError, match=r"the ranks list different images in .*a: 3 on node2, 3 on "):
+        with pytest.raises(
+            ValueError, match=r"the processes list different images in .*a: 3 on node2, 3 on "
+        ):
             make(a, batch_size=1, num_workers=0, pin_memory=False)
 
 
@@ -941,7 +943,9 @@ def test_ranks_divide_the_batches_of_one_rank(world_size, shuffle):
 
 
 def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(ValueError, match=r"5 images are fewer than one batch: `batch_size` 3 x 2 ranks = 6"):
+    with pytest.raises(
+        ValueError, match=r"5 images are fewer than one batch, `batch_size` 3 x 2 processes = 6"
+    ):
         EpochSampler(5, batch_size=3, rank=0, world_size=2, seed=0)
 
 

@@ -19,11 +19,14 @@ from benchmarks import timing
 from layers import sizes
 from util.cluster import slurm_jobs, sweep
 from util.cluster.job import Resources
+from util.data import __main__ as data_commands
 from util.dist.device import choose_device
+from util.files.cores import own_cores
 from util.flags.groups import own_workers
 from util.flags.parser import given_in, parse, run
 from util.run import plan
 from util.train import amp
+from util.weights import archive
 from util.weights.defaults import as_stored, known_flags
 from util.weights.types import Checkpoint
 
@@ -161,12 +164,43 @@ def test_every_main_takes_model_and_size_from_its_start(tmp_path, capsys, monkey
 def test_data_workers_are_the_cores_of_a_rank(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for cores, ranks, expected in ((1, "", 1), (4, "", 4), (64, "", 10), (64, "8", 8), (4, "8", 1)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process, n=cores: set(range(n)))
+        monkeypatch.setattr("util.flags.groups.own_cores", lambda n=cores: n)
         if ranks:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert own_workers() == expected
         assert parse(main_pretrain.get_args_parser(), []).num_workers == expected
         assert parse(main_pretrain.get_args_parser(), ["--num_workers", "31"]).num_workers == 31
+
+
+@pytest.mark.parametrize(
+    "text, cores",
+    [
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("20000 100000\n", 1),
+        ("6400000 100000\n", 8),
+        ("max 100000\n", 8),
+        ("damaged", 8),
+        (None, 8),
+    ],
+)
+def test_a_container_has_its_share_of_the_cores(tmp_path, monkeypatch, text, cores):
+    """`docker run --cpus 2` limits the time on all cores, and leaves the affinity as it is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    limit = tmp_path / "cpu.max"
+    if text is not None:
+        limit.write_text(text)
+    assert own_cores(str(limit)) == cores
+
+
+def test_all_counts_of_cores_are_those_of_the_process(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for module in ("util.flags.groups", "util.weights.archive", "util.run.plan", "util.data.__main__"):
+        monkeypatch.setattr(f"{module}.own_cores", lambda: 3)
+    assert own_workers() == archive._num_threads() == 3
+    assert data_commands.get_args_parser().parse_args(["stats", "x"]).num_workers == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert " 3 cores" in plan.devices()[0]
 
 
 def test_a_job_gets_cores_for_workers_that_this_machine_would_not_have(tmp_path, monkeypatch):

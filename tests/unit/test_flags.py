@@ -11,6 +11,7 @@ import torch
 
 from processes import ROOT, environment
 from util.flags import early
+from util.flags.groups import device_name
 from util.flags.numbers import number, side
 from util.flags.parser import Parser, answer_at_once, describe, given_in, parser_of, run, with_flags
 
@@ -230,6 +231,13 @@ def test_no_number_of_a_main_is_nan_or_infinite(main, capsys):
             with pytest.raises(SystemExit, match="2"):
                 Parser(parents=[parser_of(main)]).parse_args([flag, *count * [word]])
             assert f"error: argument {flag}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tpu", "npu:0", "", "cup", "auto:1"])
+def test_a_device_of_another_kind_is_not_taken_for_one_of_torchs(name):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        device_name(name)
+    assert "did you mean" not in str(error.value) and "auto is a GPU" in str(error.value)
 
 
 # --- help

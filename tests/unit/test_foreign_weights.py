@@ -439,7 +439,7 @@ def test_ranks_that_share_a_folder_download_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     answers = iter([[""], [""], [True, False]])
     monkeypatch.setattr(locate.dist, "gather_objects", lambda value: next(answers))
-    with pytest.raises(ValueError, match="some ranks do not see"):
+    with pytest.raises(ValueError, match="some nodes do not see"):
         locate.located("https://a.b/c.pth")
     assert not downloads
     monkeypatch.setenv("LOCAL_RANK", "0")

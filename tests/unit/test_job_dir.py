@@ -4,12 +4,15 @@ import json
 import os
 import threading
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
 from util.cluster import job_dir, status
 from util.cluster.job import Job, known_note, read_note, write_note
-from util.cluster.job_dir import add_job_ids, read_job_ids, write_flags, write_sweep
+from util.cluster.job_dir import add_job_ids, is_local, read_job_ids, write_flags, write_sweep
+from util.cluster.launch import launch
 from util.cluster.local import LocalPool
 from util.cluster.sweep import Point
 
@@ -290,3 +293,64 @@ def test_names_of_files_are_locked_while_they_change(tmp_path, monkeypatch):
     add_job_ids(tmp_path, {"": "1"})
     write_sweep(tmp_path, [point(tmp_path, "seed=0")], [], {})
     assert locks == [".sweep.lock"] * 2
+
+
+def test_local_jobs_are_not_looked_up_in_slurm(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(status, "query", lambda *words, **options: asked.append(words[0]) or "")
+    add_job_ids(tmp_path, {"": "7", "linprobe": "8"})
+    write_note(tmp_path, {"state": "finished", "job": "7"})
+    for job in "78":
+        (tmp_path / "submitit" / job).mkdir(parents=True)
+        (tmp_path / "submitit" / job / f"{job}_submitted.pkl").touch()
+    assert table(tmp_path)["."][0] == "finished" and not asked
+    # With one of SLURM among them.
+    (tmp_path / "submitit" / "8" / "8_submission.sh").touch()
+    assert [is_local(tmp_path, job) for job in ("7", "8", "9")] == [True, False, False]
+    table(tmp_path)
+    assert asked == ["squeue", "sacct"]
+
+
+def test_slurm_without_a_configuration_is_no_slurm(tmp_path, monkeypatch, capsys):
+    answers = {"config": "scontrol: fatal: Could not establish a configuration source"}
+    monkeypatch.setattr("util.cluster.slurm.shutil.which", lambda name: name)
+    monkeypatch.setattr(
+        "util.cluster.slurm.subprocess.run",
+        lambda command, **options: CompletedProcess(command, 1, "", answers[command[-1]]),
+    )
+    command = ["--job_dir", str(tmp_path / "a"), "--data_path", str(tmp_path)]
+    assert launch("main_pretrain", command) == 2
+    error = capsys.readouterr().err
+    assert "no SLURM" in error and "--cluster local" in error and "again" not in error
+    # A busy controller may answer later.
+    answers["config"] = "slurm_load_ctl_conf error: Socket timed out"
+    assert launch("main_pretrain", command) == 2
+    error = capsys.readouterr().err
+    assert error.index("try again") < error.index("--cluster local")
+
+
+@pytest.mark.parametrize(
+    "words", [["--job_dir", "A", "--output_dir", "./A/"], ["--job_dir=%j", "--output-dir=%j"]]
+)
+def test_the_same_folder_may_be_named_twice(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    command = ["--cluster", "local", "--dry_run", "--data_path", str(tmp_path), *words]
+    assert launch("main_pretrain", command) == 0
+    assert f"--output_dir {tmp_path}" in capsys.readouterr().out
+    # SERE's own flags have a default, which is not given.
+    assert launch("main_sere", [*command[:5], "--arch", "vit_small", "--job_dir", "A"]) == 0
+
+
+def test_more_processes_than_gpus_are_refused_before_they_start(tmp_path, monkeypatch, capsys):
+    started = []
+    pool = SimpleNamespace(run=lambda chains: 0)
+    monkeypatch.setattr("util.cluster.local.LocalPool", lambda *words: started.append(words) or pool)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    command = ["--cluster", "local", "--job_dir", str(tmp_path / "a"), "--data_path", str(tmp_path)]
+    assert launch("main_pretrain", [*command, "--ngpus", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "--ngpus 3" in error and "2 GPUs" in error and "--device cpu" in error
+    assert not started and not os.listdir(tmp_path)
+    for words in (["--ngpus", "2"], ["--ngpus", "3", "--device", "cpu"], []):
+        assert launch("main_pretrain", [*command, *words]) == 0
+    assert len(started) == 3

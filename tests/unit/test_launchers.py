@@ -35,7 +35,7 @@ def test_open_mpis_variables_are_torchruns():
         ({}, "env://", 4, {}, "`world_size` 4 has no effect: .* does not know its rank"),
         ({}, "tcp://h:1", 1, {}, "`dist_url` tcp://h:1 has no effect: this process runs alone"),
         (TORCHRUN, "env://", 8, {}, ""),
-        (TORCHRUN, "env://", 4, {}, "`world_size` 4 has no effect: .* 8 ranks"),
+        (TORCHRUN, "env://", 4, {}, "`world_size` 4 has no effect: .* 8 processes"),
         (TORCHRUN, "tcp://10.0.0.1:29500", None, ADDRESS, ""),
         (TORCHRUN, "tcp://[fe80::1]:29500", None, ADDRESS | {"MASTER_ADDR": "fe80::1"}, ""),
         (
@@ -80,3 +80,13 @@ def test_ranks_without_an_address_are_told_what_is_missing(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ) | {"RANK": "1", "MASTER_PORT": "1"})
     with pytest.raises(ValueError, match=r"rank 1 of 2: .* no MASTER_ADDR, rank 0's host .*`dist_url`"):
         join_ranks(flags(world_size=2))
+
+
+def test_several_processes_without_a_rank_are_told_so(monkeypatch):
+    environ = {
+        name: value for name, value in os.environ.items() if name not in (*TORCHRUN, "SLURM_STEP_NUM_TASKS")
+    }
+    monkeypatch.setattr(os, "environ", environ | {"WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match=r"WORLD_SIZE 2 and no RANK: .* torchrun .*unset WORLD_SIZE"):
+        join_ranks(flags())
+    assert not dist.is_initialized()

@@ -57,7 +57,7 @@ EARLY = [
     ("main_pretrain", "--save_minutes inf", "--save_minutes finite"),
     ("main_finetune", "--smoothing -0.1", "--smoothing 0 1"),
     ("main_finetune", "--drop_path 10", "--drop_path 0.1"),
-    ("main_finetune", "--layer_decay 0", "--layer_decay 1 off"),
+    ("main_finetune", "--layer_decay 0", "--layer_decay 1 off 1e-9"),
     ("main_finetune", "--layer_decay 65", "--layer_decay 0.65"),
     ("main_finetune", "--ema 99.99", "--ema 0.9999"),
     ("main_finetune", "--so_alpha 2", "--so_alpha 1"),
@@ -101,6 +101,20 @@ EARLY = [
     ("main_pretrain", "--resume {place}/mae.pht", "--resume 'did you mean mae.pth'"),
     ("main_pretrain", "--init_from {place}/none.pth", "--init_from none.pth {place}"),
     ("main_finetune", "--finetune {place}/mae.pht", "--finetune 'did you mean mae.pth'"),
+    # Missing and extra values
+    ("main_pretrain", "--lr --epochs 3", "--lr '--lr 1e-3'"),
+    ("main_pretrain", "--epochs 3 --data_path", "'--data_path ~/imagenet'"),
+    ("main_pretrain", "--epochs --lr 1", "'--epochs 400'"),
+    ("main_pretrain", "--crop_scale 0.2", "--crop_scale 2 '0.2 1.0'"),
+    ("main_pretrain", "--max_steps --dry_run", "'--max_steps N'"),
+    ("main_pretrain", "--lr -1e-3", "--lr 0 -1e-3"),
+    ("main_pretrain", "--norm_pix_loss False", "--norm_pix_loss False 'no value'"),
+    ("main_linprobe", "--knn 500", "--knn 500 'no value'"),
+    ("main_linprobe", "--knn --k 500", "--k --knn 10 20 100"),
+    ("main_linprobe", "--nb_knn 10 20", "--nb_knn '; --knn' 10 20 100"),
+    # Devices
+    ("main_pretrain", "--device cuda1", "--device 'did you mean cuda:1?'"),
+    ("main_pretrain", "--device 0,1", "--device 'torchrun --nproc_per_node'"),
 ]
 LATE = [
     ("main_pretrain", "--device cuda", "--device cuda CPU"),
@@ -138,6 +152,13 @@ LAUNCHED = [
     ("--cluster local --model vit_base_patch16", "--model mae_vit_base_patch16"),
     ("--cluster slrum", "--cluster slurm"),
     ("--status {empty}", "{empty} jobs.json"),
+    ("--job_dir A --output_dir B", "'--output_dir B' '--job_dir A' '--job_dir B'"),
+    ("--output_dir B", "'--output_dir B' '--job_dir jobs/%t' '--job_dir B'"),
+    ("--timeout 3d", "--timeout 3d minutes 1440"),
+    ("--timeout 3-00:00:00", "--timeout 3-00:00:00 minutes 1440"),
+    ("--cluster debug --nodes 2 --sweep seed=0,1", "--nodes 2 --cluster debug"),
+    ("--mem 64", "--mem --mem_gb"),
+    ("--partition --nodes 2", "'--partition VALUE'"),
 ]
 COMMON = "--input_size 16 --epochs 1 --batch_size 4 --num_workers 0 --device cpu --output_dir out"
 

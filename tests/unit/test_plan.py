@@ -177,7 +177,7 @@ def test_run_json_says_what_a_run_was(tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_is_a_note(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     plan.write_record(str(tmp_path / "file" / "run"), {}, {})
-    assert "could not write" in capsys.readouterr().out
+    assert "could not be written" in capsys.readouterr().out
     (tmp_path / "file").unlink()
     (tmp_path / "run.json").write_text("{damaged")
     plan.write_record(str(tmp_path), {"a": 1}, {})

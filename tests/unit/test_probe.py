@@ -1,6 +1,7 @@
 """MAE's protocol of linear probing against slow oracles, and probes of an earlier protocol."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -257,3 +258,21 @@ def test_one_class_is_one_line(tmp_path, capsys, encoder, given):
     assert (
         code == 2 and "one class, only" in error and "two class folders" in error and "Traceback" not in text
     )
+
+
+def test_fewer_images_than_neighbours_are_all_taken(tmp_path, capsys, encoder):
+    file = tmp_path / "e.pth"
+    torch.save(encoder.to_dict(), file)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(4):
+                image = tv.functional.to_pil_image(torch.rand(3, 8, 8))
+                image.save(tmp_path / "d" / split / name / f"{i}.png")
+    given = ["--knn", "--model", "vit_test", "--finetune", file, "--data_path", tmp_path / "d"]
+    code, text = call(main_linprobe, capsys, *given, "--output_dir", "")
+    lines = [line for line in text.splitlines() if "8 training images: kNN" in line]
+    assert code == 0 and len(lines) == 1, text
+    # All images of the two classes vote, whatever k is.
+    (first, *_, last) = re.findall(r"k=\d+ ([\d.]+)", text.partition("kNN cls")[2].splitlines()[0])
+    assert first == last

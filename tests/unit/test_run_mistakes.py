@@ -59,6 +59,10 @@ def in_default(default_run, tmp_path, monkeypatch):
     return tmp_path / "here" / "output_dir"
 
 
+MANY = ["--seed", 1, "--mask_ratio", 0.5, "--model", "mae_vit_pico_patch8"]
+MANY += ["--pos_embed", "sincos", "--pos_label", "none"]
+
+
 @pytest.mark.parametrize(
     "flags, facts",
     [
@@ -74,6 +78,14 @@ def in_default(default_run, tmp_path, monkeypatch):
         (["--data_path", ""], [f"data_path: {DEMO} -> the demo set"]),
         (["--resume", "other.pth"], ["resume: other.pth"]),
         (["--mask_ratio", 0.5, "--epochs", 2, "--dry_run"], ["mask_ratio: 0.75 -> 0.5"]),
+        (
+            ["--seed", 1, "--mask_ratio", 0.5, "--model", "mae_vit_pico_patch8"],
+            ["(model: mae_test -> mae_vit_pico_patch8; mask_ratio: 0.75 -> 0.5; seed: 0 -> 1)"],
+        ),
+        (
+            [*MANY, "--norm_pix_loss", "--pos_weight", 0.1, "--pos_tokens", "full"],
+            ["(model: mae_test", "norm_pix_loss", "and 2 more)"],
+        ),
     ],
 )
 def test_another_run_does_not_continue_the_one_in_the_default_folder(in_default, capsys, flags, facts):

@@ -42,6 +42,17 @@ def _is_job_id(job: object) -> bool:
     return isinstance(job, str) and re.fullmatch(r"\d+(_\d+)?", job) is not None
 
 
+def is_local(folder: Path, job: str) -> bool:
+    """Whether `cluster` local has started a job, which SLURM then does not know.
+
+    submitit stores each job, and with a job of SLURM its sbatch script. Of an array only the first task has
+    it, but such an ID has an underscore.
+    """
+    stored = folder / "submitit" / job / job
+    is_stored = os.path.exists(f"{stored}_submitted.pkl")
+    return is_stored and "_" not in job and not os.path.exists(f"{stored}_submission.sh")
+
+
 def add_job_ids(folder: Path, new: Mapping[str, str]) -> None:
     """Append the ID of a new job to those of each run. Other launchers may do so at the same time.
 

@@ -34,6 +34,15 @@ NO_SUBMISSION = {"help", "usage", "version", "test_only", "parsable", "quiet", "
 TEXTS = ("job_dir", "partition", "qos", "account", "constraint", "comment")
 
 
+def whole_minutes(text: str) -> int:
+    """Read a number of minutes: the argparse type of --timeout."""
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise argparse.ArgumentTypeError(
+            f"takes whole minutes, found {text!r}; an hour has 60, and a day 1440"
+        )
+    return int(COUNT(text))
+
+
 def add_cluster_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags of the launcher itself."""
     _add_job_flags(p.add_argument_group("cluster"))
@@ -78,7 +87,7 @@ def _add_resource_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--timeout",
         default=defaults.timeout,
-        type=COUNT,
+        type=whole_minutes,
         help="minutes until SLURM's warning and the requeue",
     )
     g.add_argument("--cpus_per_task", default=None, type=COUNT, help="--num_workers + 1 if not given")
@@ -236,6 +245,24 @@ def _check_texts(flags: argparse.Namespace) -> None:
         )
 
 
+def _check_output_dir(rest: list[str], job_dir: str) -> None:
+    """Raise ValueError if the flags of the main name another folder than `job_dir` for the run.
+
+    The launcher sets the folder of each run, as MAE's does, and would drop the other one.
+    """
+    words = Parser(add_help=False)
+    words.add_argument("--output_dir")
+    other = words.parse_known_args(rest)[0].output_dir
+    if other is not None and os.path.abspath(other) != os.path.abspath(job_dir):
+        remedy = "leave --output_dir out"
+        if other:
+            remedy += f", or give --job_dir {printable(other)} instead"
+        raise ValueError(
+            f"--output_dir {printable(shlex.quote(other))} is not the folder of a submitted run, which is "
+            f"--job_dir {printable(job_dir)}: {remedy}"
+        )
+
+
 def _sbatch_options(words: list[str]) -> dict[str, str]:
     """Split the words KEY=VALUE of --slurm. KEY alone gives an empty value.
 
@@ -255,7 +282,7 @@ def _sbatch_options(words: list[str]) -> dict[str, str]:
                 f"{printable(value)}"
             )
         if name in SET_BY_LAUNCHER:
-            raise ValueError(f"--slurm {key}: the launcher sets this option itself")
+            raise ValueError(f"--slurm {key}: the launcher sets this option itself, leave it out")
         if name in NO_SUBMISSION:
             raise ValueError(f"--slurm {key}: sbatch would not report a job, leave the option out")
         options[name] = value
@@ -264,6 +291,7 @@ def _sbatch_options(words: list[str]) -> dict[str, str]:
 
 def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.Namespace) -> Request:
     _check_texts(flags)
+    _check_output_dir(rest, flags.job_dir)
     # Both %t and the folder of a check use it.
     now = time.strftime("%Y%m%d-%H%M%S")
     resources = Resources(
@@ -323,6 +351,11 @@ def submit(request: Request) -> int:
     Raises ValueError if a flag is wrong, a point does not exist, or SLURM refuses a job.
     """
     # All flags are parsed here, so that a typo is found now and not after hours in the queue.
+    if request.cluster != "slurm" and request.resources.nodes > 1:
+        raise ValueError(
+            f"`nodes` is {request.resources.nodes}, but `cluster` {request.cluster} has one node, this "
+            "machine: leave `nodes` out"
+        )
     points = plan(request.main, request.flags, request.sweep, request.chain, request.job_dir)
     points = _select(points, request.only)
     # A job whose folder does not exist on its node fails without a log.

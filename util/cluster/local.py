@@ -8,7 +8,7 @@ from typing import Any
 
 from util.cluster.job import ROOT, Resources
 from util.cluster.job_dir import add_job_ids, read_job_ids
-from util.cluster.sweep import Point
+from util.cluster.sweep import Point, parse_main
 
 POLL_SECONDS = 0.2
 
@@ -118,18 +118,29 @@ class LocalPool:
             self.failed += 1
 
 
-def run_locally(points: list[Point], resources: Resources, job_dir: str) -> int:
-    """Run points and their follow-ups in processes on this machine. Returns exit code 1 if a run failed.
+def _check_gpus(points: list[Point], ngpus: int | None) -> None:
+    """Raise ValueError if runs on GPUs would have more processes than the machine has GPUs."""
+    import torch
 
-    Raises ValueError for more than one node.
-    """
-    if resources.nodes > 1:
-        raise ValueError(f"`nodes` is {resources.nodes}, but `cluster` local has one node, this machine")
+    available = torch.cuda.device_count()
+    if ngpus is None or ngpus <= max(1, available):
+        return
+    for point in points:
+        if parse_main(point.main, point.argv).device.startswith(("auto", "cuda")):
+            raise ValueError(
+                f"`ngpus` {ngpus} starts as many processes, but torch sees {available} GPUs here: "
+                "leave `ngpus` out, or give `device` cpu to run them on the CPU"
+            )
+
+
+def run_locally(points: list[Point], resources: Resources, job_dir: str) -> int:
+    """Run points and their follow-ups in processes on this machine. Returns exit code 1 if a run failed."""
     # The processes import the mains from this checkout.
     paths = [str(ROOT)]
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    _check_gpus(points, resources.ngpus)
     pool = LocalPool(resources, job_dir)
     failed = pool.run([[point, *point.then] for point in points])
     return int(failed > 0)

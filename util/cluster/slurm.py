@@ -53,7 +53,8 @@ def submission_errors() -> Iterator[None]:
         yield
     # The latter if submitit does not find a job ID in what sbatch prints.
     except (FailedJobError, FailedSubmissionError) as error:
-        message = " ".join(str(error).split())
+        lines = (line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
+        message = "; ".join(filter(None, lines))
         raise ValueError(f"SLURM refuses the job: {message}") from error
 
 

@@ -27,6 +27,9 @@ GPUS_PER_NODE = 8
 WARNING_SECONDS = 120
 # SLURM's own default of MaxArraySize, the number of points in one array.
 ARRAY_SIZE = 1001
+NO_SLURM = (
+    "this machine has no SLURM ({}): give `cluster` local to run on this machine, or submit where SLURM is"
+)
 
 
 def _limit(name: str, default: int) -> int:
@@ -40,14 +43,14 @@ def _limit(name: str, default: int) -> int:
 def check_limits(points: list[Point]) -> None:
     """Raise ValueError if there is no cluster, or if it cannot hold the jobs of points and follow-ups."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise ValueError(
-            "this machine has no SLURM (no sbatch and srun on PATH): give `cluster` local to run on this "
-            "machine, or submit where SLURM is"
-        )
+        raise ValueError(NO_SLURM.format("no sbatch and srun on PATH"))
     # Before anything is written.
     try:
         slurm.query("scontrol", "show", "config", required=True)
     except ValueError as error:
+        # SLURM is installed, and no file or server says where its controller is.
+        if "configuration source" in str(error):
+            raise ValueError(NO_SLURM.format("scontrol finds no configuration")) from None
         raise ValueError(f"{error}, or give `cluster` local to run on this machine") from None
     jobs = sum(1 + len(point.then) for point in points)
     most = _limit("MaxJobCount", jobs)

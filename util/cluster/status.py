@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from util.cluster.job import NOTE, read_note
-from util.cluster.job_dir import read_job_ids, read_points
+from util.cluster.job_dir import is_local, read_job_ids, read_points
 from util.cluster.slurm import query
 from util.files.names import printable
 from util.report.runs import Report, log_lines
@@ -225,7 +225,7 @@ def status(job_dir: Path) -> str:
         )
     directory = JobDir.read(job_dir)
     # Earlier jobs of a run have ended.
-    latest = [jobs[-1] for jobs in directory.job_ids.values()]
+    latest = [jobs[-1] for jobs in directory.job_ids.values() if not is_local(job_dir, jobs[-1])]
     queued = directory.spared(lambda: queue(latest, required=True), None)
     answers = queued is not None and shutil.which("squeue") is not None
     queued = queued or {}

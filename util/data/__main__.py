@@ -7,7 +7,6 @@ python -m util.data repack PATH TARGET [--long_side 500]
 """
 
 import argparse
-import os
 
 import torch
 
@@ -22,6 +21,7 @@ from util.data.sources.layouts import build_index
 from util.data.sources.repack import repack
 from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform
+from util.files.cores import own_cores
 from util.files.names import printable
 from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP
 from util.flags.numbers import COUNT
@@ -42,7 +42,7 @@ def get_args_parser() -> Parser:
     )
     p.add_argument("--quality", type=int, default=90, help="repack: of images that are encoded anew")
     p.add_argument("--max_pixels", type=COUNT, default=MAX_PIXELS, metavar="N", help=MAX_PIXELS_HELP)
-    p.add_argument("--num_workers", "--workers", type=int, default=os.cpu_count())
+    p.add_argument("--num_workers", "--workers", type=int, default=own_cores())
     return p
 
 

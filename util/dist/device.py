@@ -46,8 +46,8 @@ def _check_may_do_without(name: str, ranks: int) -> None:
     """Raise ValueError if a process needs a GPU, and there is none."""
     if ranks > 1:
         raise ValueError(
-            f"rank {os.environ['RANK']} sees no CUDA device on {socket.gethostname()}: ask the scheduler "
-            "for GPUs, or set `device` to cpu to run on CPUs"
+            f"rank {os.environ['RANK']} sees no CUDA device on {socket.gethostname()}, and each of the "
+            f"{ranks} processes needs a GPU: ask the scheduler for GPUs, or give `device` cpu to run on CPUs"
         )
     if name != "auto":
         why = "no GPU is visible to this process"
@@ -63,8 +63,8 @@ def _own_gpu(local_rank: int) -> torch.device:
         local_rank = 0
     if local_rank >= visible:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: {visible} are visible on {socket.gethostname()}; start as "
-            "many processes per node as there are GPUs"
+            f"process {local_rank + 1} on {socket.gethostname()} has no GPU, as torch sees {visible} there: "
+            f"start {visible} processes, one for each GPU"
         )
     return torch.device("cuda", local_rank)
 

@@ -33,8 +33,8 @@ def shard(model: nn.Module, device: torch.device, amp: str) -> nn.Module:
     """
     if not dist.is_initialized():
         raise ValueError(
-            "`strategy` fsdp spreads a model over ranks, but there is one process only: start several "
-            "(torchrun, srun), or leave `strategy` at ddp"
+            "`strategy` fsdp spreads a model over processes, but there is only one: start several "
+            "(torchrun, srun), or leave `strategy` out"
         )
     if amp == "fp16":
         raise ValueError(

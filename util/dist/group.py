@@ -72,6 +72,11 @@ def init(
     _timeout = timedelta(minutes=timeout_minutes)
     os.environ |= slurm_ranks(os.environ)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"the environment has WORLD_SIZE {ranks} and no RANK: start the processes by torchrun or srun, "
+            "or unset WORLD_SIZE to run in one process"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     chosen = choose_device(device, local_rank, ranks)
     prepare_device(chosen)
@@ -105,7 +110,7 @@ def _meet(device: torch.device, backend: str | None) -> None:
     except td.DistError as e:
         minutes = _timeout.total_seconds() / 60
         raise RuntimeError(
-            f"{process}: not all ranks met at {address} within {minutes:g} minutes; those without a line "
+            f"{process}: not all processes met at {address} within {minutes:g} minutes; those without a line "
             f"like this have not started, or cannot reach that host ({str(e).splitlines()[0]})"
         ) from e
     # A rank that ends with an error would abort in the threads of the group.

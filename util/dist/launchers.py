@@ -76,7 +76,7 @@ def flag_ranks(
         if int(environ["WORLD_SIZE"]) != world_size:
             notes.append(
                 f"`world_size` {world_size} has no effect: the launcher has started "
-                f"{environ['WORLD_SIZE']} ranks"
+                f"{environ['WORLD_SIZE']} processes"
             )
     elif world_size is not None and "RANK" in environ:
         found["WORLD_SIZE"] = str(world_size)
@@ -91,7 +91,7 @@ def flag_ranks(
     alone = int({**environ, **found}.get("WORLD_SIZE", 1)) < 2
     # torchrun's own process holds the meeting place then, and ranks cannot open another one.
     if alone or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        reason = "this process runs alone" if alone else "torchrun has told the ranks where they meet"
+        reason = "this process runs alone" if alone else "torchrun has told the processes where they meet"
         notes.append(f"`dist_url` {dist_url} has no effect: {reason}")
         return found, notes
     return found | address, notes

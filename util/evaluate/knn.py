@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEIGHBOURS = (10, 20, 100)
+
 
 def nearest(
     queries: Tensor, bank: Tensor, k: int, query_chunk: int = 2048, bank_chunk: int = 65536
@@ -55,10 +57,13 @@ def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
     num_classes: int,
-    ks: tuple[int, ...] = (10, 20, 100),
+    ks: tuple[int, ...] = NEIGHBOURS,
     temperature: float = 0.07,
 ) -> dict[int, Tensor]:
-    """Return {k: number of queries that are classified correctly}, for features (m, d) and a bank (n, d)."""
+    """Return {k: number of queries that are classified correctly}, for features (m, d) and a bank (n, d).
+
+    A k of more than n takes all n.
+    """
     similarity, index = nearest(queries, bank, max(ks))
     labels = bank_labels.to(index.device)[index]  # (m, k)
     correct = {}

@@ -140,10 +140,8 @@ def _check_path(flag: str, path: str) -> None:
         parent = folder
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent) or "."
-        raise ValueError(
-            f"--{flag} {shown} does not exist; the last folder of that path that does is "
-            f"{printable(os.path.abspath(parent))}"
-        )
+        there = printable(os.path.abspath(parent))
+        raise ValueError(f"--{flag} {shown} does not exist: of that path there is only {there}")
     near = difflib.get_close_matches(name, os.listdir(folder), n=1)
     hint = f"there is no {printable(name)} in {printable(os.path.abspath(folder))}"
     if near:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layers.positional import label_choices
+from util.files.cores import own_cores
 from util.flags.numbers import (
     BELOW_ONE,
     COUNT,
@@ -56,10 +57,7 @@ def own_workers() -> int:
 
     10 is MAE's number, for a GPU server. More workers than cores slow a run down.
     """
-    cores = os.cpu_count() or 1
-    # A job may run on some of the cores.
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = own_cores()
     # torchrun's ranks share the cores of their node.
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     if ranks.isdigit():
@@ -71,15 +69,26 @@ def device_name(text: str) -> str:
     """Read the name of a device: the argparse type of --device."""
     if re.fullmatch(rf"auto|({'|'.join(DEVICES)})(:\d+)?", text):
         return text
+    raise argparse.ArgumentTypeError(
+        f"takes auto, {', '.join(DEVICES)} or cuda:N, found {text!r}; {_meant_device(text)}"
+    )
+
+
+def _meant_device(text: str) -> str:
+    """Say what a wrong name of a device may have meant."""
+    if "," in text:
+        return "a run on several GPUs is started by torchrun --nproc_per_node N"
+    kind = text.lower().rstrip("0123456789")
+    index = text[len(kind) :]
+    kind = kind.removesuffix(":")
     meant = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
-    kind, colon, index = text.lower().partition(":")
-    near = meant[kind] + colon + index if kind in meant else None
-    if text.isdigit():
-        near = f"cuda:{text}"
-    if near is None:
-        near = (difflib.get_close_matches(text.lower(), ("auto", *DEVICES), n=1) or [""])[0]
-    hint = f"; did you mean {near}?" if near else ""
-    raise argparse.ArgumentTypeError(f"takes auto, {', '.join(DEVICES)} or cuda:N, found {text!r}{hint}")
+    if index:
+        meant[""] = "cuda"
+    # So strict that tpu is not taken for xpu.
+    near = [meant[kind]] if kind in meant else difflib.get_close_matches(kind, DEVICES, n=1, cutoff=0.7)
+    if not near:
+        return "auto is a GPU where torch sees one, and else the CPU"
+    return f"did you mean {':'.join(filter(None, (*near, index)))}?"
 
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
@@ -196,7 +205,10 @@ def add_optim_flags(p: argparse.ArgumentParser, defaults: OptimDefaults) -> None
     """Add the flags of the optimizer and of its schedule."""
     g = p.add_argument_group("optimisation")
     g.add_argument(
-        "--batch_size", default=defaults.batch_size, type=COUNT, help="images per rank and micro-step"
+        "--batch_size",
+        default=defaults.batch_size,
+        type=COUNT,
+        help="images per rank (one process, one GPU) and micro-step",
     )
     g.add_argument("--epochs", default=defaults.epochs, type=EPOCHS, help="epochs of the whole schedule")
     # The optimizer sees batch_size * accum_iter * ranks images per step.
@@ -406,7 +418,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     _add_output_flags(g)
     _add_device_flags(g)
     _add_saving_flags(g)
-    _add_rank_flags(p.add_argument_group("ranks (torchrun sets them)"))
+    _add_rank_flags(p.add_argument_group("ranks: processes, one for each GPU (torchrun sets them)"))
 
 
 def _add_output_flags(g: argparse._ArgumentGroup) -> None:

@@ -6,6 +6,7 @@ This module imports nothing heavy, so that --help answers at once.
 import argparse
 import difflib
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -55,6 +56,11 @@ COMMON = (
     "dry_run",
     "max_steps",
 )
+# Values in the examples of an error, for flags that have no default to show.
+EXAMPLES = {"lr": "1e-3", "data_path": "~/imagenet"}
+EXAMPLES |= dict.fromkeys(("finetune", "resume", "init_from"), "RUN/checkpoint-last.pth")
+# Other programs' flags for the number of neighbours.
+NEIGHBOURS = ("--k", "--knn_k", "--nb_knn")
 # Words of a help text that say what happens without the flag.
 SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
 # Lines of usage that may stand before an error.
@@ -112,6 +118,8 @@ class Parser(argparse.ArgumentParser):
         # Flags without limits of their own refuse nan and inf, too.
         self.register("type", int, WHOLE)
         self.register("type", float, FINITE)
+        # A word such as -1e-3 is a value, which its flag may refuse, and not a flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         # Functions (parser, words) -> words that translate other programs' spellings. Parsers that have this
         # one as a parent inherit them with its flags.
         self.translators: list[Callable[[Parser, list[str]], list[str]]] = []
@@ -173,7 +181,7 @@ class Parser(argparse.ArgumentParser):
             args = sys.argv[1:]
         parsed, unknown = self.parse_known_args(args, namespace or Flags())
         if unknown:
-            self.error(self._describe_unknown(printable(unknown[0].split("=")[0])))
+            self.error(self._describe_unknown(unknown[0], args))
         if isinstance(parsed, Flags):
             parsed.given = self._given_by(args)
         return parsed
@@ -220,18 +228,48 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {near[0]}?" if near else ""
             raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
 
-    def _describe_unknown(self, flag: str) -> str:
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            raise argparse.ArgumentError(action, _needs_values(action)) from None
+
+    def _describe_unknown(self, word: str, args: Sequence[str]) -> str:
+        """Say what is wrong with a word of the command line `args` that the parser does not know."""
+        flag = printable(word.partition("=")[0])
         if not flag.startswith("-"):
+            words = self._read_args_from_files(list(args))
+            for before, following in itertools.pairwise(words):
+                action = self._option_string_actions.get(before)
+                if following == word and action is not None and action.nargs == 0:
+                    return f"{before} takes no value, found {flag}: give the flag alone, or leave it out"
             hint = "see --help"
-            if flag.lower() in ("true", "false"):
-                hint = "a flag that turns something on takes no value: leave it out"
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
                 hint = "a path of images follows --data_path"
             return f"{flag} belongs to no flag; {hint}"
+        if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
+            return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"
         nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
+
+
+def _needs_values(action: argparse.Action) -> str:
+    """Say which values a flag needs that has none, with its default or another example."""
+    flag = action.option_strings[-1]
+    count = action.nargs if isinstance(action.nargs, int) else 1
+    needs = "a value" if count == 1 else f"{count} values"
+    example = action.default
+    if example in (None, "", []):
+        example = EXAMPLES.get(action.dest)
+    if example is None:
+        # How --help writes the values.
+        names = action.metavar or "VALUE"
+        return f"needs {needs}: {flag} {names if isinstance(names, str) else ' '.join(names)}"
+    if not isinstance(example, list):
+        example = [example]
+    return f"needs {needs}, such as {flag} {' '.join(map(str, example))}"
 
 
 def with_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

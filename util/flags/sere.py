@@ -221,12 +221,12 @@ def _check_built(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value not in values:
             shown = {False: "false"}.get(value, value)
-            raise ValueError(f"--{name} {shown} is not built: {reason}")
+            raise ValueError(f"--{name} {shown} is not supported: {reason}")
     size = given.overlap_size
     if len(size) != 2 or size[0] != size[1]:
         raise ValueError(
-            f"--overlap_size {' '.join(map(str, size))} is not built: queries and keys have the same points, "
-            "so give the same number twice"
+            f"--overlap_size {' '.join(map(str, size))} is not supported: queries and keys have the same "
+            "points, so give the same number twice"
         )
     if given.alpha + given.beta > 4:
         raise ValueError(
@@ -260,8 +260,8 @@ def _prototype_words(given: argparse.Namespace) -> Iterator[str]:
     """Translate the two heads that may be shared. Raises ValueError for what cannot train."""
     if given.shared_head and not given.shared_head_teacher:
         raise ValueError(
-            "--shared_head true --shared_head_teacher false is not built: the student has no prototypes of "
-            "patches, so the teacher's would never learn"
+            "--shared_head true --shared_head_teacher false is not supported: the student has no "
+            "prototypes of patches, so the teacher's would never learn"
         )
     number_of = given.patch_out_dim
     if not given.shared_head_teacher:
@@ -270,8 +270,8 @@ def _prototype_words(given: argparse.Namespace) -> Iterator[str]:
         return
     if number_of not in (None, given.out_dim):
         raise ValueError(
-            f"--patch_out_dim {number_of} is not built with --out_dim {given.out_dim} and a shared head of "
-            "the teacher: give the same number, or --shared_head false --shared_head_teacher false"
+            f"--patch_out_dim {number_of} is not supported with --out_dim {given.out_dim} and a shared head "
+            "of the teacher: give the same number, or --shared_head false --shared_head_teacher false"
         )
     kind = "student"
     if given.shared_head:

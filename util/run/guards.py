@@ -102,7 +102,8 @@ class BadImages:
             count = len(self.known)
             latest = printable(names[-1])
             print(
-                f"warning: {count} images cannot be decoded and are skipped, the latest: {latest}", flush=True
+                f"warning: images that cannot be decoded are skipped, {count} so far, the latest: {latest}",
+                flush=True,
             )
             self._list([one_line(name) for name in names])
         share = len(self.known) / len(self.dataset)

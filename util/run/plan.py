@@ -16,6 +16,7 @@ from torch import nn
 
 from util import dist
 from util.files.atomic import read_json, write_json
+from util.files.cores import own_cores
 from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, matmul_rate, synchronize
 
@@ -254,7 +255,7 @@ def write_record(folder: str | None, flags: dict, resolved: dict) -> None:
         os.makedirs(folder, exist_ok=True)
         write_json(path, record)
     except OSError as error:
-        print(f"warning: could not write {path}: {error}", flush=True)
+        print(f"warning: {path} could not be written: {error}", flush=True)
 
 
 def _earlier_starts(path: str) -> list[dict]:
@@ -295,7 +296,7 @@ def devices() -> list[str]:
     # On Linux /proc/cpuinfo names the model, which `platform` does not.
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as f:
         name = next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
-    return [f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    return [f"{name}, {own_cores()} cores, {torch.get_num_threads()} threads"]
 
 
 def commit() -> str | None:

@@ -97,6 +97,7 @@ class Session:
 MAY_CHANGE = {"epochs", "lr", "blr", "min_lr", "warmup_epochs", "batch_size", "accum_iter", "weight_decay"}
 MAY_CHANGE |= {"layer_decay", "clip_grad", "amp", "compile_mode", "cache_data", "max_pixels"}
 MAY_CHANGE |= {"crop_pct", "nb_classes"}
+MOST_CHANGES = 6  # that an error lists
 
 
 def check_and_print_continuing(args: argparse.Namespace, start: Checkpoint, flags: dict) -> None:
@@ -109,8 +110,10 @@ def check_and_print_continuing(args: argparse.Namespace, start: Checkpoint, flag
     in_default = os.path.dirname(os.path.abspath(start.path)) == os.path.abspath(OUTPUT_DIR)
     changed = _changes_of_the_run(start, flags)
     if args.output_dir == OUTPUT_DIR and in_default and changed:
+        if len(changed) > MOST_CHANGES:
+            changed[MOST_CHANGES:] = [f"and {len(changed) - MOST_CHANGES} more"]
         raise ValueError(
-            f"{start.path}, in the default folder, is of another run ({'; '.join(changed)}): "
+            f"{start.path}, in the default folder, belongs to another run ({'; '.join(changed)}): "
             "give the new run its own `output_dir`, or continue that one with its own flags"
         )
     checkpoint.print_continuing(start, flags)
@@ -123,7 +126,7 @@ def _changes_of_the_run(start: Checkpoint, flags: dict) -> list[str]:
     new = {name: value for name, value in flags.items() if value or name not in ("finetune", "init_from")}
     changed = checkpoint.changed_flags(old, new)
     # Other models come with other settings of their own.
-    changed = [text for text in changed if text.startswith("model: ")] or changed
+    changed.sort(key=lambda text: not text.startswith("model: "))
     if "data_path" in old:
         changed += _changed_data(str(old["data_path"]), flags.get("data_path", ""))
     resume = flags.get("resume", "")

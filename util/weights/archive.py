@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+from util.files.cores import own_cores
+
 try:
     # Intel's implementation, the extra `fast`, is several times as fast as most builds of zlib.
     from isal.isal_zlib import crc32
@@ -244,10 +246,8 @@ class Archive(io.RawIOBase):
 
 
 def _num_threads() -> int:
-    """The number of cores that this process may use, up to a limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(MOST_THREADS, len(os.sched_getaffinity(0)))
-    return min(MOST_THREADS, os.cpu_count() or 1)
+    """The number of cores that this process may use, at most MOST_THREADS."""
+    return min(MOST_THREADS, own_cores())
 
 
 @contextlib.contextmanager

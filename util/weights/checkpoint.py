@@ -176,7 +176,7 @@ def find_start(output_dir: str | None, resume: str = "") -> str:
     if output_dir and os.path.isfile(last):
         path = last
     if len(set(dist.gather_objects(path))) > 1:
-        raise ValueError(f"only some ranks find {last}: put the run's folder where all nodes see it")
+        raise ValueError(f"only some nodes find {last}: put the run's folder where all nodes see it")
     return path
 
 

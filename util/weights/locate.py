@@ -66,7 +66,7 @@ def _downloaded(address: str) -> str:
         if problems:
             raise ValueError(problem or problems[0])
     if not all(dist.gather_objects(os.path.isfile(path))):
-        raise ValueError(f"some ranks do not see {path}: download {address} to a folder that all nodes see")
+        raise ValueError(f"some nodes do not see {path}: download {address} to a folder that all nodes see")
     return path
 
 

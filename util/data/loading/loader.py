@@ -156,8 +156,8 @@ def check_same_everywhere(dataset: Any) -> None:
     if len({digest for digest, _ in listings}) > 1:
         places = ", ".join(sorted({place for _, place in listings}))
         raise ValueError(
-            f"the ranks list different images in {dataset.index.path}: {places}. Copy the data to the nodes "
-            "again, or give one copy that all of them see"
+            f"the processes list different images in {dataset.index.path}: {places}. Copy the data to the "
+            "nodes again, or give one copy that all of them see"
         )
 
 

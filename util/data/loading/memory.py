@@ -61,7 +61,7 @@ def _check_hosts(ranks: list[Need], images: str, instead: str) -> None:
         left = min(rank.memory_left for rank in ranks if rank.host == host)
         if needed > left:
             raise ValueError(
-                f"{images} would take about {needed / MB:.0f} MB on {host}, by all its ranks, and "
+                f"{images} would take about {needed / MB:.0f} MB on {host}, by all its processes, and "
                 f"{left / MB:.0f} MB are left: give `cache_data` {instead}, or smaller images "
                 "(`python -m util.data repack` makes them)"
             )

@@ -42,11 +42,11 @@ class EpochSampler(Sampler):
         if self.batches_per_epoch == 0:
             remedy = f"lower `batch_size` to {n // world_size}"
             if n < world_size:
-                remedy = f"start {n} ranks with `batch_size` 1, or give more images"
-            raise ValueError(
-                f"{n} images are fewer than one batch: `batch_size` {batch_size} x {world_size} ranks = "
-                f"{batch_size * world_size}: {remedy}"
-            )
+                remedy = f"start {n} processes with `batch_size` 1, or give more images"
+            batch = f"`batch_size` {batch_size}"
+            if world_size > 1:
+                batch += f" x {world_size} processes = {batch_size * world_size}"
+            raise ValueError(f"{n} images are fewer than one batch, {batch}: {remedy}")
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
