@@ -120,10 +120,12 @@ class LocalPool:
 
 def _check_gpus(points: list[Point], ngpus: int | None) -> None:
     """Raise ValueError if runs on GPUs would have more processes than the machine has GPUs."""
+    if ngpus is None or ngpus == 1:
+        return
     import torch
 
     available = torch.cuda.device_count()
-    if ngpus is None or ngpus <= max(1, available):
+    if ngpus <= available:
         return
     for point in points:
         if parse_main(point.main, point.argv).device.startswith(("auto", "cuda")):
