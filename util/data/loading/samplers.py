@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Sampler
 
 from util.data.seeding import sample_seed
+from util.files.names import counted
 
 
 class EpochSampler(Sampler):
@@ -44,8 +45,8 @@ class EpochSampler(Sampler):
             if n < world_size:
                 remedy = f"start {n} ranks with `batch_size` 1, or give more images"
             raise ValueError(
-                f"{n} images are fewer than one batch: `batch_size` {batch_size} x {world_size} ranks = "
-                f"{batch_size * world_size}: {remedy}"
+                f"{counted(n, 'image')} cannot fill one batch: `batch_size` {batch_size} x "
+                f"{counted(world_size, 'rank')} = {batch_size * world_size}: {remedy}"
             )
         self.set_position(0)
 
