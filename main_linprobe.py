@@ -600,8 +600,6 @@ def main(given: argparse.Namespace) -> int:
         f"{objective.kind} of {args.model}, {args.pool} features of width {backbone.dim}; {setup}; "
         f"effective batch {effective_batch(args)}, lr {lr:.3g} x {grid}"
     )
-    if start is not None:
-        check_and_print_continuing(args, start, flags)
     session = Session.open(args, flags, start, loss_tag="loss")
     objective.log = session.log
     finished = fit(objective.probe, objective, optimizer, loader, setup, open_budget(args, lr), session)
