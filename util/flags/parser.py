@@ -226,7 +226,7 @@ class Parser(argparse.ArgumentParser):
             if flag.lower() in ("true", "false"):
                 hint = "a flag that turns something on takes no value: leave it out"
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
-                hint = "a path of images follows --data_path"
+                hint = "--data_path comes before a path of images, and takes one: give a folder"
             return f"{flag} belongs to no flag; {hint}"
         nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         if nearest:
