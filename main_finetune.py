@@ -140,11 +140,12 @@ from util.data.datasets import ImageDataset, build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_same_classes, some_names
+from util.data.sources.image_index import ImageIndex, check_classes, some_names
 from util.data.sources.layouts import class_names
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
+from util.files.names import counted
 from util.run.log import Log
 from util.run.session import (
     STOPPED,
@@ -374,7 +375,7 @@ def build_data(
         mean=setup.pixels.mean,
     )
     train = build_class_dataset(args.data_path, "train", augment, **options)
-    check_same_classes(train.index, val.index)
+    check_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
 
@@ -418,14 +419,14 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     """Return the classes in the order of the outputs: the data's, or those of the checkpoint to evaluate."""
     classes = data.classes
     place = data.path
-    kind = "class folders"
+    kind = "class folder"
     if args.eval:
         given = None
         if args.classes:
             given = class_names(args.classes)
         saved = checkpoint.to_evaluate(start.resume)
         place = saved.path
-        kind = "outputs"
+        kind = "output"
         classes = known_classes(saved, classes, given)
     elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
@@ -434,8 +435,8 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
         )
     if args.nb_classes not in (None, len(classes)):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {place} has {len(classes)} {kind}: leave --nb_classes out, "
-            "or check the path"
+            f"--nb_classes {args.nb_classes}, but {place} has {counted(len(classes), kind)}: leave "
+            "--nb_classes out, or check the path"
         )
     return classes
 

@@ -116,13 +116,14 @@ from util.data.datasets import TensorSamples, build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import check_same_classes, some_names
+from util.data.sources.image_index import check_classes, some_names
 from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import NEIGHBOURS, knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
+from util.files.names import counted
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import STOPPED, check_and_print_continuing, effective_batch, join_ranks, open_budget
@@ -395,15 +396,10 @@ def build_data(
     options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
-    if len(val.index.classes) < 2:
-        raise ValueError(
-            f"there is one class, {some_names(val.index.classes)}, and a probe tells classes apart: give "
-            "--data_path a data set of at least two class folders"
-        )
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but there are {len(val.index.classes)} class folders: leave "
-            "--nb_classes out, or check the path"
+            f"--nb_classes {args.nb_classes}, but {val.index.path} has "
+            f"{counted(len(val.index.classes), 'class folder')}: leave --nb_classes out, or check the path"
         )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
@@ -422,7 +418,7 @@ def build_data(
         if args.probe_protocol == EARLIER:
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
-    check_same_classes(train.index, val.index)
+    check_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     if once:
         loader = eval_loader(train, **loading)
@@ -593,6 +589,8 @@ def main(given: argparse.Namespace) -> int:
     if args.knn:
         return run_knn(args, backbone, loader, val_loader, setup, flags)
     objective = build_objective(args, backbone, setup, val_loader)
+    if start is not None:
+        check_and_print_continuing(args, start, flags)
     if args.cached:
         loader = cache_features(args, objective, loader)
 
@@ -604,8 +602,6 @@ def main(given: argparse.Namespace) -> int:
         f"{objective.kind} of {args.model}, {args.pool} features of width {backbone.dim}; {setup}; "
         f"effective batch {effective_batch(args)}, lr {lr:.3g} x {grid}"
     )
-    if start is not None:
-        check_and_print_continuing(args, start, flags)
     session = Session.open(args, flags, start, loss_tag="loss")
     objective.log = session.log
     finished = fit(objective.probe, objective, optimizer, loader, setup, open_budget(args, lr), session)

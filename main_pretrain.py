@@ -99,6 +99,7 @@ from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms
+from util.files.names import counted
 from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
 from util.run.guards import survive_full_disk
 from util.run.session import (
@@ -270,7 +271,7 @@ class Evaluation:
             terms.append(f"{name} {value:.4f}")
             if name in self.session.log.chance:
                 terms[-1] += f" (chance {self.session.log.chance[name]:.4f})"
-        dist.print_rank0(f"* {images} val images  " + "  ".join(terms))
+        dist.print_rank0(f"* {counted(int(images), 'val image')}  " + "  ".join(terms))
         return stats
 
     def ranks(self, model: MaskedAutoencoderViT, epoch: int) -> dict[str, float]:
@@ -541,7 +542,7 @@ def main(args: argparse.Namespace) -> int:
     optimizer = adamw(param_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     dist.print_rank0(
         f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{model.patch_embed.num_patches} patches; {setup}; {describe_batch(args, lr)}"
+        f"{counted(model.patch_embed.num_patches, 'patch', 'patches')}; {setup}; {describe_batch(args, lr)}"
     )
 
     flags = checkpoint.plain_flags(vars(args))

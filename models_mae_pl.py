@@ -43,8 +43,18 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     # Rounded down, as in MAE.
     n = int(num_patches * (1 - mask_ratio))
     if n < 1:
-        raise ValueError(f"`mask_ratio` {mask_ratio} leaves none of {num_patches} patches visible: lower it")
+        raise ValueError(_nothing_visible(num_patches, mask_ratio))
     return n
+
+
+def _nothing_visible(num_patches: int, mask_ratio: float) -> str:
+    if num_patches == 1:
+        return "an image is one patch, and masking leaves none visible: give a larger `img_size`"
+    most = math.floor(10_000 * (1 - 1 / num_patches)) / 10_000
+    # Products of floats may fall short of 1.
+    if int(num_patches * (1 - most)) < 1:
+        most = round(most - 0.0001, 4)
+    return f"`mask_ratio` {mask_ratio} leaves none of {num_patches} patches visible: give {most} or less"
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Tensor:

@@ -20,8 +20,8 @@ ROOMS = {
     "engine": "util.cluster util.data util.dist util.flags util.run util.train",
     "tools": "backbones layers models util.data util.files util.flags util.report util.weights",
     "doors": "tools util.files util.flags util.report",
-    "mains": "engine backbones layers models util.flags util.data util.dist util.evaluate util.report "
-    "util.run util.train util.weights",
+    "mains": "engine backbones layers models util.files util.flags util.data util.dist util.evaluate "
+    "util.report util.run util.train util.weights",
     "submitit": "mains util.cluster",
     "evidence": "util.files util.flags util.cluster util.report",
     "benchmarks": "backbones engine layers mains models util.files util.flags util.data util.dist "

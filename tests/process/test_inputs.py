@@ -74,7 +74,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
         ),
         (["--mask_ratio", 1.0], "argument --mask_ratio: must be at least 0 and less than 1, found 1.0"),
         (["--mask_ratio", 0.99], "--mask_ratio 0.99 leaves none of 16 patches visible"),
-        (["--batch_size", 300], "200 images are fewer than one batch, --batch_size 300"),
+        (["--batch_size", 300], "200 images cannot fill one batch, --batch_size 300"),
         (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
         (
             ["--model", "mae_vit_bose_patch16"],
@@ -530,7 +530,7 @@ def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad
     if code:
         assert re.search(r"3 of 40 images \(7.5%\) cannot be decoded, more than --max_bad_images 0.05", text)
     else:
-        assert "cannot be decoded are skipped, 1 so far" in text
+        assert "skipping 1 image that cannot be decoded" in text
 
 
 def test_a_zip_that_is_not_a_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,11 +38,11 @@ from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
 from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing, tars
-from util.data.sources.image_index import check_same_classes
+from util.data.sources.image_index import check_classes
 from util.data.sources.layouts import build_index
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
-from util.flags.parser import parse, run
+from util.flags.parser import answer_at_once, parse, run
 from util.run.guards import BadImages
 from util.run.log import write_predictions
 from util.train.setup import Setup
@@ -118,7 +119,7 @@ def test_order_and_labels_equal_image_folder(tmp_path):
     assert index.labels.tolist() == [label for _, label in reference.samples]
     assert index.classes == reference.classes == ["a", "a-b", "b"]
     assert index.summary() == (
-        f"{tmp_path}: 8 images, 3 classes (class folders; 1 images outside class folders are ignored)"
+        f"{tmp_path}: 8 images, 3 classes (class folders; 1 image outside class folders ignored)"
     )
     assert [index.read(i) for i in range(8)] == [Path(p).read_bytes() for p, _ in reference.samples]
 
@@ -264,7 +265,7 @@ def test_a_bad_layout_stays_bad_when_its_listing_is_cached(tmp_path, monkeypatch
     age(tmp_path, *tmp_path.rglob("*"))
     monkeypatch.setattr(listing, "CACHE_FOLDERS_ABOVE", 1)
     for _ in range(2):
-        with pytest.raises(ValueError, match="Did you mean"):
+        with pytest.raises(ValueError, match=r"Give .*/whole, which holds"):
             build_index(tmp_path)
 
 
@@ -326,6 +327,12 @@ def overwritten(path):
     return damaged(path, lambda data, at: data.__setitem__(slice(at, at + 512), b"x" * 512))
 
 
+def files(path, *names):
+    for name in names:
+        (path / name).write_bytes(b"")
+    return path
+
+
 def text(path, content):
     (path / "list.txt").write_bytes(content)
     return path / "list.txt"
@@ -334,28 +341,28 @@ def text(path, content):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p: (p / "nowhere", {}), "no such file or folder: .*nowhere\n"),
-        (lambda p: (p, {}), "no images in .*: found 0 folders and 0 images"),
-        (lambda p: (write(p, ["train/x.txt.jpg"]) and p, {}), "holds 1 loose images and no class folders"),
+        (lambda p: (p / "nowhere", {}), "no such file or folder: .*nowhere$"),
+        (lambda p: (p, {}), "no images in .*: found nothing.*<class>"),
+        (lambda p: (write(p, ["train/x.txt.jpg"]) and p, {}), "holds 1 loose image and no class folders"),
         (
             lambda p: (write(p, ["val/1.jpg", "val/2.jpg"]), dict(split="val")),
             "2 loose images .*val/<class>/.*valprep",
         ),
         (
             lambda p: (write(p, ["train/a/1.jpg"]), dict(split="val")),
-            "no val/, val.tar or.*found 1 folders: train and 0",
+            r"no val/, val.tar or.*found 1 folder \(train\).*{train,val}/<class>",
         ),
         (
             lambda p: (write(p, ["val/a/1.jpg", "x/1.jpg"]), {}),
-            "no train/ but val: found 2 folders: val, x and 0 images",
+            r"no train/: found 2 folders \(val, x\).*Rename .* to train\.$",
         ),
         (
             lambda p: (write(p, ["i/train/a/1.jpg", "i/val/a/1.jpg"]), dict(labels=False)),
-            "Did you mean .*/i, which holds",
+            "Give .*/i, which holds",
         ),
         (
             lambda p: (write(p, ["in/x/a/1.jpg", "in/x/b/1.jpg"]), {}),
-            "the only class .* 'in'.*one folder too deep",
+            "the only class .* 'in'.*by one folder",
         ),
         (
             lambda p: ([write(p, ["a/1.jpg"]), *((p / x).mkdir() for x in "bc")][0], {}),
@@ -363,37 +370,89 @@ def text(path, content):
         ),
         (
             lambda p: ([(p / x).mkdir() for x in "abc"] and p, dict(labels=False)),
-            "found 3 folders: a, b, c and 0 images",
+            r"found 3 folders \(a, b, c\)\. ",
         ),
         (compressed, "train.tar.gz is compressed.*gunzip"),
         (disguised, "train.tar is compressed"),
         (cut_in_data, "is damaged at byte \\d+, after 4 images: .*0.jpg has a size of \\d+ bytes, and 88 "),
         (cut_in_header, "is damaged at byte \\d+, after 4 images"),
         (overwritten, "is damaged at byte \\d+, after 4 images"),
-        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose images"),
+        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose image "),
         (
             lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")),
-            "serves for training only",
+            "x.tar is one file and has no val images.*{train,val}.tar",
         ),
         (lambda p: (text(p, b"a.jpg\n"), dict(labels=False)), "the first path in .* does not exist"),
-        (lambda p: (text(p, b"a.jpg\n"), {}), "a list of 1 paths, which has no labels"),
+        (lambda p: (text(p, b"a.jpg\n"), {}), "a list of 1 path, which has no labels"),
         (lambda p: (text(p, b"# none\n"), dict(labels=False)), "lists no images"),
         (lambda p: (text(p, b"\xff\xd8\0"), dict(labels=False)), "is not a folder, a .tar or a text file"),
+        (lambda p: ("", dict(labels=False)), "is empty"),
+        (lambda p: (text(p, b"file,label\na.jpg,1\n"), dict(labels=False)), "file,label.*without a header"),
+        (
+            lambda p: (Path(write(p, ["1.jpg"]), "1.jpg"), dict(labels=False)),
+            "1.jpg is a single image.*folder",
+        ),
+        (lambda p: (Path(write(p, ["1.jpg"]), "1.jpg"), {}), "1.jpg is a single image.*{train,val}/<class>"),
+        (
+            lambda p: (files(p, "data.mdb", "lock.mdb"), dict(labels=False)),
+            r"2 other files \(data.mdb, lock.mdb\).*train-\*.tar",
+        ),
+        (lambda p: (files(p, *map(str, range(7))), {}), r"7 other files \(0, 1, 2, 3, 4, \.\.\.\)"),
+        (
+            lambda p: (write(p, ["Train/a/1.jpg", "Valid/a/1.jpg"]), dict(labels=False)),
+            "Rename Train to train and Valid to val, or give",
+        ),
+        (
+            lambda p: (write(p, ["train/a/1.jpg", "validation/a/1.jpg", "test/a/1.jpg"]), dict(split="val")),
+            r"Rename validation to val\.$",
+        ),
     ],
 )
 def test_bad_layouts_are_named(tmp_path, make, message):
     path, kwargs = make(tmp_path)
     with pytest.raises(ValueError) as error:
         build_index(path, **kwargs)
-    assert re.search(message, str(error.value), re.DOTALL), error.value
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    "path, options",
+    [
+        ("d/train", dict(split="val")),
+        ("d/train/a", dict(split="val")),
+        ("d/train/a/1.jpg", dict(split="val")),
+        ("d/val/a/1.jpg", dict(labels=False)),
+        ("d/train/empty", dict(labels=False)),
+        (".", dict(split="val")),
+        (".", dict(labels=False)),
+        ("tars/train.tar", dict(split="val")),
+    ],
+)
+def test_the_folder_that_an_error_names_serves(tmp_path, monkeypatch, path, options):
+    root = write(tmp_path / "d", ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg"])
+    for split in ("train", "val"):
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        pack(tmp_path / "tars" / f"{split}.tar", Path(root, split), ["a/1.jpg", "b/1.jpg"])
+    (tmp_path / "d" / "train" / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        build_index(path, **options)
+    (tmp_path / "d" / "train" / "empty").rmdir()
+    named = re.search(r"Give (\S+), which holds", str(error.value))
+    for split in ("train", "val"):
+        assert build_index(named[1], split).classes == ["a", "b"]
 
 
 def test_class_names_must_agree(tmp_path):
     write(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"])
     train, val = (build_index(tmp_path, s) for s in ("train", "val"))
-    check_same_classes(train, train)
+    check_classes(train, train)
     with pytest.raises(ValueError, match="only in training: b; only in validation: c"):
-        check_same_classes(train, val)
+        check_classes(train, val)
+    write(tmp_path / "one", ["train/a/1.jpg", "val/a/1.jpg"])
+    train, val = (build_index(tmp_path / "one", s) for s in ("train", "val"))
+    with pytest.raises(ValueError, match=r"one class, a, .*`data_path`.* two class folders"):
+        check_classes(train, val)
 
 
 # --- decoding ---
@@ -865,7 +924,7 @@ def test_evaluation_leaves_unreadable_images_out(tmp_path, capsys):
     values = [s["image"].double().mean() / 255 for s in whole]
     assert stats["loss"] == pytest.approx(np.mean(values), rel=1e-5)
     assert stats["label"] == pytest.approx(np.mean([s["label"] for s in whole]))
-    assert "4 images cannot be decoded and are left out" in capsys.readouterr().out
+    assert "leaves out 4 images that cannot be decoded" in capsys.readouterr().out
 
 
 def test_features_leave_unreadable_images_out(tmp_path):
@@ -943,9 +1002,7 @@ def test_ranks_divide_the_batches_of_one_rank(world_size, shuffle):
 
 
 def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(
-        ValueError, match=r"5 images are fewer than one batch, `batch_size` 3 x 2 processes = 6"
-    ):
+    with pytest.raises(ValueError, match=r"5 images cannot fill one batch, `batch_size` 3 x 2 processes = 6"):
         EpochSampler(5, batch_size=3, rank=0, world_size=2, seed=0)
 
 
@@ -1084,9 +1141,33 @@ def test_command_line(tmp_path, capsys):
         (["stats", "hfds/x"], "timm's readers"),
         (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
         (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
-        (["stats", str(tmp_path / "good"), "extra"], "repack takes two paths"),
+        (["stats", str(tmp_path / "good"), "extra"], "stats takes one path"),
     ):
         assert commands.main(argv) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, facts",
+    [
+        ("check nowhere", ["the path nowhere does not exist"]),
+        ("stats gooo", ["gooo", "did you mean good?"]),
+        ("repack nowhere out", ["the path nowhere does not exist"]),
+        ("check ''", ["empty"]),
+        ("check good/*.tar", ["good/*.tar", "train-*.tar"]),
+        ("good check", ["good is a path", "check"]),
+        ("good", ["good is a path", "stats, check, repack"]),
+        ("chekc good", ["did you mean check?"]),
+        ("", ["command, path"]),
+    ],
+)
+def test_mistakes_in_a_command_are_answered_at_once(tmp_path, monkeypatch, capsys, words, facts):
+    (tmp_path / "good").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["__main__.py", *shlex.split(words)])
+    with pytest.raises(SystemExit) as end:
+        answer_at_once("__main__", commands.get_args_parser())
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error: " in error and all(fact in error for fact in facts), error
 
 
 def test_file_names_that_are_not_utf_8(tmp_path, capfd):

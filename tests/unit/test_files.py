@@ -5,7 +5,7 @@ import os
 import pytest
 
 from util.files.atomic import append_line, read_json, replacing, write_json, write_text
-from util.files.names import one_line, printable, printable_lines, table_cell
+from util.files.names import counted, one_line, printable, printable_lines, table_cell
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -119,3 +119,8 @@ def test_messages_keep_their_lines():
 def test_a_cell_is_never_a_formula(name):
     assert table_cell(name) == f"'{name}"
     assert table_cell("a=b") == "a=b"
+
+
+def test_a_number_agrees_with_its_noun():
+    words = [counted(number, "class", "classes") for number in (0, 1, 2)]
+    assert words == ["0 classes", "1 class", "2 classes"] and counted(3, "image") == "3 images"

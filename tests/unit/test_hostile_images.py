@@ -549,7 +549,7 @@ def test_check_gives_the_reason_of_each_file(tmp_path, capsys):
     assert "unreadable: a/1.png: not a readable image" in out
     assert "its 60000 x 60000 pixels are more than --max_pixels 2000\n" in out
     assert "unreadable: a/2.jpg: not a readable image (4 bytes, starting with b'junk'): it has no" in out
-    assert out.endswith("2 of 4 images are unreadable\n")
+    assert out.endswith("2 of 4 images unreadable\n")
     assert commands.main([*argv, "1000"]) == 1
     out = capsys.readouterr().out
     assert r"unreadable: a/\x1b[2J\n3.png: " in out and "\x1b" not in out

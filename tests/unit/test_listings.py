@@ -195,7 +195,7 @@ def test_hostile_headers_name_the_tar_at_once(tmp_path, kind, before):
     assert time.monotonic() - start < 5
     place = "x.tar is not a tar, or is damaged or cut off ("
     if before and kind != "globals":
-        place = f"x.tar is damaged at byte {len(before)}, after 1 images: "
+        place = f"x.tar is damaged at byte {len(before)}, after 1 image: "
     if kind != "globals":
         assert str(error.value).startswith(f"{tmp_path}/{place}")
     assert "\n" not in str(error.value)

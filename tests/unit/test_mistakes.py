@@ -115,6 +115,15 @@ EARLY = [
     # Devices
     ("main_pretrain", "--device cuda1", "--device 'did you mean cuda:1?'"),
     ("main_pretrain", "--device 0,1", "--device 'torchrun --nproc_per_node'"),
+    ("main_pretrain", "--data_path ''", "--data_path empty demo"),
+    ("main_finetune", "--data_path=", "--data_path empty demo"),
+    ("main_pretrain", "--data_path https://host/a.tar", "--data_path https://host/a.tar download"),
+    (
+        "main_pretrain",
+        "--data_path {data}/{{000..009}}.tar",
+        "--data_path {data}/{{000..009}}.tar train-*.tar",
+    ),
+    ("main_pretrain", "--data_path {data} {flat}", "{flat} --data_path one folder"),
 ]
 LATE = [
     ("main_pretrain", "--device cuda", "--device cuda CPU"),
@@ -127,12 +136,12 @@ LATE = [
     ("main_finetune", "--data_path {data} --aa foo", "--aa foo rand-m9-mstd0.5-inc1"),
     ("main_finetune", "--data_path {data} --aa rand-m9-incc1", "--aa rand-m9-incc1 rand-m9-mstd0.5-inc1"),
     ("main_pretrain", "--resume {mae} --pos_label rpl", "{mae} --pos_label apl --init_from"),
-    ("main_pretrain", "--data_path {empty}", "{empty} <class>"),
-    ("main_pretrain", "--data_path {data}/train/a/0.png", "0.png <class>"),
+    ("main_pretrain", "--data_path {empty}", "{empty} 'found nothing' train.tar"),
+    ("main_pretrain", "--data_path {data}/train/a/0.png", "0.png 'single image' 'Give {data},'"),
     ("main_pretrain", "--strategy fsdp --sr_spatial 1", "--strategy --sr_spatial"),
     ("main_finetune", "--finetune {mae} --data_path {flat}", "{flat} <class>"),
     ("main_finetune", "--finetune {mae} --data_path {data}/train", "{data}/train val"),
-    ("main_finetune", "--finetune {mae} --data_path {data}/train/a", "<class>"),
+    ("main_finetune", "--finetune {mae} --data_path {data}/train/a", "'found 4 images' 'Give {data},'"),
     ("main_finetune", "--finetune {mae} --data_path {no_val}", "{no_val} val"),
     ("main_finetune", "--finetune {mae} --nb_classes 1000", "--nb_classes 1000 2"),
     ("main_finetune", "--finetune {mae} --pos_label apl --input_size 8", "--pos_label --input_size"),
@@ -143,6 +152,12 @@ LATE = [
     ("main_finetune", "--finetune {mae} --distill timm/vit_tiny_patch16_224", "--distill deit"),
     ("main_linprobe", "--finetune {mae} --so_dims 4 4", "--so_ --head second_order"),
     ("main_linprobe", "--finetune {mae} --knn --dry_run", "--dry_run --knn"),
+    ("main_pretrain", "--mask_ratio 0.9", "--mask_ratio 0.9 4 0.75"),
+    ("main_pretrain", "--patch_size 16", "--input_size larger"),
+    ("main_finetune", "--data_path {one}", "'one class' {one} --data_path 'two class folders'"),
+    ("main_finetune", "--data_path {data}/val", "{data}/val 'folders (a, b)' 'Give {data},'"),
+    ("main_linprobe", "--finetune {mae} --data_path {data}/train/a/0.png", "0.png 'Give {data},'"),
+    ("main_linprobe", "--finetune {mae} --nb_classes 1", "--nb_classes 1 {data} '2 class folders'"),
 ]
 LAUNCHED = [
     ("--partition gpu", "SLURM sbatch '--cluster local'"),
@@ -159,6 +174,7 @@ LAUNCHED = [
     ("--cluster debug --nodes 2 --sweep seed=0,1", "--nodes 2 --cluster debug"),
     ("--mem 64", "--mem --mem_gb"),
     ("--partition --nodes 2", "'--partition VALUE'"),
+    ("--cluster local --model mae_vit_pico_patch8 --dry_run --data_path=", "--data_path empty demo"),
 ]
 COMMON = "--input_size 16 --epochs 1 --batch_size 4 --num_workers 0 --device cpu --output_dir out"
 
@@ -167,7 +183,16 @@ COMMON = "--input_size 16 --epochs 1 --batch_size 4 --num_workers 0 --device cpu
 def place(tmp_path_factory) -> dict[str, Path]:
     """Small data sets and files by name."""
     folder = tmp_path_factory.mktemp("place")
-    for name in ("data/train/a", "data/train/b", "data/val/a", "data/val/b", "no_val/train/a", "flat"):
+    for name in (
+        "data/train/a",
+        "data/train/b",
+        "data/val/a",
+        "data/val/b",
+        "no_val/train/a",
+        "flat",
+        "one/train/a",
+        "one/val/a",
+    ):
         (folder / name).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (16, 16), (9 * i, 40, 200)).save(folder / name / f"{i}.png")
@@ -179,7 +204,7 @@ def place(tmp_path_factory) -> dict[str, Path]:
     torch.save({"model": mae.state_dict(), "args": {"pos_label": "apl"}}, folder / "mae.pth")
     classifier = CLASSIFIERS["vit_pico_patch8"](**options, num_classes=2)
     torch.save({"model": classifier.state_dict(), "args": {}}, folder / "classifier.pth")
-    names = {name: folder / name for name in ("data", "no_val", "flat", "empty")}
+    names = {name: folder / name for name in ("data", "no_val", "flat", "empty", "one")}
     names |= {"mae": folder / "mae.pth", "classifier": folder / "classifier.pth"}
     return names | {"file": folder / "notes.txt", "place": folder}
 
@@ -189,10 +214,11 @@ def words_of(text: str, place: dict[str, Path]) -> list[str]:
 
 
 def check_answer(text: str, facts: str, place: dict[str, Path]) -> None:
-    """One line, without a traceback, that holds all facts; the layouts of data may follow it."""
+    """One line, without a traceback, that holds all facts."""
     lines = [line for line in text.splitlines() if "error: " in line]
     assert len(lines) == 1 and "Traceback" not in text and "raised in" not in text, text
     answer = text[text.index("error: ") :]
+    assert answer.count("\n") == 1, answer
     missing = [fact for fact in words_of(facts, place) if fact.lower() not in answer.lower()]
     assert not missing, f"{missing} not in: {answer}"
 
@@ -230,7 +256,7 @@ def test_a_mistake_is_answered_by_the_launcher(place, monkeypatch, capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm_jobs.shutil, "which", lambda name: None)
     try:
-        code = launch("main_pretrain", [*words_of(words, place), "--data_path", str(place["data"])])
+        code = launch("main_pretrain", ["--data_path", str(place["data"]), *words_of(words, place)])
     except SystemExit as end:
         code = end.code
     assert code == 2

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 
 import pytest
@@ -15,13 +16,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
+import main_linprobe
 import main_pretrain
+import main_sere
 import tiny
 from commands import call
+from models_mae_pl import num_visible
 from processes import ROOT, log_lines
 from util import dist
 from util.dist import group
 from util.flags.parser import parse
+from util.run import session
 from util.run.session import MAY_CHANGE
 from util.weights import checkpoint
 
@@ -134,6 +139,15 @@ def test_fine_tuning_does_not_continue_pretraining(in_default, capsys):
     assert "model: mae_test -> vit_test" in line and "--output_dir" in line
     code, text = call(main_finetune, capsys, *FINETUNE, *start, "--output_dir", "ft")
     assert code == 0 and "encoder from output_dir/checkpoint-last.pth" in text, text
+
+
+def test_a_probe_learns_of_another_run_in_its_folder_before_it_computes_features(
+    in_default, capsys, monkeypatch
+):
+    monkeypatch.setattr(main_linprobe, "extract_features", lambda *args: pytest.fail("features are computed"))
+    start = ["--finetune", "output_dir/checkpoint-last.pth", "--cached", "--model", "vit_test"]
+    line = refused(capsys, main_linprobe, *start, "--data_path", DEMO)
+    assert "model: mae_test -> vit_test" in line and "its own --output_dir" in line
 
 
 def test_flags_that_may_change_exist():
@@ -274,14 +288,15 @@ def test_mask_ratio_0_warns(tmp_path, capsys):
     assert code == 0 and "warning: --mask_ratio 0" in text and "only the other losses" in text, text
     code, text = call(main_pretrain, capsys, *flags, "--pos_label", "none")
     assert code == 0 and "nothing is learned" in text, text
-    assert "--mask_ratio" not in call(main_pretrain, capsys, *PRETRAIN, "--output_dir", "")[1]
+    text = call(main_pretrain, capsys, *PRETRAIN, "--output_dir", "")[1]
+    assert "--mask_ratio" not in text and "warning: --output_dir is empty" in text, text
 
 
 def test_one_image_trains_and_no_image_is_an_error(tmp_path, capsys):
     images(tmp_path / "one", "a.png")
     flags = [*PRETRAIN, "--output_dir", tmp_path / "run"]
     line = refused(capsys, main_pretrain, *flags, "--data_path", tmp_path / "one")
-    assert "1 images" in line and "--batch_size to 1" in line
+    assert "1 image " in line and "--batch_size to 1" in line
     code, text = call(main_pretrain, capsys, *flags, "--data_path", tmp_path / "one", "--batch_size", 1)
     assert code == 0, text
     (tmp_path / "none").mkdir()
@@ -298,6 +313,31 @@ def test_a_batch_of_one_trains_a_classifier(tmp_path, capsys):
     assert call(main_finetune, capsys, *flags, "--batch_size", 1)[0] == 0
     shutil.rmtree(tmp_path / "run")
     assert call(main_finetune, capsys, *flags, "--batch_size", 2, "--mixup", 0.8, "--cutmix", 1)[0] == 0
+
+
+def test_the_highest_mask_ratio_is_named():
+    for patches in [*range(2, 300), 784, 1024, 4096]:
+        with pytest.raises(ValueError) as error:
+            num_visible(patches, 0.9999)
+        most = float(re.search(r"give (\S+) or less", str(error.value))[1])
+        assert num_visible(patches, most) == 1, patches
+        with pytest.raises(ValueError):
+            num_visible(patches, most + 0.00011)
+
+
+# -- Schedules.
+@pytest.mark.parametrize("main", [main_pretrain, main_finetune, main_linprobe, main_sere])
+def test_a_warm_up_longer_than_the_run_warns_once(main, capsys):
+    def warnings(*words):
+        session.open_budget(parse(main.get_args_parser(), list(words)), 0.4)
+        return capsys.readouterr().out.splitlines()
+
+    long = ["--data_path", "x", "--warmup_epochs", "40", "--epochs", "10"]
+    (line,) = warnings(*long)
+    for fact in ("warning: ", "--warmup_epochs 40", "--epochs 10", "25% of 0.4", "--warmup_epochs 1"):
+        assert fact in line
+    for words in (["--epochs", "1"], [*long, "--max_steps", "2"], [*long, "--epochs", "40"], long[:2]):
+        assert not warnings(*words), words
 
 
 # -- What a run shows.

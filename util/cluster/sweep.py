@@ -218,6 +218,7 @@ def parse_main(main: str, argv: list[str]) -> argparse.Namespace:
     flags = _strict_parser(main).parse_args(argv)
     if "model" in vars(flags):
         early.check_model(main, flags.model)
+    early.check_given(flags)
     return flags
 
 

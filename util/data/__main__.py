@@ -7,31 +7,29 @@ python -m util.data repack PATH TARGET [--long_side 500]
 """
 
 import argparse
+import os
 
-import torch
-
-from util.data.contract import Samples
-from util.data.datasets import ImageDataset
-from util.data.formats import decode
-from util.data.loading.loader import build_loader
-from util.data.loading.samplers import EvalSampler
-from util.data.seeding import epoch_and_index
-from util.data.sources.image_index import ImageIndex
-from util.data.sources.layouts import build_index
-from util.data.sources.repack import repack
-from util.data.timm_datasets import is_timm_path
-from util.data.transforms import eval_transform
 from util.files.cores import own_cores
-from util.files.names import printable
 from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP
 from util.flags.numbers import COUNT
-from util.flags.parser import Parser, run, with_flags
+from util.flags.parser import Parser, answer_at_once, run, with_flags
+
+COMMANDS = ("stats", "check", "repack")
+
+
+def command_name(text: str) -> str:
+    """Read the name of a command: the argparse type of the first word."""
+    if text not in COMMANDS and os.path.exists(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a path, and a command comes before it: {', '.join(COMMANDS)}"
+        )
+    return text
 
 
 def get_args_parser() -> Parser:
     """Return the parser of `python -m util.data`."""
     p = Parser(prog="python -m util.data", description=__doc__.partition("\n")[0])
-    p.add_argument("command", choices=("stats", "check", "repack"))
+    p.add_argument("command", type=command_name, choices=COMMANDS)
     p.add_argument("path")
     p.add_argument("target", nargs="?", help="repack: folder that gets <split>-*.tar")
     p.add_argument("--split", default="train")
@@ -46,10 +44,30 @@ def get_args_parser() -> Parser:
     return p
 
 
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+import torch
+
+from util.data.contract import Samples
+from util.data.datasets import ImageDataset
+from util.data.formats import decode
+from util.data.loading.loader import build_loader
+from util.data.loading.samplers import EvalSampler
+from util.data.seeding import epoch_and_index
+from util.data.sources.image_index import ImageIndex
+from util.data.sources.layouts import build_index
+from util.data.sources.repack import repack
+from util.data.timm_datasets import is_timm_path
+from util.data.transforms import eval_transform
+from util.files.names import counted, printable
+
+
 def command(args: argparse.Namespace) -> int:
     """Run one command; return its exit code."""
-    if (args.command == "repack") != (args.target is not None):
-        raise ValueError("repack takes two paths, and the other commands take one")
+    if args.command == "repack" and args.target is None:
+        raise ValueError(f"repack {args.path}: name a second path, the folder that gets the shards")
+    if args.command != "repack" and args.target is not None:
+        raise ValueError(f"{args.command} takes one path, found {args.path} and {args.target}")
     if is_timm_path(args.path):
         raise ValueError(
             f"{args.command} reads folders, tars and lists of files, not timm's readers ({args.path})"
@@ -99,7 +117,7 @@ def print_unreadable(dataset: ImageDataset, num_workers: int) -> int:
             if fault:
                 bad += 1
                 print(f"unreadable: {_described(index, i, fault)}", flush=True)
-    print(f"{bad} of {len(index)} images are unreadable")
+    print(f"{bad} of {counted(len(index), 'image')} unreadable")
     return int(bad > 0)
 
 

@@ -18,7 +18,7 @@ from util.data.formats import PIL_FORMATS, PIL_MODES, open_image
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
-from util.files.names import printable
+from util.files.names import counted, printable
 from util.flags.groups import MAX_PIXELS
 
 READERS = ("hfds", "hfids", "wds", "tfds", "torch")
@@ -90,7 +90,7 @@ class TimmDataset(Samples):
         resume = ""
         if not self.exact_resume:
             resume = "; a stream: a run resumes at whole epochs only"
-        return f"{self.name}: {len(self)} images (read by timm{resume})"
+        return f"{self.name}: {counted(len(self), 'image')} (read by timm{resume})"
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
         epoch, i = epoch_and_index(item)

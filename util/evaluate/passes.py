@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.loading.loader import device_batches
+from util.files.names import counted
 from util.train.objective import LossFunction
 from util.train.setup import Setup
 
@@ -56,7 +57,8 @@ def mean_terms(
     means = dict(zip(names, totals))
     count = means.pop("images")
     if unreadable:
-        dist.print_rank0(f"warning: {unreadable} images cannot be decoded and are left out of the evaluation")
+        left_out = counted(int(unreadable), "image")
+        dist.print_rank0(f"warning: the evaluation leaves out {left_out} that cannot be decoded")
     return {name: total / max(count, 1) for name, total in means.items()} | {"images": int(count)}
 
 

@@ -37,6 +37,13 @@ def printable_lines(text: str) -> str:
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: '1 image', '2 images'. `plural` is needed where it is no added s."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {plural or noun + 's'}"
+
+
 def table_cell(text: str) -> str:
     """Escape a name for a CSV file: a spreadsheet would run a cell that starts like a formula.
 

@@ -29,6 +29,8 @@ KINDS = {
 LETTERS = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 # Flags with a file or folder to start from.
 STARTS = ("resume", "finetune", "init_from", "distill_checkpoint")
+# Arguments that name images -> how the command line has them.
+IMAGES = {"data_path": "--data_path", "path": "the path"}
 
 
 def check(script: str, flags: argparse.Namespace) -> None:
@@ -44,7 +46,7 @@ def check(script: str, flags: argparse.Namespace) -> None:
     _check_sizes(flags)
     if hasattr(flags, "compile_mode"):
         compile_mode(flags.compile, flags.compile_mode, flags.accum_iter)
-    _check_path("data_path", getattr(flags, "data_path", ""))
+    _check_images(flags)
     _check_starts(main, flags)
 
 
@@ -52,8 +54,9 @@ def announce(flags: argparse.Namespace) -> None:
     """Print on rank 0 that the demo images are used because the data are not named."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     first = next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    left_out = getattr(flags, "data_path", None) == "" and "data_path" not in getattr(flags, "given", ())
     # A status is not a run.
-    if first and getattr(flags, "data_path", None) == "" and getattr(flags, "status", None) is None:
+    if first and left_out and getattr(flags, "status", None) is None:
         print("no --data_path: the embedded demo images are used", flush=True)
 
 
@@ -111,6 +114,39 @@ def _check_sizes(flags: argparse.Namespace) -> None:
 # --- paths
 
 
+def check_given(flags: argparse.Namespace) -> None:
+    """Raise ValueError for a path of images that is given and empty: the demo images would be used."""
+    for name, shown in IMAGES.items():
+        if name in getattr(flags, "given", ()) and not getattr(flags, name):
+            optional = ", or leave the flag out for the embedded demo images" * shown.startswith("-")
+            raise ValueError(f"{shown} is empty, as an unset shell variable is: name the images{optional}")
+
+
+def _check_images(flags: argparse.Namespace) -> None:
+    """Raise ValueError for a path of images that is empty, not one path, or does not exist."""
+    check_given(flags)
+    for name, shown in IMAGES.items():
+        path = getattr(flags, name, "")
+        if not path or _is_read_by_timm(path) or os.path.exists(path):
+            continue
+        if "://" in path:
+            raise ValueError(
+                f"{shown} {printable(path)} is a web address, and images are read from disk: download them, "
+                "and give their folder or .tar"
+            )
+        if re.search(r"[*?{]", path):
+            raise ValueError(
+                f"{shown} {printable(path)} is a pattern, and one path is needed: give the folder, in which "
+                "tars are read if they are named train-*.tar, and val-*.tar for validation"
+            )
+        _check_path(shown, path)
+
+
+def _is_read_by_timm(path: str) -> bool:
+    """Whether another library reads the images: hfds/..., torch/..."""
+    return re.match(r"(hfds|hfids|wds|tfds|torch)/", path, re.IGNORECASE) is not None
+
+
 def _check_starts(main: str, flags: argparse.Namespace) -> None:
     """Raise ValueError for a start that does not exist, unless the run continues from its own checkpoint."""
     if getattr(flags, "eval", False) and not flags.resume:
@@ -122,13 +158,13 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
     if os.path.exists(own) and not getattr(flags, "eval", False):
         return
     for name in STARTS:
-        _check_path(name, getattr(flags, name, ""))
+        _check_path(f"--{name}", getattr(flags, name, ""))
 
 
 def _check_path(flag: str, path: str) -> None:
     """Raise ValueError, with a similar name of the same folder, if a file or folder does not exist."""
-    # hfds/..., torch/... and addresses are read by other libraries.
-    if not path or "://" in path or re.match(r"(hfds|hfids|wds|tfds|torch)/", path, re.IGNORECASE):
+    # Checkpoints at an address are downloaded.
+    if not path or "://" in path:
         return
     whole = os.path.expanduser(path)
     if os.path.exists(whole):
@@ -141,9 +177,9 @@ def _check_path(flag: str, path: str) -> None:
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent) or "."
         there = printable(os.path.abspath(parent))
-        raise ValueError(f"--{flag} {shown} does not exist: of that path there is only {there}")
+        raise ValueError(f"{flag} {shown} does not exist: of that path there is only {there}")
     near = difflib.get_close_matches(name, os.listdir(folder), n=1)
     hint = f"there is no {printable(name)} in {printable(os.path.abspath(folder))}"
     if near:
         hint += f"; did you mean {printable(near[0])}?"
-    raise ValueError(f"--{flag} {shown} does not exist: {hint}")
+    raise ValueError(f"{flag} {shown} does not exist: {hint}")

@@ -245,7 +245,7 @@ class Parser(argparse.ArgumentParser):
                     return f"{before} takes no value, found {flag}: give the flag alone, or leave it out"
             hint = "see --help"
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
-                hint = "a path of images follows --data_path"
+                hint = "--data_path comes before a path of images, and takes one: give a folder"
             return f"{flag} belongs to no flag; {hint}"
         if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
             return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"

@@ -9,7 +9,7 @@ from typing import Any
 
 from util import dist
 from util.files.atomic import write_json, write_text
-from util.files.names import one_line, printable
+from util.files.names import counted, one_line, printable
 
 
 class NonFiniteLoss(ValueError):
@@ -99,12 +99,9 @@ class BadImages:
         self.known |= new
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
-            count = len(self.known)
+            count = counted(len(self.known), "image")
             latest = printable(names[-1])
-            print(
-                f"warning: images that cannot be decoded are skipped, {count} so far, the latest: {latest}",
-                flush=True,
-            )
+            print(f"warning: skipping {count} that cannot be decoded, the latest: {latest}", flush=True)
             self._list([one_line(name) for name in names])
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:

@@ -47,6 +47,9 @@ class Session:
 
         `chance` maps names of metrics to their chance levels. `loss_tag` is the loss's name in TensorBoard.
         """
+        if not args.output_dir and not args.dry_run:
+            note = "warning: `output_dir` is empty: no checkpoint and no log.txt is saved"
+            dist.print_rank0(with_flags(note, vars(args)))
         log_dir = args.log_dir or args.output_dir
         if args.dry_run:
             log_dir = None
@@ -177,6 +180,15 @@ def open_budget(args: argparse.Namespace, lr: float) -> Budget:
     """Return the training budget that the flags of a main describe, with MAE's schedule to the learning rate
     `lr`.
     """
+
+    # Trials are too short for it, and so are the embedded images.
+    if args.warmup_epochs > args.epochs and not args.max_steps and args.data_path:
+        note = (
+            f"warning: `warmup_epochs` {args.warmup_epochs:g} is more than `epochs` {args.epochs}: the "
+            f"learning rate only rises, to {args.epochs / args.warmup_epochs:.0%} of {lr:.3g}; a tenth of "
+            f"the run is `warmup_epochs` {args.epochs / 10:g}"
+        )
+        dist.print_rank0(with_flags(note, vars(args)))
 
     def lr_at(done: float) -> float:
         return warmup_cosine(done, lr=lr, min_lr=args.min_lr, warmup=args.warmup_epochs, total=args.epochs)

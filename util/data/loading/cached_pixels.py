@@ -16,6 +16,7 @@ from util import dist
 from util.data.formats import decode
 from util.data.loading.memory import MB, check_room
 from util.data.sources.image_index import ImageIndex
+from util.files.names import counted
 from util.flags.groups import MAX_PIXELS
 
 SLAB = 1 << 28  # bytes of one of the tensors that hold decoded images
@@ -71,8 +72,8 @@ class CachedPixels:
         if self.errors:
             unreadable = f"; {len(self.errors)} cannot be read"
         dist.print_rank0(
-            f"{index.path}: {len(index)} images decoded in {seconds:.1f} s, {self.nbytes / MB:.0f} MB "
-            f"in memory{unreadable}"
+            f"{index.path}: {counted(len(index), 'image')} decoded in {seconds:.1f} s, "
+            f"{self.nbytes / MB:.0f} MB in memory{unreadable}"
         )
 
     def _keep(self, i: int, image: torch.Tensor | Exception, free: int) -> int:

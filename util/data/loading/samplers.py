@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Sampler
 
 from util.data.seeding import sample_seed
+from util.files.names import counted
 
 
 class EpochSampler(Sampler):
@@ -46,7 +47,7 @@ class EpochSampler(Sampler):
             batch = f"`batch_size` {batch_size}"
             if world_size > 1:
                 batch += f" x {world_size} processes = {batch_size * world_size}"
-            raise ValueError(f"{n} images are fewer than one batch, {batch}: {remedy}")
+            raise ValueError(f"{counted(n, 'image')} cannot fill one batch, {batch}: {remedy}")
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:

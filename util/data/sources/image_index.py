@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from util.data.sources.listing_cache import LEFT_OUT, Listing, stamp, unpack_names
-from util.files.names import printable
+from util.files.names import counted, printable
 from util.files.regular import open_regular, open_safely, regular_size
 
 MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
@@ -197,18 +197,17 @@ class ImageIndex:
         """Return one line: path, number of images and classes, layout."""
         classes = "no labels"
         if self.classes:
-            classes = f"{len(self.classes)} classes"
+            classes = counted(len(self.classes), "class", "classes")
         ignored = ""
         if self.ignored:
-            ignored = f"; {self.ignored} images outside class folders are ignored"
-        return f"{self.path}: {len(self)} images, {classes} ({self.kind}{ignored}{self._left_out()})"
+            ignored = f"; {counted(self.ignored, 'image')} outside class folders ignored"
+        return (
+            f"{self.path}: {counted(len(self), 'image')}, {classes} ({self.kind}{ignored}{self._left_out()})"
+        )
 
     def _left_out(self) -> str:
         """Say how many images are left out: "; 2 links, 1 sparse file left out"."""
-        counts = []
-        for kind, count in self.left_out.items():
-            if count:
-                counts.append(f"{count} {kind}{'s' * (count > 1)}")
+        counts = [counted(count, kind) for kind, count in self.left_out.items() if count]
         if not counts:
             return ""
         return f"; {', '.join(counts)} left out"
@@ -244,12 +243,17 @@ def _wrong_size(size: int) -> str:
     return f"claims {size} bytes, and an image may have up to {MAX_BYTES}"
 
 
-def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Raise ValueError unless both splits have the same class names.
+def check_classes(train: ImageIndex, val: ImageIndex) -> None:
+    """Raise ValueError unless both splits have the same class names, and at least two.
 
-    Equal labels would otherwise mean different classes.
+    Equal labels would otherwise mean different classes, and every prediction of a single one is right.
     """
     if train.classes == val.classes:
+        if len(train.classes) == 1:
+            raise ValueError(
+                f"there is one class, {some_names(train.classes)}, in {printable(train.path)}, and none to "
+                "tell it from: give `data_path` a data set of at least two class folders"
+            )
         return
     only_train = some_names(sorted(set(train.classes) - set(val.classes))) or "none"
     only_val = some_names(sorted(set(val.classes) - set(train.classes))) or "none"

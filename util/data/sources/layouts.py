@@ -17,15 +17,12 @@ from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import from_names, is_folder, list_folder, list_tars
 from util.data.sources.listing_cache import Listing, load_listing, unpack_names
 from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
-from util.files.names import printable
+from util.files.names import counted, printable
 from util.files.regular import open_regular
 
-LAYOUTS = """Layouts that work:
-  <data_path>/{train,val}/<class>/*.jpg, as ImageNet
-  <data_path>/{train,val}.tar, or shards {train,val}-*.tar: uncompressed, members <class>/<name>
-  for training also <data_path>/<class>/*.jpg, or one .tar file
-  for training without labels also a folder of images, nested or not, or a text file of paths, one per line"""
-VALIDATION = {"val", "valid", "validation", "test"}
+# Names in lower case under which data sets keep their splits.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+PARENTS = 3  # folders above a path that may be the data set: it may name <data_path>/train/<class>/<image>
 MAX_LINE = 1 << 16  # bytes; the longest path of Linux has 4096
 
 
@@ -45,14 +42,17 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     Raises ValueError, with what was found, for a path without images in such a layout.
     """
     # Without a last slash, as names of caches are made by appending to the path.
-    path = os.path.expanduser(os.fspath(data_path)).rstrip("/") or "/"
+    given = os.path.expanduser(os.fspath(data_path))
+    if not given:
+        raise ValueError("the path of the images is empty")
+    path = given.rstrip("/") or "/"
     if not os.path.exists(path):
-        raise _misplaced(f"no such file or folder: {path}")
+        raise ValueError(f"no such file or folder: {printable(path)}")
     if os.path.isdir(path):
         index = _index_folder(path, split, labels)
     else:
         index = _index_file(path, split, labels)
-    _check_not_empty(index, split)
+    _check_not_empty(index, split, labels)
     _check_classes(index)
     return index
 
@@ -105,7 +105,7 @@ def _index_folder(path: str, split: str, labels: bool) -> ImageIndex:
             return _index_tars(path, f"{len(shards)} tar shards", shards, root + ".index.npz", labels)
         _check_has_split(path, split)
         arrays = list_folder(path, cache)
-    _check_not_a_parent(path, unpack_names(arrays["stamped"]))
+    _check_not_a_parent(path, unpack_names(arrays["stamped"]), labels)
     return ImageIndex(path, path, kind, arrays, labels=labels)
 
 
@@ -128,55 +128,54 @@ def _check_has_split(path: str, split: str) -> None:
             raise compressed_error(file)
     if split != "train":
         raise NoSplit(
-            f"no {split}/, {split}.tar or {split}-*.tar in {path}: found {_contents(path)}.\n{LAYOUTS}"
+            f"no {split}/, {split}.tar or {split}-*.tar in {printable(path)}: found {_contents(path)}. "
+            f"{_remedy(path, labels=True)}"
         )
 
 
-def _check_not_a_parent(path: str, folders: list[str]) -> None:
+def _check_not_a_parent(path: str, folders: list[str], labels: bool) -> None:
     """Refuse a folder that has no train/ but holds whole data sets: it would mix training and validation."""
-    other = sorted(f for f in folders if f in VALIDATION | {"training"})
-    if other:
-        raise _misplaced(
-            f"{path} has no train/ but {some_names(other)}: found {_contents(path)}. Rename the training "
-            "folder to train/, or give it as the path."
-        )
+    other = sorted(f for f in folders if f.lower() in (*SPLITS["val"], "training"))
     # Folders that hold both train/ and a validation folder are whole data sets.
     train = {os.path.dirname(f) for f in folders if os.path.basename(f) == "train"}
-    validation = {os.path.dirname(f) for f in folders if os.path.basename(f) in VALIDATION}
+    validation = {os.path.dirname(f) for f in folders if os.path.basename(f).lower() in SPLITS["val"]}
     nested = sorted(train & validation)
+    if not other and not nested:
+        return
+    message = f"{printable(path)} has no train/: found {_contents(path)}. "
     if nested:
-        raise _misplaced(
-            f"{path} has no train/: found {_contents(path)}. Did you mean {os.path.join(path, nested[0])}, "
-            "which holds train/ and a validation folder?"
-        )
+        raise ValueError(f"{message}Give {printable(os.path.join(path, nested[0]))}, which holds train/.")
+    renames = _renames(path) or ["the folder of the training images to train"]
+    alone = ", or give the folder of the training images alone"
+    raise ValueError(f"{message}Rename {' and '.join(renames)}{alone * (not labels)}.")
 
 
 # --- files ---
 
 
 def _index_file(path: str, split: str, labels: bool) -> ImageIndex:
+    shown = printable(path)
+    if os.fsencode(path).lower().endswith(IMAGE_SUFFIXES):
+        raise ValueError(f"{shown} is a single image. {_remedy(path, labels)}")
     if split != "train":
-        raise NoSplit(
-            f"{path} is one file, which serves for training only; for {split} give the folder that holds "
-            f"{split}/ or {split}.tar.\n{LAYOUTS}"
-        )
+        raise NoSplit(f"{shown} is one file and has no {split} images. {_remedy(path, labels=True)}")
     if path.lower().endswith(COMPRESSED_SUFFIXES):
         raise compressed_error(path)
     if path.lower().endswith(".tar"):
         return _index_tars(path, "tar", [path], path + ".index.npz", labels)
     names = _listed_paths(path)
     if not names:
-        raise _misplaced(f"{path} lists no images.")
+        raise ValueError(f"{shown} lists no images: it needs one path per line.")
     if labels:
-        raise _misplaced(
-            f"{path} is a list of {len(names)} paths, which has no labels; they come from class folders."
-        )
+        found = f"{shown} is a list of {counted(len(names), 'path')}, which has no labels"
+        raise ValueError(f"{found}. {_remedy(path, labels)}")
     root = os.path.dirname(os.path.abspath(path))
     # To check all paths would take minutes on a network file system. A wrong root shows at the first.
     first = os.path.join(root, os.fsdecode(names[0]))
     if not os.path.isfile(first):
         raise ValueError(
-            f"the first path in {path} does not exist: {first}. Paths are relative to the list's folder."
+            f"the first path in {shown} does not exist: {printable(first)}. A list holds one path per line, "
+            "relative to the list's folder, without a header or further columns."
         )
     return ImageIndex(path, root, "list of paths", from_names(names, sort=False), labels=False)
 
@@ -198,9 +197,9 @@ def _text_lines(path: str) -> Iterator[bytes]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             # An image, for example, was given by mistake.
             if b"\0" in line or len(line) == MAX_LINE:
-                raise _misplaced(
-                    f"{printable(path)} is not a folder, a .tar or a text file of image paths: line {number} "
-                    "is binary or too long."
+                raise ValueError(
+                    f"{printable(path)} is not a folder, a .tar or a text file of one path per line: line "
+                    f"{number} is binary or too long. Other formats of data sets are not read."
                 )
             yield line
 
@@ -217,22 +216,23 @@ def _place(index: ImageIndex) -> str:
     return f"{index.tars[0]} and the other shards"
 
 
-def _check_not_empty(index: ImageIndex, split: str) -> None:
+def _check_not_empty(index: ImageIndex, split: str, labels: bool) -> None:
     """Raise ValueError for an index without images."""
     if len(index) > 0:
         return
-    place = _place(index)
+    place = printable(_place(index))
     if index.ignored:
-        loose = f"{place} holds {index.ignored} loose images and no class folders, so they have no labels."
-        if split == "train":
-            raise _misplaced(loose)
+        unpacked = ""
+        if split == "val":
+            unpacked = ". ImageNet's archive unpacks flat, and a script known as valprep.sh moves its images"
         raise ValueError(
-            f"{loose} ImageNet's validation archive unpacks flat: move every image to {split}/<class>/, with "
-            "the same class folders as train/ (a script known as valprep.sh does it)."
+            f"{place} holds {counted(index.ignored, 'loose image')} and no class folders, which give the "
+            f"labels: move every image to {split}/<class>/, with the same classes in train and val{unpacked}."
         )
     if index.tars:
-        raise _misplaced(f"no images in {place}.")
-    raise _misplaced(f"no images in {place}: found {_contents(index.root)}.")
+        suffixes = ", ".join(os.fsdecode(suffix) for suffix in IMAGE_SUFFIXES)
+        raise ValueError(f"no images in {place}: no member ends in {suffixes}.")
+    raise ValueError(f"no images in {place}: found {_contents(index.root)}. {_remedy(index.path, labels)}")
 
 
 def _check_classes(index: ImageIndex) -> None:
@@ -251,14 +251,70 @@ def _check_classes(index: ImageIndex) -> None:
     # Three names suffice: with a folder too many, all images lie too deep.
     few = (0, len(index) // 2, len(index) - 1)
     if len(index.classes) == 1 and all(index.name(i).count("/") > 1 for i in few):
-        raise _misplaced(
-            f"the only class in {place} is {index.classes[0]!r} and its images lie deeper, as in "
-            f"{index.name(0)}: they seem to be one folder too deep."
+        raise ValueError(
+            f"the only class in {printable(place)} is {index.classes[0]!r} and its images lie deeper, as in "
+            f"{printable(index.name(0))}: move them up by one folder, so that the first is the class."
         )
 
 
-def _misplaced(message: str) -> ValueError:
-    return ValueError(f"{message}\n{LAYOUTS}")
+# --- what to do ---
+
+
+def _remedy(path: str, labels: bool) -> str:
+    """Say what to do about a path without the images that are needed, for errors.
+
+    Without labels, training images alone suffice.
+    """
+    folder = os.path.abspath(path)
+    near = _whole_set_near(folder)
+    if near:
+        return f"Give {printable(near)}, which holds train and val."
+    if os.path.isdir(folder):
+        renames = _renames(folder)
+        if renames:
+            return f"Rename {' and '.join(renames)}."
+    if labels:
+        return (
+            "Give a folder with {train,val}/<class>/*, or with uncompressed tars of <class>/*: "
+            "{train,val}.tar or {train,val}-*.tar."
+        )
+    return (
+        "Give a folder of images, nested or not, one .tar, a folder with train.tar or train-*.tar, or a text "
+        "file of one path per line."
+    )
+
+
+def _whole_set_near(path: str) -> str:
+    """Return the next folder above, or else the first one inside, that holds both splits; '' for none."""
+    candidates = [path]
+    for _ in range(PARENTS):
+        candidates.append(os.path.dirname(candidates[-1]))
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            candidates += sorted(entry.path for entry in entries if is_folder(entry))
+    return next((each for each in candidates[1:] if not _missing(each)), "")
+
+
+def _missing(folder: str) -> list[str]:
+    """Return the splits that a folder holds neither as a folder nor as a tar."""
+    found = []
+    for split in SPLITS:
+        place = os.path.join(folder, split)
+        if not os.path.isdir(place) and not os.path.isfile(place + ".tar"):
+            found.append(split)
+    return found
+
+
+def _renames(folder: str) -> list[str]:
+    """Return, as 'valid to val', which folders of a data set would be its missing splits."""
+    with os.scandir(folder) as entries:
+        names = {entry.name.lower(): entry.name for entry in entries if is_folder(entry)}
+    renames = []
+    for split in _missing(folder):
+        found = [names[name] for name in SPLITS[split] if name in names]
+        if found:
+            renames.append(f"{found[0]} to {split}")
+    return renames
 
 
 def _contents(folder: str) -> str:
@@ -268,13 +324,16 @@ def _contents(folder: str) -> str:
     folders = [entry.name for entry in visible if is_folder(entry)]
     files = [entry.name for entry in visible if not is_folder(entry)]
     others = [name for name in files if not os.fsencode(name).lower().endswith(IMAGE_SUFFIXES)]
-    found = f"{_counted(folders, 'folders')} and {len(files) - len(others)} images"
+    found = []
+    if folders:
+        found.append(f"{counted(len(folders), 'folder')} ({_first(folders)})")
+    if len(files) > len(others):
+        found.append(counted(len(files) - len(others), "image"))
     if others:
-        found += f" and {_counted(others, 'other files')}"
-    return found
+        found.append(f"{counted(len(others), 'other file')} ({_first(others)})")
+    return ", ".join(found) or "nothing"
 
 
-def _counted(names: list[str], noun: str) -> str:
-    if not names:
-        return f"0 {noun}"
-    return f"{len(names)} {noun}: {some_names(names)}"
+def _first(names: list[str]) -> str:
+    """Return the first of many names."""
+    return some_names(names[:5]) + ", ..." * (len(names) > 5)

@@ -24,7 +24,7 @@ from util.data.sources.conversion import COPIED, ENCODED, MARKED, UNREADABLE, co
 from util.data.sources.image_index import ImageIndex, some_names
 from util.data.sources.layouts import build_index
 from util.files.atomic import read_json, replacing, write_json
-from util.files.names import printable
+from util.files.names import counted, printable
 from util.flags.groups import MAX_PIXELS
 
 __all__ = ["COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
@@ -243,8 +243,8 @@ def _check_files(index: ImageIndex) -> None:
     closed = [path for path in paths if not os.access(path, os.R_OK)]
     if closed:
         raise ValueError(
-            f"{len(closed)} of {len(index)} files cannot be opened: {some_names(closed)}: repair or remove "
-            "them"
+            f"{len(closed)} of {counted(len(index), 'file')} cannot be opened: "
+            f"{some_names(closed)}: repair or remove them"
         )
 
 
@@ -310,8 +310,8 @@ def _check(index: ImageIndex, target: str, split: str, shards: list[Shard]) -> N
     made = build_index(target, split, labels=False)
     if len(made) != len(index) or _folders(made) != _folders(index):
         raise ValueError(
-            f"{target} holds {len(made)} images and {index.path} {len(index)}, or their folders differ: "
-            f"delete {split}-*.tar and .repack-{split} there and repack again"
+            f"{target} holds {counted(len(made), 'image')} and {index.path} {len(index)}, or "
+            f"their folders differ: delete {split}-*.tar and .repack-{split} there and repack again"
         )
     print(made.summary())
 

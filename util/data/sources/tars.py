@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from util.data.formats import IMAGE_SUFFIXES
-from util.files.names import printable
+from util.files.names import counted, printable
 from util.files.regular import open_regular
 
 COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".zip", ".7z")
@@ -184,7 +184,9 @@ def _unreadable(file: _Headers, images: int, error: Exception) -> ValueError:
     reason = str(error) or type(error).__name__
     if file.at == 0:
         return ValueError(f"{path} is not a tar, or is damaged or cut off ({reason})")
-    return ValueError(f"{path} is damaged at byte {file.at}, after {images} images: {reason}. Copy it again")
+    return ValueError(
+        f"{path} is damaged at byte {file.at}, after {counted(images, 'image')}: {reason}. Copy it again"
+    )
 
 
 def compressed_error(path: str) -> ValueError:
