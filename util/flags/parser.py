@@ -57,8 +57,6 @@ COMMON = (
 )
 # Words of a help text that say what happens without the flag.
 SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
-# Lines of usage that may stand before an error.
-SHORT_USAGE = 3
 
 
 class Flags(argparse.Namespace):
@@ -130,16 +128,10 @@ class Parser(argparse.ArgumentParser):
         try:
             return Recipes(self.convert_arg_line_to_args).expanded(argv)
         except ValueError as error:
-            self.error(str(error), usage=False)
+            self.error(str(error))
 
-    def error(self, message: str, usage: bool = True) -> NoReturn:
-        """Print the message and exit with code 2.
-
-        A short usage comes first, unless the flags are not to blame. A long one would hide the message.
-        """
-        text = self.format_usage()
-        if usage and len(text.splitlines()) <= SHORT_USAGE:
-            self._print_message(text, sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        """Print the message, without a usage that would hide it, and exit with code 2."""
         # The message repeats words of the command line, which may hold commands to the terminal.
         self.exit(2, f"{self.prog}: error: {printable_lines(message)}\n")
 
@@ -228,7 +220,14 @@ class Parser(argparse.ArgumentParser):
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
                 hint = "a path of images follows --data_path"
             return f"{flag} belongs to no flag; {hint}"
-        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        known = list(self._option_string_actions)
+        for action in self._actions:
+            # Those of its commands, which do not know which words are left over.
+            if isinstance(action, argparse._SubParsersAction):
+                known += [
+                    name for command in action.choices.values() for name in command._option_string_actions
+                ]
+        nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
