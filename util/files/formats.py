@@ -76,6 +76,8 @@ def first_bytes(path: str) -> bytes:
 
 def beside(path: str) -> str:
     """The newest checkpoints in the folder of a file that are not cut off: ", such as A, B"; '' for none."""
+    if not os.path.exists(path):
+        return ""
     folder = os.path.dirname(path)
     others = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(WEIGHTS)]
     whole = [other for other in others if _is_whole(other) and not os.path.samefile(other, path)]
