@@ -17,6 +17,7 @@ from collections.abc import Callable
 from util.files.names import printable_lines
 from util.flags.parser import Parser, run
 
+FILE = "a checkpoint, a run's folder, which stands for its checkpoint-last.pth, or an https address"
 FORMATS = ("encoder", "mae", "timm", "hf", "safetensors")
 
 
@@ -24,13 +25,25 @@ def get_args_parser() -> Parser:
     """The parser of the three commands."""
     # The raw formatter keeps the lines of the examples above.
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
-    inspect = commands.add_parser("inspect", help="print what files hold")
-    inspect.add_argument("files", nargs="+")
-    export = commands.add_parser("export", help="write weights for another library")
-    export.add_argument("file")
-    export.add_argument("out", help="encoder, mae: .pth; timm: .pth or .safetensors; hf: a new folder")
-    export.add_argument("--to", choices=FORMATS, default="timm")
+    commands = p.add_subparsers(dest="command", required=True, metavar="inspect|export|import")
+    inspect = commands.add_parser(
+        "inspect",
+        help="print what files hold",
+        description="Print what files hold: kind, architecture, epoch, sha256, and which commands take them.",
+        epilog=_example("inspect runs/pretrain/checkpoint-last.pth"),
+    )
+    inspect.add_argument("files", nargs="+", metavar="FILE", help=FILE)
+    export = commands.add_parser(
+        "export",
+        help="write weights for another library",
+        description="Write weights for another library, after a comparison of both models' outputs.",
+        epilog=_example("export runs/finetune vit.safetensors --to timm"),
+    )
+    export.add_argument("file", metavar="FILE", help=FILE)
+    export.add_argument(
+        "out", metavar="OUT", help="encoder, mae: .pth; timm: .pth or .safetensors; hf: a new folder"
+    )
+    export.add_argument("--to", choices=FORMATS, default="timm", help="the format to write")
     export.add_argument(
         "--pos_embed_init",
         choices=["zero", "sincos"],
@@ -38,10 +51,19 @@ def get_args_parser() -> Parser:
         help="the positional embedding of a checkpoint without one, which mae, timm and hf need; zero "
         "computes the same as none",
     )
-    into = commands.add_parser("import", help="write a file of this toolkit from another library's")
-    into.add_argument("file", help="a .pth or .safetensors file, or a Hugging Face folder")
-    into.add_argument("out", help=".pth")
+    into = commands.add_parser(
+        "import",
+        help="write a file of this toolkit from another library's",
+        description="Write a file of this toolkit from one of MAE, timm, Hugging Face, DINO, iBOT or SERE.",
+        epilog=_example("import facebook_vit_mae_base mae_base.pth"),
+    )
+    into.add_argument("file", metavar="FILE", help="a .pth or .safetensors file, or a Hugging Face folder")
+    into.add_argument("out", metavar="OUT", help="the file to write, .pth")
     return p
+
+
+def _example(words: str) -> str:
+    return f"example:\n  python checkpoints.py {words}"
 
 
 def inspect(files: list[str], describe: Callable[[str], str]) -> int:

@@ -13,6 +13,7 @@ import os
 import sys
 
 from layers.sizes import mae_names
+from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -321,8 +322,7 @@ def draw(
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> MaskedAutoencoderViT:
-    if args.model not in MODELS:
-        raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
+    check_model("main_pretrain", args.model, list(MODELS))
     options = {}
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")

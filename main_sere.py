@@ -19,6 +19,7 @@ import sys
 
 from layers.sizes import sere_names
 from util.flags import sere
+from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -324,8 +325,7 @@ class Ranks:
 
 
 def build_model(args: argparse.Namespace) -> SereStudent:
-    if args.model not in MODELS:
-        raise ValueError(f"--model {args.model} is unknown; there are {', '.join(MODELS)}")
+    check_model("main_sere", args.model, list(MODELS))
     options: dict[str, Any] = {}
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")

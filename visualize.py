@@ -15,20 +15,39 @@ or from the embedded demo set if it is not given.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from util.flags.parser import Parser, answer_at_once, parse, run
+
+# The formats that matplotlib writes.
+CHARTS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".tif", ".tiff", ".webp")
 
 
 def get_args_parser() -> Parser:
     """The parser of all commands."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
+    commands = p.add_subparsers(
+        dest="command", required=True, metavar="reconstruct|positions|attention|curves|sweep|report"
+    )
     add_model_commands(commands)
     add_run_commands(commands)
     return p
 
 
-def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def ending(suffixes: tuple[str, ...], order: str) -> Callable[[str], str]:
+    """A type of argparse: the name of a file of these formats. `order` is that of the arguments."""
+
+    def checked(path: str) -> str:
+        if not path.lower().endswith(suffixes) or os.path.isdir(path):
+            raise argparse.ArgumentTypeError(
+                f"takes a file that ends with {', '.join(suffixes)}, found {path}; the order is {order}"
+            )
+        return path
+
+    return checked
+
+
+def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the commands that draw a model: they share the file, the images and the mask ratio."""
     reconstruct = commands.add_parser(
         "reconstruct", help="draw the decoder's prediction from the visible patches"
@@ -36,9 +55,14 @@ def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     positions = commands.add_parser("positions", help="draw the predictions of the label head")
     attention = commands.add_parser("attention", help="draw where the class token looks")
     for command in (reconstruct, positions, attention):
+        suffixes: tuple[str, ...] = CHARTS
+        if command is reconstruct:
+            suffixes = (".png",)
         # Positional, because both are required.
-        command.add_argument("file")
-        command.add_argument("out")
+        command.add_argument("file", metavar="FILE", help="a checkpoint, or a run's folder")
+        command.add_argument(
+            "out", metavar="OUT", type=ending(suffixes, "FILE OUT.png"), help="the picture to write"
+        )
         command.add_argument(
             "--data_path", default="", help="folder, tar or list of images; the embedded demo set if empty"
         )
@@ -63,12 +87,14 @@ def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
 
 
-def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the commands that draw runs and sweeps."""
     curves = commands.add_parser("curves", help="plot log.txt of runs")
     # The picture comes first here, since there may be any number of runs.
-    curves.add_argument("out")
-    curves.add_argument("runs", nargs="*")
+    curves.add_argument(
+        "out", metavar="OUT", type=ending(CHARTS, "OUT.png RUN..."), help="the picture to write"
+    )
+    curves.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, each with a log.txt")
     curves.add_argument(
         "--reference",
         default=[],
@@ -77,8 +103,8 @@ def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         help="runs or folders of runs to draw in grey behind; evidence/results/NAME has runs of this project",
     )
     sweep = commands.add_parser("sweep", help="plot a metric against a swept flag")
-    sweep.add_argument("dir")
-    sweep.add_argument("out")
+    sweep.add_argument("dir", metavar="DIR", help="a folder of runs")
+    sweep.add_argument("out", metavar="OUT", type=ending(CHARTS, "DIR OUT.png"), help="the picture to write")
     sweep.add_argument(
         "--flag",
         default=None,
@@ -86,8 +112,14 @@ def add_run_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     )
     sweep.add_argument("--metric", default=None, help="a name in log.txt; the first usual one if not given")
     report = commands.add_parser("report", help="write a page about a run or a sweep")
-    report.add_argument("dir")
-    report.add_argument("out", nargs="?", help="DIR/report.html if not given")
+    report.add_argument("dir", metavar="DIR", help="the folder of a run, or of runs")
+    report.add_argument(
+        "out",
+        nargs="?",
+        metavar="OUT",
+        type=ending((".html", ".htm"), "DIR OUT.html"),
+        help="DIR/report.html if not given",
+    )
     report.add_argument("--metric", nargs="+", default=None, help="for sweeps: names in log.txt")
 
 

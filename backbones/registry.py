@@ -1,6 +1,5 @@
 """All classifiers by name: ours, and every timm backbone as timm/NAME."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from backbones import so_vit, swin
 from layers.classifier import Classifier
 from layers.contract import Entry
 from util.data.sources.image_index import some_names
+from util.flags.early import check_model
 from util.flags.groups import pair
 from util.weights.architecture import whole_numbers
 from util.weights.types import EPS_FLAG, Checkpoint
@@ -26,14 +26,7 @@ def find(name: str) -> Entry[Classifier]:
         from backbones.timm import timm_entry
 
         return timm_entry(name)
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = "."
-        if near:
-            hint = f"; did you mean {near[0]}?"
-        raise ValueError(
-            f"`model` {name} is unknown{hint} There are {', '.join(MODELS)}, and timm/NAME for timm's"
-        )
+    check_model("main_finetune", name, list(MODELS))
     return MODELS[name]
 
 

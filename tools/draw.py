@@ -406,6 +406,7 @@ def read_runs(folders: list[str]) -> list[RunRecord]:
     """
     if not folders:
         return []
+    folders = list(map(_folder_of, folders))
     groups = [_runs_in(folder) for folder in folders]
     paths = [os.path.abspath(folder) for folder in folders]
     # Folders of the same name differ in the path above them.
@@ -418,6 +419,13 @@ def read_runs(folders: list[str]) -> list[RunRecord]:
                 run = replace(run, point=_point_with_path(run.point, path, parent))
             out.append(run)
     return out
+
+
+def _folder_of(path: str) -> str:
+    """The folder of a run that is given by its log."""
+    if os.path.isfile(path):
+        return os.path.dirname(path) or "."
+    return path
 
 
 def _runs_in(folder: str) -> list[RunRecord]:

@@ -22,6 +22,7 @@ from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
 from util.files import LAST_CHECKPOINT
 from util.files.atomic import read_json
+from util.files.formats import hf_import, hf_weights
 from util.weights.architecture import Architecture
 from util.weights.files import load
 from util.weights.types import Checkpoint, stored_eps
@@ -175,7 +176,10 @@ def read(path: str) -> Checkpoint:
         checkpoint = load(path)
     path = checkpoint.path
     if checkpoint.kind == "huggingface":
-        raise ValueError(f"{path}: give its folder, in which config.json stores the number of heads")
+        folder = os.path.dirname(path)
+        raise ValueError(
+            f"{path} needs config.json beside it, which stores the number of heads: {hf_import(folder)}"
+        )
     if checkpoint.kind == "dino":
         # Without the stored flags, which are DINO's.
         checkpoint = Checkpoint(path, checkpoint.encoder_weights())
@@ -193,8 +197,12 @@ def read(path: str) -> Checkpoint:
 
 
 def _read_hf_folder(folder: str) -> Checkpoint:
-    names = ("config.json", "model.safetensors")
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    files = hf_weights(folder)
+    missing = []
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        missing.append("config.json")
+    if not files:
+        missing.append("model.safetensors")
     if missing:
         raise ValueError(
             f"{folder} is not a folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}"
@@ -203,7 +211,9 @@ def _read_hf_folder(folder: str) -> Checkpoint:
     if not {"image_size", "num_attention_heads"} <= config.keys():
         kind = shown(config.get("model_type"))
         raise ValueError(f"{folder} does not hold a Vision Transformer: its model_type is {kind}")
-    weights = load(os.path.join(folder, "model.safetensors")).model
+    weights: Weights = {}
+    for name in files:
+        weights |= load(os.path.join(folder, name)).model
     flags = plain_flags(folder, _flags_of(config), strict=True)
     return Checkpoint(folder, from_hf(weights, folder), flags)
 

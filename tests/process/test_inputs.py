@@ -78,7 +78,7 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
         (["--accum_iter", 6], "--accum_iter 6 is longer than the epoch of 5 batches"),
         (
             ["--model", "mae_vit_bose_patch16"],
-            "--model mae_vit_bose_patch16 is unknown; there are mae_vit_pico_patch8",
+            "--model mae_vit_bose_patch16 is unknown; did you mean mae_vit_base_patch16",
         ),
         (["--in_chans", 4], "--mean needs 4 values for --in_chans 4"),
         (["--data_path", "nowhere"], "nowhere"),
@@ -421,8 +421,7 @@ def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, caps
     code, text = pretrain(tmp_path, capsys, "--pos_label", "rpl", "--epochs", 2)
     assert code == 2 and "--pos_label apl, not with --pos_embed none --pos_label rpl" in text, text
     code, text = pretrain(tmp_path, capsys, "--patch_size", 16, "--epochs", 2)
-    assert code == 2 and "does not fit this model: decoder_pos_embed is" in text, text
-    assert "--model mae_test" in text
+    assert code == 2 and "give --model mae_test and --patch_size 8" in text, text
     assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
 
 
@@ -536,7 +535,7 @@ def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad
 def test_a_zip_that_is_not_a_checkpoint(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as z:
         z.writestr("readme.txt", "hello")
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    with pytest.raises(ValueError, match=r"is a zip file of readme\.txt"):
         checkpoint.load(str(tmp_path / "c.pth"))
 
 

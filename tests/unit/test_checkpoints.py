@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import checkpoints
 import commands
@@ -153,6 +154,31 @@ def test_a_masked_autoencoder_to_hugging_face_and_back(tmp_path, pos_embed, norm
     common = state.model.keys() & weights.keys()
     assert all(torch.equal(state.model[k], weights[k]) for k in common)
     assert weights.keys() - common == {k for k in weights if k.startswith("pos_head.")}
+
+
+@pytest.mark.parametrize("form", ["parts", "bin"])
+def test_a_folder_of_parts_or_of_the_older_format_is_imported(tmp_path, form):
+    folder = tmp_path / "hf"
+    convert.export(
+        saved(tmp_path / "a.pth", randomised(MODELS["mae_test"](img_size=(32, 32)))), str(folder), "hf"
+    )
+    whole = folder / "model.safetensors"
+    weights = load_file(whole)
+    expected = conversions.read(str(folder)).model
+    if form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+        given = folder / "pytorch_model.bin"
+    else:
+        names = sorted(weights)
+        for part in (0, 1):
+            given = folder / f"model-0000{part + 1}-of-00002.safetensors"
+            save_file({name: weights[name] for name in names[part::2]}, given)
+    whole.unlink()
+    found = conversions.read(str(folder)).model
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+    # The file alone comes with the command for its folder.
+    with pytest.raises(ValueError, match=f"python checkpoints.py import {folder} {folder}.pth, and give"):
+        conversions.read(str(given))
 
 
 def check_transformers_outputs(ours, folder, expect_equal: bool):
@@ -619,9 +645,9 @@ def broken_files(folder) -> dict[str, str]:
     (folder / "truncated.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     torch.save({"model": {"conv1.weight": torch.ones(2)}}, folder / "resnet.pth")
     return {
-        "text.pth": "text.pth is truncated or not a checkpoint",
+        "text.pth": "text.pth is a text file",
         "page.pth": "page.pth is ",
-        "truncated.pth": "truncated.pth is truncated or not a checkpoint",
+        "truncated.pth": "truncated.pth is truncated",
         "empty.pth": "empty.pth is empty",
         "malicious.pth": "loading it would run code; it asks for builtins.exec",
         "malicious-pickle.pth": "loading it would run code; it asks for builtins.exec",

@@ -663,6 +663,8 @@ def test_by_hand_the_error_names_the_flag_that_works(run_folder, capsys):
     with pytest.raises(ValueError) as error:
         checkpoint.load_start(str(run_folder), "")
     message = str(error.value)
+    # Those that were read as a whole, and no others.
+    assert "such as" not in message
     assert f"Undamaged numbered checkpoints: {newest}, {run_folder}/checkpoint-0.pth." in message
     assert f"The same command with `resume` {newest} continues" in message
     # The damaged file itself is no remedy.
@@ -674,6 +676,12 @@ def test_by_hand_the_error_names_the_flag_that_works(run_folder, capsys):
     )
     with pytest.raises(ValueError, match=r"checkpoint-last.pth is .* And .*checkpoint-20.pth is truncated"):
         checkpoint.load_start(str(run_folder), str(run_folder / "checkpoint-20.pth"))
+
+
+def test_a_last_checkpoint_that_is_not_there_is_named(run_folder):
+    (run_folder / "checkpoint-last.pth").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint at .*checkpoint-last"):
+        checkpoint.load_start(str(run_folder), str(run_folder / "checkpoint-last.pth"))
 
 
 def test_a_whole_last_checkpoint_comes_before_resume(run_folder):

@@ -283,15 +283,17 @@ def test_an_error_is_not_hidden_by_a_long_usage(capsys):
     with pytest.raises(SystemExit):
         Parser(parents=[parser_of("main_pretrain")], prog="p").parse_args(["--epochz", "1"])
     assert capsys.readouterr().err == "p: error: unknown flag --epochz; did you mean --epochs?\n"
-    # A short one helps.
+    # Nor is it by a short one, and commands know their flags.
     parser = Parser(prog="p")
-    parser.add_argument("file")
-    with pytest.raises(SystemExit):
-        parser.parse_args([])
-    assert (
-        capsys.readouterr().err
-        == "usage: p [-h] file\np: error: the following arguments are required: file\n"
-    )
+    parser.add_subparsers().add_parser("draw").add_argument("--images")
+    for words, answer in (
+        (["draw", "--image", "1"], "did you mean --images?"),
+        (["drow"], "did you mean draw?"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        text = capsys.readouterr().err
+        assert text.startswith("p: error: ") and answer in text and text.count("\n") == 1
 
 
 # --- what is given
@@ -382,7 +384,7 @@ sys.modules["torch"] = None
 from util.flags import early
 from util.flags.parser import parse, parser_of
 for main in early.MODELS:
-    words = ["--finetune", "README.md"] if main == "main_linprobe" else []
+    words = ["--finetune", "https://host/a.pth"] if main == "main_linprobe" else []
     early.check(main + ".py", parse(parser_of(main), words))
 from util.cluster import launch, slurm_jobs
 slurm_jobs.shutil.which = lambda name: None

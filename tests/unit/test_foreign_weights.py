@@ -4,11 +4,17 @@ import argparse
 import hashlib
 import http.server
 import os
+import pickle
+import shlex
 import threading
 import urllib.error
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import checkpoints
 import main_finetune
@@ -28,7 +34,7 @@ from util.flags.parser import parse, run
 from util.train.optim import param_groups
 from util.weights import locate, transfer
 from util.weights.architecture import architecture
-from util.weights.checkpoint import changed_flags, load_for_evaluation
+from util.weights.checkpoint import changed_flags, load_for_evaluation, load_strict
 from util.weights.files import load
 from util.weights.types import Checkpoint
 
@@ -693,7 +699,8 @@ def test_a_run_does_not_go_on_at_another_size(tmp_path, capsys):
     advice = (
         f"start a new one, in another --output_dir, with --finetune {tmp_path / 'a' / 'checkpoint-last.pth'}"
     )
-    assert code == 2 and "is of another image size: pos_embed is (1, 17, 32)" in text and advice in text
+    assert code == 2 and "is of another image size: a run" in text and advice in text
+    assert "pos_embed is (1, 17, 32)" in text
     code, text = call(
         main_finetune, capsys, *flags, "--output_dir", tmp_path / "b", "--lr", 0,
         "--finetune", tmp_path / "a" / "checkpoint-last.pth",
@@ -868,3 +875,118 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capsys, tmp_path):
     assert code == 2 and "does not answer: no route to host" in text and "give the file as --finetune" in text
     with pytest.raises(ValueError, match="there are none"):
         models.published_model("vit_base_patch16_xp_224")
+
+
+# -- files of other kinds ------------------------------------------------------------------------------------
+def zipped(path, *names) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, b"content")
+
+
+@pytest.mark.parametrize(
+    "name,content,facts",
+    [
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS, git lfs pull"),
+        ("a.safetensors", b"<!DOCTYPE html>", "web page, download"),
+        ("log.txt", b'{"epoch": 0}\n', "text file, whole.pth"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', "text file"),
+        ("a.onnx", b"\x08\x07", "ONNX, torch.save(model.state_dict()"),
+        ("a.pth", b"\x08\x07\x12\x07pytorch\x1a\x052.0.0", "ONNX"),
+        ("a.ckpt.data-00000-of-00001", b"\x80\x02", "TensorFlow"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "NumPy"),
+        ("a.h5", b"\x89HDF\r\n", "HDF5"),
+        ("a.npz", ["Transformer/a.npy"], "NumPy, timm.create_model"),
+        ("a.zip", ["run/log.txt"], "zip, run/log.txt, unpack"),
+        ("a.pth", b"\x1f\x8b\x08", "compressed, unpack"),
+        ("a.tar", b"a".ljust(257, b"\0") + b"ustar", "tar, unpack"),
+        ("a.pth", bytes(600), "zeros, whole.pth"),
+        ("a.pth", b"\xff" * 600, "torch.save, safetensors, whole.pth"),
+        ("a.pth", b"", "empty, whole.pth"),
+        ("a.pth", b"PK\x03\x04" + bytes(600), "truncated, whole.pth"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, name, content, facts):
+    """The remedy stands beside it, such as a whole checkpoint of the folder, and not one that is cut off."""
+    torch.save({"w": torch.ones(1)}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-30])
+    if isinstance(content, list):
+        zipped(tmp_path / name, *content)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        load(str(tmp_path / name))
+    text = str(refused.value)
+    assert all(fact in text for fact in facts.split(", ")) and "\n" not in text, text
+    assert name in text and "cut.pth" not in text
+
+
+def whole_model(folder) -> None:
+    torch.save({"model": nn.Sequential(nn.Linear(2, 1))}, folder / "a.pth")
+
+
+def script(folder) -> None:
+    torch.jit.script(nn.Sequential(nn.Linear(2, 1))).save(folder / "a.pth")
+
+
+def arrays(folder) -> None:
+    torch.save({"0.weight": np.ones((1, 2)), "0.bias": np.ones(1)}, folder / "a.pth")
+
+
+def pickled(folder) -> None:
+    with open(folder / "a.pth", "wb") as file:
+        pickle.dump({"model": dict(nn.Sequential(nn.Linear(2, 1)).state_dict())}, file)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("write", [whole_model, script, arrays, pickled])
+def test_a_file_that_asks_for_code_comes_with_a_command_that_works(tmp_path, write, recwarn):
+    write(tmp_path)
+    recwarn.clear()
+    with pytest.raises(ValueError, match="if you trust it") as refused:
+        load(str(tmp_path / "a.pth"))
+    assert not recwarn.list
+    python, option, code = shlex.split(str(refused.value).partition("alone: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
+    weights = load(str(tmp_path / "a-weights.pth")).model
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
+        "0.weight": (1, 2),
+        "0.bias": (1,),
+    }
+
+
+def test_the_format_is_that_of_the_content(tmp_path):
+    weights = weights_of()
+    save_file(weights, tmp_path / "a.pth")
+    torch.save(weights, tmp_path / "b.safetensors")
+    check_equal(load(str(tmp_path / "a.pth")).model, weights)
+    check_equal(load(str(tmp_path / "b.safetensors")).model, weights)
+
+
+@pytest.mark.parametrize("content", [[1], torch.ones(2)], ids=["list", "tensor"])
+def test_what_is_no_dictionary_says_how_to_save_one(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"not a dictionary.*torch\.save\(model\.state_dict\(\), FILE\)"):
+        load(str(tmp_path / "a.pth"))
+
+
+def test_a_classifier_is_no_start_of_a_pretraining_in_any_folder(tmp_path):
+    torch.save({"model": weights_of(num_classes=2)}, tmp_path / "checkpoint-last.pth")
+    with pytest.raises(ValueError, match="a fine-tuned classifier") as refused:
+        transfer.init_from(MODELS["mae_test"](img_size=(32, 32)), load(str(tmp_path)))
+    assert "output_dir" not in str(refused.value)
+
+
+def test_a_classifier_of_other_classes_is_no_run_to_continue(tmp_path):
+    torch.save({"model": weights_of(num_classes=2)}, tmp_path / "a.pth")
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=5, pool="cls")
+    with pytest.raises(ValueError, match=r"has 2 classes, and the data have 5.*`finetune`"):
+        load_strict(model, load(str(tmp_path / "a.pth")))
+
+
+def test_a_size_that_no_model_has_is_named(tmp_path):
+    torch.save({"model": weights_of(dim=48)}, tmp_path / "a.pth")
+    model = build_classifier("vit_test", img_size=(32, 32), num_classes=0, pool="cls")
+    with pytest.raises(ValueError, match="no model here has its size, 2 blocks of width 48, patches of 8x8"):
+        transfer.init_encoder(model, load(str(tmp_path / "a.pth")), "zero")

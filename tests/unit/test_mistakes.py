@@ -7,14 +7,19 @@ submitit_*.py. A row more is one line here.
 """
 
 import importlib
+import re
 import shlex
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import main_pretrain
+import main_sere
+from backbones.registry import find
 from models_mae_pl import MODELS
 from models_vit import MODELS as CLASSIFIERS
 from util.cluster import slurm_jobs
@@ -124,6 +129,13 @@ EARLY = [
         "--data_path {data}/{{000..009}}.tar train-*.tar",
     ),
     ("main_pretrain", "--data_path {data} {flat}", "{flat} --data_path one folder"),
+    # Files that are no checkpoints
+    ("main_pretrain", "--resume {file}", "--resume {file} text {mae}"),
+    ("main_finetune", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
+    ("main_finetune", "--finetune {cut}", "--finetune {cut} truncated {mae}"),
+    ("main_finetune", "--finetune {hf}", "{hf} 'checkpoints.py import {hf} {hf}.pth'"),
+    ("main_finetune", "--resume {place}/tf.ckpt", "tf.ckpt.index TensorFlow"),
+    ("main_pretrain", "--model timm/vit_base_patch16_224", "--model 'did you mean mae_vit_base_patch16'"),
 ]
 LATE = [
     ("main_pretrain", "--device cuda", "--device cuda CPU"),
@@ -131,7 +143,6 @@ LATE = [
     ("main_pretrain", "--batch_size 400", "--batch_size 400 8"),
     ("main_pretrain", "--accum_iter 9", "--accum_iter 9"),
     ("main_pretrain", "--mask_ratio 0.99", "--mask_ratio 0.99"),
-    ("main_pretrain", "--resume {file}", "{file} checkpoint"),
     ("main_pretrain", "--resume {classifier}", "{classifier} classifier main_finetune.py --resume"),
     ("main_finetune", "--data_path {data} --aa foo", "--aa foo rand-m9-mstd0.5-inc1"),
     ("main_finetune", "--data_path {data} --aa rand-m9-incc1", "--aa rand-m9-incc1 rand-m9-mstd0.5-inc1"),
@@ -158,6 +169,25 @@ LATE = [
     ("main_finetune", "--data_path {data}/val", "{data}/val 'folders (a, b)' 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --data_path {data}/train/a/0.png", "0.png 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --nb_classes 1", "--nb_classes 1 {data} '2 class folders'"),
+    # Models of other sizes
+    (
+        "main_finetune",
+        "--finetune {mae} --model vit_nano_patch8",
+        "{mae} 'give --model vit_pico_patch8 (4 blocks of width 96, patches of 8x8)'",
+    ),
+    ("main_linprobe", "--finetune {mae} --model swin_pico", "'give --model vit_pico_patch8'"),
+    (
+        "main_pretrain",
+        "--init_from {mae} --model mae_vit_pico_patch4",
+        "'give --model mae_vit_pico_patch8' 8x8",
+    ),
+    ("main_pretrain", "--init_from {mae} --in_chans 1 --mean 0.5 --std 0.5", "'give --in_chans 3'"),
+    ("main_finetune", "--finetune {classifier} --patch_size 4", "vit_pico_patch8 '--patch_size 8'"),
+    (
+        "main_finetune",
+        "--eval --resume {classifier} --model deit_pico_patch8",
+        "'--model vit_pico_patch8 without --cls_token'",
+    ),
 ]
 LAUNCHED = [
     ("--partition gpu", "SLURM sbatch '--cluster local'"),
@@ -198,13 +228,19 @@ def place(tmp_path_factory) -> dict[str, Path]:
             Image.new("RGB", (16, 16), (9 * i, 40, 200)).save(folder / name / f"{i}.png")
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("not a checkpoint")
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    (folder / "tf.ckpt.index").write_bytes(b"\0")
     torch.manual_seed(0)
     options = {"img_size": (16, 16)}
     mae = MODELS["mae_vit_pico_patch8"](**options)
     torch.save({"model": mae.state_dict(), "args": {"pos_label": "apl"}}, folder / "mae.pth")
     classifier = CLASSIFIERS["vit_pico_patch8"](**options, num_classes=2)
     torch.save({"model": classifier.state_dict(), "args": {}}, folder / "classifier.pth")
-    names = {name: folder / name for name in ("data", "no_val", "flat", "empty", "one")}
+    whole = (folder / "mae.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    names = {name: folder / name for name in ("data", "no_val", "flat", "empty", "one", "hf")}
+    names |= {"cut": folder / "cut.pth"}
     names |= {"mae": folder / "mae.pth", "classifier": folder / "classifier.pth"}
     return names | {"file": folder / "notes.txt", "place": folder}
 
@@ -263,6 +299,25 @@ def test_a_mistake_is_answered_by_the_launcher(place, monkeypatch, capsys, tmp_p
     check_answer(capsys.readouterr().err, facts, place)
     # A refused submission leaves no folder.
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "build, name, near",
+    [
+        (find, "mae_vit_base_patch16", "vit_base_patch16"),
+        (find, "ViT-B/16", "vit_base_patch16"),
+        (
+            lambda name: main_pretrain.build_model(Namespace(model=name), "cpu"),
+            "vit_base_patch16",
+            "mae_vit_base_",
+        ),
+        (lambda name: main_sere.build_model(Namespace(model=name)), "sere_vit_bas_patch16", "sere_vit_base_"),
+    ],
+)
+def test_a_notebook_gets_the_nearest_model(build, name, near):
+    with pytest.raises(ValueError, match=re.escape(name)) as refused:
+        build(name)
+    assert near in str(refused.value).partition(name)[2] and "`model`" in str(refused.value)
 
 
 def test_there_are_many_mistakes_and_each_main_has_some():

@@ -533,3 +533,29 @@ def test_labels_that_are_not_cells_are_not_drawn_as_cells(tmp_path, label):
     file = saved(tmp_path / "s.pth", model, input_size=[32], pos_label=label)
     with pytest.raises(ValueError, match=f"the labels {label} are neither cells nor offsets"):
         draw.positions(file, "", 2, 10, None)
+
+
+@pytest.mark.parametrize(
+    "words,facts",
+    [
+        ("reconstruct DIR/c.pth DIR/o.jpg", ".png o.jpg"),
+        ("positions DIR/c.pth DIR/o.xyz", ".png .pdf .svg o.xyz"),
+        ("attention DIR/o.png DIR/c.pth", ".png c.pth FILE"),
+        ("curves DIR DIR/o.png", ".png OUT.png RUN..."),
+        ("sweep DIR/o.png DIR", ".png DIR OUT.png"),
+        ("report DIR DIR/o.pdf", ".html o.pdf"),
+    ],
+)
+def test_other_formats_are_refused_before_a_model_is_read(tmp_path, capsys, words, facts):
+    with pytest.raises(SystemExit) as end:
+        call(*words.replace("DIR/", f"{tmp_path}/").replace("DIR", str(tmp_path)).split())
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.count("\n") == 1
+    assert all(fact in text for fact in facts.split()), text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_stands_for_its_run(sweep, tmp_path):
+    run = next((tmp_path / "sweep").glob("*/log.txt"))
+    (by_log,), (by_folder,) = draw.read_runs([str(run)]), draw.read_runs([str(run.parent)])
+    assert by_log == by_folder

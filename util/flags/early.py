@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from layers import sizes
-from util.files import LAST_CHECKPOINT
+from util.files import LAST_CHECKPOINT, formats
 from util.files.names import printable
 from util.flags.groups import ascending, channel_stats, compile_mode, pair
 
@@ -63,23 +63,29 @@ def announce(flags: argparse.Namespace) -> None:
 # --- models
 
 
-def check_model(main: str, name: str) -> None:
-    """Raise ValueError, with the nearest name, if a main has no model of that name."""
-    # timm's names are known once timm is imported.
-    if main not in MODELS or name in MODELS[main]() or name.startswith("timm/"):
+def check_model(main: str, name: str, names: Sequence[str] = ()) -> None:
+    """Raise ValueError, with the nearest name, if a main has no model of that name.
+
+    `names` are those of its models; if none are given they are the toolkit's own.
+    """
+    if main not in MODELS:
         return
-    names = MODELS[main]()
+    names = names or MODELS[main]()
+    # timm's names are known once timm is imported.
+    takes_timm = main in ("main_finetune", "main_linprobe")
+    if name in names or (takes_timm and name.startswith("timm/")):
+        return
     here = sizes.same_encoder(name, names)
     for other, kind in KINDS.items():
         if here and name in MODELS[other]():
-            raise ValueError(f"--model {name} is {kind}; {main}.py takes {here}")
+            raise ValueError(f"`model` {name} is {kind}; {main}.py takes {here}")
     near = here or nearest(name, names)
-    message = f"--model {printable(name)} is unknown"
+    message = f"`model` {printable(name)} is unknown"
     if near:
         message += f"; did you mean {near}? --help lists all names"
     else:
         message += f"; there are {', '.join(names)}"
-    if main in ("main_finetune", "main_linprobe"):
+    if takes_timm:
         message += "; timm's models are timm/NAME"
     raise ValueError(message)
 
@@ -150,7 +156,9 @@ def _is_read_by_timm(path: str) -> bool:
 def _check_starts(main: str, flags: argparse.Namespace) -> None:
     """Raise ValueError for a start that does not exist, unless the run continues from its own checkpoint."""
     if getattr(flags, "eval", False) and not flags.resume:
-        raise ValueError("--eval needs --resume FILE, the trained checkpoint to evaluate")
+        raise ValueError(
+            f"--eval needs --resume FILE, the trained checkpoint to evaluate{_meant(main, flags)}"
+        )
     if main == "main_linprobe" and not (flags.finetune or (flags.eval and flags.resume)):
         raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
     own = os.path.join(getattr(flags, "output_dir", "") or "", LAST_CHECKPOINT)
@@ -158,7 +166,18 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
     if os.path.exists(own) and not getattr(flags, "eval", False):
         return
     for name in STARTS:
-        _check_path(f"--{name}", getattr(flags, name, ""))
+        path = getattr(flags, name, "")
+        problem = formats.problem(path)
+        if problem:
+            raise ValueError(f"--{name} {problem}")
+        _check_path(f"--{name}", path)
+
+
+def _meant(main: str, flags: argparse.Namespace) -> str:
+    """What to give if --finetune names the classifier to evaluate."""
+    if main != "main_finetune" or not flags.finetune:
+        return ""
+    return f": --finetune starts a training, so give --resume {printable(flags.finetune)} instead"
 
 
 def _check_path(flag: str, path: str) -> None:

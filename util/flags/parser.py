@@ -63,8 +63,6 @@ EXAMPLES |= dict.fromkeys(("finetune", "resume", "init_from"), "RUN/checkpoint-l
 NEIGHBOURS = ("--k", "--knn_k", "--nb_knn")
 # Words of a help text that say what happens without the flag.
 SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
-# Lines of usage that may stand before an error.
-SHORT_USAGE = 3
 
 
 class Flags(argparse.Namespace):
@@ -138,16 +136,10 @@ class Parser(argparse.ArgumentParser):
         try:
             return Recipes(self.convert_arg_line_to_args).expanded(argv)
         except ValueError as error:
-            self.error(str(error), usage=False)
+            self.error(str(error))
 
-    def error(self, message: str, usage: bool = True) -> NoReturn:
-        """Print the message and exit with code 2.
-
-        A short usage comes first, unless the flags are not to blame. A long one would hide the message.
-        """
-        text = self.format_usage()
-        if usage and len(text.splitlines()) <= SHORT_USAGE:
-            self._print_message(text, sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        """Print the message, without a usage that would hide it, and exit with code 2."""
         # The message repeats words of the command line, which may hold commands to the terminal.
         self.exit(2, f"{self.prog}: error: {printable_lines(message)}\n")
 
@@ -249,10 +241,19 @@ class Parser(argparse.ArgumentParser):
             return f"{flag} belongs to no flag; {hint}"
         if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
             return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"
-        nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(flag, self._known_flags(), n=1, cutoff=0.5)
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
+
+    def _known_flags(self) -> list[str]:
+        """Return the flags of this parser and of its commands, which do not know the words left over."""
+        known = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    known += command._option_string_actions
+        return known
 
 
 def _needs_values(action: argparse.Action) -> str:

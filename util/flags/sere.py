@@ -158,7 +158,7 @@ class _SereParser(Parser):
             )
 
     def error(self, message: str, usage: bool = True) -> NoReturn:
-        self.outer.error(message, usage=False)
+        self.outer.error(message)
 
 
 def translated(parser: Parser, words: list[str]) -> list[str]:
@@ -176,7 +176,7 @@ def translated(parser: Parser, words: list[str]) -> list[str]:
         _check_built(given)
         return [*_our_words(given), *ours]
     except ValueError as error:
-        parser.error(str(error), usage=False)
+        parser.error(str(error))
 
 
 def _name(text: str) -> str:
@@ -193,7 +193,6 @@ def _refuse_spellings(parser: Parser, words: list[str]) -> None:
             parser.error(
                 "--norm_last_layer takes a value only with SERE's --arch: here it is --norm_last_layer or "
                 "--no-norm_last_layer",
-                usage=False,
             )
         if name not in FLAGS or f"--{name}" in parser._option_string_actions:
             continue
@@ -202,7 +201,7 @@ def _refuse_spellings(parser: Parser, words: list[str]) -> None:
             message = f"--{name} is a flag of SERE's, which needs --arch: without --arch it is {instead}"
         else:
             message = f"--{name} is a flag of SERE's, which needs --arch, such as --arch vit_small"
-        parser.error(message, usage=False)
+        parser.error(message)
 
 
 def _check_known(parser: Parser, words: list[str]) -> None:
@@ -212,7 +211,7 @@ def _check_known(parser: Parser, words: list[str]) -> None:
         flag = parser._underscored(text).partition("=")[0]
         if _name(text) and flag not in known:
             nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.5) or ["--help"]
-            parser.error(f"unknown flag {flag}; did you mean {nearest[0]}?", usage=False)
+            parser.error(f"unknown flag {flag}; did you mean {nearest[0]}?")
 
 
 def _check_built(given: argparse.Namespace) -> None:

@@ -22,7 +22,8 @@ try:
 except ImportError:
     from zlib import crc32
 
-MAGIC = b"PK\x03\x04"
+from util.files.formats import ZIP
+
 # The part of a record that a thread reads and sums up at once: it fits the cache of a core.
 CHUNK = 1 << 19
 # Shorter records are read by one thread.
@@ -44,7 +45,7 @@ def most_bytes(path: str) -> int:
 def is_archive(path: str) -> bool:
     """Whether the file begins as torch.save's files do since PyTorch 1.6."""
     with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return file.read(len(ZIP)) == ZIP
 
 
 def _times(a: int, b: int) -> int:
@@ -116,7 +117,7 @@ class Archive(io.RawIOBase):
         name = bytearray(int.from_bytes(header[26:28], "little"))
         begin = info.header_offset + LOCAL_HEADER
         self._read_at(memoryview(name), begin)
-        if header[:4] != MAGIC or name != info.orig_filename.encode():
+        if header[:4] != ZIP or name != info.orig_filename.encode():
             raise ValueError(f"its record {info.filename!r} is not where the directory says")
         return begin + len(name) + int.from_bytes(header[28:30], "little")
 

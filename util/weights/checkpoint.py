@@ -21,6 +21,8 @@ from util import dist
 from util.dist.fsdp import cut_like
 from util.files import LAST_CHECKPOINT
 from util.files.atomic import replacing
+from util.files.formats import beside
+from util.weights.defaults import fitting
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
 from util.weights.validate import shown
@@ -75,9 +77,9 @@ def describe_mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Tens
 
 def _first_few(items: list[str]) -> str:
     # A model of another size differs in hundreds of weights.
-    listed = ", ".join(items[:4])
-    if len(items) > 4:
-        listed += f" and {len(items) - 4} more"
+    listed = ", ".join(items[:2])
+    if len(items) > 2:
+        listed += f" and {len(items) - 2} more"
     return listed
 
 
@@ -95,18 +97,18 @@ def load_part(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> Non
     module.load_state_dict(checkpoint.entries[name])
 
 
-def load_strict(model: torch.nn.Module, checkpoint: Checkpoint, kept: Collection[str] = frozenset()) -> None:
-    """Load all weights of a checkpoint, except the `kept` ones, which the model keeps.
+def load_strict(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Load all weights of a checkpoint.
 
     Raises ValueError, with the kinds of models and the first differences, if the weights do not fit.
     """
-    expected = {k: v for k, v in model.state_dict().items() if k not in kept}
+    expected = model.state_dict()
     problem = describe_mismatch(expected, checkpoint.model)
     if problem:
         _refuse(checkpoint, expected, problem)
     # A sharded model takes its rank's part of each tensor.
     weights = {k: cut_like(v, expected[k]) for k, v in checkpoint.model.items()}
-    model.load_state_dict(weights, strict=not kept)
+    model.load_state_dict(weights)
 
 
 def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str) -> None:
@@ -125,13 +127,12 @@ def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str
         raise ValueError(f"{e}{hint}") from None
     other_size = _size_remedy(checkpoint, wanted, expected)
     if other_size:
-        raise ValueError(f"{checkpoint.path} is of another image size: {problem}. {other_size}")
-    origin = ""
-    if "model" in checkpoint.args:
-        origin = f"It was made with `model` {shown(checkpoint.args['model'])}; "
+        raise ValueError(f"{checkpoint.path} is of another image size: {other_size}; {problem}")
+    remedy = _classes_remedy(checkpoint, expected) or fitting(checkpoint, expected)
+    remedy = remedy or "give the flags that it was made with"
     raise ValueError(
-        f"{checkpoint.path} does not fit this model: {problem}. {origin}give the flags that it was made "
-        "with, another file or another `output_dir`"
+        f"{checkpoint.path} does not fit this model: {remedy}, or give another file or `output_dir`; "
+        + problem
     )
 
 
@@ -144,8 +145,20 @@ def _size_remedy(checkpoint: Checkpoint, wanted: str, expected: Mapping[str, Ten
     if wanted not in parameters or not differ or not of_the_grid or weights.keys() != expected.keys():
         return ""
     return (
-        "A run continues at its own size: start a new one, in another `output_dir`, with "
+        "a run continues at its own size: start a new one, in another `output_dir`, with "
         f"{parameters[wanted]} {checkpoint.path}, which resizes the embedding and starts fresh moments"
+    )
+
+
+def _classes_remedy(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> str:
+    """What to do with a classifier of another number of classes; '' if it has as many."""
+    stored = checkpoint.model.get("head.bias")
+    wanted = expected.get("head.bias")
+    if stored is None or wanted is None or stored.shape == wanted.shape:
+        return ""
+    return (
+        f"it has {stored.numel()} classes, and the data have {wanted.numel()}: give its own data, or start a "
+        f"new run with `finetune` {checkpoint.path}"
     )
 
 
@@ -240,6 +253,8 @@ def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
     is_last = bool(output_dir) and path == os.path.join(output_dir or "", LAST_CHECKPOINT)
     if not is_last:
         raise ValueError(problem)
+    # Numbered checkpoints that were read as a whole are named in their place.
+    problem = problem.removesuffix(beside(path))
     other = _substitute(path, resume, problem)
     checkpoint, next_problem = _load_together(other)
     if checkpoint is None:

@@ -4,13 +4,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from layers.sizes import nearest_size, same_encoder
+from torch import Tensor
+
+from layers.sizes import classifier_names, mae_names, nearest_size, same_encoder, sere_names
 from util import dist
 from util.weights.architecture import MOST_PIXELS, Architecture, architecture, whole_numbers
 from util.weights.layouts import without_backbone
-from util.weights.types import Checkpoint
+from util.weights.types import Checkpoint, kind_of
 from util.weights.validate import MOST_CHANNELS, shown
 
+# Kind of a checkpoint -> the names of its models.
+_MODELS = {"pretraining": mae_names, "self-distillation": sere_names}
 # Flags that default to those of the checkpoint.
 NAMES = ("model", "input_size", "in_chans", "patch_size")
 
@@ -79,15 +83,21 @@ def _sizes(value: Any) -> list[int]:
     return sizes
 
 
-def _from_weights(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
+def _plain_vit(saved: Checkpoint) -> Architecture | None:
+    """The architecture of a plain Vision Transformer; None for other models."""
     # DINO, iBOT and SERE keep the encoder apart from their heads.
     own = without_backbone(saved.model)
     if own:
         saved = replace(saved, model=own)
     try:
-        a = architecture(saved)
+        return architecture(saved)
     except ValueError:
-        # Not a plain Vision Transformer.
+        return None
+
+
+def _from_weights(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
+    a = _plain_vit(saved)
+    if a is None:
         return {}
     found: dict[str, Any] = {"in_chans": a.in_chans}
     if a.img_size is not None:
@@ -111,6 +121,89 @@ def _model_of_size(a: Architecture, distilled: bool, models: Collection[str]) ->
     if a.patch_size != (patch, patch):
         found["patch_size"] = _shortest(a.patch_size)
     return found
+
+
+def fitting(saved: Checkpoint, expected: Mapping[str, Tensor]) -> str:
+    """What to give for a model that fits a checkpoint, and the sizes that it has; '' if it shows none.
+
+    Args:
+        saved: the checkpoint.
+        expected: the weights of a model that does not fit it.
+    """
+    whole = kind_of(expected) == kind_of(saved.model)
+    theirs = _plain_vit(saved)
+    ours = _plain_vit(Checkpoint("", dict(expected)))
+    if theirs is None and ours is None:
+        # Swin, So-ViT and timm's have more flags than a name.
+        if "model" not in saved.args:
+            return ""
+        return f"it was made with `model` {shown(saved.args['model'])}: give the flags of that run"
+    wrong = _wrong_parameters(theirs, ours, whole)
+    if "model" not in wrong:
+        return _listed(wrong)
+    wrong["model"] = _model_like(saved, kind_of(expected), whole)
+    if theirs is None:
+        return _listed(wrong)
+    height, width = theirs.patch_size
+    sizes = f"{theirs.depth} blocks of width {theirs.dim}, patches of {height}x{width}"
+    if not wrong["model"]:
+        return f"no model here has its size, {sizes}; a timm/NAME may have it"
+    pooled = ""
+    if whole and ours is not None and theirs.pool != ours.pool:
+        pooled = {"avg": " without `cls_token`", "cls": " with `cls_token`"}[theirs.pool]
+    return f"{_listed(wrong)}{pooled} ({sizes})"
+
+
+def _model_like(saved: Checkpoint, kind: str, whole: bool) -> str:
+    """The model of a kind that has a checkpoint's encoder, or is the `whole` model; '' if there is none."""
+    # An encoder is that of a classifier without a head.
+    names = list(_MODELS.get(kind, classifier_names)())
+    if whole and type(saved.args.get("model")) is str:
+        names.append(saved.args["model"])
+    return str(known_flags(saved, names).get("model", ""))
+
+
+def _listed(parameters: Mapping[str, str]) -> str:
+    given = [f"`{name}` {value}" for name, value in parameters.items() if value]
+    if not given:
+        return ""
+    return f"give {' and '.join(given)}"
+
+
+def _wrong_parameters(theirs: Architecture | None, ours: Architecture | None, whole: bool) -> dict[str, str]:
+    """The parameters in which two models differ, with the values of the first; `model` without a value.
+
+    Unless the `whole` models are to agree, it is their encoders.
+    """
+    if theirs is None or ours is None:
+        return {"model": ""}
+    wrong = {}
+    trunk = ["dim", "depth", "mlp_ratio", "patch_size"]
+    if whole:
+        trunk += ["decoder_dim", "decoder_depth"]
+    if any(getattr(theirs, name) != getattr(ours, name) for name in trunk):
+        wrong["model"] = ""
+    if theirs.patch_size != ours.patch_size:
+        wrong["patch_size"] = _text(_shortest(theirs.patch_size))
+    if whole:
+        wrong |= _wrong_heads(theirs, ours)
+    return wrong
+
+
+def _wrong_heads(theirs: Architecture, ours: Architecture) -> dict[str, str]:
+    wrong = {}
+    if theirs.pool != ours.pool:
+        # DeiT and ViT differ in nothing else.
+        wrong["model"] = ""
+    if theirs.in_chans != ours.in_chans:
+        wrong["in_chans"] = str(theirs.in_chans)
+    if theirs.labels != ours.labels:
+        wrong["pos_label"] = "+".join(theirs.labels) or "none"
+    if theirs.pos_embed != ours.pos_embed:
+        wrong["pos_embed"] = "learned"
+        if not theirs.pos_embed:
+            wrong["pos_embed"] = "none"
+    return wrong
 
 
 def _shortest(size: tuple[int, int]) -> list[int]:

@@ -7,12 +7,14 @@ import os
 import pathlib
 import pickle
 import pickletools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from util.files import formats
 from util.weights import archive, layouts, validate
 from util.weights.archive import crc32
 from util.weights.locate import located
@@ -29,6 +31,10 @@ _SAFE_CLASSES: list[Any] = [
 _METADATA = ("args", "classes")
 DIGEST = "crc32"
 _ARRAY = b"bytearray\n"
+# The first bytes of torch.save's files before PyTorch 1.6: its magic number, pickled.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# Beginnings of the names that arrays of NumPy, and tensors that pickle.dump wrote, ask for.
+_DATA = ("numpy.", "ndarray.", "collections.OrderedDict", "torch._utils._rebuild_", "torch.storage._load")
 
 
 def load(path: str) -> Checkpoint:
@@ -46,12 +52,16 @@ def load(path: str) -> Checkpoint:
     """
     path = located(path)
     _check_exists(path)
-    if path.endswith(".safetensors"):
+    # By the first bytes: files are renamed.
+    if formats.is_safetensors(formats.first_bytes(path)):
         state = _load_safetensors(path)
     else:
         state = _load_pickle(path)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, not a dictionary of weights: save it anew by "
+            "torch.save(model.state_dict(), FILE) in the program that has the model"
+        )
     if state and all(torch.is_tensor(v) for v in state.values()):
         # A file of bare weights.
         state = {"model": state}
@@ -81,6 +91,9 @@ def load(path: str) -> Checkpoint:
 def _check_exists(path: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file, but a folder, a pipe or a device: give a file")
+    problem = formats.problem(path)
+    if problem:
+        raise ValueError(problem)
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         others: list[str] = []
@@ -90,40 +103,51 @@ def _check_exists(path: str) -> None:
         if others:
             message += f"; {folder} has {', '.join(others)}"
         raise ValueError(message)
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty: the run that wrote it was interrupted; use another checkpoint")
 
 
 def _load_pickle(path: str) -> Any:
     try:
         return _unpickled(path)
     except _Damaged as e:
-        raise ValueError(f"{path} is damaged: {e}; use another checkpoint") from None
+        raise ValueError(f"{path} is damaged: {e}; use another checkpoint{formats.beside(path)}") from None
     except pickle.UnpicklingError:
         names = _unsafe_names(path)
         if names:
             listed = ", ".join(map(shown, sorted(names)[:8]))
             raise ValueError(
                 f"{path} is refused: loading it would run code; it asks for {listed}. "
-                "Checkpoints hold tensors and plain values only: if you trust the file, load it where it was "
-                "made, and save the weights alone by torch.save(model.state_dict(), FILE)"
+                + _safe_copy(path, names)
             ) from None
-        raise ValueError(f"{path} is not a checkpoint: {_what_it_is(path)}") from None
+        raise ValueError(
+            f"{path} is not a checkpoint: its pickle holds more than tensors and plain values; "
+            f"use another one{formats.beside(path)}"
+        ) from None
     except Exception as e:  # torch raises many types for damaged files, and the remedy is one
         raise ValueError(
-            f"{path} is truncated or not a checkpoint{_first_line(e)}: use another one"
+            f"{path} is truncated or not a checkpoint{_first_line(e)}: use another one{formats.beside(path)}"
         ) from None
 
 
-def _what_it_is(path: str) -> str:
-    """A phrase about a file that is no pickle of tensors and plain values."""
+def _safe_copy(path: str, names: Iterable[str]) -> str:
+    """How to save the weights of a file alone that asks for these names."""
     with open(path, "rb") as file:
-        begin = file.read(512)
-    if begin.lstrip()[:1] == b"<":
-        return "it is a web page, perhaps the answer to a wrong address: download the file again"
-    if begin.isascii() and all(byte >= 32 or byte in b"\t\n\r" for byte in begin):
-        return "it is a text file: give the file of the weights"
-    return "its pickle holds more than tensors and plain values"
+        of_torch = file.read(len(_LEGACY)) == _LEGACY or archive.is_archive(path)
+    if of_torch:
+        code = f"import torch; c = torch.load({path!r}, 'cpu', weights_only=False)"
+    else:
+        code = f"import pickle, torch; c = pickle.load(open({path!r}, 'rb'))"
+    if any(name.startswith("torch.nn.modules.") for name in names):
+        kind = "a whole model"
+        code += "; w = (c if hasattr(c, 'state_dict') else c['model']).state_dict()"
+    elif all(name.startswith(_DATA) for name in names):
+        kind = "data of NumPy or of pickle.dump"
+        code += "; w = c.get('model', c); w = {k: torch.as_tensor(v) for k, v in w.items()}"
+    else:
+        return (
+            "Checkpoints hold tensors and plain values only: if you trust the file, load it where it was "
+            "made, and save the weights alone by torch.save(model.state_dict(), FILE)"
+        )
+    return f"It holds {kind}: if you trust it, save its weights alone: {formats.python_command(code, path)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -164,7 +188,9 @@ def _check_arrays(texts: Iterable[bytes]) -> None:
 
 
 def _torch_load(file: Any) -> Any:
-    with torch.serialization.safe_globals(_SAFE_CLASSES):
+    with torch.serialization.safe_globals(_SAFE_CLASSES), warnings.catch_warnings():
+        # Of pickles that are refused anyway.
+        warnings.simplefilter("ignore")
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -215,11 +241,12 @@ def _load_safetensors(path: str) -> dict[str, Any]:
     except Exception as e:  # types of its own, and those of torch
         raise ValueError(
             f"{path} is truncated or not a safetensors file{_first_line(e)}: use another one"
+            + formats.beside(path)
         ) from None
     if DIGEST in metadata and metadata[DIGEST] != digest(weights, metadata):
         raise ValueError(
             f"{path} is damaged: its content does not have the checksum that was stored with it; use "
-            "another checkpoint"
+            f"another checkpoint{formats.beside(path)}"
         )
     return {"model": weights} | {k: _from_json(path, k, metadata[k]) for k in _METADATA if k in metadata}
 

@@ -68,7 +68,10 @@ def find(path: str, state: Mapping[str, Any]) -> Found:
         place = place[name]
     if not entries:
         found = ", ".join(map(shown, list(state)[:8])) or "nothing"
-        raise ValueError(f"{path} does not have an entry 'model'; it has {found}")
+        raise ValueError(
+            f"{path} does not have an entry 'model'; it has {found}: save the entry with the weights alone, "
+            "by torch.save(torch.load(FILE)[ENTRY], NEW)"
+        )
     return Found(entries, dict(place))
 
 

@@ -10,7 +10,7 @@ import urllib.request
 import torch
 
 from util import dist
-from util.files import LAST_CHECKPOINT
+from util.files import LAST_CHECKPOINT, formats
 from util.files.atomic import replacing
 
 # Seconds without an answer. Some networks drop what they forbid.
@@ -38,16 +38,7 @@ def located(path: str) -> str:
     last = os.path.join(path, LAST_CHECKPOINT)
     if os.path.exists(last):
         return last
-    if os.path.exists(os.path.join(path, "config.json")):
-        raise ValueError(
-            f"{path} is a folder of Hugging Face's save_pretrained, not a regular file: "
-            "checkpoints.py import makes a checkpoint of it"
-        )
-    others = sorted(name for name in os.listdir(path) if name.endswith((".pth", ".pt", ".safetensors")))
-    remedy = "give a file"
-    if others:
-        remedy = f"give one of its files, {', '.join(others[:8])}"
-    raise ValueError(f"{path} is a folder without {LAST_CHECKPOINT}, not a regular file: {remedy}")
+    raise ValueError(formats.problem(path))
 
 
 def _downloaded(address: str) -> str:

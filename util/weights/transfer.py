@@ -13,6 +13,7 @@ from layers.pos_embed import resize_pos_embed, sincos_2d
 from layers.vit import ViTBackbone
 from util.weights.architecture import foreign_parts, square_grid, whole_numbers
 from util.weights.checkpoint import describe_mismatch, load_strict
+from util.weights.defaults import fitting
 from util.weights.types import Checkpoint
 from util.weights.validate import shown
 
@@ -234,13 +235,8 @@ def _check_fit(weights: Weights, model: nn.Module, new: Collection[str], checkpo
     problem = describe_mismatch(expected, weights)
     if not problem:
         return
-    origin = ""
-    if "model" in checkpoint.args:
-        origin = f". It was made with `model` {shown(checkpoint.args['model'])}"
-    raise ValueError(
-        f"the encoder in {checkpoint.path} does not fit `model`: {problem}{origin}; choose the classifier of "
-        "the same size and patch"
-    )
+    remedy = fitting(checkpoint, model.state_dict()) or "choose the classifier of the same size and patch"
+    raise ValueError(f"the encoder in {checkpoint.path} does not fit `model`: {remedy}; {problem}")
 
 
 def _names(weights: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> set[str]:
@@ -283,6 +279,7 @@ def init_from(model: ViTBackbone, checkpoint: Checkpoint) -> str:
     file lacks, or has in another shape, start anew. Returns one line on what is new. Raises ValueError for
     the wrong kind of file, and if anything else differs.
     """
+    checkpoint.check_kind("pretraining")
     expected = model.state_dict()
     weights = dict(checkpoint.model)
     heads = _names(expected, _PRETRAINING_HEADS)
@@ -305,7 +302,8 @@ def init_from(model: ViTBackbone, checkpoint: Checkpoint) -> str:
     weights = {
         k: v for k, v in weights.items() if k not in kept and (k in expected or not k.startswith(optional))
     }
-    load_strict(model, replace(checkpoint, model=weights), kept)
+    weights |= {k: expected[k] for k in kept}
+    load_strict(model, replace(checkpoint, model=weights))
     return note + _new_note(new)
 
 

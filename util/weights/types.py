@@ -1,5 +1,6 @@
 """What a checkpoint file holds: the `Checkpoint` type and the kinds of checkpoints."""
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from util.files import formats
 from util.weights.layouts import without_backbone
 from util.weights.validate import shown
 
@@ -135,6 +137,9 @@ class Checkpoint:
         description, commands = KINDS[self.kind]
         if self.kind == "unknown":
             description += f" (it has {', '.join(map(shown, list(self.model)[:4]))})"
+        if self.kind == "huggingface":
+            # The names of its weights, and what the weights do not show, follow from config.json beside it.
+            commands += f": {formats.hf_import(os.path.dirname(self.path))}"
         raise ValueError(f"{self.path} is {description}, not {KINDS[wanted][0]}: it is for {commands}")
 
     def drop_optimizer(self) -> None:
