@@ -131,7 +131,7 @@ def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str
     remedy = _classes_remedy(checkpoint, expected) or fitting(checkpoint, expected)
     remedy = remedy or "give the flags that it was made with"
     raise ValueError(
-        f"{checkpoint.path} does not fit this model: {remedy}, or give another file or `output_dir`; "
+        f"{checkpoint.path} does not fit this model: {remedy}, or give another file or another `output_dir`; "
         + problem
     )
 

@@ -147,7 +147,10 @@ def fitting(saved: Checkpoint, expected: Mapping[str, Tensor]) -> str:
     height, width = theirs.patch_size
     sizes = f"{theirs.depth} blocks of width {theirs.dim}, patches of {height}x{width}"
     if not wrong["model"]:
-        return f"no model here has its size, {sizes}; a timm/NAME may have it"
+        made = ""
+        if "model" in saved.args:
+            made = f"it was made with `model` {shown(saved.args['model'])}; "
+        return f"{made}no model here has its size, {sizes}; a timm/NAME may have it"
     pooled = ""
     if whole and ours is not None and theirs.pool != ours.pool:
         pooled = {"avg": " without `cls_token`", "cls": " with `cls_token`"}[theirs.pool]
