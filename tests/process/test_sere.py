@@ -390,7 +390,7 @@ def test_what_a_run_leaves(uninterrupted):
     )
     assert moved > 0, "an average of the past, not a copy"
     text = inspect.describe(str(uninterrupted / "checkpoint-last.pth"))
-    assert "a SERE checkpoint (student and teacher); this toolkit's" in text and "sere_test" in text, text
+    assert "main_sere.py (student and teacher); this toolkit's" in text and "sere_test" in text, text
 
 
 def test_prototypes_are_frozen_at_the_start(uninterrupted, tmp_path):
@@ -472,7 +472,7 @@ def test_the_backbone_goes_on_to_all_commands(uninterrupted, tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("the teacher's weights") == 3 and text.count("Acc@1") >= 2 and "effective rank" in text
     with pytest.raises(
-        ValueError, match=r"is a SERE checkpoint \(student and teacher\), not a full pretraining"
+        ValueError, match=r"is a checkpoint of main_sere.py \(student and teacher\), not a full pretraining"
     ):
         here(tmp_path / "mae", "--resume", file, main=PRETRAIN)
 

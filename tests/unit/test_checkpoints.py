@@ -600,7 +600,7 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
             "model",
             "a Hugging Face file",
         ),
-        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "heads of DINO, iBOT, SERE"),
+        ({"module.backbone.cls_token": torch.ones(1, 1, 8)}, "teacher", "code of SERE, iBOT or DINO"),
         (
             {"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(3, 2)},
             "model",
@@ -610,7 +610,7 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
         (
             {"ibot_head.last.weight": torch.ones(2), "blocks.0.norm1.weight": torch.ones(2)},
             "model",
-            "a SERE checkpoint",
+            "a checkpoint of main_sere.py",
         ),
         (
             {"head.fc.weight": torch.ones(2), "head.pool.start": torch.ones(2)},

@@ -271,7 +271,7 @@ def test_a_file_of_sere_goes_straight_into_fine_tuning_and_import(tmp_path, caps
     saved = load(str(tmp_path / "run")).model
     assert all(torch.equal(saved[k], v) for k, v in teacher.items())
     text = inspect.describe(file)
-    assert "a backbone and heads of DINO, iBOT, SERE" in text and "read        the teacher's weights" in text
+    assert "the authors' code of SERE" in text and "read        the teacher's weights" in text
     commands = ["import", file, str(tmp_path / "out.pth")]
     assert run(checkpoints.main, checkpoints.get_args_parser().parse_args(commands)) == 0
     check_equal(load(str(tmp_path / "out.pth")).model, teacher)

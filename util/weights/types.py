@@ -22,7 +22,7 @@ KINDS = {
         "visualize.py",
     ),
     "self-distillation": (
-        "a SERE checkpoint (student and teacher)",
+        "a checkpoint of main_sere.py (student and teacher)",
         "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher",
     ),
     "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
@@ -34,7 +34,7 @@ KINDS = {
     "probe": ("a linear probe", "main_linprobe.py --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
     "dino": (
-        "a backbone and heads of DINO, iBOT, SERE or the like",
+        "a file of the authors' code of SERE, iBOT or DINO (backbone and heads)",
         "main_finetune.py and main_linprobe.py --finetune; checkpoints.py import",
     ),
     "unknown": ("a file of weights that no command here knows", "none of the commands here"),
