@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from util.flags.parser import Parser, answer_at_once, parse, run
 
-# The formats that matplotlib writes.
+# The usual formats of matplotlib.
 CHARTS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".tif", ".tiff", ".webp")
 
 
@@ -64,7 +64,9 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
             "out", metavar="OUT", type=ending(suffixes, "FILE OUT.png"), help="the picture to write"
         )
         command.add_argument(
-            "--data_path", default="", help="folder, tar or list of images; the embedded demo set if empty"
+            "--data_path",
+            default="",
+            help="folder, tar or list of images; not given: the demo set",
         )
         command.add_argument("--images", default=4, type=int, help="number of images to draw")
     # Attention is that of whole images.

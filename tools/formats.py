@@ -203,6 +203,10 @@ def _read_hf_folder(folder: str) -> Checkpoint:
         missing.append("config.json")
     if not files:
         missing.append("model.safetensors")
+    # Parts say how many they are: model-00001-of-00002.safetensors.
+    total = re.search(r"-of-(\d+)", "".join(files[:1]))
+    if total is not None and len(files) != int(total[1]):
+        missing.append(f"{int(total[1]) - len(files)} of the {int(total[1])} parts of the weights")
     if missing:
         raise ValueError(
             f"{folder} is not a folder of Hugging Face's save_pretrained: it lacks {' and '.join(missing)}"

@@ -179,6 +179,10 @@ def test_a_folder_of_parts_or_of_the_older_format_is_imported(tmp_path, form):
     # The file alone comes with the command for its folder.
     with pytest.raises(ValueError, match=f"python checkpoints.py import {folder} {folder}.pth, and give"):
         conversions.read(str(given))
+    if form != "bin":
+        given.unlink()
+        with pytest.raises(ValueError, match="it lacks 1 of the 2 parts"):
+            conversions.read(str(folder))
 
 
 def check_transformers_outputs(ours, folder, expect_equal: bool):

@@ -19,6 +19,7 @@ from models_mae_pl import MODELS
 from tools import convert, inspect
 from tools.stored_model import model_of
 from util.dist import fsdp
+from util.files.formats import beside
 from util.train.optim import adamw, lars, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
@@ -105,6 +106,34 @@ def test_no_single_bit_flip_loads_as_other_weights(tmp_path):
             assert (found.args, found.epoch) == ({"x": 1}, 3), bit
     # Other bits are padding, dates and the like.
     assert refused > 100
+
+
+def test_damage_in_the_directory_of_a_file_is_never_a_traceback(tmp_path):
+    """zipfile raises errors of many types, NotImplementedError among them."""
+    path = tmp_path / "c.pth"
+    small_file(path)
+    whole = path.read_bytes()
+    refused = 0
+    for i in range(whole.index(b"PK\1\2"), len(whole)):
+        for value in (0, 255):
+            path.write_bytes(whole[:i] + bytes([value]) + whole[i + 1 :])
+            try:
+                load(str(path))
+            except ValueError as error:
+                assert "c.pth" in str(error) and len(str(error).splitlines()) == 1, (i, value)
+                refused += 1
+            assert beside(str(path)) == ""
+    assert refused > 100
+
+
+def test_a_folder_that_cannot_be_listed_offers_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "c.pth"
+    small_file(path)
+    small_file(tmp_path / "d.pth")
+    assert beside(str(path)) == f", such as {tmp_path}/d.pth"
+    # As if another run had removed it meanwhile.
+    monkeypatch.setattr(os.path, "getmtime", lambda path: os.stat(f"{path}.gone").st_mtime)
+    assert beside(str(path)) == ""
 
 
 def test_damaged_numbers_and_a_damaged_pickle_name_the_record(tmp_path):

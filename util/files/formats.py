@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a command line is answered at once.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -15,8 +16,9 @@ from util.files.regular import open_regular
 ZIP = b"PK\x03\x04"
 # Endings of files that may hold weights.
 WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-# How many checkpoints are offered in the place of another file.
+# How many checkpoints are offered in the place of another file, and the words before them.
 MOST_LISTED = 3
+SUCH_AS = ", such as "
 # The header of a safetensors file is JSON of at most this many bytes, after 8 bytes with its length.
 _LONGEST_HEADER = 100_000_000
 _SAVE = "save the weights by torch.save(model.state_dict(), FILE) in the program that has the model"
@@ -27,8 +29,7 @@ _FORMATS = {
     b"<": "a web page, perhaps the answer to a wrong address: download the file again",
     b"\x89HDF": f"an HDF5 file, perhaps of Keras: {_SAVE}",
     b"\x93NUMPY": f"a NumPy array: {_SAVE}",
-    b"\x89PNG": "an image: give a checkpoint",
-    b"\xff\xd8\xff": "an image: give a checkpoint",
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff"), "an image: give a checkpoint"),
     **dict.fromkeys(
         (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!"),
         "a compressed file: unpack it, and give the checkpoint in it",
@@ -76,21 +77,38 @@ def first_bytes(path: str) -> bytes:
 
 def beside(path: str) -> str:
     """The newest checkpoints in the folder of a file that are not cut off: ", such as A, B"; '' for none."""
-    if not os.path.exists(path):
-        return ""
-    folder = os.path.dirname(path)
-    others = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(WEIGHTS)]
-    whole = [other for other in others if _is_whole(other) and not os.path.samefile(other, path)]
-    newest = sorted(whole, key=lambda other: (os.path.getmtime(other), other), reverse=True)
+    newest: list[str] = []
+    # The folder may be unreadable, and other runs may remove files meanwhile.
+    with contextlib.suppress(OSError):
+        folder = os.path.dirname(path)
+        others = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(WEIGHTS)]
+        whole = [other for other in others if _is_whole(other) and not os.path.samefile(other, path)]
+        newest = sorted(whole, key=lambda other: (os.path.getmtime(other), other), reverse=True)
     if not newest:
         return ""
-    return f", such as {', '.join(map(printable, newest[:MOST_LISTED]))}"
+    return f"{SUCH_AS}{', '.join(map(printable, newest[:MOST_LISTED]))}"
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file of torch.save has its beginning and its end; nothing else is looked at."""
-    # The directory of a zip file is at its end, and so a file that is cut off has none.
-    return os.path.isfile(path) and zipfile.is_zipfile(path) and not _zip_format(path)
+    """Whether a file has its beginning and its end; nothing else is looked at."""
+    if not os.path.isfile(path):
+        return False
+    begin = first_bytes(path)
+    # The header of safetensors says how long it is. The directory of a zip file is at its end.
+    if is_safetensors(begin):
+        return os.path.getsize(path) > 8 + int.from_bytes(begin[:8], "little")
+    return begin.startswith(ZIP) and bool(_zip_names(path)) and not _zip_format(path)
+
+
+def _zip_names(path: str) -> list[str] | None:
+    """The names in a zip file; None for a file that is cut off, [] for one that is damaged elsewhere."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as file:
+            return file.namelist()
+    except Exception:  # zipfile raises many types, and the reader of checkpoints knows what is damaged
+        return []
 
 
 def hf_weights(folder: str) -> list[str]:
@@ -120,7 +138,8 @@ def _folder_problem(path: str) -> str:
     name = printable(path)
     if os.path.exists(os.path.join(path, "config.json")):
         return f"{name} is a folder of Hugging Face's save_pretrained, not a regular file: {hf_import(path)}"
-    others = sorted(each for each in os.listdir(path) if each.endswith(WEIGHTS))
+    names = sorted(name for name in os.listdir(path) if name.endswith(WEIGHTS))
+    others = [name for name in names if os.path.isfile(os.path.join(path, name))]
     remedy = "give a file"
     if others:
         remedy = f"give one of its files, {', '.join(map(printable, others[:8]))}"
@@ -129,21 +148,25 @@ def _folder_problem(path: str) -> str:
 
 def _format(path: str) -> str:
     """What a file is instead of a checkpoint, and what to do; '' if it begins like one."""
-    if re.search(r"\.(index|meta|data-\d+-of-\d+)$", path):
-        return f"a part of a TensorFlow checkpoint: {_SAVE}, or take PyTorch's weights of that model"
     begin = first_bytes(path)
+    tensorflow = f"a part of a TensorFlow checkpoint: {_SAVE}, or take PyTorch's weights of that model"
+    # Its numbers may begin like anything.
+    if re.search(r"\.data-\d+-of-\d+$", path):
+        return tensorflow
     if begin.startswith(ZIP):
         return _zip_format(path)
     # 0x80 begins the pickles of torch.save before PyTorch 1.6.
     if begin.startswith(b"\x80") or is_safetensors(begin):
         return ""
+    if path.endswith((".index", ".meta")):
+        return tensorflow
     for first, found in _FORMATS.items():
         if begin.lstrip().startswith(first):
             return found
     if path.endswith(".onnx") or _ONNX.match(begin):
         return f"an ONNX file, which is for inference: {_SAVE}"
     if not begin.strip(b"\0"):
-        return f"a file that begins with zeros, which were never filled: use another checkpoint{beside(path)}"
+        return f"a file of zeros, which was never written completely: use another checkpoint{beside(path)}"
     if begin[257:262] == b"ustar":
         return "a tar file: unpack it, and give the checkpoint in it"
     if not begin.translate(None, _TEXT):
@@ -153,44 +176,23 @@ def _format(path: str) -> str:
 
 def _zip_format(path: str) -> str:
     """What a zip file is instead of a checkpoint; torch.save writes zip files, too."""
-    if not zipfile.is_zipfile(path):
-        return f"truncated, as its end is missing: use another checkpoint{beside(path)}"
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):
-        # A damaged checkpoint, of which its reader knows more.
-        return ""
+    names = _zip_names(path)
+    if names is None:
+        return f"truncated: its end is missing; use another checkpoint{beside(path)}"
     ends = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in ends:
         return (
-            "a TorchScript file (torch.jit.save), which holds code: if you trust it, save its weights alone: "
-            + python_command(f"import torch; w = torch.jit.load({path!r}, 'cpu').state_dict()", path)
+            "a TorchScript file, which holds code: if you trust it, save its weights alone by "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW)"
         )
     if names and all(name.endswith(".npy") for name in names):
         return (
-            "a file of NumPy arrays: if it is a Vision Transformer's of JAX, timm converts it: "
-            + python_command(
-                "import timm, torch; w = timm.create_model('vit_base_patch16_224', "
-                f"checkpoint_path={path!r}).state_dict()",
-                path,
-            )
-            + ", with the name of its own size in the place of vit_base_patch16_224"
+            "a file of NumPy arrays: if it is a Vision Transformer's of JAX, timm converts it by "
+            "torch.save(timm.create_model(NAME, checkpoint_path=FILE).state_dict(), NEW)"
         )
     if names and "data.pkl" not in ends:
-        return f"a zip file of {printable(names[0])} and the like: unpack it, and give the checkpoint in it"
+        return f"a zip file that holds {printable(names[0])}: unpack it, and give the checkpoint in it"
     return ""
-
-
-def python_command(code: str, path: str) -> str:
-    """A command line that makes weights `w` by Python code, and saves them beside the file `path`."""
-    out = f"{os.path.splitext(path)[0]}-weights.pth"
-    code += f"; torch.save(w, {out!r})"
-    quoted = f'"{code}"'
-    # What a shell replaces in double quotes.
-    if re.search(r'["$`!\\]', code):
-        quoted = shlex.quote(code)
-    return printable(f"python -c {quoted}")
 
 
 def _text_format(path: str) -> str:
@@ -198,5 +200,5 @@ def _text_format(path: str) -> str:
     name = os.path.basename(path)
     is_of_hf = name == "config.json" or name.endswith(".index.json")
     if is_of_hf and os.path.exists(os.path.join(folder, "config.json")):
-        return f"a list in a folder of Hugging Face's: {hf_import(folder)}"
+        return f"a metadata file of a Hugging Face folder: {hf_import(folder)}"
     return f"a text file: give a checkpoint{beside(path)}"

@@ -157,7 +157,7 @@ class _SereParser(Parser):
                 f"--{name}", type=flag.kind, default=flag.default, nargs=flag.nargs, const=constant
             )
 
-    def error(self, message: str, usage: bool = True) -> NoReturn:
+    def error(self, message: str) -> NoReturn:
         self.outer.error(message)
 
 

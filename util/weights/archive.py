@@ -15,14 +15,13 @@ from functools import lru_cache
 from typing import Any
 
 from util.files.cores import own_cores
+from util.files.formats import ZIP
 
 try:
     # Intel's implementation, the extra `fast`, is several times as fast as most builds of zlib.
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
-
-from util.files.formats import ZIP
 
 # The part of a record that a thread reads and sums up at once: it fits the cache of a core.
 CHUNK = 1 << 19

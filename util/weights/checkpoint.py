@@ -21,7 +21,7 @@ from util import dist
 from util.dist.fsdp import cut_like
 from util.files import LAST_CHECKPOINT
 from util.files.atomic import replacing
-from util.files.formats import beside
+from util.files.formats import SUCH_AS
 from util.weights.defaults import fitting
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
@@ -241,8 +241,8 @@ def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
 
     If the last checkpoint in `output_dir` is damaged, it is `resume`; in a job that was requeued it is rather
     the newest numbered checkpoint that is whole, because such a job repeats the flags of its first start. The
-    run says so. Raises ValueError on all ranks if one of them
-    cannot load the file; for a damaged last checkpoint the error names those that are whole.
+    run says so. Raises ValueError on all ranks if one of them cannot load the file; for a damaged last
+    checkpoint the error names those that are whole.
     """
     path = find_start(output_dir, resume)
     if not path:
@@ -253,8 +253,8 @@ def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:
     is_last = bool(output_dir) and path == os.path.join(output_dir or "", LAST_CHECKPOINT)
     if not is_last:
         raise ValueError(problem)
-    # Numbered checkpoints that were read as a whole are named in their place.
-    problem = problem.removesuffix(beside(path))
+    # Numbered checkpoints that were read as a whole are named in the place of those beside it.
+    problem = problem.partition(SUCH_AS)[0]
     other = _substitute(path, resume, problem)
     checkpoint, next_problem = _load_together(other)
     if checkpoint is None:

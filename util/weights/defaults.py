@@ -1,5 +1,6 @@
 """What a checkpoint says about the model and its images, for runs whose flags leave it open."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -150,7 +151,10 @@ def fitting(saved: Checkpoint, expected: Mapping[str, Tensor]) -> str:
         made = ""
         if "model" in saved.args:
             made = f"it was made with `model` {shown(saved.args['model'])}; "
-        return f"{made}no model here has its size, {sizes}; a timm/NAME may have it"
+        timm = ""
+        if kind_of(expected) not in _MODELS:
+            timm = "; a timm/NAME may have it"
+        return f"{made}no model here has its size ({sizes}){timm}"
     pooled = ""
     if whole and ours is not None and theirs.pool != ours.pool:
         pooled = {"avg": " without `cls_token`", "cls": " with `cls_token`"}[theirs.pool]
@@ -161,8 +165,9 @@ def _model_like(saved: Checkpoint, kind: str, whole: bool) -> str:
     """The model of a kind that has a checkpoint's encoder, or is the `whole` model; '' if there is none."""
     # An encoder is that of a classifier without a head.
     names = list(_MODELS.get(kind, classifier_names)())
-    if whole and type(saved.args.get("model")) is str:
-        names.append(saved.args["model"])
+    stored = saved.args.get("model")
+    if whole and kind not in _MODELS and isinstance(stored, str) and re.fullmatch(r"timm/[\w.]+", stored):
+        names.append(stored)
     return str(known_flags(saved, names).get("model", ""))
 
 
@@ -201,7 +206,7 @@ def _wrong_heads(theirs: Architecture, ours: Architecture) -> dict[str, str]:
     if theirs.in_chans != ours.in_chans:
         wrong["in_chans"] = str(theirs.in_chans)
     if theirs.labels != ours.labels:
-        wrong["pos_label"] = "+".join(theirs.labels) or "none"
+        wrong["pos_label"] = shown("+".join(theirs.labels) or "none")
     if theirs.pos_embed != ours.pos_embed:
         wrong["pos_embed"] = "learned"
         if not theirs.pos_embed:

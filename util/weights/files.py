@@ -31,10 +31,8 @@ _SAFE_CLASSES: list[Any] = [
 _METADATA = ("args", "classes")
 DIGEST = "crc32"
 _ARRAY = b"bytearray\n"
-# The first bytes of torch.save's files before PyTorch 1.6: its magic number, pickled.
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# Beginnings of the names that arrays of NumPy, and tensors that pickle.dump wrote, ask for.
-_DATA = ("numpy.", "ndarray.", "collections.OrderedDict", "torch._utils._rebuild_", "torch.storage._load")
+# Libraries of which checkpoints ask for harmless names; other names matter more in a short list.
+_USUAL = ("torch.", "numpy.", "collections.")
 
 
 def load(path: str) -> Checkpoint:
@@ -113,10 +111,12 @@ def _load_pickle(path: str) -> Any:
     except pickle.UnpicklingError:
         names = _unsafe_names(path)
         if names:
-            listed = ", ".join(map(shown, sorted(names)[:8]))
+            by_weight = sorted(names, key=lambda name: (name.startswith(_USUAL), name))
+            listed = ", ".join(map(shown, by_weight[:8]))
             raise ValueError(
-                f"{path} is refused: loading it would run code; it asks for {listed}. "
-                + _safe_copy(path, names)
+                f"{path} is refused: loading it would run code; it asks for {listed}. Checkpoints hold "
+                "tensors and plain values only: if you trust the file, load it in the program that made "
+                "it, and save the weights alone by torch.save(model.state_dict(), FILE)"
             ) from None
         raise ValueError(
             f"{path} is not a checkpoint: its pickle holds more than tensors and plain values; "
@@ -126,28 +126,6 @@ def _load_pickle(path: str) -> Any:
         raise ValueError(
             f"{path} is truncated or not a checkpoint{_first_line(e)}: use another one{formats.beside(path)}"
         ) from None
-
-
-def _safe_copy(path: str, names: Iterable[str]) -> str:
-    """How to save the weights of a file alone that asks for these names."""
-    with open(path, "rb") as file:
-        of_torch = file.read(len(_LEGACY)) == _LEGACY or archive.is_archive(path)
-    if of_torch:
-        code = f"import torch; c = torch.load({path!r}, 'cpu', weights_only=False)"
-    else:
-        code = f"import pickle, torch; c = pickle.load(open({path!r}, 'rb'))"
-    if any(name.startswith("torch.nn.modules.") for name in names):
-        kind = "a whole model"
-        code += "; w = (c if hasattr(c, 'state_dict') else c['model']).state_dict()"
-    elif all(name.startswith(_DATA) for name in names):
-        kind = "data of NumPy or of pickle.dump"
-        code += "; w = c.get('model', c); w = {k: torch.as_tensor(v) for k, v in w.items()}"
-    else:
-        return (
-            "Checkpoints hold tensors and plain values only: if you trust the file, load it where it was "
-            "made, and save the weights alone by torch.save(model.state_dict(), FILE)"
-        )
-    return f"It holds {kind}: if you trust it, save its weights alone: {formats.python_command(code, path)}"
 
 
 def _first_line(error: Exception) -> str:
