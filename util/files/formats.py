@@ -22,6 +22,7 @@ SUCH_AS = ", such as "
 # The header of a safetensors file is JSON of at most this many bytes, after 8 bytes with its length.
 _LONGEST_HEADER = 100_000_000
 _SAVE = "save the weights by torch.save(model.state_dict(), FILE) in the program that has the model"
+_TENSORFLOW = f"a part of a TensorFlow checkpoint: {_SAVE}, or take PyTorch's weights of that model"
 # First bytes -> what such a file is, and what to do.
 _FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer to a file that was not downloaded: run git lfs pull in "
@@ -148,18 +149,22 @@ def _folder_problem(path: str) -> str:
 
 def _format(path: str) -> str:
     """What a file is instead of a checkpoint, and what to do; '' if it begins like one."""
-    begin = first_bytes(path)
-    tensorflow = f"a part of a TensorFlow checkpoint: {_SAVE}, or take PyTorch's weights of that model"
-    # Its numbers may begin like anything.
+    # The numbers of TensorFlow's files may begin like anything.
     if re.search(r"\.data-\d+-of-\d+$", path):
-        return tensorflow
+        return _TENSORFLOW
+    begin = first_bytes(path)
     if begin.startswith(ZIP):
         return _zip_format(path)
     # 0x80 begins the pickles of torch.save before PyTorch 1.6.
     if begin.startswith(b"\x80") or is_safetensors(begin):
         return ""
+    return _other_format(path, begin)
+
+
+def _other_format(path: str, begin: bytes) -> str:
+    """What a file is that does not begin like a checkpoint, and what to do."""
     if path.endswith((".index", ".meta")):
-        return tensorflow
+        return _TENSORFLOW
     for first, found in _FORMATS.items():
         if begin.lstrip().startswith(first):
             return found
