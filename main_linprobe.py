@@ -95,6 +95,7 @@ def add_model_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -123,7 +124,7 @@ from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import NEIGHBOURS, knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
-from util.files.names import counted
+from util.files.names import counted, printable
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import STOPPED, check_and_print_continuing, effective_batch, join_ranks, open_budget
@@ -221,9 +222,10 @@ def probed_encoder(args: argparse.Namespace, start: Checkpoint | None) -> Checkp
     if args.eval and checkpoint.to_evaluate(start).is_whole_probe:
         return checkpoint.to_evaluate(start)
     if not args.finetune:
-        path = checkpoint.to_evaluate(start).path
+        start = checkpoint.to_evaluate(start)
         raise ValueError(
-            f"{path} holds the heads of a probe alone: give the encoder, too, by --finetune FILE"
+            f"{start.path} holds the heads of a probe alone: give the encoder, too, by --finetune FILE (it "
+            f"was {printable(str(start.args.get('finetune')))})"
         )
     pretrained = checkpoint.load(args.finetune)
     pretrained.drop_optimizer()
@@ -383,6 +385,27 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     if args.pool == "cls" and not model.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
     return model.to(setup.device).eval().requires_grad_(False)
+
+
+def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: nn.Module) -> str:
+    """Return a checksum of the encoder, which a probe stores in the place of the encoder itself.
+
+    Raises ValueError if the trained heads of `start` belong to another encoder.
+    """
+    total = 0
+    for name, weight in backbone.named_parameters():
+        # Another size of images changes the table of positions.
+        if "pos_embed" not in name:
+            total = zlib.crc32(weight.detach().cpu().contiguous().numpy().data, total)
+    found = f"{total:08x}"
+    trained = stored_flags(start)
+    if start is not None and trained.get("encoder", found) != found:
+        own = printable(str(trained.get("finetune")))
+        raise ValueError(
+            f"{start.path} holds heads for another encoder than {args.finetune}: give the one that they were "
+            f"trained on ({own}), or start a new probe in another --output_dir"
+        )
+    return found
 
 
 def build_data(
@@ -582,6 +605,7 @@ def main(given: argparse.Namespace) -> int:
     # Data, frozen encoder, heads
     loader, val_loader = build_data(args, setup)
     backbone = load_backbone(args, pretrained, setup, flags)
+    flags["encoder"] = check_encoder(args, start, backbone)
     del pretrained  # its memory is needed
     if loader is None:  # --eval
         objective = build_objective(args, backbone, setup, val_loader)

@@ -276,3 +276,24 @@ def test_fewer_images_than_neighbours_are_all_taken(tmp_path, capsys, encoder):
     # All images of the two classes vote, whatever k is.
     (first, *_, last) = re.findall(r"k=\d+ ([\d.]+)", text.partition("kNN cls")[2].splitlines()[0])
     assert first == last
+
+
+def test_heads_are_used_with_the_encoder_that_they_were_trained_on(tmp_path, capsys, encoder):
+    file, copy, other = (tmp_path / name for name in ("e.pth", "copy.pth", "other.pth"))
+    for path, weights in ((file, encoder.model), (copy, encoder.model)):
+        torch.save({"model": weights, "args": encoder.args}, path)
+    changed = {name: weight + (name == "blocks.1.mlp.fc2.bias") for name, weight in encoder.model.items()}
+    torch.save({"model": changed, "args": encoder.args}, other)
+    common = ["--model", "vit_test", "--input_size", 32, "--batch_size", 40, "--cached", "--lr_grid", 1]
+    train = [*common, "--output_dir", tmp_path / "out"]
+    assert call(main_linprobe, capsys, *train, "--epochs", 1, "--finetune", file)[0] == 0
+    again = ["--eval", "--resume", tmp_path / "out" / "checkpoint-last.pth"]
+    for words in ([*train, "--epochs", 2], [*common, *again]):
+        code, text = call(main_linprobe, capsys, *words, "--finetune", other)
+        assert code == 2 and f"another encoder than {other}" in text, text
+        assert f"trained on ({file})" in text or f"trained on ({copy})" in text
+        # The same weights in another file, at another size of images.
+        code, text = call(main_linprobe, capsys, *words, "--finetune", copy)
+        assert code == 0 and "not read" not in text, text
+    code, text = call(main_linprobe, capsys, *common, *again)
+    assert code == 2 and f"--finetune FILE (it was {copy})" in text

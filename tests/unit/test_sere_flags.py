@@ -332,6 +332,7 @@ def test_the_advice_of_a_refusal_works(capsys):
             "--global_crops_scale: needs 2 values, such as --global_crops_scale 0.14 1.0",
         ),
         ("--temperature_pixel 0", "--temperature_pixel: must be greater than 0, found 0"),
+        ("@recipes/sere_vit_small.args", "--arch and --model, in a recipe perhaps"),
         ("--batch-size_per_gp 3", "unknown flag --batch-size_per_gp; did you mean --batch_size_per_gpu?"),
     ],
 )

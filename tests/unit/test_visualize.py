@@ -559,3 +559,14 @@ def test_a_log_stands_for_its_run(sweep, tmp_path):
     run = next((tmp_path / "sweep").glob("*/log.txt"))
     (by_log,), (by_folder,) = draw.read_runs([str(run)]), draw.read_runs([str(run.parent)])
     assert by_log == by_folder
+
+
+def test_flags_of_a_command_that_are_left_out_count_as_left_out():
+    """Their defaults are those of a parser within the parser."""
+    words = ["positions", str(ROOT / "README.md"), "o.png", "--images", "2"]
+    flags = parse(visualize.get_args_parser(), words)
+    assert flags.given == {"command", "file", "out", "images"} and flags.data_path == "" and flags.images == 2
+    early.check("visualize.py", flags)
+    flags = parse(visualize.get_args_parser(), [*words, "--data_path", ""])
+    with pytest.raises(ValueError, match="--data_path is empty"):
+        early.check("visualize.py", flags)

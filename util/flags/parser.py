@@ -180,7 +180,12 @@ class Parser(argparse.ArgumentParser):
 
     def _given_by(self, args: Sequence[str]) -> frozenset[str]:
         """The names of the flags that a command line sets, which must be a right one."""
-        defaults = [(action, action.default) for action in self._actions]
+        actions = list(self._actions)
+        for action in self._actions:
+            # The flags of a command.
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [own for command in action.choices.values() for own in command._actions]
+        defaults = [(action, action.default) for action in actions]
         try:
             # Without defaults, only the flags of the command line become attributes.
             for action, _ in defaults:

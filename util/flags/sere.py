@@ -173,6 +173,11 @@ def translated(parser: Parser, words: list[str]) -> list[str]:
     given, ours = _SereParser(parser).parse_known_args(words)
     _check_known(parser, ours)
     try:
+        if "model" in names:
+            raise ValueError(
+                "--arch and --model, in a recipe perhaps, both name the model: leave one out. With --arch, "
+                "flags have SERE's meanings, so recipes of this toolkit do not go with it"
+            )
         _check_built(given)
         return [*_our_words(given), *ours]
     except ValueError as error:

@@ -348,6 +348,9 @@ def print_continuing(checkpoint: Checkpoint, flags: dict[str, Any]) -> None:
     dist.print_rank0(f"continuing {checkpoint.path}{note}")
     # These name weights for the start of a run, and this one has started.
     for name in ("finetune", "init_from", "resume"):
+        # A probe reads its encoder at each start, and stores a checksum of it.
+        if name == "finetune" and "encoder" in flags:
+            continue
         if name == "resume" and not _goes_before_resume(checkpoint, flags):
             continue
         if flags.get(name) and checkpoint.args.get(name, "") != flags[name]:
