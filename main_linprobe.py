@@ -123,7 +123,7 @@ from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import NEIGHBOURS, knn_accuracy
 from util.evaluate.passes import extract_features, mean_terms
-from util.files.names import counted
+from util.files.names import counted, printable
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import STOPPED, check_and_print_continuing, effective_batch, join_ranks, open_budget
@@ -419,6 +419,11 @@ def build_data(
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
+    if len(train.index.classes) == 1:
+        raise ValueError(
+            f"--data_path {printable(train.index.path)} has one class only "
+            f"({some_names(train.index.classes)}): a classifier needs at least two class folders"
+        )
     dist.print_rank0(f"training on {train.summary()}")
     if once:
         loader = eval_loader(train, **loading)
