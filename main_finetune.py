@@ -376,6 +376,9 @@ def build_data(
     )
     train = build_class_dataset(args.data_path, "train", augment, **options)
     check_classes(train.index, val.index)
+    if len(train.index.classes) == 1:
+        only = some_names(train.index.classes)
+        dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
     dist.print_rank0(f"training on {train.summary()}")
     return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
 

@@ -442,6 +442,11 @@ def build_data(
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
+    if len(train.index.classes) == 1:
+        raise ValueError(
+            f"--data_path {printable(train.index.path)} has one class only "
+            f"({some_names(train.index.classes)}): a classifier needs at least two class folders"
+        )
     dist.print_rank0(f"training on {train.summary()}")
     if once:
         loader = eval_loader(train, **loading)

@@ -235,6 +235,8 @@ def test_the_device_is_a_gpu_only_if_there_is_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device("auto", 2, 4) == choose_device("cuda", 2, 4) == torch.device("cuda", 2)
     assert choose_device("cuda:3", 0, 1) == torch.device("cuda", 3)
+    with pytest.raises(ValueError, match=r"process 5 on .* torch sees 4\. Start at most 4 processes"):
+        choose_device("cuda", 4, 8)
     with pytest.raises(ValueError, match="`device` cuda:4: 4 GPUs are visible"):
         choose_device("cuda:4", 0, 1)
     for kind in ("mps", "xpu"):

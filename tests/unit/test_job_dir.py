@@ -336,20 +336,35 @@ def test_the_same_folder_may_be_named_twice(tmp_path, monkeypatch, capsys, words
     monkeypatch.chdir(tmp_path)
     command = ["--cluster", "local", "--dry_run", "--data_path", str(tmp_path), *words]
     assert launch("main_pretrain", command) == 0
-    assert f"--output_dir {tmp_path}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"--output_dir {tmp_path}" in out and "note: " not in out
     # SERE's own flags have a default, which is not given.
     assert launch("main_sere", [*command[:5], "--arch", "vit_small", "--job_dir", "A"]) == 0
 
 
-def test_more_processes_than_gpus_are_refused_before_they_start(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, noted", [(["--job_dir", "A", "@r.args"], True), (["--output_dir="], False)])
+def test_a_recipe_may_name_another_folder(tmp_path, monkeypatch, capsys, words, noted):
+    monkeypatch.chdir(tmp_path)
+    Path("r.args").write_text("--output_dir B")
+    # As a try of a command for many nodes.
+    command = [*words, "--nodes", "2", "--cluster", "debug", "--dry_run", "--data_path", str(tmp_path)]
+    assert launch("main_pretrain", command) == 0
+    out = capsys.readouterr().out
+    assert ("note: --output_dir B is not used: a submitted run writes to --job_dir A\n" in out) == noted
+    assert f"--output_dir {tmp_path}" in out and "/B" not in out
+
+
+@pytest.mark.parametrize("sweep", [[], ["--sweep", "seed=0,1"]])
+def test_more_processes_than_gpus_are_refused_before_they_start(tmp_path, monkeypatch, capsys, sweep):
     started = []
     pool = SimpleNamespace(run=lambda chains: 0)
     monkeypatch.setattr("util.cluster.local.LocalPool", lambda *words: started.append(words) or pool)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     command = ["--cluster", "local", "--job_dir", str(tmp_path / "a"), "--data_path", str(tmp_path)]
+    command += sweep
     assert launch("main_pretrain", [*command, "--ngpus", "3"]) == 2
     error = capsys.readouterr().err
-    assert "--ngpus 3" in error and "2 GPUs" in error and "--device cpu" in error
+    assert "--ngpus 3 needs 3 GPUs" in error and "torch sees 2" in error and "--device cpu" in error
     assert not started and not os.listdir(tmp_path)
     for words in (["--ngpus", "2"], ["--ngpus", "3", "--device", "cpu"], []):
         assert launch("main_pretrain", [*command, *words]) == 0

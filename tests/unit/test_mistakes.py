@@ -62,7 +62,7 @@ EARLY = [
     ("main_pretrain", "--save_minutes inf", "--save_minutes finite"),
     ("main_finetune", "--smoothing -0.1", "--smoothing 0 1"),
     ("main_finetune", "--drop_path 10", "--drop_path 0.1"),
-    ("main_finetune", "--layer_decay 0", "--layer_decay 1 off 1e-9"),
+    ("main_finetune", "--layer_decay 0", "--layer_decay '1 turns it off' 1e-9"),
     ("main_finetune", "--layer_decay 65", "--layer_decay 0.65"),
     ("main_finetune", "--ema 99.99", "--ema 0.9999"),
     ("main_finetune", "--so_alpha 2", "--so_alpha 1"),
@@ -102,7 +102,7 @@ EARLY = [
     ),
     # Paths
     ("main_pretrain", "--data_path {place}/dat", "--data_path {place}/dat 'did you mean data'"),
-    ("main_pretrain", "--data_path {place}/no/such/folder", "--data_path {place}"),
+    ("main_pretrain", "--data_path {place}/no/such/folder", "--data_path 'exists is {place}'"),
     ("main_pretrain", "--resume {place}/mae.pht", "--resume 'did you mean mae.pth'"),
     ("main_pretrain", "--init_from {place}/none.pth", "--init_from none.pth {place}"),
     ("main_finetune", "--finetune {place}/mae.pht", "--finetune 'did you mean mae.pth'"),
@@ -126,9 +126,11 @@ EARLY = [
     (
         "main_pretrain",
         "--data_path {data}/{{000..009}}.tar",
-        "--data_path {data}/{{000..009}}.tar train-*.tar",
+        "'--data_path {data}/{{000..009}}.tar is a pattern' train-*.tar",
     ),
-    ("main_pretrain", "--data_path {data} {flat}", "{flat} --data_path one folder"),
+    ("main_pretrain", "--data_path {data} {flat}", "{flat} '--data_path takes one path' folder"),
+    ("main_finetune", "--head --epochs 3", "--head 'linear or second_order'"),
+    ("main_pretrain", "--norm_pix_loss=True", "'--norm_pix_loss takes no value, found True'"),
     # Files that are no checkpoints
     ("main_pretrain", "--resume {file}", "--resume {file} text {mae}"),
     ("main_finetune", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
@@ -163,9 +165,9 @@ LATE = [
     ("main_finetune", "--finetune {mae} --distill timm/vit_tiny_patch16_224", "--distill deit"),
     ("main_linprobe", "--finetune {mae} --so_dims 4 4", "--so_ --head second_order"),
     ("main_linprobe", "--finetune {mae} --knn --dry_run", "--dry_run --knn"),
-    ("main_pretrain", "--mask_ratio 0.9", "--mask_ratio 0.9 4 0.75"),
+    ("main_pretrain", "--mask_ratio 0.9", "--mask_ratio '0.9 leaves none of 4 patches' '0.75 or less'"),
     ("main_pretrain", "--patch_size 16", "--input_size larger"),
-    ("main_finetune", "--data_path {one}", "'one class' {one} --data_path 'two class folders'"),
+    ("main_linprobe", "--finetune {mae} --data_path {one}", "'--data_path {one}' '(a)' 'two class folders'"),
     ("main_finetune", "--data_path {data}/val", "{data}/val 'folders (a, b)' 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --data_path {data}/train/a/0.png", "0.png 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --nb_classes 1", "--nb_classes 1 {data} '2 class folders'"),
@@ -197,11 +199,10 @@ LAUNCHED = [
     ("--cluster local --model vit_base_patch16", "--model mae_vit_base_patch16"),
     ("--cluster slrum", "--cluster slurm"),
     ("--status {empty}", "{empty} jobs.json"),
-    ("--job_dir A --output_dir B", "'--output_dir B' '--job_dir A' '--job_dir B'"),
-    ("--output_dir B", "'--output_dir B' '--job_dir jobs/%t' '--job_dir B'"),
+    ("--output_dir B", "'give --job_dir B instead of --output_dir B'"),
     ("--timeout 3d", "--timeout 3d minutes 1440"),
     ("--timeout 3-00:00:00", "--timeout 3-00:00:00 minutes 1440"),
-    ("--cluster debug --nodes 2 --sweep seed=0,1", "--nodes 2 --cluster debug"),
+    ("--cluster local --nodes 2 --sweep seed=0,1 --dry_run", "'--nodes is 2' '--cluster local'"),
     ("--mem 64", "--mem --mem_gb"),
     ("--partition --nodes 2", "'--partition VALUE'"),
     ("--cluster local --model mae_vit_pico_patch8 --dry_run --data_path=", "--data_path empty demo"),
@@ -318,6 +319,24 @@ def test_a_notebook_gets_the_nearest_model(build, name, near):
     with pytest.raises(ValueError, match=re.escape(name)) as refused:
         build(name)
     assert near in str(refused.value).partition(name)[2] and "`model`" in str(refused.value)
+
+
+def test_a_path_of_the_home_folder_that_exists_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set{1}").mkdir()
+    flags = parse(main_pretrain.get_args_parser(), ["--data_path", "~/set{1}"])
+    early.check("main_pretrain.py", flags)
+    (tmp_path / "set{1}").rmdir()
+    with pytest.raises(ValueError, match="pattern"):
+        early.check("main_pretrain.py", flags)
+
+
+def test_finetuning_on_one_class_is_a_trial_with_a_warning(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("main_finetune")
+    words = f"--model vit_pico_patch8 {COMMON} --finetune {{mae}} --data_path {{one}} --dry_run"
+    assert run(module.main, parse(module.get_args_parser(), words_of(words, place))) == 0
+    assert "warning: --data_path has one class only (a)" in capsys.readouterr().out
 
 
 def test_there_are_many_mistakes_and_each_main_has_some():

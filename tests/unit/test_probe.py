@@ -256,7 +256,10 @@ def test_one_class_is_one_line(tmp_path, capsys, encoder, given):
     code, text = call(main_linprobe, capsys, *given, "--batch_size", 2, "--output_dir", "")
     (error,) = [line for line in text.splitlines() if line.startswith("error:")]
     assert (
-        code == 2 and "one class, only" in error and "two class folders" in error and "Traceback" not in text
+        code == 2
+        and "one class only (only)" in error
+        and "two class folders" in error
+        and "Traceback" not in text
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from util.cluster import slurm
 from util.cluster.job import Resources
 from util.cluster.job_dir import write_flags, write_sweep
-from util.cluster.local import run_here, run_locally
+from util.cluster.local import check_gpus, run_here, run_locally
 from util.cluster.slurm_jobs import check_limits, preview, submit_to_slurm
 from util.cluster.status import status
 from util.cluster.sweep import Point, check_flags, parse_sweep, plan
@@ -184,7 +184,9 @@ def launch(main: str, argv: list[str] | None = None, about: str | None = None) -
                 raise ValueError("--status is empty: give the job directory")
             print(status(Path(own.status)))
             return 0
-        return submit(_make_request(main, rest, chain, own))
+        request = _make_request(main, rest, chain, own)
+        _check_output_dir(rest, own.job_dir, "job_dir" in all_flags.given)
+        return submit(request)
 
     return run(act, all_flags)
 
@@ -245,22 +247,22 @@ def _check_texts(flags: argparse.Namespace) -> None:
         )
 
 
-def _check_output_dir(rest: list[str], job_dir: str) -> None:
-    """Raise ValueError if the flags of the main name another folder than `job_dir` for the run.
+def _check_output_dir(rest: list[str], job_dir: str, given: bool) -> None:
+    """Raise ValueError if the flags of the main alone name the folder of the run; `job_dir` if given wins.
 
-    The launcher sets the folder of each run, as MAE's does, and would drop the other one.
+    The launcher sets the folder of each run, as MAE's does. A recipe may name another one.
     """
     words = Parser(add_help=False)
     words.add_argument("--output_dir")
     other = words.parse_known_args(rest)[0].output_dir
-    if other is not None and os.path.abspath(other) != os.path.abspath(job_dir):
-        remedy = "leave --output_dir out"
-        if other:
-            remedy += f", or give --job_dir {printable(other)} instead"
+    if not other or os.path.abspath(other) == os.path.abspath(job_dir):
+        return
+    shown = printable(shlex.quote(other))
+    if not given:
         raise ValueError(
-            f"--output_dir {printable(shlex.quote(other))} is not the folder of a submitted run, which is "
-            f"--job_dir {printable(job_dir)}: {remedy}"
+            f"a submitted run writes to --job_dir: give --job_dir {shown} instead of --output_dir {shown}"
         )
+    print(f"note: --output_dir {shown} is not used: a submitted run writes to --job_dir {printable(job_dir)}")
 
 
 def _sbatch_options(words: list[str]) -> dict[str, str]:
@@ -291,7 +293,6 @@ def _sbatch_options(words: list[str]) -> dict[str, str]:
 
 def _make_request(main: str, rest: list[str], chain: list[str], flags: argparse.Namespace) -> Request:
     _check_texts(flags)
-    _check_output_dir(rest, flags.job_dir)
     # Both %t and the folder of a check use it.
     now = time.strftime("%Y%m%d-%H%M%S")
     resources = Resources(
@@ -351,10 +352,10 @@ def submit(request: Request) -> int:
     Raises ValueError if a flag is wrong, a point does not exist, or SLURM refuses a job.
     """
     # All flags are parsed here, so that a typo is found now and not after hours in the queue.
-    if request.cluster != "slurm" and request.resources.nodes > 1:
+    if request.cluster == "local" and request.resources.nodes > 1:
         raise ValueError(
-            f"`nodes` is {request.resources.nodes}, but `cluster` {request.cluster} has one node, this "
-            "machine: leave `nodes` out"
+            f"`nodes` is {request.resources.nodes}, but `cluster` local has one node, this machine: leave "
+            "`nodes` out"
         )
     points = plan(request.main, request.flags, request.sweep, request.chain, request.job_dir)
     points = _select(points, request.only)
@@ -367,6 +368,8 @@ def submit(request: Request) -> int:
         return 0
     if request.cluster == "slurm":
         check_limits(points)
+    elif request.cluster == "local":
+        check_gpus(points, request.resources.ngpus)
     write_sweep(Path(request.job_dir), points, request.flags, parse_sweep(request.sweep))
     report_stale(points)
     if request.cluster == "slurm":

@@ -118,7 +118,7 @@ class LocalPool:
             self.failed += 1
 
 
-def _check_gpus(points: list[Point], ngpus: int | None) -> None:
+def check_gpus(points: list[Point], ngpus: int | None) -> None:
     """Raise ValueError if runs on GPUs would have more processes than the machine has GPUs."""
     if ngpus is None or ngpus == 1:
         return
@@ -130,8 +130,8 @@ def _check_gpus(points: list[Point], ngpus: int | None) -> None:
     for point in points:
         if parse_main(point.main, point.argv).device.startswith(("auto", "cuda")):
             raise ValueError(
-                f"`ngpus` {ngpus} starts as many processes, but torch sees {available} GPUs here: "
-                "leave `ngpus` out, or give `device` cpu to run them on the CPU"
+                f"`ngpus` {ngpus} needs {ngpus} GPUs, but torch sees {available} here: leave `ngpus` out, or "
+                "give `device` cpu"
             )
 
 
@@ -142,7 +142,6 @@ def run_locally(points: list[Point], resources: Resources, job_dir: str) -> int:
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    _check_gpus(points, resources.ngpus)
     pool = LocalPool(resources, job_dir)
     failed = pool.run([[point, *point.then] for point in points])
     return int(failed > 0)

@@ -19,9 +19,8 @@ from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
 from util.files.names import counted, printable
-from util.flags.groups import MAX_PIXELS
+from util.flags.groups import MAX_PIXELS, TIMM_READERS
 
-READERS = ("hfds", "hfids", "wds", "tfds", "torch")
 log = logging.getLogger(__name__)
 
 
@@ -162,7 +161,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
 def is_timm_path(data_path: str) -> bool:
     """Tell whether a path has the form <reader>/<name>[=<root>] and is not an existing file."""
     # An existing folder has priority, e.g. ./torch/train.
-    return data_path.partition("/")[0].lower() in READERS and not os.path.exists(data_path)
+    return data_path.partition("/")[0].lower() in TIMM_READERS and not os.path.exists(data_path)
 
 
 def build_timm_dataset(

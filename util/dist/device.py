@@ -63,8 +63,8 @@ def _own_gpu(local_rank: int) -> torch.device:
         local_rank = 0
     if local_rank >= visible:
         raise ValueError(
-            f"process {local_rank + 1} on {socket.gethostname()} has no GPU, as torch sees {visible} there: "
-            f"start {visible} processes, one for each GPU"
+            f"process {local_rank + 1} on {socket.gethostname()} has no GPU: torch sees {visible}. "
+            f"Start at most {visible} processes on this node"
         )
     return torch.device("cuda", local_rank)
 

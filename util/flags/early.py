@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from layers import sizes
 from util.files import LAST_CHECKPOINT, formats
 from util.files.names import printable
-from util.flags.groups import ascending, channel_stats, compile_mode, pair
+from util.flags.groups import TIMM_READERS, ascending, channel_stats, compile_mode, pair
 
 # Main -> the names of its models.
 MODELS: Mapping[str, Callable[[], list[str]]] = {
@@ -30,7 +30,7 @@ LETTERS = {"t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 # Flags with a file or folder to start from.
 STARTS = ("resume", "finetune", "init_from", "distill_checkpoint")
 # Arguments that name images -> how the command line has them.
-IMAGES = {"data_path": "--data_path", "path": "the path"}
+IMAGE_PATHS = {"data_path": "--data_path", "path": "the path"}
 
 
 def check(script: str, flags: argparse.Namespace) -> None:
@@ -122,18 +122,18 @@ def _check_sizes(flags: argparse.Namespace) -> None:
 
 def check_given(flags: argparse.Namespace) -> None:
     """Raise ValueError for a path of images that is given and empty: the demo images would be used."""
-    for name, shown in IMAGES.items():
+    for name, shown in IMAGE_PATHS.items():
         if name in getattr(flags, "given", ()) and not getattr(flags, name):
             optional = ", or leave the flag out for the embedded demo images" * shown.startswith("-")
-            raise ValueError(f"{shown} is empty, as an unset shell variable is: name the images{optional}")
+            raise ValueError(f"{shown} is empty (perhaps an unset shell variable): name the images{optional}")
 
 
 def _check_images(flags: argparse.Namespace) -> None:
     """Raise ValueError for a path of images that is empty, not one path, or does not exist."""
     check_given(flags)
-    for name, shown in IMAGES.items():
+    for name, shown in IMAGE_PATHS.items():
         path = getattr(flags, name, "")
-        if not path or _is_read_by_timm(path) or os.path.exists(path):
+        if not path or _is_read_by_timm(path) or os.path.exists(os.path.expanduser(path)):
             continue
         if "://" in path:
             raise ValueError(
@@ -142,15 +142,16 @@ def _check_images(flags: argparse.Namespace) -> None:
             )
         if re.search(r"[*?{]", path):
             raise ValueError(
-                f"{shown} {printable(path)} is a pattern, and one path is needed: give the folder, in which "
-                "tars are read if they are named train-*.tar, and val-*.tar for validation"
+                f"{shown} {printable(path)} is a pattern: give the folder; its train-*.tar and val-*.tar "
+                "are read as shards"
             )
         _check_path(shown, path)
 
 
 def _is_read_by_timm(path: str) -> bool:
     """Whether another library reads the images: hfds/..., torch/..."""
-    return re.match(r"(hfds|hfids|wds|tfds|torch)/", path, re.IGNORECASE) is not None
+    reader, slash, _ = path.partition("/")
+    return slash == "/" and reader.lower() in TIMM_READERS
 
 
 def _check_starts(main: str, flags: argparse.Namespace) -> None:
@@ -196,7 +197,7 @@ def _check_path(flag: str, path: str) -> None:
         while not os.path.isdir(parent):
             parent = os.path.dirname(parent) or "."
         there = printable(os.path.abspath(parent))
-        raise ValueError(f"{flag} {shown} does not exist: of that path there is only {there}")
+        raise ValueError(f"{flag} {shown} does not exist: the last part of it that exists is {there}")
     near = difflib.get_close_matches(name, os.listdir(folder), n=1)
     hint = f"there is no {printable(name)} in {printable(os.path.abspath(folder))}"
     if near:

@@ -41,6 +41,8 @@ MAX_PIXELS_HELP = (
     "An image of the default size takes up to 0.9 GB per worker. Pillow's own limit does not apply"
 )
 
+# Before the slash of a data_path that timm reads.
+TIMM_READERS = ("hfds", "hfids", "wds", "tfds", "torch")
 DATA_TIMEOUT = 5  # minutes that a batch may take
 
 MOST_WORKERS = 10

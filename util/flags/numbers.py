@@ -90,7 +90,7 @@ def _no_epoch(value: float) -> str:
 
 def _no_decay(value: float) -> str:
     if value == 0:
-        return "1 turns it off, and 1e-9 trains the head alone, as 0 did"
+        return "1 turns it off; for the head alone give 1e-9"
     return _percentage(value)
 
 

@@ -160,8 +160,12 @@ class Parser(argparse.ArgumentParser):
         # argparse.BooleanOptionalAction adds a prefix with a dash to a name with underscores.
         negated = f"--no-{words.removeprefix('no_')}"
         for spelling in (name, f"--{words}", negated):
-            if spelling in self._option_string_actions:
-                return spelling + equals + value
+            action = self._option_string_actions.get(spelling)
+            if action is None:
+                continue
+            if equals and action.nargs == 0:
+                self.error(_takes_none(spelling, value))
+            return spelling + equals + value
         return arg
 
     # Without argparse's overloads for other namespace classes, which nothing here uses.
@@ -239,10 +243,10 @@ class Parser(argparse.ArgumentParser):
             for before, following in itertools.pairwise(words):
                 action = self._option_string_actions.get(before)
                 if following == word and action is not None and action.nargs == 0:
-                    return f"{before} takes no value, found {flag}: give the flag alone, or leave it out"
+                    return _takes_none(before, flag)
             hint = "see --help"
             if "--data_path" in self._option_string_actions and os.path.exists(flag):
-                hint = "--data_path comes before a path of images, and takes one: give a folder"
+                hint = "--data_path takes one path: give a folder of images"
             return f"{flag} belongs to no flag; {hint}"
         if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
             return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"
@@ -261,11 +265,18 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
+def _takes_none(flag: str, found: str) -> str:
+    return f"{flag} takes no value, found {found}: give the flag alone, or leave it out"
+
+
 def _needs_values(action: argparse.Action) -> str:
-    """Say which values a flag needs that has none, with its default or another example."""
+    """Say which values a flag needs that has none: its choices, its default or another example."""
     flag = action.option_strings[-1]
     count = action.nargs if isinstance(action.nargs, int) else 1
     needs = "a value" if count == 1 else f"{count} values"
+    if action.choices:
+        *others, last = map(str, action.choices)
+        return f"needs {needs}: {', '.join(others)} or {last}"
     example = action.default
     if example in (None, "", []):
         example = EXAMPLES.get(action.dest)

@@ -244,16 +244,11 @@ def _wrong_size(size: int) -> str:
 
 
 def check_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Raise ValueError unless both splits have the same class names, and at least two.
+    """Raise ValueError unless both splits have the same class names.
 
-    Equal labels would otherwise mean different classes, and every prediction of a single one is right.
+    Equal labels would otherwise mean different classes.
     """
     if train.classes == val.classes:
-        if len(train.classes) == 1:
-            raise ValueError(
-                f"there is one class, {some_names(train.classes)}, in {printable(train.path)}, and none to "
-                "tell it from: give `data_path` a data set of at least two class folders"
-            )
         return
     only_train = some_names(sorted(set(train.classes) - set(val.classes))) or "none"
     only_val = some_names(sorted(set(val.classes) - set(train.classes))) or "none"

@@ -6,6 +6,7 @@ then file name.
 
 import codecs
 import glob
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from util.files.regular import open_regular
 # Names in lower case under which data sets keep their splits.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 PARENTS = 3  # folders above a path that may be the data set: it may name <data_path>/train/<class>/<image>
+CHILDREN = 20  # a folder of more subfolders is not searched for a data set in one of them
+MOVE = "Move the class folders into train/"
 MAX_LINE = 1 << 16  # bytes; the longest path of Linux has 4096
 
 
@@ -135,19 +138,28 @@ def _check_has_split(path: str, split: str) -> None:
 
 def _check_not_a_parent(path: str, folders: list[str], labels: bool) -> None:
     """Refuse a folder that has no train/ but holds whole data sets: it would mix training and validation."""
-    other = sorted(f for f in folders if f.lower() in (*SPLITS["val"], "training"))
     # Folders that hold both train/ and a validation folder are whole data sets.
     train = {os.path.dirname(f) for f in folders if os.path.basename(f) == "train"}
     validation = {os.path.dirname(f) for f in folders if os.path.basename(f).lower() in SPLITS["val"]}
     nested = sorted(train & validation)
-    if not other and not nested:
-        return
-    message = f"{printable(path)} has no train/: found {_contents(path)}. "
+    remedy = _splits_remedy(path, folders, labels)
     if nested:
-        raise ValueError(f"{message}Give {printable(os.path.join(path, nested[0]))}, which holds train/.")
-    renames = _renames(path) or ["the folder of the training images to train"]
-    alone = ", or give the folder of the training images alone"
-    raise ValueError(f"{message}Rename {' and '.join(renames)}{alone * (not labels)}.")
+        remedy = f"Give {printable(os.path.join(path, nested[0]))}, which holds train/."
+    if remedy:
+        raise ValueError(f"{printable(path)} has no train/: found {_contents(path)}. {remedy}")
+
+
+def _splits_remedy(path: str, folders: list[str], labels: bool) -> str:
+    """Say how to rename the folders inside that are splits under other names; '' if there are none."""
+    found = {split for split, names in SPLITS.items() if any(f.lower() in names for f in folders)}
+    # In other capitals, one name alone may be a folder like others: Test/ beside Blood/.
+    if len(found) < 2 and not any(f in (*SPLITS["val"], "training") for f in folders):
+        return ""
+    steps = _renames(path, labels)
+    if labels:
+        return f"{steps or MOVE}."
+    steps = steps or "Rename the folder of the training images to train"
+    return f"{steps}, or give the folder of the training images alone."
 
 
 # --- files ---
@@ -270,9 +282,9 @@ def _remedy(path: str, labels: bool) -> str:
     if near:
         return f"Give {printable(near)}, which holds train and val."
     if os.path.isdir(folder):
-        renames = _renames(folder)
-        if renames:
-            return f"Rename {' and '.join(renames)}."
+        steps = _renames(folder, labels)
+        if steps:
+            return f"{steps}."
     if labels:
         return (
             "Give a folder with {train,val}/<class>/*, or with uncompressed tars of <class>/*: "
@@ -285,13 +297,19 @@ def _remedy(path: str, labels: bool) -> str:
 
 
 def _whole_set_near(path: str) -> str:
-    """Return the next folder above, or else the first one inside, that holds both splits; '' for none."""
+    """Return the next folder above, or else the first one inside, that holds both splits; '' for none.
+
+    Pretraining without validation images passes here: many folders inside must not cost a look at each.
+    """
     candidates = [path]
     for _ in range(PARENTS):
         candidates.append(os.path.dirname(candidates[-1]))
     if os.path.isdir(path):
         with os.scandir(path) as entries:
-            candidates += sorted(entry.path for entry in entries if is_folder(entry))
+            inside = (entry.path for entry in entries if is_folder(entry))
+            first = list(itertools.islice(inside, CHILDREN + 1))
+        if len(first) <= CHILDREN:
+            candidates += sorted(first)
     return next((each for each in candidates[1:] if not _missing(each)), "")
 
 
@@ -305,16 +323,22 @@ def _missing(folder: str) -> list[str]:
     return found
 
 
-def _renames(folder: str) -> list[str]:
-    """Return, as 'valid to val', which folders of a data set would be its missing splits."""
+def _renames(folder: str, labels: bool) -> str:
+    """Say how to rename folders to the missing splits of a data set: "Rename valid to val". "" for none."""
     with os.scandir(folder) as entries:
-        names = {entry.name.lower(): entry.name for entry in entries if is_folder(entry)}
+        inside = list(entries)
+    names = {entry.name.lower(): entry.name for entry in inside if is_folder(entry)}
     renames = []
     for split in _missing(folder):
         found = [names[name] for name in SPLITS[split] if name in names]
         if found:
             renames.append(f"{found[0]} to {split}")
-    return renames
+    if not renames:
+        return ""
+    # Without training images, be they shards, the other folders are the classes.
+    if labels and not any(entry.name.lower().startswith("train") for entry in inside):
+        return f"{MOVE}, and rename {' and '.join(renames)}"
+    return f"Rename {' and '.join(renames)}"
 
 
 def _contents(folder: str) -> str:
