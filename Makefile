@@ -13,7 +13,6 @@ QUICK := -q -n 2 --dist worksteal -m "not slow" tests/unit tests/method
 
 demo: $(VENV)/base
 	@$(MAYBE_NATIVE)
-	rm -rf $(DEMO_DIR)
 	$(BIN)/python main_pretrain.py @recipes/demo.args --output_dir $(DEMO_DIR)
 
 # Under 90 s on 2 cores.

@@ -245,7 +245,7 @@ def _is_done(run: Run, state: TrainState, first_epoch: int, owed: Owed | None) -
     if first_epoch >= run.budget.epochs:
         run.session.finish(owed)
         text = (
-            f"all {run.budget.epochs} epochs are done already: nothing to do (raise `epochs`, or choose "
+            f"all epochs ({run.budget.epochs}) are done already: nothing to do (raise `epochs`, or choose "
             "another `output_dir`)"
         )
         dist.print_rank0(with_flags(text, run.session.flags))

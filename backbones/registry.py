@@ -64,10 +64,11 @@ def known_classes(saved: Checkpoint, data: list[str], given: list[str] | None = 
         )
     unknown = sorted(set(data) - set(names))
     if unknown:
+        more = "" if len(unknown) == len(data) else " in addition"
         raise ValueError(
-            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)} in addition: "
-            "they are other data, or their folders have other names, and `classes` gives these in the order "
-            "of its outputs"
+            f"{saved.path} knows {some_names(names)}, and the data have {some_names(unknown)}{more}: check "
+            "`data_path`; if the folders only have other names, give these by `classes` in the order of its "
+            "outputs"
         )
     return names
 

@@ -234,7 +234,10 @@ def import_file(path: str, out: str) -> float:
     checkpoint = read(path)
     path = checkpoint.path
     if "pos_label" in checkpoint.args:
-        raise ValueError(f"{path} is a file of this toolkit already: inspect says which command takes it")
+        raise ValueError(
+            f"{path} is a file of this toolkit already, which needs no import: checkpoints.py inspect says "
+            "which command takes it"
+        )
     model = stored_model.model_of(checkpoint)
     checkpoint.args["input_size"] = list(model.img_size)
     arch = architecture(checkpoint)

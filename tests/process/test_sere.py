@@ -363,7 +363,7 @@ def test_the_published_command_trains(tmp_path, capsys):
     weights = dict(cls=1.65, patch=1.65, sr_spatial=0.2, sr_channel=0.5)
     assert losses["train_loss"] == pytest.approx(sum(w * losses[f"train_{n}"] for n, w in weights.items()))
     here(tmp_path / "out", main=command)
-    assert "all 1 epochs are done already" in capsys.readouterr().out, "a run in the folder is continued"
+    assert "all epochs (1) are done already" in capsys.readouterr().out, "a run in the folder is continued"
 
 
 def test_what_a_run_leaves(uninterrupted):

@@ -131,6 +131,7 @@ EARLY = [
     ("main_pretrain", "--data_path {data} {flat}", "{flat} '--data_path takes one path' folder"),
     ("main_finetune", "--head --epochs 3", "--head 'linear or second_order'"),
     ("main_pretrain", "--norm_pix_loss=True", "'--norm_pix_loss takes no value, found True'"),
+    ("main_pretrain", "--data_path /vall", "'--data_path /vall' 'a shell variable before it is empty'"),
     # Files that are no checkpoints
     ("main_pretrain", "--resume {file}", "--resume {file} text {mae}"),
     ("main_finetune", "--eval --finetune {classifier}", "--eval --resume {classifier}"),

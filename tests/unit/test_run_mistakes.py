@@ -118,7 +118,7 @@ def test_the_default_folder_continues_with_another_schedule_and_spelling(in_defa
     assert len(log_lines(in_default)) == 2
     # The folder stands for its last checkpoint.
     code, text = call(main_pretrain, capsys, *flags, "--resume", "output_dir")
-    assert code == 0 and "all 2 epochs are done" in text, text
+    assert code == 0 and "all epochs (2) are done" in text, text
 
 
 def test_a_folder_given_by_hand_continues_with_changed_flags(in_default, capsys):

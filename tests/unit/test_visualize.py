@@ -14,8 +14,10 @@ import tiny  # noqa: F401 (registers mae_test and vit_test)
 import visualize
 from backbones.registry import build_classifier
 from models_mae_pl import MODELS
+from processes import ROOT
 from tools import draw
-from util.flags.parser import run
+from util.flags import early
+from util.flags.parser import parse, run
 from util.report import charts, runs
 from util.report.aggregate import Aggregate, aggregate, student_quantile
 from util.report.page import page

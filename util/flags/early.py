@@ -178,7 +178,8 @@ def _meant(main: str, flags: argparse.Namespace) -> str:
     """What to give if --finetune names the classifier to evaluate."""
     if main != "main_finetune" or not flags.finetune:
         return ""
-    return f": --finetune starts a training, so give --resume {printable(flags.finetune)} instead"
+    file = printable(flags.finetune)
+    return f"; --finetune starts a training: if {file} is a trained classifier, give --resume {file}"
 
 
 def _check_path(flag: str, path: str) -> None:
@@ -202,4 +203,6 @@ def _check_path(flag: str, path: str) -> None:
     hint = f"there is no {printable(name)} in {printable(os.path.abspath(folder))}"
     if near:
         hint += f"; did you mean {printable(near[0])}?"
+    if folder == "/":
+        hint += "; perhaps a shell variable before it is empty"
     raise ValueError(f"{flag} {shown} does not exist: {hint}")

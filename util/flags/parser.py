@@ -189,7 +189,8 @@ class Parser(argparse.ArgumentParser):
             # The flags of a command.
             if isinstance(action, argparse._SubParsersAction):
                 actions += [own for command in action.choices.values() for own in command._actions]
-        defaults = [(action, action.default) for action in actions]
+        # argparse would read the value of an optional word, such as a path, from the text of SUPPRESS.
+        defaults = [(action, action.default) for action in actions if action.option_strings]
         try:
             # Without defaults, only the flags of the command line become attributes.
             for action, _ in defaults:

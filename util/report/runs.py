@@ -105,6 +105,8 @@ def read_run(folder: str, name: str = "", report: Report = print_damage) -> RunR
     """
     path = os.path.join(folder, "log.txt")
     if not os.path.isfile(path):
+        if os.path.isfile(os.path.join(folder, "run.json")):
+            raise ValueError(f"{folder} has no log.txt: the run has not finished an epoch yet")
         raise ValueError(
             f"{folder} has no log.txt: give the `output_dir` of a run, or a folder of such folders"
         )
