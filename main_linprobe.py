@@ -377,6 +377,8 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
         options["pos_embed"] = args.pos_embed
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
+    # A distillation token that the file lacks is a random one, and must be the same at each start.
+    torch.manual_seed(0)
     model = build_classifier(
         args.model, img_size=setup.size, in_chans=args.in_chans, num_classes=0, **options
     )
@@ -388,24 +390,35 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
 
 
 def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: nn.Module) -> str:
-    """Return a checksum of the encoder, which a probe stores in the place of the encoder itself.
+    """Return checksums of the encoder, which a probe stores in the place of the encoder itself.
 
-    Raises ValueError if the trained heads of `start` belong to another encoder.
+    The second one is that of the positional embedding, which other sizes of images change. Raises ValueError
+    if the trained heads of `start` belong to another encoder.
     """
-    total = 0
+    sums = {False: 0, True: 0}
     for name, weight in backbone.named_parameters():
-        # Another size of images changes the table of positions.
-        if "pos_embed" not in name:
-            total = zlib.crc32(weight.detach().cpu().contiguous().numpy().data, total)
-    found = f"{total:08x}"
+        embeds = "pos_embed" in name
+        sums[embeds] = zlib.crc32(weight.detach().cpu().contiguous().numpy().data, sums[embeds])
+    found = f"{sums[False]:08x}-{sums[True]:08x}"
     trained = stored_flags(start)
-    if start is not None and trained.get("encoder", found) != found:
-        own = printable(str(trained.get("finetune")))
-        raise ValueError(
-            f"{start.path} holds heads for another encoder than {args.finetune}: give the one that they were "
-            f"trained on ({own}), or start a new probe in another --output_dir"
-        )
-    return found
+    own = trained.get("encoder")
+    # Earlier probes store none.
+    if start is None or not isinstance(own, str):
+        return found
+    count = len(found)
+    before = trained.get("input_size") or args.input_size
+    if pair(before, "--input_size") != pair(args.input_size, "--input_size"):
+        count = found.index("-")
+    if own[:count] == found[:count]:
+        return found
+    path = printable(str(trained.get("finetune")))
+    remedy = f"give the one that they were trained on ({path})"
+    if path == args.finetune:
+        remedy = "that file, or --pos_embed, has changed since: give what they were trained on"
+    raise ValueError(
+        f"{start.path} holds heads for another encoder than {args.finetune}: {remedy}, or start a new probe "
+        "in another --output_dir"
+    )
 
 
 def build_data(

@@ -421,7 +421,7 @@ def test_another_architecture_is_named_and_nothing_is_overwritten(tmp_path, caps
     code, text = pretrain(tmp_path, capsys, "--pos_label", "rpl", "--epochs", 2)
     assert code == 2 and "--pos_label apl, not with --pos_embed none --pos_label rpl" in text, text
     code, text = pretrain(tmp_path, capsys, "--patch_size", 16, "--epochs", 2)
-    assert code == 2 and "give --model mae_test and --patch_size 8" in text, text
+    assert code == 2 and "made with --model mae_test" in text and "patches of 8x8" in text, text
     assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
 
 
@@ -535,7 +535,7 @@ def test_undecodable_images_are_skipped_listed_and_bounded(tmp_path, capsys, bad
 def test_a_zip_that_is_not_a_checkpoint(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as z:
         z.writestr("readme.txt", "hello")
-    with pytest.raises(ValueError, match=r"is a zip file of readme\.txt"):
+    with pytest.raises(ValueError, match=r"is a zip file that holds readme\.txt"):
         checkpoint.load(str(tmp_path / "c.pth"))
 
 

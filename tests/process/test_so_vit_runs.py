@@ -258,7 +258,7 @@ def test_the_probe_says_that_it_is_of_second_order(tmp_path, capsys):
         assert checkpoint.kind_of(model) == "probe"
     for flags, message in (
         (["--cached", *SECOND_ORDER], "does not work with --knn or --cached"),
-        (["--so_iters", 2], "probe is linear"),
+        (["--so_iters", 2], "--so_* flags belong to --head second_order"),
     ):
         code, text = call(
             main_linprobe, capsys, "--model", "vit_test", "--finetune", file, *flags, "--output_dir", tmp_path

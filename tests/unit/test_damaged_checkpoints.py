@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -124,6 +125,23 @@ def test_damage_in_the_directory_of_a_file_is_never_a_traceback(tmp_path):
                 refused += 1
             assert beside(str(path)) == ""
     assert refused > 100
+
+
+def test_a_file_without_lines_is_not_read_at_once(tmp_path):
+    """The format before PyTorch 1.6 is searched in pieces, for a word that may lie across two of them."""
+    path = tmp_path / "c.pth"
+    with open(path, "wb") as file:
+        file.write(b"\x80\x02")
+        file.truncate(1 << 29)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"c\.pth"):
+        load(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 25
+    for start in ((1 << 20) - 12, (1 << 20) - 5, 1 << 20):
+        path.write_bytes(b"\x80\x02" + b"x" * start + b"bytearray\n" + b"x" * 99)
+        refusal(path, "asks for a bytearray")
 
 
 def test_a_folder_that_cannot_be_listed_offers_nothing(tmp_path, monkeypatch):

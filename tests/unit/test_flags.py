@@ -110,6 +110,7 @@ def parser_error(capsys, *words: str) -> str:
         (b"--size 1\n# caf\xe9\n", "recipe R.args is not a text file in UTF-8: line 2 has the byte 0xe9"),
         (b'# a\n--size "a\n', "recipe R.args, line 2: an open quote. Close it, or put a backslash before it"),
         (b"--size a\\", "recipe R.args, line 1: a backslash at the end. Remove it"),
+        (b"--size a \\\n--size b\n", "recipe R.args, line 1: a backslash at the end. Remove it"),
         (b"# " + b"x" * 2**20, "recipe R.args is too large: all recipes of a command line may have 1048576"),
         (b"@small.args\n" * 201, "recipe small.args is one too many: a command line may include 200"),
         (b"@missing.args", "there is no recipe missing.args; see recipes/*.args"),

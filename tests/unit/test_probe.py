@@ -300,3 +300,20 @@ def test_heads_are_used_with_the_encoder_that_they_were_trained_on(tmp_path, cap
         assert code == 0 and "not read" not in text, text
     code, text = call(main_linprobe, capsys, *common, *again)
     assert code == 2 and f"--finetune FILE (it was {copy})" in text
+    # Other positions count at the same size of images only.
+    positions = {**encoder.model, "pos_embed": encoder.model["pos_embed"] + 1}
+    torch.save({"model": positions, "args": encoder.args}, copy)
+    code, text = call(main_linprobe, capsys, *common, *again, "--finetune", copy)
+    assert code == 2 and "that file, or --pos_embed, has changed since" in text
+    code, text = call(main_linprobe, capsys, *common, *again, "--finetune", copy, "--input_size", 48)
+    assert code == 0, text
+
+
+def test_a_token_that_the_file_lacks_is_the_same_at_each_start():
+    words = ["--model", "deit_pico_distilled_patch8", "--finetune", "F"]
+    args = main_linprobe.as_trained(parse(main_linprobe.get_args_parser(), words), None)
+    pico = Checkpoint("p.pth", MODELS["mae_vit_pico_patch8"](img_size=(32, 32)).state_dict(), {})
+    first = main_linprobe.load_backbone(args, pico, SETUP, {})
+    second = main_linprobe.load_backbone(args, pico, SETUP, {})
+    assert torch.equal(first.dist_token, second.dist_token) and first.dist_token.std() > 0
+    assert main_linprobe.check_encoder(args, None, first) == main_linprobe.check_encoder(args, None, second)

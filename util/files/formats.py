@@ -4,6 +4,7 @@ Nothing here imports torch, so that a command line is answered at once.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -83,11 +84,12 @@ def beside(path: str) -> str:
     with contextlib.suppress(OSError):
         folder = os.path.dirname(path)
         others = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(WEIGHTS)]
-        whole = [other for other in others if _is_whole(other) and not os.path.samefile(other, path)]
-        newest = sorted(whole, key=lambda other: (os.path.getmtime(other), other), reverse=True)
+        others.sort(key=lambda other: (os.path.getmtime(other), other), reverse=True)
+        whole = (other for other in others if _is_whole(other) and not os.path.samefile(other, path))
+        newest = list(itertools.islice(whole, MOST_LISTED))
     if not newest:
         return ""
-    return f"{SUCH_AS}{', '.join(map(printable, newest[:MOST_LISTED]))}"
+    return f"{SUCH_AS}{', '.join(map(printable, newest))}"
 
 
 def _is_whole(path: str) -> bool:

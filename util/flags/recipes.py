@@ -46,7 +46,7 @@ class Recipes:
             self._check(path, includers)
             for number, line in enumerate(self._lines(path), start=1):
                 try:
-                    parts = self.split(line)
+                    parts = self.split(line.rstrip("\n"))
                 except ValueError as error:
                     raise ValueError(f"recipe {printable(path)}, line {number}: {_reason(error)}") from None
                 all_words += self.expanded(parts, (*includers, path))

@@ -8,13 +8,14 @@ import pathlib
 import pickle
 import pickletools
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from util.files import formats
+from util.files.names import printable
 from util.weights import archive, layouts, validate
 from util.weights.archive import crc32
 from util.weights.locate import located
@@ -30,6 +31,8 @@ _SAFE_CLASSES: list[Any] = [
 # What safetensors files of ours store as text, besides tensors.
 _METADATA = ("args", "classes")
 DIGEST = "crc32"
+# How many names of other files an error lists.
+MOST_NAMES = 8
 _ARRAY = b"bytearray\n"
 # Libraries of which checkpoints ask for harmless names; other names matter more in a short list.
 _USUAL = ("torch.", "numpy.", "collections.")
@@ -96,10 +99,12 @@ def _check_exists(path: str) -> None:
         folder = os.path.dirname(path) or "."
         others: list[str] = []
         if os.path.isdir(folder):
-            others = sorted(f for f in os.listdir(folder) if f.endswith(".pth"))
+            others = [name for name in sorted(os.listdir(folder)) if name.endswith(".pth")]
         message = f"no checkpoint at {path}"
-        if others:
-            message += f"; {folder} has {', '.join(others)}"
+        # A link that leads nowhere has a name, too.
+        listed = [printable(name) for name in others[:MOST_NAMES] if name != os.path.basename(path)]
+        if listed:
+            message += f"; {folder} has {', '.join(listed)}{', ...' * (len(others) > MOST_NAMES)}"
         raise ValueError(message)
 
 
@@ -142,8 +147,8 @@ def _unpickled(path: str) -> Any:
     """What the file's pickle describes. Raises _Damaged, and errors of many types for other files."""
     if not archive.is_archive(path):
         # The format before PyTorch 1.6 has no checksums.
-        with open(path, "rb") as lines:
-            _check_arrays(line[-len(_ARRAY) :] for line in lines)
+        with open(path, "rb") as raw:
+            _check_arrays(_windows(raw))
         return _torch_load(path)
     with archive.opened(path) as file:
         file.check_small_records()
@@ -157,6 +162,14 @@ def _unpickled(path: str) -> Any:
         file.check_rest()
         _check_damage(file)
     return state
+
+
+def _windows(file: BinaryIO) -> Iterator[bytes]:
+    """The content of a file in pieces, each with the end of the one before it."""
+    end = b""
+    while piece := file.read(1 << 20):
+        yield end + piece
+        end = piece[-len(_ARRAY) :]
 
 
 def _check_arrays(texts: Iterable[bytes]) -> None:
