@@ -76,7 +76,7 @@ def test_strategy_and_ranks_may_change_between_saves(tmp_path):
 
 def test_one_process_and_float16_are_refused(tmp_path):
     code, text = start(tmp_path / "a", *TEN_STEPS, *FSDP)
-    assert code == 2 and "one process only" in text
+    assert code == 2 and "there is only one: start several" in text
     results = ranks(2, tmp_path / "b", *TEN_STEPS, *FSDP, "--amp", "fp16")
     assert all(code == 2 and "needs --amp bf16 or fp32" in text for code, text in results)
 
