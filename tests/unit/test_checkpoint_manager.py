@@ -275,9 +275,9 @@ def test_the_flags_of_a_killed_run_decide_what_is_made_up_for(tmp_path, monkeypa
     assert list(contents(tmp_path)) == names
     now = (tmp_path / "checkpoint-best.pth").stat()
     assert (now.st_ino, now.st_mtime_ns) == (best.st_ino, best.st_mtime_ns), "it is of an earlier epoch"
-    before = {p.name: p.stat() for p in tmp_path.iterdir()}
+    before = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
     small_run(tmp_path, Classify((2.0, 1.0)), save_every_epochs=0, keep=1)
-    assert {p.name: p.stat() for p in tmp_path.iterdir()} == before
+    assert {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.iterdir()} == before
 
 
 def test_nothing_is_retired_that_both_starts_would_keep(tmp_path):
