@@ -432,6 +432,11 @@ def build_data(
     options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
+    if len(val.index.classes) < 2:
+        raise ValueError(
+            f"--data_path {printable(val.index.path)} has one class only ({some_names(val.index.classes)}): "
+            "a classifier needs at least two class folders"
+        )
     if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
         raise ValueError(
             f"--nb_classes {args.nb_classes}, but {val.index.path} has "
@@ -455,11 +460,6 @@ def build_data(
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
-    if len(train.index.classes) == 1:
-        raise ValueError(
-            f"--data_path {printable(train.index.path)} has one class only "
-            f"({some_names(train.index.classes)}): a classifier needs at least two class folders"
-        )
     dist.print_rank0(f"training on {train.summary()}")
     if once:
         loader = eval_loader(train, **loading)

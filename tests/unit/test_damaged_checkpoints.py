@@ -148,9 +148,10 @@ def test_a_folder_that_cannot_be_listed_offers_nothing(tmp_path, monkeypatch):
     path = tmp_path / "c.pth"
     small_file(path)
     small_file(tmp_path / "d.pth")
+    (tmp_path / "link.pth").symlink_to("nowhere")
     assert beside(str(path)) == f", such as {tmp_path}/d.pth"
-    # As if another run had removed it meanwhile.
-    monkeypatch.setattr(os.path, "getmtime", lambda path: os.stat(f"{path}.gone").st_mtime)
+    # As if another run had removed one meanwhile.
+    monkeypatch.setattr(os, "listdir", lambda folder: ["d.pth", "gone.pth"])
     assert beside(str(path)) == ""
 
 

@@ -84,7 +84,7 @@ def beside(path: str) -> str:
     with contextlib.suppress(OSError):
         folder = os.path.dirname(path)
         others = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(WEIGHTS)]
-        others.sort(key=lambda other: (os.path.getmtime(other), other), reverse=True)
+        others.sort(key=lambda other: (os.lstat(other).st_mtime, other), reverse=True)
         whole = (other for other in others if _is_whole(other) and not os.path.samefile(other, path))
         newest = list(itertools.islice(whole, MOST_LISTED))
     if not newest:
