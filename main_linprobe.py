@@ -32,6 +32,7 @@ from util.flags.groups import (
     ascending,
     channel_stats,
     compile_mode,
+    is_timm_path,
     pair,
 )
 from util.flags.numbers import COUNT, POSITIVE, SHARE, side
@@ -118,7 +119,6 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, some_names
-from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank

@@ -10,7 +10,7 @@ import argparse
 import os
 
 from util.files.cores import own_cores
-from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP
+from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP, is_timm_path
 from util.flags.numbers import COUNT
 from util.flags.parser import Parser, answer_at_once, run, with_flags
 
@@ -57,7 +57,6 @@ from util.data.seeding import epoch_and_index
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.sources.repack import repack
-from util.data.timm_datasets import is_timm_path
 from util.data.transforms import eval_transform
 from util.files.names import counted, printable
 

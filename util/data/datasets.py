@@ -13,10 +13,10 @@ from util.data.formats import decode, raise_pillows_limit
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
-from util.data.timm_datasets import TimmDataset, build_timm_dataset, is_timm_path
+from util.data.timm_datasets import TimmDataset, build_timm_dataset
 from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
-from util.flags.groups import MAX_PIXELS
+from util.flags.groups import MAX_PIXELS, is_timm_path
 
 # The embedded demo set, so that every main runs without data.
 DEMO = os.path.join(str(Path(__file__).resolve().parents[2]), "data", "demo")

@@ -19,7 +19,7 @@ from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
 from util.files.names import counted, printable
-from util.flags.groups import MAX_PIXELS, TIMM_READERS
+from util.flags.groups import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -156,12 +156,6 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
             if found is None:
                 return
             yield found
-
-
-def is_timm_path(data_path: str) -> bool:
-    """Tell whether a path has the form <reader>/<name>[=<root>] and is not an existing file."""
-    # An existing folder has priority, e.g. ./torch/train.
-    return data_path.partition("/")[0].lower() in TIMM_READERS and not os.path.exists(data_path)
 
 
 def build_timm_dataset(

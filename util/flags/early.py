@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from layers import sizes
 from util.files import LAST_CHECKPOINT, formats
 from util.files.names import printable
-from util.flags.groups import TIMM_READERS, ascending, channel_stats, compile_mode, pair
+from util.flags.groups import ascending, channel_stats, compile_mode, is_timm_path, pair
 
 # Main -> the names of its models.
 MODELS: Mapping[str, Callable[[], list[str]]] = {
@@ -124,8 +124,10 @@ def check_given(flags: argparse.Namespace) -> None:
     """Raise ValueError for a path of images that is given and empty: the demo images would be used."""
     for name, shown in IMAGE_PATHS.items():
         if name in getattr(flags, "given", ()) and not getattr(flags, name):
-            optional = ", or leave the flag out for the embedded demo images" * shown.startswith("-")
-            raise ValueError(f"{shown} is empty (perhaps an unset shell variable): name the images{optional}")
+            message = f"{shown} is empty (perhaps an unset shell variable): name the images"
+            if shown.startswith("-"):
+                message += ", or leave the flag out for the embedded demo images"
+            raise ValueError(message)
 
 
 def _check_images(flags: argparse.Namespace) -> None:
@@ -133,7 +135,7 @@ def _check_images(flags: argparse.Namespace) -> None:
     check_given(flags)
     for name, shown in IMAGE_PATHS.items():
         path = getattr(flags, name, "")
-        if not path or _is_read_by_timm(path) or os.path.exists(os.path.expanduser(path)):
+        if not path or is_timm_path(path) or os.path.exists(os.path.expanduser(path)):
             continue
         if "://" in path:
             raise ValueError(
@@ -146,12 +148,6 @@ def _check_images(flags: argparse.Namespace) -> None:
                 "are read as shards"
             )
         _check_path(shown, path)
-
-
-def _is_read_by_timm(path: str) -> bool:
-    """Whether another library reads the images: hfds/..., torch/..."""
-    reader, slash, _ = path.partition("/")
-    return slash == "/" and reader.lower() in TIMM_READERS
 
 
 def _check_starts(main: str, flags: argparse.Namespace) -> None:

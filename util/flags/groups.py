@@ -54,6 +54,13 @@ OUTPUT_DIR = "./output_dir"  # the folder of a run that is not given one
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs", "reduce-overhead")
 
 
+def is_timm_path(data_path: str) -> bool:
+    """Tell whether a path has the form <reader>/<name>[=<root>] and is not an existing file."""
+    reader, slash, _ = data_path.partition("/")
+    # An existing folder has priority, e.g. ./torch/train.
+    return bool(slash) and reader.lower() in TIMM_READERS and not os.path.exists(data_path)
+
+
 def own_workers() -> int:
     """Return the default number of data workers: the cores of this rank, and at most 10.
 

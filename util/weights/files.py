@@ -103,8 +103,10 @@ def _check_exists(path: str) -> None:
         message = f"no checkpoint at {path}"
         # A link that leads nowhere has a name, too.
         listed = [printable(name) for name in others[:MOST_NAMES] if name != os.path.basename(path)]
+        if len(others) > MOST_NAMES:
+            listed.append("...")
         if listed:
-            message += f"; {folder} has {', '.join(listed)}{', ...' * (len(others) > MOST_NAMES)}"
+            message += f"; {folder} has {', '.join(listed)}"
         raise ValueError(message)
 
 

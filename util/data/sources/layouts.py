@@ -360,4 +360,6 @@ def _contents(folder: str) -> str:
 
 def _first(names: list[str]) -> str:
     """Return the first of many names."""
-    return some_names(names[:5]) + ", ..." * (len(names) > 5)
+    if len(names) > 5:
+        return f"{some_names(names[:5])}, ..."
+    return some_names(names)
