@@ -196,9 +196,9 @@ def test_a_job_that_hangs_is_requeued_before_its_time_limit(uninterrupted, tmp_p
     finished(tmp_path, job, 300)
     assert_equal_runs(uninterrupted, tmp_path)
     text = output(tmp_path)
-    assert f"job {job} is requeued" in text and text.count("has not stopped within 25 s of SIGUSR2") == 4, (
-        ends(tmp_path)
-    )
+    # SLURM sends a warning again when a busy node did not confirm it, so a rank may report twice.
+    reports = ["has not stopped within 25 s of SIGUSR2" in rank for rank in outputs(tmp_path)]
+    assert f"job {job} is requeued" in text and reports.count(True) == 4, ends(tmp_path)
     assert "slow_pretrain.py" in text and "torch.futures.Future().wait()" in text, "the line that hangs"
 
 
