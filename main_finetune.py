@@ -117,7 +117,7 @@ def add_finetuning_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +137,13 @@ from layers.classifier import Classifier
 from util import dist
 from util.data.contract import Batches, IndexedSamples
 from util.data.datasets import ImageDataset, build_class_dataset
+from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import ImageIndex, check_classes, some_names
 from util.data.sources.layouts import class_names
+from util.data.survey.ranges import with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
@@ -349,10 +351,13 @@ def load_encoder(finetune: str, published: bool) -> Checkpoint:
 
 
 def build_data(
-    args: argparse.Namespace, setup: Setup
-) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
-    """Return the training loader (None for --eval) and the validation loader, over the same classes."""
-    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
+    args: argparse.Namespace, setup: Setup, trained: dict
+) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset], Setup]:
+    """Return the training loader (None for --eval), the validation loader, and the setup with their range.
+
+    Both loaders have the same classes. `trained` are the flags of the checkpoint that the run starts from.
+    """
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
     transform = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
@@ -364,8 +369,9 @@ def build_data(
     )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     describe_evaluation(val, setup.size, args.crop_pct)
+    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
-        return None, val_loader
+        return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     augment = finetune_transform(
         setup.size,
         in_chans=args.in_chans,
@@ -380,7 +386,9 @@ def build_data(
         only = some_names(train.index.classes)
         dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
     dist.print_rank0(f"training on {train.summary()}")
-    return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
+    setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
+    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
+    return loader, val_loader, setup
 
 
 def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: float | None) -> None:
@@ -620,6 +628,7 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
         "new_parameters": start.new_parameters,
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
+        "range": setup.pixels.range,
     }
     kept = stored_eps(start.trained)
     return checkpoint.plain_flags(vars(args)) | resolved | kept | choices.labels | choices.head
@@ -636,7 +645,7 @@ def main(args: argparse.Namespace) -> int:
     args = settled(args, start)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
-    loader, val_loader = build_data(args, setup)
+    loader, val_loader, setup = build_data(args, setup, start.trained)
     choices = resolve(args, start, val_loader.dataset.index)
 
     # Model and loss

@@ -115,10 +115,12 @@ from models_vit import VisionTransformer
 from util import dist
 from util.data.contract import Batches, IndexedSamples
 from util.data.datasets import TensorSamples, build_class_dataset
+from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, some_names
+from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
@@ -422,14 +424,15 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
 
 
 def build_data(
-    args: argparse.Namespace, setup: Setup
-) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples]]:
-    """Return the training loader and the validation loader.
+    args: argparse.Namespace, setup: Setup, trained: dict
+) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples], Setup]:
+    """Return the training loader, the validation loader, and the setup with the range of their values.
 
     Training images are augmented unless features are computed once. There is no training loader for --eval.
+    `trained` are the flags of the encoder's training.
     """
     once = args.knn or args.cached
-    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
     if len(val.index.classes) < 2:
@@ -450,8 +453,9 @@ def build_data(
         data_timeout=args.data_timeout,
     )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
+    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
-        return None, val_loader
+        return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     transform: Callable = eval_transform(setup.size)
     if not once:
         scale = ascending(args.crop_scale, "--crop_scale")
@@ -461,11 +465,12 @@ def build_data(
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
+    setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
     if once:
         loader = eval_loader(train, **loading)
     else:
         loader = train_loader(train, seed=args.seed, **loading)
-    return cached(loader, args.cache_data, setup.device), val_loader
+    return cached(loader, args.cache_data, setup.device), val_loader, setup
 
 
 def features_loader(
@@ -621,7 +626,8 @@ def main(given: argparse.Namespace) -> int:
         dist.check_folder(args.output_dir)
 
     # Data, frozen encoder, heads
-    loader, val_loader = build_data(args, setup)
+    loader, val_loader, setup = build_data(args, setup, pretrained.args)
+    flags["range"] = setup.pixels.range
     backbone = load_backbone(args, pretrained, setup, flags)
     flags["encoder"] = check_encoder(args, start, backbone)
     del pretrained  # its memory is needed

@@ -70,7 +70,7 @@ def add_model_flags(g) -> None:
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
+from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import (
     collate,
@@ -94,8 +95,9 @@ from util.data.loading.loader import (
     train_loader,
 )
 from util.data.multicrop import TwoViews
-from util.data.pixels import Pixels, unnormalize
+from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
+from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -118,7 +120,7 @@ from util.train.optim import adamw, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
-from util.weights.types import Checkpoint, stored_eps
+from util.weights.types import Checkpoint, stored_eps, stored_flags
 
 
 class Relations:
@@ -162,6 +164,11 @@ class Start:
     def saved(self) -> Checkpoint | None:
         """The checkpoint of either kind."""
         return self.resume or self.weights
+
+    @property
+    def trained(self) -> dict:
+        """The flags that the checkpoint stores; {} from scratch."""
+        return stored_flags(self.saved)
 
 
 @dataclass
@@ -312,9 +319,9 @@ def draw(
         tokens = model.forward_encoder(images, ids_keep)[:, 1:]  # (B, n, C)
         positions = PredictedPositions(ids_keep, model.pos_head.absolute.logits(tokens).argmax(-1))
     return reconstruction_panel(
-        unnormalize(images, pixels.mean, pixels.std) / 255,
+        pixels.unnormalize(images) / 255,
         mask,
-        unnormalize(model.unpatchify(pred), pixels.mean, pixels.std) / 255,
+        pixels.unnormalize(model.unpatchify(pred)) / 255,
         patch_size=model.patch_size,
         positions=positions,
         reconstruction_title=title,
@@ -403,9 +410,14 @@ def warn_of_nothing_to_predict(args: argparse.Namespace) -> None:
     )
 
 
-def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
-    """Return the training loader, and the validation loader or None."""
-    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
+def build_data(
+    args: argparse.Namespace, setup: Setup, trained: dict
+) -> tuple[Batches[Samples], Batches[Samples] | None, Setup]:
+    """Return the training loader, the validation loader or None, and the setup with the range of values.
+
+    `trained` are the flags of the checkpoint that the run starts from.
+    """
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment: Callable
     if relation_weights(args) and args.sr_views == "two":
@@ -414,6 +426,8 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
         augment = pretrain_transform(*crop, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **options)
     dist.print_rank0(train.summary())
+    scaled = bool(args.mean and args.std)
+    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -433,8 +447,8 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
         )
     if val is None:
         dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")
-        return loader, None
-    return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
+        return loader, None, setup
+    return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device), setup
 
 
 def read_start(args: argparse.Namespace) -> Start:
@@ -523,7 +537,8 @@ def main(args: argparse.Namespace) -> int:
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
-    loader, val_loader = build_data(args, setup)
+    loader, val_loader, setup = build_data(args, setup, start.trained)
+    args.range = setup.pixels.range
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank

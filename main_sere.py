@@ -152,10 +152,12 @@ from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
+from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
 from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
+from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.run.session import (
@@ -172,6 +174,7 @@ from util.train.optim import adamw, clip_each, param_groups
 from util.train.state import TrainState
 from util.weights import checkpoint
 from util.weights.defaults import as_stored
+from util.weights.types import stored_flags
 
 
 @dataclass(frozen=True)
@@ -423,9 +426,12 @@ def chance_levels(args: argparse.Namespace, model: SereStudent) -> dict[str, flo
 
 
 def build_data(
-    args: argparse.Namespace, setup: Setup, grid: tuple[int, int]
-) -> tuple[Batches[Samples], Samples]:
-    """Return the loader of multi-crop batches, and the images without augmentation."""
+    args: argparse.Namespace, setup: Setup, grid: tuple[int, int], trained: dict
+) -> tuple[Batches[Samples], Samples, Setup]:
+    """Return the loader of multi-crop batches, the images without augmentation, and the setup.
+
+    The setup gets the range of the values. `trained` are the flags of the checkpoint that the run continues.
+    """
     crops = MultiCrop(
         setup.size,
         pair(args.local_size, "--local_size"),
@@ -436,9 +442,11 @@ def build_data(
         mask_ratios=mask_ranges(args),
         details=Details(args.pred_shape, args.sere_exact),
     )
-    options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     train = build_dataset(args.data_path, "train", crops, **options)
     dist.print_rank0(train.summary())
+    scaled = bool(args.mean and args.std)
+    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loader = train_loader(
         train,
@@ -449,7 +457,7 @@ def build_data(
         data_timeout=args.data_timeout,
     )
     plain = build_dataset(args.data_path, "train", eval_transform(setup.size), **options)
-    return cached(loader, args.cache_data, setup.device), plain
+    return cached(loader, args.cache_data, setup.device), plain, setup
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> str:
@@ -491,7 +499,8 @@ def main(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = build_model(args).to(device)
     objective = build_objective(args, model, device)
-    loader, plain = build_data(args, setup, model.grid)
+    loader, plain, setup = build_data(args, setup, model.grid, stored_flags(start))
+    args.range = setup.pixels.range
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))

@@ -22,14 +22,16 @@ from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import ReadSettings
 from util.data.loading.loader import collate, some_samples
-from util.data.pixels import normalize, unnormalize
+from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
+from util.data.survey.ranges import with_range
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
 from util.files.atomic import write_text
 from util.files.names import printable, printable_lines
-from util.flags.groups import MAX_PIXELS, channel_stats
+from util.flags.groups import channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
 from util.report.panels import (
@@ -46,8 +48,6 @@ from util.weights.types import KINDS
 Model = MaskedAutoencoderViT | VisionTransformer
 # Images that go through the model at once.
 BATCH = 50
-# (mean, std) of each channel, as images were normalised.
-Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def load_model(path: str) -> tuple[Model, dict]:
@@ -64,14 +64,17 @@ def load_model(path: str) -> tuple[Model, dict]:
 
 def load_images(
     model: Model, flags: dict, data_path: str, first: int, n: int = 0
-) -> tuple[Iterator[tuple[Tensor, Tensor]], Stats]:
+) -> tuple[Iterator[tuple[Tensor, Tensor]], Pixels]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
-    Returns batches of (images (B, C, H, W), keys (B,)) and the statistics by which images were normalised.
+    Returns batches of (images (B, C, H, W), keys (B,)), and how they were normalised.
     The first batch has `first` images. Raises ValueError if no image can be read.
     """
-    stats = channel_stats(model.in_chans, flags.get("mean"), flags.get("std"))
-    dataset = _evaluation_set(model, data_path, flags.get("max_pixels", MAX_PIXELS))
+    stats = Pixels(*channel_stats(model.in_chans, flags.get("mean"), flags.get("std")))
+    read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
+    dataset = _evaluation_set(model, data_path, read)
+    scaled = bool(flags.get("mean") and flags.get("std"))
+    pixels = with_range(stats, dataset, None, scaled, flags.get("range"))
     samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
@@ -79,10 +82,10 @@ def load_images(
     # The first batch is the one that is drawn; the others are measured only.
     starts = [0, *range(first, len(samples), BATCH)]
     batches = (collate(samples[a:b]) for a, b in zip(starts, [*starts[1:], len(samples)]))
-    return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
+    return ((pixels.normalize(batch["image"]), batch["key"]) for batch in batches), pixels
 
 
-def _evaluation_set(model: Model, data_path: str, max_pixels: int) -> ImageDataset | TimmDataset:
+def _evaluation_set(model: Model, data_path: str, read: ReadSettings) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
 
     def split(name: str) -> ImageDataset | TimmDataset:
@@ -90,10 +93,9 @@ def _evaluation_set(model: Model, data_path: str, max_pixels: int) -> ImageDatas
             data_path,
             name,
             transform,
-            in_chans=model.in_chans,
+            read=read,
             labels=False,
             evaluation=True,
-            max_pixels=max_pixels,
         )
 
     try:
@@ -111,13 +113,13 @@ def _spread_first(samples: list[dict], first: int) -> list[dict]:
     return [samples[i] for i in front] + rest
 
 
-def as_pixels(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def as_pixels(images: Tensor, pixels: Pixels) -> np.ndarray:
     """Normalised (N, C, H, W) -> (N, H, W, 3) in [0, 1]; one and two channels are shown grey."""
-    pixels = (unnormalize(images, mean, std).clamp(0, 255) / 255).permute(0, 2, 3, 1).numpy()
+    shown = (pixels.unnormalize(images) / 255).permute(0, 2, 3, 1).numpy()
     channels = [0, 0, 0]
     if images.shape[1] >= 3:
         channels = [0, 1, 2]
-    return pixels[..., channels]
+    return shown[..., channels]
 
 
 def visible_cells(model: Model, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
@@ -173,7 +175,7 @@ def reconstruct(
             f"{path} does not say whether its target was normalised, so the prediction is taken as pixels: "
             "pass norm_pix_loss if it was normalised"
         )
-    batches, (mean, std) = load_images(model, flags, data_path, n)
+    batches, pixels = load_images(model, flags, data_path, n)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
     pred, mask = model.predict(images, ids_keep)
@@ -186,9 +188,9 @@ def reconstruct(
         logits = model.pos_head.absolute.logits(label_tokens(model, images, ids_keep))  # (N, n, L)
         positions = PredictedPositions(ids_keep, logits.argmax(-1))
     return reconstruction_panel(
-        unnormalize(images, mean, std) / 255,
+        pixels.unnormalize(images) / 255,
         mask,
-        unnormalize(model.unpatchify(pred), mean, std) / 255,
+        pixels.unnormalize(model.unpatchify(pred)) / 255,
         patch_size=model.patch_size,
         positions=positions,
         reconstruction_title=title,
@@ -269,9 +271,9 @@ def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float
         raise ValueError(
             f"{path} has no label head (`pos_label` none, or exported without it): no positions to draw"
         )
-    batches, stats = load_images(model, flags, data_path, n, measure)
+    batches, pixels = load_images(model, flags, data_path, n, measure)
     first = next(batches)
-    shown = as_pixels(first[0], *stats)  # (n, H, W, 3)
+    shown = as_pixels(first[0], pixels)  # (n, H, W, 3)
     # A generator: the normalised images of all batches would take several hundred MB.
     seen = (
         (images, visible_cells(model, keys, mask_ratio, flags)) for images, keys in chain([first], batches)
@@ -333,14 +335,14 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 def attention(path: str, data_path: str, n: int) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
-    batches, stats = load_images(model, flags, data_path, n)
+    batches, pixels = load_images(model, flags, data_path, n)
     images, _ = next(batches)
     maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)
     unread = ""
     if not _is_read(model):
         unread = " (no loss reads it)"
     title = f"attention of the class token{unread} in the last block; each map from 0 to its own largest"
-    return charts.attention(as_pixels(images, *stats), maps.numpy(), title)
+    return charts.attention(as_pixels(images, pixels), maps.numpy(), title)
 
 
 def _is_read(model: Model) -> bool:

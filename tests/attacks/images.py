@@ -23,6 +23,7 @@ from attacks.image_files import READ, Picture, hostile, seeds
 from attacks.mutations import changed
 from util.data.__main__ import main as data_command
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import ReadSettings
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
 
 SIZE = 32
@@ -143,7 +144,7 @@ class Folder:
             self.root / source,
             "train",
             transform,
-            in_chans=channels,
+            read=ReadSettings(channels),
             seed=self.seed,
             labels=False,
             evaluation=evaluation,

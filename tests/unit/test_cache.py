@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_finetune
 from util import dist
 from util.data.datasets import ImageDataset, build_dataset
-from util.data.formats import decode
+from util.data.formats import ReadSettings, decode
 from util.data.loading import cached_pixels, device_loader, memory, resample
 from util.data.loading.cache import cached
 from util.data.loading.cached_pixels import CachedPixels
@@ -160,7 +160,7 @@ def test_other_channel_counts_on_the_device(tmp_path, channels):
         array = array.repeat(8, 0).repeat(8, 1)
         np.save(tmp_path / f"{i}.npy", array)
     found, expected = (
-        samples(tmp_path, pretrain_transform(30), where, in_chans=channels, labels=False)
+        samples(tmp_path, pretrain_transform(30), where, read=ReadSettings(channels), labels=False)
         for where in ("device", "none")
     )
     compare(found, expected, most=2)
@@ -330,9 +330,9 @@ def test_batches_on_the_device_pass_without_a_copy(folder, monkeypatch):
 def test_images_lie_in_several_tensors(folder, monkeypatch):
     """Each has the size of SLAB or of its image; the images do not depend on it."""
     index = build_index(folder)
-    whole = CachedPixels(index, 3)
+    whole = CachedPixels(index, ReadSettings())
     monkeypatch.setattr(cached_pixels, "SLAB", 9000)
-    parts = CachedPixels(index, 3, threads=3)
+    parts = CachedPixels(index, ReadSettings(), threads=3)
     assert len(whole.slabs) == 1 and len(parts.slabs) > 4
     for i in range(12):
         if i in BROKEN:
@@ -359,7 +359,7 @@ def test_few_decoded_images_wait(folder, monkeypatch):
     monkeypatch.setattr(cached_pixels, "PROBED", 0)
     monkeypatch.setattr(cached_pixels, "decode", lambda *args: made.append(args) or decoded(*args))
     monkeypatch.setattr(CachedPixels, "_keep", slow)
-    pixels = CachedPixels(build_index(folder), 3, threads=2)
+    pixels = CachedPixels(build_index(folder), ReadSettings(), threads=2)
     assert stored == list(range(12)) and sorted(pixels.errors) == list(BROKEN)
     assert max(waiting) <= 5  # two for each thread, and the one that is kept
     with ThreadPoolExecutor(2) as pool:
@@ -371,7 +371,7 @@ def test_images_go_to_the_device_in_parts(folder, monkeypatch):
     index = build_index(folder)
     sizes = []
     zeros = torch.zeros
-    pixels = CachedPixels(index, 3)
+    pixels = CachedPixels(index, ReadSettings())
     whole = device_loader.padded_images(pixels, index, CPU)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: sizes.append(args) or zeros(*args, **kwargs))
     for copied, images in ((1, 1), (3 * whole[0].nbytes + 1, 3), (5 * whole[0].nbytes, 5)):
@@ -415,28 +415,28 @@ def test_sets_that_do_not_fit_are_refused(folder, monkeypatch):
         for room in (needed + 1, needed - 1):
             monkeypatch.setattr(memory, "available_memory", lambda room=room: room)
             if room > needed:
-                CachedPixels(index, 3, device=device)
+                CachedPixels(index, ReadSettings(), device=device)
                 continue
             with pytest.raises(ValueError, match=r"12 decoded images .* 0 MB are left: give .*none"):
-                CachedPixels(index, 3, device=device)
+                CachedPixels(index, ReadSettings(), device=device)
     monkeypatch.setattr(memory, "available_memory", lambda: unpadded + 1)
     for room in (padded + 1, padded - 1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 8e10))
         if room > padded:
-            CachedPixels(index, 3, device=torch.device("cuda"))
+            CachedPixels(index, ReadSettings(), device=torch.device("cuda"))
             continue
         with pytest.raises(ValueError, match=r"12 decoded images .* on a GPU of .*: give .*memory"):
-            CachedPixels(index, 3, device=torch.device("cuda"))
+            CachedPixels(index, ReadSettings(), device=torch.device("cuda"))
     # Two ranks share a host. Both must refuse the set, or one would wait for the other.
     monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * unpadded)
-    CachedPixels(index, 3)
+    CachedPixels(index, ReadSettings())
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine])
     with pytest.raises(ValueError, match="by all its processes"):
-        CachedPixels(index, 3)
+        CachedPixels(index, ReadSettings())
     small = memory.Need("elsewhere", 2.0, 1.0, 0.0, 0.0)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, small])
     with pytest.raises(ValueError, match="on elsewhere"):
-        CachedPixels(index, 3)
+        CachedPixels(index, ReadSettings())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -450,7 +450,7 @@ def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_pa
     room = {"cpu": padded - 1, "cuda": 1e5}[device.type]
     monkeypatch.setattr(memory, "available_memory", lambda: room)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (padded - 1, 8e10))
-    pixels = CachedPixels(index, 3, device=device)
+    pixels = CachedPixels(index, ReadSettings(), device=device)
     message = r"8 decoded images .* padded to 5.png \(200 x 300 pixels\), .* 1 MB .*: give .*memory, or none"
     with pytest.raises(ValueError, match=message):
         device_loader.padded_images(pixels, index, device)
@@ -458,7 +458,7 @@ def test_a_large_image_that_was_not_probed_is_found_before_all_are_padded(tmp_pa
     (tmp_path / "6.png").write_bytes(encoded(6, (20, 210), "PNG"))
     index = build_index(tmp_path, labels=False)
     with pytest.raises(ValueError, match=r"padded to 5.png \(200 x 300 pixels\) and 6.png \(210 x 20 pix"):
-        device_loader.padded_images(CachedPixels(index, 3, device=device), index, device)
+        device_loader.padded_images(CachedPixels(index, ReadSettings(), device=device), index, device)
     # All ranks refuse if one of them lacks the memory.
     monkeypatch.setattr(memory, "available_memory", lambda: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e10))

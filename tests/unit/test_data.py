@@ -32,7 +32,7 @@ from util import dist
 from util.data import __main__ as commands
 from util.data import datasets, formats
 from util.data.datasets import ImageDataset, build_class_dataset, build_dataset
-from util.data.formats import decode, is_plain_jpeg
+from util.data.formats import ReadSettings, decode, is_plain_jpeg
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
@@ -175,7 +175,7 @@ def test_real_tar_equals_real_folder(tmp_path):
     photos = build_index(tmp_path / "photos.tar", labels=False)
     data = photos.read(100)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # (H, W, 3)
-    assert (decode(data, 3).numpy() == expected.transpose(2, 0, 1)).all()
+    assert (decode(data).numpy() == expected.transpose(2, 0, 1)).all()
 
 
 def old_tar(tmp_path):
@@ -514,17 +514,17 @@ def test_class_names_must_agree(tmp_path):
 @pytest.mark.filterwarnings("error:.*ransparency")
 def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeypatch):
     if not torchvision:
-        monkeypatch.setattr(formats, "decode_jpeg", None)
+        monkeypatch.setattr(formats.jpeg, "decode_jpeg", None)
     data = encode(in_mode(mode), format, **options)
     expected = np.asarray(by_pil(data, mode, channels)).reshape(40, 48, channels)
-    decoded = decode(data, channels)
+    decoded = decode(data, ReadSettings(channels))
     assert decoded.dtype == torch.uint8 and (decoded.numpy() == expected.transpose(2, 0, 1)).all()
     assert is_plain_jpeg(data) == (format == "JPEG" and mode != "CMYK")
     for part in (0.5, 0.9):
         with pytest.raises(ValueError, match="not a readable image"):
-            decode(data[: int(len(data) * part)], channels)
+            decode(data[: int(len(data) * part)], ReadSettings(channels))
     with pytest.raises(ValueError, match="more than `max_pixels` 900"):
-        decode(data, channels, max_pixels=900)
+        decode(data, ReadSettings(channels, max_pixels=900))
 
 
 def in_mode(mode):
@@ -546,15 +546,20 @@ def by_pil(data, mode, channels):
 def test_every_format_has_suffixes_and_a_decoder():
     assert len(set(formats.IMAGE_SUFFIXES)) == len(formats.IMAGE_SUFFIXES)
     assert {b".jpg", b".png", b".npy"} <= set(formats.IMAGE_SUFFIXES)
-    assert formats.format_of(encode(picture())).decode(encode(picture()), 3, 1920).shape == (3, 40, 48)
+    assert formats.format_of(encode(picture())).decode(encode(picture()), ReadSettings()).shape == (3, 40, 48)
     assert formats.format_of(b"") is formats.FORMATS[-1], "the last one takes what no other matches"
 
 
 def test_a_new_format_is_one_entry_of_the_table(monkeypatch):
-    def decode_raw(data, in_chans, max_pixels):
-        return torch.frombuffer(bytearray(data[4:]), dtype=torch.uint8).view(in_chans, 2, 2)
+    def decode_raw(data, read):
+        return torch.frombuffer(bytearray(data[4:]), dtype=torch.uint8).view(read.in_chans, 2, 2)
 
-    raw = formats.Format((".raw",), lambda data, _: data[:4] == b"RAW!", decode_raw, read_by_pil=False)
+    def describe_raw(data, read):
+        return formats.Facts(torch.uint8, read.in_chans)
+
+    raw = formats.Format(
+        (".raw",), lambda data: data[:4] == b"RAW!", decode_raw, describe_raw, read_by_pil=False
+    )
     monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
     assert decode(b"RAW!" + bytes(range(12))).tolist()[2] == [[8, 9], [10, 11]]
 
@@ -564,7 +569,10 @@ def test_decode_16_bit_arrays_and_junk():
     files = {format: encode(Image.fromarray(values), format) for format in ("PNG", "TIFF")}
     files["PGM"] = b"P5\n16 16\n65535\n" + values.astype(">u2").tobytes()
     for format, data in files.items():
-        assert (decode(data, 3).numpy() == np.round(values / 257)).all(), format
+        for channels in (1, 3):
+            found = decode(data, ReadSettings(channels))
+            assert found.dtype == torch.uint16 and (found.numpy() == values).all(), format
+            assert found.shape == (channels, 16, 16)
     array = np.random.default_rng(0).integers(0, 256, (6, 7, 5), dtype=np.uint8)
 
     def npy(x):
@@ -572,21 +580,25 @@ def test_decode_16_bit_arrays_and_junk():
         np.save(file, x, allow_pickle=True)
         return file.getvalue()
 
-    assert (decode(npy(array), 5).numpy() == array.transpose(2, 0, 1)).all()
-    assert (decode(npy(array[..., 0]), 1).numpy() == array[None, ..., 0]).all()
+    assert (decode(npy(array), ReadSettings(5)).numpy() == array.transpose(2, 0, 1)).all()
+    assert (decode(npy(array[..., 0]), ReadSettings(1)).numpy() == array[None, ..., 0]).all()
     for data, channels, message in [
-        (npy(array), 3, "found uint8 .*expected uint8 .H, W, 3."),
-        (npy(array.astype(float)), 5, "float64"),
+        (npy(array), 3, "found uint8 .*expected .H, W, 3."),
+        (npy(array.astype(complex)), 5, "complex128, which are no pixels"),
         (npy(np.array([{}, 1])), 1, "found object"),
         (npy(array)[:-1], 5, "not a readable"),
         (b"", 3, "0 bytes"),
         (b"<html>", 3, "<htm"),
-        (encode(picture()), 5, "5 channels are read from .npy"),
-        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1, "floating-point"),
-        (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), 1, "70000"),
+        (encode(picture()), 5, "1, 3 or 4 channels, not 5: use .npy"),
+        (
+            encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"),
+            1,
+            "16 of its 16 values are not",
+        ),
+        (encode(Image.fromarray(np.full((4, 4), 1 << 25, np.int32)), "TIFF"), 1, "integers reach 33554432"),
     ]:
         with pytest.raises(ValueError, match=message):
-            decode(data, channels)
+            decode(data, ReadSettings(channels))
 
 
 # --- transforms ---
@@ -679,7 +691,7 @@ def test_finetune_transform_is_timms(mode, mean):
     for seed in range(10):
         for f, x in (
             (reference, image),
-            (pickle.loads(pickle.dumps(transform)), decode(encode(image), len(mean))),
+            (pickle.loads(pickle.dumps(transform)), decode(encode(image), ReadSettings(len(mean)))),
         ):
             with seeded(seed):
                 outputs.append(f(x))
@@ -687,7 +699,7 @@ def test_finetune_transform_is_timms(mode, mean):
     hardest = finetune_transform(16, in_chans=len(mean), mean=mean, auto_augment="rand-m10-n6-inc1")
     for seed in range(60):  # the highest magnitude posterises to 0 bits, which new versions of Pillow refuse
         with seeded(seed):
-            assert hardest(decode(encode(image), len(mean))).shape == (len(mean), 16, 16)
+            assert hardest(decode(encode(image), ReadSettings(len(mean)))).shape == (len(mean), 16, 16)
 
 
 def timms_draws(height, width, key, monkeypatch, **options):
@@ -761,11 +773,13 @@ def test_pixels_of_fine_tuning_are_those_of_pil(mode, format, tmp_path):
     transform = finetune_transform(
         (24, 32), in_chans=channels, auto_augment=None, crop=CropSettings(vflip=0.5)
     )
-    dataset = ImageDataset(build_index(tmp_path, labels=False), transform, in_chans=channels, seed=2)
+    dataset = ImageDataset(
+        build_index(tmp_path, labels=False), transform, read=ReadSettings(channels), seed=2
+    )
     errors = []
     for epoch, key in enumerate(keys):
         with seeded(key):
-            expected = np.asarray(through_pil(decode(data, channels), (24, 32), vflip=0.5))
+            expected = np.asarray(through_pil(decode(data, ReadSettings(channels)), (24, 32), vflip=0.5))
         found = dataset[epoch, 0]["image"].numpy()
         assert found.shape == expected.shape == (channels, 24, 32) and found.dtype == np.uint8
         errors.append(((found.astype(float) - expected) ** 2).mean())
@@ -1084,7 +1098,7 @@ def test_validation_during_pretraining_loads_as_fast_as_training(tmp_path):
     )
     for device, pinned in (("cuda", True), ("cpu", False)):
         setup = Setup(torch.device(device), "fp32", (16, 16), Pixels((0.5,) * 3, (0.5,) * 3))
-        loaders = main_pretrain.build_data(args, setup)
+        loaders = main_pretrain.build_data(args, setup, {})[:2]
         assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == [(5, pinned)] * 2
 
 
@@ -1153,14 +1167,14 @@ def test_what_timm_cannot_open(monkeypatch):
     with pytest.raises(ValueError, match=message):
         build_dataset("hfds/x", "train", None)
     with pytest.raises(ValueError, match="1 or 3 channels, not 5"):
-        build_dataset("hfds/x", "train", None, in_chans=5)
+        build_dataset("hfds/x", "train", None, read=ReadSettings(5))
 
 
 def test_command_line(tmp_path, capsys):
     write(tmp_path / "good", ORDER)
     images = [decode(Path(tmp_path, "good", n).read_bytes()).double().flatten(1) / 255 for n in ORDER]
     pixels = torch.cat(images, 1)
-    assert commands.main(["stats", str(tmp_path / "good")]) == 0
+    assert commands.main(["stats", str(tmp_path / "good"), "--recipe", ""]) == 0
     numbers = [float(w) for w in capsys.readouterr().out.split("\n")[1].split() if w[0] == "0"]
     expected = torch.cat([pixels.mean(1), pixels.std(1, correction=0)])
     torch.testing.assert_close(torch.tensor(numbers).double(), expected, atol=1e-4, rtol=0)
@@ -1173,7 +1187,6 @@ def test_command_line(tmp_path, capsys):
         (["check", str(tmp_path / "nowhere")], "no such file or folder"),
         (["stats", "hfds/x"], "timm's readers"),
         (["stats", str(tmp_path / "good"), "--in-chans", "5"], "give --in_chans as the images have it"),
-        (["stats", str(tmp_path / "good"), "--images", "0"], "--images 0: give at least 1"),
         (["stats", str(tmp_path / "good"), "extra"], "stats takes one path"),
     ):
         assert commands.main(argv) == 2 and message in capsys.readouterr().err

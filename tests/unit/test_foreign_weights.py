@@ -475,7 +475,7 @@ def maes_probe(pool: str, classes: int) -> tuple[dict, torch.nn.Module]:
 
 def by_hand(encoder, weights: dict, pool: str) -> tuple[float, float]:
     """Accuracy and loss on the demo set's validation images, with all layers of the probe written out."""
-    data = build_class_dataset("", "val", eval_transform((32, 32)), evaluation=True, in_chans=3, seed=0)
+    data = build_class_dataset("", "val", eval_transform((32, 32)), evaluation=True, seed=0)
     images = torch.stack([data[i]["image"] for i in range(len(data))]) / 255
     labels = torch.tensor([data[i]["label"] for i in range(len(data))])
     shape = (3, 1, 1)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from util.data.datasets import ImageDataset
+from util.data.formats import ReadSettings
 from util.data.loading.cached_pixels import Reader
 from util.data.sources import listing, listing_cache, tars
 from util.data.sources.image_index import ChangedTar
@@ -268,7 +269,7 @@ def test_a_replaced_tar_is_an_error_of_training_and_not_bad_images(tmp_path, eva
     path, index = indexed(tmp_path)
     path.write_bytes(reordered())
     dataset = ImageDataset(index, lambda image: image, evaluation=evaluation)
-    cached = Reader(index, in_chans=3, max_pixels=100)
+    cached = Reader(index, ReadSettings(max_pixels=100))
     for read in (dataset.__getitem__, cached):
         with pytest.raises(ChangedTar, match="was replaced or changed since it was listed"):
             read(0)

@@ -1,6 +1,6 @@
 """Measure, check and repack images.
 
-python -m util.data stats PATH      # mean and standard deviation per channel
+python -m util.data stats PATH      # range, mean and standard deviation per channel, and a recipe of them
 python -m util.data check PATH      # list unreadable images; exit code 1 if there are any
 python -m util.data repack PATH TARGET [--long_side 500]
                                     # shards that load faster; see util/data/sources/repack.py
@@ -8,12 +8,17 @@ python -m util.data repack PATH TARGET [--long_side 500]
 
 import argparse
 import os
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 from util.files.cores import own_cores
-from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP, is_timm_path
+from util.flags.groups import MAX_PIXELS, MAX_PIXELS_HELP, add_read_flags, is_timm_path
 from util.flags.numbers import COUNT
 from util.flags.parser import Parser, answer_at_once, run, with_flags
 
+# Flags that errors about an image may name.
+FLAGS = ("max_pixels", "in_chans", "channels", "range")
 COMMANDS = ("stats", "check", "repack")
 
 
@@ -33,8 +38,15 @@ def get_args_parser() -> Parser:
     p.add_argument("path")
     p.add_argument("target", nargs="?", help="repack: folder that gets <split>-*.tar")
     p.add_argument("--split", default="train")
-    p.add_argument("--in_chans", type=int, default=3)
-    p.add_argument("--images", type=int, default=2000, help="stats: number of images, evenly spread")
+    p.add_argument("--in_chans", type=COUNT, default=3, help="number of channels")
+    add_read_flags(p)
+    p.add_argument("--images", type=COUNT, default=2000, help="stats: number of images, evenly spread")
+    p.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="stats: file that gets the flags, to be given as @FILE; NAME.args for a path PATH/NAME if not "
+        "given, '' for none",
+    )
     p.add_argument(
         "--long_side", type=int, help="repack: shrink images to it and encode them anew; lossless without it"
     )
@@ -50,14 +62,18 @@ import torch
 
 from util.data.contract import Samples
 from util.data.datasets import ImageDataset
-from util.data.formats import decode
+from util.data.formats import ReadSettings
 from util.data.loading.loader import build_loader
 from util.data.loading.samplers import EvalSampler
 from util.data.seeding import epoch_and_index
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.sources.repack import repack
+from util.data.survey.headers import spread, survey
+from util.data.survey.ranges import SUGGESTED
+from util.data.survey.values import Values
 from util.data.transforms import eval_transform
+from util.files.atomic import write_text
 from util.files.names import counted, printable
 
 
@@ -84,11 +100,15 @@ def command(args: argparse.Namespace) -> int:
         return 0
     # Without labels loose images count as well.
     index = build_index(args.path, args.split, labels=False)
-    print(index.summary())
-    # A small crop takes least time.
-    dataset = ImageDataset(index, eval_transform(8), in_chans=args.in_chans, max_pixels=args.max_pixels)
+    read = ReadSettings.of(vars(args))
     if args.command == "stats":
-        return print_stats(dataset, args.images)
+        found = survey(index, read)
+        dataset = ImageDataset(index, eval_transform(8), read=replace(read, depth=found.depth), found=found)
+        print(dataset.summary())
+        return print_stats(dataset, args.images, args.recipe)
+    # A small crop takes least time.
+    dataset = ImageDataset(index, eval_transform(8), read=read)
+    print(index.summary())
     return print_unreadable(dataset, args.num_workers)
 
 
@@ -122,44 +142,122 @@ def print_unreadable(dataset: ImageDataset, num_workers: int) -> int:
 
 def _described(index: ImageIndex, i: int, fault: str) -> str:
     # Both may hold text of whoever made the file.
-    return f"{printable(index.name(i))}: {printable(with_flags(fault, ['max_pixels']))}"
+    return f"{printable(index.name(i))}: {printable(with_flags(fault, FLAGS))}"
 
 
-def print_stats(dataset: ImageDataset, images: int) -> int:
-    """Print --mean and --std of about `images` images, spread evenly over the data set; return 0.
+def print_stats(dataset: ImageDataset, images: int, recipe: str | None) -> int:
+    """Print the flags of about `images` images, spread over the data set, and write a recipe; return 0.
 
     Raises ValueError if none of them can be read.
     """
-    if images < 1:
-        raise ValueError(f"--images {images}: give at least 1")
     index = dataset.index
-    in_chans = dataset.in_chans
-    # How often each channel has each value. Sums of floats would take eight times the memory of an image.
-    counts = torch.zeros(in_chans, 256, dtype=torch.int64)
-    # Spread evenly, as images of a class lie one after the other.
-    for i in range(0, len(index), max(1, len(index) // images)):
+    numbers = spread(len(index), images)
+    values = Values(dataset.read.in_chans, dataset.depth, len(numbers))
+    left_out: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for i in numbers:
         try:
-            image = decode(index.read(i), in_chans, dataset.max_pixels)
+            values.add(dataset.decoded(i))
         except (OSError, ValueError) as error:
             index.check_unchanged(i)
-            print(f"left out: {_described(index, i, str(error))}")
-            continue
-        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in image])
-    pixels = int(counts[0].sum())
-    # For example grey .npy files without --in_chans 1.
-    if pixels == 0:
+            reason = _reason(str(error))
+            left_out[reason] += 1
+            example.setdefault(reason, index.name(i))
+    for reason, count in left_out.most_common():
+        why = printable(with_flags(reason, FLAGS))
+        print(f"left out: {counted(count, 'image')}, as {printable(example[reason])}: {why}")
+    if not values.images:
         raise ValueError(
-            f"no image could be read with {in_chans} channels: give --in_chans as the images have it, "
-            "or see what `check` reports"
+            f"no image could be read with {dataset.read.in_chans} channels: give --in_chans as the images "
+            "have it, or see what `check` reports"
         )
-    values = torch.arange(256, dtype=torch.float64) / 255
-    shares = counts.double() / pixels
-    mean = shares @ values
-    square = shares @ values.square()
-    # The difference of two large numbers: float64 keeps enough digits.
-    std = (square - mean.square()).sqrt()
-    print("--mean", *(f"{v:.4f}" for v in mean), "--std", *(f"{v:.4f}" for v in std))
+    constant = values.constant()
+    if constant:
+        kept = [i for i in range(values.channels) if i not in constant]
+        print(f"constant in all images: {_bands(dataset, constant)}; leave out by {_channels(dataset, kept)}")
+    flags = _flags(dataset, values)
+    print(*flags)
+    _write_recipe(dataset, flags, recipe, values.images)
     return 0
+
+
+def _reason(error: str) -> str:
+    """Return what is wrong, without what differs from file to file: sizes and first bytes."""
+    return error.partition("): ")[2] or error
+
+
+def _flags(dataset: ImageDataset, values: Values) -> list[str]:
+    """Return --range, --mean and --std, and what was given beside them, one flag each."""
+    flags = []
+    low, high = [0.0], [255.0]
+    if dataset.depth != torch.uint8:
+        ends = values.percentiles(SUGGESTED)
+        low = [pair[0] for pair in ends]
+        # A constant channel has no width, and needs one.
+        high = [max(pair[1], _next(pair[0])) for pair in ends]
+        flags.append(_flag("range", [bound for pair in zip(low, high) for bound in pair], "{:.6g}"))
+    stats = values.stats(low, high)
+    # The smallest number that four digits show: 0 is no width.
+    return [
+        *_given(dataset),
+        *flags,
+        _flag("mean", stats.mean, "{:.4f}"),
+        _flag("std", [max(each, 1e-4) for each in stats.std], "{:.4f}"),
+    ]
+
+
+def _next(value: float) -> float:
+    return value + max(1.0, abs(value)) * 1e-3
+
+
+def _flag(name: str, values: list[Any], form: str = "{}") -> str:
+    return f"--{name} {' '.join(form.format(value) for value in values)}"
+
+
+def _given(dataset: ImageDataset) -> list[str]:
+    """Return the flags by which the images were read, as far as they are not the defaults."""
+    read = dataset.read
+    flags = []
+    if read.channels:
+        if read.bands is not None:
+            flags.append(_flag("in_chans", [read.bands]))
+        flags.append(_flag("channels", list(read.channels)))
+    elif read.in_chans != 3:
+        flags.append(_flag("in_chans", [read.in_chans]))
+    return flags
+
+
+def _bands(dataset: ImageDataset, channels: list[int]) -> str:
+    numbers = _numbers(dataset, channels)
+    return f"{'band' if len(numbers) == 1 else 'bands'} {', '.join(map(str, numbers))}"
+
+
+def _channels(dataset: ImageDataset, kept: list[int]) -> str:
+    return _flag("channels", _numbers(dataset, kept))
+
+
+def _numbers(dataset: ImageDataset, channels: list[int]) -> list[int]:
+    """Return the numbers in the files of channels of the images."""
+    if not dataset.read.channels:
+        return channels
+    return [dataset.read.channels[i] for i in channels]
+
+
+def _write_recipe(dataset: ImageDataset, flags: list[str], recipe: str | None, images: int) -> None:
+    """Write the flags to a recipe, unless its name is ''. An existing file of other flags is kept."""
+    path = recipe
+    if path is None:
+        base = os.path.basename(os.path.abspath(dataset.index.path)) or "data"
+        path = f"{base.removesuffix('.tar')}.args"
+    if not path:
+        return
+    source = f"# Of {counted(images, 'image')} of {printable(dataset.index.path)}"
+    text = "\n".join([source, *flags, ""])
+    if recipe is None and os.path.exists(path):
+        print(f"{printable(path)} exists and is kept: name another file by --recipe")
+        return
+    write_text(path, text, follow=True)
+    print(f"written to {printable(path)}: give @{printable(path)} to a main")
 
 
 def main(argv: list[str] | None = None) -> int:

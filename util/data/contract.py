@@ -36,6 +36,9 @@ class IndexedSamples(Samples):
     index: ImageIndex
 
 
+# Names of the images in a sample. Its other tensors are boxes, masks and numbers.
+VIEWS = ("image", "second", "local")
+
 S = TypeVar("S", bound=Samples, covariant=True)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +10,16 @@ import torch
 
 from util.data import native
 from util.data.contract import IndexedSamples
-from util.data.formats import decode, raise_pillows_limit
+from util.data.formats import DEFAULT, ReadSettings, decode, depth_name, raise_pillows_limit
+from util.data.formats.pil import orientation
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
+from util.data.survey.headers import Survey, survey
 from util.data.timm_datasets import TimmDataset, build_timm_dataset
 from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
-from util.flags.groups import MAX_PIXELS, is_timm_path
+from util.flags.groups import is_timm_path
 
 # The embedded demo set, so that every main runs without data.
 DEMO = os.path.join(str(Path(__file__).resolve().parents[2]), "data", "demo")
@@ -32,8 +35,8 @@ class Loaded(NamedTuple):
 class ImageDataset(IndexedSamples):
     """Samples of an `ImageIndex` by `(epoch, i)`, or by `i` for epoch 0.
 
-    A sample is a dictionary: image uint8 (C, H, W); label int, -1 without one; index int; key int, its
-    `sample_seed`; bad list[int]. It depends on (seed, epoch, index) only, not on worker or rank.
+    A sample is a dictionary: image (C, H, W) in the data set's depth; label int, -1 without one; index int;
+    key int, its `sample_seed`; bad list[int]. It depends on (seed, epoch, index) only, not on worker or rank.
 
     If image i cannot be read or transformed, i goes into `bad`, and another sample replaces it, drawn with
     the key of i. With `evaluation=True` the sample keeps its index and becomes a zero image with label -1
@@ -41,7 +44,8 @@ class ImageDataset(IndexedSamples):
     the transform that are not an image's fault are raised as they are; see `apply`.
 
     Args:
-        max_pixels: an image with more pixels (H * W) counts as unreadable.
+        read: how files become images. If its `depth` is None, images keep the depth of their files.
+        found: what the headers of some of the files tell, for the summary.
 
     Attributes:
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,
@@ -53,36 +57,49 @@ class ImageDataset(IndexedSamples):
         index: ImageIndex,
         transform: Any,
         *,
-        in_chans: int = 3,
+        read: ReadSettings = DEFAULT,
         seed: int = 0,
         evaluation: bool = False,
-        max_pixels: int = MAX_PIXELS,
+        found: Survey | None = None,
     ):
         self.index = index
+        self.found = found
         self.transform = transform
-        self.in_chans = in_chans
+        self.read = read
         self.seed = seed
         self.evaluation = evaluation
-        self.max_pixels = max_pixels
         self.pixels: Any = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def summary(self) -> str:
-        """Return one line: path, number of images and classes, layout, and who decodes JPEGs."""
+        """Return one line: path, number of images and classes, layout, what was found, who decodes JPEGs."""
+        line = self.index.summary()
+        if self.found is not None:
+            line += self.found.summary(self.read)
         if self._crops_jpegs():
-            return f"{self.index.summary()}; {native.describe()}"
-        return self.index.summary()
+            line += f"; {native.describe()}"
+        return line
 
     def _crops_jpegs(self) -> bool:
-        return self.pixels is None and self.in_chans == 3 and hasattr(self.transform, "crop_jpeg")
+        return self.pixels is None and self._rgb and hasattr(self.transform, "crop_jpeg")
+
+    @property
+    def _rgb(self) -> bool:
+        return self.read.in_chans == 3 and not self.read.channels and self.depth == torch.uint8
+
+    @property
+    def depth(self) -> torch.dtype:
+        """Return the type of the images' pixels."""
+        return self.read.depth or torch.uint8
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
         result, sample = self.resolve(item, self._load)
         # An image that cannot be read.
         if result is None:
-            result = apply(self.transform, black_image(self.in_chans), sample["key"])
+            black = black_image(self.read.in_chans, self.depth)
+            result = apply(self.transform, black, sample["key"])
         return views(result) | sample
 
     def fault(self, i: int) -> str:
@@ -92,6 +109,11 @@ class ImageDataset(IndexedSamples):
         except Unreadable as error:
             return str(error)
         return ""
+
+    def decoded(self, i: int) -> torch.Tensor:
+        """Return image i as it is decoded, (C, H, W). Raises OSError or ValueError if it cannot be read."""
+        raise_pillows_limit(self.read.max_pixels)
+        return decode(self.index.read(i), self.read)
 
     def _load(self, i: int, key: int) -> Any:
         """Return what the transform makes of image i; raise Unreadable if the image is at fault."""
@@ -107,16 +129,19 @@ class ImageDataset(IndexedSamples):
     def _read(self, i: int, key: int) -> Loaded:
         """Load image i; raise OSError, ValueError or MemoryError if that fails."""
         # timm's augmentation uses PIL, also for images that torchvision or another process has decoded.
-        raise_pillows_limit(self.max_pixels)
+        raise_pillows_limit(self.read.max_pixels)
         if self.pixels is not None:
             return Loaded(self.pixels[i], transformed=False)
         data = self.index.read(i)
         # Decoding only the crop is faster, if the native library is there and the file is an ordinary JPEG.
-        if self._crops_jpegs():
-            crop = self.transform.crop_jpeg(data, key, self.max_pixels)
+        if self._crops_jpegs() and not self._is_turned(data):
+            crop = self.transform.crop_jpeg(data, key, self.read.max_pixels)
             if crop is not None:
                 return Loaded(crop, transformed=True)
-        return Loaded(decode(data, self.in_chans, self.max_pixels), transformed=False)
+        return Loaded(decode(data, self.read), transformed=False)
+
+    def _is_turned(self, data: bytes) -> bool:
+        return self.read.exif == "apply" and orientation(data) != 1
 
     def resolve(self, item: int | tuple[int, int], load: Callable[[int, int], Any]) -> tuple[Any, dict]:
         """Return what `load(i, key)` gives for the image of the sample `item`, and the sample's other fields.
@@ -168,32 +193,47 @@ class TensorSamples(IndexedSamples):
         return dict(image=self.features[i], label=int(self.labels[i]), index=i, key=0, bad=[])
 
 
+def check_depth(transform: Any, depth: torch.dtype | None) -> None:
+    """Raise ValueError for images of more than 8 bits and a transform that works on 8 bits only."""
+    names = getattr(transform, "only_8_bits", "")
+    if names and depth not in (None, torch.uint8):
+        raise ValueError(
+            f"{names} change the colours of 8-bit images, and these are {depth_name(depth)}: turn both off "
+            "(`auto_augment` '' and no `color_jitter`)"
+        )
+
+
 def build_dataset(
     data_path: str | os.PathLike | None,
     split: str,
     transform: Callable,
     *,
-    in_chans: int = 3,
+    read: ReadSettings = DEFAULT,
     seed: int = 0,
     labels: bool = True,
     evaluation: bool = False,
-    max_pixels: int = MAX_PIXELS,
 ) -> ImageDataset | TimmDataset:
     """Open `split` of the data set at `data_path`.
 
     The path is one as in `build_index`, or None for the embedded demo set. timm reads
     `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds and torch, e.g.
     `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
-    resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line. An image
-    of more than `max_pixels` pixels counts as unreadable.
+    resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line.
+
+    Images are of one depth, which the data set has as `depth`: that of the widest of some that are looked at,
+    unless `read` says it. Images of narrower types are widened, and of wider ones count as unreadable.
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
     path = os.fspath(data_path or DEMO)
-    options: dict[str, Any] = dict(in_chans=in_chans, seed=seed, evaluation=evaluation, max_pixels=max_pixels)
+    options: dict[str, Any] = dict(seed=seed, evaluation=evaluation)
     if is_timm_path(path):
-        return build_timm_dataset(path, split, transform, **options)
-    return ImageDataset(build_index(path, split, labels=labels), transform, **options)
+        return build_timm_dataset(path, split, transform, read=read, **options)
+    index = build_index(path, split, labels=labels)
+    found = survey(index, read)
+    read = replace(read, depth=read.depth or found.depth)
+    check_depth(transform, read.depth)
+    return ImageDataset(index, transform, read=read, found=found, **options)
 
 
 def build_class_dataset(
@@ -201,10 +241,9 @@ def build_class_dataset(
     split: str,
     transform: Callable,
     *,
-    in_chans: int = 3,
+    read: ReadSettings = DEFAULT,
     seed: int = 0,
     evaluation: bool = False,
-    max_pixels: int = MAX_PIXELS,
 ) -> ImageDataset:
     """`build_dataset` for a classifier, which needs the names of the classes.
 
@@ -214,10 +253,9 @@ def build_class_dataset(
         data_path,
         split,
         transform,
-        in_chans=in_chans,
+        read=read,
         seed=seed,
         evaluation=evaluation,
-        max_pixels=max_pixels,
     )
     if not isinstance(dataset, ImageDataset):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Several crops of one image, each with its box in the image, and the block masks of iBOT.
 
-Transforms take uint8 (C, H, W) and return a dictionary of tensors, which replaces `image` in a sample. A box
-is (x, y, width, height, flipped) in pixels of the source image. All draws come from the global generators.
+Transforms take (C, H, W) in any depth and return a dictionary of tensors, which replaces `image` in a sample.
+A box is (x, y, width, height, flipped) in pixels of the source image. All draws come from the global
+generators.
 """
 
 import math
@@ -12,6 +13,9 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from util.data.formats import to_depth
+from util.data.transforms import resized_crop
+
 Range = tuple[float, float]
 Size = tuple[int, int]
 
@@ -21,14 +25,12 @@ def crop_with_box(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a random resized crop (bicubic, antialiased), flipped with chance `hflip`.
 
-    Returns uint8 (C, *size) and its box, float32 (5,).
+    Returns (C, *size) in the depth of the image, and its box, float32 (5,).
     """
     # torchvision draws the box from torch's generator; the flip comes from Python's.
     top, left, height, width = v2.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
     flipped = random.random() < hflip
-    crop = F.resized_crop(
-        image, top, left, height, width, list(size), v2.InterpolationMode.BICUBIC, antialias=True
-    )  # (C, H, W) -> (C, *size)
+    crop = resized_crop(image, (top, left, height, width), size)  # (C, H, W) -> (C, *size)
     if flipped:
         crop = F.horizontal_flip(crop)
     # The box stays that of the unflipped crop; its last value tells how to read it.
@@ -79,7 +81,7 @@ class MultiCrop:
 
     They are `image` (2, C, *size), the global crops; `local` (n, C, *local_size); `boxes` (2+n, 5); and
     `mask` (2, L), where true marks a masked cell of a global crop. Colour changes (jitter, grey,
-    solarisation) are made on images of three channels only.
+    solarisation) are made on uint8 images of three channels only.
 
     Args:
         grid: (h, w), the cells of a global crop.
@@ -117,13 +119,14 @@ class MultiCrop:
 
     def _make(self, image: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         crop, box = crop_with_box(image, view.size, view.scale)
-        if len(crop) == 3:
+        coloured = len(crop) == 3 and crop.dtype == torch.uint8
+        if coloured:
             crop = self.jitter(crop)
         if random.random() < view.blur:
             crop = gaussian_blur(crop, in_proportion=not self.details.exact)
         # Drawn for every image, so that the draws do not depend on the number of channels.
         solarized = random.random() < view.solarize
-        if solarized and len(crop) == 3:
+        if solarized and coloured:
             crop = F.solarize(crop, 128)
         return crop, box
 
@@ -160,7 +163,10 @@ def gaussian_blur(crop: torch.Tensor, in_proportion: bool = True) -> torch.Tenso
         sigma = sigma * side / 224
     # torchvision refuses a filter that reaches beyond the opposite edge.
     reach = min(math.ceil(3 * sigma), side - 1)
-    return F.gaussian_blur(crop, [2 * reach + 1, 2 * reach + 1], [sigma, sigma])
+    kernel = [2 * reach + 1, 2 * reach + 1]
+    if crop.dtype == torch.uint8:
+        return F.gaussian_blur(crop, kernel, [sigma, sigma])
+    return to_depth(F.gaussian_blur(crop.float(), kernel, [sigma, sigma]), crop.dtype)
 
 
 def block_mask(grid: Size, ratio: float, published: bool = False) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the numbers that a model sees, and back."""
+"""From the values of an image to the numbers that a model sees, and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,60 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+BYTE_RANGE = ((0.0,), (255.0,))
+
 
 @dataclass(frozen=True)
 class Pixels:
-    """How uint8 images become the numbers that a model sees.
+    """How the values of images become the numbers that a model sees.
 
-    `mean` and `std` have one value per channel, for images scaled to [0, 1].
+    Each has one value, or one per channel.
+
+    Attributes:
+        mean, std: of values that are scaled to [0, 1].
+        low, high: the values that become 0 and 1. Values beyond them are clipped.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    low: tuple[float, ...] = BYTE_RANGE[0]
+    high: tuple[float, ...] = BYTE_RANGE[1]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Scale images (..., C, H, W) from uint8 to float32 with zero mean and unit variance."""
-        return normalize(images, self.mean, self.std)
+        """Scale images (..., C, H, W) of any depth to float32 with zero mean and unit variance."""
+        if (self.low, self.high) == BYTE_RANGE and images.dtype == torch.uint8:
+            return normalize(images, self.mean, self.std)
+        key = self, images.shape[-3], images.device
+        scale, shift, least, most = _scale_shift_and_limits(*key)
+        # The first step makes a copy. The others work in place.
+        values = images.to(torch.float32, copy=True)
+        return values.mul_(scale).add_(shift).clamp_(least, most)
+
+    def unnormalize(self, images: Tensor) -> Tensor:
+        """Invert `normalize` for pictures: float (..., C, H, W) -> uint8, 0 for `low` and 255 for `high`."""
+        return unnormalize(images, self.mean, self.std)
+
+    @property
+    def range(self) -> list[float] | None:
+        """Return the range as flags store it, a low and a high value per channel; None for that of bytes."""
+        if (self.low, self.high) == BYTE_RANGE:
+            return None
+        count = max(len(self.low), len(self.high))
+        lows = self.low * (count // len(self.low))
+        highs = self.high * (count // len(self.high))
+        return [value for pair in zip(lows, highs) for value in pair]
+
+
+def split_range(values: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Split LOW HIGH [LOW HIGH ...] to the lows and the highs. Raises ValueError unless each low is lower."""
+    lows = tuple(values[::2])
+    highs = tuple(values[1::2])
+    if not values or len(values) % 2 or any(low >= high for low, high in zip(lows, highs)):
+        listed = " ".join(f"{value:g}" for value in values)
+        raise ValueError(
+            f"`range` takes a low and a higher value, or such a pair for each channel, found {listed}"
+        )
+    return lows, highs
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -45,14 +85,37 @@ def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the factor and the offset of `normalize`, float32 (C, 1, 1) or (1, 1, 1)."""
+    means, stds = _means_and_stds(mean, std, channels)
+    return _on(1 / (255 * stds), device), _on(-means / stds, device)
+
+
+@lru_cache(maxsize=32)
+def _scale_shift_and_limits(
+    pixels: Pixels, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the factor and the offset of a range, and its ends, float32 (C, 1, 1) or (1, 1, 1) each."""
+    means, stds = _means_and_stds(pixels.mean, pixels.std, channels)
+    if len(pixels.low) not in (1, channels) or len(pixels.high) not in (1, channels):
+        raise ValueError(
+            f"`range` has {len(pixels.low)} pairs of values, and images have {channels} channels: give one "
+            "pair, or one for each channel"
+        )
+    low = torch.tensor(pixels.low, dtype=torch.float64)
+    width = torch.tensor(pixels.high, dtype=torch.float64) - low
+    parts = (1 / (width * stds), (-low / width - means) / stds, -means / stds, (1 - means) / stds)
+    scale, shift, least, most = (_on(part, device) for part in parts)
+    return scale, shift, least, most
+
+
+def _means_and_stds(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> tuple[Tensor, Tensor]:
     if len(mean) not in (1, channels) or len(std) not in (1, channels) or min(std) <= 0:
         raise ValueError(
             f"mean {mean} and std {std} need one positive value or one per channel, and images have "
             f"{channels}: give `mean` and `std` ({channels} values each)"
         )
     # In float64, so that each result is rounded once.
-    means = torch.tensor(mean, dtype=torch.float64)
-    stds = torch.tensor(std, dtype=torch.float64)
-    scale = 1 / (255 * stds)
-    shift = -means / stds
-    return scale.float().to(device)[:, None, None], shift.float().to(device)[:, None, None]
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+
+def _on(values: Tensor, device: torch.device) -> Tensor:
+    return values.float().to(device)[:, None, None]

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist
 from util.data.contract import Samples
-from util.data.formats import PIL_FORMATS, PIL_MODES, open_image
+from util.data.formats import (
+    DEFAULT,
+    PIL_FORMATS,
+    PIL_MODES,
+    ReadSettings,
+    image_to_tensor,
+    open_image,
+    with_depth,
+)
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
 from util.files.names import counted, printable
-from util.flags.groups import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,14 @@ def _content(file: Any) -> bytes:
     return file.read()
 
 
+def pixels_of(image: Image.Image, read: ReadSettings) -> torch.Tensor:
+    """Return what `decode` makes of the file of a PIL image. Raises Unreadable."""
+    try:
+        return with_depth(image_to_tensor(image, read), read.depth or torch.uint8)
+    except (OSError, ValueError) as error:
+        raise Unreadable(str(error)) from error
+
+
 class TimmDataset(Samples):
     """The samples of an `ImageDataset` from a map-style set of (PIL image, label).
 
@@ -70,19 +84,28 @@ class TimmDataset(Samples):
         transform: Callable,
         *,
         name: str = "",
-        in_chans: int = 3,
+        read: ReadSettings = DEFAULT,
         seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
     ):
         self.dataset = dataset
         self.transform = transform
         self.name = name
-        self.mode = PIL_MODES[in_chans]
+        self.read = read
         self.seed = seed
-        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def depth(self) -> torch.dtype:
+        """Return the type of the images' pixels."""
+        return self.read.depth or torch.uint8
+
+    def decoded(self, i: int) -> torch.Tensor:
+        """Return image i as it is decoded, (C, H, W). Raises OSError or ValueError if it cannot be read."""
+        with our_pil(self.read.max_pixels):
+            image, _ = self.dataset[i]
+        return pixels_of(image, self.read)
 
     def summary(self) -> str:
         """Return one line: name, number of images, and how a run resumes."""
@@ -96,7 +119,7 @@ class TimmDataset(Samples):
         first_key = sample_seed(self.seed, epoch, i)
         for tries in range(1, MAX_TRIES + 1):
             try:
-                with our_pil(self.max_pixels):
+                with our_pil(self.read.max_pixels):
                     image, label = self.dataset[i]
                 return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
             except (OSError, Unreadable) as error:
@@ -106,7 +129,7 @@ class TimmDataset(Samples):
         raise ValueError(f"{MAX_TRIES} images of {self.name} in a row could not be read: {reason}")
 
     def _sample(self, image: Any, label: int, index: int, key: int) -> dict:
-        transformed = apply(self.transform, pil_to_tensor(image.convert(self.mode)), key)
+        transformed = apply(self.transform, pixels_of(image, self.read), key)
         return views(transformed) | dict(label=int(label), index=index, key=key, bad=[])
 
 
@@ -151,7 +174,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
         images = iter(self.dataset)
         while True:
             # Not around the loop: between two images, others may use PIL.
-            with our_pil(self.max_pixels):
+            with our_pil(self.read.max_pixels):
                 found = next(images, None)
             if found is None:
                 return
@@ -163,22 +186,22 @@ def build_timm_dataset(
     split: str,
     transform: Callable,
     *,
-    in_chans: int,
+    read: ReadSettings,
     seed: int,
     evaluation: bool,
-    max_pixels: int = MAX_PIXELS,
 ) -> TimmDataset:
     """Open `data_path`, <reader>/<name>[=<root>], with timm.
 
     Raises ValueError if timm cannot open it or a package is missing, and `NoSplit` if that happens for "val".
     """
-    if in_chans not in (1, 3):
+    if read.in_chans not in (1, 3):
         raise ValueError(
-            f"{data_path}: timm's readers give 1 or 3 channels, not {in_chans}; use folders of .npy files"
+            f"{data_path}: timm's readers give 1 or 3 channels, not {read.in_chans}; use folders of .npy "
+            "files"
         )
-    with our_pil(max_pixels):
-        dataset = _open(data_path, split, in_chans, seed, evaluation)
-    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed, max_pixels=max_pixels)
+    with our_pil(read.max_pixels):
+        dataset = _open(data_path, split, read.in_chans, seed, evaluation)
+    options: dict[str, Any] = dict(name=data_path, read=read, seed=seed)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
         return TimmIterableDataset(dataset, transform, **options)

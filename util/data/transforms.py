@@ -1,7 +1,8 @@
 """Transforms of one image: random crops and flips, timm's augmentation, and the centre crop of evaluation.
 
-Images are uint8 (C, H, W) before and after; `Pixels` normalises them on the device. That is a quarter of the
-bytes between processes, and no floating-point work in the loader's workers. Sizes are (H, W).
+Images are (C, H, W) in the depth of their files before and after; `Pixels` normalises them on the device.
+uint8 is a quarter of the bytes between processes, and needs no floating-point work in the loader's workers.
+Sizes are (H, W).
 
 Transforms draw from the global generators. A random crop that gets a key draws from its own generator
 instead, which the key seeds. Some transforms have further methods, which callers look for by name:
@@ -26,6 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from util.data import native
+from util.data.formats import to_depth
 from util.data.seeding import seeded
 from util.flags.groups import IMAGENET_MEAN, MAX_PIXELS
 
@@ -50,7 +52,7 @@ IMAGE_FAULTS = (ValueError, ArithmeticError, MemoryError, RuntimeError)
 
 
 def apply(transform: Any, image: torch.Tensor, key: int) -> Any:
-    """Return what a transform makes of uint8 (C, H, W) with the draws of `key`.
+    """Return what a transform makes of an image (C, H, W) with the draws of `key`.
 
     Raises Unreadable if the image is at fault: the transform works on an ordinary one. An error of the
     transform itself is raised as it is.
@@ -58,7 +60,7 @@ def apply(transform: Any, image: torch.Tensor, key: int) -> Any:
     try:
         return _drawn(transform, image, key)
     except IMAGE_FAULTS as error:
-        if not _works(transform, len(image), key):
+        if not _works(transform, image, key):
             raise
         height, width = image.shape[-2:]
         reason = str(error) or type(error).__name__
@@ -72,17 +74,30 @@ def _drawn(transform: Any, image: torch.Tensor, key: int) -> Any:
         return transform(image)
 
 
-def _works(transform: Any, channels: int, key: int) -> bool:
+def _works(transform: Any, image: torch.Tensor, key: int) -> bool:
     try:
-        _drawn(transform, black_image(channels), key)
+        _drawn(transform, black_image(len(image), image.dtype), key)
     except Exception:
         return False
     return True
 
 
-def black_image(channels: int) -> torch.Tensor:
-    """Return an image that any transform can be applied to, uint8 (channels, 64, 64)."""
-    return torch.zeros(channels, 64, 64, dtype=torch.uint8)
+def black_image(channels: int, depth: torch.dtype = torch.uint8) -> torch.Tensor:
+    """Return an image that any transform can be applied to, zeros (channels, 64, 64)."""
+    return torch.zeros(channels, 64, 64, dtype=depth)
+
+
+def resized_crop(image: torch.Tensor, box: Box, size: Size) -> torch.Tensor:
+    """Cut a box from an image and resize it (bicubic, antialiased), in the depth of the image.
+
+    Values of more than 8 bits are resized as float32, and then rounded and clipped to their type.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if image.dtype == torch.uint8:
+        return F.resized_crop(image, *box, size=list(size), interpolation=bicubic, antialias=True)
+    top, left, height, width = box
+    part = image[:, top : top + height, left : left + width].float()
+    return to_depth(F.resize(part, list(size), interpolation=bicubic, antialias=True), image.dtype)
 
 
 def views(result: Any) -> dict[str, Any]:
@@ -158,7 +173,7 @@ _python_draws = random.Random()
 class RandomCrop:
     """A random resized crop (bicubic, antialiased) and flips. Subclasses draw the box.
 
-    Called with uint8 (C, H, W) and perhaps a key, which seeds the draws.
+    Called with (C, H, W) and perhaps a key, which seeds the draws.
 
     Args:
         input_size: of the result, one number or (H, W).
@@ -208,11 +223,9 @@ class RandomCrop:
         height, width = image.shape[-2:]
         crop = self.draw(height, width, key)
         # The library takes RGB only. Both ways give the same pixels, up to rounding.
-        if image.shape[0] == 3 and native.library():
+        if image.shape[0] == 3 and image.dtype == torch.uint8 and native.library():
             return native.crop_pixels(image, crop.box, self.size, crop.native_flags)
-        image = F.resized_crop(
-            image, *crop.box, size=self.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-        )  # (C, H, W) -> (C, *size)
+        image = resized_crop(image, crop.box, self.size)  # (C, H, W) -> (C, *size)
         if crop.flip_x:
             image = image.flip(-1)
         if crop.flip_y:
@@ -378,11 +391,17 @@ class CenterCrop:
         height, width = image.shape[-2:]
         window = self.window(height, width)
         full = [window.full_height, window.full_width]
+        values = image
+        if image.dtype != torch.uint8:
+            values = image.float()
         if math.prod(full) > max(RESIZED_PIXELS, height * width):
-            image = self._shown_part(image, window)
+            values = self._shown_part(values, window)
         else:
-            image = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        return F.center_crop(image, self.size)  # (C, *full) -> (C, *size)
+            values = F.resize(values, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        values = F.center_crop(values, self.size)  # (C, *full) -> (C, *size)
+        if image.dtype == torch.uint8:
+            return values
+        return to_depth(values, image.dtype)
 
     def _shown_part(self, image: torch.Tensor, window: Window) -> torch.Tensor:
         """Return the part of the resized image that the crop shows, (C, h, w)."""
@@ -459,7 +478,7 @@ def finetune_transform(
     interpolation: str = "bicubic",
     mean: Sequence[float] = IMAGENET_MEAN,
 ) -> Callable[..., Any]:
-    """timm's training augmentation of a uint8 (in_chans, H, W) image; random erasing follows on the device.
+    """timm's training augmentation of an image (in_chans, H, W); random erasing follows on the device.
 
     The transform draws what timm draws. Without auto_augment and color_jitter only a bicubic
     crop and flips remain, which need no PIL image; the transform then also takes undecoded
@@ -518,8 +537,12 @@ def _per_channel(mean: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(mean)
 
 
-def _geometric_transform(size: Size, crop: CropSettings, interpolation: str) -> v2.Compose:
+def _geometric_transform(size: Size, crop: CropSettings, interpolation: str) -> Callable[..., Any]:
     """torchvision's random crop and flips, for any number of channels."""
+    # The same draws and pixels. It also rounds pixels of more than 8 bits, which bicubic resizing may push
+    # beyond the limits of their type.
+    if interpolation == "bicubic":
+        return TorchvisionCrop(size, crop)
     steps: list[torch.nn.Module] = [
         v2.RandomResizedCrop(
             size,
@@ -542,6 +565,9 @@ class TimmAugment:
 
     It is a class, not a closure, so that it can be pickled for spawned workers.
     """
+
+    # PIL images have 8 bits.
+    only_8_bits = "`auto_augment` and `color_jitter`"
 
     def __init__(self, size: Size, **options: Any):
         from timm.data import auto_augment as timm_ops  # slow to import, and pretraining does not need it

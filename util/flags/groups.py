@@ -17,6 +17,7 @@ from util.flags.numbers import (
     BELOW_ONE,
     COUNT,
     EPOCHS,
+    FROM_ZERO,
     MINUTES,
     NOT_NEGATIVE,
     PIXEL_MEAN,
@@ -24,6 +25,7 @@ from util.flags.numbers import (
     POSITIVE,
     SEED,
     SHARE,
+    bound,
     number,
     side,
 )
@@ -172,6 +174,69 @@ def _add_unreadable_flags(g: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_read_flags(g: Any) -> None:
+    """Add the flags that say how the bytes of a file become channels."""
+    g.add_argument(
+        "--channels",
+        default=None,
+        type=FROM_ZERO,
+        nargs="+",
+        metavar="N",
+        help="bands of the files that the model sees, counted from 0 and in this order, as 3 2 1; all if not "
+        "given. --in_chans beside it says how many bands the files have",
+    )
+    g.add_argument(
+        "--alpha",
+        default="drop",
+        choices=["drop", "white", "black"],
+        help="what becomes of transparency: drop shows the colours under it, as torchvision does; white and "
+        "black lay images on a background. With --in_chans 4 it is the fourth channel",
+    )
+    g.add_argument(
+        "--exif",
+        default="ignore",
+        choices=["ignore", "apply"],
+        help="apply turns photos as their EXIF orientation says; ignore leaves them as stored, as "
+        "torchvision does",
+    )
+
+
+def _add_range_flag(g: argparse._ArgumentGroup) -> None:
+    g.add_argument(
+        "--range",
+        default=None,
+        type=bound,
+        nargs="+",
+        metavar="V",
+        help="LOW HIGH: the values that become 0 and 1 before --mean and --std; others are clipped. A pair "
+        "for each channel is allowed, and so are percentiles of a sample, as p1 p99. 0 255 for 8-bit images; "
+        "deeper ones need it; that of the checkpoint if the run starts from one",
+    )
+
+
+def settle_channels(flags: argparse.Namespace) -> None:
+    """Set `in_chans` to the number of --channels, and `bands` to that of the files, as far as it is known.
+
+    Raises ValueError if a number of bands does not hold all channels.
+    """
+    if not hasattr(flags, "channels"):
+        return
+    flags.bands = None
+    if not flags.channels:
+        return
+    count = len(flags.channels)
+    if "in_chans" in flags.given and flags.in_chans != count:
+        if flags.in_chans <= max(flags.channels):
+            raise ValueError(
+                f"--channels {' '.join(map(str, flags.channels))}: the highest is {flags.in_chans - 1} for "
+                f"--in_chans {flags.in_chans}, as they are counted from 0"
+            )
+        flags.bands = flags.in_chans
+    flags.in_chans = count
+    # A checkpoint's number of channels does not replace it.
+    flags.given |= {"in_chans"}
+
+
 def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--in_chans",
@@ -195,6 +260,8 @@ def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
         nargs="+",
         help="standard deviation of each channel, of values in [0, 1]; as the mean if not given",
     )
+    _add_range_flag(g)
+    add_read_flags(g)
 
 
 class OptimDefaults(NamedTuple):

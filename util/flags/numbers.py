@@ -95,6 +95,7 @@ def _no_decay(value: float) -> str:
 
 
 COUNT = number(1)
+FROM_ZERO = number(0)
 NOT_NEGATIVE = number(0, kind=float)
 POSITIVE = number(0, kind=float, above=True)
 SHARE = number(0, 1, float, hint=_percentage)
@@ -112,6 +113,15 @@ PIXEL_STD = number(0, 1, float, above=True, hint=_grey_levels)
 # What `type=int` and `type=float` mean without limits of their own.
 WHOLE = number(-INFINITY)
 FINITE = number(-INFINITY, kind=float)
+
+
+def bound(text: str) -> float | str:
+    """Read a value, or a percentile from p0 to p100: the argparse type of the ends of a range."""
+    if re.fullmatch(r"p\d+(\.\d+)?", text) is None:
+        return FINITE(text)
+    if float(text[1:]) > 100:
+        raise argparse.ArgumentTypeError(f"takes percentiles from p0 to p100, found {text}")
+    return text
 
 
 def side(text: str) -> int:

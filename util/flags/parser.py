@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from util.files.names import printable, printable_lines
 from util.flags import early, ending
+from util.flags.groups import settle_channels
 from util.flags.numbers import FINITE, WHOLE
 from util.flags.recipes import Recipes
 
@@ -180,6 +181,10 @@ class Parser(argparse.ArgumentParser):
             self.error(self._describe_unknown(unknown[0], args))
         if isinstance(parsed, Flags):
             parsed.given = self._given_by(args)
+            try:
+                settle_channels(parsed)
+            except ValueError as error:
+                self.error(str(error))
         return parsed
 
     def _given_by(self, args: Sequence[str]) -> frozenset[str]:
@@ -382,6 +387,7 @@ FLAG_OF = {
     "heads": "so_heads",
     "fusion": "so_fusion",
     "alpha": "so_alpha",
+    "transparency": "alpha",
     "iters": "so_iters",
     "dropout": "so_dropout",
     "second_order": "head",

@@ -231,9 +231,10 @@ HARMLESS = {
 # Flags that are usually left out and then have the value of the model, the data or the checkpoint. MAE stores
 # the values that they got, such as the learning rate.
 LEFT_OPEN = {"patch_size", "lr", "nb_classes", "in_chans", "input_size", "mean", "std", "layer_norm_eps"}
+LEFT_OPEN |= {"range", "channels", "bands"}
 LEFT_OPEN |= {"finetune", "init_from"}
 # Flags that decide what an image is.
-IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std"}
+IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std", "range", "channels", "bands"}
 
 
 def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:

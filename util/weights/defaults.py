@@ -17,7 +17,7 @@ from util.weights.validate import MOST_CHANNELS, shown
 # Kind of a checkpoint -> the names of its models.
 _MODELS = {"pretraining": mae_names, "self-distillation": sere_names}
 # Flags that default to those of the checkpoint.
-NAMES = ("model", "input_size", "in_chans", "patch_size")
+NAMES = ("model", "input_size", "in_chans", "patch_size", "channels", "bands", "alpha", "exif")
 
 
 def as_stored(
@@ -36,6 +36,9 @@ def as_stored(
     if saved is None:
         return dict(flags)
     known = {name: value for name, value in known_flags(saved, models).items() if name not in given}
+    # Other bands than the checkpoint's need not be among the same ones.
+    if {"in_chans", "channels"} & set(given):
+        known = {name: value for name, value in known.items() if name not in ("channels", "bands")}
     changed = {name: value for name, value in known.items() if flags.get(name) != value}
     if changed:
         listed = ", ".join(f"{name} {_text(value)}" for name, value in changed.items())
@@ -57,6 +60,7 @@ def known_flags(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
     channels = stored.get("in_chans")
     if type(channels) is int and 1 <= channels <= MOST_CHANNELS:
         found["in_chans"] = channels
+    found |= {name: stored.get(name) for name in ("channels", "bands", "alpha", "exif")}
     # Files of others store no flags, or only some of these. A stored model has its own patch size.
     settled = {name for name, value in found.items() if value}
     if "model" in settled:

@@ -236,12 +236,19 @@ def _share(path: str, field: str, value: Any) -> None:
         refuse(path, field, value, "a number from 0 to below 1")
 
 
+def _bands(path: str, field: str, value: Any) -> None:
+    right = type(value) in (list, tuple) and 0 < len(value) <= MOST_CHANNELS
+    if not right or not all(type(each) is int and 0 <= each < MOST_CHANNELS for each in value):
+        refuse(path, field, value, f"up to {MOST_CHANNELS} numbers of bands, from 0")
+
+
 # Flags that are read from files, with what they have to be.
 _FLAGS: dict[str, Callable[[str, str, Any], None]] = {
     **dict.fromkeys(("model", "pos_label", "pos_tokens", "pos_embed", "pool", "patch_embed"), _text),
-    **dict.fromkeys(("head", "finetune", "so_fusion"), _text),
-    **dict.fromkeys(("num_heads", "decoder_heads", "in_chans", "so_heads", "so_iters"), _count),
-    "mean": _finite_numbers,
+    **dict.fromkeys(("head", "finetune", "so_fusion", "alpha", "exif"), _text),
+    **dict.fromkeys(("num_heads", "decoder_heads", "in_chans", "bands", "so_heads", "so_iters"), _count),
+    **dict.fromkeys(("mean", "range"), _finite_numbers),
+    "channels": _bands,
     **dict.fromkeys(("std", "lr_grid"), _positive_numbers),
     **dict.fromkeys(("input_size", "patch_size", "so_dims"), _sizes),
     **dict.fromkeys(("norm_pix_loss", "swin_merge_last"), _choice),

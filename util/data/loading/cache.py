@@ -41,7 +41,5 @@ def cached(loader: Loader[S], cache_data: str, device: torch.device) -> Loader[S
         return DeviceLoader(loader, device)
     assert cache_data == "memory", cache_data
     # The workers start at the loader's first use and get this as well.
-    dataset.pixels = CachedPixels(
-        dataset.index, dataset.in_chans, threads=loader.num_workers, max_pixels=dataset.max_pixels
-    )
+    dataset.pixels = CachedPixels(dataset.index, dataset.read, threads=loader.num_workers)
     return loader

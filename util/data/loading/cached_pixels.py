@@ -7,24 +7,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from util import dist
-from util.data.formats import decode
+from util.data.formats import ReadSettings, decode
 from util.data.loading.memory import MB, check_room
 from util.data.sources.image_index import ImageIndex
+from util.data.survey.headers import spread
 from util.files.names import counted
-from util.flags.groups import MAX_PIXELS
 
 SLAB = 1 << 28  # bytes of one of the tensors that hold decoded images
 PROBED = 64  # images that are decoded to estimate the size of all
 
 
 class CachedPixels:
-    """All images of an index, decoded: `pixels[i]` is uint8 (C, H, W), a view that must not be changed.
+    """All images of an index, decoded: `pixels[i]` is (C, H, W), a view that must not be changed.
 
     The images lie one after the other in a few large tensors. Nobody writes to these later, so forked workers
     share their pages. For spawned workers torch moves each tensor to shared memory, once for all workers.
@@ -32,40 +33,40 @@ class CachedPixels:
     Args:
         threads: number of images that are decoded at a time.
         device: where the images go next; only the memory check needs it.
-        max_pixels: an image with more pixels counts as unreadable.
+        read: how files become images; `read.depth` is the type of all of them, uint8 if it is None.
 
     Raises ValueError, on all ranks together, if the images would not fit.
 
     Attributes:
-        place: int64 (n, 4): number of the tensor, first byte, height, width.
+        place: int64 (n, 4): number of the tensor, first value, height, width.
         errors: why an image cannot be read, by its number.
     """
 
     def __init__(
         self,
         index: ImageIndex,
-        in_chans: int,
+        read: ReadSettings,
         threads: int = 1,
         device: torch.device | None = None,
-        max_pixels: int = MAX_PIXELS,
     ):
         begin = time.monotonic()
-        self.in_chans = in_chans
+        self.in_chans = read.in_chans
+        self.depth = read.depth or torch.uint8
         self.place = np.zeros((len(index), 4), np.int64)
         self.slabs: list[torch.Tensor] = []
         self.errors: dict[int, str] = {}
-        read = Reader(index, in_chans, max_pixels)
+        images = Reader(index, replace(read, depth=self.depth))
         threads = max(1, threads)
         # Threads are enough: decoders and file systems work without the interpreter's lock.
         with ThreadPoolExecutor(threads) as pool:
-            shapes = [shape for shape in pool.map(read.shape, spread(len(index), PROBED)) if shape]
-            memory, padded = _estimate(shapes, len(index))
+            shapes = [shape for shape in pool.map(images.shape, spread(len(index), PROBED)) if shape]
+            memory, padded = _estimate(shapes, len(index), self.depth.itemsize)
             if device is None:
                 padded = 0.0
             # Before anything is kept: the system would end the process later.
             check_room(index, memory, padded, device)
-            free = 0  # bytes at the end of the last slab
-            for i, image in enumerate(in_order(pool, read, range(len(index)), 2 * threads)):
+            free = 0  # values at the end of the last slab
+            for i, image in enumerate(in_order(pool, images, range(len(index)), 2 * threads)):
                 free = self._keep(i, image, free)
         seconds = time.monotonic() - begin
         unreadable = ""
@@ -77,15 +78,15 @@ class CachedPixels:
         )
 
     def _keep(self, i: int, image: torch.Tensor | Exception, free: int) -> int:
-        """Store image i; return the bytes that are then free at the end of the last slab."""
+        """Store image i; return how many values are then free at the end of the last slab."""
         if isinstance(image, Exception):
             self.errors[i] = str(image)
             return free
         size = image.numel()
         if size > free:
-            free = max(SLAB, size)
+            free = max(SLAB // self.depth.itemsize, size)
             # The system provides its pages when they are written to.
-            self.slabs.append(torch.empty(free, dtype=torch.uint8))
+            self.slabs.append(torch.empty(free, dtype=self.depth))
         slab = self.slabs[-1]
         at = len(slab) - free
         slab[at : at + size] = image.flatten()  # (C, H, W) -> (C*H*W,)
@@ -107,29 +108,28 @@ class CachedPixels:
     @property
     def nbytes(self) -> int:
         """Return the bytes of all readable images."""
-        return self.in_chans * int((self.place[:, 2] * self.place[:, 3]).sum())
+        return self.depth.itemsize * self.in_chans * int((self.place[:, 2] * self.place[:, 3]).sum())
 
 
-def _estimate(shapes: list[torch.Size], n: int) -> tuple[float, float]:
-    """Estimate the bytes of n images from the shapes (C, H, W) of some.
+def _estimate(shapes: list[torch.Size], n: int, itemsize: int) -> tuple[float, float]:
+    """Estimate the bytes of n images from the shapes (C, H, W) of some, whose values have `itemsize` bytes.
 
     Returns the bytes of the images as they are, and padded to the largest height and width.
     """
     if not shapes:
         return 0.0, 0.0
     # The probed images are spread over the data set, so their mean is near that of all.
-    memory = n * sum(shape.numel() for shape in shapes) / len(shapes)
-    padded = n * math.prod(map(max, zip(*shapes)))
+    memory = itemsize * n * sum(shape.numel() for shape in shapes) / len(shapes)
+    padded = itemsize * n * math.prod(map(max, zip(*shapes)))
     return memory, float(padded)
 
 
 class Reader:
     """Decodes image i of an index, or returns the error if that fails; for use by several threads."""
 
-    def __init__(self, index: ImageIndex, in_chans: int, max_pixels: int = MAX_PIXELS):
+    def __init__(self, index: ImageIndex, read: ReadSettings):
         self.index = index
-        self.in_chans = in_chans
-        self.max_pixels = max_pixels
+        self.read = read
         self.thread = threading.local()
 
     def __call__(self, i: int) -> torch.Tensor | Exception:
@@ -137,7 +137,7 @@ class Reader:
         if not hasattr(self.thread, "index"):
             self.thread.index = copy.copy(self.index)
         try:
-            return decode(self.thread.index.read(i), self.in_chans, self.max_pixels)
+            return decode(self.thread.index.read(i), self.read)
         except (OSError, ValueError) as error:
             self.thread.index.check_unchanged(i)
             return error
@@ -165,8 +165,3 @@ def in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def spread(n: int, most: int) -> list[int]:
-    """Return up to `most` numbers below n, at equal distances."""
-    return sorted({k * n // most for k in range(most)})

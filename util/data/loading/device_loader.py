@@ -36,7 +36,7 @@ class DeviceLoader:
         self.dataset = dataset
         self.sampler = loader.sampler
         self.batch_size = loader.batch_size
-        pixels = CachedPixels(dataset.index, dataset.in_chans, loader.num_workers, device, dataset.max_pixels)
+        pixels = CachedPixels(dataset.index, dataset.read, loader.num_workers, device)
         self.images = padded_images(pixels, dataset.index, device)
         dist.print_rank0(f"{dataset.index.path}: {self.images.nbytes / MB:.0f} MB on {device}")
         # A copy of the sizes, so that the workers do not keep the pixels.
@@ -78,7 +78,7 @@ def _check_transform(transform: Any) -> None:
 
 
 def padded_images(pixels: CachedPixels, index: ImageIndex, device: torch.device) -> torch.Tensor:
-    """Copy all images to the device, padded with zeros to the largest height and width -> uint8 (n, C, H, W).
+    """Copy all images to the device, padded with zeros to the largest height and width -> (n, C, H, W).
 
     An unreadable image is all zero. Raises ValueError, on all ranks together, if the images do not fit.
     `index` names the images.
@@ -88,12 +88,13 @@ def padded_images(pixels: CachedPixels, index: ImageIndex, device: torch.device)
     # The images that were probed need not include the largest, and one large image enlarges all.
     numbers = sorted(set(sizes.argmax(axis=0).tolist()))
     largest = " and ".join(f"{index.name(i)} ({sizes[i, 0]} x {sizes[i, 1]} pixels)" for i in numbers)
-    check_room(index, 0.0, float(len(pixels) * math.prod(shape)), device, largest)
-    images = torch.zeros(len(pixels), *shape, dtype=torch.uint8, device=device)
-    count = max(1, COPIED // math.prod(shape))
+    size = pixels.depth.itemsize * math.prod(shape)
+    check_room(index, 0.0, float(len(pixels) * size), device, largest)
+    images = torch.zeros(len(pixels), *shape, dtype=pixels.depth, device=device)
+    count = max(1, COPIED // size)
     # Few large copies are faster than one for each image.
     for first in range(0, len(pixels), count):
-        part = torch.zeros(images[first : first + count].shape, dtype=torch.uint8)
+        part = torch.zeros(images[first : first + count].shape, dtype=pixels.depth)
         for i, padded in enumerate(part, first):
             if i not in pixels.errors:
                 image = pixels[i]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from util import dist
-from util.data.contract import Samples
+from util.data.contract import VIEWS, Samples
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.loading.waits import Crew, StartWorker, WorkerKilled, batch_is_read, survives
 from util.data.pixels import Pixels
@@ -27,7 +27,7 @@ T = TypeVar("T")
 def collate(samples: list[dict]) -> dict:
     """Stack samples to a batch.
 
-    It has `image` uint8 (B, C, H, W) and other views; `label`, `index` and `key`, int64 (B,); and `bad`, a
+    It has `image` (B, C, H, W) and other views; `label`, `index` and `key`, int64 (B,); and `bad`, a
     list of indices.
     """
     batch_is_read()
@@ -242,24 +242,24 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _moved(batch: dict, device: torch.device, pixels: Pixels) -> dict:
-    """Copy a batch to the device and normalise its uint8 views there."""
+    """Copy a batch to the device and normalise its images there."""
     moved = {}
     # All copies are queued before the first computation.
     for name, value in batch.items():
         if torch.is_tensor(value):
             value = value.to(device, non_blocking=True)
         moved[name] = value
-    # Boxes, masks and features that were computed before keep their values.
-    for name, value in moved.items():
-        if torch.is_tensor(value) and value.dtype == torch.uint8:
-            moved[name] = pixels.normalize(value)
+    for name in VIEWS:
+        # Features that were computed before keep their values.
+        if name in moved and moved[name].ndim > 2:
+            moved[name] = pixels.normalize(moved[name])
     return moved
 
 
 def device_batches(
     loader: Iterable[dict], device: torch.device, pixels: Pixels
 ) -> Generator[dict, None, None]:
-    """Yield batches whose uint8 views (`image`, ...) are normalised to float32 on the device.
+    """Yield batches whose images (`image` and other views) are normalised to float32 on the device.
 
     On CUDA the next batch is copied while one is used.
     """

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from util.data.formats import to_depth
+
 # Floats (256 MiB) that `resample` holds at most while it makes a part of its result, or those of one image.
 CHUNK = 1 << 26
 HELD = 16  # floats that `Axis.weights` holds for each of its exact weights
@@ -17,7 +19,7 @@ LONG = 1 << 13  # positions of a resized axis; of a longer one the weights at it
 
 @torch.no_grad()
 def resample(images: Tensor, rows: Tensor, windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resample what `windows` show of `images[rows]` -> uint8 (B, C, h, w).
+    """Resample what `windows` show of `images[rows]` -> (B, C, h, w) of the depth of the images.
 
     The filter is PIL's antialiased bicubic one.
 
@@ -27,7 +29,8 @@ def resample(images: Tensor, rows: Tensor, windows: Tensor, size: tuple[int, int
     about three quarters, about one value in a million differs, by one grey level.
 
     Args:
-        images: uint8 (n, C, H, W).
+        images: (n, C, H, W). Of uint8 images each step is rounded to 8 bits. Of other depths only the result
+            is rounded, and of float32 not even that.
         rows: int64 (B,), which images. They lie on the host, as `windows` do: nothing here waits for the
             device.
         windows: int64 (B, 10), the values of `util.data.transforms.Window`. All zero gives a black image.
@@ -40,8 +43,15 @@ def resample(images: Tensor, rows: Tensor, windows: Tensor, size: tuple[int, int
     parts = []
     with _exact_products(images.device):
         for part, window in zip(rows.split(count), windows.split(count)):
-            parts.append(_resample(images[part], window, size, most))
+            parts.append(_resample(_chosen(images, part), window, size, most))
     return torch.cat(parts)
+
+
+def _chosen(images: Tensor, rows: Tensor) -> Tensor:
+    # Not every device indexes uint16, and the bits are the same.
+    if images.dtype == torch.uint16:
+        return images.view(torch.int16)[rows].view(torch.uint16)
+    return images[rows]
 
 
 def _images_at_a_time(images: Tensor, size: tuple[int, int]) -> int:
@@ -72,10 +82,17 @@ def _resample(images: Tensor, windows: Tensor, size: tuple[int, int], most: list
     y_axis = Axis(top, height, full_height, row, flip_y, most[0])
     along_x, x_unit = x_axis.weights(size[1], images.shape[3])  # (B, w, W), (B, 1, 1)
     along_y, y_unit = y_axis.weights(size[0], images.shape[2])  # (B, h, H), (B, 1, 1)
+    finish = _to_8_bit
+    if images.dtype != torch.uint8:
+        finish = _in_units
     x = images.flatten(1, 2).float() @ along_x.mT  # (B, C, H, W) -> (B, C*H, W) -> (B, C*H, w)
-    x = _to_8_bit(x, x_unit).unflatten(1, images.shape[1:3])  # (B, C*H, w) -> (B, C, H, w)
+    x = finish(x, x_unit).unflatten(1, images.shape[1:3])  # (B, C*H, w) -> (B, C, H, w)
     x = along_y[:, None] @ x  # (B, 1, h, H) @ (B, C, H, w) -> (B, C, h, w)
-    return _to_8_bit(x, y_unit[:, None]).to(torch.uint8)
+    return to_depth(finish(x, y_unit[:, None]), images.dtype)
+
+
+def _in_units(sums: Tensor, unit: Tensor) -> Tensor:
+    return sums.mul_(unit)
 
 
 def _to_8_bit(sums: Tensor, unit: Tensor) -> Tensor:

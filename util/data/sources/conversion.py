@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from util.data import native
-from util.data.formats import decode, format_of, open_image
+from util.data.formats import ReadSettings, decode, format_of, open_image
 from util.flags.groups import MAX_PIXELS
 
 # What was done with an image, as `convert` returns it.
@@ -32,7 +32,7 @@ def convert(
     if not format_of(data).read_by_pil:
         return data, COPIED
     try:
-        pixels = decode(data, 3, max_pixels)
+        pixels = decode(data, ReadSettings(max_pixels=max_pixels))
     except ValueError:
         return data, UNREADABLE
     # Only JPEGs can have restart markers; for other formats this is None.
@@ -56,7 +56,7 @@ def _with_markers(data: bytes, pixels: torch.Tensor, max_pixels: int) -> bytes |
     """Add restart markers to a JPEG; None if that is impossible or changes a pixel."""
     marked = native.add_restart_markers(data)
     # The pixels must be the same, not only the coefficients.
-    if marked is None or not torch.equal(decode(marked, 3, max_pixels), pixels):
+    if marked is None or not torch.equal(decode(marked, ReadSettings(max_pixels=max_pixels)), pixels):
         return None
     return marked
 
@@ -91,6 +91,6 @@ def _encode(image: Image.Image, quality: int) -> bytes:
     encoded = native.add_restart_markers(file.getvalue())
     assert encoded is not None, "the new JPEG cannot be read"
     # PIL's sizes are (W, H).
-    pixels = decode(encoded, 3, image.width * image.height)
+    pixels = decode(encoded, ReadSettings(max_pixels=image.width * image.height))
     assert pixels.shape[1:] == image.size[::-1], "the new JPEG has another size"
     return encoded

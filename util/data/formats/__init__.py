@@ -1,0 +1,139 @@
+"""Image formats: which files are images, and how their bytes become pixels.
+
+`FORMATS` is the only place that lists formats. A new format is one file with a decoder, and one entry in that
+table.
+
+Files are not trusted. `open_image` is the only place where PIL opens one, and it names the formats. The
+number of pixels that a header claims is compared with a budget before anything is decoded or allocated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from util.data.formats import arrays, jpeg, pil
+from util.data.formats.jpeg import is_plain_jpeg, plain_jpeg_size
+from util.data.formats.pil import PIL_FORMATS, PIL_MODES, image_to_tensor, open_image, raise_pillows_limit
+from util.data.formats.settings import (
+    DEPTHS,
+    Facts,
+    ReadSettings,
+    check_pixels,
+    depth_name,
+    to_depth,
+    widest,
+    with_depth,
+)
+
+__all__ = [
+    "DEFAULT",
+    "DEPTHS",
+    "FORMATS",
+    "IMAGE_SUFFIXES",
+    "PIL_FORMATS",
+    "PIL_MODES",
+    "Facts",
+    "Format",
+    "ReadSettings",
+    "check_pixels",
+    "decode",
+    "depth_name",
+    "describe",
+    "format_of",
+    "image_to_tensor",
+    "is_plain_jpeg",
+    "open_image",
+    "plain_jpeg_size",
+    "raise_pillows_limit",
+    "to_depth",
+    "widest",
+    "with_depth",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """An image format.
+
+    Attributes:
+        suffixes: of its files, in lower case.
+        matches: bytes -> whether `decode` can be used.
+        decode: bytes, settings -> (in_chans, H, W) in one of `DEPTHS`; may raise any exception.
+        describe: bytes, settings -> what the header tells; may raise any exception.
+        read_by_pil: whether PIL opens these files as well. Repacking copies the others unchanged.
+    """
+
+    suffixes: tuple[str, ...]
+    matches: Callable[[bytes], bool]
+    decode: Callable[[bytes, ReadSettings], torch.Tensor]
+    describe: Callable[[bytes, ReadSettings], Facts]
+    read_by_pil: bool = True
+
+
+def _is_any(data: bytes) -> bool:
+    return True
+
+
+# The order counts: the first format that matches a file decodes it.
+FORMATS = (
+    Format((".npy",), arrays.is_npy, arrays.decode_npy, arrays.npy_facts, read_by_pil=False),
+    Format((".npz",), arrays.is_npz, arrays.decode_npz, arrays.npz_facts, read_by_pil=False),
+    Format((".jpg", ".jpeg", ".jpe", ".jfif"), jpeg.is_jpeg, jpeg.decode_jpeg_file, pil.facts),
+    Format(pil.SUFFIXES, _is_any, pil.decode_by_pil, pil.facts),
+)
+# As bytes, because file names need not be valid UTF-8.
+IMAGE_SUFFIXES = tuple(suffix.encode() for kind in FORMATS for suffix in kind.suffixes)
+DEFAULT = ReadSettings()
+
+
+def format_of(data: bytes) -> Format:
+    """Return the first format that matches a file; the last one matches every file."""
+    return next(kind for kind in FORMATS if kind.matches(data))
+
+
+def decode(data: bytes, read: ReadSettings = DEFAULT) -> torch.Tensor:
+    """Decode a file -> (in_chans, H, W) in its own depth: uint8, uint16, int16 or float32.
+
+    1, 3 and 4 channels (grey, RGB, RGBA) are read from every format of `PIL_FORMATS`, and grey of 16 bits and
+    of float32 as 1 or 3 channels. Any number of bands is read from `.npy` and `.npz` files with an array
+    (H, W, C) or (C, H, W), or (H, W) for one band. Of several pages the first is read.
+
+    Raises ValueError if the file cannot be decoded; this includes truncated files, files whose header
+    claims more pixels than `read.max_pixels`, which are refused before anything is allocated for them, and
+    values that are not finite.
+    """
+    try:
+        image = format_of(data).decode(data, read)
+        _check_finite(image)
+        if read.depth is not None:
+            image = with_depth(image, read.depth)
+    # Decoders raise many types for damaged files: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise _unreadable(data, error) from error
+    return image
+
+
+def describe(data: bytes, read: ReadSettings = DEFAULT) -> Facts:
+    """Return what the header of a file tells. Raises ValueError if that cannot be read."""
+    try:
+        return format_of(data).describe(data, read)
+    except Exception as error:
+        raise _unreadable(data, error) from error
+
+
+def _unreadable(data: bytes, error: Exception) -> ValueError:
+    return ValueError(
+        f"not a readable image ({len(data)} bytes, starting with {data[:4]!r}): "
+        f"{str(error) or type(error).__name__}"
+    )
+
+
+def _check_finite(image: torch.Tensor) -> None:
+    if image.dtype != torch.float32:
+        return
+    # Sums tell: one NaN or infinity spreads to them. It takes a tenth of the time of `isfinite`.
+    if torch.isfinite(image.sum(dtype=torch.float64)):
+        return
+    count = image.numel() - int(torch.isfinite(image).sum())
+    raise ValueError(f"{count} of its {image.numel()} values are not finite (NaN or infinite)")

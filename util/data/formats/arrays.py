@@ -1,0 +1,155 @@
+"""NumPy arrays, .npy and .npz: any number of bands and every depth."""
+
+import io
+import zipfile
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from util.data.formats.settings import LARGEST_EXACT, Facts, ReadSettings, check_pixels, picked
+
+NPY_MAGIC = b"\x93NUMPY"
+ZIP_MAGIC = b"PK\x03\x04"
+# Types that a tensor of pixels can have, and what the others become.
+KEPT = (np.uint8, np.uint16, np.int16, np.float32)
+WIDENED: dict[Any, Any] = {
+    np.int8: np.int16,
+    np.int32: np.float32,
+    np.uint32: np.float32,
+    np.int64: np.float32,
+    np.uint64: np.float32,
+    np.float16: np.float32,
+    np.float64: np.float32,
+}
+
+
+def is_npy(data: bytes) -> bool:
+    """Tell whether a file is a NumPy array."""
+    return data.startswith(NPY_MAGIC)
+
+
+def decode_npy(data: bytes, read: ReadSettings) -> torch.Tensor:
+    """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`."""
+    file = io.BytesIO(data)
+    shape, fortran_order, dtype = _header(file)
+    axis = _check(shape, dtype, read)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    left = len(data) - file.tell()
+    if left < size:
+        raise ValueError(f"{shape} needs {size} bytes, and {left} follow its header")
+    order: Literal["C", "F"] = "C"
+    if fortran_order:
+        order = "F"
+    # The bytes of the file, not a copy.
+    array = np.frombuffer(data, dtype, size // dtype.itemsize, file.tell()).reshape(shape, order=order)
+    return picked(as_tensor(_bands_first(array, axis)), read)
+
+
+def npy_facts(data: bytes, read: ReadSettings) -> Facts:
+    """Read the header of an array."""
+    shape, _, dtype = _header(io.BytesIO(data))
+    axis = _check(shape, dtype, read)
+    return Facts(_depth(dtype), (*shape, 1)[axis] if len(shape) == 3 else 1)
+
+
+def is_npz(data: bytes) -> bool:
+    """Tell whether a file may be NumPy's archive of arrays."""
+    return data.startswith(ZIP_MAGIC)
+
+
+def decode_npz(data: bytes, read: ReadSettings) -> torch.Tensor:
+    """Decode the only array of an archive, or the one called `image` or `arr_0`."""
+    return decode_npy(_member(data, read), read)
+
+
+def npz_facts(data: bytes, read: ReadSettings) -> Facts:
+    """Read the header of the array that `decode_npz` takes."""
+    return npy_facts(_member(data, read), read)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """Copy an array to a tensor of one of the depths. Raises ValueError for values that none can hold."""
+    native = array.dtype.newbyteorder("=")
+    kept: Any = WIDENED.get(native.type, native.type)
+    if kept not in KEPT:
+        raise ValueError(f"its values are {array.dtype}, which are no pixels")
+    if kept == np.float32 and native.kind in "iu" and array.size:
+        largest = max(abs(int(array.min())), abs(int(array.max())))
+        if largest > LARGEST_EXACT:
+            raise ValueError(f"its integers reach {largest}: float32 is exact up to {LARGEST_EXACT}")
+    # A copy in the order of its axes: the file's bytes cannot be written to.
+    return torch.from_numpy(np.array(array, dtype=kept, order="C"))
+
+
+def _header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    # Version 3 differs in the names of structured types only, which are no images.
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of .npy")
+    return readers[version](file)
+
+
+def _depth(dtype: np.dtype) -> torch.dtype:
+    return as_tensor(np.zeros(0, dtype)).dtype
+
+
+def _check(shape: tuple[int, ...], dtype: np.dtype, read: ReadSettings) -> int:
+    """Return the axis of the bands; raise ValueError for an array that is no image of the wanted bands."""
+    wanted = read.stored_bands
+    described = f"found {dtype} {shape}"
+    expected = f"(H, W, {wanted or 'C'}) or ({wanted or 'C'}, H, W)"
+    if dtype.hasobject or dtype.names is not None or len(shape) not in (2, 3) or min(shape) <= 0:
+        raise ValueError(f"{described}, expected numbers {expected}")
+    _depth(dtype)  # raises for types without pixels
+    axis = 2
+    if len(shape) == 2:
+        if wanted not in (None, 1):
+            raise ValueError(f"{described}, which is one band, expected {expected}")
+    else:
+        axis = _band_axis(shape, read, f"{described}, expected {expected}")
+    height, width = (side for i, side in enumerate(shape) if i != axis)
+    check_pixels(height, width, read.max_pixels)
+    return axis
+
+
+def _band_axis(shape: tuple[int, ...], read: ReadSettings, problem: str) -> int:
+    wanted = read.stored_bands
+    if wanted is not None:
+        axes = [i for i in (2, 0) if shape[i] == wanted]
+    else:
+        axes = [i for i in (2, 0) if shape[i] > max(read.channels)]
+    if not axes:
+        raise ValueError(problem)
+    if len(axes) == 2:
+        raise ValueError(
+            f"{problem}: both orders fit its shape, so the bands are not known; store another size, or give "
+            "the number of bands as `in_chans` beside `channels`"
+        )
+    return axes[0]
+
+
+def _bands_first(array: np.ndarray, axis: int) -> np.ndarray:
+    if array.ndim == 2:
+        return array[None]  # (H, W) -> (1, H, W)
+    return np.moveaxis(array, axis, 0)
+
+
+def _member(data: bytes, read: ReadSettings) -> bytes:
+    """Return the .npy file in an archive that holds the image, unpacked."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        names = [name for name in members if members[name].filename.endswith(".npy")]
+        chosen = [name for name in ("image", "arr_0") if name in names] or names
+        if len(chosen) > 1 and chosen[0] not in ("image", "arr_0"):
+            raise ValueError(f"it holds {len(names)} arrays: call the image's `image`")
+        if not chosen:
+            raise ValueError("it holds no array")
+        info = members[chosen[0]]
+        # What is claimed is allocated: 8 bytes for each value, and a header. Small files unpack to gigabytes.
+        most = 8 * read.max_pixels * max(1, read.stored_bands or 1 + max(read.channels)) + (1 << 16)
+        if info.file_size > most:
+            raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")
+        with archive.open(info) as member:
+            return member.read(info.file_size)

@@ -1,0 +1,174 @@
+"""Which values become 0 and 1: as given, from percentiles, or an error with what was found."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from util import dist
+from util.data.formats import depth_name
+from util.data.pixels import BYTE_RANGE, Pixels, split_range
+from util.data.survey.headers import spread
+from util.data.survey.values import Values
+from util.files.names import counted, printable
+
+SAMPLED = 64  # images whose values are looked at
+# Percentiles of a suggested range: a few broken pixels do not decide it.
+SUGGESTED = (0.1, 99.9)
+# Torchvision's convention for images whose mean and standard deviation are given: the type's largest value is
+# 1, and float32 values are in [0, 1] already.
+CONVENTION = {torch.uint16: (0.0, 65535.0), torch.float32: (0.0, 1.0)}
+
+Bounds = Sequence[float | str]
+Range = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def percent(bound: float | str) -> float | None:
+    """Return the number of a percentile "p99.5"; None for a value. Raises ValueError for anything else."""
+    if not isinstance(bound, str):
+        return None
+    match = re.fullmatch(r"p(\d+(?:\.\d+)?)", bound)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"`range` takes values and percentiles from p0 to p100, found {bound}")
+    return float(match[1])
+
+
+def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bounds | None = None) -> Range:
+    """Return the low and the high values of a data set, on all ranks together.
+
+    Args:
+        dataset: an opened data set, with its `depth`.
+        given: `range` as the user gave it: values, or percentiles of a sample; None if not.
+        scaled: whether the user gave mean and standard deviation.
+        stored: the range of the checkpoint that the run starts from.
+
+    Raises ValueError for images of more than 8 bits whose range is not known, with what was found.
+    """
+    if given:
+        return _from_bounds(dataset, given)
+    if stored:
+        if dataset.depth == torch.uint8:
+            listed = " ".join(f"{bound:g}" for bound in stored)
+            raise ValueError(
+                f"the checkpoint has seen values in `range` {listed}, and the images of {_name(dataset)} are "
+                "uint8: give `range` as these images need it (0 255 for usual ones), or the images in their "
+                "own depth"
+            )
+        return split_range([float(bound) for bound in stored])
+    if dataset.depth == torch.uint8:
+        return BYTE_RANGE
+    found, range_of_all = _on_main(lambda: _looked_at(dataset))
+    if scaled and dataset.depth in CONVENTION:
+        low, high = CONVENTION[dataset.depth]
+        dist.print_rank0(
+            f"warning: {found}; without a range, {low:g} becomes 0 and {high:g} becomes 1, as mean and "
+            "standard deviation are given"
+        )
+        return (low,), (high,)
+    raise ValueError(
+        f"{found}. Which of them are black and white is not known: give `range` {range_of_all} "
+        f"(percentiles {SUGGESTED[0]:g} and {SUGGESTED[1]:g}); `python -m util.data stats` prints it with "
+        "`mean` and `std` for each channel"
+    )
+
+
+def with_range(
+    pixels: Pixels, dataset: Any, given: Bounds | None, scaled: bool, stored: Bounds | None = None
+) -> Pixels:
+    """Return `pixels` with the range of a data set; see `settle_range`."""
+    low, high = settle_range(dataset, given, scaled, stored)
+    pixels = replace(pixels, low=low, high=high)
+    # Refuses a number of pairs that does not fit, before the first batch.
+    pixels.normalize(torch.zeros(dataset.read.in_chans, 1, 1))
+    return pixels
+
+
+def suggested(values: Values) -> str:
+    """Return LOW HIGH for all channels, as flags take it."""
+    ends = values.percentiles(SUGGESTED)
+    low = min(low for low, _ in ends)
+    high = max(high for _, high in ends)
+    return f"{low:.6g} {max(high, low + 1e-6):.6g}"
+
+
+def sampled(dataset: Any, most: int = SAMPLED) -> Values:
+    """Decode up to `most` images, evenly spread, and collect their values. Unreadable ones are passed over.
+
+    Raises ValueError if none can be read.
+    """
+    numbers = spread(len(dataset), most)
+    values = Values(dataset.read.in_chans, dataset.depth, len(numbers))
+    reason = "there are none"
+    for i in numbers:
+        try:
+            values.add(dataset.decoded(i))
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    if not values.images:
+        raise ValueError(f"no image of {_name(dataset)} could be read: {printable(reason)}")
+    return values
+
+
+def _from_bounds(dataset: Any, given: Bounds) -> Range:
+    percents = [percent(bound) for bound in given]
+    wanted = [each for each in percents if each is not None]
+    if not wanted:
+        return split_range([float(bound) for bound in given])
+    if len(given) != 2 or len(wanted) != 2:
+        raise ValueError("`range` takes two percentiles, as in p1 p99, or values only")
+    # One rank reads: the sample is the same everywhere.
+    ends = _on_main(lambda: sampled(dataset).percentiles(wanted))
+    _check_widths(given, ends)
+    listed = " ".join(f"{bound:.6g}" for pair in ends for bound in pair)
+    dist.print_rank0(f"range {' '.join(map(str, given))} of {counted(SAMPLED, 'image')}: {listed}")
+    return tuple(low for low, _ in ends), tuple(high for _, high in ends)
+
+
+def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
+    """Raise ValueError for channels whose percentiles are equal."""
+    flat = [str(i) for i, (low, high) in enumerate(ends) if low >= high]
+    if flat:
+        raise ValueError(
+            f"`range` {' '.join(map(str, given))} is empty in channel {', '.join(flat)}, counted from 0: "
+            "leave it out by `channels`, or give values"
+        )
+
+
+def _on_main(function: Callable[[], Any]) -> Any:
+    """Return what a function gives on rank 0, on all ranks; one that reads images, which takes time.
+
+    A ValueError is raised on all ranks together.
+    """
+    result, problem = None, ""
+    if dist.is_main():
+        try:
+            result = function()
+        except ValueError as error:
+            problem = str(error)
+    result, problem = dist.gather_objects((result, problem))[0]
+    if problem:
+        raise ValueError(problem)
+    return result
+
+
+def _looked_at(dataset: Any) -> tuple[str, str]:
+    """Describe the values of a data set, and suggest a range."""
+    values = sampled(dataset)
+    return _described(dataset, values), suggested(values)
+
+
+def _described(dataset: Any, values: Values) -> str:
+    ends = values.percentiles([0, 100])
+    low = min(low for low, _ in ends)
+    high = max(high for _, high in ends)
+    return (
+        f"the images of {_name(dataset)} are {depth_name(dataset.depth)}, with values from {low:.6g} to "
+        f"{high:.6g} in {counted(values.images, 'image')} of {len(dataset)}"
+    )
+
+
+def _name(dataset: Any) -> str:
+    index = getattr(dataset, "index", None)
+    return printable(index.path if index is not None else dataset.name)
