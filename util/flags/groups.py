@@ -250,8 +250,8 @@ def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
         default=None,
         type=PIXEL_MEAN,
         nargs="+",
-        help="mean of each channel, of values in [0, 1]; if not given that of the checkpoint, or else "
-        "ImageNet's for 1 and 3 channels",
+        help="mean of each channel, or one for all, of values in [0, 1]; if not given that of the "
+        "checkpoint, or else ImageNet's for 1 and 3 channels",
     )
     g.add_argument(
         "--std",
@@ -698,9 +698,12 @@ def _default_stats(in_chans: int, trained_with: Mapping[str, Any]) -> tuple[Sequ
 
 
 def _per_channel(values: Sequence[float], in_chans: int, flag: str) -> tuple[float, ...]:
+    # One value serves all channels.
+    if len(values) == 1:
+        return tuple(values) * in_chans
     if len(values) != in_chans:
         raise ValueError(
             f"{flag} needs {in_chans} values for --in_chans {in_chans}, found {len(values)}: "
-            "python -m util.data stats PATH computes them"
+            f"python -m util.data stats PATH --in_chans {in_chans} computes them"
         )
     return tuple(values)
