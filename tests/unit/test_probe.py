@@ -65,7 +65,7 @@ def test_the_probes_crop_is_drawn_once_and_cut(height, width):
         top, left = (int(torch.randint(free + 1, (1,))) for free in (height - h, width - w))
         flip = torch.rand(1).item() < 0.5
         torch.manual_seed(seed)
-        assert ours.draw(height, width) == (top, left, h, w, flip, False) == ours.draw(height, width, seed)
+        assert ours.draw(height, width) == (top, left, h, w, flip, False, 0) == ours.draw(height, width, seed)
 
 
 def test_the_probes_crops_are_larger_than_torchvisions():

@@ -68,6 +68,11 @@ def _check_transform(transform: Any) -> None:
             "give `cache_data` memory, or turn the others off (in fine-tuning `auto_augment` '' and no "
             "`color_jitter`, in pretraining `sr_views` same)"
         )
+    if getattr(transform, "settings", None) is not None and transform.settings.rot90:
+        raise ValueError(
+            "`cache_data` device cuts and flips crops and does not turn them: give `cache_data` memory, or "
+            "`rot90` 0"
+        )
     # Random crops never leave the image, and have no `cover`.
     cover = getattr(transform, "cover", transform.size)
     if cover[0] < transform.size[0] or cover[1] < transform.size[1]:
