@@ -77,12 +77,15 @@ class Format:
         decode: bytes, number of channels, largest number of pixels -> uint8 (in_chans, H, W); may raise any
             exception.
         read_by_pil: whether PIL opens these files as well. Repacking copies the others unchanged.
+        channels: bytes -> the number of channels for which a file can be decoded; may raise any exception.
+            None if that is 3 for every file.
     """
 
     suffixes: tuple[str, ...]
     matches: Callable[[bytes, int], bool]
     decode: Callable[[bytes, int, int], torch.Tensor]
     read_by_pil: bool = True
+    channels: Callable[[bytes], int] | None = None
 
 
 def format_of(data: bytes, in_chans: int = 3) -> Format:
@@ -97,14 +100,24 @@ def _is_npy(data: bytes, in_chans: int) -> bool:
     return data.startswith(NPY_MAGIC)
 
 
-def _decode_npy(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
-    file = io.BytesIO(data)
+def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read (shape, whether it is in Fortran's order, type) of an array."""
     # Version 3 differs in the names of structured types only, which are no images.
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:
         raise ValueError(f"version {version} of .npy")
-    shape, fortran_order, dtype = readers[version](file)
+    return readers[version](file)
+
+
+def _npy_channels(data: bytes) -> int:
+    shape, _, _ = _npy_header(io.BytesIO(data))
+    return (*shape, 1)[2]
+
+
+def _decode_npy(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
+    file = io.BytesIO(data)
+    shape, fortran_order, dtype = _npy_header(file)
     usable = dtype == np.uint8 and len(shape) in (2, 3) and min(shape) > 0
     if not usable or (*shape, 1)[2] != in_chans:
         raise ValueError(f"found {dtype} {shape}, expected uint8 (H, W, {in_chans})")
@@ -306,7 +319,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 # The order counts: the first format that matches a file decodes it.
 FORMATS = (
-    Format((".npy",), _is_npy, _decode_npy, read_by_pil=False),
+    Format((".npy",), _is_npy, _decode_npy, read_by_pil=False, channels=_npy_channels),
     Format((".jpg", ".jpeg"), _is_jpeg, _decode_any_jpeg),
     Format(
         (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"),

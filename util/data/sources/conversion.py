@@ -3,13 +3,14 @@
 A JPEG keeps its coefficients and gets restart markers, or it is shrunk and encoded anew.
 """
 
+import contextlib
 import io
 
 import torch
 from PIL import Image
 
 from util.data import native
-from util.data.formats import decode, format_of, open_image
+from util.data.formats import Format, decode, format_of, open_image
 from util.flags.groups import MAX_PIXELS
 
 # What was done with an image, as `convert` returns it.
@@ -29,8 +30,9 @@ def convert(
         quality: of images that are encoded anew.
         max_pixels: an image with more pixels counts as unreadable.
     """
-    if not format_of(data).read_by_pil:
-        return data, COPIED
+    kind = format_of(data)
+    if not kind.read_by_pil:
+        return data, COPIED if _is_readable(data, kind, max_pixels) else UNREADABLE
     try:
         pixels = decode(data, 3, max_pixels)
     except ValueError:
@@ -50,6 +52,18 @@ def convert(
     if was_small and marked is not None and len(marked) <= len(encoded):
         return marked, MARKED  # encoding it anew would gain nothing
     return encoded, ENCODED
+
+
+def _is_readable(data: bytes, kind: Format, max_pixels: int) -> bool:
+    """Tell whether a file of a format that PIL does not open can be decoded with its own channels."""
+    channels = 3
+    # Damaged headers raise many types.
+    with contextlib.suppress(Exception):
+        if kind.channels is not None:
+            channels = kind.channels(data)
+        decode(data, channels, max_pixels)
+        return True
+    return False
 
 
 def _with_markers(data: bytes, pixels: torch.Tensor, max_pixels: int) -> bytes | None:
