@@ -6,7 +6,7 @@ numbered row by row.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -22,9 +22,11 @@ from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import ImageDataset, build_dataset
+from util.data.formats import IMAGE_SUFFIXES
 from util.data.loading.loader import collate, some_samples
 from util.data.pixels import normalize, unnormalize
-from util.data.sources.image_index import NoSplit
+from util.data.sources.image_index import ImageIndex, NoSplit
+from util.data.sources.listing import from_names
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
 from util.files.atomic import write_text
@@ -62,17 +64,27 @@ def load_model(path: str) -> tuple[Model, dict]:
     return model_of(state), state.args
 
 
+# One folder, tar or list of images, or files of images; "" is the demo set.
+Images = str | Sequence[str]
+
+
 def load_images(
-    model: Model, flags: dict, data_path: str, first: int, n: int = 0
+    model: Model, flags: dict, data_path: Images, first: int, n: int = 0
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Stats]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
     Returns batches of (images (B, C, H, W), keys (B,)) and the statistics by which images were normalised.
-    The first batch has `first` images. Raises ValueError if no image can be read.
+    The first batch has `first` images. Raises ValueError if no image can be read, or one that `data_path`
+    names.
     """
-    stats = channel_stats(model.in_chans, flags.get("mean"), flags.get("std"))
+    stats = _stats_of(model, flags)
     dataset = _evaluation_set(model, data_path, flags.get("max_pixels", MAX_PIXELS))
-    samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
+    samples = some_samples(dataset, max(first, n))
+    bad = [sample["index"] for sample in samples if sample["bad"]]
+    if bad and isinstance(dataset, ImageDataset) and named_files(data_path):
+        name = printable(dataset.index.name(bad[0]))
+        raise ValueError(f"{name} cannot be read: {printable(dataset.fault(bad[0]))}")
+    samples = [sample for sample in samples if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
     samples = _spread_first(samples, first)
@@ -82,8 +94,52 @@ def load_images(
     return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def _evaluation_set(model: Model, data_path: str, max_pixels: int) -> ImageDataset | TimmDataset:
+def _stats_of(model: Model, flags: dict) -> Stats:
+    """Raises ValueError, for channels that have no usual statistics, if the checkpoint stores none."""
+    mean, std = flags.get("mean"), flags.get("std")
+    if not (mean and std) and model.in_chans not in (1, 3):
+        raise ValueError(
+            f"the checkpoint does not store by which mean and std its {model.in_chans} channels were "
+            "normalised, and pictures need them: draw a checkpoint of this toolkit, which stores them"
+        )
+    return channel_stats(model.in_chans, mean, std)
+
+
+def named_files(data_path: Images) -> list[str]:
+    """The paths of a `data_path` that names files of images; [] if it is a data set.
+
+    Raises ValueError for several paths that are not all such files.
+    """
+    paths = data_path
+    if isinstance(paths, str):
+        paths = [paths]
+    suffixes = tuple(map(os.fsdecode, IMAGE_SUFFIXES))
+    others = [p for p in paths if not p.lower().endswith(suffixes) or os.path.isdir(os.path.expanduser(p))]
+    if not others:
+        return list(paths)
+    if len(paths) > 1:
+        raise ValueError(
+            f"`data_path` takes one folder, tar or list of images, or any number of image files, and "
+            f"{printable(others[0]) or 'an empty path'} is no image file: leave it out, or give it alone"
+        )
+    return []
+
+
+def _index_of(files: list[str]) -> ImageIndex:
+    """An index of files in the given order, without labels."""
+    names = [os.fsencode(os.path.abspath(os.path.expanduser(file))) for file in files]
+    return ImageIndex(", ".join(files), "", "image files", from_names(names, sort=False), labels=False)
+
+
+def _evaluation_set(model: Model, data_path: Images, max_pixels: int) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
+    files = named_files(data_path)
+    if files:
+        return ImageDataset(
+            _index_of(files), transform, in_chans=model.in_chans, evaluation=True, max_pixels=max_pixels
+        )
+    if not isinstance(data_path, str):
+        (data_path,) = data_path
 
     def split(name: str) -> ImageDataset | TimmDataset:
         return build_dataset(
@@ -153,7 +209,7 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 
 @torch.no_grad()
 def reconstruct(
-    path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
+    path: str, data_path: Images, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
 ) -> np.ndarray:
     """The picture of `reconstruction_panel` for n images, as uint8 (H', W', 3).
 
@@ -258,7 +314,7 @@ def offsets(codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float | None) -> Figure:
+def positions(path: str, data_path: Images, n: int, measure: int, mask_ratio: float | None) -> Figure:
     """A chart of a label head's predictions on unseen images.
 
     Accuracies are measured over `measure` images. For absolute labels, n of them are drawn with arrows.
@@ -330,7 +386,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 
 
 @torch.no_grad()
-def attention(path: str, data_path: str, n: int) -> Figure:
+def attention(path: str, data_path: Images, n: int) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
     batches, stats = load_images(model, flags, data_path, n)
