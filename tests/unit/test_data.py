@@ -769,7 +769,7 @@ def timms_draws(height, width, key, monkeypatch, **options):
     if found.shape[-1] != 3:
         found = found.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
     row, column = np.argwhere(found.max(-1))[0]
-    return *boxes[0], bool(column), bool(row)
+    return *boxes[0], bool(column), bool(row), 0
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (72, 72), (10, 400), (400, 10), (50, 199)])
