@@ -33,7 +33,7 @@ from util.data.loading.loader import eval_loader
 from util.data.loading.resample import Axis, resample
 from util.data.multicrop import MultiCrop, TwoViews
 from util.data.pixels import Pixels
-from util.data.sources.conversion import COPIED, ENCODED, UNREADABLE, convert
+from util.data.sources.conversion import ENCODED, UNREADABLE, convert
 from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset, TimmIterableDataset
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
