@@ -35,13 +35,14 @@ from util.flags.groups import (
     is_timm_path,
     pair,
 )
-from util.flags.numbers import COUNT, POSITIVE, SHARE, side
+from util.flags.numbers import COUNT, POSITIVE, SHARE, number, side
 from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
 
 # Values of `probe_protocol`, which is stored like a flag. Probes without it had torchvision's crop and the
 # mean of normalised tokens.
 MAES = "mae"
 EARLIER = "earlier"
+CROP_PCT = number(0.05, 2, float)  # as in fine-tuning
 
 
 def get_args_parser() -> Parser:
@@ -66,6 +67,11 @@ def get_args_parser() -> Parser:
     neighbours = "k nearest neighbours instead: k = 10, 20, 100, temperature 0.07"
     p.add_argument("--knn", action="store_true", help=neighbours)
     add_eval_flags(p)
+    crop = (
+        "side of the centre crop of features that are computed once and of evaluation, as a share of the "
+        "resized image; if not given, with --eval that of the probe, else 0.875 up to 224 and 1 above"
+    )
+    p.add_argument("--crop_pct", default=None, type=CROP_PCT, help=crop)
     add_run_flags(p)
     return p
 
@@ -198,13 +204,24 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     if args.eval and start is not None and start.is_whole_probe:
         before = before | maes_choices(start, args.pool)
     resolved = {"pool": args.pool or "cls", "probe_protocol": protocol_of(start)}
-    for name in ("pool", "pos_embed", "head", *SECOND_ORDER_FLAGS):
+    check_stored_crop(args, before)
+    for name in ("pool", "pos_embed", "head", "crop_pct", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
             resolved[name] = before[name]
     # Each rate has its own head, so the grid must be the trained one.
     if before.get("lr_grid") is not None:
         resolved["lr_grid"] = before["lr_grid"]
     return argparse.Namespace(**vars(args) | resolved)
+
+
+def check_stored_crop(args: argparse.Namespace, before: dict[str, Any]) -> None:
+    """Raise ValueError if the crop of a trained probe is needed and is none."""
+    if args.crop_pct is not None or before.get("crop_pct") is None:
+        return
+    try:
+        CROP_PCT(str(before["crop_pct"]))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{args.resume} stores a damaged crop_pct ({error}): give --crop_pct") from None
 
 
 def maes_choices(saved: Checkpoint, pool: str | None) -> dict[str, Any]:
@@ -433,8 +450,12 @@ def build_data(
     """
     once = args.knn or args.cached
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
-    val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
-    dist.print_rank0(f"evaluation on {val.summary()}")
+    whole = eval_transform(setup.size, args.crop_pct)
+    val = build_class_dataset(args.data_path, "val", whole, evaluation=True, **options)
+    share = ""
+    if args.crop_pct is not None:
+        share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
+    dist.print_rank0(f"evaluation on {val.summary()}{share}")
     if len(val.index.classes) < 2:
         raise ValueError(
             f"--data_path {printable(val.index.path)} has one class only ({some_names(val.index.classes)}): "
@@ -456,7 +477,7 @@ def build_data(
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
-    transform: Callable = eval_transform(setup.size)
+    transform: Callable = whole
     if not once:
         scale = ascending(args.crop_scale, "--crop_scale")
         transform = probe_transform(setup.size, scale)
@@ -585,7 +606,7 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
     """Evaluate the trained probe --resume; nothing is trained."""
     if args.cached:
         cache_validation_features(args, objective)
-    changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))
+    changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool", "crop_pct"))
     dist.print_rank0(f"evaluating {args.resume}{changed}")
     classes = objective.val_loader.dataset.index.classes
     if saved.classes not in (None, classes):

@@ -42,6 +42,10 @@ def get_args_parser() -> Parser:
     area = "area of the random crop, as a share of the image"
     p.add_argument("--crop_scale", default=[0.2, 1.0], type=SHARE, nargs=2, metavar=("MIN", "MAX"), help=area)
     p.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a left-right flip")
+    flip = "probability of an upside-down flip"
+    p.add_argument("--vflip", default=0.0, type=SHARE, metavar="PROB", help=flip)
+    turn = "probability of a turn by 90, 180 or 270 degrees, for overhead and microscope images"
+    p.add_argument("--rot90", default=0.0, type=SHARE, metavar="PROB", help=turn)
     dct = "decode large JPEGs at half size or less if the crop allows it: faster, slightly different pixels"
     p.add_argument("--dct_scaling", action="store_true", help=dct)
     defaults = OptimDefaults(
@@ -395,6 +399,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             "--dct_scaling crops one view and does not work with --sr_views two: leave one of them out"
         )
+    if (args.vflip or args.rot90) and relations and args.sr_views == "two":
+        raise ValueError(
+            "--sr_views two knows where its crops lie up to left-right flips, and does not work with --vflip "
+            "and --rot90: leave them out, or give --sr_views same"
+        )
+    if args.rot90 and args.cache_data == "device":
+        raise ValueError(
+            "--cache_data device cuts and flips crops and does not turn them: give --cache_data memory, or "
+            "leave --rot90 out"
+        )
 
 
 def warn_of_nothing_to_predict(args: argparse.Namespace) -> None:
@@ -423,7 +437,7 @@ def build_data(
     if relation_weights(args) and args.sr_views == "two":
         augment = TwoViews(*crop)
     else:
-        augment = pretrain_transform(*crop, dct_scaling=args.dct_scaling)
+        augment = pretrain_transform(*crop, args.vflip, rot90=args.rot90, dct_scaling=args.dct_scaling)
     train = build_dataset(args.data_path, "train", augment, **options)
     dist.print_rank0(train.summary())
     scaled = bool(args.mean and args.std)

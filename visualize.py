@@ -9,10 +9,11 @@
     python visualize.py report DIR [OUT.html]      # a run or a sweep as one page that needs no other file
 
 FILE holds a masked autoencoder, a ViT or a DeiT of this toolkit or of MAE. The images come from --data_path,
-or from the embedded demo set if it is not given.
+a data set or image files, or from the embedded demo set if it is not given.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -66,9 +67,13 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         command.add_argument(
             "--data_path",
             default="",
-            help="folder, tar or list of images; not given: the demo set",
+            nargs="+",
+            metavar="PATH",
+            help="folder, tar or list of images, or image files; not given: the demo set",
         )
-        command.add_argument("--images", default=4, type=int, help="number of images to draw")
+        command.translators.append(images_last)
+        count = "number of images to draw; if not given 4, or all files that --data_path names"
+        command.add_argument("--images", default=None, type=int, help=count)
     # Attention is that of whole images.
     for command in (reconstruct, positions):
         command.add_argument("--mask_ratio", default=None, type=float, help="as in training if not given")
@@ -87,6 +92,35 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="the target was normalised; for files that do not say whether it was",
     )
+
+
+def images_last(parser: Parser, words: list[str]) -> list[str]:
+    """Move the paths of --data_path to the end: argparse would take a FILE and OUT that follow for images."""
+    flag = next((word for word in words if word in ("--data_path", "--data-path")), None)
+    if flag is None:
+        return words
+    start = words.index(flag) + 1
+    paths = list(itertools.takewhile(lambda word: not word.startswith("--"), words[start:]))
+    others = words[: start - 1] + words[start + len(paths) :]
+    missing = 2 - _positionals(parser, others)
+    if not 0 < missing < len(paths):
+        return words
+    return [*others, *paths[-missing:], flag, *paths[:-missing]]
+
+
+def _positionals(parser: Parser, words: list[str]) -> int:
+    """The number of words that are neither flags nor their values."""
+    found = 0
+    values = 0
+    for word in words:
+        action = parser._option_string_actions.get("--" + word[2:].replace("-", "_"))
+        if word.startswith("--"):
+            values = int(action is not None and action.nargs != 0 and "=" not in word)
+        elif values:
+            values -= 1
+        else:
+            found += 1
+    return found
 
 
 def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -134,12 +168,26 @@ from util.report.page import page
 from util.report.panels import save_png
 
 
-def main(args: argparse.Namespace) -> int:
-    """Draw what the command asks for. Raises ValueError for a number of images below 1."""
-    # Commands without these flags pass.
+def settle_images(args: argparse.Namespace) -> None:
+    """Resolve --images, and a single path of --data_path. Raises ValueError for a number of images below 1.
+
+    Commands without these flags pass.
+    """
+    paths = getattr(args, "data_path", "")
+    if getattr(args, "images", 1) is None:
+        args.images = 4
+        if isinstance(paths, list):
+            args.images = max(4, len(paths))
+    if isinstance(paths, list) and len(paths) == 1:
+        args.data_path = paths[0]
     for name in ("images", "measure"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw what the command asks for."""
+    settle_images(args)
     out = args.out
     if args.command == "reconstruct":
         picture = reconstruct(

@@ -127,11 +127,13 @@ def load_one(path: str) -> dict | None:
         return None
     for key, kind in RESULT.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"{path} is damaged, or of another program: it has no valid `{key}`. Restore it")
+            raise ValueError(
+                f"{path} is damaged, or of another program: it has no valid entry {key!r}. Restore it"
+            )
     if not all(map(_is_run, content["runs"])):
-        raise ValueError(f"{path} is damaged: not all its `runs` have name, flags and figures. Restore it")
+        raise ValueError(f"{path} is damaged: not all its 'runs' have name, flags and figures. Restore it")
     if not all(isinstance(word, str) for word in content["missing"] + content["machines"]):
-        raise ValueError(f"{path} is damaged: its `missing` and `machines` are no names. Restore it")
+        raise ValueError(f"{path} is damaged: its 'missing' and 'machines' are no names. Restore it")
     return content
 
 

@@ -6,7 +6,7 @@ numbered row by row.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -22,10 +22,12 @@ from models_mae_pl import MaskedAutoencoderViT, random_masking, sample_noise
 from models_vit import VisionTransformer
 from tools.stored_model import model_of
 from util.data.datasets import ImageDataset, build_dataset
-from util.data.formats import ReadSettings
+from util.data.formats import IMAGE_SUFFIXES, ReadSettings
 from util.data.loading.loader import collate, some_samples
 from util.data.pixels import Pixels
-from util.data.sources.image_index import NoSplit
+from util.data.sources.image_index import ImageIndex, NoSplit
+from util.data.sources.listing import from_names
+from util.data.survey.headers import survey
 from util.data.survey.ranges import with_range
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
@@ -62,22 +64,31 @@ def load_model(path: str) -> tuple[Model, dict]:
     return model_of(state), state.args
 
 
+# One folder, tar or list of images, or files of images; "" is the demo set.
+Images = str | Sequence[str]
+
+
 def load_images(
-    model: Model, flags: dict, data_path: str, first: int, n: int = 0
+    model: Model, flags: dict, data_path: Images, first: int, n: int = 0
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Pixels]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
-    Returns batches of (images (B, C, H, W), keys (B,)), and how they were normalised.
-    The first batch has `first` images. Raises ValueError if no image can be read.
+    Returns batches of (images (B, C, H, W), keys (B,)), and how they were normalised. The first batch has
+    `first` images. Raises ValueError if no image can be read, or one that `data_path` names.
     """
-    stats = Pixels(*channel_stats(model.in_chans, flags.get("mean"), flags.get("std")))
+    stats = _stats_of(model, flags)
     read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
     dataset = _evaluation_set(model, data_path, read)
-    scaled = bool(flags.get("mean") and flags.get("std"))
-    pixels = with_range(stats, dataset, None, scaled, flags.get("range"))
-    samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
+    samples = some_samples(dataset, max(first, n))
+    bad = [sample["index"] for sample in samples if sample["bad"]]
+    if bad and isinstance(dataset, ImageDataset) and named_files(data_path):
+        name = printable(dataset.index.name(bad[0]))
+        raise ValueError(f"{name} cannot be read: {printable(dataset.fault(bad[0]))}")
+    samples = [sample for sample in samples if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
+    scaled = bool(flags.get("mean") and flags.get("std"))
+    pixels = with_range(stats, dataset, None, scaled, flags.get("range"))
     samples = _spread_first(samples, first)
     # The first batch is the one that is drawn; the others are measured only.
     starts = [0, *range(first, len(samples), BATCH)]
@@ -85,8 +96,52 @@ def load_images(
     return ((pixels.normalize(batch["image"]), batch["key"]) for batch in batches), pixels
 
 
-def _evaluation_set(model: Model, data_path: str, read: ReadSettings) -> ImageDataset | TimmDataset:
+def _stats_of(model: Model, flags: dict) -> Pixels:
+    """Raises ValueError, for channels that have no usual statistics, if the checkpoint stores none."""
+    mean, std = flags.get("mean"), flags.get("std")
+    if not (mean and std) and model.in_chans not in (1, 3):
+        raise ValueError(
+            f"the checkpoint does not store by which mean and std its {model.in_chans} channels were "
+            "normalised, and pictures need them: draw a checkpoint of this toolkit, which stores them"
+        )
+    return Pixels(*channel_stats(model.in_chans, mean, std))
+
+
+def named_files(data_path: Images) -> list[str]:
+    """The paths of a `data_path` that names files of images; [] if it is a data set.
+
+    Raises ValueError for several paths that are not all such files.
+    """
+    paths = data_path
+    if isinstance(paths, str):
+        paths = [paths]
+    suffixes = tuple(map(os.fsdecode, IMAGE_SUFFIXES))
+    others = [p for p in paths if not p.lower().endswith(suffixes) or os.path.isdir(os.path.expanduser(p))]
+    if not others:
+        return list(paths)
+    if len(paths) > 1:
+        raise ValueError(
+            f"`data_path` takes one folder, tar or list of images, or any number of image files, and "
+            f"{printable(others[0]) or 'an empty path'} is no image file: leave it out, or give it alone"
+        )
+    return []
+
+
+def _index_of(files: list[str]) -> ImageIndex:
+    """An index of files in the given order, without labels."""
+    names = [os.fsencode(os.path.abspath(os.path.expanduser(file))) for file in files]
+    return ImageIndex(", ".join(files), "", "image files", from_names(names, sort=False), labels=False)
+
+
+def _evaluation_set(model: Model, data_path: Images, read: ReadSettings) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
+    files = named_files(data_path)
+    if files:
+        index = _index_of(files)
+        read = replace(read, depth=survey(index, read).depth)
+        return ImageDataset(index, transform, read=read, evaluation=True)
+    if not isinstance(data_path, str):
+        (data_path,) = data_path
 
     def split(name: str) -> ImageDataset | TimmDataset:
         return build_dataset(
@@ -155,7 +210,7 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 
 @torch.no_grad()
 def reconstruct(
-    path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
+    path: str, data_path: Images, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
 ) -> np.ndarray:
     """The picture of `reconstruction_panel` for n images, as uint8 (H', W', 3).
 
@@ -260,7 +315,7 @@ def offsets(codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float | None) -> Figure:
+def positions(path: str, data_path: Images, n: int, measure: int, mask_ratio: float | None) -> Figure:
     """A chart of a label head's predictions on unseen images.
 
     Accuracies are measured over `measure` images. For absolute labels, n of them are drawn with arrows.
@@ -332,7 +387,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 
 
 @torch.no_grad()
-def attention(path: str, data_path: str, n: int) -> Figure:
+def attention(path: str, data_path: Images, n: int) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
     batches, pixels = load_images(model, flags, data_path, n)

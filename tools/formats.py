@@ -403,7 +403,7 @@ def _check_hf_can_hold(path: str, arch: Architecture) -> None:
     if arch.pool == "avg":
         raise ValueError(
             f"{path} classifies the mean of the patch tokens, Hugging Face's ViT the class token: export it "
-            "with `to` timm, or fine-tune one that pools by the class token (`cls_token`)"
+            "with `to` timm, or fine-tune one that classifies that token (main_finetune.py `cls_token`)"
         )
 
 

@@ -99,6 +99,7 @@ TRAINING = {
     "finetune": finetune_transform((20, 24), auto_augment="", crop=CropSettings(vflip=0.5)),
 }
 MORE = {"randaugment": finetune_transform(16), "two views": TwoViews((16, 16), (0.2, 1.0), 0.5)}
+TURNED = {"turned": pretrain_transform((24, 20), vflip=0.5, rot90=0.8)}
 EVALUATION = {
     "eval": eval_transform(24),
     "tall": eval_transform((40, 16), crop_pct=0.8),
@@ -107,13 +108,13 @@ EVALUATION = {
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("name", [*TRAINING, *MORE, *EVALUATION])
+@pytest.mark.parametrize("name", [*TRAINING, *MORE, *TURNED, *EVALUATION])
 def test_samples_from_memory_have_the_same_bits(request, folder, tmp_path, monkeypatch, name, native):
     if native:
         request.getfixturevalue("library")
     else:
         monkeypatch.setattr("util.data.native.bindings.LIBRARY", tmp_path / "absent.so")
-    transform = (TRAINING | MORE | EVALUATION)[name]
+    transform = (TRAINING | MORE | TURNED | EVALUATION)[name]
     evaluation = name in EVALUATION
     expected = samples(folder, transform, "none", evaluation=evaluation)
     assert sum(len(batch["bad"]) for batch in expected) >= 2 * len(BROKEN)
@@ -394,6 +395,8 @@ def test_other_data_sets_and_transforms_are_refused_with_advice(folder):
             ValueError, match=r"give `cache_data` memory, or .*`auto_augment` ''.*`sr_views` same"
         ):
             cached(loader(transform), "device", CPU)
+    with pytest.raises(ValueError, match=r"does not turn them: give `cache_data` memory, or `rot90` 0"):
+        cached(loader(TURNED["turned"]), "device", CPU)
     padded = build_loader(build_dataset(folder, "train", eval_transform(16, 1.2)), range(12), batch_size=4)
     with pytest.raises(ValueError, match=r"give `crop_pct` 1 or less, or `cache_data` memory"):
         cached(padded, "device", CPU)

@@ -642,9 +642,58 @@ def test_boxes_and_flips_are_torchvisions(height, width):
         box = theirs.make_params([torch.empty(1, height, width)])
         flips = [torch.rand(1).item() < p for p in (0.3, 0.6)]
         found = ours.draw(height, width, seed)
-        assert found == (box["top"], box["left"], box["height"], box["width"], *flips)
+        assert found == (box["top"], box["left"], box["height"], box["width"], *flips, 0)
         torch.manual_seed(seed)
         assert ours.draw(height, width) == found
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("size", [(24, 24), (24, 16)])
+def test_a_turned_crop_is_a_crop_that_is_turned(size, channels):
+    """The box and the flips are those of a sample without turns, and so are all draws if the chance is 0."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (channels, 61, 47), dtype=np.uint8))
+    turning = pretrain_transform(size, hflip=0.5, vflip=0.5, rot90=1.0)
+    upright = pretrain_transform(size, hflip=0.5, vflip=0.5)
+    on_its_side = pretrain_transform(size[::-1], hflip=0.5, vflip=0.5)
+    found = set()
+    for key in range(40):
+        crop = turning.draw(61, 47, key)
+        assert crop[:6] == upright.draw(61, 47, key)[:6] and crop.turns in (1, 2, 3)
+        plain = (on_its_side if crop.turns % 2 else upright)(image, key)
+        expected = np.rot90(plain.numpy(), crop.turns, axes=(1, 2))
+        assert turning(image, key).shape == (channels, *size) and turning(image, key).is_contiguous()
+        assert np.array_equal(turning(image, key).numpy(), expected)
+        found.add((crop.flip_x, crop.flip_y, crop.turns))
+    assert len(found) == 12
+
+
+def test_turns_are_equally_likely():
+    transform = pretrain_transform(8, hflip=0.0, rot90=0.6)
+    turns = np.bincount([transform.draw(20, 20, key).turns for key in range(4000)], minlength=4)
+    # Three standard deviations of a share are 0.023 here.
+    assert np.abs(turns / 4000 - [0.4, 0.2, 0.2, 0.2]).max() < 0.024
+    torch.manual_seed(3)
+    with_global_draws = transform.draw(20, 20)
+    assert transform.draw(20, 20, 3) == with_global_draws
+
+
+def test_a_turn_moves_cells_as_their_labels_say():
+    """Each cell of the result shows the place of the image that the turn puts there: what is labelled is the
+    cell after augmentation.
+    """
+    # The whole image, 2 x 3 cells of a grey level each; levels survive bicubic resizing within a cell.
+    cells = torch.arange(6, dtype=torch.uint8).reshape(2, 3) * 40
+    image = cells.repeat_interleave(16, 0).repeat_interleave(16, 1)[None]  # (1, 32, 48)
+    transform = pretrain_transform((48, 32), (1.0, 1.0), hflip=0.0, rot90=1.0)
+    transform._draw_box = lambda height, width, key, generator: (0, 0, height, width)
+    seen = set()
+    for key in range(20):
+        turns = transform.draw(32, 48, key).turns
+        centres = transform(image, key)[0, 8::16, 8::16]
+        if turns % 2:  # 48 x 32 pixels are 3 x 2 cells of 16
+            assert torch.equal(centres, torch.rot90(cells, turns))
+            seen.add(turns)
+    assert seen == {1, 3}
 
 
 @pytest.mark.parametrize("source", [(97, 61), (61, 97), (40, 40)])
@@ -732,7 +781,7 @@ def timms_draws(height, width, key, monkeypatch, **options):
     if found.shape[-1] != 3:
         found = found.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
     row, column = np.argwhere(found.max(-1))[0]
-    return *boxes[0], bool(column), bool(row)
+    return *boxes[0], bool(column), bool(row), 0
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (72, 72), (10, 400), (400, 10), (50, 199)])
@@ -745,7 +794,7 @@ def test_crops_and_flips_of_fine_tuning_are_timms(height, width, monkeypatch):
     assert found == [timms_draws(height, width, key, monkeypatch, **options) for key in keys]
     with seeded(keys[0]):
         assert ours.draw(height, width) == found[0], "by the global generators, too"
-    assert len({flips for *_, flips in found}) == 2
+    assert len({crop.flip_y for crop in found}) == 2
 
 
 def through_pil(image, size, **options):

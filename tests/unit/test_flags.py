@@ -1,6 +1,8 @@
 """Command lines: what is answered before the heavy imports, and how errors name flags."""
 
 import argparse
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -13,7 +15,16 @@ from processes import ROOT, environment
 from util.flags import early
 from util.flags.groups import device_name
 from util.flags.numbers import number, side
-from util.flags.parser import Parser, answer_at_once, describe, given_in, parser_of, run, with_flags
+from util.flags.parser import (
+    Parser,
+    answer_at_once,
+    describe,
+    flag_names,
+    given_in,
+    parser_of,
+    run,
+    with_flags,
+)
 
 SCRIPT = """
 import sys
@@ -76,13 +87,86 @@ def test_an_imported_script_does_not_read_the_command_line(monkeypatch):
     [
         ("`epochs` 3, lower `batch_size`", "--epochs 3, lower `batch_size`"),
         ("`img_size` is not a multiple", "--input_size is not a multiple"),
-        # A flag of another command, which the advice is about.
-        ("start from it by `init_from`", "start from it by --init_from"),
+        # A flag of another command: the advice names that command, or it is about the parameter.
+        ("start from it by main_pretrain.py `init_from`", "start from it by main_pretrain.py --init_from"),
+        ("main_finetune.py `auto_augment` ''", "main_finetune.py --aa ''"),
+        ("give the `output_dir` of a run", "give the `output_dir` of a run"),
         ("the entry `model`, not `weights`", "the entry `model`, not `weights`"),
     ],
 )
 def test_errors_name_parameters_as_flags(message, expected):
     assert with_flags(message, {"epochs", "input_size"}) == expected
+
+
+def test_flags_are_those_of_the_command_at_hand():
+    """Neither of another command of the same script, nor words without a flag."""
+    parser = Parser()
+    parser.add_argument("--size", type=int)
+    commands = parser.add_subparsers(dest="command")
+    draw = commands.add_parser("draw")
+    draw.add_argument("path")
+    draw.add_argument("--global_pool", "--mean_pool", dest="pool", action="store_true")
+    commands.add_parser("check").add_argument("--images")
+    found = flag_names(parser.parse_args(["draw", "FILE"]))
+    assert found == {"help", "size", "global_pool", "mean_pool"}
+    text = with_flags("`path` `command` `images` `pool` `size` `global_pool`", found)
+    assert text == "`path` `command` `images` `pool` --size --global_pool"
+    assert with_flags("`cls_token`", vars(argparse.Namespace(pool=None))) == "--cls_token"
+
+
+DOORS = ("main_pretrain", "main_finetune", "main_linprobe", "main_sere", "checkpoints", "visualize")
+DOORS += ("util.data.__main__", "evidence.__main__")
+
+
+def commands_of(parser: argparse.ArgumentParser, name: str) -> dict[str, set[str]]:
+    """The flags of a door, without dashes, for each of its commands."""
+    own = {word[2:] for word in parser._option_string_actions if word.startswith("--")}
+    found = {name: own}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {
+                f"{name} {command}": own | commands_of(inner, command)[command]
+                for command, inner in action.choices.items()
+            }
+    return found
+
+
+def quoting_strings() -> set[str]:
+    """Messages of library code that name parameters; what a format fills in is left out."""
+    found = set()
+    for path in sorted(ROOT.rglob("*.py")):
+        top = path.relative_to(ROOT).parts[0]
+        if top in ("tests", "docs", "data", "runs") or top.startswith("."):
+            continue
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        inner = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = node.values
+                inner |= set(map(id, parts))
+                found.add("".join(getattr(part, "value", "") for part in parts if is_text(part)))
+            elif is_text(node) and id(node) not in docstrings | inner:
+                found.add(node.value)
+    return {text for text in found if "`" in text}
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_errors_send_people_to_flags_that_their_command_has():
+    parsers = {door: importlib.import_module(door).get_args_parser() for door in DOORS}
+    commands = {k: v for door, parser in parsers.items() for k, v in commands_of(parser, door).items()}
+    texts = quoting_strings()
+    assert len(texts) > 100
+    for command, flags in commands.items():
+        for text in texts:
+            named = re.findall(r"(?:(main_[a-z]+)\.py )?--([a-z_0-9]+)", with_flags(text, flags))
+            for script, name in named:
+                # Words with dashes in the message itself are checked where they are written.
+                if f"--{name}" not in text:
+                    assert name in commands.get(script, flags), f"{command}: {text}"
 
 
 def test_jobs_that_were_submitted_under_the_old_name_can_be_loaded():

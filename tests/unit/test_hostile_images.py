@@ -33,7 +33,7 @@ from util.data.loading.loader import eval_loader
 from util.data.loading.resample import Axis, resample
 from util.data.multicrop import MultiCrop, TwoViews
 from util.data.pixels import Pixels
-from util.data.sources.conversion import COPIED, ENCODED, UNREADABLE, convert
+from util.data.sources.conversion import ENCODED, UNREADABLE, convert
 from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset, TimmIterableDataset
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
@@ -323,7 +323,7 @@ def test_large_images_are_converted_in_strips(format, mode, options, channels, m
 def test_repacking_has_the_budget():
     data = encode(picture(1, size=(48, 40)), "PNG")
     assert convert(data, max_pixels=1919) == (data, UNREADABLE)
-    assert convert(npy((10**6, 10**6, 3)))[1] == COPIED
+    assert convert(npy((10**6, 10**6, 3)))[1] == UNREADABLE
 
 
 def test_repacking_shrinks_what_pillow_would_refuse(library, monkeypatch):

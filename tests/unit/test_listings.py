@@ -178,6 +178,37 @@ HOSTILE = {
         b"".join(pax(record(b"k%d" % n, b"v"), tarfile.XGLTYPE) + member("x", b"") for n in range(1001)),
         "more than 1000 fields",
     ),
+    "pax size, no number": (
+        pax(record(b"size", b"1e3")) + member("b/1.jpg", b"1"),
+        "b/1.jpg has a size of '1e3'",
+    ),
+    "negative base 256": (header("b/1.jpg", b"\xff" * 11 + b"\xfb"), "b/1.jpg has a size of -5 bytes"),
+    "another's size": (header("b/1.txt", HUGE), "b/1.txt has a size of 1152921504606846976 bytes"),
+    "real size alone": (
+        pax(record(b"GNU.sparse.realsize", b"%d" % (1 << 60))) + member("b/1.jpg", b"1"),
+        "b/1.jpg has a size of 1152921504606846976 bytes, and 512 bytes follow",
+    ),
+    "negative real size": (
+        pax(record(b"GNU.sparse.realsize", b"-5")) + member("b/1.jpg", b"1"),
+        "b/1.jpg has a size of -5 bytes",
+    ),
+    "real size, no number": (
+        pax(record(b"GNU.sparse.realsize", b"abc")) + member("b/1.jpg", b"1"),
+        "'abc', in the headers of b/1.jpg",
+    ),
+    "sparse file of 2^60": (
+        header("b/1.jpg", HUGE, type=tarfile.GNUTYPE_SPARSE),
+        r"b/1.jpg has a size of 1152921504606846976 bytes, and \d+ bytes follow",
+    ),
+    "broken map in the data": (
+        pax(
+            record(b"GNU.sparse.major", b"1")
+            + record(b"GNU.sparse.minor", b"0")
+            + record(b"GNU.sparse.realsize", b"9")
+        )
+        + member("b/1.jpg", b"99999999999\n0\n"),
+        "in the headers of b/1.jpg",
+    ),
     "sparse map": (
         checked(header("b/1.jpg", type=tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + b"\0" * 29) + b"1" * (2 << 20),
         "headers are larger than",

@@ -279,6 +279,7 @@ def write_odd_files(folder):
     "transform",
     [
         pretrain_transform((24, 20), vflip=0.5),
+        pretrain_transform((24, 20), vflip=0.5, rot90=0.8),
         probe_transform((24, 20)),
         finetune_transform((24, 20), auto_augment="", crop=CropSettings(vflip=0.5)),
     ],
@@ -320,7 +321,7 @@ def test_a_key_draws_the_same_from_a_file_and_from_its_pixels(library, transform
     data = jpeg(picture())
     whole = decode(data)
     for key in range(20):
-        *box, x, y = transform.draw(61, 97, key)
+        *box, x, y, _ = transform.draw(61, 97, key)
         expected = native.crop_jpeg(data, box, (24, 24), x * native.FLIP_X | y * native.FLIP_Y)
         assert torch.equal(transform.crop_jpeg(data, key), expected)
         assert torch.equal(transform(whole, key), expected)

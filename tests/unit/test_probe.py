@@ -1,5 +1,6 @@
 """MAE's protocol of linear probing against slow oracles, and probes of an earlier protocol."""
 
+import argparse
 import math
 import re
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms as tv
 
+import main_finetune
 import main_linprobe
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from commands import call
@@ -65,7 +67,7 @@ def test_the_probes_crop_is_drawn_once_and_cut(height, width):
         top, left = (int(torch.randint(free + 1, (1,))) for free in (height - h, width - w))
         flip = torch.rand(1).item() < 0.5
         torch.manual_seed(seed)
-        assert ours.draw(height, width) == (top, left, h, w, flip, False) == ours.draw(height, width, seed)
+        assert ours.draw(height, width) == (top, left, h, w, flip, False, 0) == ours.draw(height, width, seed)
 
 
 def test_the_probes_crops_are_larger_than_torchvisions():
@@ -199,7 +201,7 @@ def test_an_earlier_probe_keeps_its_features_and_crop_and_says_so(encoder, capsy
         tokens = backbone.forward_features(images)
         assert backbone.fc_norm is None
         assert torch.equal(pooled(backbone, images, "avg"), pool_tokens(tokens, 1, "avg"))
-    train = main_linprobe.build_data(flags("--num_workers", 0, "--batch_size", 40, start=earlier), SETUP)[
+    train = main_linprobe.build_data(flags("--num_workers", 0, "--batch_size", 40, start=earlier), SETUP, {})[
         0
     ].dataset
     assert type(train.transform) is TorchvisionCrop
@@ -216,10 +218,78 @@ def test_a_new_probe_and_maes_file_follow_mae(capsys):
         args = flags("--num_workers", 0, "--batch_size", 40, start=start)
         main_linprobe.keep_protocol(args)
         assert capsys.readouterr().out == ""
-        train = main_linprobe.build_data(args, SETUP)[0].dataset
+        train = main_linprobe.build_data(args, SETUP, {})[0].dataset
         assert type(train.transform) is OneDrawCrop and train.transform.settings.scale == (0.08, 1.0)
         capsys.readouterr()
     assert type(pretrain_transform(8)) is TorchvisionCrop
+
+
+# --- the centre crop ---
+
+
+def transforms_of(args):
+    """The transforms of the training and of the validation images; None for those that are not read."""
+    loaders = main_linprobe.build_data(args, SETUP, {})[:2]
+    return [loader and loader.dataset.transform for loader in loaders]
+
+
+@pytest.mark.parametrize("given", [["--knn"], ["--cached"], []])
+@pytest.mark.parametrize("share, cover", [(None, 36), (0.5, 64), (1, 32), (1.6, 20)])
+def test_the_centre_crop_shows_a_share_of_the_image(capsys, given, share, cover):
+    crop = [] if share is None else ["--crop_pct", share]
+    args = flags("--num_workers", 0, "--batch_size", 40, *given, *crop)
+    train, val = transforms_of(args)
+    assert val.size == (32, 32) and val.cover == (cover, cover)
+    if given:  # neighbours and cached features are those of whole images
+        assert train.size == (32, 32) and train.cover == (cover, cover)
+    else:
+        assert type(train) is OneDrawCrop
+    printed = capsys.readouterr().out
+    assert ("centre crop" in printed) == (share is not None)
+    assert share is None or f": centre crop 32x32 of {share:.3f}\n" in printed
+
+
+def test_the_centre_crop_is_that_of_finetuning():
+    """The same values are taken and refused, with the same words."""
+    ours, theirs = (
+        next(action for action in main.get_args_parser()._actions if action.dest == "crop_pct")
+        for main in (main_linprobe, main_finetune)
+    )
+    assert ours.default is theirs.default is None
+    for word in ("0.05", "0.9", "2", "0.04", "2.01", "nan", "x"):
+        answers = []
+        for action in (ours, theirs):
+            try:
+                answers.append(action.type(word))
+            except argparse.ArgumentTypeError as error:
+                answers.append(str(error))
+        assert answers[0] == answers[1]
+
+
+def test_a_probe_is_evaluated_on_the_crop_of_its_training(tmp_path, capsys, encoder):
+    file = tmp_path / "e.pth"
+    torch.save(encoder.to_dict(), file)
+    common = ["--model", "vit_test", "--input_size", 32, "--batch_size", 40, "--num_workers", 0]
+    common += ["--finetune", file, "--lr_grid", 1]
+    out = tmp_path / "out"
+    train = [*common, "--cached", "--epochs", 1, "--crop_pct", 0.5, "--output_dir", out]
+    code, text = call(main_linprobe, capsys, *train)
+    assert code == 0, text
+    trained = re.findall(r"\* Acc@1 .*", text)
+    last = ["--eval", "--resume", out / "checkpoint-last.pth"]
+    code, text = call(main_linprobe, capsys, *common, *last)
+    assert code == 0 and "centre crop 32x32 of 0.500" in text and "other than in training" not in text
+    assert re.findall(r"\* Acc@1 .*", text) == trained
+    code, text = call(main_linprobe, capsys, *common, *last, "--crop_pct", 1)
+    assert code == 0 and "centre crop 32x32 of 1.000" in text and "crop_pct: 0.5 -> 1.0" in text
+    for damaged in ("wide", 7, True, [0.9]):
+        state = torch.load(out / "checkpoint-last.pth", weights_only=True)
+        state["args"]["crop_pct"] = damaged
+        torch.save(state, tmp_path / "damaged.pth")
+        again = ["--eval", "--resume", tmp_path / "damaged.pth"]
+        code, text = call(main_linprobe, capsys, *common, *again)
+        assert code == 2 and "damaged.pth stores a damaged crop_pct" in text and "give --crop_pct" in text
+        assert call(main_linprobe, capsys, *common, *again, "--crop_pct", 0.9)[0] == 0
 
 
 # --- mistakes ---

@@ -13,7 +13,7 @@ from PIL import Image
 from test_native import assert_same_pixels, jpeg, picture
 
 from util.data import __main__ as commands
-from util.data import native
+from util.data import formats, native
 from util.data.datasets import ImageDataset, build_dataset
 from util.data.formats import decode
 from util.data.native import bindings
@@ -69,6 +69,54 @@ def marker(data):
     if at < 0:
         return 0
     return int.from_bytes(data[at + 4 : at + 6])
+
+
+def npy(shape, dtype=np.uint8):
+    file = io.BytesIO()
+    np.save(file, np.ones(shape, dtype))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data, outcome",
+    [
+        (npy((4, 5, 3)), repack.COPIED),
+        (npy((4, 5)), repack.COPIED),
+        (npy((4, 5, 12)), repack.COPIED),
+        (npy((4, 5, 12))[:-1], repack.UNREADABLE),
+        (npy((4, 5))[:40], repack.UNREADABLE),
+        (b"\x93NUMPY", repack.UNREADABLE),
+        (b"\x93NUMPY\x09\x00junk", repack.UNREADABLE),
+        (npy((5,)), repack.UNREADABLE),
+        (npy((4, 5, 3), np.complex128), repack.UNREADABLE),
+        (npy((4, 0, 3)), repack.UNREADABLE),
+        (npy((40, 50, 3)), repack.UNREADABLE),  # more pixels than allowed
+    ],
+)
+@pytest.mark.parametrize("long_side", [None, 2])
+def test_arrays_are_copied_and_damaged_ones_are_counted(data, outcome, long_side):
+    assert repack.convert(data, long_side, max_pixels=1000) == (data, outcome)
+
+
+def test_files_of_any_other_format_are_tried(monkeypatch):
+    def decode_raw(data, read):
+        return torch.frombuffer(bytearray(data[4:]), dtype=torch.uint8).view(read.in_chans or 3, 2, 2)
+
+    def is_raw(data):
+        return data[:4] == b"RAW!"
+
+    raw = formats.Format((".raw",), is_raw, decode_raw, formats.describe, read_by_pil=False)
+    monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
+    assert repack.convert(b"RAW!" + bytes(12))[1] == repack.COPIED
+    assert repack.convert(b"RAW!" + bytes(11))[1] == repack.UNREADABLE
+
+
+def test_the_report_names_a_damaged_array(tmp_path, capsys):
+    path, _ = source(tmp_path)
+    (tmp_path / "source" / "train" / "b" / "bad.npy").write_bytes(npy((4, 5, 3))[:-1])
+    counts = repack.repack(path, str(tmp_path / "target"))
+    assert counts == {repack.MARKED: 5, repack.COPIED: 3, repack.UNREADABLE: 2}
+    assert "unreadable: b/bad.npy\n" in capsys.readouterr().out
 
 
 MARKED = ("a/0.jpg", "a/1.JPEG", "a/3.jpg", "b/2.jpg", "b/x/4.jpg")

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from backbones.registry import build_classifier
 from models_mae_pl import MODELS
 from processes import ROOT
 from tools import draw
+from util.data.formats import ReadSettings
 from util.flags import early
 from util.flags.parser import parse, run
 from util.report import charts, runs
@@ -43,6 +45,100 @@ def saved(path, model, **args) -> str:
 
 def call(*argv) -> int:
     return run(visualize.main, visualize.get_args_parser().parse_args([str(a) for a in argv]))
+
+
+# --- image files ---
+
+
+def image_files(folder) -> list:
+    """Four images of one grey level each."""
+    paths = [folder / f"{level}.png" for level in (0, 60, 120, 240)]
+    for path in paths:
+        Image.new("RGB", (40, 40), (int(path.stem),) * 3).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "positions", "attention"])
+def test_image_files_are_drawn(tmp_path, constant_answer, capsys, monkeypatch, command):
+    paths = image_files(tmp_path)
+    seen = []
+    load = draw.load_images
+
+    def recorded(model, flags, data_path, first, n=0):
+        batches, stats = load(model, flags, data_path, first, n)
+        batches = list(batches)
+        seen.append(
+            [
+                round(level)
+                for images, _ in batches
+                for level in draw.as_pixels(images, stats)[:, 9, 9, 0] * 255
+            ]
+        )
+        return iter(batches), stats
+
+    monkeypatch.setattr(draw, "load_images", recorded)
+    out = tmp_path / "o.png"
+    for named in (paths[2:3], paths[:2], paths * 2):
+        assert call(command, constant_answer[1], out, "--data_path", *named) == 0, capsys.readouterr().err
+        assert sorted(seen.pop()) == sorted(int(path.stem) for path in named), (
+            "all of them, whatever --images"
+        )
+        assert out.exists()
+    # FILE and OUT may follow, as before, also between other flags.
+    for words in (
+        ["--data_path", *paths[:2], constant_answer[1], out],
+        ["--images", 4, "--data_path", *paths[:2], constant_answer[1], out],
+        [constant_answer[1], "--data-path", *paths[:2], out, "--images", 4],
+        ["--data_path", *paths[:2], "--images", 4, constant_answer[1], out],
+        [f"--data_path={paths[0]}", constant_answer[1], out, "--images=4"],
+    ):
+        assert call(command, *words) == 0
+        assert set(seen.pop()) <= {0, 60}
+    assert call(command, constant_answer[1], out, "--data_path", *paths, "--images", 1) == 0
+    assert len(seen.pop()) in (1, 4), "positions are measured on all"
+
+
+def test_a_folder_may_come_before_the_file(tmp_path, constant_answer):
+    image_files(tmp_path)
+    (tmp_path / "x.tar").mkdir()
+    for words in (
+        ["--data_path", tmp_path, constant_answer[1]],
+        [constant_answer[1], "--data_path", tmp_path],
+    ):
+        assert call("reconstruct", *words, tmp_path / "o.png") == 0
+
+
+def test_wrong_image_files_are_one_line(tmp_path, constant_answer, capsys):
+    good, *_ = image_files(tmp_path)
+    (tmp_path / "bad.jpg").write_bytes(b"junk")
+    for named, message in (
+        ([tmp_path / "bad.jpg"], "bad.jpg cannot be read: not a readable image (4 bytes"),
+        ([good, tmp_path / "bad.jpg"], "bad.jpg cannot be read: not a readable image (4 bytes"),
+        ([good, tmp_path], f"any number of image files, and {tmp_path} is no image file"),
+        ([tmp_path, tmp_path], "--data_path takes one folder"),
+        ([good, ""], "and an empty path is no image file"),
+    ):
+        assert call("attention", constant_answer[1], tmp_path / "o.png", "--data_path", *named) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    for named in (["nowhere.png"], [good, "nowhere.png"]):
+        flags = parse(
+            visualize.get_args_parser(), ["attention", "F", "o.png", "--data_path", *map(str, named)]
+        )
+        with pytest.raises(ValueError, match=r"--data_path nowhere.png does not exist"):
+            early.check("visualize.py", flags)
+
+
+def test_errors_do_not_name_flags_of_other_commands(tmp_path, capsys):
+    channels = MODELS["mae_test"](img_size=(32, 32), in_chans=5, pos_embed="none", pos_label="none")
+    file = saved(tmp_path / "c.pth", channels, in_chans=5, pos_label="none")
+    assert call("attention", file, tmp_path / "o.png") == 2
+    error = capsys.readouterr().err
+    assert "mean and std its 5 channels" in error and "--" not in error, error
+    assert call("positions", file, tmp_path / "o.png") == 2
+    assert "(`pos_label` none, or exported without it)" in capsys.readouterr().err
+    assert call("curves", tmp_path / "o.png", tmp_path) == 2
+    assert "give the `output_dir` of a run" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -171,7 +267,8 @@ def test_all_samples_of_a_stream_are_used(constant_answer, monkeypatch):
         {"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
         for i in range(7)
     ]
-    monkeypatch.setattr(draw, "build_dataset", lambda *args, **options: None)
+    stream = SimpleNamespace(depth=torch.uint8, read=ReadSettings())
+    monkeypatch.setattr(draw, "build_dataset", lambda *args, **options: stream)
     monkeypatch.setattr(draw, "some_samples", lambda dataset, n: samples[:n])
     batches, _ = draw.load_images(model, {}, "wds/x", first=2, n=7)
     assert [keys.tolist() for _, keys in batches] == [[0, 3], [1, 2, 4, 5, 6]]

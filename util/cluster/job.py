@@ -19,7 +19,7 @@ from typing import Any
 from util.files.atomic import read_json, write_json
 from util.files.names import printable
 from util.flags import early, ending
-from util.flags.parser import Parser, describe, escape_undecodable_names
+from util.flags.parser import Parser, describe, escape_undecodable_names, flag_names
 
 # Jobs import the mains from this checkout.
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ class Job:
             module = importlib.import_module(self.main)
             parser = Parser(parents=[module.get_args_parser()], prog=self.main)
             flags = parser.parse_args(self.argv)
-            known_flags = vars(flags)
+            known_flags = flag_names(flags)
             early.announce(flags)
             code = module.main(flags)
             if code not in (0, STOPPED):

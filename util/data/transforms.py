@@ -115,16 +115,18 @@ class CropSettings:
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's width divided by its height.
         hflip, vflip: chance of a left-right and of an upside-down flip.
+        rot90: chance of a turn by 90, 180 or 270 degrees, which are equally likely; of `RandomCrop` only.
     """
 
     scale: Range = (0.08, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.0
+    rot90: float = 0.0
 
 
 class Crop(NamedTuple):
-    """One drawn crop: its box in pixels of the image, and whether it is flipped."""
+    """One drawn crop: its box in pixels of the image, and whether it is flipped and then turned."""
 
     top: int
     left: int
@@ -132,6 +134,7 @@ class Crop(NamedTuple):
     width: int
     flip_x: bool  # left-right
     flip_y: bool  # upside down
+    turns: int = 0  # by 90 degrees, counterclockwise
 
     @property
     def box(self) -> Box:
@@ -142,6 +145,22 @@ class Crop(NamedTuple):
     def native_flags(self) -> int:
         """Return the flips as flags of the native library."""
         return self.flip_x * native.FLIP_X | self.flip_y * native.FLIP_Y
+
+    def size_before_turns(self, size: Size) -> Size:
+        """Return the size from which the turns make a crop of `size`.
+
+        A box is drawn without regard to the size of the result, and the range of its aspect ratios is the
+        same upright and on its side. So a turned crop is drawn as a crop of the turned image would be.
+        """
+        if self.turns % 2:
+            return size[1], size[0]
+        return size
+
+    def turned(self, image: torch.Tensor) -> torch.Tensor:
+        """Return a crop (C, h, w) of that size after the turns, (C, H, W)."""
+        if not self.turns:
+            return image
+        return torch.rot90(image, self.turns, (-2, -1)).contiguous()
 
 
 class Window(NamedTuple):
@@ -171,7 +190,7 @@ _python_draws = random.Random()
 
 
 class RandomCrop:
-    """A random resized crop (bicubic, antialiased) and flips. Subclasses draw the box.
+    """A random resized crop (bicubic, antialiased), flips, and turns. Subclasses draw the box.
 
     Called with (C, H, W) and perhaps a key, which seeds the draws.
 
@@ -205,7 +224,7 @@ class RandomCrop:
         box = self._draw_box(height, width, key, generator) or self._largest_box(height, width)
         flip_x = _happens(self.settings.hflip, generator)
         flip_y = _happens(self.settings.vflip, generator)
-        return Crop(*box, flip_x, flip_y)
+        return Crop(*box, flip_x, flip_y, _quarter_turns(self.settings.rot90, generator))
 
     def _largest_box(self, height: int, width: int) -> Box:
         """Return the largest centred box of an allowed aspect ratio, for images that fit no drawn box."""
@@ -215,22 +234,24 @@ class RandomCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def window(self, height: int, width: int, key: int | None = None) -> Window:
-        """Draw the same crop for an image that is resampled elsewhere."""
+        """Draw the same crop for an image that is resampled elsewhere, where it cannot be turned."""
+        assert not self.settings.rot90, "a window has no turns"
         crop = self.draw(height, width, key)
         return Window(*crop.box, *self.size, flip_x=int(crop.flip_x), flip_y=int(crop.flip_y))
 
     def __call__(self, image: torch.Tensor, key: int | None = None) -> torch.Tensor:
         height, width = image.shape[-2:]
         crop = self.draw(height, width, key)
+        size = crop.size_before_turns(self.size)
         # The library takes RGB only. Both ways give the same pixels, up to rounding.
         if image.shape[0] == 3 and image.dtype == torch.uint8 and native.library():
-            return native.crop_pixels(image, crop.box, self.size, crop.native_flags)
-        image = resized_crop(image, crop.box, self.size)  # (C, H, W) -> (C, *size)
+            return crop.turned(native.crop_pixels(image, crop.box, size, crop.native_flags))
+        image = resized_crop(image, crop.box, size)  # (C, H, W) -> (C, *size)
         if crop.flip_x:
             image = image.flip(-1)
         if crop.flip_y:
             image = image.flip(-2)
-        return image
+        return crop.turned(image)
 
     def crop_jpeg(
         self, data: bytes, key: int | None = None, max_pixels: int = MAX_PIXELS
@@ -245,12 +266,22 @@ class RandomCrop:
             return None
         crop = self.draw(*size, key)
         flags = crop.native_flags | self.dct_scaling * native.DCT_SCALING
-        return native.crop_jpeg(data, crop.box, self.size, flags)
+        image = native.crop_jpeg(data, crop.box, crop.size_before_turns(self.size), flags)
+        if image is None:
+            return None
+        return crop.turned(image)
 
 
 def _happens(chance: float, generator: torch.Generator | None) -> bool:
     # MAE and timm have no step for a flip whose chance is 0. A draw for it would change later draws.
     return chance > 0 and torch.rand(1, generator=generator).item() < chance
+
+
+def _quarter_turns(chance: float, generator: torch.Generator | None) -> int:
+    """Draw 1, 2 or 3 with that chance, else 0; after all others, so that boxes and flips stay the same."""
+    if not _happens(chance, generator):
+        return 0
+    return int(torch.randint(1, 4, (1,), generator=generator))
 
 
 class TorchvisionCrop(RandomCrop):
@@ -338,15 +369,17 @@ def pretrain_transform(
     hflip: float = 0.5,
     vflip: float = 0.0,
     *,
+    rot90: float = 0.0,
     dct_scaling: bool = False,
 ) -> TorchvisionCrop:
     """MAE's pretraining augmentation: a random resized crop (bicubic, antialiased) and flips.
 
     The crops are torchvision's for the same seed; the pixels equal its PIL pipeline's up to rounding. For
-    `dct_scaling` see `RandomCrop`.
+    `dct_scaling` see `RandomCrop`, for `rot90`, which MAE does not have, `CropSettings`.
     """
     low, high = crop_scale
-    return TorchvisionCrop(input_size, CropSettings((low, high), hflip=hflip, vflip=vflip), dct_scaling)
+    settings = CropSettings((low, high), hflip=hflip, vflip=vflip, rot90=rot90)
+    return TorchvisionCrop(input_size, settings, dct_scaling)
 
 
 def probe_transform(input_size: int | Size, crop_scale: Sequence[float] = (0.08, 1.0)) -> OneDrawCrop:
@@ -493,6 +526,7 @@ def finetune_transform(
     Other numbers of channels than 1 and 3 get the geometric part only, by torchvision's draws. Raises
     ValueError if colour changes are wanted for them, and for an unknown policy.
     """
+    assert not crop.rot90, "timm's augmentation has no turns by 90 degrees"
     changes_colours = bool(auto_augment or color_jitter)
     if in_chans not in (1, 3):
         if changes_colours:

@@ -150,8 +150,8 @@ def _check_groups(saved: list[dict[str, Any]], now: list[dict[str, Any]], origin
         )
     raise ValueError(
         f"{origin}: the optimizer was saved with groups of {before} parameters, now there are {after}: set "
-        "`layer_decay` and `partial` as they were, or start from the weights alone, with `finetune` or "
-        "`init_from` and another `output_dir`"
+        "`layer_decay` and `partial` as they were, or start from the weights alone, with main_finetune.py "
+        "`finetune` or main_pretrain.py `init_from`, and another `output_dir`"
     )
 
 

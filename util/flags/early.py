@@ -123,7 +123,7 @@ def _check_sizes(flags: argparse.Namespace) -> None:
 def check_given(flags: argparse.Namespace) -> None:
     """Raise ValueError for a path of images that is given and empty: the demo images would be used."""
     for name, shown in IMAGE_PATHS.items():
-        if name in getattr(flags, "given", ()) and not getattr(flags, name):
+        if name in getattr(flags, "given", ()) and not all(_listed(getattr(flags, name)) or [""]):
             message = f"{shown} is empty (perhaps an unset shell variable): name the images"
             if shown.startswith("-"):
                 message += ", or leave the flag out for the embedded demo images"
@@ -134,20 +134,31 @@ def _check_images(flags: argparse.Namespace) -> None:
     """Raise ValueError for a path of images that is empty, not one path, or does not exist."""
     check_given(flags)
     for name, shown in IMAGE_PATHS.items():
-        path = getattr(flags, name, "")
-        if not path or is_timm_path(path) or os.path.exists(os.path.expanduser(path)):
-            continue
-        if "://" in path:
-            raise ValueError(
-                f"{shown} {printable(path)} is a web address, and images are read from disk: download them, "
-                "and give their folder or .tar"
-            )
-        if re.search(r"[*?{]", path):
-            raise ValueError(
-                f"{shown} {printable(path)} is a pattern: give the folder; its train-*.tar and val-*.tar "
-                "are read as shards"
-            )
-        _check_path(shown, path)
+        for path in _listed(getattr(flags, name, "")):
+            _check_image_path(shown, path)
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    """Return the paths of a flag that takes one, or any number of them."""
+    if isinstance(paths, str):
+        return [paths]
+    return paths
+
+
+def _check_image_path(shown: str, path: str) -> None:
+    if not path or is_timm_path(path) or os.path.exists(os.path.expanduser(path)):
+        return
+    if "://" in path:
+        raise ValueError(
+            f"{shown} {printable(path)} is a web address, and images are read from disk: download them, "
+            "and give their folder or .tar"
+        )
+    if re.search(r"[*?{]", path):
+        raise ValueError(
+            f"{shown} {printable(path)} is a pattern: give the folder; its train-*.tar and val-*.tar "
+            "are read as shards"
+        )
+    _check_path(shown, path)
 
 
 def _check_starts(main: str, flags: argparse.Namespace) -> None:

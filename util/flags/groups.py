@@ -681,8 +681,8 @@ def channel_stats(
     """
     default_mean, default_std = _default_stats(in_chans, trained_with or {})
     return (
-        _per_channel(mean or default_mean, in_chans, "--mean"),
-        _per_channel(std or default_std, in_chans, "--std"),
+        _per_channel(mean or default_mean, in_chans, "mean"),
+        _per_channel(std or default_std, in_chans, "std"),
     )
 
 
@@ -697,13 +697,13 @@ def _default_stats(in_chans: int, trained_with: Mapping[str, Any]) -> tuple[Sequ
     return (), ()
 
 
-def _per_channel(values: Sequence[float], in_chans: int, flag: str) -> tuple[float, ...]:
+def _per_channel(values: Sequence[float], in_chans: int, name: str) -> tuple[float, ...]:
     # One value serves all channels.
     if len(values) == 1:
         return tuple(values) * in_chans
     if len(values) != in_chans:
         raise ValueError(
-            f"{flag} needs {in_chans} values for --in_chans {in_chans}, found {len(values)}: "
+            f"`{name}` needs {in_chans} values for `in_chans` {in_chans}, found {len(values)}: "
             f"python -m util.data stats PATH --in_chans {in_chans} computes them"
         )
     return tuple(values)

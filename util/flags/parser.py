@@ -69,16 +69,23 @@ SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
 class Flags(argparse.Namespace):
     """Parsed flags. `given` are the names of those that the command line sets, be it to their defaults.
 
-    It is a slot, and so it is not among `vars(flags)`.
+    `options` are the names of the flags that the command has, without dashes. Words without a flag, such as a
+    path that comes first, have none. Both are slots, and so they are not among `vars(flags)`.
     """
 
-    __slots__ = ("given",)
+    __slots__ = ("given", "options")
     given: frozenset[str]
+    options: frozenset[str]
 
 
 def given_in(flags: argparse.Namespace) -> frozenset[str]:
     """Return the names of the flags that a command line sets; all of them if no `Parser` made the flags."""
     return getattr(flags, "given", frozenset(vars(flags)))
+
+
+def flag_names(flags: argparse.Namespace) -> Collection[str]:
+    """Return the names that errors of a command may write as flags."""
+    return getattr(flags, "options", vars(flags))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -181,11 +188,20 @@ class Parser(argparse.ArgumentParser):
             self.error(self._describe_unknown(unknown[0], args))
         if isinstance(parsed, Flags):
             parsed.given = self._given_by(args)
+            parsed.options = self._options_of(parsed)
             try:
                 settle_channels(parsed)
             except ValueError as error:
                 self.error(str(error))
         return parsed
+
+    def _options_of(self, parsed: argparse.Namespace) -> frozenset[str]:
+        """The names of the flags of this command line's command."""
+        names = {name[2:] for name in self._option_string_actions if name.startswith("--")}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names |= action.choices[vars(parsed)[action.dest]]._options_of(parsed)
+        return frozenset(names)
 
     def _given_by(self, args: Sequence[str]) -> frozenset[str]:
         """The names of the flags that a command line sets, which must be a right one."""
@@ -337,7 +353,7 @@ def answer_at_once(name: str, parser: argparse.ArgumentParser) -> None:
         try:
             early.check(os.path.basename(sys.argv[0]), flags)
         except (ValueError, OSError) as error:
-            complete.exit(2, f"error: {describe(error, vars(flags))}\n")
+            complete.exit(2, f"error: {describe(error, flag_names(flags))}\n")
 
 
 def parser_of(main: str) -> argparse.ArgumentParser:
@@ -393,28 +409,26 @@ FLAG_OF = {
     "second_order": "head",
     "references": "reference",
 }
-# Flags of one command that errors of another may name. A file that main_finetune.py refuses, for example, may
-# be a start for main_pretrain.py --init_from.
-FLAGS_OF_OTHERS = frozenset(
-    {"aa", "cls_token", "color_jitter", "finetune", "init_from", "input_size", "output_dir"}
-    | {"pos_label", "resume", "sr_views"}
-)
+# Flags whose values are stored under another name: parsed flags without `options` show that name only.
+STORED_AS = {"cls_token": "pool", "global_pool": "pool"}
 
 
 def with_flags(message: str, flags: Collection[str]) -> str:
-    """Write `name` in backquotes as --name if it is one of `flags`, or of FLAGS_OF_OTHERS.
+    """Write `name` in backquotes as --name if it is one of `flags`, or if a script stands before it.
 
     Library code raises errors about its own parameters, which it puts in backquotes. A user of the command
-    line knows them as flags, some under another name (see FLAG_OF). Other quoted words stay as they are.
+    line knows them as flags, some under another name (see FLAG_OF). A command that has no such flag shows
+    the parameter as it is, unless the advice is to run another script: "main_pretrain.py `init_from`".
     """
 
     def flag(match: re.Match) -> str:
-        name = FLAG_OF.get(match[1], match[1])
-        if name in flags or name in FLAGS_OF_OTHERS:
-            return f"--{name}"
+        script, word = match.groups(default="")
+        name = FLAG_OF.get(word, word)
+        if script or name in flags or STORED_AS.get(name) in flags:
+            return f"{script}--{name}"
         return match[0]
 
-    return re.sub(r"`([a-z_0-9]+)`", flag, message)
+    return re.sub(r"(main_[a-z]+\.py )?`([a-z_0-9]+)`", flag, message)
 
 
 def describe(error: BaseException, flags: Collection[str]) -> str:
@@ -477,7 +491,7 @@ def run(main: Callable[[argparse.Namespace], int], flags: argparse.Namespace) ->
     except (ValueError, OSError) as error:
         if os.environ.get("MAE_PL_TRACEBACK"):
             raise
-        print(f"error: {describe(error, vars(flags))}", file=sys.stderr, flush=True)
+        print(f"error: {describe(error, flag_names(flags))}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
         if os.environ.get("MAE_PL_TRACEBACK") or not _is_out_of_memory(error):

@@ -70,8 +70,8 @@ class TrainState:
         saved = checkpoint.entries
         if saved.get("optimizer") is None:
             raise ValueError(
-                f"{checkpoint.path} has weights but no optimizer: start from it by `init_from` or "
-                "`finetune`, not `resume`"
+                f"{checkpoint.path} has weights but no optimizer: start from it by "
+                "main_pretrain.py `init_from` or main_finetune.py `finetune`, not `resume`"
             )
         fsdp.load_optimizer(self.optimizer, saved["optimizer"], checkpoint.path)
         self._load_scaler(checkpoint)

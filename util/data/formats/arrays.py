@@ -10,6 +10,7 @@ import torch
 from util.data.formats.settings import LARGEST_EXACT, Facts, ReadSettings, check_pixels, picked
 
 NPY_MAGIC = b"\x93NUMPY"
+MOST_BANDS = 1000
 ZIP_MAGIC = b"PK\x03\x04"
 # Types that a tensor of pixels can have, and what the others become.
 KEPT = (np.uint8, np.uint16, np.int16, np.float32)
@@ -118,8 +119,11 @@ def _band_axis(shape: tuple[int, ...], read: ReadSettings, problem: str) -> int:
     wanted = read.stored_bands
     if wanted is not None:
         axes = [i for i in (2, 0) if shape[i] == wanted]
-    else:
+    elif read.channels:
         axes = [i for i in (2, 0) if shape[i] > max(read.channels)]
+    else:
+        # Images have more pixels on a side than bands.
+        axes = [min((2, 0), key=shape.__getitem__)]
     if not axes:
         raise ValueError(problem)
     if len(axes) == 2:
@@ -148,7 +152,8 @@ def _member(data: bytes, read: ReadSettings) -> bytes:
             raise ValueError("it holds no array")
         info = members[chosen[0]]
         # What is claimed is allocated: 8 bytes for each value, and a header. Small files unpack to gigabytes.
-        most = 8 * read.max_pixels * max(1, read.stored_bands or 1 + max(read.channels)) + (1 << 16)
+        bands = read.stored_bands or 1 + max(read.channels, default=MOST_BANDS)
+        most = 8 * read.max_pixels * bands + (1 << 16)
         if info.file_size > most:
             raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")
         with archive.open(info) as member:

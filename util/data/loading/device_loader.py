@@ -65,8 +65,13 @@ def _check_transform(transform: Any) -> None:
     if not hasattr(transform, "window"):
         raise ValueError(
             "`cache_data` device cuts one crop of an image and flips it, and these augmentations do more: "
-            "give `cache_data` memory, or turn the others off (in fine-tuning `auto_augment` '' and no "
-            "`color_jitter`, in pretraining `sr_views` same)"
+            "give `cache_data` memory, or turn the others off (main_finetune.py `auto_augment` '' without "
+            "`color_jitter`, main_pretrain.py `sr_views` same)"
+        )
+    if getattr(transform, "settings", None) is not None and transform.settings.rot90:
+        raise ValueError(
+            "`cache_data` device cuts and flips crops and does not turn them: give `cache_data` memory, or "
+            "`rot90` 0"
         )
     # Random crops never leave the image, and have no `cover`.
     cover = getattr(transform, "cover", transform.size)

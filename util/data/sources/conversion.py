@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from util.data import native
-from util.data.formats import ReadSettings, decode, format_of, open_image
+from util.data.formats import ALL_BANDS, ReadSettings, decode, format_of, open_image
 from util.flags.groups import MAX_PIXELS
 
 # What was done with an image, as `convert` returns it.
@@ -29,8 +29,9 @@ def convert(
         quality: of images that are encoded anew.
         max_pixels: an image with more pixels counts as unreadable.
     """
-    if not format_of(data).read_by_pil:
-        return data, COPIED
+    kind = format_of(data)
+    if not kind.read_by_pil:
+        return data, COPIED if _is_readable(data, max_pixels) else UNREADABLE
     try:
         pixels = decode(data, ReadSettings(max_pixels=max_pixels))
     except ValueError:
@@ -50,6 +51,15 @@ def convert(
     if was_small and marked is not None and len(marked) <= len(encoded):
         return marked, MARKED  # encoding it anew would gain nothing
     return encoded, ENCODED
+
+
+def _is_readable(data: bytes, max_pixels: int) -> bool:
+    """Tell whether a file of a format that PIL does not open can be decoded with all its bands."""
+    try:
+        decode(data, ReadSettings(in_chans=ALL_BANDS, max_pixels=max_pixels))
+    except ValueError:
+        return False
+    return True
 
 
 def _with_markers(data: bytes, pixels: torch.Tensor, max_pixels: int) -> bytes | None:

@@ -25,6 +25,9 @@ MAX_HEADER_BYTES = 1 << 20
 # Earlier versions of tarfile search a header of digits in quadratic time; a file name has at most 255.
 MAX_DIGITS = 256
 MAX_GLOBAL_FIELDS = 1000  # a tar has a comment or two for all members; tarfile keeps them
+MAX_SHOWN = 40  # characters of a wrong value that an error shows
+MAX_EXTENDED = 10  # headers before that of a member; a long name and a long link are two
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 SCANNED = 1 << 20  # bytes that are searched for a further tar at a time
 
 # Name, first byte and size of an image.
@@ -133,16 +136,52 @@ class _Headers(io.BufferedReader):
             tar.members.clear()  # type: ignore[attr-defined]
             if len(tar.pax_headers) > MAX_GLOBAL_FIELDS:
                 raise ValueError(f"it has more than {MAX_GLOBAL_FIELDS} fields for all members")
-            end = tar.offset
-            # A negative size would lead back to the same header for ever.
-            if (member.isreg() and member.size < 0) or not member.offset < end <= self.size:
-                raise ValueError(
-                    f"{printable(member.name)} has a size of {member.size} bytes, and "
-                    f"{self.size - member.offset_data} bytes follow"
-                )
+            self._check_size(member, tar.offset)
             yield member
-            self.at = end
+            self.at = tar.offset
             self.left = MAX_HEADER_BYTES
+
+    def _check_size(self, member: tarfile.TarInfo, end: int) -> None:
+        """Raise ValueError for a member whose content does not lie before `end`, or ends outside the tar."""
+        words = member.pax_headers.get("size", "0")
+        try:
+            int(words)
+        except ValueError:
+            # tarfile takes it for 0, and what follows for a header.
+            raise ValueError(
+                f"{printable(member.name)} has a size of {printable(words[:MAX_SHOWN])!r}"
+            ) from None
+        size = member.size
+        if member.issparse():
+            # A sparse member has the size of the unpacked file, and other images do not depend on it.
+            size = end - member.offset_data
+        inside = member.offset < end <= self.size
+        # A negative size would lead back to the same header for ever. A size of an attribute for sparse files
+        # is no size of what is stored.
+        fits = not member.isreg() or 0 <= size <= end - member.offset_data
+        if inside and fits:
+            return
+        last = end if inside and size >= 0 else self.size
+        left = last - member.offset_data
+        raise ValueError(f"{printable(member.name)} has a size of {size} bytes, and {left} bytes follow")
+
+    def name_at(self) -> str:
+        """Return the name in the header of the member at `at`; '' if there is none."""
+        at = self.at
+        # Extended headers, of other names, come before it.
+        for _ in range(MAX_EXTENDED):
+            try:
+                header = tarfile.TarInfo.frombuf(
+                    os.pread(self.fileno(), BLOCK, at), "utf-8", "surrogateescape"
+                )
+            except tarfile.HeaderError:
+                return ""
+            if header.type not in EXTENDED:
+                return header.name
+            at += BLOCK + -(-header.size // BLOCK) * BLOCK
+            if not 0 <= at < self.size:
+                return ""
+        return ""
 
     def _next_tar(self) -> int | None:
         """Return where a further tar begins after the zeros at `at`; None if nothing follows.
@@ -182,6 +221,10 @@ def _unreadable(file: _Headers, images: int, error: Exception) -> ValueError:
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED_MAGIC):
         return compressed_error(path)
     reason = str(error) or type(error).__name__
+    name = printable(file.name_at())
+    # What tarfile raises names no member.
+    if name and name not in reason:
+        reason = f"{reason}, in the headers of {name}"
     if file.at == 0:
         return ValueError(f"{path} is not a tar, or is damaged or cut off ({reason})")
     return ValueError(
