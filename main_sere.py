@@ -39,7 +39,8 @@ def get_args_parser() -> Parser:
     p = Parser(description="iBOT and SERE pretraining", epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
     add_loss_flags(p)
-    add_data_flags(p)
+    # SERE has a weight called alpha.
+    add_data_flags(p, alpha="image_alpha")
     add_crop_flags(p)
     defaults = OptimDefaults(
         batch_size=64,

@@ -429,5 +429,5 @@ def test_the_flag_reaches_every_loader(tmp_path):
             command += ["--finetune", "F"]
         args = parse(main.get_args_parser(), command)
         grid = [(2, 2)] if main is main_sere else []
-        found = [loader for loader in main.build_data(args, setup, *grid) if isinstance(loader, Loader)]
+        found = [loader for loader in main.build_data(args, setup, *grid, {}) if isinstance(loader, Loader)]
         assert {loader.crew.minutes for loader in found} == {2.5} and found

@@ -51,7 +51,7 @@ EARLY = [
     ("main_pretrain", "--crop_scale 20 100", "--crop_scale 20 percentage 0.2"),
     ("main_pretrain", "--mean 123.675 116.28 103.53", "--mean 123.675 255 0.485"),
     ("main_pretrain", "--std 58.395 57.12 57.375", "--std 58.395 255 0.229"),
-    ("main_pretrain", "--mean 0.5", "--mean 3 --in_chans 1"),
+    ("main_pretrain", "--mean 0.5 0.4", "--mean 3 --in_chans 2"),
     ("main_pretrain", "--in_chans 4", "--in_chans 4 --mean stats"),
     ("main_pretrain", "--in_chans 0", "--in_chans 1"),
     ("main_pretrain", "--input_size 224x192", "--input_size 224x192 '224 192'"),

@@ -102,8 +102,8 @@ def _meant_device(text: str) -> str:
     return f"did you mean {':'.join(filter(None, (*near, index)))}?"
 
 
-def add_data_flags(p: argparse.ArgumentParser) -> None:
-    """Add the flags that say which images are read, and how."""
+def add_data_flags(p: argparse.ArgumentParser, alpha: str = "alpha") -> None:
+    """Add the flags that say which images are read, and how. `alpha` names the one about transparency."""
     g = p.add_argument_group("data")
     g.add_argument(
         "--data_path",
@@ -119,7 +119,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="image size, H [W]; that of the checkpoint if the run starts from one",
     )
-    _add_channel_flags(g)
+    _add_channel_flags(g, alpha)
     _add_loading_flags(g)
     _add_unreadable_flags(g)
 
@@ -174,8 +174,8 @@ def _add_unreadable_flags(g: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_read_flags(g: Any) -> None:
-    """Add the flags that say how the bytes of a file become channels."""
+def add_read_flags(g: Any, alpha: str = "alpha") -> None:
+    """Add the flags that say how the bytes of a file become channels; for `alpha` see `add_data_flags`."""
     g.add_argument(
         "--channels",
         default=None,
@@ -186,7 +186,7 @@ def add_read_flags(g: Any) -> None:
         "given. --in_chans beside it says how many bands the files have",
     )
     g.add_argument(
-        "--alpha",
+        f"--{alpha}",
         default="drop",
         choices=["drop", "white", "black"],
         help="what becomes of transparency: drop shows the colours under it, as torchvision does; white and "
@@ -237,7 +237,7 @@ def settle_channels(flags: argparse.Namespace) -> None:
     flags.given |= {"in_chans"}
 
 
-def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
+def _add_channel_flags(g: argparse._ArgumentGroup, alpha: str) -> None:
     g.add_argument(
         "--in_chans",
         default=3,
@@ -261,7 +261,7 @@ def _add_channel_flags(g: argparse._ArgumentGroup) -> None:
         help="standard deviation of each channel, of values in [0, 1]; as the mean if not given",
     )
     _add_range_flag(g)
-    add_read_flags(g)
+    add_read_flags(g, alpha)
 
 
 class OptimDefaults(NamedTuple):

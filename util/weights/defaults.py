@@ -60,7 +60,9 @@ def known_flags(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
     channels = stored.get("in_chans")
     if type(channels) is int and 1 <= channels <= MOST_CHANNELS:
         found["in_chans"] = channels
-    found |= {name: stored.get(name) for name in ("channels", "bands", "alpha", "exif")}
+    found |= {name: stored.get(name) for name in ("channels", "bands", "exif")}
+    # main_sere.py has another name for it.
+    found["alpha"] = stored.get("alpha") or stored.get("image_alpha")
     # Files of others store no flags, or only some of these. A stored model has its own patch size.
     settled = {name for name, value in found.items() if value}
     if "model" in settled:

@@ -48,9 +48,8 @@ class ReadSettings:
         # Their values are known then, and float32 holds all of them.
         if flags.get("range"):
             found["stream_depth"] = torch.float32
-        return cls(
-            channels=tuple(flags.get("channels") or ()), transparency=flags.get("alpha") or "drop", **found
-        )
+        transparency = flags.get("alpha") or flags.get("image_alpha") or "drop"
+        return cls(channels=tuple(flags.get("channels") or ()), transparency=transparency, **found)
 
     @property
     def stored_bands(self) -> int | None:
