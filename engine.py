@@ -302,8 +302,9 @@ def _load_start(run: Run, state: TrainState) -> str:
     if run.session.start is None:
         return "step 0: there is no checkpoint to continue"
     start = run.session.start
-    run.session.check_images(run.loader.dataset)
     state.load_checkpoint(start, run.updates_per_epoch, run.loader.dataset.exact_resume)
+    # Only now: what does not fit this model at all is another file, not other data.
+    run.session.check_images(run.loader.dataset)
     # The loaded tensors are as large as the state itself, and the caller keeps its reference to the end.
     start.release()
     return f"continues {start.path} at step {state.step}"
