@@ -28,6 +28,7 @@ from util.run.flops import FlopCounter, peak_flops
 from util.run.guards import BadImages, NonFiniteLoss, write_replay
 from util.run.log import peak_memory_mb
 from util.run.session import Session
+from util.run.training_images import TrainingImages
 from util.train.amp import AMP
 from util.train.lr_sched import set_lr
 from util.train.objective import Objective
@@ -109,6 +110,8 @@ class Run:
         classes = getattr(getattr(self.loader.dataset, "index", None), "classes", None)
         if classes:
             saved["classes"] = classes  # the meaning of the model's outputs
+        if images := TrainingImages.of(self.loader.dataset):
+            saved["training_images"] = images.to_dict()
         if not dist.is_main():
             return
         try:
@@ -300,6 +303,8 @@ def _load_start(run: Run, state: TrainState) -> str:
         return "step 0: there is no checkpoint to continue"
     start = run.session.start
     state.load_checkpoint(start, run.updates_per_epoch, run.loader.dataset.exact_resume)
+    # Only now: what does not fit this model at all is another file, not other data.
+    run.session.check_images(run.loader.dataset)
     # The loaded tensors are as large as the state itself, and the caller keeps its reference to the end.
     start.release()
     return f"continues {start.path} at step {state.step}"

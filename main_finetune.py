@@ -141,8 +141,8 @@ from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_classes, some_names
-from util.data.sources.layouts import class_names
+from util.data.sources.image_index import ImageIndex, check_classes, describe_missing, some_names
+from util.data.sources.layouts import class_names, training_classes
 from util.data.survey.ranges import with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
@@ -238,8 +238,9 @@ class Finetuning(Objective):
             state.best = stats["acc1"]
             state.best_epoch = epoch
         dist.print_rank0(f"Max accuracy: {state.best:.2f}% (epoch {state.best_epoch})")
-        # MAE's names in TensorBoard.
-        self.log.scalars({f"perf/test_{name}": stats[name] for name in ("acc1", "acc5", "loss")}, epoch)
+        # MAE's names in TensorBoard, and the mean over classes.
+        names = [name for name in ("acc1", "acc5", "loss", "balanced_acc1") if name in stats]
+        self.log.scalars({f"perf/test_{name}": stats[name] for name in names}, epoch)
         figures = {f"test_{name}": value for name, value in stats.items() if name != "images"}
         return figures | {"n_parameters": trained_parameters(self.model)}
 
@@ -368,9 +369,9 @@ def build_data(
         data_timeout=args.data_timeout,
     )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
-    describe_evaluation(val, setup.size, args.crop_pct)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
+        describe_evaluation(val, setup.size, args.crop_pct)
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     augment = finetune_transform(
         setup.size,
@@ -382,6 +383,7 @@ def build_data(
     )
     train = build_class_dataset(args.data_path, "train", augment, **options)
     check_classes(train.index, val.index)
+    describe_evaluation(val, setup.size, args.crop_pct)
     if len(train.index.classes) == 1:
         only = some_names(train.index.classes)
         dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
@@ -402,6 +404,13 @@ def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: floa
         f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {share:.3f}, bicubic, "
         f"classes in the order {first_classes(val.index.classes)}"
     )
+    print_missing(val.index)
+
+
+def print_missing(val: ImageIndex) -> None:
+    """Print for which classes there are no images to evaluate on."""
+    if missing := describe_missing(val):
+        dist.print_rank0(missing)
 
 
 def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices:
@@ -438,7 +447,7 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
         saved = checkpoint.to_evaluate(start.resume)
         place = saved.path
         kind = "output"
-        classes = known_classes(saved, classes, given)
+        classes = evaluated_classes(saved, data, given)
     elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
             f"{start.resume.path} was trained on the classes {some_names(start.resume.classes)}, the data "
@@ -450,6 +459,27 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
             "--nb_classes out, or check the path"
         )
     return classes
+
+
+def evaluated_classes(saved: Checkpoint, data: ImageIndex, given: list[str] | None) -> list[str]:
+    """Return the classes in the order of the outputs of the checkpoint to evaluate.
+
+    If the data's training images have just these classes, the validation images may lack some, and all
+    outputs compete as they did in training. Other data may have some of the classes only, and the answer is
+    the best of these.
+    """
+    classes = data.classes
+    trained = dist.gather_objects(training_classes(data.path))[0]
+    if not set(classes) < set(trained):
+        return known_classes(saved, classes, given)
+    if not (given or saved.classes):
+        # The file does not name its outputs, and the training images may.
+        classes = trained
+    known = known_classes(saved, classes, given)
+    if set(known) == set(trained):
+        data.use_classes(trained)
+        print_missing(data)
+    return known
 
 
 def check_convolutional_start(pretrained: Checkpoint) -> None:

@@ -105,6 +105,7 @@ answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,12 +126,13 @@ from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import check_classes, some_names
+from util.data.sources.image_index import ImageIndex, check_classes, describe_missing, some_names
+from util.data.sources.layouts import training_classes
 from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
-from util.evaluate.accuracy import classification
+from util.evaluate.accuracy import Recalls, classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
-from util.evaluate.knn import NEIGHBOURS, knn_accuracy
+from util.evaluate.knn import NEIGHBOURS, knn_correct
 from util.evaluate.passes import extract_features, mean_terms
 from util.files.names import counted, printable
 from util.run.log import Log
@@ -344,29 +346,45 @@ class Probing(Objective):
         if state.best is None or stats["test_acc1"] > state.best:
             state.best = stats["test_acc1"]
             state.best_epoch = epoch
-        # MAE's names in TensorBoard.
-        self.log.scalars({f"perf/{name}": stats[name] for name in ("test_acc1", "test_acc5")}, epoch)
+        # MAE's names in TensorBoard, and the mean over classes.
+        names = [name for name in ("test_acc1", "test_acc5", "test_balanced_acc1") if name in stats]
+        self.log.scalars({f"perf/{name}": stats[name] for name in names}, epoch)
         return stats
 
     def evaluate(self) -> dict[str, float]:
-        """Return the accuracies of all heads on the validation images; print MAE's line for the best one."""
-        stats = mean_terms(self.probe, self.evaluation_terms, self.val_loader, self.setup)
+        """Return the accuracies of all heads on the validation images; print MAE's line for the best one.
+
+        The mean over classes, of those that have images, is the best head's; there is none for one class.
+        """
+        classes = len(self.val_loader.dataset.index.classes)
+        recalls = Recalls(classes, self.setup.device, len(self.names))
+        terms = partial(self.evaluation_terms, recalls=recalls)
+        stats = mean_terms(self.probe, terms, self.val_loader, self.setup)
         best = max(self.names, key=lambda name: stats[f"acc1_{name}"])
         acc1 = stats[f"acc1_{best}"]
         acc5 = stats[f"acc5_{best}"]
+        text = f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}"
+        figures = {"test_loss": stats[f"loss_{best}"], "test_acc1": acc1, "test_acc5": acc5}
+        recalls.reduce()
+        if means := recalls.balanced():
+            mean = means[self.names.index(best)]
+            figures["test_balanced_acc1"] = mean.accuracy
+            text += f" {mean}"
         heads = "  ".join(f"{name} {stats[f'acc1_{name}']:.3f}" for name in self.names)
         images = f"{stats['images']} of {len(self.val_loader.dataset)} images"
-        dist.print_rank0(f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} {self.kind} at {best} on {images}; {heads}")
+        dist.print_rank0(f"{text} {self.kind} at {best} on {images}; {heads}")
         # MAE counts the parameters of one head.
         parameters = sum(p.numel() for p in self.probe.parameters()) // len(self.names)
-        figures = {"test_loss": stats[f"loss_{best}"], "test_acc1": acc1, "test_acc5": acc5}
         figures["n_parameters"] = parameters
         return figures | {f"test_acc1_{name}": stats[f"acc1_{name}"] for name in self.names}
 
-    def evaluation_terms(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluation_terms(
+        self, model: nn.Module, batch: dict, recalls: Recalls
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         terms: dict[str, Tensor] = {}
-        for name, logits in zip(self.names, model(self.features(batch["image"]))):
-            loss, stats = classification(logits, batch["label"])
+        for head, logits in enumerate(model(self.features(batch["image"]))):
+            name = self.names[head]
+            loss, stats = classification(logits, batch["label"], recalls, head)
             terms |= {f"acc{k}_{name}": stats[f"acc{k}"] for k in (1, 5)}
             terms |= {f"loss_{name}": loss, "images": stats["images"]}
         return torch.zeros((), device=batch["label"].device), terms
@@ -440,13 +458,52 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
     )
 
 
+def use_trained_classes(index: ImageIndex, saved: Checkpoint) -> None:
+    """Give the validation images the labels of a trained probe, of whose classes they may have some.
+
+    Raises ValueError if they have a class that the probe does not know.
+    """
+    classes = saved.classes
+    if classes is None:
+        # MAE's files do not name the outputs, and the training images may.
+        trained = dist.gather_objects(training_classes(index.path))[0]
+        classes = index.classes
+        if set(classes) < set(trained):
+            classes = trained
+    if not set(index.classes) <= set(classes):
+        raise ValueError(
+            f"{saved.path} was trained on the classes {some_names(classes)}, the data have "
+            f"{some_names(index.classes)}: give the data that it was trained on"
+        )
+    index.use_classes(classes)
+
+
+def check_number_of_classes(args: argparse.Namespace, index: ImageIndex) -> None:
+    """Print for which classes nothing is evaluated. Raises ValueError for one class, and for another number
+    than --nb_classes.
+    """
+    if len(index.classes) < 2:
+        raise ValueError(
+            f"--data_path {printable(index.path)} has one class only ({some_names(index.classes)}): "
+            "a classifier needs at least two class folders"
+        )
+    if args.nb_classes not in (None, len(index.classes)):
+        raise ValueError(
+            f"--nb_classes {args.nb_classes}, but {index.path} has "
+            f"{counted(len(index.classes), 'class folder')}: leave --nb_classes out, or check the path"
+        )
+    if missing := describe_missing(index):
+        dist.print_rank0(missing)
+
+
 def build_data(
-    args: argparse.Namespace, setup: Setup, trained: dict
+    args: argparse.Namespace, setup: Setup, trained: dict, start: Checkpoint | None = None
 ) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples], Setup]:
     """Return the training loader, the validation loader, and the setup with the range of their values.
 
-    Training images are augmented unless features are computed once. There is no training loader for --eval.
-    `trained` are the flags of the encoder's training.
+    Both loaders have the same classes. Training images are augmented unless features are computed once. There
+    is no training loader for --eval; the classes are those of `start` then. `trained` are the flags of the
+    encoder's training.
     """
     once = args.knn or args.cached
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
@@ -456,16 +513,6 @@ def build_data(
     if args.crop_pct is not None:
         share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
     dist.print_rank0(f"evaluation on {val.summary()}{share}")
-    if len(val.index.classes) < 2:
-        raise ValueError(
-            f"--data_path {printable(val.index.path)} has one class only ({some_names(val.index.classes)}): "
-            "a classifier needs at least two class folders"
-        )
-    if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
-        raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {val.index.path} has "
-            f"{counted(len(val.index.classes), 'class folder')}: leave --nb_classes out, or check the path"
-        )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -476,6 +523,8 @@ def build_data(
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
+        use_trained_classes(val.index, checkpoint.to_evaluate(start))
+        check_number_of_classes(args, val.index)
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     transform: Callable = whole
     if not once:
@@ -485,6 +534,7 @@ def build_data(
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
+    check_number_of_classes(args, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
     if once:
@@ -555,27 +605,32 @@ def run_knn(
     for pool, queries_of_pool, bank_of_pool in zip(
         pools, queries.chunk(len(pools), 1), bank.chunk(len(pools), 1)
     ):
-        correct = knn_accuracy(queries_of_pool, labels, bank_of_pool, bank_labels, num_classes)
-        stats |= report_knn(pool, correct, len(queries), bank_of_pool, setup)
+        correct = knn_correct(queries_of_pool, labels, bank_of_pool, bank_labels, num_classes)
+        recalls = Recalls(num_classes, setup.device, len(correct))
+        for head, right in enumerate(correct.values()):
+            recalls.add(right, labels, head)
+        stats |= report_knn(pool, list(correct), recalls, bank_of_pool, setup)
     Log(args.output_dir).write_line(stats | {"epoch": 0})
     dist.shutdown()
     return 0
 
 
-def report_knn(
-    pool: str, correct: dict[int, Tensor], queries: int, bank: Tensor, setup: Setup
-) -> dict[str, float]:
-    """Return and print accuracies over all ranks, and the effective rank of the training features."""
-    counts = torch.stack([*correct.values(), torch.tensor(queries, device=bank.device)])
-    *per_k, images = dist.sum_over_ranks(counts).tolist()
-    stats = {f"knn{k}_{pool}": 100 * count / images for k, count in zip(correct, per_k)}
+def report_knn(pool: str, ks: list[int], recalls: Recalls, bank: Tensor, setup: Setup) -> dict[str, float]:
+    """Return and print accuracies over all ranks, and the effective rank of the training features.
+
+    `recalls` has a head for each of `ks`.
+    """
+    recalls.reduce()
+    balanced = recalls.balanced()
+    stats = {f"knn{k}_{pool}": accuracy for k, accuracy in zip(ks, recalls.accuracies())}
+    stats |= {f"balanced_knn{k}_{pool}": mean.accuracy for k, mean in zip(ks, balanced)}
     # Some images, spread over the data set and so over all classes.
     some = min(RANK_IMAGES, len(bank))
     rank = effective_rank(bank[torch.arange(some) * len(bank) // some])
-    accuracies = "  ".join(f"k={k} {stats[f'knn{k}_{pool}']:.3f}" for k in correct)
+    accuracies = "  ".join(f"k={k} {stats[f'knn{k}_{pool}']:.3f} {mean}" for k, mean in zip(ks, balanced))
     dist.print_rank0(
-        f"* kNN {pool}: {accuracies}  ({len(bank)} training and {images} validation images; effective rank "
-        f"{rank:.1f} of {bank.shape[1]}; features in {setup.precision}, "
+        f"* kNN {pool}: {accuracies}  ({len(bank)} training and {recalls.images} validation images; "
+        f"effective rank {rank:.1f} of {bank.shape[1]}; features in {setup.precision}, "
         f"similarities in {products(setup.device)})"
     )
     return stats | {f"effective_rank_{pool}": rank}
@@ -608,12 +663,6 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
         cache_validation_features(args, objective)
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool", "crop_pct"))
     dist.print_rank0(f"evaluating {args.resume}{changed}")
-    classes = objective.val_loader.dataset.index.classes
-    if saved.classes not in (None, classes):
-        raise ValueError(
-            f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "
-            f"{some_names(classes)}: give the data that it was trained on"
-        )
     heads = saved
     if saved.is_whole_probe:
         # The encoder is loaded already.
@@ -647,7 +696,7 @@ def main(given: argparse.Namespace) -> int:
         dist.check_folder(args.output_dir)
 
     # Data, frozen encoder, heads
-    loader, val_loader, setup = build_data(args, setup, pretrained.args)
+    loader, val_loader, setup = build_data(args, setup, pretrained.args, start)
     flags["range"] = setup.pixels.range
     backbone = load_backbone(args, pretrained, setup, flags)
     flags["encoder"] = check_encoder(args, start, backbone)

@@ -30,7 +30,9 @@ from util.flags.groups import own_workers
 from util.flags.parser import parse, run
 from util.run import checkpoint_manager
 from util.run.log import Log
+from util.run.training_images import TrainingImages, compare
 from util.weights import checkpoint
+from util.weights.types import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -436,6 +438,105 @@ def test_changed_flags_are_printed_when_a_run_continues(tmp_path, capsys):
     assert checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth")).epoch == 1
 
 
+def colours(root, classes: list[str], each: int) -> Path:
+    """A folder of training images, `each` in every class."""
+    for c, name in enumerate(classes):
+        (root / "train" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            colour = (60 * c, 20 * i, 100)
+            Image.new("RGB", (32, 32), colour).save(root / "train" / name / f"{i}.png")
+    return root
+
+
+def test_a_run_does_not_go_on_with_other_images_by_itself(tmp_path, capsys):
+    before = colours(tmp_path / "d", ["a", "b"], 4)
+    last = tmp_path / "run" / "checkpoint-last.pth"
+
+    def train(data, epochs, *more):
+        flags = ["--data_path", data, "--batch_size", 2, "--epochs", epochs, *more]
+        return pretrain(tmp_path, capsys, *flags)
+
+    assert train(before, 1)[0] == 0
+    stored = checkpoint.load(str(last)).entries["training_images"]
+    assert (stored["path"], stored["images"], len(stored["digest"])) == (str(before), 8, 64)
+    saved = last.read_bytes()
+    # More files in the same folder, other names in another one, and as many images of other names there.
+    found = f"error: training images changed: 8 images of {before} before, "
+    other = colours(tmp_path / "e", ["x", "y"], 4)
+    for data, now in ((colours(tmp_path / "g", ["a", "b"], 5), "10 images of"), (other, "8 images of")):
+        code, text = train(data, 2)
+        assert code == 2 and f"{found}{now} {data} now: " in text and "by --allow_other_data" in text, text
+        assert last.read_bytes() == saved
+    (before / "train" / "a" / "3.png").rename(before / "train" / "a" / "4.png")
+    code, text = train(before, 2, "--dry_run")
+    assert code == 2 and f"{found}8 images of {before} now, with other names or labels: " in text, text
+    (before / "train" / "a" / "4.png").rename(before / "train" / "a" / "3.png")
+    # The same images elsewhere, as on a node's own disk.
+    copied = Path(shutil.copytree(before, tmp_path / "node" / "d"))
+    code, text = train(copied, 2)
+    assert code == 0 and f"the training images are the same, now in {copied}\n" in text, text
+    code, text = train(copied, 3)
+    assert code == 0 and not re.search("images (changed|are)", text), text
+    # Other images are taken when that is asked for, and from then on they are the run's own.
+    code, text = train(other, 4, "--allow_other_data")
+    assert code == 0 and f"warning: training images changed: 8 images of {copied} before, " in text, text
+    assert "the order of samples" in text and "changed flags (epochs: 3 -> 4)" in text
+    code, text = train(other, 5)
+    assert code == 0 and not re.search("images (changed|are)", text) and "Epoch: [4]" in text, text
+    # A checkpoint of an earlier version.
+    state = torch.load(last, weights_only=True)
+    del state["training_images"]
+    torch.save(state, last)
+    code, text = train(before, 6)
+    assert code == 0 and "does not say which images it was trained on" in text, text
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        [],
+        {},
+        {"path": 3, "images": 8, "digest": ""},
+        {"path": "p" * 5000, "images": 8, "digest": ""},
+        {"path": "p", "images": True, "digest": ""},
+        {"path": "p", "images": -1, "digest": ""},
+        {"path": "p", "images": 10**30, "digest": ""},
+        {"path": "p", "images": 8, "digest": 1},
+    ],
+)
+def test_a_damaged_note_of_the_images_is_none(stored):
+    start = Checkpoint("c.pth", {}, entries={"training_images": stored})
+    assert TrainingImages.stored_in(start) is None
+    note = compare(start, TrainingImages("D", 8, "0"), allowed=False)
+    assert note == (
+        "c.pth does not say which images it was trained on, so they cannot be compared with 8 images of D"
+    )
+
+
+@pytest.mark.parametrize(
+    "before, now, problem",
+    [
+        (("hfids/a", None), ("hfids/a", None), None),
+        (("wds/a=/x", None), ("wds/a=/y", None), "only name and number were compared"),
+        (("torch/a=/x", 8), ("torch/a=/y", 8), "only name and number were compared"),
+        (("hfids/a", None), ("hfids/b", None), "the stream hfids/a before, the stream hfids/b now"),
+        (("torch/a=/x", 8), ("torch/a=/x", 9), "8 images of torch/a=/x before, 9 images of torch/a=/x now"),
+        (("hfds/a\x1b[1m", 8), ("hfds/b", 8), "8 images of hfds/a\\x1b[1m before"),
+    ],
+)
+def test_images_of_timms_readers_are_compared_by_name_and_number(before, now, problem):
+    start = Checkpoint("c.pth", {}, entries={"training_images": TrainingImages(*before, "").to_dict()})
+    if problem and "only" not in problem:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            compare(start, TrainingImages(*now, ""), allowed=False)
+        return
+    note = compare(start, TrainingImages(*now, ""), allowed=False)
+    assert (problem in note) if problem else note == ""
+    with pytest.raises(ValueError, match="training images changed"):
+        compare(start, TrainingImages(*now, "0123"), allowed=False)
+
+
 def test_the_order_of_starting_points(tmp_path, capsys):
     assert pretrain(tmp_path, capsys)[0] == 0
     first = str(tmp_path / "first.pth")
@@ -567,6 +668,8 @@ def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeyp
     assert text.count("Epoch: [1]") == 3, "four batches were announced, three came"
     code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 3)
     assert code == 0 and Stream.epochs == [0, 1, 2], text
+    code, text = pretrain(tmp_path, capsys, *flags, "--epochs", 4, "--data_path", "hfids/somebody/others")
+    assert code == 2 and "the stream hfids/somebody/pictures before, the stream hfids/somebody/o" in text
     # A stop within the last epoch: its updates and its averages are discarded.
     last = tmp_path / "run" / "checkpoint-last.pth"
     stopped = checkpoint.load(str(last))

@@ -1,5 +1,6 @@
 """Whole runs in real processes: kill and resume, ranks, accumulation, signals, non-finite losses."""
 
+import csv
 import json
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from processes import FINETUNE, PRETRAIN, ROOT, assert_same, here, last, log_lines, ranks, start
 from util.data.loading.samplers import EpochSampler
@@ -265,6 +267,39 @@ def test_evaluation_is_exact_on_two_ranks(tmp_path):
     assert f"Acc@1 {100 * share:.3f}" in acc[0]
     # and it is what training reported for the same weights
     assert f"Acc@1 {log_lines(tmp_path)[-1]['test_acc1']:.3f}" in acc[0]
+
+
+def test_the_mean_over_classes_is_exact_on_two_ranks(tmp_path):
+    """Unequal classes in batches of unequal size, one class without images, and one unreadable image."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    for split, counts in (("train", (4, 4, 4)), ("val", (7, 4, 0))):
+        for c, count in enumerate(counts):
+            folder = tmp_path / "d" / split / "abc"[c]
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (80 * c, 30 * i, 10 * i)).save(folder / f"{i}.png")
+    (tmp_path / "d" / "val" / "b" / "1.png").write_bytes(b"junk")
+    data = ["--data_path", tmp_path / "d", "--batch_size", 3]
+    code, text = here(tmp_path / "run", *data, "--epochs", 1, "--lr", 0, main=FINETUNE)
+    assert code == 0, text
+    # A head that gives all answers.
+    state = last(tmp_path / "run")
+    torch.manual_seed(1)
+    torch.nn.init.normal_(state["model"]["head.weight"])
+    torch.save(state, tmp_path / "c.pth")
+    flags = [*data, "--eval", "--resume", tmp_path / "c.pth", "--predictions", tmp_path / "p.csv"]
+    one, text = here(tmp_path / "run", *flags, main=FINETUNE)
+    two = ranks(2, tmp_path / "run", *flags, main=FINETUNE)
+    assert [one, *(code for code, _ in two)] == [0, 0, 0], (text, two)
+    (line,) = [line for line in text.splitlines() if line.startswith("* Acc@1")]
+    assert line in two[0][1].splitlines() and "on 10 of 11 images" in line
+    with open(tmp_path / "p.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["label"] != "unreadable"]
+    labels, answers = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    assert sorted(labels) == ["a"] * 7 + ["b"] * 3 and len(set(answers)) > 1
+    recalls = metrics.recall_score(labels, answers, labels=["a", "b"], average=None)
+    assert f" balanced {100 * recalls.mean():.3f} (2 of 3 classes) on " in line
+    assert f"Acc@1 {100 * recalls.mean():.3f}" not in line, "the classes are not equally frequent"
 
 
 def test_two_ranks_plan_together(tmp_path):

@@ -38,8 +38,8 @@ from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
 from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing, tars
-from util.data.sources.image_index import NoSplit, check_classes
-from util.data.sources.layouts import build_index
+from util.data.sources.image_index import NoSplit, check_classes, describe_missing
+from util.data.sources.layouts import build_index, class_names, training_classes
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
 from util.flags.parser import answer_at_once, parse, run
@@ -486,6 +486,48 @@ def test_class_names_must_agree(tmp_path):
     check_classes(train, train)
     with pytest.raises(ValueError, match="only in training: b; only in validation: c"):
         check_classes(train, val)
+
+
+@pytest.mark.parametrize("layout", ["folders", "tars"])
+def test_validation_images_may_lack_classes(tmp_path, layout):
+    """Their labels are those of training, also if the class has no folder."""
+    names = {
+        "train": ["a/1.jpg", "b/1.jpg", "c/1.jpg", "d/1.jpg"],
+        "val": ["b/1.jpg", "b/2.jpg", "d/1.jpg", "loose.jpg"],
+    }
+    for split, listed in names.items():
+        root = write(tmp_path / "f" / split, listed)
+        if layout == "tars":
+            (tmp_path / "t").mkdir(exist_ok=True)
+            pack(tmp_path / "t" / f"{split}.tar", Path(root), listed)
+    folder = tmp_path / layout[0]
+    assert training_classes(str(folder)) == class_names(folder) == ["a", "b", "c", "d"]
+    if layout == "folders":
+        (folder / "val" / "c").mkdir()
+        (folder / "train" / ".hidden").mkdir()
+    train, val = (build_index(folder, split) for split in ("train", "val"))
+    before = val.digest()
+    assert describe_missing(val) == (
+        "2 of 3 classes have validation images: no accuracy for c" if layout == "folders" else ""
+    )
+    check_classes(train, val)
+    assert val.classes == ["a", "b", "c", "d"] and val.labels.tolist() == [1, 1, 3]
+    assert describe_missing(val) == "2 of 4 classes have validation images: no accuracy for a, c"
+    assert describe_missing(train) == "" and val.digest() != before
+    dataset = ImageDataset(val, eval_transform(16), evaluation=True)
+    assert [dataset[i]["label"] for i in range(3)] == [1, 1, 3]
+    assert training_classes(str(folder / "val")) == training_classes(str(tmp_path / "none")) == []
+
+
+def test_the_digest_is_of_the_images_that_are_used(tmp_path):
+    write(tmp_path / "a" / "train", ["x/1.jpg", "y/2.jpg"])
+    write(tmp_path / "b" / "train", ["x/1.jpg", "y/2.jpg", "loose.jpg"])
+    a, b = (build_index(tmp_path / name) for name in "ab")
+    assert a.digest() == b.digest() and len(a.digest()) == 64
+    with_loose = build_index(tmp_path / "b", labels=False)
+    assert with_loose.digest() not in (a.digest(), build_index(tmp_path / "a", labels=False).digest())
+    write(tmp_path / "b" / "train", ["x/3.jpg"])
+    assert build_index(tmp_path / "b").digest() != a.digest()
 
 
 # --- decoding ---

@@ -1,6 +1,7 @@
 """Pretrained encoders become classifiers: loading, losses, groups, probes and neighbours."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from layers.probe import Probe, pooled
 from models_mae_pl import MODELS, MaskedAutoencoderViT
 from models_vit import DEIT_DISTILLED
 from util.data.pixels import Pixels
-from util.evaluate.accuracy import classification
-from util.evaluate.knn import knn_accuracy, knn_votes, nearest
+from util.evaluate.accuracy import Recalls, classification
+from util.evaluate.knn import knn_correct, knn_votes, nearest
 from util.evaluate.supervised import make_eval_fn
 from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
 from util.flags.parser import parse
@@ -496,6 +497,117 @@ def test_equal_logits_are_no_right_answers_for_every_class():
     assert classification(broken, torch.arange(8))[1]["acc1"].item() == 0
 
 
+def test_the_mean_over_classes_is_scikit_learns():
+    """Unequal classes, one of them without images, unreadable images, equal logits, and two heads."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    label = torch.tensor([0, 1, 3, 4])[torch.multinomial(torch.tensor([0.7, 0.2, 0.08, 0.02]), 400, True)]
+    logits = torch.randint(0, 3, (2, 400, 5)).bfloat16() + F.one_hot(label, 5) * torch.rand(400, 1).round()
+    label[::7] = -1
+    recalls = Recalls(5, torch.device("cpu"), heads=2)
+    for batch in torch.arange(400).split(48):
+        for head in range(2):
+            classification(logits[head, batch], label[batch], recalls, head)
+    recalls.reduce()
+    keep = label >= 0
+    for head, (mean, share) in enumerate(zip(recalls.balanced(), recalls.accuracies())):
+        answer = logits[head].argmax(1)
+        recall = [(answer == c)[label == c].double().mean().item() for c in (0, 1, 3, 4)]
+        assert mean.accuracy == pytest.approx(100 * np.mean(recall), rel=1e-12)
+        with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+            oracle = metrics.balanced_accuracy_score(label[keep], answer[keep])
+        assert mean.accuracy == pytest.approx(100 * oracle, rel=1e-12) and (mean.seen, mean.classes) == (4, 5)
+        assert share == pytest.approx(100 * (answer == label)[keep].double().mean().item(), rel=1e-12)
+        assert str(mean) == f"balanced {mean.accuracy:.3f} (4 of 5 classes)"
+        assert abs(mean.accuracy - share) > 1, "the classes are not equally frequent"
+    assert recalls.images == keep.sum()
+    assert Recalls(1, torch.device("cpu")).balanced() == [], "one class has no mean over classes"
+
+
+def shades(root, train: dict[str, int], val: dict[str, int]):
+    """Class folders with these numbers of grey images; a later class is brighter."""
+    names = sorted(train | val)
+    for split, counts in (("train", train), ("val", val)):
+        for name, count in counts.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                grey = np.full((32, 32, 3), 40 + 60 * names.index(name) + 2 * i, np.uint8)
+                Image.fromarray(grey).save(root / split / name / f"{i}.png")
+    return root
+
+
+def evaluation_line(text: str) -> str:
+    return [line for line in text.splitlines() if line.startswith("* Acc@1")][-1]
+
+
+def balanced_of(file) -> float:
+    """The mean over classes of a table of predictions, in percent."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    with open(file) as f:
+        rows = list(csv.DictReader(f))
+    label, answer = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    # A class without images is no class of these labels.
+    names = sorted({*label, *answer})
+    matrix = metrics.confusion_matrix(label, answer, labels=names)
+    return 100 * float(
+        np.mean([matrix[i, i] / matrix[i].sum() for i in range(len(names)) if matrix[i].any()])
+    )
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+def test_a_class_without_validation_images_trains(tmp_path, capsys, folder):
+    """Its output competes in training and in --eval, whether or not its folder is there."""
+    val = {"b": 6, "c": 2} | ({"a": 0} if folder == "empty" else {})
+    data = shades(tmp_path / "data", {"a": 4, "b": 4, "c": 4}, val)
+    common = ["--model", "vit_test", "--data_path", data, "--batch_size", 4, "--crop_pct", 1]
+    common += ["--predictions", tmp_path / "p.csv"]
+    train = [*common, "--lr", 0, "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *train)
+    assert code == 0, text
+    assert text.count("2 of 3 classes have validation images: no accuracy for a\n") == 1, text
+    last = tmp_path / "run" / "checkpoint-last.pth"
+    state = torch.load(last, weights_only=True)
+    assert state["classes"] == ["a", "b", "c"] and state["model"]["head.bias"].shape == (3,)
+    # A head whose answer is a for some images.
+    torch.manual_seed(3)
+    torch.nn.init.normal_(state["model"]["head.weight"])
+    torch.save(state, last)
+    code, text = call(main_finetune, capsys, *train, "--epochs", 2)
+    logged = json.loads((tmp_path / "run" / "log.txt").read_text().splitlines()[-1])
+    assert code == 0 and logged["test_balanced_acc1"] == pytest.approx(balanced_of(tmp_path / "p.csv"))
+    line = evaluation_line(text)
+    assert f" balanced {logged['test_balanced_acc1']:.3f} (2 of 3 classes) " in line
+    assert "on 8 of 8 images" in line
+    rows = answers(tmp_path / "p.csv")
+    assert "a" in {answer for answer, _ in rows.values()}, "or nothing would be tested here"
+    unnamed = torch.load(last, weights_only=True)
+    del unnamed["classes"]
+    torch.save(unnamed, tmp_path / "unnamed.pth")
+    for more in (["--resume", last], ["--resume", tmp_path / "unnamed.pth"]):
+        for given in ([], ["--classes", data]):
+            code, text = call(main_finetune, capsys, *common, "--eval", *more, *given)
+            assert code == 0 and evaluation_line(text) == line, text
+            assert text.count("2 of 3 classes have validation images: no accuracy for a\n") == 1, text
+            assert answers(tmp_path / "p.csv") == rows
+    # Without the training images these are other data, and the answer is the best of their classes.
+    (data / "train").rename(data / "other")
+    code, text = call(main_finetune, capsys, *common, "--eval", "--resume", last)
+    is_best_of_two = "2 of the model's 3 classes" in text
+    assert code == 0 and is_best_of_two == (folder == "absent"), text
+    assert (evaluation_line(text) == line) == (folder == "empty")
+
+
+def test_a_validation_class_that_training_lacks_is_an_error(tmp_path, capsys):
+    data = shades(tmp_path / "data", {"a": 2, "b": 2}, {"a": 2, "x": 2})
+    common = ["--model", "vit_test", "--data_path", data, "--batch_size", 2, "--output_dir", tmp_path / "run"]
+    code, text = call(main_finetune, capsys, *common)
+    assert code == 2 and "only in training: b; only in validation: x" in text, text
+    (data / "val" / "x").rename(data / "val" / "b")
+    (data / "train" / "c").mkdir()
+    code, text = call(main_finetune, capsys, *common)
+    assert code == 2 and "class folders without images" in text and "train: c. Remove or fill them" in text
+
+
 @pytest.mark.parametrize("name", ["swin_pico", "timm/vit_tiny_patch16_224", "timm/resnet10t"])
 def test_classifiers_with_positions_of_their_own_are_probed_without_more_flags(name):
     model = build_classifier(name, img_size=(64, 64), num_classes=5).eval()
@@ -614,10 +726,10 @@ def test_nearest_neighbours_against_scikit_learn(chunks):
     votes = knn_votes(similarity, torch.tensor(labels)[index], 10, 4)
     assert np.allclose((votes / votes.sum(1, keepdim=True)).numpy(), model.predict_proba(queries), atol=1e-4)
     truth = rng.integers(0, 4, 37)
-    right = knn_accuracy(
+    right = knn_correct(
         torch.tensor(queries), torch.tensor(truth), torch.tensor(bank), torch.tensor(labels), 4, ks=(10,)
     )
-    assert right[10] == (model.predict(queries) == truth).sum()
+    assert np.array_equal(right[10].numpy(), model.predict(queries) == truth)
 
 
 def test_more_neighbours_than_images():

@@ -1,6 +1,7 @@
 """MAE's protocol of linear probing against slow oracles, and probes of an earlier protocol."""
 
 import argparse
+import json
 import math
 import re
 
@@ -387,3 +388,94 @@ def test_a_token_that_the_file_lacks_is_the_same_at_each_start():
     second = main_linprobe.load_backbone(args, pico, SETUP, {})
     assert torch.equal(first.dist_token, second.dist_token) and first.dist_token.std() > 0
     assert main_linprobe.check_encoder(args, None, first) == main_linprobe.check_encoder(args, None, second)
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+def test_a_class_without_validation_images_is_probed(tmp_path, capsys, monkeypatch, encoder, folder):
+    """Its output competes. The mean over classes is scikit-learn's, for the best head and for each k."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    counts = {"train": {"a": 8, "b": 8, "c": 8}, "val": {"b": 9, "c": 3}}
+    if folder == "empty":
+        (tmp_path / "d" / "val" / "a").mkdir(parents=True)
+    torch.manual_seed(0)
+    for split, classes in counts.items():
+        for name, count in classes.items():
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = tv.functional.to_pil_image(torch.rand(3, 8, 8) * (0.8 + 0.1 * (name == "b")))
+                image.save(tmp_path / "d" / split / name / f"{i}.png")
+    torch.save(encoder.to_dict(), tmp_path / "e.pth")
+    common = ["--model", "vit_test", "--finetune", tmp_path / "e.pth", "--data_path", tmp_path / "d"]
+    common += ["--batch_size", 5, "--lr_grid", 0.5, 1]
+    seen = []
+
+    def record(logits, label, recalls, head):
+        seen.append((head, label, logits.argmax(1)))
+        return original(logits, label, recalls, head)
+
+    original = main_linprobe.classification
+    monkeypatch.setattr(main_linprobe, "classification", record)
+    code, text = call(main_linprobe, capsys, *common, "--cached", "--output_dir", tmp_path / "run")
+    missing = "2 of 3 classes have validation images: no accuracy for a\n"
+    assert code == 0 and text.count(missing) == 1, text
+    logged = json.loads((tmp_path / "run" / "log.txt").read_text())
+    best = int(logged["test_acc1_lr1"] > logged["test_acc1_lr0.5"])
+    label, answer = (torch.cat([batch[part] for batch in seen if batch[0] == best]) for part in (1, 2))
+    assert sorted(label.tolist()) == [1] * 9 + [2] * 3, "numbered as in training"
+    recall = [(answer[label == c] == c).double().mean().item() for c in (1, 2)]
+    assert logged["test_balanced_acc1"] == pytest.approx(50 * sum(recall))
+    (line,) = [line for line in text.splitlines() if line.startswith("* Acc@1")]
+    assert f" balanced {50 * sum(recall):.3f} (2 of 3 classes) linear probe at lr" in line
+    code, text = call(
+        main_linprobe, capsys, *common, "--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth"
+    )
+    assert code == 0 and text.count(missing) == 1 and line in text, text
+
+    found = []
+
+    def remember(queries, labels, *args):
+        found.append((labels, knn_correct(queries, labels, *args)))
+        return found[-1][1]
+
+    knn_correct = main_linprobe.knn_correct
+    monkeypatch.setattr(main_linprobe, "knn_correct", remember)
+    code, text = call(main_linprobe, capsys, *common, "--knn", "--output_dir", tmp_path / "knn")
+    assert code == 0 and text.count(missing) == 1, text
+    logged = json.loads((tmp_path / "knn" / "log.txt").read_text())
+    for pool, (labels, correct) in zip(("cls", "avg"), found, strict=True):
+        for k, right in correct.items():
+            # Any other class is as wrong as the third one.
+            answers = torch.where(right, labels, 3 - labels)
+            expected = metrics.balanced_accuracy_score(labels, answers)
+            assert logged[f"balanced_knn{k}_{pool}"] == pytest.approx(100 * expected), (pool, k)
+            assert logged[f"knn{k}_{pool}"] == pytest.approx(100 * right.double().mean().item())
+            figures = f"k={k} {logged[f'knn{k}_{pool}']:.3f} balanced {100 * expected:.3f} (2 of 3 classes)"
+            assert figures in text
+    assert "(24 training and 12 validation images; " in text
+
+
+def test_a_probe_is_not_evaluated_on_classes_that_it_does_not_know(tmp_path, capsys, encoder):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(4):
+                tv.functional.to_pil_image(torch.rand(3, 8, 8)).save(
+                    tmp_path / "d" / split / name / f"{i}.png"
+                )
+    torch.save(encoder.to_dict(), tmp_path / "e.pth")
+    common = ["--model", "vit_test", "--finetune", tmp_path / "e.pth", "--data_path", tmp_path / "d"]
+    common += ["--batch_size", 4, "--cached", "--output_dir", tmp_path / "run"]
+    assert call(main_linprobe, capsys, *common)[0] == 0
+    (tmp_path / "d" / "val" / "b").rename(tmp_path / "d" / "val" / "x")
+    resume = ["--eval", "--resume", tmp_path / "run" / "checkpoint-last.pth"]
+    code, text = call(main_linprobe, capsys, *common, *resume)
+    assert code == 2 and "was trained on the classes a, b, the data have a, x" in text, text
+    # Heads without names of classes: the training images have as many.
+    state = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
+    del state["classes"]
+    torch.save(state, tmp_path / "unnamed.pth")
+    for file in (tmp_path / "d" / "val" / "x").iterdir():
+        file.unlink()
+    (tmp_path / "d" / "val" / "x").rmdir()
+    code, text = call(main_linprobe, capsys, *common, "--eval", "--resume", tmp_path / "unnamed.pth")
+    assert code == 0 and "1 of 2 classes has validation images: no accuracy for b" in text, text

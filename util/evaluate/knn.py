@@ -51,7 +51,7 @@ def knn_votes(
     return votes.scatter_add_(1, labels[:, :k], weight)
 
 
-def knn_accuracy(
+def knn_correct(
     queries: Tensor,
     query_labels: Tensor,
     bank: Tensor,
@@ -60,7 +60,7 @@ def knn_accuracy(
     ks: tuple[int, ...] = NEIGHBOURS,
     temperature: float = 0.07,
 ) -> dict[int, Tensor]:
-    """Return {k: number of queries that are classified correctly}, for features (m, d) and a bank (n, d).
+    """Return {k: (m,), whether each query is classified correctly}, for features (m, d) and a bank (n, d).
 
     A k of more than n takes all n.
     """
@@ -69,5 +69,5 @@ def knn_accuracy(
     correct = {}
     for k in ks:
         votes = knn_votes(similarity, labels, k, num_classes, temperature)
-        correct[k] = (votes.argmax(1) == query_labels).sum()
+        correct[k] = votes.argmax(1) == query_labels  # (m,)
     return correct

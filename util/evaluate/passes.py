@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.loading.loader import device_batches
+from util.evaluate.accuracy import exact_dtype
 from util.files.names import counted
 from util.train.objective import LossFunction
 from util.train.setup import Setup
@@ -25,10 +26,7 @@ def mean_terms(
     the term `images` if loss_fn returns one. Raises ValueError if no image can be decoded.
     """
     model.eval()
-    # Sums over a million images lose digits in float32. MPS has nothing better.
-    exact = torch.float64
-    if setup.device.type == "mps":
-        exact = torch.float32
+    exact = exact_dtype(setup.device)
     zero = torch.zeros((), dtype=exact, device=setup.device)
     sums: dict[str, Tensor] = {}
     unreadable = 0

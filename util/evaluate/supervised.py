@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from layers.positional.draws import draws_of
 from util import dist
 from util.data.contract import Batches, IndexedSamples
-from util.evaluate.accuracy import classification
+from util.evaluate.accuracy import Recalls, classification
 from util.evaluate.passes import mean_terms
 from util.files.names import printable
 from util.run.log import write_predictions
@@ -17,13 +17,16 @@ from util.train.setup import Setup
 
 
 def make_eval_fn(
-    positions: bool, record: Callable[[dict, Tensor], None] | None = None, columns: Tensor | None = None
+    positions: bool,
+    record: Callable[[dict, Tensor], None] | None = None,
+    columns: Tensor | None = None,
+    recalls: Recalls | None = None,
 ) -> LossFunction:
     """Return a function (model, batch) -> (loss, terms) for `mean_terms`: accuracies in percent, and position
     terms.
 
     `record(batch, logits)` sees each batch. `columns` are the model's outputs for the labels 0, 1, ... if
-    these are not all of its outputs in order.
+    these are not all of its outputs in order. `recalls` counts the images of each label.
     """
 
     def eval_fn(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,7 +39,7 @@ def make_eval_fn(
             logits = logits[:, columns]  # (B, outputs) -> (B, labels)
         if record is not None:
             record(batch, logits)
-        loss, stats = classification(logits, batch["label"])
+        loss, stats = classification(logits, batch["label"], recalls)
         return loss, terms | stats
 
     return eval_fn
@@ -52,6 +55,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return accuracies, loss and position terms, exact on any number of ranks; print MAE's line.
 
+    `balanced_acc1` is the mean over classes, of those that have images; there is none for one class.
     `classes` are the classes of the model's outputs. The data may have only some of them; the prediction is
     then the best of these. `predictions` is the path of a CSV file to write, or ''.
     """
@@ -63,13 +67,18 @@ def evaluate(
         rows.extend(zip(*(column.tolist() for column in columns)))
 
     columns = _columns(loader.dataset.index.classes, classes, setup.device)
+    recalls = Recalls(len(loader.dataset.index.classes), setup.device)
     if predictions:
-        eval_fn = make_eval_fn(positions, record, columns)
+        eval_fn = make_eval_fn(positions, record, columns, recalls)
     else:
         # Without a table nothing is read from the device until the end.
-        eval_fn = make_eval_fn(positions, None, columns)
+        eval_fn = make_eval_fn(positions, None, columns, recalls)
     stats = mean_terms(model, eval_fn, loader, setup)
     text = f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+    recalls.reduce()
+    for mean in recalls.balanced():
+        stats["balanced_acc1"] = mean.accuracy
+        text += f" {mean}"
     if positions:
         text += f" position {stats['position']:.4f} acc {stats['position_acc']:.4f}"
     dist.print_rank0(f"{text} on {stats['images']} of {len(loader.dataset)} images")

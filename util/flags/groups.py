@@ -553,6 +553,12 @@ def _add_saving_flags(g: argparse._ArgumentGroup) -> None:
         default="",
         help="checkpoint to continue from, if --output_dir has no checkpoint-last.pth",
     )
+    # The order of the samples is that of the list of images.
+    g.add_argument(
+        "--allow_other_data",
+        action="store_true",
+        help="continue a run although its training images have changed; its order of samples changes, too",
+    )
     g.add_argument(
         "--save_every_epochs",
         default=20,

@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from util.flags.groups import OUTPUT_DIR, compile_mode
 from util.flags.parser import with_flags
 from util.run.checkpoint_manager import CheckpointManager, Owed
 from util.run.log import Log
+from util.run.training_images import TrainingImages, compare
 from util.train.lr_sched import warmup_cosine
 from util.train.setup import Budget
 from util.weights import checkpoint
@@ -60,6 +62,18 @@ class Session:
             )
         log = Log(args.output_dir, log_dir, args.print_freq, chance, loss_tag)
         return cls(log, flags, checkpoints, start, args.dry_run)
+
+    def check_images(self, dataset: Any) -> None:
+        """Compare the training images with those of the run that wrote `start`; print what differs.
+
+        Raises ValueError if they are others and `allow_other_data` is not given.
+        """
+        if self.start is None:
+            return
+        allowed = bool(self.flags.get("allow_other_data"))
+        note = compare(self.start, TrainingImages.of(dataset), allowed)
+        if note:
+            dist.print_rank0(with_flags(note, self.flags))
 
     def owed(self) -> Owed | None:
         """Return what the run that wrote `start` still had to do, if it was killed right after that."""
@@ -130,7 +144,7 @@ def _changes_of_the_run(start: Checkpoint, flags: dict) -> list[str]:
     changed = checkpoint.changed_flags(old, new)
     # Other models come with other settings of their own.
     changed.sort(key=lambda text: not text.startswith("model: "))
-    if "data_path" in old:
+    if "data_path" in old and not flags.get("allow_other_data"):
         changed += _changed_data(str(old["data_path"]), flags.get("data_path", ""))
     resume = flags.get("resume", "")
     # A requeued job repeats the flag of its first start.

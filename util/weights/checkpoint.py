@@ -203,6 +203,7 @@ HARMLESS = {
     "data_timeout",
     "pin_mem",
     "resume",
+    "allow_other_data",
     "compile",
     "save_every_epochs",
     "save_minutes",

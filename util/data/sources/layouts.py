@@ -5,13 +5,12 @@ then file name.
 """
 
 import codecs
+import contextlib
 import glob
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
-
-import numpy as np
 
 from util.data.formats import IMAGE_SUFFIXES
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
@@ -42,7 +41,8 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     label -1. Hidden files and folders (`.name`) are skipped. The listing of tars and large folders is cached
     next to them if that is writable, and checked against sizes and modification times.
 
-    Raises ValueError, with what was found, for a path without images in such a layout.
+    Raises ValueError, with what was found, for a path without images in such a layout, and for an empty class
+    folder among training images. Of validation images some classes may have none.
     """
     # Without a last slash, as names of caches are made by appending to the path.
     given = os.path.expanduser(os.fspath(data_path))
@@ -56,7 +56,7 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     else:
         index = _index_file(path, split, labels)
     _check_not_empty(index, split, labels)
-    _check_classes(index)
+    _check_classes(index, split)
     return index
 
 
@@ -67,6 +67,10 @@ def class_names(path: str | os.PathLike) -> list[str]:
     name that is listed twice.
     """
     path = os.path.expanduser(os.fspath(path))
+    # Validation images may lack some classes.
+    trained = training_classes(path)
+    if trained:
+        return trained
     if os.path.isdir(path) or path.lower().endswith(".tar"):
         try:
             return build_index(path, "val").classes
@@ -82,6 +86,23 @@ def class_names(path: str | os.PathLike) -> list[str]:
     if twice:
         raise ValueError(f"{path} lists classes twice: {some_names(twice)}")
     return names
+
+
+def training_classes(path: str) -> list[str]:
+    """Return the names of the classes of a data set's training images, sorted; [] if it has none.
+
+    In a folder they are read from the names of the class folders, which takes no listing of the images.
+    """
+    root = os.path.join(path, "train")
+    # A set that cannot be read is reported where its images are needed.
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(root):
+            with os.scandir(os.fsencode(root)) as entries:
+                inside = [entry.name for entry in entries if is_folder(entry)]
+            return [os.fsdecode(name) for name in sorted(inside) if not name.startswith(b".")]
+        if glob.glob(glob.escape(root) + "*.tar"):
+            return build_index(path).classes
+    return []
 
 
 # --- folders ---
@@ -247,15 +268,14 @@ def _check_not_empty(index: ImageIndex, split: str, labels: bool) -> None:
     raise ValueError(f"no images in {place}: found {_contents(index.root)}. {_remedy(index.path, labels)}")
 
 
-def _check_classes(index: ImageIndex) -> None:
+def _check_classes(index: ImageIndex, split: str) -> None:
     """Raise ValueError for an index whose labels cannot be what the user meant."""
     place = _place(index)
     if not index.classes:
         return
-    # An empty class folder shifts the numbers of all classes that follow.
-    counts = np.bincount(index.labels, minlength=len(index.classes))
-    empty = [name for name, count in zip(index.classes, counts) if count == 0]
-    if empty:
+    empty = index.without_images()
+    # A rare class may have no image to validate on. It must have some to learn from.
+    if empty and split == "train":
         raise ValueError(
             f"class folders without images in {place}: {some_names(empty)}. Remove or fill them: "
             "an empty folder would still count as a class."
