@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset, build_timm_dataset
 from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
+from util.flags.data_path import DataPath
 from util.flags.groups import MAX_PIXELS, is_timm_path
 
 # The embedded demo set, so that every main runs without data.
@@ -181,7 +183,8 @@ def build_dataset(
 ) -> ImageDataset | TimmDataset:
     """Open `split` of the data set at `data_path`.
 
-    The path is one as in `build_index`, or None for the embedded demo set. timm reads
+    The path is one as in `build_index`, maybe a `DataPath` with settings of its own, or None or "" for the
+    embedded demo set. timm reads
     `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds and torch, e.g.
     `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
     resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line. An image
@@ -189,11 +192,15 @@ def build_dataset(
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
-    path = os.fspath(data_path or DEMO)
+    source = DataPath()
+    if data_path is not None:
+        source = DataPath.of(data_path)
+    if not source:
+        source = replace(source, path=DEMO)
     options: dict[str, Any] = dict(in_chans=in_chans, seed=seed, evaluation=evaluation, max_pixels=max_pixels)
-    if is_timm_path(path):
-        return build_timm_dataset(path, split, transform, **options)
-    return ImageDataset(build_index(path, split, labels=labels), transform, **options)
+    if is_timm_path(source.path):
+        return build_timm_dataset(source, split, transform, **options)
+    return ImageDataset(build_index(source, split, labels=labels), transform, **options)
 
 
 def build_class_dataset(
