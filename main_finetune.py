@@ -17,6 +17,7 @@ import os
 import sys
 
 from layers.sizes import classifier_names
+from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
     add_augment_flags,
@@ -352,9 +353,10 @@ def build_data(
     args: argparse.Namespace, setup: Setup
 ) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
     """Return the training loader (None for --eval) and the validation loader, over the same classes."""
+    source = DataPath.from_flags(args)
     options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
     transform = eval_transform(setup.size, args.crop_pct)
-    val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
+    val = build_class_dataset(source, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -374,7 +376,7 @@ def build_data(
         crop=CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip),
         mean=setup.pixels.mean,
     )
-    train = build_class_dataset(args.data_path, "train", augment, **options)
+    train = build_class_dataset(source, "train", augment, **options)
     check_classes(train.index, val.index)
     if len(train.index.classes) == 1:
         only = some_names(train.index.classes)
@@ -426,7 +428,7 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     if args.eval:
         given = None
         if args.classes:
-            given = class_names(args.classes)
+            given = class_names(DataPath(args.classes, class_depth=args.class_depth))
         saved = checkpoint.to_evaluate(start.resume)
         place = saved.path
         kind = "output"

@@ -22,6 +22,7 @@ import math
 import sys
 
 from layers.sizes import classifier_names
+from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -429,8 +430,9 @@ def build_data(
     Training images are augmented unless features are computed once. There is no training loader for --eval.
     """
     once = args.knn or args.cached
+    source = DataPath.from_flags(args)
     options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
-    val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
+    val = build_class_dataset(source, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
     if len(val.index.classes) < 2:
         raise ValueError(
@@ -458,7 +460,7 @@ def build_data(
         transform = probe_transform(setup.size, scale)
         if args.probe_protocol == EARLIER:
             transform = pretrain_transform(setup.size, scale)
-    train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
+    train = build_class_dataset(source, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     if once:

@@ -13,6 +13,7 @@ import os
 import sys
 
 from layers.sizes import mae_names
+from util.flags.data_path import DataPath
 from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
@@ -405,6 +406,7 @@ def warn_of_nothing_to_predict(args: argparse.Namespace) -> None:
 
 def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
     """Return the training loader, and the validation loader or None."""
+    source = DataPath.from_flags(args)
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment: Callable
@@ -412,7 +414,7 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
         augment = TwoViews(*crop)
     else:
         augment = pretrain_transform(*crop, dct_scaling=args.dct_scaling)
-    train = build_dataset(args.data_path, "train", augment, **options)
+    train = build_dataset(source, "train", augment, **options)
     dist.print_rank0(train.summary())
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
@@ -423,7 +425,7 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
     )
     loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
-        val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
+        val = build_dataset(source, "val", eval_transform(setup.size), evaluation=True, **options)
     except NoSplit:
         val = None
     if len(set(dist.gather_objects(val is None))) > 1:
@@ -432,7 +434,10 @@ def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples]
             "again"
         )
     if val is None:
-        dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")
+        dist.print_rank0(
+            "there are no val images: pictures show training images, and nothing is evaluated. "
+            "--val_split NAME takes them from another folder"
+        )
         return loader, None
     return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device)
 

@@ -19,6 +19,7 @@ import sys
 
 from layers.sizes import sere_names
 from util.flags import sere
+from util.flags.data_path import DataPath
 from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
@@ -436,8 +437,9 @@ def build_data(
         mask_ratios=mask_ranges(args),
         details=Details(args.pred_shape, args.sere_exact),
     )
+    source = DataPath.from_flags(args)
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
-    train = build_dataset(args.data_path, "train", crops, **options)
+    train = build_dataset(source, "train", crops, **options)
     dist.print_rank0(train.summary())
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loader = train_loader(
@@ -448,7 +450,7 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    plain = build_dataset(args.data_path, "train", eval_transform(setup.size), **options)
+    plain = build_dataset(source, "train", eval_transform(setup.size), **options)
     return cached(loader, args.cache_data, setup.device), plain
 
 

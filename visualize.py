@@ -17,6 +17,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from util.flags.data_path import DataPath
+from util.flags.groups import add_val_split
 from util.flags.parser import Parser, answer_at_once, parse, run
 
 # The usual formats of matplotlib.
@@ -68,6 +70,7 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
             default="",
             help="folder, tar or list of images; not given: the demo set",
         )
+        add_val_split(command)
         command.add_argument("--images", default=4, type=int, help="number of images to draw")
     # Attention is that of whole images.
     for command in (reconstruct, positions):
@@ -142,15 +145,16 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")
     out = args.out
     if args.command == "reconstruct":
-        picture = reconstruct(
-            args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss
-        )
+        source = DataPath(args.data_path, args.val_split)
+        picture = reconstruct(args.file, source, args.images, args.mask_ratio, args.stats, args.norm_pix_loss)
         save_png(picture, out)
     elif args.command == "positions":
-        figure = positions(args.file, args.data_path, args.images, args.measure, args.mask_ratio)
+        source = DataPath(args.data_path, args.val_split)
+        figure = positions(args.file, source, args.images, args.measure, args.mask_ratio)
         charts.save(figure, out)
     elif args.command == "attention":
-        charts.save(attention(args.file, args.data_path, args.images), out)
+        source = DataPath(args.data_path, args.val_split)
+        charts.save(attention(args.file, source, args.images), out)
     elif args.command == "curves":
         charts.save(charts.curves(read_runs(args.runs), read_runs(args.reference)), out)
     elif args.command == "sweep":

@@ -63,7 +63,7 @@ def load_model(path: str) -> tuple[Model, dict]:
 
 
 def load_images(
-    model: Model, flags: dict, data_path: str, first: int, n: int = 0
+    model: Model, flags: dict, data_path: str | os.PathLike, first: int, n: int = 0
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Stats]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
@@ -82,7 +82,9 @@ def load_images(
     return ((normalize(batch["image"], *stats), batch["key"]) for batch in batches), stats
 
 
-def _evaluation_set(model: Model, data_path: str, max_pixels: int) -> ImageDataset | TimmDataset:
+def _evaluation_set(
+    model: Model, data_path: str | os.PathLike, max_pixels: int
+) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
 
     def split(name: str) -> ImageDataset | TimmDataset:
@@ -153,7 +155,7 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 
 @torch.no_grad()
 def reconstruct(
-    path: str, data_path: str, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
+    path: str, data_path: str | os.PathLike, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
 ) -> np.ndarray:
     """The picture of `reconstruction_panel` for n images, as uint8 (H', W', 3).
 
@@ -258,7 +260,9 @@ def offsets(codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def positions(path: str, data_path: str, n: int, measure: int, mask_ratio: float | None) -> Figure:
+def positions(
+    path: str, data_path: str | os.PathLike, n: int, measure: int, mask_ratio: float | None
+) -> Figure:
     """A chart of a label head's predictions on unseen images.
 
     Accuracies are measured over `measure` images. For absolute labels, n of them are drawn with arrows.
@@ -330,7 +334,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 
 
 @torch.no_grad()
-def attention(path: str, data_path: str, n: int) -> Figure:
+def attention(path: str, data_path: str | os.PathLike, n: int) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
     batches, stats = load_images(model, flags, data_path, n)
