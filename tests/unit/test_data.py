@@ -42,6 +42,7 @@ from util.data.sources.image_index import NoSplit, check_classes
 from util.data.sources.layouts import build_index
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
+from util.flags.data_path import DataPath
 from util.flags.parser import answer_at_once, parse, run
 from util.run.guards import BadImages
 from util.run.log import write_predictions
@@ -1140,6 +1141,12 @@ def test_a_stream_of_timm(monkeypatch):
     names, options = calls[0]
     assert names == ("wds/x",)
     assert (options["root"], options["split"]) == ("/shards", "validation")
+    named = DataPath("wds/x=/shards", "test")
+    for split in ("val", "train"):
+        build_dataset(named, split, pretrain_transform(16))
+    assert [options["split"] for _, options in calls[1:]] == ["test", "train"]
+    with pytest.raises(ValueError, match=r"wds/x=/shards: `val_share` and `class_depth` serve folders"):
+        build_dataset(DataPath("wds/x=/shards", val_share=0.1), "train", None)
     assert not stream.exact_resume and "a run resumes at whole epochs only" in stream.summary()
     loader = build_loader(stream, None, batch_size=4)
     first = next(iter(loader))

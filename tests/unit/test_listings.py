@@ -851,8 +851,9 @@ def test_a_table_may_have_a_column_of_splits(tmp_path):
 
 def test_a_table_that_lists_no_images_is_left_alone_without_labels(tmp_path):
     place(tmp_path, "images/1.jpg")
-    (tmp_path / "train.csv").write_text("box,width\n1,2\n")
-    assert names_of(build_index(tmp_path, labels=False)) == ["images/1.jpg"]
+    for text in (b"box,width\n1,2\n", "path,label\n".encode("utf-16")):
+        (tmp_path / "train.csv").write_bytes(text)
+        assert names_of(build_index(tmp_path, labels=False)) == ["images/1.jpg"]
     # A list in one column, whatever its name ends in, is a plain list.
     (tmp_path / "list.csv").write_text("images/1.jpg\r\n")
     assert names_of(build_index(tmp_path / "list.csv", labels=False)) == ["images/1.jpg"]
@@ -973,6 +974,21 @@ def test_class_folders_that_differ_in_form_only_are_an_error(tmp_path):
         ):
             build_index(path)
         assert len(build_index(path, labels=False)) == 3
+
+
+# --- what must not change ---
+
+
+def test_the_usual_layouts_keep_their_digests(tmp_path):
+    """A run that continues compares the digest of its images with the one that it has stored."""
+    names = ["a/0.jpg", "a/x/1.jpg", "b/2.jpg", "a-b/3.jpg", "loose.png"]
+    place(tmp_path, *(f"train/{name}" for name in names))
+    with_labels = "3c93c864958dc1a2472280b7566406eb7dc8e2ca3e568f6e80d0a51ce21190f8"
+    without = "3a8af2c9002cafdce35af8f1175ed084f9b14861723061401db5d0256eb2710c"
+    (tmp_path / "x.tar").write_bytes(packed({name: b"" for name in names}) + END)
+    for path in (tmp_path, tmp_path / "train", tmp_path / "x.tar"):
+        assert build_index(path).digest() == with_labels
+        assert build_index(path, labels=False).digest() == without
 
 
 # --- ways to write a path ---

@@ -99,7 +99,11 @@ def table_beside(root: str) -> str:
 
 def names_paths(path: str) -> bool:
     """Tell whether the first line of a file is a header with a column of paths."""
-    return _column(_header(path), PATHS) is not None
+    try:
+        return _column(_header(path), PATHS) is not None
+    except ValueError:
+        # It is no text at all.
+        return False
 
 
 def is_plain_list(path: str) -> bool:
