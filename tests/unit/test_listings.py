@@ -22,6 +22,7 @@ from util.data.sources import listing, listing_cache, splits, tars
 from util.data.sources.image_index import ChangedTar, NoSplit, check_classes
 from util.data.sources.layouts import build_index, class_names
 from util.flags.data_path import DataPath
+from util.weights import validate
 
 FILES = {"a/0.jpg": b"0" * 700, "a/1.jpg": b"1", "b/2.jpg": b"2" * 512, "b/x/3.jpg": b"3" * 40}
 END = b"\0" * 1024
@@ -962,6 +963,8 @@ def test_the_forms_of_accents_make_no_other_classes(tmp_path):
         assert len(images(index)) == 3, "files are found by the names that they have"
     (tmp_path / "classes.txt").write_text(unicodedata.normalize("NFD", "\n".join(train.classes)))
     assert class_names(tmp_path / "classes.txt") == train.classes
+    stored = [unicodedata.normalize("NFD", name) for name in train.classes]
+    assert stored != train.classes and validate.class_names("x.pth", stored) == train.classes
 
 
 def test_class_folders_that_differ_in_form_only_are_an_error(tmp_path):
