@@ -17,6 +17,7 @@ import os
 import sys
 
 from layers.sizes import classifier_names
+from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
     add_augment_flags,
@@ -358,9 +359,10 @@ def build_data(
 
     Both loaders have the same classes. `trained` are the flags of the checkpoint that the run starts from.
     """
+    source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
     transform = eval_transform(setup.size, args.crop_pct)
-    val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
+    val = build_class_dataset(source, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -381,7 +383,7 @@ def build_data(
         crop=CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip),
         mean=setup.pixels.mean,
     )
-    train = build_class_dataset(args.data_path, "train", augment, **options)
+    train = build_class_dataset(source, "train", augment, **options)
     check_classes(train.index, val.index)
     describe_evaluation(val, setup.size, args.crop_pct)
     if len(train.index.classes) == 1:
@@ -443,11 +445,11 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     if args.eval:
         given = None
         if args.classes:
-            given = class_names(args.classes)
+            given = class_names(DataPath(args.classes, class_depth=args.class_depth))
         saved = checkpoint.to_evaluate(start.resume)
         place = saved.path
         kind = "output"
-        classes = evaluated_classes(saved, data, given)
+        classes = evaluated_classes(saved, data, DataPath.from_flags(args), given)
     elif start.resume is not None and start.resume.classes not in (None, classes):
         raise ValueError(
             f"{start.resume.path} was trained on the classes {some_names(start.resume.classes)}, the data "
@@ -461,7 +463,9 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
     return classes
 
 
-def evaluated_classes(saved: Checkpoint, data: ImageIndex, given: list[str] | None) -> list[str]:
+def evaluated_classes(
+    saved: Checkpoint, data: ImageIndex, source: DataPath, given: list[str] | None
+) -> list[str]:
     """Return the classes in the order of the outputs of the checkpoint to evaluate.
 
     If the data's training images have just these classes, the validation images may lack some, and all
@@ -469,7 +473,7 @@ def evaluated_classes(saved: Checkpoint, data: ImageIndex, given: list[str] | No
     the best of these.
     """
     classes = data.classes
-    trained = dist.gather_objects(training_classes(data.path))[0]
+    trained = dist.gather_objects(training_classes(source))[0]
     if not set(classes) < set(trained):
         return known_classes(saved, classes, given)
     if not (given or saved.classes):

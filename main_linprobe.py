@@ -22,6 +22,7 @@ import math
 import sys
 
 from layers.sizes import classifier_names
+from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
@@ -458,7 +459,7 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
     )
 
 
-def use_trained_classes(index: ImageIndex, saved: Checkpoint) -> None:
+def use_trained_classes(index: ImageIndex, saved: Checkpoint, source: DataPath) -> None:
     """Give the validation images the labels of a trained probe, of whose classes they may have some.
 
     Raises ValueError if they have a class that the probe does not know.
@@ -466,7 +467,7 @@ def use_trained_classes(index: ImageIndex, saved: Checkpoint) -> None:
     classes = saved.classes
     if classes is None:
         # MAE's files do not name the outputs, and the training images may.
-        trained = dist.gather_objects(training_classes(index.path))[0]
+        trained = dist.gather_objects(training_classes(source))[0]
         classes = index.classes
         if set(classes) < set(trained):
             classes = trained
@@ -506,9 +507,10 @@ def build_data(
     encoder's training.
     """
     once = args.knn or args.cached
+    source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
     whole = eval_transform(setup.size, args.crop_pct)
-    val = build_class_dataset(args.data_path, "val", whole, evaluation=True, **options)
+    val = build_class_dataset(source, "val", whole, evaluation=True, **options)
     share = ""
     if args.crop_pct is not None:
         share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
@@ -523,7 +525,7 @@ def build_data(
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
-        use_trained_classes(val.index, checkpoint.to_evaluate(start))
+        use_trained_classes(val.index, checkpoint.to_evaluate(start), source)
         check_number_of_classes(args, val.index)
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     transform: Callable = whole
@@ -532,7 +534,7 @@ def build_data(
         transform = probe_transform(setup.size, scale)
         if args.probe_protocol == EARLIER:
             transform = pretrain_transform(setup.size, scale)
-    train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
+    train = build_class_dataset(source, "train", transform, evaluation=once, **options)
     check_classes(train.index, val.index)
     check_number_of_classes(args, val.index)
     dist.print_rank0(f"training on {train.summary()}")

@@ -13,6 +13,7 @@ import os
 import sys
 
 from layers.sizes import mae_names
+from util.flags.data_path import DataPath
 from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
@@ -431,6 +432,7 @@ def build_data(
 
     `trained` are the flags of the checkpoint that the run starts from.
     """
+    source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment: Callable
@@ -438,7 +440,7 @@ def build_data(
         augment = TwoViews(*crop)
     else:
         augment = pretrain_transform(*crop, args.vflip, rot90=args.rot90, dct_scaling=args.dct_scaling)
-    train = build_dataset(args.data_path, "train", augment, **options)
+    train = build_dataset(source, "train", augment, **options)
     dist.print_rank0(train.summary())
     scaled = bool(args.mean and args.std)
     setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
@@ -451,7 +453,7 @@ def build_data(
     )
     loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
-        val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
+        val = build_dataset(source, "val", eval_transform(setup.size), evaluation=True, **options)
     except NoSplit:
         val = None
     if len(set(dist.gather_objects(val is None))) > 1:
@@ -460,7 +462,10 @@ def build_data(
             "again"
         )
     if val is None:
-        dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")
+        dist.print_rank0(
+            "there are no val images: pictures show training images, and nothing is evaluated. "
+            "--val_split NAME takes them from another folder"
+        )
         return loader, None, setup
     return loader, cached(eval_loader(val, **loading), args.cache_data, setup.device), setup
 

@@ -19,6 +19,7 @@ import sys
 
 from layers.sizes import sere_names
 from util.flags import sere
+from util.flags.data_path import DataPath
 from util.flags.early import check_model
 from util.flags.groups import (
     OptimDefaults,
@@ -443,8 +444,9 @@ def build_data(
         mask_ratios=mask_ranges(args),
         details=Details(args.pred_shape, args.sere_exact),
     )
+    source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
-    train = build_dataset(args.data_path, "train", crops, **options)
+    train = build_dataset(source, "train", crops, **options)
     dist.print_rank0(train.summary())
     scaled = bool(args.mean and args.std)
     setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
@@ -457,7 +459,7 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    plain = build_dataset(args.data_path, "train", eval_transform(setup.size), **options)
+    plain = build_dataset(source, "train", eval_transform(setup.size), **options)
     return cached(loader, args.cache_data, setup.device), plain, setup
 
 

@@ -18,6 +18,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from util.flags.data_path import DataPath
+from util.flags.groups import add_val_split
 from util.flags.parser import Parser, answer_at_once, parse, run
 
 # The usual formats of matplotlib.
@@ -71,6 +73,7 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
             metavar="PATH",
             help="folder, tar or list of images, or image files; not given: the demo set",
         )
+        add_val_split(command)
         command.translators.append(images_last)
         count = "number of images to draw; if not given 4, or all files that --data_path names"
         command.add_argument("--images", default=None, type=int, help=count)
@@ -180,6 +183,8 @@ def settle_images(args: argparse.Namespace) -> None:
             args.images = max(4, len(paths))
     if isinstance(paths, list) and len(paths) == 1:
         args.data_path = paths[0]
+    if isinstance(getattr(args, "data_path", None), str):
+        args.data_path = DataPath(args.data_path, args.val_split)
     for name in ("images", "measure"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")

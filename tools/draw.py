@@ -65,7 +65,7 @@ def load_model(path: str) -> tuple[Model, dict]:
 
 
 # One folder, tar or list of images, or files of images; "" is the demo set.
-Images = str | Sequence[str]
+Images = str | os.PathLike | Sequence[str]
 
 
 def load_images(
@@ -112,9 +112,10 @@ def named_files(data_path: Images) -> list[str]:
 
     Raises ValueError for several paths that are not all such files.
     """
-    paths = data_path
-    if isinstance(paths, str):
-        paths = [paths]
+    if isinstance(data_path, str | os.PathLike):
+        paths: Sequence[str] = [os.fspath(data_path)]
+    else:
+        paths = data_path
     suffixes = tuple(map(os.fsdecode, IMAGE_SUFFIXES))
     others = [p for p in paths if not p.lower().endswith(suffixes) or os.path.isdir(os.path.expanduser(p))]
     if not others:
@@ -140,7 +141,7 @@ def _evaluation_set(model: Model, data_path: Images, read: ReadSettings) -> Imag
         index = _index_of(files)
         read = replace(read, depth=survey(index, read).depth)
         return ImageDataset(index, transform, read=read, evaluation=True)
-    if not isinstance(data_path, str):
+    if not isinstance(data_path, str | os.PathLike):
         (data_path,) = data_path
 
     def split(name: str) -> ImageDataset | TimmDataset:

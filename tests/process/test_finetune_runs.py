@@ -355,6 +355,26 @@ def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):
     assert class_names(tmp_path / "data") == class_names(tmp_path / "data" / "train") == ["bright", "dark"]
 
 
+def test_validation_images_under_another_name_or_held_out(tmp_path, capsys, shapes):
+    """In each main that reads them; what was given is stored."""
+    data = shapes("RGB")
+    (data / "val").rename(data / "test")
+    named = ["--data_path", data, "--val_split", "test"]
+    shared = ["--data_path", data / "train", "--val_share", 0.1]
+    for number, (flags, train, val) in enumerate(((named, 40, 20), (shared, 36, 4))):
+        encoder = pretrained(tmp_path / str(number), capsys, "--batch_size", 8, *flags)
+        assert checkpoint.load(str(encoder)).args["val_share"] == (0, 0.1)[number]
+        model = ["--model", "vit_test", "--batch_size", 8, *flags]
+        for main in (main_finetune, main_linprobe):
+            run = [*model, "--finetune", encoder, "--output_dir", tmp_path / f"{main.__name__}{number}"]
+            code, text = call(main, capsys, *run, "--epochs", 1)
+            assert code == 0, text
+            assert re.search(rf"evaluation on \S+: {val} images, 2 classes", text), text
+            assert re.search(rf"training on \S+: {train} images, 2 classes", text), text
+    code, text = call(main_finetune, capsys, "--model", "vit_test", "--data_path", data)
+    assert code == 2 and "Rename test to val, or give --val_split test." in text
+
+
 def test_each_learning_rate_of_the_probe_is_on_its_own(tmp_path, capsys):
     """A head trained in the grid equals the same head trained alone."""
     file = pretrained(tmp_path, capsys)

@@ -42,6 +42,7 @@ from util.data.sources.image_index import NoSplit, check_classes, describe_missi
 from util.data.sources.layouts import build_index, class_names, training_classes
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
+from util.flags.data_path import DataPath
 from util.flags.parser import answer_at_once, parse, run
 from util.run.guards import BadImages
 from util.run.log import write_predictions
@@ -250,7 +251,14 @@ def test_large_folder_listing_is_cached_and_checked(tmp_path, monkeypatch, place
     build_index(tmp_path)
     assert (tmp_path / ".index").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", lambda *a: pytest.fail("the folder was listed again"))
+        scandir = os.scandir
+
+        def first_look(path):
+            # What lies beside train/ is looked at, and nothing in it.
+            assert place == "train" and Path(path).name in (tmp_path.name, "."), "it was listed again"
+            return scandir(path)
+
+        patch.setattr(os, "scandir", first_look)
         assert names_of(build_index(tmp_path)) == ORDER[3:]
         assert set(build_index(tmp_path, labels=False).labels) == {-1}
         patch.chdir(tmp_path.parent)  # and the same by a relative path
@@ -350,15 +358,16 @@ def text(path, content):
         ),
         (
             lambda p: (write(p, ["train/a/1.jpg"]), dict(split="val")),
-            r"no val/, val.tar or.*found 1 folder \(train\).*{train,val}/<class>",
+            r"no val/, val.tar, val-\*.tar or val.csv in.*found 1 folder \(train\).*{train,val}/<class>",
         ),
         (
             lambda p: (write(p, ["val/a/1.jpg", "x/1.jpg"]), {}),
-            r"no train/: found 2 folders \(val, x\)\. Move the class folders into train/\.$",
+            r"no train/: found 2 folders \(val, x\)\. Move the class folders into train/\. If val is a class "
+            r"like x, rename it: its name stands for a split\.$",
         ),
         (
             lambda p: (write(p, ["cat/1.jpg", "dog/1.jpg", "test/1.jpg"]), {}),
-            r"Move the class folders into train/, and rename test to val\.$",
+            r"Move the class folders into train/, and rename test to val\. If test is a class like",
         ),
         (
             lambda p: (write(p, ["cat/1.jpg", "dog/1.jpg", "test/1.jpg"]), dict(split="val")),
@@ -366,7 +375,7 @@ def text(path, content):
         ),
         (
             lambda p: (write(files(p, "train-0.tar"), ["test/a/1.jpg"]), dict(split="val")),
-            r"\. Rename test to val\.$",
+            r"\. Rename test to val, or give `val_split` test\.$",
         ),
         (
             lambda p: (write(p, ["training/a/1.jpg", "test/a/1.jpg"]), {}),
@@ -424,7 +433,7 @@ def text(path, content):
         ),
         (
             lambda p: (write(p, ["train/a/1.jpg", "validation/a/1.jpg", "test/a/1.jpg"]), dict(split="val")),
-            r"Rename validation to val\.$",
+            r"Rename validation to val, or give `val_split` validation\.$",
         ),
     ],
 )
@@ -1237,6 +1246,12 @@ def test_a_stream_of_timm(monkeypatch):
     names, options = calls[0]
     assert names == ("wds/x",)
     assert (options["root"], options["split"]) == ("/shards", "validation")
+    named = DataPath("wds/x=/shards", "test")
+    for split in ("val", "train"):
+        build_dataset(named, split, pretrain_transform(16))
+    assert [options["split"] for _, options in calls[1:]] == ["test", "train"]
+    with pytest.raises(ValueError, match=r"wds/x=/shards: `val_share` and `class_depth` serve folders"):
+        build_dataset(DataPath("wds/x=/shards", val_share=0.1), "train", None)
     assert not stream.exact_resume and "a run resumes at whole epochs only" in stream.summary()
     loader = build_loader(stream, None, batch_size=4)
     first = next(iter(loader))

@@ -8,18 +8,22 @@ import re
 import tarfile
 import time
 import tracemalloc
+import unicodedata
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from util.data.datasets import ImageDataset
+from util.data.datasets import ImageDataset, build_dataset
 from util.data.formats import ReadSettings
 from util.data.loading.cached_pixels import Reader
-from util.data.sources import listing, listing_cache, tars
-from util.data.sources.image_index import ChangedTar
+from util.data.sources import listing, listing_cache, splits, tars
+from util.data.sources.image_index import ChangedTar, NoSplit, check_classes
 from util.data.sources.layouts import build_index, class_names
+from util.flags.data_path import DataPath
+from util.weights import validate
 
 FILES = {"a/0.jpg": b"0" * 700, "a/1.jpg": b"1", "b/2.jpg": b"2" * 512, "b/x/3.jpg": b"3" * 40}
 END = b"\0" * 1024
@@ -436,7 +440,7 @@ def test_a_cache_of_another_format_or_mixed_content_is_not_used(cached):
     cache, used = cached
     good = cache.read_bytes()
     with zipfile.ZipFile(cache, "a") as archive:
-        archive.comment = archive.comment.replace(b"listing 2 ", b"listing 1 ")
+        archive.comment = archive.comment.replace(b"listing 3 ", b"listing 2 ")
     assert not used()
     cache.write_bytes(good)
     # The arrays of another listing, with their own right checksums.
@@ -579,3 +583,457 @@ def test_many_classes_in_a_list_take_no_time(tmp_path):
     path.write_text("a\nb\na\n")
     with pytest.raises(ValueError, match=r"classes.txt lists classes twice: a$"):
         class_names(path)
+
+
+# --- names that are reserved for splits ---
+
+
+def place(root, *names):
+    """Write files that hold their own names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def names_of(index):
+    return [index.name(i) for i in range(len(index))]
+
+
+VEHICLES = [f"{folder}/{i}.jpg" for folder in ("bus", "car", "train") for i in range(3)]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    index = build_index(place(tmp_path, *VEHICLES))
+    assert names_of(index) == VEHICLES and index.classes == ["bus", "car", "train"]
+    assert index.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert index.summary() == f"{tmp_path}: 9 images, 3 classes (class folders, of which train is one)"
+    with pytest.raises(NoSplit, match="no val/"):
+        build_index(tmp_path, "val")
+    # Without labels it may be the split beside masks, for example.
+    with pytest.raises(ValueError, match=r"/train is the training split, or a class beside bus, car, which"):
+        build_index(tmp_path, labels=False)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["val/a/1.jpg", "val/b/1.jpg", "bus/1.jpg"],
+        ["test/1.jpg", "extra/deep/1.jpg"],
+        ["annotations/1.xml", ".hidden/1.jpg", "README.md"],
+        ["valid.tar", "bus/1.jpg"],
+        ["val-000.tar", "bus/1.jpg"],
+        ["empty/a/b/c.txt"],
+        ["holdout/1.jpg"],
+        [],
+    ],
+)
+@pytest.mark.parametrize("labels", [True, False])
+def test_train_beside_other_splits_or_no_images_is_the_split(tmp_path, others, labels):
+    place(tmp_path, "train/a/1.jpg", "train/b/1.jpg", *others)
+    index = build_index(DataPath(str(tmp_path), "holdout"), labels=labels)
+    assert names_of(index) == ["a/1.jpg", "b/1.jpg"]
+
+
+@pytest.mark.parametrize("inside", [["a/1.jpg", "b/1.jpg"], ["1.jpg", "b/1.jpg"]])
+@pytest.mark.parametrize("labels", [True, False])
+def test_train_that_may_be_a_class_or_the_split_is_an_error(tmp_path, inside, labels):
+    place(tmp_path, "bus/1.jpg", *(f"train/{name}" for name in inside))
+    with pytest.raises(ValueError) as error:
+        build_index(tmp_path, labels=labels)
+    shown = re.escape(str(tmp_path / "train"))
+    assert re.search(
+        f"^{shown} is the training split, or a class beside bus, .* give {shown} alone or move .* rename it",
+        str(error.value),
+    )
+    # What it advises works.
+    assert len(build_index(tmp_path / "train", labels=False)) == 2
+    (tmp_path / "train").rename(tmp_path / "trains")
+    assert build_index(tmp_path).classes == ["bus", "trains"]
+
+
+def test_the_look_at_other_folders_is_bounded(tmp_path, monkeypatch):
+    """Folders may hold a million images, on a network file system."""
+    place(tmp_path, "train/a/1.jpg", *(f"{i:03}/notes/{n}/x.txt" for i in range(100) for n in range(9)))
+    looks = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looks.append(path) or scandir(path))
+    read = []
+    monkeypatch.setattr(splits, "is_folder", lambda entry: read.append(entry) or listing.is_folder(entry))
+    build_index(tmp_path)
+    assert len(looks) < 100
+    monkeypatch.setattr(splits, "ENTRIES", 5)
+    read.clear()
+    build_index(tmp_path)
+    assert len(read) <= 5 * len(looks)
+
+
+# --- other names of the validation images ---
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test", "dev"])
+def test_validation_images_may_have_another_name(tmp_path, name):
+    root = place(tmp_path / "src", f"{name}/a/1.jpg", f"{name}/b/1.jpg", "train/a/2.jpg", "train/b/2.jpg")
+    files = {"a/1.jpg": b"1", "b/1.jpg": b"1"}
+    layouts = {"src": root}
+    for layout, tar in (("tar", f"{name}.tar"), ("shards", f"{name}-0.tar")):
+        layouts[layout] = tmp_path / layout
+        layouts[layout].mkdir()
+        (layouts[layout] / tar).write_bytes(packed(files) + END)
+        (layouts[layout] / "train.tar").write_bytes(packed(files) + END)
+    for layout in layouts.values():
+        index = build_index(DataPath(str(layout), name), "val")
+        assert names_of(index) == ["a/1.jpg", "b/1.jpg"] and index.classes == ["a", "b"]
+        with pytest.raises(NoSplit) as error:
+            build_index(layout, "val")
+        advised = re.search(r"`val_split` (\w+)", str(error.value))
+        assert (advised and advised[1]) == (name if name != "dev" else None), error.value
+        # A name that was given must be there: to go on without validation would be a surprise.
+        with pytest.raises(ValueError, match=r"no nowhere/, nowhere.tar") as error:
+            build_index(DataPath(str(layout), "nowhere"), "val")
+        assert not isinstance(error.value, NoSplit)
+
+
+def test_a_folder_that_is_named_as_validation_is_no_class(tmp_path):
+    place(tmp_path, "a/1.jpg", "b/1.jpg", "dev/a/1.jpg")
+    assert build_index(tmp_path).classes == ["a", "b", "dev"]
+    with pytest.raises(ValueError, match=r"Move the class folders into train/. If dev is a class like a"):
+        build_index(DataPath(str(tmp_path), "dev"))
+
+
+def test_the_demo_set_has_validation_images():
+    with pytest.raises(ValueError, match=r"there are validation images already: .*demo/val.tar"):
+        build_dataset(DataPath(val_share=0.1), "train", None)
+
+
+@pytest.mark.parametrize("values", [("", "a/b"), ("", ""), ("", "train"), ("", ".val"), ("", "val", 1.0)])
+def test_settings_of_a_path_that_make_no_sense(values):
+    with pytest.raises(ValueError, match=r"`val_s(plit|hare)`"):
+        DataPath(*values)
+
+
+# --- a share that is held out ---
+
+SHARED = [f"{c}/{i:02}.jpg" for c in "ab" for i in range(20)] + [
+    "b/deep/0.jpg",
+    "c/0.jpg",
+    "d/0.jpg",
+    "d/1.jpg",
+]
+
+
+def share(path, split, labels=True, part=0.1):
+    return names_of(build_index(DataPath(str(path), val_share=part), split, labels=labels))
+
+
+def test_a_share_is_the_same_in_every_layout(tmp_path):
+    root = place(tmp_path / "folders", *SHARED)
+    want = share(root, "val")
+    # Fixed for ever: the smallest hashes of each class, of which c has too few.
+    by_hash = {
+        c: sorted((n for n in SHARED if n[0] == c), key=lambda n: sha256(n.encode()).digest()) for c in "abd"
+    }
+    assert want == sorted(by_hash["a"][:2]) + sorted(by_hash["b"][:2]) + by_hash["d"][:1]
+    place(tmp_path / "split", *(f"train/{name}" for name in SHARED))
+    (tmp_path / "x.tar").write_bytes(packed({name: b"" for name in SHARED[::-1]}) + END)
+    for shard in range(2):
+        path = tmp_path / "shards" / f"train-{shard}.tar"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(packed({name: name.encode() for name in SHARED[shard::2]}) + END)
+    table = [f"folders/{name},{name[0]}\n" for name in SHARED[::-1]]
+    (tmp_path / "x.csv").write_text("path,label\n" + "".join(table))
+    for layout in ("split", "x.tar", "shards"):
+        for labels in (True, False):
+            assert share(tmp_path / layout, "val", labels) == want
+            assert share(tmp_path / layout, "train", labels) == [n for n in ORDERED if n not in want]
+    (tmp_path / "list.txt").write_text("".join(f"folders/{name}\n" for name in SHARED))
+    prefixed = [f"folders/{name}" for name in want]
+    assert share(tmp_path / "x.csv", "val") == share(tmp_path / "x.csv", "val", False) == prefixed
+    assert sorted(share(tmp_path / "list.txt", "val", False)) == sorted(prefixed)
+    assert len(share(tmp_path / "list.txt", "train", False)) == len(SHARED) - len(want)
+
+
+ORDERED = sorted(SHARED, key=lambda name: (name[0], os.path.dirname(name), name))
+
+
+def test_a_share_has_the_right_images_labels_and_summary(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(packed({"loose.jpg": b"x"} | {name: name.encode() for name in SHARED}) + END)
+    train, val = (build_index(DataPath(str(path), val_share=0.25), split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["a", "b", "c", "d"]
+    check_classes(train, val)
+    found = images(train) | images(val)
+    assert found == {name: name.encode() for name in SHARED} and len(train) + len(val) == len(SHARED)
+    for index in (train, val):
+        assert [index.classes[label] for label in index.labels] == [n[0] for n in names_of(index)]
+        assert "11 images held out for validation, 25% of each class" in index.summary()
+    assert np.bincount(val.labels, minlength=4).tolist() == [5, 5, 0, 1]
+    assert np.bincount(train.labels, minlength=4).tolist() == [15, 16, 1, 1]
+    assert train.ignored == 1 and val.ignored == 0
+    assert len({index.digest() for index in (train, val, build_index(path))}) == 3
+
+
+def test_accents_do_not_change_a_share(tmp_path):
+    names = [f"{c}/{i}.jpg" for c in ("Käfer", "Biene") for i in range(30)]
+    for form in ("NFC", "NFD"):
+        place(tmp_path / form, *(unicodedata.normalize(form, name) for name in names))
+    found = [[unicodedata.normalize("NFC", n) for n in share(tmp_path / f, "val")] for f in ("NFC", "NFD")]
+    assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.parametrize("there", ["val/a/1.jpg", "val.tar", "val-0.tar", "val.csv"])
+def test_a_share_beside_validation_images_is_refused(tmp_path, there):
+    place(tmp_path, "train/a/1.jpg", "train/a/2.jpg", there)
+    for split in ("train", "val"):
+        with pytest.raises(
+            ValueError, match=r"there are validation images already: .*/val.*\. Leave `val_share`"
+        ):
+            share(tmp_path, split)
+    # Test images stay apart.
+    os.rename(tmp_path / there.split("/")[0], tmp_path / there.split("/")[0].replace("val", "test"))
+    assert len(share(tmp_path, "train")) == len(share(tmp_path, "val")) == 1
+
+
+def test_a_share_of_single_images_is_refused(tmp_path):
+    place(tmp_path, "a/1.jpg", "b/1.jpg")
+    with pytest.raises(
+        ValueError, match=r"`val_share` 0.1 holds out no image of .*: no class has two images"
+    ):
+        share(tmp_path, "val")
+    with pytest.raises(NoSplit, match=r"hold out training images: `val_share` 0.1"):
+        build_index(tmp_path, "val")
+
+
+# --- tables ---
+
+ROWS = [("img/3.jpg", "zebra"), ("img/1.jpg", "ant"), ("img/2.jpg", "zebra"), ("img/0.jpg", "ant")]
+
+
+@pytest.mark.parametrize(
+    "columns", ["path,label", "filename,label", "image,class", "Image Name,Class-Name", "label,file"]
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("suffix", [",.csv", ";.csv", "\t.tsv"])
+def test_tables(tmp_path, columns, ending, mark, suffix):
+    place(tmp_path, *(path for path, _ in ROWS))
+    separator, suffix = suffix[0], suffix[1:]
+    rows = [columns.split(","), *(pair[::-1] if columns.startswith("label") else pair for pair in ROWS)]
+    text = ending.join(separator.join(row) for row in rows) + ending * 2
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(mark + text.encode())
+    index = build_index(path)
+    assert images(index) == {f"img/{i}.jpg": f"img/{i}.jpg".encode() for i in range(4)}
+    assert names_of(index) == ["img/0.jpg", "img/1.jpg", "img/2.jpg", "img/3.jpg"]
+    assert index.classes == ["ant", "zebra"] and index.labels.tolist() == [0, 0, 1, 1]
+    taken = sorted(columns.split(","), key=lambda name: "l" in name.lower() and "file" not in name)
+    assert index.summary() == (
+        f"{path}: 4 images, 2 classes (table, paths from `{taken[0]}`, classes from `{taken[1]}`)"
+    )
+    assert names_of(build_index(path, labels=False)) == names_of(index)
+
+
+def mini_imagenet(tmp_path):
+    """As it is usually found: three tables beside images/."""
+    for number, split in enumerate(("train", "val", "test")):
+        names = [f"n{c}{number}{i}.jpg" for c in "ba" for i in range(2)]
+        place(tmp_path / "images", *names)
+        (tmp_path / f"{split}.csv").write_text("filename,label\n" + "".join(f"{n},{n[:2]}\n" for n in names))
+    return tmp_path
+
+
+def test_tables_of_splits_beside_images(tmp_path):
+    mini_imagenet(tmp_path)
+    for split, name, number in (("train", "val", 0), ("val", "val", 1), ("val", "test", 2)):
+        index = build_index(DataPath(f"{tmp_path}/", name), split)
+        assert names_of(index) == [f"n{c}{number}{i}.jpg" for c in "ab" for i in range(2)]
+        assert index.classes == ["na", "nb"] and index.read(0) == f"na{number}0.jpg".encode()
+    assert len(build_index(tmp_path, labels=False)) == 4
+    with pytest.raises(NoSplit, match=f"Give {tmp_path}, which holds train and val"):
+        build_index(tmp_path / "train.csv", "val")
+    os.remove(tmp_path / "val.csv")
+    with pytest.raises(NoSplit, match="Give `val_split` test, or rename the files"):
+        build_index(tmp_path, "val")
+
+
+def test_a_table_labels_the_loose_images_of_a_split(tmp_path):
+    place(tmp_path, "train/1.jpg", "train/2.jpg", "test/1.jpg", "test/2.jpg")
+    (tmp_path / "train.csv").write_text("image_id,label\n2.jpg,a\n1.jpg,b\n")
+    index = build_index(tmp_path)
+    assert images(index) == {"2.jpg": b"train/2.jpg", "1.jpg": b"train/1.jpg"} and index.classes == ["a", "b"]
+    assert names_of(build_index(tmp_path, labels=False)) == ["1.jpg", "2.jpg"]
+
+
+def test_a_table_may_have_a_column_of_splits(tmp_path):
+    place(tmp_path, *(path for path, _ in ROWS))
+    rows = [
+        f"{path},{owner},{split}\n"
+        for (path, owner), split in zip(ROWS, ("train", "train", "valid", "valid"))
+    ]
+    path = tmp_path / "x.csv"
+    path.write_text("path,label,split\n" + "".join(rows))
+    assert names_of(build_index(path)) == ["img/1.jpg", "img/3.jpg"]
+    assert names_of(build_index(DataPath(str(path), "valid"), "val")) == ["img/0.jpg", "img/2.jpg"]
+    with pytest.raises(
+        NoSplit, match=r"has no val images. Its splits are train, valid: give `val_split` valid\.$"
+    ):
+        build_index(path, "val")
+    with pytest.raises(ValueError, match=r"`val_share` 0.5 .*has valid images already"):
+        build_index(DataPath(str(path), "valid", 0.5))
+
+
+def test_a_table_that_lists_no_images_is_left_alone_without_labels(tmp_path):
+    place(tmp_path, "images/1.jpg")
+    for text in (b"box,width\n1,2\n", "path,label\n".encode("utf-16")):
+        (tmp_path / "train.csv").write_bytes(text)
+        assert names_of(build_index(tmp_path, labels=False)) == ["images/1.jpg"]
+    # A list in one column, whatever its name ends in, is a plain list.
+    (tmp_path / "list.csv").write_text("images/1.jpg\r\n")
+    assert names_of(build_index(tmp_path / "list.csv", labels=False)) == ["images/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("path,label\nno.jpg,a\n", "line 2 of .*x.csv names no.jpg, which does not exist"),
+        ("path,label\n", "lists no images"),
+        (
+            "a/1.jpg,cat\n",
+            "line 1 of .*x.csv names no column of paths: found a/1.jpg, cat. A table starts with",
+        ),
+        ("what,label\na/1.jpg,cat\n", "line 1 of .*x.csv names no column of paths: found what, label"),
+        ("path,what\na/1.jpg,cat\n", "has no column of labels .paths from `path`., which a classifier needs"),
+        ("path,label\na/1.jpg,cat\n\nb/1.jpg,\n", "line 4 of .*x.csv has an empty label: fill it"),
+        ("path,label\na/1.jpg,cat\n,cat\n", "line 3 of .*x.csv has no path"),
+        ("path,label\na/1.jpg,cat\nb/1.jpg,b\n./a/1.jpg,dog\n", "line 4 .*lists a/1.jpg again, after line 2"),
+        ("path,label\na/1.jpg,cat,x\n", "line 2 of .*x.csv has 3 values, and the header has 2: "),
+        ('path,label\na/1.jpg,"cat\n', "line 2 of .*x.csv cannot be read: "),
+        ("path,label\na/1.jpg,c\0t\n", "line 2 is binary"),
+        ("", "found nothing"),
+    ],
+)
+def test_bad_tables_name_the_line(tmp_path, text, message):
+    place(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        build_index(tmp_path / "x.csv")
+    assert "\n" not in str(error.value)
+
+
+# --- the class is in several folders ---
+
+PLACES = ["a/airfield/1.jpg", "a/alley/1.jpg", "b/bank/deep/1.jpg", "b/bank/2.jpg"]
+
+
+def layouts_of(tmp_path, names):
+    place(tmp_path / "folder", *names)
+    (tmp_path / "x.tar").write_bytes(packed({name: b"" for name in names}) + END)
+    return tmp_path / "folder", tmp_path / "x.tar"
+
+
+def test_classes_two_folders_deep_are_asked_about(tmp_path):
+    for path in layouts_of(tmp_path, PLACES):
+        with pytest.raises(ValueError) as error:
+            build_index(path)
+        assert re.search(
+            "as a/airfield/1.jpg: give `class_depth` 2 for 3 classes such as a/airfield, or "
+            "`class_depth` 1 for 2 classes such as a$",
+            str(error.value),
+        )
+        index = build_index(DataPath(str(path), class_depth=2))
+        assert index.classes == ["a/airfield", "a/alley", "b/bank"] and index.labels.tolist() == [0, 1, 2, 2]
+        assert names_of(index) == ["a/airfield/1.jpg", "a/alley/1.jpg", "b/bank/2.jpg", "b/bank/deep/1.jpg"]
+        index = build_index(DataPath(str(path), class_depth=1))
+        assert index.classes == ["a", "b"] and index.labels.tolist() == [0, 0, 1, 1]
+        assert build_index(path, labels=False).labels.tolist() == [-1] * 4
+        with pytest.raises(ValueError, match="`class_depth` 9 takes the class from 9 folders, and no image"):
+            build_index(DataPath(str(path), class_depth=9))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["n01/1.jpg", "n02/x/1.jpg", "n02/y/1.jpg"],
+        ["n01/images/1.jpg", "n02/images/1.jpg"],
+        ["n01/n01_images/1.jpg", "n02/n02_images/1.jpg"],
+        ["bus/day/1.jpg", "bus/night/1.jpg", "car/day/1.jpg", "car/night/1.jpg"],
+    ],
+)
+def test_folders_in_class_folders_are_no_classes(tmp_path, names):
+    for path in layouts_of(tmp_path, names):
+        index = build_index(path)
+        assert index.classes == sorted({name.split("/")[0] for name in names}) and names_of(index) == names
+
+
+def test_deep_classes_are_sorted_and_checked_as_others(tmp_path):
+    names = ["a/b/1.jpg", "a/b-c/1.jpg", "a/b/x/1.jpg", "loose/1.jpg"]
+    for path in layouts_of(tmp_path, names):
+        index = build_index(DataPath(str(path), class_depth=2))
+        assert names_of(index) == ["a/b/1.jpg", "a/b/x/1.jpg", "a/b-c/1.jpg"] and index.ignored == 1
+        assert index.classes == ["a/b", "a/b-c"] and index.labels.tolist() == [0, 0, 1]
+    (tmp_path / "folder" / "a" / "none").mkdir()
+    with pytest.raises(ValueError, match=r"class folders without images in .*: a/none"):
+        build_index(DataPath(str(tmp_path / "folder"), class_depth=2))
+
+
+# --- two forms of the same name ---
+
+
+def test_the_forms_of_accents_make_no_other_classes(tmp_path):
+    """macOS's archives hold decomposed names; in bytes they sort in another place, too."""
+    names = ["caf\N{LATIN SMALL LETTER E WITH ACUTE}/1.jpg", "cafz/1.jpg", "cafe/1.jpg"]
+    place(tmp_path, *(f"train/{unicodedata.normalize('NFD', name)}" for name in names))
+    place(tmp_path, *(f"val/{name}" for name in names))
+    train, val = (build_index(tmp_path, split) for split in ("train", "val"))
+    check_classes(train, val)
+    assert train.classes == ["cafe", "cafz", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+    for index in (train, val):
+        assert index.labels.tolist() == [0, 1, 2]
+        assert [unicodedata.normalize("NFC", n) for n in names_of(index)] == [
+            f"{c}/1.jpg" for c in val.classes
+        ]
+        assert len(images(index)) == 3, "files are found by the names that they have"
+    (tmp_path / "classes.txt").write_text(unicodedata.normalize("NFD", "\n".join(train.classes)))
+    assert class_names(tmp_path / "classes.txt") == train.classes
+    stored = [unicodedata.normalize("NFD", name) for name in train.classes]
+    assert stored != train.classes and validate.class_names("x.pth", stored) == train.classes
+
+
+def test_class_folders_that_differ_in_form_only_are_an_error(tmp_path):
+    names = [
+        unicodedata.normalize(form, "K\N{LATIN SMALL LETTER A WITH DIAERESIS}fer") for form in ("NFC", "NFD")
+    ]
+    for path in layouts_of(tmp_path, [f"{name}/x/{i}.jpg" for i, name in enumerate(names)] + ["a/1.jpg"]):
+        with pytest.raises(
+            ValueError, match="holds two class folders K\N{LATIN SMALL LETTER A WITH DIAERESIS}fer, whose"
+        ):
+            build_index(path)
+        assert len(build_index(path, labels=False)) == 3
+
+
+# --- what must not change ---
+
+
+def test_the_usual_layouts_keep_their_digests(tmp_path):
+    """A run that continues compares the digest of its images with the one that it has stored."""
+    names = ["a/0.jpg", "a/x/1.jpg", "b/2.jpg", "a-b/3.jpg", "loose.png"]
+    place(tmp_path, *(f"train/{name}" for name in names))
+    with_labels = "73318ef0fe866bfadf4eecee962fb1cb049dbe2ecb5afde3aa1a7e51d22f3a6f"
+    without = "3a8af2c9002cafdce35af8f1175ed084f9b14861723061401db5d0256eb2710c"
+    (tmp_path / "x.tar").write_bytes(packed({name: b"" for name in names}) + END)
+    for path in (tmp_path, tmp_path / "train", tmp_path / "x.tar"):
+        assert build_index(path).digest() == with_labels
+        assert build_index(path, labels=False).digest() == without
+
+
+# --- ways to write a path ---
+
+
+def test_a_path_may_start_with_a_tilde_and_end_with_slashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    old(tmp_path / "train.tar")
+    tree(tmp_path / "set")
+    for path in ("~/train.tar", "~/train.tar/", "~", "~//", DataPath("~/")):
+        assert images(build_index(path)) == FILES
+    for path in ("~/set", "~/set//", "~/set/train/"):
+        assert names_of(build_index(path)) == ["a/0.jpg", "b/1.jpg"]

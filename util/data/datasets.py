@@ -19,6 +19,7 @@ from util.data.survey.headers import Survey, survey
 from util.data.timm_datasets import TimmDataset, build_timm_dataset
 from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
+from util.flags.data_path import DataPath
 from util.flags.groups import is_timm_path
 
 # The embedded demo set, so that every main runs without data.
@@ -215,7 +216,8 @@ def build_dataset(
 ) -> ImageDataset | TimmDataset:
     """Open `split` of the data set at `data_path`.
 
-    The path is one as in `build_index`, or None for the embedded demo set. timm reads
+    The path is one as in `build_index`, maybe a `DataPath` with settings of its own, or None or "" for the
+    embedded demo set. timm reads
     `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds and torch, e.g.
     `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
     resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line.
@@ -225,11 +227,15 @@ def build_dataset(
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
-    path = os.fspath(data_path or DEMO)
+    source = DataPath()
+    if data_path is not None:
+        source = DataPath.of(data_path)
+    if not source:
+        source = replace(source, path=DEMO)
     options: dict[str, Any] = dict(seed=seed, evaluation=evaluation)
-    if is_timm_path(path):
-        return build_timm_dataset(path, split, transform, read=read, **options)
-    index = build_index(path, split, labels=labels)
+    if is_timm_path(source.path):
+        return build_timm_dataset(source, split, transform, read=read, **options)
+    index = build_index(source, split, labels=labels)
     found = survey(index, read)
     read = replace(read, depth=read.depth or found.depth)
     check_depth(transform, read.depth)

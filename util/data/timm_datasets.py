@@ -26,6 +26,7 @@ from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
 from util.files.names import counted, printable
+from util.flags.data_path import VAL_SPLIT, DataPath
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
 
 
 def build_timm_dataset(
-    data_path: str,
+    data_path: str | os.PathLike,
     split: str,
     transform: Callable,
     *,
@@ -192,43 +193,53 @@ def build_timm_dataset(
 ) -> TimmDataset:
     """Open `data_path`, <reader>/<name>[=<root>], with timm.
 
+    Its settings are those of a `DataPath`; a `val_split` that is given is the reader's name of the split.
+
     Raises ValueError if timm cannot open it or a package is missing, and `NoSplit` if that happens for "val".
     """
+    source = DataPath.of(data_path)
+    if source.val_share or source.class_depth:
+        raise ValueError(
+            f"{source}: `val_share` and `class_depth` serve folders, tars and lists, not timm's readers"
+        )
     if read.in_chans not in (1, 3):
         raise ValueError(
-            f"{data_path}: timm's readers give 1 or 3 channels, not {read.in_chans}; use folders of .npy "
-            "files"
+            f"{source}: timm's readers give 1 or 3 channels, not {read.in_chans}; use folders of .npy files"
         )
     with our_pil(read.max_pixels):
-        dataset = _open(data_path, split, read.in_chans, seed, evaluation)
-    options: dict[str, Any] = dict(name=data_path, read=read, seed=seed)
+        dataset = _open(source, split, read.in_chans, seed, evaluation)
+    options: dict[str, Any] = dict(name=source.path, read=read, seed=seed)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
         return TimmIterableDataset(dataset, transform, **options)
     return TimmDataset(dataset, transform, **options)
 
 
-def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool) -> Any:
+def _open(source: DataPath, split: str, in_chans: int, seed: int, evaluation: bool) -> Any:
     from timm.data import create_dataset  # slow to import, and most runs do not need it
 
-    name, _, root = data_path.partition("=")
+    name, _, root = source.path.partition("=")
+    name_of_split = split
+    if split == "val":
+        # "validation" is the usual name there.
+        name_of_split = {VAL_SPLIT: "validation"}.get(source.val_split, source.val_split)
     try:
         return create_dataset(
             name,
             root=os.path.expanduser(root) or None,
             is_training=not evaluation,
             seed=seed,
-            split={"val": "validation"}.get(split, split),
+            split=name_of_split,
             input_img_mode=PIL_MODES[in_chans],
         )
     except ImportError as error:
         raise ValueError(
-            f"{data_path} needs a package that is not installed: pip install {error.name}"
+            f"{source} needs a package that is not installed: pip install {error.name}"
         ) from error
     # Readers raise many types for a data set or a split that does not exist.
     except Exception as error:
-        error_type = {"val": NoSplit}.get(split, ValueError)
+        error_type = {"validation": NoSplit}.get(name_of_split, ValueError)
         raise error_type(
-            f"timm cannot open {data_path} (split {split}, root {root or 'not given'}): {error!r}. The "
+            f"timm cannot open {source} (split {name_of_split}, root {root or 'not given'}): {error!r}. The "
             "form is <reader>/<name>[=<root>]; wds and torch need the root of the data."
         ) from error

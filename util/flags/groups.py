@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from layers.positional import label_choices
 from util.files.cores import own_cores
+from util.flags.data_path import VAL_SPLIT
 from util.flags.numbers import (
     BELOW_ONE,
     COUNT,
@@ -111,6 +112,7 @@ def add_data_flags(p: argparse.ArgumentParser, alpha: str = "alpha") -> None:
         type=str,
         help="folder, tar file or list of paths; the embedded demo set if not given",
     )
+    _add_layout_flags(g)
     g.add_argument(
         "--input_size",
         default=[224],
@@ -122,6 +124,35 @@ def add_data_flags(p: argparse.ArgumentParser, alpha: str = "alpha") -> None:
     _add_channel_flags(g, alpha)
     _add_loading_flags(g)
     _add_unreadable_flags(g)
+
+
+def _add_layout_flags(g: argparse._ArgumentGroup) -> None:
+    add_val_split(g)
+    g.add_argument(
+        "--val_share",
+        default=0.0,
+        type=BELOW_ONE,
+        metavar="P",
+        help="for data without validation images: share of the training images of each class that is held "
+        "out for validation. The images' names decide, so that every run holds out the same; 0 for none",
+    )
+    g.add_argument(
+        "--class_depth",
+        default=None,
+        type=COUNT,
+        metavar="N",
+        help="a class is named by the first N folders of an image's path; 1 if not given",
+    )
+
+
+def add_val_split(g: argparse._ActionsContainer) -> None:
+    """Add the flag that names the validation images to a parser or a group."""
+    g.add_argument(
+        "--val_split",
+        default=VAL_SPLIT,
+        metavar="NAME",
+        help="name of the validation images: the folder NAME/, NAME.tar, NAME-*.tar or NAME.csv beside train",
+    )
 
 
 def _add_loading_flags(g: argparse._ArgumentGroup) -> None:

@@ -6,6 +6,7 @@ All functions raise ValueError: "FILE: its entry 'FIELD' is FOUND, expected WHAT
 import argparse
 import math
 import pathlib
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -265,7 +266,7 @@ _SIZES = ("num_heads", "decoder_heads", "input_size", "patch_size")
 
 # -- the other fields ----------------------------------------------------------------------------------------
 def class_names(path: str, stored: Any) -> list[str] | None:
-    """Names of classes, each once; None if the file stores none."""
+    """Names of classes, each once, in Unicode's composed form; None if the file stores none."""
     if stored is None:
         return None
     if type(stored) not in (list, tuple) or not all(type(name) is str for name in stored):
@@ -274,7 +275,11 @@ def class_names(path: str, stored: Any) -> list[str] | None:
         refuse(path, "classes", f"a list of {len(stored)} names", f"at most {MOST_CLASSES}")
     if len(set(stored)) < len(stored):
         refuse(path, "classes", "a list in which a name is repeated", "different names")
-    return list(stored)
+    # Earlier versions stored them as the file system had them. Data sets give the composed form.
+    composed = [unicodedata.normalize("NFC", name) for name in stored]
+    if len(set(composed)) < len(composed):
+        return list(stored)
+    return composed
 
 
 def _optional(check: Callable[..., Any], *more: Any) -> Callable[[str, str, Any], Any]:

@@ -5,7 +5,7 @@ A listing is a dictionary of arrays:
     names      one blob of bytes
     ends       where each name ends in it
     labels     number of the class, which is the first folder of the name, or -1
-    classes    their sorted names
+    classes    their sorted names, in Unicode's composed form (NFC)
     left_out   how many images were left out, by kind (see LEFT_OUT)
     shard, offset, size    of each image, in tars only
     stamped, stamps        the files or folders that were listed, with their times and sizes
@@ -13,8 +13,9 @@ A listing is a dictionary of arrays:
 
 import errno
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,13 @@ import numpy as np
 from util.data.formats import IMAGE_SUFFIXES
 from util.data.sources.listing_cache import (
     LEFT_OUT,
+    TAR_ARRAYS,
     Listing,
     load_listing,
     pack_names,
     save_listing,
     stamp,
+    unpack_names,
 )
 from util.data.sources.tars import list_tar
 from util.files.names import printable
@@ -173,35 +176,96 @@ def _counts(left_out: Counter[str]) -> np.ndarray:
 
 
 def from_names(
-    names: list[bytes], folders: Collection[bytes] = (), sort: bool = True, **columns: np.ndarray
+    names: list[bytes],
+    folders: Collection[bytes] = (),
+    *,
+    sort: bool = True,
+    depth: int = 1,
+    classes: Sequence[bytes | None] | None = None,
+    **columns: np.ndarray,
 ) -> Listing:
     """Make the arrays of a listing from names.
 
     Args:
         folders: further classes, which hold no images.
         sort: whether to order the names as torchvision's ImageFolder does.
+        depth: how many folders of a name make up its class.
+        classes: the class of each name, if its folders do not tell it.
         columns: further arrays with one value per name, which are put in the same order.
     """
+    if classes is None:
+        classes = [class_of(name, depth) for name in names]
+    # Once per class, as there may be a million names.
+    forms = {name: name and composed(name) for name in set(classes)}
+    owners = [forms[name] for name in classes]
     positions = list(range(len(names)))
     if sort:
-        positions.sort(key=lambda i: _order(names[i]))
+        positions.sort(key=lambda i: _order(names[i], owners[i]))
     order = np.array(positions, np.int64)
-    ordered = [names[i] for i in positions]
-    # A name without a folder has no class.
-    first_folders = [name.partition(b"/")[0] if b"/" in name else None for name in ordered]
-    classes = sorted({f for f in first_folders if f is not None} | set(folders))
-    number: dict[bytes | None, int] = {name: i for i, name in enumerate(classes)}
-    labels = [number.get(folder, -1) for folder in first_folders]
+    known = sorted({name for name in owners if name is not None} | set(map(composed, folders)))
+    number: dict[bytes | None, int] = {name: i for i, name in enumerate(known)}
+    labels = [number.get(owners[i], -1) for i in positions]
     return dict(
-        names=np.frombuffer(b"".join(ordered), np.uint8),
-        ends=np.cumsum([len(name) for name in ordered], dtype=np.int64),
+        **_joined([names[i] for i in positions]),
         labels=np.array(labels, np.int32),
-        classes=pack_names(classes),
+        classes=pack_names(known),
         **{key: values[order] for key, values in columns.items()},
     )
 
 
-def _order(name: bytes) -> tuple[bytes, bytes, bytes]:
+def _joined(names: list[bytes]) -> Listing:
+    return dict(
+        names=np.frombuffer(b"".join(names), np.uint8),
+        ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+    )
+
+
+def names_in(arrays: Listing) -> list[bytes]:
+    """Return the names of a listing, in its order."""
+    blob = arrays["names"].tobytes()
+    ends = arrays["ends"].tolist()
+    return [blob[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def with_class_depth(arrays: Listing, depth: int) -> Listing:
+    """Return a listing in which the first `depth` folders make up the class of an image."""
+    columns = {name: arrays[name] for name in TAR_ARRAYS if name in arrays}
+    folders: set[bytes] = set()
+    # What was listed are tars, or else folders, of which empty ones count as classes.
+    if not columns:
+        listed = map(os.fsencode, unpack_names(arrays["stamped"]))
+        owners = (class_of(folder + b"/", depth) for folder in listed if folder != b".")
+        folders = {owner for owner in owners if owner is not None}
+    # mypy takes the columns for any of the other arguments.
+    made = from_names(names_in(arrays), folders, depth=depth, **columns)  # type: ignore[arg-type]
+    return arrays | made
+
+
+def selected(arrays: Listing, images: np.ndarray) -> Listing:
+    """Return a listing of some images: `images` are their numbers."""
+    names = names_in(arrays)
+    columns = {name: arrays[name][images] for name in ("labels", *TAR_ARRAYS) if name in arrays}
+    return arrays | _joined([names[i] for i in images.tolist()]) | columns
+
+
+def class_of(name: bytes, depth: int = 1) -> bytes | None:
+    """Return the first `depth` folders of an image's name; None for an image that lies in fewer."""
+    end = -1
+    for _ in range(depth):
+        end = name.find(b"/", end + 1)
+        if end < 0:
+            return None
+    return name[:end]
+
+
+def composed(name: bytes) -> bytes:
+    """Return a name in Unicode's composed form: archives of macOS hold names in the decomposed one."""
+    if name.isascii():
+        return name
+    return os.fsencode(unicodedata.normalize("NFC", os.fsdecode(name)))
+
+
+def _order(name: bytes, owner: bytes | None) -> tuple[bytes, bytes, bytes]:
     """Return the sort key of ImageFolder, which differs from plain path order: nested folders come last."""
     folder, _, file = name.rpartition(b"/")
-    return folder.partition(b"/")[0], folder, file
+    return owner or b"", folder, file

@@ -21,7 +21,7 @@ from util.files.regular import open_regular
 Listing = dict[str, np.ndarray]
 # A younger file may change again without getting another time: file systems round times.
 SETTLED_AFTER = 2e9  # ns
-FORMAT = 2  # of the cache; files of other formats are not used
+FORMAT = 3  # of the cache; files of other formats are not used
 MAX_CACHE_BYTES = 2 << 30  # about 40 million images
 # What a listing leaves out, and counts in `left_out`.
 LEFT_OUT = ("link", "sparse file", "special file", "unsafe name", "earlier version", "looping link")
