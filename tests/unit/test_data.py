@@ -397,7 +397,7 @@ def text(path, content):
         (cut_in_data, "is damaged at byte \\d+, after 4 images: .*0.jpg has a size of \\d+ bytes, and 88 "),
         (cut_in_header, "is damaged at byte \\d+, after 4 images"),
         (overwritten, "is damaged at byte \\d+, after 4 images"),
-        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose image "),
+        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 image without a label"),
         (
             lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")),
             "x.tar is one file and has no val images.*{train,val}.tar",

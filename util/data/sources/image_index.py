@@ -41,9 +41,10 @@ class ImageIndex:
         root: the folder that names are relative to.
         kind: the layout, in words.
         tars: paths of the tars that hold the images; empty for files.
-        classes: sorted class names; empty without labels.
+        classes: class names, sorted, or in the order of their numbers; empty without labels.
         labels: (n,) int32, index into `classes`, or -1 without a label.
         ignored: number of images that are left out because they have no label.
+        paired: whether labels lie beside the images of tars, as in WebDataset's form.
         left_out: numbers of images that are left out for other reasons, by kind.
     """
 
@@ -61,6 +62,7 @@ class ImageIndex:
         self.kind = kind
         self.tars = list(tars)
         self.classes: list[str] = []
+        self.paired = len(arrays.get("paired", ())) > 0
         self.ignored = 0
         if labels:
             self.classes = unpack_names(arrays["classes"])

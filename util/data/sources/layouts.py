@@ -16,7 +16,8 @@ import numpy as np
 from util.data.formats import IMAGE_SUFFIXES
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import from_names, is_folder, list_folder, list_tars
-from util.data.sources.listing_cache import Listing, load_listing, unpack_names
+from util.data.sources.listing_cache import Listing, load_listing, pack_names, unpack_names
+from util.data.sources.pairs import named_classes
 from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
 from util.files.names import counted, printable
 from util.files.regular import open_regular
@@ -38,7 +39,10 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     4. for split "train" only: `data_path` is itself such a folder or tar, or a text file of paths. Paths are
        relative to the file's folder, blank lines and `#` comments are skipped, and the file's order is kept.
 
-    The class is the first folder of an image's path. `labels=False` takes every image, loose ones too, with
+    The class is the first folder of an image's path. In tars without such folders it may lie beside the
+    image, as WebDataset has it: `0001.jpg` with an integer in `0001.cls`, or with `label`, `cls` or `class`
+    in `0001.json`. The names of these classes are the integers, in their order, or come from `classes.txt` or
+    `classnames.txt` beside the tars. `labels=False` takes every image, loose ones too, with
     label -1. Hidden files and folders (`.name`) are skipped. The listing of tars and large folders is cached
     next to them if that is writable, and checked against sizes and modification times.
 
@@ -120,7 +124,23 @@ def _listed_folder(root: str, cache: str) -> Listing:
 
 
 def _index_tars(path: str, kind: str, tars: list[str], cache: str, labels: bool) -> ImageIndex:
-    return ImageIndex(path, os.path.dirname(tars[0]), kind, list_tars(tars, cache), tars, labels)
+    folder = os.path.dirname(tars[0])
+    arrays = list_tars(tars, cache)
+    if len(arrays["paired"]):
+        kind += ", labels beside the images"
+        if labels:
+            arrays = _named(arrays, folder)
+    return ImageIndex(path, folder, kind, arrays, tars, labels)
+
+
+def _named(arrays: Listing, folder: str) -> Listing:
+    """Return a listing of pairs with the names of its classes. Raises ValueError if labels are missing."""
+    fault = arrays["fault"].tobytes().decode(errors="replace")
+    if fault:
+        raise ValueError(printable(fault))
+    # The file of names may change without the tars, so it is no part of the listing.
+    classes = named_classes(unpack_names(arrays["classes"]), folder)
+    return arrays | {"classes": pack_names([os.fsencode(name) for name in classes])}
 
 
 def _check_has_split(path: str, split: str) -> None:
@@ -233,6 +253,11 @@ def _check_not_empty(index: ImageIndex, split: str, labels: bool) -> None:
     if len(index) > 0:
         return
     place = printable(_place(index))
+    if index.ignored and index.tars:
+        raise ValueError(
+            f"{place} holds {counted(index.ignored, 'image')} without a label: neither in class folders, as "
+            "<class>/0001.jpg, nor in WebDataset's form, as 0001.jpg beside 0001.cls"
+        )
     if index.ignored:
         unpacked = ""
         if split == "val":

@@ -80,6 +80,8 @@ def repack(
         raise ValueError(f"repacking needs the native library: `{native.BUILD}` ({native.describe()})")
     _check_sizes(long_side, quality)
     index = build_index(source, split, labels=False)
+    if index.paired:
+        print(f"warning: the labels beside the images of {printable(index.path)} are left out")
     # They decide the content of the shards; a call that continues another must agree in all of them.
     settings = dict(
         source=os.path.abspath(source),
