@@ -135,17 +135,17 @@ from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from util import dist
-from util.data.contract import Batches, IndexedSamples
-from util.data.datasets import ImageDataset, build_class_dataset
+from util.data.contract import Batches, ClassSamples
+from util.data.datasets import build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_classes, some_names
+from util.data.sources.image_index import check_classes, some_names
 from util.data.sources.layouts import class_names
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
-from util.files.names import counted
+from util.files.names import counted, printable
 from util.run.log import Log
 from util.run.session import (
     STOPPED,
@@ -208,7 +208,7 @@ class Finetuning(Objective):
     supervised: SupervisedLoss
     setup: Setup
     choices: Choices
-    val_loader: Batches[IndexedSamples]
+    val_loader: Batches[ClassSamples]
     predictions: str = ""
     average: WeightAverage | None = None
     frozen_norms: list[nn.Module] = field(default_factory=list)
@@ -350,9 +350,11 @@ def load_encoder(finetune: str, published: bool) -> Checkpoint:
 
 def build_data(
     args: argparse.Namespace, setup: Setup
-) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset]]:
+) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples]]:
     """Return the training loader (None for --eval) and the validation loader, over the same classes."""
-    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
+    options = dict(
+        in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels, nb_classes=args.nb_classes
+    )
     transform = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(args.data_path, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
@@ -363,6 +365,11 @@ def build_data(
         data_timeout=args.data_timeout,
     )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
+    if args.predictions and not val.exact_resume:
+        raise ValueError(
+            f"--predictions lists images by name, and those of a stream ({printable(val.path)}) have none: "
+            "leave it out"
+        )
     describe_evaluation(val, setup.size, args.crop_pct)
     if args.eval:
         return None, val_loader
@@ -375,15 +382,15 @@ def build_data(
         mean=setup.pixels.mean,
     )
     train = build_class_dataset(args.data_path, "train", augment, **options)
-    check_classes(train.index, val.index)
-    if len(train.index.classes) == 1:
-        only = some_names(train.index.classes)
+    check_classes(train, val)
+    if len(train.classes) == 1:
+        only = some_names(train.classes)
         dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
     dist.print_rank0(f"training on {train.summary()}")
     return cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device), val_loader
 
 
-def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: float | None) -> None:
+def describe_evaluation(val: ClassSamples, size: tuple[int, int], crop_pct: float | None) -> None:
     """Print on which crops of which images the model is evaluated."""
     share = crop_pct
     if not share:
@@ -392,11 +399,11 @@ def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: floa
             share = 224 / 256
     dist.print_rank0(
         f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {share:.3f}, bicubic, "
-        f"classes in the order {first_classes(val.index.classes)}"
+        f"classes in the order {first_classes(val.classes)}"
     )
 
 
-def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices:
+def resolve(args: argparse.Namespace, start: Start, data: ClassSamples) -> Choices:
     """Resolve what the flags leave open, from the checkpoint at the start and from the data."""
     classes = resolve_classes(args, start, data)
     labels = resolve_labels(args, start.trained)
@@ -418,7 +425,7 @@ def resolve_labels(args: argparse.Namespace, trained: dict) -> dict[str, str]:
     return {"pos_label": label, "pos_tokens": args.pos_tokens or trained.get("pos_tokens") or "half"}
 
 
-def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) -> list[str]:
+def resolve_classes(args: argparse.Namespace, start: Start, data: ClassSamples) -> list[str]:
     """Return the classes in the order of the outputs: the data's, or those of the checkpoint to evaluate."""
     classes = data.classes
     place = data.path
@@ -517,7 +524,7 @@ def evaluate_checkpoint(
     setup: Setup,
     choices: Choices,
     start: Start,
-    val_loader: Batches[ImageDataset],
+    val_loader: Batches[ClassSamples],
 ) -> int:
     """Evaluate --resume; nothing is trained."""
     saved = checkpoint.to_evaluate(start.resume)
@@ -540,7 +547,7 @@ def build_objective(
     model: Classifier,
     setup: Setup,
     choices: Choices,
-    val_loader: Batches[ImageDataset],
+    val_loader: Batches[ClassSamples],
 ) -> Finetuning:
     """Build the loss, and the moving average if there is one."""
     erasing = Erasing(args.reprob, args.remode, args.recount)
@@ -637,7 +644,7 @@ def main(args: argparse.Namespace) -> int:
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader = build_data(args, setup)
-    choices = resolve(args, start, val_loader.dataset.index)
+    choices = resolve(args, start, val_loader.dataset)
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank

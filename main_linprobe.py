@@ -32,7 +32,6 @@ from util.flags.groups import (
     ascending,
     channel_stats,
     compile_mode,
-    is_timm_path,
     pair,
 )
 from util.flags.numbers import COUNT, POSITIVE, SHARE, side
@@ -113,7 +112,7 @@ from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_an
 from layers.second_order import SecondOrder
 from models_vit import VisionTransformer
 from util import dist
-from util.data.contract import Batches, IndexedSamples
+from util.data.contract import Batches, ClassSamples
 from util.data.datasets import TensorSamples, build_class_dataset
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
@@ -164,11 +163,6 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
-    if is_timm_path(args.data_path):
-        raise ValueError(
-            f"--data_path {args.data_path}: timm's readers serve pretraining only, and a probe needs the "
-            "names of the classes: save the images as DIR/{train,val}/<class>/* and give --data_path DIR"
-        )
     # Features that are computed once are read in batches, but only heads learn from batches of more than one.
     if args.batch_size < 2 and not (args.knn or args.eval):
         raise ValueError(
@@ -304,7 +298,7 @@ class Probing(Objective):
     names: list[str]
     kind: str
     setup: Setup
-    val_loader: Batches[IndexedSamples]
+    val_loader: Batches[ClassSamples]
     log: Log = field(init=False)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -423,24 +417,31 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
 
 def build_data(
     args: argparse.Namespace, setup: Setup
-) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples]]:
+) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples]]:
     """Return the training loader and the validation loader.
 
     Training images are augmented unless features are computed once. There is no training loader for --eval.
     """
     once = args.knn or args.cached
-    options = dict(in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels)
+    options = dict(
+        in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels, nb_classes=args.nb_classes
+    )
     val = build_class_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
-    if len(val.index.classes) < 2:
+    if len(val.classes) < 2:
         raise ValueError(
-            f"--data_path {printable(val.index.path)} has one class only ({some_names(val.index.classes)}): "
+            f"--data_path {printable(val.path)} has one class only ({some_names(val.classes)}): "
             "a classifier needs at least two class folders"
         )
-    if args.nb_classes is not None and args.nb_classes != len(val.index.classes):
+    if args.nb_classes is not None and args.nb_classes != len(val.classes):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {val.index.path} has "
-            f"{counted(len(val.index.classes), 'class folder')}: leave --nb_classes out, or check the path"
+            f"--nb_classes {args.nb_classes}, but {val.path} has "
+            f"{counted(len(val.classes), 'class folder')}: leave --nb_classes out, or check the path"
+        )
+    if args.cached and not val.exact_resume:
+        raise ValueError(
+            f"--cached keeps features by the numbers of images, and {printable(val.path)} is a stream, which "
+            "has none: leave --cached out"
         )
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
@@ -459,7 +460,7 @@ def build_data(
         if args.probe_protocol == EARLIER:
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(args.data_path, "train", transform, evaluation=once, **options)
-    check_classes(train.index, val.index)
+    check_classes(train, val)
     dist.print_rank0(f"training on {train.summary()}")
     if once:
         loader = eval_loader(train, **loading)
@@ -469,11 +470,11 @@ def build_data(
 
 
 def features_loader(
-    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples], shuffle: bool
-) -> Batches[IndexedSamples]:
+    args: argparse.Namespace, objective: Probing, loader: Batches[ClassSamples], shuffle: bool
+) -> Batches[ClassSamples]:
     """Return a loader over features that are computed once, instead of images."""
     x, y = extract_features(objective.features, loader, objective.setup)
-    samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
+    samples = TensorSamples(x.cpu(), y.cpu(), getattr(loader.dataset, "index", loader.dataset))
     # Workers would only copy tensors from one process to another.
     loading = dict(batch_size=args.batch_size, num_workers=0, pin_memory=False)
     if shuffle:
@@ -482,8 +483,8 @@ def features_loader(
 
 
 def cache_features(
-    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples]
-) -> Batches[IndexedSamples]:
+    args: argparse.Namespace, objective: Probing, loader: Batches[ClassSamples]
+) -> Batches[ClassSamples]:
     """Compute all features once. Return the training loader over them; the objective evaluates on them,
     too.
     """
@@ -502,8 +503,8 @@ def cache_validation_features(args: argparse.Namespace, objective: Probing) -> N
 def run_knn(
     args: argparse.Namespace,
     backbone: Classifier,
-    loader: Batches[IndexedSamples],
-    val_loader: Batches[IndexedSamples],
+    loader: Batches[ClassSamples],
+    val_loader: Batches[ClassSamples],
     setup: Setup,
     flags: dict,
 ) -> int:
@@ -524,7 +525,7 @@ def run_knn(
     queries, labels = extract_features(features, val_loader, setup, gather=False)
     if len(bank) < max(NEIGHBOURS):
         dist.print_rank0(f"there are {len(bank)} training images: kNN with a larger k takes all of them")
-    num_classes = len(loader.dataset.index.classes)
+    num_classes = len(loader.dataset.classes)
     stats: dict[str, float] = {}
     for pool, queries_of_pool, bank_of_pool in zip(
         pools, queries.chunk(len(pools), 1), bank.chunk(len(pools), 1)
@@ -556,10 +557,10 @@ def report_knn(
 
 
 def build_objective(
-    args: argparse.Namespace, backbone: Classifier, setup: Setup, val_loader: Batches[IndexedSamples]
+    args: argparse.Namespace, backbone: Classifier, setup: Setup, val_loader: Batches[ClassSamples]
 ) -> Probing:
     """Build a head for each learning rate."""
-    num_classes = len(val_loader.dataset.index.classes)
+    num_classes = len(val_loader.dataset.classes)
     heads = len(args.lr_grid)
     names = [f"lr{scale:g}" for scale in args.lr_grid]
     second_order = args.head == "second_order"
@@ -582,7 +583,7 @@ def evaluate_checkpoint(args: argparse.Namespace, objective: Probing, saved: Che
         cache_validation_features(args, objective)
     changed = checkpoint.other_than_trained(saved, flags, ("model", "finetune", "pool"))
     dist.print_rank0(f"evaluating {args.resume}{changed}")
-    classes = objective.val_loader.dataset.index.classes
+    classes = objective.val_loader.dataset.classes
     if saved.classes not in (None, classes):
         raise ValueError(
             f"{args.resume} was trained on the classes {some_names(saved.classes)}, the data have "

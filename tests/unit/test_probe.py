@@ -231,8 +231,6 @@ def test_a_new_probe_and_maes_file_follow_mae(capsys):
         (["--batch_size", 1], ["--batch_size 1", "2 images", "--batch_size 2 or more"]),
         (["--batch_size", 1, "--accum_iter", 4], ["--batch_size 2 or more"]),
         (["--batch_size", 1, "--cached"], ["--batch_size 2 or more"]),
-        (["--data_path", "hfds/x"], ["hfds/x", "pretraining only", "--data_path DIR"]),
-        (["--data_path", "torch/image_folder=/x", "--knn"], ["pretraining only", "{train,val}/<class>"]),
     ],
 )
 def test_what_a_probe_cannot_take_is_one_line(tmp_path, capsys, given, facts):

@@ -30,10 +30,37 @@ class Samples(Dataset[dict]):
         raise NotImplementedError
 
 
-class IndexedSamples(Samples):
+class ClassSamples(Samples):
+    """Samples with the labels of a classifier.
+
+    Attributes:
+        classes: names of the classes; the label of a sample is an index into them.
+        path: what the user named, for messages.
+    """
+
+    classes: list[str]
+    path: str
+
+    def name(self, i: int) -> str:
+        """Return a name for image i."""
+        return str(i)
+
+
+class IndexedSamples(ClassSamples):
     """A data set of images that are listed, with their classes, in an index."""
 
     index: ImageIndex
+
+    @property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        return self.index.classes
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return self.index.path
+
+    def name(self, i: int) -> str:
+        return self.index.name(i)
 
 
 S = TypeVar("S", bound=Samples, covariant=True)

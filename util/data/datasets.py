@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from util.data import native
-from util.data.contract import IndexedSamples
+from util.data.contract import ClassSamples, IndexedSamples, Samples
 from util.data.formats import decode, raise_pillows_limit
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
-from util.data.timm_datasets import TimmDataset, build_timm_dataset
+from util.data.timm_datasets import TimmDataset, build_timm_classes, build_timm_dataset
 from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
 from util.flags.groups import MAX_PIXELS, is_timm_path
@@ -148,16 +148,20 @@ class ImageDataset(IndexedSamples):
                 i = sample_seed(first_key, 0, len(bad)) % len(self)
 
 
-class TensorSamples(IndexedSamples):
+class TensorSamples(ClassSamples):
     """Samples from tensors: features (n, d) under the name `image`, and labels (n,).
 
-    `index` is the listing of the images that the features were computed from.
+    `source` has the classes: the data set that the features were computed from, or the listing of its images.
     """
 
-    def __init__(self, features: torch.Tensor, labels: torch.Tensor, index: ImageIndex):
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor, source: ImageIndex | ClassSamples):
         self.features = features
         self.labels = labels
-        self.index = index
+        self.classes = source.classes
+        self.path = source.path
+        # Ranks compare their listings.
+        if not isinstance(source, Samples):
+            self.index = source
 
     def __len__(self) -> int:
         return len(self.features)
@@ -205,23 +209,21 @@ def build_class_dataset(
     seed: int = 0,
     evaluation: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> ImageDataset:
+    nb_classes: int | None = None,
+) -> ImageDataset | TimmDataset:
     """`build_dataset` for a classifier, which needs the names of the classes.
 
-    Raises ValueError also for the data sets of timm's readers, which have no such names.
+    Args:
+        nb_classes: the number of classes, for a set of timm's readers that does not name them. Their names
+            are then 0, 1, ...
+
+    A set of timm's readers that has no validation images gives its test images for "val". Raises ValueError
+    also for a set without known classes.
     """
-    dataset = build_dataset(
-        data_path,
-        split,
-        transform,
-        in_chans=in_chans,
-        seed=seed,
-        evaluation=evaluation,
-        max_pixels=max_pixels,
-    )
-    if not isinstance(dataset, ImageDataset):
-        raise ValueError(
-            f"`data_path` {data_path}: timm's readers serve pretraining only; a classifier needs class "
-            "folders or tars"
-        )
-    return dataset
+    path = os.fspath(data_path or DEMO)
+    options: dict[str, Any] = dict(in_chans=in_chans, seed=seed, evaluation=evaluation, max_pixels=max_pixels)
+    if is_timm_path(path):
+        dataset = build_timm_classes(path, split, transform, **options)
+        dataset.name_classes(nb_classes)
+        return dataset
+    return ImageDataset(build_index(path, split), transform, **options)

@@ -196,7 +196,7 @@ def _decode_by_pil(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
             image.draft("L", None)
         image.load()
         if image.width * image.height <= STRIP_PIXELS:
-            return pil_to_tensor(_to_8_bit(image).convert(PIL_MODES[in_chans]))
+            return pil_to_tensor(to_8_bit(image).convert(PIL_MODES[in_chans]))
         return _converted_in_strips(image, in_chans)
 
 
@@ -283,12 +283,12 @@ def _converted_in_strips(image: Image.Image, in_chans: int) -> torch.Tensor:
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        strip = _to_8_bit(image.crop((0, top, image.width, bottom))).convert(PIL_MODES[in_chans])
+        strip = to_8_bit(image.crop((0, top, image.width, bottom))).convert(PIL_MODES[in_chans])
         pixels[top:bottom] = pil_to_tensor(strip).permute(1, 2, 0)  # (C, h, W) -> (h, W, C)
     return pixels.permute(2, 0, 1)  # the strides of `pil_to_tensor`
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def to_8_bit(image: Image.Image) -> Image.Image:
     """Scale integer pixels of 16 bits to 8 bits; raise ValueError for pixels of unknown range."""
     if image.mode[0] == "I":  # PIL's own conversion clips at 255 instead of scaling
         values = np.asarray(image).astype(np.int64)

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util import dist
-from util.data.contract import Samples
-from util.data.formats import PIL_FORMATS, PIL_MODES, open_image
+from util.data.contract import ClassSamples
+from util.data.formats import PIL_FORMATS, PIL_MODES, decode, open_image, to_8_bit
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
-from util.data.transforms import MAX_TRIES, Unreadable, apply, views
+from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import counted, printable
+from util.files.regular import open_regular
 from util.flags.groups import MAX_PIXELS
 
 log = logging.getLogger(__name__)
@@ -51,17 +51,28 @@ def our_pil(max_pixels: int) -> Iterator[None]:
 
 
 def _content(file: Any) -> bytes:
+    """Return the bytes of an open file or of a path; torchvision's folders get it as their `loader`."""
     if isinstance(file, (str, bytes, os.PathLike)):
-        return Path(os.fsdecode(file)).read_bytes()
+        with open_regular(os.fsdecode(file)) as opened:
+            return opened.read()
     file.seek(0)
     return file.read()
 
 
-class TimmDataset(Samples):
-    """The samples of an `ImageDataset` from a map-style set of (PIL image, label).
+def pixels_of(image: Image.Image, in_chans: int) -> torch.Tensor:
+    """Return the pixels of an image that a reader has opened -> uint8 (in_chans, H, W)."""
+    return pil_to_tensor(to_8_bit(image).convert(PIL_MODES[in_chans]))
 
-    timm has no names for images: one that cannot be read is logged and replaced, and `bad` is always empty.
-    Raises ValueError after 20 unreadable draws.
+
+class TimmDataset(ClassSamples):
+    """The samples of an `ImageDataset` from a map-style set of (image, label).
+
+    An image is decoded from its bytes where the reader gives them, as those of folders are. timm has no names
+    for images: one that cannot be read is logged, in training it is replaced, and `bad` is empty. Raises
+    ValueError after 20 unreadable draws.
+
+    Attributes:
+        classes: names of the classes; empty before `name_classes`. Labels are checked against them.
     """
 
     def __init__(
@@ -72,42 +83,141 @@ class TimmDataset(Samples):
         name: str = "",
         in_chans: int = 3,
         seed: int = 0,
+        evaluation: bool = False,
         max_pixels: int = MAX_PIXELS,
     ):
         self.dataset = dataset
         self.transform = transform
-        self.name = name
-        self.mode = PIL_MODES[in_chans]
+        self.path = name
+        self.classes: list[str] = []
+        self.in_chans = in_chans
         self.seed = seed
+        self.evaluation = evaluation
         self.max_pixels = max_pixels
+        # torchvision's own would convert 16-bit images to white.
+        if hasattr(dataset, "loader"):
+            dataset.loader = _content
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def name_classes(self, nb_classes: int | None = None) -> None:
+        """Set `classes` to the names that the reader has, or else to 0, 1, ..., `nb_classes` - 1.
+
+        Raises ValueError if neither names nor number are known.
+        """
+        names = reader_classes(self.dataset)
+        if not names and nb_classes:
+            names = [str(i) for i in range(nb_classes)]
+        if not names:
+            raise ValueError(f"{self.path} does not name its classes: give their number by `nb_classes`")
+        self.classes = names
+
     def summary(self) -> str:
-        """Return one line: name, number of images, and how a run resumes."""
+        """Return one line: name, number of images and classes, and how a run resumes."""
         resume = ""
         if not self.exact_resume:
             resume = "; a stream: a run resumes at whole epochs only"
-        return f"{self.name}: {counted(len(self), 'image')} (read by timm{resume})"
+        classes = ""
+        if self.classes:
+            classes = f", {counted(len(self.classes), 'class', 'classes')}"
+        return f"{self.path}: {counted(len(self), 'image')}{classes} (read by timm{resume})"
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
         epoch, i = epoch_and_index(item)
         first_key = sample_seed(self.seed, epoch, i)
         for tries in range(1, MAX_TRIES + 1):
+            key = sample_seed(self.seed, epoch, i)
             try:
-                with our_pil(self.max_pixels):
-                    image, label = self.dataset[i]
-                return self._sample(image, label, i, sample_seed(self.seed, epoch, i))
-            except (OSError, Unreadable) as error:
+                image, label = self._read(i)
+                return self._sample(image, label, i, key)
+            except Unreadable as error:
                 reason = printable(str(error))
-                log.warning("image %d of %s is unreadable and replaced: %s", i, self.name, reason)
+            # A replacement would count twice in the accuracy.
+            if self.evaluation:
+                log.warning("image %d of %s is unreadable and left out: %s", i, self.path, reason)
+                black = apply(self.transform, black_image(self.in_chans), key)
+                return views(black) | dict(label=-1, index=i, key=key, bad=[i])
+            log.warning("image %d of %s is unreadable and replaced: %s", i, self.path, reason)
             i = sample_seed(first_key, 0, tries) % len(self)
-        raise ValueError(f"{MAX_TRIES} images of {self.name} in a row could not be read: {reason}")
+        raise ValueError(f"{MAX_TRIES} images of {self.path} in a row could not be read: {reason}")
 
-    def _sample(self, image: Any, label: int, index: int, key: int) -> dict:
-        transformed = apply(self.transform, pil_to_tensor(image.convert(self.mode)), key)
-        return views(transformed) | dict(label=int(label), index=index, key=key, bad=[])
+    def _read(self, i: int) -> tuple[torch.Tensor, Any]:
+        """Return the pixels and the label of image i. Raises Unreadable."""
+        try:
+            image, label = self._open(i)
+            if isinstance(image, bytes):
+                return decode(image, self.in_chans, self.max_pixels), label
+            return pixels_of(image, self.in_chans), label
+        # Another image may need less memory.
+        except (OSError, ValueError, MemoryError) as error:
+            raise Unreadable(str(error) or type(error).__name__) from error
+
+    def _open(self, i: int) -> tuple[bytes | Image.Image, Any]:
+        """Return the bytes of image i, or the image if the reader decodes it itself, and its label."""
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:
+            with our_pil(self.max_pixels):
+                return self.dataset[i]
+        # Not the data set itself: it would replace an unreadable image by its neighbour.
+        file, label, *_ = reader[i]
+        with contextlib.closing(file):
+            return _content(file), label
+
+    def _sample(self, pixels: torch.Tensor, label: Any, index: int, key: int) -> dict:
+        transformed = apply(self.transform, pixels, key)
+        return views(transformed) | dict(label=self._label(label), index=index, key=key, bad=[])
+
+    def _label(self, label: Any) -> int:
+        """Return a label as a number. Raises ValueError for one that is not in the range of the classes."""
+        try:
+            number = int(label)
+        except (TypeError, ValueError):
+            number = -1
+        if self.classes and not 0 <= number < len(self.classes):
+            raise ValueError(
+                f"{self.path} has the label {printable(str(label)[:40])}, and labels of "
+                f"{counted(len(self.classes), 'class', 'classes')} are 0 to {len(self.classes) - 1}: check "
+                "`nb_classes`, or give a set with labels"
+            )
+        return number
+
+
+def reader_classes(dataset: Any) -> list[str]:
+    """Return the names of the classes that a data set of timm's or torchvision's has; [] if it has none.
+
+    Raises ValueError for labels that are text.
+    """
+    reader = getattr(dataset, "reader", None)
+    if reader is None:
+        # torchvision's ImageNet has several names for each class; those of its folders are unique.
+        names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
+        return list(map(str, names or getattr(dataset, "all_categories", [])))
+    info = getattr(reader, "info", None)
+    # WebDataset's _info.json.
+    if isinstance(info, dict):
+        return [str(i) for i in range(int(info.get("num_classes", 0)))]
+    key = getattr(reader, "label_key", None) or getattr(reader, "target_key", None) or "label"
+    listed = getattr(reader, "dataset", None)
+    features = getattr(listed, "features", None)
+    if features is None:
+        features = getattr(getattr(getattr(reader, "builder", None), "info", None), "features", None)
+    if features is None or key not in features:
+        return []
+    names = getattr(features[key], "names", None)
+    if names is None and listed is not None:
+        return _numbered(listed.unique(key))
+    return list(names or [])
+
+
+def _numbered(labels: list) -> list[str]:
+    """Return the names of classes that are numbers only: 0, 1, ... up to the largest label."""
+    if not all(isinstance(label, int) for label in labels):
+        raise ValueError(
+            f"the labels, as {printable(str(labels[0])[:40])}, are {type(labels[0]).__name__} and no "
+            "numbers: cast the column with class_encode_column of the `datasets` package"
+        )
+    return [str(i) for i in range(max(labels, default=-1) + 1)]
 
 
 class TimmIterableDataset(TimmDataset, IterableDataset):
@@ -115,6 +225,8 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
 
     `index` is -1, as a stream has no numbers, and a run can resume at epochs only. An image that cannot be
     transformed is left out; what happens to one that cannot be read is up to the reader.
+
+    In evaluation all ranks together give each image once: timm itself pads or cuts the shares of ranks.
     """
 
     # A stream cannot be entered in the middle of an epoch.
@@ -125,6 +237,26 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
         # Shared, so that workers that are already running see a new epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.rank = dist.rank()
+        self.shared_by = 1
+        if self.evaluation:
+            self._share_exactly()
+
+    def _share_exactly(self) -> None:
+        """Let each rank read the whole stream and keep its share, if the reader does not divide exactly."""
+        reader = getattr(self.dataset, "reader", None)
+        # `datasets` gives each rank its own images, each once.
+        if reader is None or type(reader).__name__ == "ReaderHfids":
+            return
+        reader.dist_rank = 0
+        reader.dist_num_replicas = 1
+        self.shared_by = dist.world_size()
+
+    def __len__(self) -> int:
+        # The reader divides by ranks and workers, and rounds.
+        if self.evaluation:
+            total = getattr(getattr(self.dataset, "reader", None), "num_samples", 0)
+            return total or len(self.dataset)
+        return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -139,13 +271,21 @@ class TimmIterableDataset(TimmDataset, IterableDataset):
         # Ranks and workers read different parts of the stream; each gets keys of its own.
         stream = self.rank << 40 | number << 32
         for count, (image, label) in enumerate(self._images()):
+            if count % self.shared_by != self.rank % self.shared_by:
+                continue
             key = sample_seed(self.seed, int(self.epoch), stream | count)
             try:
-                sample = self._sample(image, label, -1, key)
+                sample = self._sample(self._pixels(image), label, -1, key)
             except Unreadable as error:
-                log.warning("an image of %s is left out: %s", self.name, printable(str(error)))
+                log.warning("an image of %s is left out: %s", self.path, printable(str(error)))
                 continue
             yield sample
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        try:
+            return pixels_of(image, self.in_chans)
+        except (OSError, ValueError, MemoryError) as error:
+            raise Unreadable(str(error) or type(error).__name__) from error
 
     def _images(self) -> Iterator[tuple[Any, int]]:
         images = iter(self.dataset)
@@ -178,17 +318,37 @@ def build_timm_dataset(
         )
     with our_pil(max_pixels):
         dataset = _open(data_path, split, in_chans, seed, evaluation)
-    options: dict[str, Any] = dict(name=data_path, in_chans=in_chans, seed=seed, max_pixels=max_pixels)
+    options: dict[str, Any] = dict(
+        name=data_path, in_chans=in_chans, seed=seed, evaluation=evaluation, max_pixels=max_pixels
+    )
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
         return TimmIterableDataset(dataset, transform, **options)
     return TimmDataset(dataset, transform, **options)
 
 
+def build_timm_classes(data_path: str, split: str, transform: Callable, **options: Any) -> TimmDataset:
+    """`build_timm_dataset` for a classifier: "val" is "test" if there are no validation images."""
+    try:
+        return build_timm_dataset(data_path, split, transform, **options)
+    except NoSplit as error:
+        # The public form of many small sets.
+        try:
+            dataset = build_timm_dataset(data_path, "test", transform, **options)
+        except ValueError:
+            raise error from None
+    dataset.path = f"{data_path} (test)"
+    return dataset
+
+
 def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool) -> Any:
     from timm.data import create_dataset  # slow to import, and most runs do not need it
 
     name, _, root = data_path.partition("=")
+    # Readers leave images as they are, and `pixels_of` converts them. TensorFlow decodes to 8 bits itself.
+    mode = ""
+    if name.lower().startswith("tfds/"):
+        mode = PIL_MODES[in_chans]
     try:
         return create_dataset(
             name,
@@ -196,7 +356,7 @@ def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool
             is_training=not evaluation,
             seed=seed,
             split={"val": "validation"}.get(split, split),
-            input_img_mode=PIL_MODES[in_chans],
+            input_img_mode=mode,
         )
     except ImportError as error:
         raise ValueError(

@@ -8,7 +8,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -31,6 +31,16 @@ class NoSplit(ValueError):
 
 class ChangedTar(ValueError):
     """A tar is not the one that was listed: its images would be others, or unreadable."""
+
+
+class Classes(Protocol):
+    """What has class names: a listing or a data set."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def path(self) -> str: ...
 
 
 class ImageIndex:
@@ -245,7 +255,7 @@ def _wrong_size(size: int) -> str:
     return f"claims {size} bytes, and an image may have up to {MAX_BYTES}"
 
 
-def check_classes(train: ImageIndex, val: ImageIndex) -> None:
+def check_classes(train: Classes, val: Classes) -> None:
     """Raise ValueError unless both splits have the same class names.
 
     Equal labels would otherwise mean different classes.

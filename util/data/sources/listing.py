@@ -16,7 +16,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,7 +162,7 @@ def list_tars(tars: list[str], cache: str) -> Listing:
             shards.append(shard)
             offsets.append(offset)
             sizes.append(size)
-    columns = dict(
+    columns: dict[str, Any] = dict(
         shard=np.array(shards, np.int32),
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
@@ -182,7 +182,7 @@ def list_tars(tars: list[str], cache: str) -> Listing:
     return arrays
 
 
-def _from_pairs(names: list[bytes], pairs: Pairs, columns: dict[str, np.ndarray]) -> Listing:
+def _from_pairs(names: list[bytes], pairs: Pairs, columns: dict[str, Any]) -> Listing:
     """Return the arrays of tars in WebDataset's form; the order is that of names, not of classes."""
     kept = np.array(pairs.kept, np.int64)
     columns = {key: values[kept] for key, values in columns.items()}
