@@ -142,6 +142,7 @@ from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, some_names
 from util.data.sources.layouts import class_names
+from util.data.sources.remote import keep_in
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
@@ -352,6 +353,7 @@ def build_data(
     args: argparse.Namespace, setup: Setup
 ) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples]]:
     """Return the training loader (None for --eval) and the validation loader, over the same classes."""
+    keep_in(args.data_cache)
     options = dict(
         in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels, nb_classes=args.nb_classes
     )

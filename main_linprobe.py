@@ -118,6 +118,7 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, some_names
+from util.data.sources.remote import keep_in
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
@@ -423,6 +424,7 @@ def build_data(
     Training images are augmented unless features are computed once. There is no training loader for --eval.
     """
     once = args.knn or args.cached
+    keep_in(args.data_cache)
     options = dict(
         in_chans=args.in_chans, seed=args.seed, max_pixels=args.max_pixels, nb_classes=args.nb_classes
     )

@@ -96,6 +96,7 @@ from util.data.loading.loader import (
 from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels, unnormalize
 from util.data.sources.image_index import NoSplit
+from util.data.sources.remote import keep_in
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -405,6 +406,7 @@ def warn_of_nothing_to_predict(args: argparse.Namespace) -> None:
 
 def build_data(args: argparse.Namespace, setup: Setup) -> tuple[Batches[Samples], Batches[Samples] | None]:
     """Return the training loader, and the validation loader or None."""
+    keep_in(args.data_cache)
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip
     augment: Callable

@@ -156,6 +156,7 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
 from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
+from util.data.sources.remote import keep_in
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.run.session import (
@@ -436,6 +437,7 @@ def build_data(
         mask_ratios=mask_ranges(args),
         details=Details(args.pred_shape, args.sere_exact),
     )
+    keep_in(args.data_cache)
     options = dict(in_chans=args.in_chans, seed=args.seed, labels=False, max_pixels=args.max_pixels)
     train = build_dataset(args.data_path, "train", crops, **options)
     dist.print_rank0(train.summary())

@@ -18,9 +18,11 @@ from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import from_names, is_folder, list_folder, list_tars
 from util.data.sources.listing_cache import Listing, load_listing, pack_names, unpack_names
 from util.data.sources.pairs import named_classes
+from util.data.sources.remote import local_copy
 from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
 from util.files.names import counted, printable
 from util.files.regular import open_regular
+from util.flags.groups import is_remote_path
 
 # Names in lower case under which data sets keep their splits.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
@@ -46,12 +48,20 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     label -1. Hidden files and folders (`.name`) are skipped. The listing of tars and large folders is cached
     next to them if that is writable, and checked against sizes and modification times.
 
+    An address in an object store, as s3://bucket/folder, may have the layouts 2 and 3, or name one tar; see
+    `util.data.sources.remote`.
+
     Raises ValueError, with what was found, for a path without images in such a layout.
     """
     # Without a last slash, as names of caches are made by appending to the path.
     given = os.path.expanduser(os.fspath(data_path))
     if not given:
         raise ValueError("the path of the images is empty")
+    if is_remote_path(given):
+        index = build_index(local_copy(given, split), split, labels=labels)
+        # For messages, and as it was given.
+        index.path = given
+        return index
     path = given.rstrip("/") or "/"
     if not os.path.exists(path):
         raise ValueError(f"no such file or folder: {printable(path)}")
