@@ -416,6 +416,14 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
     )
 
 
+def check_not_a_stream(args: argparse.Namespace, val: ClassSamples) -> None:
+    if args.cached and not val.exact_resume:
+        raise ValueError(
+            f"--cached keeps features by the numbers of images, and {printable(val.path)} is a stream, which "
+            "has none: leave --cached out"
+        )
+
+
 def build_data(
     args: argparse.Namespace, setup: Setup
 ) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples]]:
@@ -440,11 +448,7 @@ def build_data(
             f"--nb_classes {args.nb_classes}, but {val.path} has "
             f"{counted(len(val.classes), 'class folder')}: leave --nb_classes out, or check the path"
         )
-    if args.cached and not val.exact_resume:
-        raise ValueError(
-            f"--cached keeps features by the numbers of images, and {printable(val.path)} is a stream, which "
-            "has none: leave --cached out"
-        )
+    check_not_a_stream(args, val)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,

@@ -145,7 +145,7 @@ class TimmDataset(ClassSamples):
     def _read(self, i: int) -> tuple[torch.Tensor, Any]:
         """Return the pixels and the label of image i. Raises Unreadable."""
         try:
-            image, label = self._open(i)
+            image, label = self._content(i)
             if isinstance(image, bytes):
                 return decode(image, self.in_chans, self.max_pixels), label
             return pixels_of(image, self.in_chans), label
@@ -153,7 +153,7 @@ class TimmDataset(ClassSamples):
         except (OSError, ValueError, MemoryError) as error:
             raise Unreadable(str(error) or type(error).__name__) from error
 
-    def _open(self, i: int) -> tuple[bytes | Image.Image, Any]:
+    def _content(self, i: int) -> tuple[bytes | Image.Image, Any]:
         """Return the bytes of image i, or the image if the reader decodes it itself, and its label."""
         reader = getattr(self.dataset, "reader", None)
         if reader is None:
@@ -197,12 +197,17 @@ def reader_classes(dataset: Any) -> list[str]:
     # WebDataset's _info.json.
     if isinstance(info, dict):
         return [str(i) for i in range(int(info.get("num_classes", 0)))]
+    return _names_in_features(reader)
+
+
+def _names_in_features(reader: Any) -> list[str]:
+    """Return the names that the features of Hugging Face's and TensorFlow's sets have."""
     key = getattr(reader, "label_key", None) or getattr(reader, "target_key", None) or "label"
+    # A set that is listed, or else the builder of a stream.
     listed = getattr(reader, "dataset", None)
-    features = getattr(listed, "features", None)
-    if features is None:
-        features = getattr(getattr(getattr(reader, "builder", None), "info", None), "features", None)
-    if features is None or key not in features:
+    source = listed if listed is not None else getattr(getattr(reader, "builder", None), "info", None)
+    features = getattr(source, "features", None) or {}
+    if key not in features:
         return []
     names = getattr(features[key], "names", None)
     if names is None and listed is not None:

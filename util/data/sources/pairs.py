@@ -62,6 +62,9 @@ def split_key(name: bytes) -> tuple[bytes, bytes]:
 
 def label_bytes(name: bytes) -> int:
     """Return how many bytes a member with a label may have; 0 for other members."""
+    # Quickly, for most members are images.
+    if not name.lower().endswith((b".cls", b".json")):
+        return 0
     return {b".cls": MAX_CLS_BYTES, b".json": MAX_JSON_BYTES}.get(split_key(name)[1], 0)
 
 
@@ -101,7 +104,9 @@ def _json_label(data: bytes | None) -> Label | None:
     text = ""
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         text = str(value).strip()
-    if not _is_name(text) or text.startswith("-"):
+    if isinstance(value, (list, dict)):
+        return Label("", f"holds a {type(value).__name__} as its label", ".json")
+    if not _is_name(text) or re.fullmatch("-[0-9]+", text):
         return Label("", f"holds the label {str(value)[:20]!r}", ".json")
     if re.fullmatch(r"[0-9]+", text):
         text = str(int(text))
@@ -130,24 +135,29 @@ def as_pairs(
         labels: of each image; None for one without a label.
         tars: paths, for messages.
     """
-    # JSON can be about anything. A .cls member is a label, if a damaged one.
-    if not any(label and (label.text or label.kind == ".cls") for label in labels):
-        return None
-    if len({name.partition(b"/")[0] if b"/" in name else b"" for name in names}) > 1:
+    if not any(map(_shows_form, labels)) or len(set(map(_first_folder, names))) > 1:
         return None
     kept: list[int] = []
     for _, of_tar in groupby(range(len(names)), lambda i: shards[i]):
         kept += _one_image_per_key(names, of_tar)
-    texts = []
-    for i in kept:
-        label = labels[i]
-        if label is None or label.fault:
-            fault = f"{printable(tars[shards[i]])}: {_fault(names[i], label)}"
-            return Pairs(kept, [-1] * len(kept), [], fault[:MAX_FAULT])
-        texts.append(label.text)
-    classes = _sorted_classes(set(texts))
+    known = [label.text for i in kept if (label := labels[i]) and not label.fault]
+    if len(known) < len(kept):
+        first = next(i for i in kept if not (label := labels[i]) or label.fault)
+        fault = f"{printable(tars[shards[first]])}: {_fault(names[first], labels[first])}"
+        return Pairs(kept, [-1] * len(kept), [], fault[:MAX_FAULT])
+    classes = _sorted_classes(set(known))
     number = {name: i for i, name in enumerate(classes)}
-    return Pairs(kept, [number[text] for text in texts], [name.encode() for name in classes], "")
+    return Pairs(kept, [number[text] for text in known], [name.encode() for name in classes], "")
+
+
+def _shows_form(label: Label | None) -> bool:
+    """Tell whether a label shows WebDataset's form. JSON can be about anything; a .cls member is a label."""
+    return label is not None and (bool(label.text) or label.kind == ".cls")
+
+
+def _first_folder(name: bytes) -> bytes:
+    folder, slash, _ = name.partition(b"/")
+    return folder + slash if slash else b""
 
 
 def _fault(name: bytes, label: Label | None) -> str:

@@ -69,7 +69,7 @@ class Shard:
 def keep_in(folder: str) -> None:
     """Choose the folder of the local copies; '' for the default, `default_cache`."""
     global _cache
-    _cache = folder
+    _cache = os.path.expanduser(folder)
 
 
 def default_cache() -> str:

@@ -77,7 +77,7 @@ class _Images:
         self.labels: dict[bytes, dict[bytes, Label]] = {b".cls": {}, b".json": {}}
         self.known: dict[Label, Label] = {}
 
-    def add(self, member: tarfile.TarInfo, file: io.BufferedReader) -> None:
+    def add(self, member: tarfile.TarInfo, file: "_Headers") -> None:
         name = _member_name(member.name)
         if member.isreg() and label_bytes(name) and not _is_hidden(name):
             self.add_label(name, member, file)
@@ -98,10 +98,10 @@ class _Images:
             self.left_out["earlier version"] += name in self.places
             self.places[name] = member.offset_data, member.size
 
-    def add_label(self, name: bytes, member: tarfile.TarInfo, file: io.BufferedReader) -> None:
+    def add_label(self, name: bytes, member: tarfile.TarInfo, file: "_Headers") -> None:
         data = None
         if member.size <= label_bytes(name):
-            data = os.pread(file.fileno(), member.size, member.offset_data)
+            data = file.content(member)
         label = read_label(name, data)
         key, suffix = split_key(name)
         self.labels[suffix].pop(key, None)
@@ -158,6 +158,11 @@ class _Headers(io.BufferedReader):
         if size > BLOCK and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
             raise ValueError(f"its headers hold a number of more than {MAX_DIGITS} digits")
         return data
+
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        """Return the data of a small member; most of them are in the buffer already."""
+        self.seek(member.offset_data)
+        return super().read(member.size)
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """Yield the members of the tar, and of those that follow its end-of-archive mark."""
