@@ -136,19 +136,20 @@ from backbones.teacher import build_teacher
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from util import dist
-from util.data.contract import Batches, IndexedSamples
-from util.data.datasets import ImageDataset, build_class_dataset
+from util.data.contract import Batches, ClassSamples
+from util.data.datasets import build_class_dataset
 from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_classes, describe_missing, some_names
+from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import class_names, training_classes
+from util.data.sources.remote import keep_in
 from util.data.survey.ranges import with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
-from util.files.names import counted
+from util.files.names import counted, printable
 from util.run.log import Log
 from util.run.session import (
     STOPPED,
@@ -211,7 +212,7 @@ class Finetuning(Objective):
     supervised: SupervisedLoss
     setup: Setup
     choices: Choices
-    val_loader: Batches[IndexedSamples]
+    val_loader: Batches[ClassSamples]
     predictions: str = ""
     average: WeightAverage | None = None
     frozen_norms: list[nn.Module] = field(default_factory=list)
@@ -354,13 +355,14 @@ def load_encoder(finetune: str, published: bool) -> Checkpoint:
 
 def build_data(
     args: argparse.Namespace, setup: Setup, trained: dict
-) -> tuple[Batches[ImageDataset] | None, Batches[ImageDataset], Setup]:
+) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples], Setup]:
     """Return the training loader (None for --eval), the validation loader, and the setup with their range.
 
     Both loaders have the same classes. `trained` are the flags of the checkpoint that the run starts from.
     """
+    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
-    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, nb_classes=args.nb_classes)
     transform = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(source, "val", transform, evaluation=True, **options)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
@@ -372,6 +374,11 @@ def build_data(
     )
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
+    if args.predictions and not val.exact_resume:
+        raise ValueError(
+            f"--predictions lists images by name, and those of a stream ({printable(val.path)}) have none: "
+            "leave it out"
+        )
     if args.eval:
         describe_evaluation(val, setup.size, args.crop_pct)
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
@@ -384,10 +391,10 @@ def build_data(
         mean=setup.pixels.mean,
     )
     train = build_class_dataset(source, "train", augment, **options)
-    check_classes(train.index, val.index)
+    check_classes(train, val)
     describe_evaluation(val, setup.size, args.crop_pct)
-    if len(train.index.classes) == 1:
-        only = some_names(train.index.classes)
+    if len(train.classes) == 1:
+        only = some_names(train.classes)
         dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
@@ -395,7 +402,7 @@ def build_data(
     return loader, val_loader, setup
 
 
-def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: float | None) -> None:
+def describe_evaluation(val: ClassSamples, size: tuple[int, int], crop_pct: float | None) -> None:
     """Print on which crops of which images the model is evaluated."""
     share = crop_pct
     if not share:
@@ -404,18 +411,18 @@ def describe_evaluation(val: ImageDataset, size: tuple[int, int], crop_pct: floa
             share = 224 / 256
     dist.print_rank0(
         f"evaluation on {val.summary()}: centre crop {size[0]}x{size[1]} of {share:.3f}, bicubic, "
-        f"classes in the order {first_classes(val.index.classes)}"
+        f"classes in the order {first_classes(val.classes)}"
     )
-    print_missing(val.index)
+    print_missing(val)
 
 
-def print_missing(val: ImageIndex) -> None:
+def print_missing(val: ClassSamples) -> None:
     """Print for which classes there are no images to evaluate on."""
     if missing := describe_missing(val):
         dist.print_rank0(missing)
 
 
-def resolve(args: argparse.Namespace, start: Start, data: ImageIndex) -> Choices:
+def resolve(args: argparse.Namespace, start: Start, data: ClassSamples) -> Choices:
     """Resolve what the flags leave open, from the checkpoint at the start and from the data."""
     classes = resolve_classes(args, start, data)
     labels = resolve_labels(args, start.trained)
@@ -437,7 +444,7 @@ def resolve_labels(args: argparse.Namespace, trained: dict) -> dict[str, str]:
     return {"pos_label": label, "pos_tokens": args.pos_tokens or trained.get("pos_tokens") or "half"}
 
 
-def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) -> list[str]:
+def resolve_classes(args: argparse.Namespace, start: Start, data: ClassSamples) -> list[str]:
     """Return the classes in the order of the outputs: the data's, or those of the checkpoint to evaluate."""
     classes = data.classes
     place = data.path
@@ -464,7 +471,7 @@ def resolve_classes(args: argparse.Namespace, start: Start, data: ImageIndex) ->
 
 
 def evaluated_classes(
-    saved: Checkpoint, data: ImageIndex, source: DataPath, given: list[str] | None
+    saved: Checkpoint, data: ClassSamples, source: DataPath, given: list[str] | None
 ) -> list[str]:
     """Return the classes in the order of the outputs of the checkpoint to evaluate.
 
@@ -559,7 +566,7 @@ def evaluate_checkpoint(
     setup: Setup,
     choices: Choices,
     start: Start,
-    val_loader: Batches[ImageDataset],
+    val_loader: Batches[ClassSamples],
 ) -> int:
     """Evaluate --resume; nothing is trained."""
     saved = checkpoint.to_evaluate(start.resume)
@@ -582,7 +589,7 @@ def build_objective(
     model: Classifier,
     setup: Setup,
     choices: Choices,
-    val_loader: Batches[ImageDataset],
+    val_loader: Batches[ClassSamples],
 ) -> Finetuning:
     """Build the loss, and the moving average if there is one."""
     erasing = Erasing(args.reprob, args.remode, args.recount)
@@ -680,7 +687,7 @@ def main(args: argparse.Namespace) -> int:
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader, setup = build_data(args, setup, start.trained)
-    choices = resolve(args, start, val_loader.dataset.index)
+    choices = resolve(args, start, val_loader.dataset)
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank

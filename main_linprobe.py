@@ -33,7 +33,6 @@ from util.flags.groups import (
     ascending,
     channel_stats,
     compile_mode,
-    is_timm_path,
     pair,
 )
 from util.flags.numbers import COUNT, POSITIVE, SHARE, number, side
@@ -121,14 +120,15 @@ from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_an
 from layers.second_order import SecondOrder
 from models_vit import VisionTransformer
 from util import dist
-from util.data.contract import Batches, IndexedSamples
+from util.data.contract import Batches, ClassSamples
 from util.data.datasets import TensorSamples, build_class_dataset
 from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
-from util.data.sources.image_index import ImageIndex, check_classes, describe_missing, some_names
+from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import training_classes
+from util.data.sources.remote import keep_in
 from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import Recalls, classification
@@ -175,11 +175,6 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
-    if is_timm_path(args.data_path):
-        raise ValueError(
-            f"--data_path {args.data_path}: timm's readers serve pretraining only, and a probe needs the "
-            "names of the classes: save the images as DIR/{train,val}/<class>/* and give --data_path DIR"
-        )
     # Features that are computed once are read in batches, but only heads learn from batches of more than one.
     if args.batch_size < 2 and not (args.knn or args.eval):
         raise ValueError(
@@ -326,7 +321,7 @@ class Probing(Objective):
     names: list[str]
     kind: str
     setup: Setup
-    val_loader: Batches[IndexedSamples]
+    val_loader: Batches[ClassSamples]
     log: Log = field(init=False)
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -357,7 +352,7 @@ class Probing(Objective):
 
         The mean over classes, of those that have images, is the best head's; there is none for one class.
         """
-        classes = len(self.val_loader.dataset.index.classes)
+        classes = len(self.val_loader.dataset.classes)
         recalls = Recalls(classes, self.setup.device, len(self.names))
         terms = partial(self.evaluation_terms, recalls=recalls)
         stats = mean_terms(self.probe, terms, self.val_loader, self.setup)
@@ -459,7 +454,7 @@ def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: 
     )
 
 
-def use_trained_classes(index: ImageIndex, saved: Checkpoint, source: DataPath) -> None:
+def use_trained_classes(data: ClassSamples, saved: Checkpoint, source: DataPath) -> None:
     """Give the validation images the labels of a trained probe, of whose classes they may have some.
 
     Raises ValueError if they have a class that the probe does not know.
@@ -468,38 +463,46 @@ def use_trained_classes(index: ImageIndex, saved: Checkpoint, source: DataPath) 
     if classes is None:
         # MAE's files do not name the outputs, and the training images may.
         trained = dist.gather_objects(training_classes(source))[0]
-        classes = index.classes
+        classes = data.classes
         if set(classes) < set(trained):
             classes = trained
-    if not set(index.classes) <= set(classes):
+    if not set(data.classes) <= set(classes):
         raise ValueError(
             f"{saved.path} was trained on the classes {some_names(classes)}, the data have "
-            f"{some_names(index.classes)}: give the data that it was trained on"
+            f"{some_names(data.classes)}: give the data that it was trained on"
         )
-    index.use_classes(classes)
+    data.use_classes(classes)
 
 
-def check_number_of_classes(args: argparse.Namespace, index: ImageIndex) -> None:
+def check_number_of_classes(args: argparse.Namespace, data: ClassSamples) -> None:
     """Print for which classes nothing is evaluated. Raises ValueError for one class, and for another number
     than --nb_classes.
     """
-    if len(index.classes) < 2:
+    if len(data.classes) < 2:
         raise ValueError(
-            f"--data_path {printable(index.path)} has one class only ({some_names(index.classes)}): "
+            f"--data_path {printable(data.path)} has one class only ({some_names(data.classes)}): "
             "a classifier needs at least two class folders"
         )
-    if args.nb_classes not in (None, len(index.classes)):
+    if args.nb_classes not in (None, len(data.classes)):
         raise ValueError(
-            f"--nb_classes {args.nb_classes}, but {index.path} has "
-            f"{counted(len(index.classes), 'class folder')}: leave --nb_classes out, or check the path"
+            f"--nb_classes {args.nb_classes}, but {data.path} has "
+            f"{counted(len(data.classes), 'class folder')}: leave --nb_classes out, or check the path"
         )
-    if missing := describe_missing(index):
+    if missing := describe_missing(data):
         dist.print_rank0(missing)
+
+
+def check_not_a_stream(args: argparse.Namespace, val: ClassSamples) -> None:
+    if args.cached and not val.exact_resume:
+        raise ValueError(
+            f"--cached keeps features by the numbers of images, and {printable(val.path)} is a stream, which "
+            "has none: leave --cached out"
+        )
 
 
 def build_data(
     args: argparse.Namespace, setup: Setup, trained: dict, start: Checkpoint | None = None
-) -> tuple[Batches[IndexedSamples] | None, Batches[IndexedSamples], Setup]:
+) -> tuple[Batches[ClassSamples] | None, Batches[ClassSamples], Setup]:
     """Return the training loader, the validation loader, and the setup with the range of their values.
 
     Both loaders have the same classes. Training images are augmented unless features are computed once. There
@@ -507,14 +510,16 @@ def build_data(
     encoder's training.
     """
     once = args.knn or args.cached
+    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
-    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
+    options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, nb_classes=args.nb_classes)
     whole = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(source, "val", whole, evaluation=True, **options)
     share = ""
     if args.crop_pct is not None:
         share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
     dist.print_rank0(f"evaluation on {val.summary()}{share}")
+    check_not_a_stream(args, val)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -525,8 +530,8 @@ def build_data(
     val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
-        use_trained_classes(val.index, checkpoint.to_evaluate(start), source)
-        check_number_of_classes(args, val.index)
+        use_trained_classes(val, checkpoint.to_evaluate(start), source)
+        check_number_of_classes(args, val)
         return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     transform: Callable = whole
     if not once:
@@ -535,8 +540,8 @@ def build_data(
         if args.probe_protocol == EARLIER:
             transform = pretrain_transform(setup.size, scale)
     train = build_class_dataset(source, "train", transform, evaluation=once, **options)
-    check_classes(train.index, val.index)
-    check_number_of_classes(args, val.index)
+    check_classes(train, val)
+    check_number_of_classes(args, val)
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
     if once:
@@ -547,11 +552,11 @@ def build_data(
 
 
 def features_loader(
-    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples], shuffle: bool
-) -> Batches[IndexedSamples]:
+    args: argparse.Namespace, objective: Probing, loader: Batches[ClassSamples], shuffle: bool
+) -> Batches[ClassSamples]:
     """Return a loader over features that are computed once, instead of images."""
     x, y = extract_features(objective.features, loader, objective.setup)
-    samples = TensorSamples(x.cpu(), y.cpu(), loader.dataset.index)
+    samples = TensorSamples(x.cpu(), y.cpu(), getattr(loader.dataset, "index", loader.dataset))
     # Workers would only copy tensors from one process to another.
     loading = dict(batch_size=args.batch_size, num_workers=0, pin_memory=False)
     if shuffle:
@@ -560,8 +565,8 @@ def features_loader(
 
 
 def cache_features(
-    args: argparse.Namespace, objective: Probing, loader: Batches[IndexedSamples]
-) -> Batches[IndexedSamples]:
+    args: argparse.Namespace, objective: Probing, loader: Batches[ClassSamples]
+) -> Batches[ClassSamples]:
     """Compute all features once. Return the training loader over them; the objective evaluates on them,
     too.
     """
@@ -580,8 +585,8 @@ def cache_validation_features(args: argparse.Namespace, objective: Probing) -> N
 def run_knn(
     args: argparse.Namespace,
     backbone: Classifier,
-    loader: Batches[IndexedSamples],
-    val_loader: Batches[IndexedSamples],
+    loader: Batches[ClassSamples],
+    val_loader: Batches[ClassSamples],
     setup: Setup,
     flags: dict,
 ) -> int:
@@ -602,7 +607,7 @@ def run_knn(
     queries, labels = extract_features(features, val_loader, setup, gather=False)
     if len(bank) < max(NEIGHBOURS):
         dist.print_rank0(f"there are {len(bank)} training images: kNN with a larger k takes all of them")
-    num_classes = len(loader.dataset.index.classes)
+    num_classes = len(loader.dataset.classes)
     stats: dict[str, float] = {}
     for pool, queries_of_pool, bank_of_pool in zip(
         pools, queries.chunk(len(pools), 1), bank.chunk(len(pools), 1)
@@ -639,10 +644,10 @@ def report_knn(pool: str, ks: list[int], recalls: Recalls, bank: Tensor, setup: 
 
 
 def build_objective(
-    args: argparse.Namespace, backbone: Classifier, setup: Setup, val_loader: Batches[IndexedSamples]
+    args: argparse.Namespace, backbone: Classifier, setup: Setup, val_loader: Batches[ClassSamples]
 ) -> Probing:
     """Build a head for each learning rate."""
-    num_classes = len(val_loader.dataset.index.classes)
+    num_classes = len(val_loader.dataset.classes)
     heads = len(args.lr_grid)
     names = [f"lr{scale:g}" for scale in args.lr_grid]
     second_order = args.head == "second_order"

@@ -68,7 +68,7 @@ class Classify(Objective):
 def samples(name: Callable[[int], str] = str) -> TensorSamples:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(IMAGES, 4, 1, 1, generator=generator) * 255
-    index = SimpleNamespace(classes=["a", "b"], digest=lambda: "", name=name)
+    index = SimpleNamespace(classes=["a", "b"], path="x", digest=lambda: "", name=name)
     return TensorSamples(x, torch.arange(IMAGES) % 2, index)
 
 

@@ -4,6 +4,7 @@ Images are generated; some tests also use real ones if they are present.
 """
 
 import io
+import json
 import os
 import pickle
 import random
@@ -40,6 +41,7 @@ from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing, tars
 from util.data.sources.image_index import NoSplit, check_classes, describe_missing
 from util.data.sources.layouts import build_index, class_names, training_classes
+from util.data.timm_datasets import TimmDataset
 from util.data.transforms import CropSettings, eval_transform, finetune_transform, pretrain_transform
 from util.evaluate.passes import extract_features, mean_terms
 from util.flags.data_path import DataPath
@@ -406,7 +408,10 @@ def text(path, content):
         (cut_in_data, "is damaged at byte \\d+, after 4 images: .*0.jpg has a size of \\d+ bytes, and 88 "),
         (cut_in_header, "is damaged at byte \\d+, after 4 images"),
         (overwritten, "is damaged at byte \\d+, after 4 images"),
-        (lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}), "x.tar holds 1 loose image "),
+        (
+            lambda p: (pack(p / "x.tar", write(p, ["1.jpg"]), ["1.jpg"], ""), {}),
+            "x.tar holds 1 image without a label",
+        ),
         (
             lambda p: (pack(p / "x.tar", write(p, ["a/1.jpg"]), ["a/1.jpg"]), dict(split="val")),
             "x.tar is one file and has no val images.*{train,val}.tar",
@@ -1213,17 +1218,86 @@ def test_demo_set_is_the_default(tmp_path, monkeypatch):
     assert len(build_dataset(None, "train", None)) == len(build_dataset("", "train", None)) == 8
 
 
-def test_timm_reads_a_folder_as_we_do(tmp_path):
+@pytest.mark.parametrize("depth", [torch.uint8, torch.uint16])
+def test_timm_reads_a_folder_as_we_do(tmp_path, depth):
     root = write(tmp_path / "src", ORDER)
-    ours = build_dataset(root, "train", pretrain_transform(16), seed=2)
-    theirs = build_dataset(f"torch/image_folder={root}", "train", pretrain_transform(16), seed=2)
-    assert theirs.exact_resume and theirs.summary() == f"torch/image_folder={root}: 8 images (read by timm)"
-    for i in range(8):
-        if not ORDER[i].endswith("10.jpeg"):
+    if depth == torch.uint16:
+        for i, name in enumerate(ORDER):
+            grey = np.linspace(0, 65535 - i, 40 * 48).reshape(40, 48).astype(np.uint16)
+            Image.fromarray(grey).save(Path(root, name), "PNG")
+    for channels in (1, 3):
+        options = dict(seed=2, read=ReadSettings(channels))
+        ours = build_dataset(root, "train", pretrain_transform(16), **options)
+        theirs = build_class_dataset(f"torch/image_folder={root}", "train", pretrain_transform(16), **options)
+        assert theirs.exact_resume and theirs.classes == ours.classes == ["a", "a-b", "b"]
+        assert ours.depth == theirs.depth == depth
+        for i in range(8):
+            # torchvision looks at suffixes, and leaves out none of these, but orders them in another way.
             same(theirs[1, i], ours[1, i])
-    assert build_class_dataset(root, "train", None).index.classes == ours.index.classes
-    with pytest.raises(ValueError, match="a classifier needs class folders"):
-        build_class_dataset(f"torch/image_folder={root}", "train", None)
+            assert theirs[1, i]["image"].dtype == depth
+        short = build_dataset(root, "train", pretrain_transform(16), seed=2, in_chans=channels)
+        same(short[1, 3], ours[1, 3])
+    found = "; among them: 8 uint16" * (depth == torch.uint16)
+    assert theirs.summary() == f"torch/image_folder={root}: 8 images, 3 classes (read by timm){found}"
+    check_classes(theirs, ours)
+
+
+class Reader(SimpleNamespace):
+    def __getitem__(self, i):
+        return io.BytesIO(encode(picture(i))), self.labels[i]
+
+
+class Listed:
+    """A map-style set in timm's form: its reader gives files."""
+
+    def __init__(self, labels, **reader):
+        self.reader = Reader(labels=labels, **reader)
+
+    def __len__(self):
+        return len(self.reader.labels)
+
+
+def features(**columns):
+    return SimpleNamespace(features={name: SimpleNamespace(**column) for name, column in columns.items()})
+
+
+@pytest.mark.parametrize(
+    "dataset, nb_classes, classes",
+    [
+        (Listed([0], dataset=features(label=dict(names=["x", "y"])), label_key="label"), None, ["x", "y"]),
+        (
+            Listed([0], builder=SimpleNamespace(info=features(fine=dict(names=["x"]))), target_key="fine"),
+            5,
+            ["x"],
+        ),
+        (Listed([0], info={"num_classes": 3}), None, ["0", "1", "2"]),
+        (Listed([0], info={}), 12, [str(i) for i in range(12)]),
+        (SimpleNamespace(wnids=["n01", "n02"], classes=[("a", "b"), ("c",)]), None, ["n01", "n02"]),
+        (SimpleNamespace(classes=["0 - zero", "1 - one"]), None, ["0 - zero", "1 - one"]),
+        (SimpleNamespace(), 2, ["0", "1"]),
+    ],
+)
+def test_class_names_come_from_the_reader_or_are_numbers(dataset, nb_classes, classes):
+    samples = TimmDataset(dataset, eval_transform(16), name="x")
+    samples.name_classes(nb_classes)
+    assert samples.classes == classes
+
+
+def test_sets_without_class_names_and_with_wrong_labels_are_refused():
+    samples = TimmDataset(Listed([0, 2, -1, "cat", None], info={}), eval_transform(16), name="wds/x")
+    with pytest.raises(
+        ValueError, match="wds/x does not name its classes: give their number by `nb_classes`"
+    ):
+        samples.name_classes()
+    # Pretraining needs no labels.
+    assert [samples[i]["label"] for i in range(5)] == [0, 2, -1, -1, -1]
+    samples.name_classes(2)
+    assert samples[0]["label"] == 0
+    for i, label in enumerate(["2", "-1", "cat", "None"], 1):
+        with pytest.raises(
+            ValueError, match=f"wds/x has the label {label}, and labels of 2 classes are 0 to 1"
+        ):
+            samples[i]
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -1258,8 +1332,123 @@ def test_a_stream_of_timm(monkeypatch):
     again = next(iter(loader))
     stream.set_epoch(1)
     later = next(iter(loader))
-    assert stream.dataset.epoch == 1 and first["label"].tolist() == [0, 1, 2, 3] and len(list(loader)) == 1
+    assert stream.dataset.epoch == 1 and first["label"].tolist() == [0, 1, 2, 3]
+    assert [len(batch["label"]) for batch in loader] == [4, 2], "an evaluation needs every image"
+    stream.evaluation = False
+    assert [len(batch["label"]) for batch in build_loader(stream, None, batch_size=4)] == [4]
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
+
+
+def test_ranks_share_a_stream_exactly_in_evaluation(monkeypatch):
+    import timm.data
+
+    class Padded(Stream):
+        """It gives a rank what timm gives: its share, and the last image again."""
+
+        def __init__(self):
+            self.reader = SimpleNamespace(dist_rank=dist.rank(), dist_num_replicas=dist.world_size())
+            self.reader.num_samples = 6
+
+        def __iter__(self):
+            ranks = self.reader.dist_num_replicas
+            share = list(range(6))[self.reader.dist_rank :: ranks]
+            share += share[-1:] * (ranks > 1)
+            return ((picture(i), i) for i in share)
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: Padded())
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    found = {True: [], False: []}
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        for evaluation in (True, False):
+            stream = build_dataset("wds/x=/shards", "val", eval_transform(16), evaluation=evaluation)
+            assert len(stream) == 6
+            found[evaluation] += [sample["label"] for sample in stream]
+    assert sorted(found[True]) == list(range(6)) and len(found[False]) == 10
+
+
+def test_features_of_a_stream_are_those_of_its_images(monkeypatch):
+    import timm.data
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: Stream())
+    stream = build_class_dataset("wds/x=/s", "val", eval_transform(16), evaluation=True, nb_classes=6)
+    setup = Setup(torch.device("cpu"), "fp32", (16, 16), Pixels((0.5,) * 3, (0.5,) * 3))
+    loader = eval_loader(stream, batch_size=4, num_workers=0, pin_memory=False)
+    found, labels = extract_features(lambda images: images.mean((2, 3)), loader, setup)
+    means = [sample["image"].double().mean((1, 2)) / 127.5 - 1 for sample in stream]
+    assert labels.tolist() == list(range(6))
+    assert torch.allclose(found, torch.stack(means).float(), atol=1e-5)
+
+
+def test_a_set_without_validation_images_is_evaluated_on_its_test_images(monkeypatch):
+    import timm.data
+
+    def create(name, split, **options):
+        if split == "validation":
+            raise RuntimeError("split validation not found")
+        return Listed([0, 1], info={"num_classes": 2})
+
+    monkeypatch.setattr(timm.data, "create_dataset", create)
+    val = build_class_dataset("hfds/cifar", "val", eval_transform(16), evaluation=True)
+    assert val.summary() == "hfds/cifar (test): 2 images, 2 classes (read by timm)"
+    with pytest.raises(NoSplit, match="split val"):
+        build_dataset("hfds/cifar", "val", eval_transform(16))
+
+
+def webdataset(root, split, labels, shards):
+    """Write shards, and return their entry in _info.json."""
+    names = []
+    for shard in range(shards):
+        names.append(f"{split}-{shard}.tar")
+        with tarfile.open(root / names[-1], "w") as tar:
+            for i in range(shard, len(labels), shards):
+                for end, data in (("png", encode(picture(i))), ("cls", str(labels[i]).encode())):
+                    member = tarfile.TarInfo(f"{i:04d}.{end}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    counts = [len(range(shard, len(labels), shards)) for shard in range(shards)]
+    return dict(name=split, num_samples=len(labels), filenames=names, shard_lengths=counts)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_real_stream_gives_each_image_once_in_evaluation(tmp_path, monkeypatch, workers):
+    pytest.importorskip("webdataset")
+    splits = {"validation": webdataset(tmp_path, "validation", [0, 1, 2, 1, 0, 2, 1], 3)}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits, "num_classes": 3}))
+    ours = {}
+    for i in range(7):
+        ours[i] = torch.from_numpy(np.array(picture(i))).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    found = []
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        val = build_class_dataset(f"wds/x={tmp_path}", "val", eval_transform((40, 48), 1.0), evaluation=True)
+        assert len(val) == 7 and val.classes == ["0", "1", "2"]
+        for batch in eval_loader(val, batch_size=2, num_workers=workers, pin_memory=False):
+            for image, label in zip(batch["image"], batch["label"].tolist()):
+                number = next(i for i in ours if torch.equal(ours[i], image))
+                assert label == [0, 1, 2, 1, 0, 2, 1][number]
+                found.append(number)
+    assert sorted(found) == list(range(7))
+
+
+def test_hugging_faces_sets_serve_classifiers(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = tmp_path / "set"
+    write(root / "train", ["ant/0.png", "bee/1.png", "bee/2.jpg"])
+    grey = np.linspace(0, 65535, 40 * 48).reshape(40, 48).astype(np.uint16)
+    Image.fromarray(grey).save(root / "train" / "ant" / "0.png")
+    transform = eval_transform((40, 48), 1.0)
+    ours = build_dataset(root, "train", transform, evaluation=True)
+    # The second one streams what the first has prepared: its length is known then.
+    for reader in ("hfds", "hfids"):
+        path = f"{reader}/{root}={tmp_path / 'cache'}"
+        theirs = build_class_dataset(path, "train", transform, evaluation=True)
+        assert theirs.classes == ["ant", "bee"] and len(theirs) == 3
+        samples = list(theirs) if reader == "hfids" else [theirs[i] for i in range(3)]
+        for sample, expected in zip(samples, [ours[i] for i in range(3)], strict=True):
+            assert torch.equal(sample["image"], expected["image"]) and sample["label"] == expected["label"]
 
 
 def test_what_timm_cannot_open(monkeypatch):

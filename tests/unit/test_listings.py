@@ -253,6 +253,145 @@ def test_only_regular_files_are_tars_and_lists(tmp_path):
             class_names(tmp_path / name)
 
 
+# --- labels beside the images: WebDataset's form ---
+
+
+def pairs(labels, suffix="cls", start=0):
+    """Members of samples with these labels."""
+    files = {}
+    for i, label in enumerate(labels, start):
+        files[f"{i:04d}.jpg"] = b"%d" % i
+        files[f"{i:04d}.{suffix}"] = label
+    return files
+
+
+def labelled(index):
+    return [(index.name(i), index.classes[label]) for i, label in enumerate(index.labels.tolist())]
+
+
+@pytest.mark.parametrize(
+    "labels, suffix, classes",
+    [
+        ([b"10", b"2\n", b" 9", b"2"], "cls", ["2", "9", "10"]),
+        ([b"10", b"002", b"9", b"2"], "CLS", ["2", "9", "10"]),
+        (
+            [b'{"label": 10}', b'{"cls": "2"}', b'{"class": 9}', b'{"label": 2, "cls": 5}'],
+            "json",
+            ["2", "9", "10"],
+        ),
+        (
+            [b'{"label": "owl"}', b'{"cls": "ant "}', b'{"x": 1, "class": "cat"}', b'{"label": "ant"}'],
+            "json",
+            ["ant", "cat", "owl"],
+        ),
+    ],
+)
+def test_labels_lie_beside_the_images(tmp_path, labels, suffix, classes):
+    # Other members of a sample change nothing.
+    more = {"0000.txt": b"text", ".9.cls": b"x", "./0001.json.gz": b"x", "0007.cls": b"no image"}
+    old(tmp_path / "train-0.tar", packed(pairs(labels[:2], suffix) | more) + END)
+    old(tmp_path / "train-1.tar", packed(pairs(labels[2:], suffix, 2)) + END)
+    texts = [classes[-1], classes[0], classes[1], classes[0]]
+    for _ in range(2):  # listed, then from the cache
+        index = build_index(tmp_path)
+        assert index.classes == classes and index.paired
+        assert labelled(index) == [(f"000{i}.jpg", text) for i, text in enumerate(texts)]
+        assert index.summary().endswith("4 images, 3 classes (2 tar shards, labels beside the images)")
+        loose = build_index(tmp_path, labels=False)
+        assert images(loose) == images(index) and loose.labels.tolist() == [-1] * 4
+    # One folder that holds all of them is no class.
+    inside = {f"./all/{name}": data for name, data in pairs(labels, suffix).items()}
+    index = build_index(old(tmp_path / "x.tar", packed(inside) + END))
+    assert labelled(index) == [(f"all/000{i}.jpg", text) for i, text in enumerate(texts)]
+
+
+def test_one_image_of_a_sample_is_taken(tmp_path):
+    files = pairs([b"1", b"0", b"1"]) | {
+        "0000.seg.png": b"mask",
+        "0000.png": b"another",
+        "0001.0.jpg": b"crop",
+        "0003.PNG": b"3",
+        "0003.bmp": b"no",
+        "0003.cls": b"0",
+        "0004.seg.png": b"only",
+        "0004.cls": b"1",
+    }
+    path = old(tmp_path / "x.tar", packed(files) + END)
+    for _ in range(2):
+        index = build_index(path)
+        assert images(index) == {
+            "0000.jpg": b"0", "0001.jpg": b"1", "0002.jpg": b"2", "0003.PNG": b"3", "0004.seg.png": b"only",
+        }  # fmt: skip
+        assert index.labels.tolist() == [1, 0, 1, 0, 1] and "4 extra images left out" in index.summary()
+    # Without labels beside them, they are images like others.
+    path = old(tmp_path / "y.tar", packed({n: d for n, d in files.items() if ".cls" not in n}) + END)
+    assert len(build_index(path, labels=False)) == 9
+
+
+@pytest.mark.parametrize(
+    "name, data, fault",
+    [
+        (
+            "0001.cls",
+            None,
+            "0001.jpg has no label: there is neither 0001.cls nor 0001.json with label, cls or",
+        ),
+        ("0001.cls", b"", "0001.cls is empty, and should hold the label of the image, an integer from 0 on"),
+        ("0001.cls", b"cat", "0001.cls holds b'cat'"),
+        ("0001.cls", b"-1", "0001.cls holds b'-1'"),
+        ("0001.cls", b"1.0", "0001.cls holds b'1.0'"),
+        ("0001.cls", "\u0662".encode(), "0001.cls holds b"),
+        ("0001.cls", b"1" * 65, "0001.cls has more than 64 bytes"),
+        ("0001.json", b"1" * 65537, "0001.json has more than 65536 bytes"),
+        ("0001.json", b"[" * 60000, "0001.json is no JSON"),
+        ("0001.json", b"{", "0001.json is no JSON"),
+        ("0001.json", b'{"label": true}', "0001.json holds the label 'True'"),
+        ("0001.json", b'{"label": -3}', "0001.json holds the label '-3'"),
+        ("0001.json", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}", "0001.json "),
+        ("0001.json", b'{"label": [1]}', "0001.json holds a list as its label"),
+        ("0001.json", b'{"label": "\\ud800"}', "0001.json holds the label"),
+        ("0001.json", b'{"caption": "a"}', "0001.jpg has no label"),
+        ("0001.json", b"5", "0001.jpg has no label"),
+    ],
+)
+def test_a_label_that_is_none_names_the_tar_and_the_member(tmp_path, name, data, fault):
+    files = pairs([b"0", b"1", b"2"])
+    del files["0001.cls"]
+    if data is not None:
+        files[name] = data
+    path = old(tmp_path / "train.tar", packed(files) + END)
+    for _ in range(2):  # listed, then from the cache
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {fault}")):
+            build_index(tmp_path)
+        # Pretraining needs no labels.
+        assert len(build_index(tmp_path, labels=False)) == 3
+    assert Path(path + ".index.npz").exists()
+
+
+def test_class_folders_win_over_labels_beside_the_images(tmp_path):
+    files = FILES | {"a/0.cls": b"5", "a/1.json": b'{"label": 3}', "b/2.cls": b"x"}
+    index = build_index(old(tmp_path / "x.tar", packed(files) + END))
+    assert index.classes == ["a", "b"] and index.labels.tolist() == [0, 0, 1, 1] and not index.paired
+    # JSON without labels says nothing.
+    path = old(tmp_path / "y.tar", packed(pairs([b'{"caption": "x"}', b"{"], "json")) + END)
+    assert len(build_index(path, labels=False)) == 2
+    with pytest.raises(ValueError, match=r"y.tar holds 2 images without a label.*0001.jpg beside 0001.cls"):
+        build_index(path)
+
+
+def test_a_file_beside_the_tars_names_their_classes(tmp_path):
+    old(tmp_path / "train.tar", packed(pairs([b"2", b"0", b"3"])) + END)
+    assert build_index(tmp_path).classes == ["0", "2", "3"]
+    (tmp_path / "classnames.txt").write_text("\ufeffowl\ncat\nant bear\nowl\n\n")
+    assert build_index(tmp_path).classes == ["owl (0)", "ant bear", "owl (3)"]
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(
+        ValueError, match=r"classes.txt has 3 lines and no name for the label 3: .* line i \+ 1"
+    ):
+        build_index(tmp_path)
+    assert len(build_index(tmp_path, labels=False)) == 3
+
+
 # --- tars that change ---
 
 
@@ -422,6 +561,8 @@ def swap(name, function):
         put("size", -1),
         put("size", 1 << 62),
         put("size", 1 << 13, -1),
+        swap("paired", lambda a: np.ones(2, np.uint8)),
+        swap("fault", lambda a: np.ones(2, np.uint8)),
         put("stamps", 7, 1),
         put("left_out", -1),
         swap("left_out", lambda a: a[:2]),
@@ -440,7 +581,7 @@ def test_a_cache_of_another_format_or_mixed_content_is_not_used(cached):
     cache, used = cached
     good = cache.read_bytes()
     with zipfile.ZipFile(cache, "a") as archive:
-        archive.comment = archive.comment.replace(b"listing 3 ", b"listing 2 ")
+        archive.comment = archive.comment.replace(b"listing %d " % listing_cache.FORMAT, b"listing 1 ")
     assert not used()
     cache.write_bytes(good)
     # The arrays of another listing, with their own right checksums.

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision import transforms as tv
 
 import main_finetune
@@ -302,8 +303,6 @@ def test_a_probe_is_evaluated_on_the_crop_of_its_training(tmp_path, capsys, enco
         (["--batch_size", 1], ["--batch_size 1", "2 images", "--batch_size 2 or more"]),
         (["--batch_size", 1, "--accum_iter", 4], ["--batch_size 2 or more"]),
         (["--batch_size", 1, "--cached"], ["--batch_size 2 or more"]),
-        (["--data_path", "hfds/x"], ["hfds/x", "pretraining only", "--data_path DIR"]),
-        (["--data_path", "torch/image_folder=/x", "--knn"], ["pretraining only", "{train,val}/<class>"]),
     ],
 )
 def test_what_a_probe_cannot_take_is_one_line(tmp_path, capsys, given, facts):
@@ -332,6 +331,42 @@ def test_one_class_is_one_line(tmp_path, capsys, encoder, given):
         and "two class folders" in error
         and "Traceback" not in text
     )
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Twelve grey images in three classes that differ a lot."""
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        return ((Image.new("RGB", (8, 8), (100 * (i % 3),) * 3), i % 3) for i in range(12))
+
+
+def test_a_stream_serves_a_probe_and_neighbours_but_no_cache(tmp_path, capsys, encoder, monkeypatch):
+    import timm.data
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *args, **options: Stream())
+    file = tmp_path / "e.pth"
+    torch.save(encoder.to_dict(), file)
+    given = ["--model", "vit_test", "--finetune", file, "--data_path", "wds/x=/s", "--nb_classes", 3]
+    given += ["--batch_size", 5, "--num_workers", 0, "--output_dir", "", "--epochs", 1, "--warmup_epochs", 0]
+    code, text = call(main_linprobe, capsys, *given, "--knn")
+    assert code == 0 and "k=10 100.000" in text and "12 training and 12 validation images" in text
+    code, text = call(main_linprobe, capsys, *given)
+    assert code == 0 and "on 12 of 12 images" in text, text
+    for more, fact in (
+        (["--cached"], "--cached keeps features"),
+        (["--cache_data", "memory"], "--cache_data"),
+    ):
+        code, text = call(main_linprobe, capsys, *given, *more)
+        (error,) = [line for line in text.splitlines() if line.startswith("error:")]
+        assert code == 2 and fact in error and "wds/x=/s" in error
+    code, text = call(main_linprobe, capsys, *given, "--nb_classes", 2)
+    assert code == 2 and "has the label 2, and labels of 2 classes are 0 to 1: check --nb_classes" in text
 
 
 def test_fewer_images_than_neighbours_are_all_taken(tmp_path, capsys, encoder):

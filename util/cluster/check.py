@@ -12,7 +12,7 @@ import sys
 import time
 
 from util.files.names import printable
-from util.flags.groups import device_name
+from util.flags.groups import device_name, is_remote_path
 from util.flags.numbers import MINUTES
 from util.flags.parser import Parser, answer_at_once, parse, run
 
@@ -93,6 +93,9 @@ def time_reading(data_path: str, images: int = 16) -> str:
     from util.data.loading.loader import some_samples
     from util.data.transforms import eval_transform
 
+    # The run downloads them once, and not this check.
+    if is_remote_path(data_path):
+        return f"{data_path}: not read before the run"
     try:
         data = build_dataset(data_path, "train", eval_transform((224, 224)), labels=False)
         start = time.perf_counter()

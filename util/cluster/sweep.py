@@ -27,6 +27,7 @@ INHERITED = (
     "std",
     "max_pixels",
     "data_timeout",
+    "data_cache",
     "pos_tokens",
     "device",
     "num_workers",

@@ -30,10 +30,51 @@ class Samples(Dataset[dict]):
         raise NotImplementedError
 
 
-class IndexedSamples(Samples):
+class ClassSamples(Samples):
+    """Samples with the labels of a classifier.
+
+    Attributes:
+        classes: names of the classes; the label of a sample is an index into them.
+        path: what the user named, for messages.
+    """
+
+    classes: list[str]
+    path: str
+
+    def name(self, i: int) -> str:
+        """Return a name for image i."""
+        return str(i)
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the labels as in `classes`, which may have more names. Raises KeyError if one is missing."""
+        raise NotImplementedError
+
+    def without_images(self) -> list[str]:
+        """Return the names of the classes that have no image, as far as that is known."""
+        return []
+
+
+class IndexedSamples(ClassSamples):
     """A data set of images that are listed, with their classes, in an index."""
 
     index: ImageIndex
+
+    @property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        return self.index.classes
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return self.index.path
+
+    def name(self, i: int) -> str:
+        return self.index.name(i)
+
+    def use_classes(self, classes: list[str]) -> None:
+        self.index.use_classes(classes)
+
+    def without_images(self) -> list[str]:
+        return self.index.without_images()
 
 
 # Names of the images in a sample. Its other tensors are boxes, masks and numbers.

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from util.data import native
-from util.data.contract import IndexedSamples
-from util.data.formats import DEFAULT, ReadSettings, decode, depth_name, raise_pillows_limit
+from util.data.contract import ClassSamples, IndexedSamples, Samples
+from util.data.formats import DEFAULT, ReadSettings, decode, raise_pillows_limit
 from util.data.formats.pil import orientation
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.survey.headers import Survey, survey
-from util.data.timm_datasets import TimmDataset, build_timm_dataset
-from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
+from util.data.timm_datasets import TimmDataset, build_timm_classes, build_timm_dataset
+from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, check_depth, views
 from util.files.names import printable
 from util.flags.data_path import DataPath
 from util.flags.groups import is_timm_path
@@ -174,16 +174,20 @@ class ImageDataset(IndexedSamples):
                 i = sample_seed(first_key, 0, len(bad)) % len(self)
 
 
-class TensorSamples(IndexedSamples):
+class TensorSamples(ClassSamples):
     """Samples from tensors: features (n, d) under the name `image`, and labels (n,).
 
-    `index` is the listing of the images that the features were computed from.
+    `source` has the classes: the data set that the features were computed from, or the listing of its images.
     """
 
-    def __init__(self, features: torch.Tensor, labels: torch.Tensor, index: ImageIndex):
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor, source: ImageIndex | ClassSamples):
         self.features = features
         self.labels = labels
-        self.index = index
+        self.classes = source.classes
+        self.path = source.path
+        # Ranks compare their listings.
+        if not isinstance(source, Samples):
+            self.index = source
 
     def __len__(self) -> int:
         return len(self.features)
@@ -194,21 +198,12 @@ class TensorSamples(IndexedSamples):
         return dict(image=self.features[i], label=int(self.labels[i]), index=i, key=0, bad=[])
 
 
-def check_depth(transform: Any, depth: torch.dtype | None) -> None:
-    """Raise ValueError for images of more than 8 bits and a transform that works on 8 bits only."""
-    names = getattr(transform, "only_8_bits", "")
-    if names and depth not in (None, torch.uint8):
-        raise ValueError(
-            f"{names} change the colours of 8-bit images, and these are {depth_name(depth)}: turn both off "
-            "(`auto_augment` '' and no `color_jitter`)"
-        )
-
-
 def build_dataset(
     data_path: str | os.PathLike | None,
     split: str,
     transform: Callable,
     *,
+    in_chans: int | None = None,
     read: ReadSettings = DEFAULT,
     seed: int = 0,
     labels: bool = True,
@@ -217,16 +212,18 @@ def build_dataset(
     """Open `split` of the data set at `data_path`.
 
     The path is one as in `build_index`, maybe a `DataPath` with settings of its own, or None or "" for the
-    embedded demo set. timm reads
-    `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds and torch, e.g.
-    `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
+    embedded demo set. timm reads `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds
+    and torch, e.g. `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
     resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line.
 
-    Images are of one depth, which the data set has as `depth`: that of the widest of some that are looked at,
-    unless `read` says it. Images of narrower types are widened, and of wider ones count as unreadable.
+    `in_chans` is short for `read=ReadSettings(in_chans)`. Images are of one depth, which the data set has as
+    `depth`: that of the widest of some that are looked at, unless `read` says it, and uint8 if most are. Images
+    of narrower types are widened, and of wider ones count as unreadable.
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
+    if in_chans is not None:
+        read = replace(read, in_chans=in_chans)
     source = DataPath()
     if data_path is not None:
         source = DataPath.of(data_path)
@@ -250,22 +247,22 @@ def build_class_dataset(
     read: ReadSettings = DEFAULT,
     seed: int = 0,
     evaluation: bool = False,
-) -> ImageDataset:
+    nb_classes: int | None = None,
+) -> ImageDataset | TimmDataset:
     """`build_dataset` for a classifier, which needs the names of the classes.
 
-    Raises ValueError also for the data sets of timm's readers, which have no such names.
+    Args:
+        nb_classes: the number of classes, for a set of timm's readers that does not name them. Their names
+            are then 0, 1, ...
+
+    A set of timm's readers that has no validation images gives its test images for "val". Raises ValueError
+    also for a set without known classes.
     """
-    dataset = build_dataset(
-        data_path,
-        split,
-        transform,
-        read=read,
-        seed=seed,
-        evaluation=evaluation,
-    )
-    if not isinstance(dataset, ImageDataset):
-        raise ValueError(
-            f"`data_path` {data_path}: timm's readers serve pretraining only; a classifier needs class "
-            "folders or tars"
-        )
-    return dataset
+    source = DataPath()
+    if data_path is not None:
+        source = DataPath.of(data_path)
+    if is_timm_path(source.path):
+        dataset = build_timm_classes(source, split, transform, read=read, seed=seed, evaluation=evaluation)
+        dataset.name_classes(nb_classes)
+        return dataset
+    return build_dataset(source, split, transform, read=read, seed=seed, evaluation=evaluation)

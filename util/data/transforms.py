@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from util.data import native
-from util.data.formats import to_depth
+from util.data.formats import depth_name, to_depth
 from util.data.seeding import seeded
 from util.flags.groups import IMAGENET_MEAN, MAX_PIXELS
 
@@ -98,6 +98,16 @@ def resized_crop(image: torch.Tensor, box: Box, size: Size) -> torch.Tensor:
     top, left, height, width = box
     part = image[:, top : top + height, left : left + width].float()
     return to_depth(F.resize(part, list(size), interpolation=bicubic, antialias=True), image.dtype)
+
+
+def check_depth(transform: Any, depth: torch.dtype | None) -> None:
+    """Raise ValueError for images of more than 8 bits and a transform that works on 8 bits only."""
+    names = getattr(transform, "only_8_bits", "")
+    if names and depth not in (None, torch.uint8):
+        raise ValueError(
+            f"{names} change the colours of 8-bit images, and these are {depth_name(depth)}: turn both off "
+            "(`auto_augment` '' and no `color_jitter`)"
+        )
 
 
 def views(result: Any) -> dict[str, Any]:

@@ -81,8 +81,10 @@ def extract_features(
     """Return features (n, d) and labels (n,) of all readable images, in the data set's order, on the device.
 
     `function` maps a batch of normalised images to (B, d). With `gather` every rank gets the
-    images of all ranks.
+    images of all ranks. Those of a stream are in the order in which they come, rank by rank.
     """
+    if not loader.dataset.exact_resume:
+        return _features_of_stream(function, loader, setup, gather)
     n = len(loader.dataset)
     features: Tensor | None = None
     # Labels are stored plus one: 0 marks an image of another rank, or an undecodable one.
@@ -108,3 +110,30 @@ def extract_features(
     if readable.all():
         return features, labels - 1
     return features[readable], labels[readable] - 1
+
+
+def _features_of_stream(
+    function: Callable[[Tensor], Tensor], loader: Batches[Samples], setup: Setup, gather: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what `extract_features` does, for samples without numbers, of which there may be any count."""
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        with setup.autocast():
+            rows.append(function(batch["image"]).float())
+        labels.append(batch["label"])
+    counts = dist.gather_objects(sum(map(len, labels)))
+    widths = dist.gather_objects(rows[0].shape[1] if rows else 0)
+    if not sum(counts):
+        raise ValueError(f"no image of {loader.dataset.summary()} can be decoded")
+    features = torch.cat([torch.zeros(0, max(widths), device=setup.device), *rows])  # (own images, d)
+    own = torch.cat([torch.zeros(0, dtype=torch.int64, device=setup.device), *labels])
+    if not gather:
+        return features, own
+    # Each row is zero on all ranks but one.
+    first = sum(counts[: dist.rank()])
+    all_features = features.new_zeros(sum(counts), max(widths))
+    all_labels = own.new_zeros(sum(counts))
+    all_features[first : first + len(own)] = features
+    all_labels[first : first + len(own)] = own
+    return dist.sum_over_ranks(all_features), dist.sum_over_ranks(all_labels)

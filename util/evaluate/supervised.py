@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from layers.positional.draws import draws_of
 from util import dist
-from util.data.contract import Batches, IndexedSamples
+from util.data.contract import Batches, ClassSamples
 from util.evaluate.accuracy import Recalls, classification
 from util.evaluate.passes import mean_terms
 from util.files.names import printable
@@ -47,7 +47,7 @@ def make_eval_fn(
 
 def evaluate(
     model: nn.Module,
-    loader: Batches[IndexedSamples],
+    loader: Batches[ClassSamples],
     classes: list[str],
     setup: Setup,
     positions: bool,
@@ -66,8 +66,8 @@ def evaluate(
         columns = (batch["index"], batch["label"], top.indices, top.values)
         rows.extend(zip(*(column.tolist() for column in columns)))
 
-    columns = _columns(loader.dataset.index.classes, classes, setup.device)
-    recalls = Recalls(len(loader.dataset.index.classes), setup.device)
+    columns = _columns(loader.dataset.classes, classes, setup.device)
+    recalls = Recalls(len(loader.dataset.classes), setup.device)
     if predictions:
         eval_fn = make_eval_fn(positions, record, columns, recalls)
     else:
@@ -85,7 +85,7 @@ def evaluate(
     if predictions:
         all_rows = sorted(row for part in dist.gather_objects(rows) for row in part)
         if dist.is_main():
-            write_predictions(predictions, all_rows, loader.dataset.index)
+            write_predictions(predictions, all_rows, loader.dataset)
     return stats
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from layers import sizes
 from util.files import LAST_CHECKPOINT, formats
 from util.files.names import printable
-from util.flags.groups import ascending, channel_stats, compile_mode, is_timm_path, pair
+from util.flags.groups import ascending, channel_stats, compile_mode, is_remote_path, is_timm_path, pair
 
 # Main -> the names of its models.
 MODELS: Mapping[str, Callable[[], list[str]]] = {
@@ -146,7 +146,9 @@ def _listed(paths: str | list[str]) -> list[str]:
 
 
 def _check_image_path(shown: str, path: str) -> None:
-    if not path or is_timm_path(path) or os.path.exists(os.path.expanduser(path)):
+    if not path or is_timm_path(path) or is_remote_path(path):
+        return
+    if os.path.exists(os.path.expanduser(path)):
         return
     if "://" in path:
         raise ValueError(

@@ -64,6 +64,12 @@ def is_timm_path(data_path: str) -> bool:
     return bool(slash) and reader.lower() in TIMM_READERS and not os.path.exists(data_path)
 
 
+def is_remote_path(data_path: str) -> bool:
+    """Tell whether a path is an address in an object store, as s3://bucket/folder; web pages are none."""
+    scheme, separator, _ = data_path.partition("://")
+    return bool(separator) and scheme.isalnum() and scheme not in ("http", "https")
+
+
 def own_workers() -> int:
     """Return the default number of data workers: the cores of this rank, and at most 10.
 
@@ -113,6 +119,13 @@ def add_data_flags(p: argparse.ArgumentParser, alpha: str = "alpha") -> None:
         help="folder, tar file or list of paths; the embedded demo set if not given",
     )
     _add_layout_flags(g)
+    g.add_argument(
+        "--data_cache",
+        default="",
+        metavar="DIR",
+        help="folder for tars that --data_path names in a store, as s3://bucket/folder: each is downloaded "
+        "once; if not given ~/.cache/mae_pl/shards, or the one of $XDG_CACHE_HOME",
+    )
     g.add_argument(
         "--input_size",
         default=[224],

@@ -32,6 +32,7 @@ NEVER_SWEPT = {
     "device",
     "num_workers",
     "data_timeout",
+    "data_cache",
     "local_rank",
     "print_freq",
     "predictions",

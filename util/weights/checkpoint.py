@@ -201,6 +201,7 @@ HARMLESS = {
     "device",
     "num_workers",
     "data_timeout",
+    "data_cache",
     "pin_mem",
     "resume",
     "allow_other_data",

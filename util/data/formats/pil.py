@@ -62,13 +62,13 @@ def facts(data: bytes, read: ReadSettings) -> Facts:
         with contextlib.suppress(Exception):
             pages = getattr(image, "n_frames", 1)
             image.seek(0)
-        return Facts(
-            _depth(image),
-            len(image.getbands()),
-            pages,
-            "A" in image.getbands() or "transparency" in image.info,
-            _orientation(image),
-        )
+        return facts_of(image, pages)
+
+
+def facts_of(image: Image.Image, pages: int = 1) -> Facts:
+    """Return the facts of an image that PIL has opened."""
+    alpha = "A" in image.getbands() or "transparency" in image.info
+    return Facts(_depth(image), len(image.getbands()), pages, alpha, _orientation(image))
 
 
 def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:

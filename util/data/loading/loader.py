@@ -119,7 +119,7 @@ def build_loader(
     """Return a loader of batches as `collate` makes them.
 
     Its workers persist over epochs, use one thread each, and leave signals to the parent. `sampler` must be
-    None for a stream; the last, partial batches of a stream are dropped. `data_timeout` is the number of
+    None for a stream; in training its last, partial batches are dropped. `data_timeout` is the number of
     minutes that a batch may take; 0 means for ever.
     """
     # DataLoader refuses a sampler for a stream.
@@ -136,7 +136,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        drop_last=stream,
+        drop_last=stream and not getattr(dataset, "evaluation", False),
         persistent_workers=num_workers > 0,
         data_timeout=data_timeout,
     )

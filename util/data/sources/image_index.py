@@ -8,7 +8,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -33,6 +33,20 @@ class ChangedTar(ValueError):
     """A tar is not the one that was listed: its images would be others, or unreadable."""
 
 
+class Classes(Protocol):
+    """What has class names: a listing or a data set."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def path(self) -> str: ...
+
+    def use_classes(self, classes: list[str]) -> None: ...
+
+    def without_images(self) -> list[str]: ...
+
+
 class ImageIndex:
     """Names, labels and bytes of n images; made by `build_index`.
 
@@ -41,9 +55,11 @@ class ImageIndex:
         root: the folder that names are relative to.
         kind: the layout, in words.
         tars: paths of the tars that hold the images; empty for files.
-        classes: sorted class names; empty without labels. Images for validation may lack some of them.
+        classes: class names, sorted, or in the order of their numbers; empty without labels. Images for
+            validation may lack some of them.
         labels: (n,) int32, index into `classes`, or -1 without a label.
         ignored: number of images that are left out because they have no label.
+        paired: whether labels lie beside the images of tars, as in WebDataset's form.
         left_out: numbers of images that are left out for other reasons, by kind.
     """
 
@@ -61,6 +77,7 @@ class ImageIndex:
         self.kind = kind
         self.tars = list(tars)
         self.classes: list[str] = []
+        self.paired = len(arrays.get("paired", ())) > 0
         self.ignored = 0
         if labels:
             self.classes = unpack_names(arrays["classes"])
@@ -266,7 +283,7 @@ def _wrong_size(size: int) -> str:
     return f"claims {size} bytes, and an image may have up to {MAX_BYTES}"
 
 
-def check_classes(train: ImageIndex, val: ImageIndex) -> None:
+def check_classes(train: Classes, val: Classes) -> None:
     """Give `val` the labels of `train`; it may lack images of some classes.
 
     Raises ValueError if it has classes that `train` does not have: no output would stand for them.
@@ -283,7 +300,7 @@ def check_classes(train: ImageIndex, val: ImageIndex) -> None:
     )
 
 
-def describe_missing(val: ImageIndex) -> str:
+def describe_missing(val: Classes) -> str:
     """Say for which classes nothing can be evaluated; '' if there are images of all."""
     missing = val.without_images()
     if not missing:

@@ -27,7 +27,7 @@ from util.data.sources.listing import (
     selected,
     with_class_depth,
 )
-from util.data.sources.listing_cache import Listing, load_listing, unpack_names
+from util.data.sources.listing_cache import Listing, load_listing, pack_names, unpack_names
 from util.data.sources.lists import (
     TABLES,
     Table,
@@ -40,6 +40,8 @@ from util.data.sources.lists import (
     table_beside,
     text_lines,
 )
+from util.data.sources.pairs import named_classes
+from util.data.sources.remote import local_copy
 from util.data.sources.splits import (
     CHILDREN,
     SPLITS,
@@ -56,6 +58,7 @@ from util.data.sources.splits import (
 from util.data.sources.tars import COMPRESSED_SUFFIXES, compressed_error
 from util.files.names import counted, printable
 from util.flags.data_path import VAL_SPLIT, DataPath
+from util.flags.groups import is_remote_path
 
 PARENTS = 3  # folders above a path that may be the data set: it may name <data_path>/train/<class>/<image>
 MOVE = "Move the class folders into train/"
@@ -92,7 +95,8 @@ class _Found(NamedTuple):
     Attributes:
         root: the folder that names are relative to.
         kind: the layout, in words.
-        classes_from: what tells the class of an image: "folders" of its name, "table", or "nothing".
+        classes_from: what tells the class of an image: "folders" of its name, "table", "pairs" of members, or
+            "nothing".
     """
 
     root: str
@@ -116,10 +120,16 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
 
     A `DataPath` can give "val" another name, hold out a share of the training images as "val", and take the
     class from several folders. Otherwise the class is the first folder of an image's path. Its name is kept
-    in Unicode's composed form. The images of a table are sorted like those of folders, not as in the file.
-    `labels=False` takes every image, loose ones too, with label -1. Hidden files and folders (`.name`) are
-    skipped. The listing of tars and large folders is cached next to them if that is writable, and checked
-    against sizes and modification times.
+    in Unicode's composed form. In tars without such folders it may lie beside the image, as WebDataset has
+    it: `0001.jpg` with an integer in `0001.cls`, or with `label`, `cls` or `class` in `0001.json`. The names
+    of these classes are the integers, in their order, or come from `classes.txt` or `classnames.txt` beside
+    the tars. The images of a table are sorted like those of folders, not as in the file. `labels=False` takes
+    every image, loose ones too, with label -1. Hidden files and folders (`.name`) are skipped. The listing of
+    tars and large folders is cached next to them if that is writable, and checked against sizes and
+    modification times.
+
+    An address in an object store, as s3://bucket/folder, may have the layouts 2 and 3, or name one tar; see
+    `util.data.sources.remote`.
 
     A folder train/ is the split, except as one class folder among others: if it holds loose images, others
     beside it hold images too, and there is no validation folder.
@@ -133,6 +143,8 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     given = os.path.expanduser(source.path)
     if not given:
         raise ValueError("the path of the images is empty")
+    if is_remote_path(given):
+        return _index_remote(source, given, split, labels)
     source = replace(source, path=given.rstrip("/") or "/")
     if not os.path.exists(source.path):
         raise ValueError(f"no such file or folder: {printable(source.path)}")
@@ -148,6 +160,20 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
         _check_classes(index, found, wanted)
     if shared:
         return _index(_part(found, wanted, split == "val"), wanted)
+    return index
+
+
+def _index_remote(source: DataPath, given: str, split: str, labels: bool) -> ImageIndex:
+    """`build_index` of the local copy of tars in an object store."""
+    name = split
+    if split == "val":
+        name = source.val_split
+    if source.val_share > 0:
+        name = "train"
+    copy = local_copy(given, name)
+    index = build_index(replace(source, path=copy), split, labels=labels)
+    # For messages, and as it was given.
+    index.path = given
     return index
 
 
@@ -254,14 +280,14 @@ def _find_files(wanted: _Wanted, root: str, kind: str) -> _Found | None:
 def _find_tar(wanted: _Wanted, root: str) -> _Found | None:
     # Also a pipe of that name, which is then refused.
     if os.path.lexists(root + ".tar") and not os.path.isdir(root + ".tar"):
-        return _tars(f"{wanted.name}.tar", [root + ".tar"], root + ".tar.index.npz")
+        return _tars(wanted, f"{wanted.name}.tar", [root + ".tar"], root + ".tar.index.npz")
     return None
 
 
 def _find_shards(wanted: _Wanted, root: str) -> _Found | None:
     shards = sorted(glob.glob(glob.escape(root) + "-*.tar"))
     if shards:
-        return _tars(f"{len(shards)} tar shards", shards, root + ".index.npz")
+        return _tars(wanted, f"{len(shards)} tar shards", shards, root + ".index.npz")
     return None
 
 
@@ -296,8 +322,25 @@ def _whole_folder(wanted: _Wanted, kind: str, arrays: Listing) -> _Found:
     return _Found(wanted.path, kind, arrays)
 
 
-def _tars(kind: str, tars: list[str], cache: str) -> _Found:
-    return _Found(os.path.dirname(tars[0]), kind, list_tars(tars, cache), tars)
+def _with_class_names(arrays: Listing, folder: str) -> Listing:
+    """Return a listing of pairs with the names of its classes. Raises ValueError if labels are missing."""
+    fault = arrays["fault"].tobytes().decode(errors="replace")
+    if fault:
+        raise ValueError(printable(fault))
+    # The file of names may change without the tars, so it is no part of the listing.
+    classes = named_classes(unpack_names(arrays["classes"]), folder)
+    return arrays | {"classes": pack_names([os.fsencode(name) for name in classes])}
+
+
+def _tars(wanted: _Wanted, kind: str, tars: list[str], cache: str) -> _Found:
+    folder = os.path.dirname(tars[0])
+    arrays = list_tars(tars, cache)
+    if not len(arrays["paired"]):
+        return _Found(folder, kind, arrays, tars)
+    # To hold out a share of each class takes labels, too.
+    if wanted.labels or wanted.source.val_share:
+        arrays = _with_class_names(arrays, folder)
+    return _Found(folder, f"{kind}, labels beside the images", arrays, tars, "pairs")
 
 
 def _check_no_validation(source: DataPath) -> None:
@@ -384,7 +427,7 @@ def _find_in_file(wanted: _Wanted) -> _Found:
     if path.lower().endswith(COMPRESSED_SUFFIXES):
         raise compressed_error(path)
     if path.lower().endswith(".tar"):
-        return _tars("tar", [path], path + ".index.npz")
+        return _tars(wanted, "tar", [path], path + ".index.npz")
     names = listed_paths(path)
     if not names:
         raise ValueError(f"{shown} lists no images: it needs one path per line.")
@@ -502,6 +545,11 @@ def _check_not_empty(index: ImageIndex, wanted: _Wanted) -> None:
         raise ValueError(
             f"`class_depth` {depth} takes the class from {depth} folders, and no image in {place} lies in as "
             "many: give a smaller number"
+        )
+    if index.ignored and index.tars:
+        raise ValueError(
+            f"{place} holds {counted(index.ignored, 'image')} without a label: neither in class folders, as "
+            "<class>/0001.jpg, nor in WebDataset's form, as 0001.jpg beside 0001.cls"
         )
     if index.ignored:
         unpacked = ""

@@ -8,6 +8,7 @@ A listing is a dictionary of arrays:
     classes    their sorted names, in Unicode's composed form (NFC)
     left_out   how many images were left out, by kind (see LEFT_OUT)
     shard, offset, size    of each image, in tars only
+    paired, fault    in tars only: one element if the labels lie beside the images, and why they are unusable
     stamped, stamps        the files or folders that were listed, with their times and sizes
 """
 
@@ -16,7 +17,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from util.data.sources.listing_cache import (
     stamp,
     unpack_names,
 )
+from util.data.sources.pairs import Label, Pairs, as_pairs
 from util.data.sources.tars import list_tar
 from util.files.names import printable
 
@@ -150,25 +152,52 @@ def list_tars(tars: list[str], cache: str) -> Listing:
     shards: list[int] = []
     offsets: list[int] = []
     sizes: list[int] = []
+    labels: list[Label | None] = []
     left_out: Counter[str] = Counter()
     for shard, path in enumerate(tars):
-        places, others = list_tar(path)
-        left_out += others
-        for name, offset, size in places:
+        listed = list_tar(path)
+        left_out += listed.left_out
+        # Most tars have no labels, and then nothing is kept for them.
+        if listed.labels:
+            labels += [None] * (len(names) - len(labels)) + listed.labels
+        for name, offset, size in listed.places:
             names.append(name)
             shards.append(shard)
             offsets.append(offset)
             sizes.append(size)
-    arrays = from_names(
-        names,
+    columns: dict[str, Any] = dict(
         shard=np.array(shards, np.int32),
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
     )
+    pairs = None
+    if labels:
+        labels += [None] * (len(names) - len(labels))
+        pairs = as_pairs(names, shards, labels, tars)
+    if pairs is None:
+        arrays = from_names(names, **columns) | _paired([], "")
+    else:
+        left_out["extra image"] = len(names) - len(pairs.kept)
+        arrays = _from_pairs(names, pairs, columns)
     packed = pack_names([os.fsencode(name) for name in stamped])
     arrays |= dict(stamped=packed, stamps=stamps, left_out=_counts(left_out))
     save_listing(cache, base, arrays)
     return arrays
+
+
+def _from_pairs(names: list[bytes], pairs: Pairs, columns: dict[str, Any]) -> Listing:
+    """Return the arrays of tars in WebDataset's form; the order is that of names, not of classes."""
+    kept = np.array(pairs.kept, np.int64)
+    columns = {key: values[kept] for key, values in columns.items()}
+    labels = np.array(pairs.labels, np.int32)
+    arrays = from_names([names[i] for i in pairs.kept], own_labels=labels, **columns)
+    arrays["labels"] = arrays.pop("own_labels")
+    arrays["classes"] = pack_names(pairs.classes)
+    return arrays | _paired([1], pairs.fault)
+
+
+def _paired(paired: list[int], fault: str) -> Listing:
+    return dict(paired=np.array(paired, np.uint8), fault=np.frombuffer(fault.encode(), np.uint8))
 
 
 def _counts(left_out: Counter[str]) -> np.ndarray:

@@ -24,7 +24,15 @@ SETTLED_AFTER = 2e9  # ns
 FORMAT = 3  # of the cache; files of other formats are not used
 MAX_CACHE_BYTES = 2 << 30  # about 40 million images
 # What a listing leaves out, and counts in `left_out`.
-LEFT_OUT = ("link", "sparse file", "special file", "unsafe name", "earlier version", "looping link")
+LEFT_OUT = (
+    "link",
+    "sparse file",
+    "special file",
+    "unsafe name",
+    "earlier version",
+    "looping link",
+    "extra image",
+)
 # Type and dimensions of the arrays; see util/data/sources/listing.py.
 ARRAYS: dict[str, tuple[Any, int]] = {
     "names": (np.uint8, 1),
@@ -39,6 +47,11 @@ TAR_ARRAYS: dict[str, tuple[Any, int]] = {
     "shard": (np.int32, 1),
     "offset": (np.int64, 1),
     "size": (np.int64, 1),
+}
+# Of tars, beside the images.
+PAIR_ARRAYS: dict[str, tuple[Any, int]] = {
+    "paired": (np.uint8, 1),
+    "fault": (np.uint8, 1),
 }
 
 
@@ -125,7 +138,7 @@ def _check(arrays: Listing, tars: Sequence[str]) -> None:
     """
     kinds = ARRAYS
     if tars:
-        kinds = ARRAYS | TAR_ARRAYS
+        kinds = ARRAYS | TAR_ARRAYS | PAIR_ARRAYS
     _require({name: (array.dtype, array.ndim) for name, array in arrays.items()} == kinds, "types")
     images = len(arrays["ends"])
     _require(images > 0, "length")
@@ -134,8 +147,10 @@ def _check(arrays: Listing, tars: Sequence[str]) -> None:
     stamped = unpack_names(arrays["stamped"])
     _require(arrays["stamps"].shape == (len(stamped), 2), "stamps")
     _check_names(arrays["names"], arrays["ends"])
-    _check_labels(arrays["labels"], unpack_names(arrays["classes"]))
+    _check_labels(arrays["labels"], unpack_names(arrays["classes"]), len(arrays.get("paired", ())) > 0)
     if tars:
+        _require(len(arrays["paired"]) <= 1, "paired")
+        _require(len(arrays["paired"]) == 1 or not len(arrays["fault"]), "fault")
         _require(stamped == list(tars), "stamped")
         _check_places(arrays["shard"], arrays["offset"], arrays["size"], arrays["stamps"][:, 1])
     else:
@@ -149,10 +164,11 @@ def _check_names(names: np.ndarray, ends: np.ndarray) -> None:
     _require(names.min() > 0, "names")
 
 
-def _check_labels(labels: np.ndarray, classes: list[str]) -> None:
-    _require(labels[0] >= -1 and labels[-1] < len(classes), "labels")
-    # Images are sorted by class, those without one first.
-    _require(bool((labels[1:] >= labels[:-1]).all()), "labels")
+def _check_labels(labels: np.ndarray, classes: list[str], paired: bool) -> None:
+    _require(labels.min() >= -1 and labels.max() < len(classes), "labels")
+    # Images in folders are sorted by class, those without one first. Of pairs all have a label, or none has.
+    in_order = bool((labels[1:] >= labels[:-1]).all())
+    _require(in_order or (paired and labels.min() >= 0), "labels")
     _require(all(classes) and len(set(classes)) == len(classes), "classes")
 
 

@@ -80,6 +80,7 @@ def repack(
         raise ValueError(f"repacking needs the native library: `{native.BUILD}` ({native.describe()})")
     _check_sizes(long_side, quality)
     index = build_index(source, split, labels=False)
+    _warn_of_labels(index)
     # They decide the content of the shards; a call that continues another must agree in all of them.
     settings = dict(
         source=os.path.abspath(source),
@@ -104,6 +105,11 @@ def repack(
     _check(index, target, split, shards)
     report.show()
     return report.outcomes
+
+
+def _warn_of_labels(index: ImageIndex) -> None:
+    if index.paired:
+        print(f"warning: the labels beside the images of {printable(index.path)} are left out")
 
 
 def _check_sizes(long_side: int | None, quality: int) -> None:

@@ -11,8 +11,10 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from util.data.formats import IMAGE_SUFFIXES
+from util.data.sources.pairs import Label, label_bytes, read_label, split_key
 from util.files.names import counted, printable
 from util.files.regular import open_regular
 
@@ -34,8 +36,22 @@ SCANNED = 1 << 20  # bytes that are searched for a further tar at a time
 Place = tuple[bytes, int, int]
 
 
-def list_tar(path: str) -> tuple[list[Place], Counter[str]]:
-    """List the images in a tar, and count those that are left out, by kind (see LEFT_OUT).
+class ListedTar(NamedTuple):
+    """The images in a tar.
+
+    Attributes:
+        places: of the images.
+        labels: of the images, from other members; empty if there are none.
+        left_out: how many images are left out, by kind (see LEFT_OUT).
+    """
+
+    places: list[Place]
+    labels: list[Label | None]
+    left_out: Counter[str]
+
+
+def list_tar(path: str) -> ListedTar:
+    """List the images in a tar, and the labels beside them.
 
     Further tars that were appended with `cat` are read as well. Of equal names the last one counts, as
     when a tar is unpacked. Raises ValueError, which names the tar, if it is compressed, damaged, cut off or
@@ -45,11 +61,12 @@ def list_tar(path: str) -> tuple[list[Place], Counter[str]]:
     with _Headers(open_regular(path, buffering=0)) as file:
         try:
             for member in file.members():
-                images.add(member)
+                images.add(member, file)
         # Damaged headers raise many types: TarError, ValueError, OverflowError, RecursionError, ...
         except Exception as error:
             raise _unreadable(file, len(images.places), error) from error
-    return images.listed(), images.left_out
+    places = images.listed()
+    return ListedTar(places, images.labels_of(places), images.left_out)
 
 
 class _Images:
@@ -59,9 +76,15 @@ class _Images:
         self.places: dict[bytes, tuple[int, int]] = {}
         self.links: list[tuple[bytes, bytes]] = []
         self.left_out: Counter[str] = Counter()
+        # By suffix, then key. Equal labels are one object: there are many images of a class.
+        self.labels: dict[bytes, dict[bytes, Label]] = {b".cls": {}, b".json": {}}
+        self.known: dict[Label, Label] = {}
 
-    def add(self, member: tarfile.TarInfo) -> None:
+    def add(self, member: tarfile.TarInfo, file: "_Headers") -> None:
         name = _member_name(member.name)
+        if member.isreg() and label_bytes(name) and not _is_hidden(name):
+            self.add_label(name, member, file)
+            return
         if name.startswith(b"../") or b"\0" in name:
             self.left_out["unsafe name"] += name.lower().endswith(IMAGE_SUFFIXES)
         elif not _is_image(name) or member.isdir():
@@ -78,6 +101,23 @@ class _Images:
             self.left_out["earlier version"] += name in self.places
             self.places[name] = member.offset_data, member.size
 
+    def add_label(self, name: bytes, member: tarfile.TarInfo, file: "_Headers") -> None:
+        data = None
+        if member.size <= label_bytes(name):
+            data = file.content(member)
+        label = read_label(name, data)
+        key, suffix = split_key(name)
+        self.labels[suffix].pop(key, None)
+        if label is not None:
+            self.labels[suffix][key] = self.known.setdefault(label, label)
+
+    def labels_of(self, places: list[Place]) -> list[Label | None]:
+        """Return the labels of images, those of .cls before those of .json; nothing if there are none."""
+        labels = self.labels[b".json"] | self.labels[b".cls"]
+        if not labels:
+            return []
+        return [labels.get(split_key(name)[0]) for name, _, _ in places]
+
     def listed(self) -> list[Place]:
         """Return all images; call it once, after the last `add`."""
         self.left_out["link"] += sum(target not in self.places for _, target in self.links)
@@ -90,9 +130,12 @@ def _member_name(name: str) -> bytes:
     return os.fsencode(os.path.normpath(name).lstrip("/"))
 
 
+def _is_hidden(name: bytes) -> bool:
+    return name.startswith(b".") or b"/." in name
+
+
 def _is_image(name: bytes) -> bool:
-    hidden = name.startswith(b".") or b"/." in name
-    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
+    return not _is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 class _Headers(io.BufferedReader):
@@ -118,6 +161,11 @@ class _Headers(io.BufferedReader):
         if size > BLOCK and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
             raise ValueError(f"its headers hold a number of more than {MAX_DIGITS} digits")
         return data
+
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        """Return the data of a small member; most of them are in the buffer already."""
+        self.seek(member.offset_data)
+        return super().read(member.size)
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """Yield the members of the tar, and of those that follow its end-of-archive mark."""
