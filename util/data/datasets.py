@@ -213,12 +213,13 @@ def build_dataset(
 
     The path is one as in `build_index`, maybe a `DataPath` with settings of its own, or None or "" for the
     embedded demo set. timm reads `<reader>/<name>[=<root>]` if the reader is one of hfds, hfids, wds, tfds
-    and torch, e.g. `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`. Streams (hfids, wds, tfds)
-    resume at epochs only: their `exact_resume` is False. Every data set has `summary()`, one line.
+    and torch, e.g. `hfds/uoft-cs/cifar10`, `wds/imagenet=/data/shards` or `torch/cifar10=/data`.
+    Streams (hfids, wds, tfds) resume at epochs only: their `exact_resume` is False. Every data set has
+    `summary()`, one line.
 
     `in_chans` is short for `read=ReadSettings(in_chans)`. Images are of one depth, which the data set has as
-    `depth`: that of the widest of some that are looked at, unless `read` says it, and uint8 if most are. Images
-    of narrower types are widened, and of wider ones count as unreadable.
+    `depth`: uint8 if most of some that are looked at have it, and else that of the widest; `read` may say
+    another. Images of narrower types are widened, and those of wider ones count as unreadable.
 
     Raises ValueError if there are no such images, and `NoSplit` if only this split is missing.
     """
