@@ -627,6 +627,51 @@ def test_decoding_neither_warns_nor_changes_the_filters_of_warnings(decoder, mon
     assert not caught and warnings.filters == before
 
 
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", ">u2", "float64"])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (6, 7, 5)])
+def test_arrays_are_read_without_a_copy_and_can_be_written_to(tar, dtype, shape, tmp_path):
+    array = np.random.default_rng(3).integers(0, 200, shape).astype(dtype)
+    np.save(tmp_path / "0.npy", array)
+    data = (tmp_path / "0.npy").read_bytes()
+    path = tmp_path
+    if tar:
+        path = tmp_path / "train.tar"
+        pack(path, tmp_path, ["0.npy"])
+        (tmp_path / "0.npy").unlink()
+    dataset = build_dataset(path, "train", lambda image: image, read=ReadSettings(5), labels=False)
+    expected = np.moveaxis(array, shape.index(5), 0).astype(np.float64)
+    for _ in range(2):  # what is written to an image is not seen by the next reader
+        image = dataset[0]["image"]
+        assert (image.numpy() == expected).all() and image.is_contiguous()
+        image.zero_()
+    # The caller's bytes are its own; the memory of a view is shared where pixels lie in it as they are.
+    decode(data, ReadSettings(5)).zero_()
+    assert (np.load(io.BytesIO(data)) == array).all()
+    view = memoryview(bytearray(data))
+    decode(view, ReadSettings(5)).zero_()
+    shared = shape[0] == 5 and dtype not in (">u2", "float64")
+    assert (np.load(io.BytesIO(view)) == 0).all() == shared
+
+
+def test_large_values_are_finite_though_their_sum_is_not():
+    array = np.full((1, 8, 8), 3e38, np.float32)
+    assert (decode(encode_npy(array), ReadSettings(1)).numpy() == array).all()
+    for value in (np.nan, np.inf, -np.inf):
+        array[0, 1, 2] = value
+        with pytest.raises(ValueError, match="1 of its 64 values are not finite"):
+            decode(encode_npy(array), ReadSettings(1))
+    array[0, 3, 4] = np.inf
+    with pytest.raises(ValueError, match="2 of its 64 values are not finite"):
+        decode(encode_npy(array), ReadSettings(1))
+
+
+def encode_npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def in_mode(mode):
     if mode == "P":
         return picture(1).quantize(256)
