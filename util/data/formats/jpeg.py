@@ -78,7 +78,7 @@ def _torchvision() -> Decode:
     return decode
 
 
-# The fastest first. Each function imports its library, and may raise anything.
+# The second is deprecated in favour of the first. Each function imports its library, and may raise anything.
 LIBRARIES = {"torchcodec": _torchcodec, "torchvision": _torchvision}
 
 
