@@ -3,21 +3,27 @@
     python benchmarks/run.py data --data_path photos.tar                     a tar or a folder of JPEGs
     python benchmarks/run.py data --data_path photos.tar --endurance 20      whether memory grows
 
-The default is the demo set. The data paths are measured in a single thread, then in a loader with workers.
+The default is the demo set. Arrays of 16 and 32 bits, made for the purpose, are measured against a memory map
+of the same bytes. The data paths are measured in a single thread, then in a loader with workers.
 The last rows add the way to the device, as in training: on a GPU batches are pinned, copied during other
 work, and normalised there.
 """
 
 import argparse
+import io
+import math
 import multiprocessing
 import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
@@ -36,8 +42,9 @@ from benchmarks.timing import (
     wait_for,
 )
 from util.data import native
-from util.data.datasets import DEMO, ImageDataset
-from util.data.formats import open_image
+from util.data.datasets import DEMO, ImageDataset, build_dataset
+from util.data.formats import ReadSettings, jpeg, open_image
+from util.data.formats.pil import decode_by_pil
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
 from util.data.pixels import Pixels
@@ -48,24 +55,50 @@ from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 224
 BASELINE = "torchvision ImageFolder + PIL, float32"
-WITHOUT_LIBRARY = "torchvision.io + v2, uint8 (without the library)"
+WITHOUT_LIBRARY = "{} + v2, uint8 (without the library)"
+# Type and (C, H, W) of the arrays that are measured, so many of each.
+ARRAYS = tuple((dtype, shape) for dtype in ("uint16", "float32") for shape in ((3, 256, 256), (13, 128, 128)))
+ARRAY_FILES = 64
 NATIVE = "native, original files"
 BOUNDED = "native, shards of long side 500"
 # Clock ticks per second of the CPU times in /proc.
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+@lru_cache
+def jpeg_decoder(name: str) -> jpeg.Decoder | None:
+    """The decoder of that name, if it is installed."""
+    if name == "PIL":
+        return jpeg.Decoder(name, decode_by_pil)
+    return jpeg.usable(name)
+
+
 class WithoutNative(ImageDataset):
-    """The same samples, decoded as on a machine without the native library."""
+    """The same samples, decoded as on a machine without the native library, by `decoder`."""
+
+    decoder = "PIL"
 
     def __getitem__(self, item):
         # Replaced for each sample: other data sets of this process still use the library.
         library = native.library
+        general = jpeg.decoder
         native.library = lambda: None
+        jpeg.decoder = lambda: jpeg_decoder(self.decoder)  # type: ignore[assignment]
         try:
             return super().__getitem__(item)
         finally:
             native.library = library
+            jpeg.decoder = general
+
+
+class Whole:
+    """A transform that changes nothing, and draws nothing as our own do."""
+
+    def crop_jpeg(self, data: bytes, key: int | None = None, max_pixels: int = 0) -> None:
+        """Every image is decoded."""
+
+    def __call__(self, image: torch.Tensor, key: int | None = None) -> torch.Tensor:
+        return image
 
 
 def unpack(index, folder: str) -> str:
@@ -105,7 +138,9 @@ def datasets(data_path: str, scratch: str) -> dict[str, ImageSet]:
     made = baselines(folder)
     files = build_index(folder)
     crop = pretrain_transform(SIZE)
-    made[WITHOUT_LIBRARY] = WithoutNative(files, crop)
+    for decoder in decoders():
+        made[WITHOUT_LIBRARY.format(decoder)] = general = WithoutNative(files, crop)
+        general.decoder = decoder
     if not native.library():
         print(f"the other paths need the native library: `{native.BUILD}` ({native.describe()})")
         return made
@@ -118,6 +153,16 @@ def datasets(data_path: str, scratch: str) -> dict[str, ImageSet]:
         repack.repack(folder, target, long_side=bound, num_workers=2)
         made[f"native, {name}"] = ImageDataset(build_index(target), crop)
     return made
+
+
+def decoders() -> list[str]:
+    """Names of the decoders of JPEGs that are installed, the one in use first."""
+    return [name for name in (*jpeg.LIBRARIES, "PIL") if jpeg_decoder(name)]
+
+
+def general_path() -> str:
+    """Name of the path that a machine without the native library takes."""
+    return WITHOUT_LIBRARY.format(decoders()[0])
 
 
 def own_paths(sets: dict[str, ImageSet]) -> dict[str, ImageDataset]:
@@ -143,15 +188,63 @@ def per_core(sets: dict[str, ImageSet], rounds: int, images: int) -> list[dict]:
     torch.set_num_threads(1)
     seconds = interleaved(calls, rounds, clock=time.process_time)
     torch.set_num_threads(before)
+    # Without the library there is no such path.
+    library = seconds.get(NATIVE)
     return [
         dict(
             path=name,
             ms=spread([t / images * 1e3 for t in times]),
             images_per_s=spread([images / t for t in times]),
             ratio=ratio(seconds[BASELINE], times),
+            of_native=library and ratio(library, times),
         )
         for name, times in seconds.items()
     ]
+
+
+def write_arrays(path: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Write a tar of .npy files (C, H, W) of random values."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(ARRAY_FILES):
+            file = io.BytesIO()
+            np.save(file, (generator.random(shape) * 60000).astype(dtype))
+            member = tarfile.TarInfo(f"{i:03}.npy")
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+
+
+def mapped_arrays(path: str, dtype: str, shape: tuple[int, ...]) -> Callable[[], None]:
+    """A function that copies all arrays of a tar from a memory map of it, and checks nothing."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    with tarfile.open(path) as tar:
+        # The values are the last bytes of a file.
+        starts = [member.offset_data + member.size - size for member in tar]
+    mapped = np.memmap(path, np.uint8, "r")
+
+    def call() -> None:
+        for start in starts:
+            torch.from_numpy(np.array(mapped[start : start + size].view(dtype).reshape(shape)))
+
+    return call
+
+
+def array_row(folder: str, dtype: str, shape: tuple[int, ...], rounds: int) -> dict:
+    """Row of arrays of one kind, read and decoded through `ImageDataset` and from a memory map; CPU time."""
+    path = os.path.join(folder, f"{dtype}_{shape[0]}.tar")
+    write_arrays(path, dtype, shape)
+    dataset = build_dataset(path, "train", Whole(), read=ReadSettings(shape[0]), labels=False)
+    assert isinstance(dataset, ImageDataset)
+    calls = {"map": mapped_arrays(path, dtype, shape), "data set": read_images(dataset, ARRAY_FILES)}
+    seconds = interleaved(calls, rounds, clock=time.process_time)
+    size = ARRAY_FILES * math.prod(shape) * np.dtype(dtype).itemsize
+    return dict(
+        arrays=f"{dtype} {shape}",
+        bytes_per_s=spread([size / t for t in seconds["data set"]]),
+        map_bytes_per_s=spread([size / t for t in seconds["map"]]),
+        ratio=ratio(seconds["map"], seconds["data set"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +300,8 @@ def in_a_loader(sets: dict[str, ImageSet], loading: Loading, record: Record) -> 
     On a machine that others use too, only the CPU time is the cost of a path.
     """
     # DCT scaling hardly differs from full decoding.
-    names = [name for name in sets if "DCT" not in name]
+    general = {WITHOUT_LIBRARY.format(name) for name in decoders()} - {general_path()}
+    names = [name for name in sets if "DCT" not in name and name not in general]
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for i in range(loading.rounds):
@@ -413,10 +507,31 @@ def run_one_core(sets: dict[str, ImageSet], args: argparse.Namespace, record: Re
             "ms/image (CPU)": shown(row["ms"]),
             "images/s": shown(row["images_per_s"], 0),
             "times the first": shown(row["ratio"]),
+            "times the library": shown(row["of_native"]),
         }
         for row in rows
     ]
     print(table(lines))
+
+
+def run_arrays(scratch: str, rounds: int, record: Record) -> None:
+    """Measure and print arrays of more than 8 bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for dtype, shape in ARRAYS:
+        record.add("arrays", array_row(scratch, dtype, shape, rounds))
+    torch.set_num_threads(before)
+    print(f"\n.npy files in a tar, one thread, CPU time; {rounds} rounds of {ARRAY_FILES} files")
+    lines = [
+        {
+            "arrays": row["arrays"],
+            "GB/s": shown({name: rate / 1e9 for name, rate in row["bytes_per_s"].items()}),
+            "GB/s, memory map": shown({name: rate / 1e9 for name, rate in row["map_bytes_per_s"].items()}),
+            "times the map": shown(row["ratio"]),
+        }
+        for row in record.results["arrays"]
+    ]
+    print(table(lines), flush=True)
 
 
 def run_loader(sets: dict[str, ImageSet], loading: Loading, record: Record) -> None:
@@ -441,7 +556,7 @@ def run_device(sets: dict[str, ImageSet], loading: Loading, device: torch.device
     # Without the library neither of them exists.
     paths = own_paths(sets)
     names = [name for name in (NATIVE, BOUNDED) if name in paths]
-    for name in names or [WITHOUT_LIBRARY]:
+    for name in names or [general_path()]:
         rates = onto_device(paths[name], loading, device)
         record.add("device", dict(path=name, device=device.type, images_per_s=spread(rates)))
     print(f"\nthe same with the way to the device ({device.type}), normalised there, wall time")
@@ -461,12 +576,13 @@ def main(argv: list[str], record: Record | None = None) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         sets = datasets(args.data_path, scratch)
         paths = own_paths(sets)
-        index = paths.get(NATIVE, paths[WITHOUT_LIBRARY]).index
+        index = paths[general_path()].index
         width, height = mean_size(index)
         print(f"\n{len(index)} images, mean {width:.0f} x {height:.0f}")
         record.set("images", len(index))
         record.set("mean_size", [width, height])
         run_one_core(sets, args, record)
+        run_arrays(scratch, args.rounds, record)
         if args.batches:
             run_loader(sets, loading, record)
             run_device(sets, loading, device, record)

@@ -25,7 +25,7 @@ from util.train.amp import EMULATED, relative_speed
 
 Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "transformers", "numpy", "pillow")
 MIB = 2**20
 
 

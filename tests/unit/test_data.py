@@ -3,6 +3,7 @@
 Images are generated; some tests also use real ones if they are present.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
 from torchvision.transforms import v2
@@ -34,6 +36,8 @@ from util.data import __main__ as commands
 from util.data import datasets, formats
 from util.data.datasets import ImageDataset, build_class_dataset, build_dataset
 from util.data.formats import ReadSettings, decode, is_plain_jpeg
+from util.data.formats.jpeg import Decoder, usable
+from util.data.formats.pil import decode_by_pil
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
@@ -566,11 +570,10 @@ def test_the_digest_is_of_the_images_that_are_used(tmp_path):
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.parametrize("decoder", ["torchcodec", "torchvision", "PIL"])
 @pytest.mark.filterwarnings("error:.*ransparency")
-def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeypatch):
-    if not torchvision:
-        monkeypatch.setattr(formats.jpeg, "decode_jpeg", None)
+def test_decode_equals_pil(format, mode, options, channels, decoder, monkeypatch):
+    decode_by(decoder, monkeypatch)
     data = encode(in_mode(mode), format, **options)
     expected = np.asarray(by_pil(data, mode, channels)).reshape(40, 48, channels)
     decoded = decode(data, ReadSettings(channels))
@@ -581,6 +584,148 @@ def test_decode_equals_pil(format, mode, options, channels, torchvision, monkeyp
             decode(data[: int(len(data) * part)], ReadSettings(channels))
     with pytest.raises(ValueError, match="more than `max_pixels` 900"):
         decode(data, ReadSettings(channels, max_pixels=900))
+
+
+def decode_by(name, monkeypatch):
+    """Let a library, or PIL, decode ordinary JPEGs; skip the test if it is not installed."""
+    found = Decoder("PIL", decode_by_pil)
+    if name != "PIL":
+        pytest.importorskip(name)
+        found = usable(name)
+        assert found is not None, f"{name} is installed, and differs from PIL or cannot be loaded"
+    monkeypatch.setattr(formats.jpeg, "decoder", lambda: found)
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "torchvision", "PIL"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("name", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1"])
+def test_every_decoder_reads_every_subsampling_as_pil_does(name, progressive, decoder, monkeypatch):
+    # PIL does not write the last two. Their files have as many blocks as those of another subsampling.
+    written, sampling = {"4:4:0": ("4:2:2", b"\x12"), "4:1:1": ("4:2:0", b"\x41")}.get(name, (name, b""))
+    frame = {False: b"\xff\xc0", True: b"\xff\xc2"}[progressive]
+    data = encode(picture(2, (64, 64)), "JPEG", subsampling=written, progressive=progressive)
+    if sampling:
+        at = data.index(b"\x03\x01", data.index(frame)) + 2
+        data = data[:at] + sampling + data[at + 1 :]
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+    decode_by(decoder, monkeypatch)
+    assert (decode(data).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "torchvision", "PIL"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_no_decoder_turns_an_image_unless_it_is_asked_to(orientation, decoder, monkeypatch):
+    decode_by(decoder, monkeypatch)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(1), "JPEG", exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert (decode(data).numpy() == stored.transpose(2, 0, 1)).all()
+    assert (decode(data, ReadSettings(exif="apply")).numpy() == turned.transpose(2, 0, 1)).all()
+    # EXIF between the scans of a progressive file.
+    progressive = encode(picture(1), "JPEG", progressive=True)
+    segment = data[2 : 4 + int.from_bytes(data[4:6])]
+    if segment[:2] != b"\xff\xe1":  # JFIF comes first
+        at = data.index(b"\xff\xe1")
+        segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+    last = progressive.rindex(b"\xff\xc4")  # the tables of the last scan
+    moved = progressive[:last] + segment + progressive[last:]
+    assert (decode(moved).numpy() == decode(progressive).numpy()).all()
+
+
+def test_the_decoder_is_the_first_library_that_can_be_loaded_and_agrees_with_pil(monkeypatch):
+    """A library that is absent, damaged, differs in one pixel or shows half an image is passed over."""
+
+    def absent():
+        raise ImportError("no module")
+
+    def broken():
+        raise OSError("libtorchcodec_image.so: undefined symbol")
+
+    def brighter():
+        return lambda data, read: decode_by_pil(data, read).clamp(min=1)
+
+    def lenient():
+        def decode(data, read):
+            try:
+                return decode_by_pil(data, read)
+            except OSError:
+                return torch.zeros(read.in_chans, 32, 32, dtype=torch.uint8)
+
+        return decode
+
+    def same():
+        return decode_by_pil
+
+    for faulty in (absent, broken, brighter, lenient):
+        monkeypatch.setattr(formats.jpeg, "LIBRARIES", {"torchcodec": faulty, "torchvision": same})
+        formats.jpeg.decoder.cache_clear()
+        assert formats.jpeg.decoder().name == "torchvision", faulty
+        monkeypatch.setattr(formats.jpeg, "LIBRARIES", {"torchcodec": faulty, "torchvision": faulty})
+        formats.jpeg.decoder.cache_clear()
+        assert formats.jpeg.decoder() == Decoder("PIL", decode_by_pil)
+    monkeypatch.undo()
+    formats.jpeg.decoder.cache_clear()
+    installed = [name for name in formats.jpeg.LIBRARIES if importlib.util.find_spec(name)]
+    assert formats.jpeg.decoder().name == installed[0]
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "torchvision"])
+def test_decoding_neither_warns_nor_changes_the_filters_of_warnings(decoder, monkeypatch):
+    decode_by(decoder, monkeypatch)
+    data = encode(picture(1), "JPEG")
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode(data)
+        decode(data, ReadSettings(1))
+    assert not caught and warnings.filters == before
+
+
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", ">u2", "float64"])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (6, 7, 5)])
+def test_arrays_are_read_without_a_copy_and_can_be_written_to(tar, dtype, shape, tmp_path):
+    array = np.random.default_rng(3).integers(0, 200, shape).astype(dtype)
+    np.save(tmp_path / "0.npy", array)
+    data = (tmp_path / "0.npy").read_bytes()
+    path = tmp_path
+    if tar:
+        path = tmp_path / "train.tar"
+        pack(path, tmp_path, ["0.npy"])
+        (tmp_path / "0.npy").unlink()
+    dataset = build_dataset(path, "train", lambda image: image, read=ReadSettings(5), labels=False)
+    expected = np.moveaxis(array, shape.index(5), 0).astype(np.float64)
+    for _ in range(2):  # what is written to an image is not seen by the next reader
+        image = dataset[0]["image"]
+        assert (image.numpy() == expected).all() and image.is_contiguous()
+        image.zero_()
+    # The caller's bytes are its own; the memory of a view is shared where pixels lie in it as they are.
+    decode(data, ReadSettings(5)).zero_()
+    assert (np.load(io.BytesIO(data)) == array).all()
+    view = memoryview(bytearray(data))
+    decode(view, ReadSettings(5)).zero_()
+    shared = shape[0] == 5 and dtype not in (">u2", "float64")
+    assert (np.load(io.BytesIO(view)) == 0).all() == shared
+
+
+def test_large_values_are_finite_though_their_sum_is_not():
+    array = np.full((1, 8, 8), 3e38, np.float32)
+    assert (decode(encode_npy(array), ReadSettings(1)).numpy() == array).all()
+    for value in (np.nan, np.inf, -np.inf):
+        array[0, 1, 2] = value
+        with pytest.raises(ValueError, match="1 of its 64 values are not finite"):
+            decode(encode_npy(array), ReadSettings(1))
+    array[0, 3, 4] = np.inf
+    with pytest.raises(ValueError, match="2 of its 64 values are not finite"):
+        decode(encode_npy(array), ReadSettings(1))
+
+
+def encode_npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def in_mode(mode):

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the run of this file by itself
 
-from util.data import native
+from util.data import formats, native
 from util.data.datasets import ImageDataset, build_dataset
 from util.data.formats import ReadSettings, decode
 from util.data.native import bindings, compiler
@@ -473,7 +473,7 @@ def crops_as_the_general_decoder(data, rng, compare):
 # --- building and loading ---
 
 
-def test_without_a_usable_library_torchvision_decodes(built, tmp_path, monkeypatch):
+def test_without_a_usable_library_the_general_decoder_is_named(built, tmp_path, monkeypatch):
     for content, message in (
         (None, "faster after `python -m util.data.native build`"),
         (b"junk", "cannot be loaded"),
@@ -483,6 +483,7 @@ def test_without_a_usable_library_torchvision_decodes(built, tmp_path, monkeypat
             path.write_bytes(content)
         monkeypatch.setattr(bindings, "LIBRARY", path)
         assert native.library() is None and message in native.describe()
+        assert native.describe().startswith(f"JPEGs by {formats.jpeg.decoder().name}; ")
         assert pretrain_transform(8).crop_jpeg(jpeg(picture())) is None
     shutil.copy(built, tmp_path / "old.so")
     monkeypatch.setattr(bindings, "LIBRARY", tmp_path / "old.so")

@@ -10,7 +10,7 @@ import torch
 
 from util.data import native
 from util.data.contract import ClassSamples, IndexedSamples, Samples
-from util.data.formats import DEFAULT, ReadSettings, decode, raise_pillows_limit
+from util.data.formats import DEFAULT, PIL_MODES, ReadSettings, decode, raise_pillows_limit
 from util.data.formats.pil import orientation
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import ImageIndex
@@ -133,6 +133,8 @@ class ImageDataset(IndexedSamples):
         raise_pillows_limit(self.read.max_pixels)
         if self.pixels is not None:
             return Loaded(self.pixels[i], transformed=False)
+        if self._mostly_arrays:
+            return Loaded(decode(self.index.read_writable(i), self.read), transformed=False)
         data = self.index.read(i)
         # Decoding only the crop is faster, if the native library is there and the file is an ordinary JPEG.
         if self._crops_jpegs() and not self._is_turned(data):
@@ -140,6 +142,11 @@ class ImageDataset(IndexedSamples):
             if crop is not None:
                 return Loaded(crop, transformed=True)
         return Loaded(decode(data, self.read), transformed=False)
+
+    @property
+    def _mostly_arrays(self) -> bool:
+        """Tell whether the files are probably .npy, whose pixels need no copy of their bytes."""
+        return self.depth != torch.uint8 or self.read.in_chans not in PIL_MODES
 
     def _is_turned(self, data: bytes) -> bool:
         return self.read.exif == "apply" and orientation(data) != 1

@@ -1,8 +1,10 @@
 """NumPy arrays, .npy and .npz: any number of bands and every depth."""
 
 import io
+import math
 import zipfile
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,41 +27,39 @@ WIDENED: dict[Any, Any] = {
 }
 
 
-def is_npy(data: bytes) -> bool:
+def is_npy(data: bytes | memoryview) -> bool:
     """Tell whether a file is a NumPy array."""
-    return data.startswith(NPY_MAGIC)
+    return data[:6] == NPY_MAGIC
 
 
-def decode_npy(data: bytes, read: ReadSettings) -> torch.Tensor:
+def decode_npy(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
     """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`."""
-    file = io.BytesIO(data)
-    shape, fortran_order, dtype = _header(file)
-    axis = _check(shape, dtype, read)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    left = len(data) - file.tell()
-    if left < size:
-        raise ValueError(f"{shape} needs {size} bytes, and {left} follow its header")
-    order: Literal["C", "F"] = "C"
-    if fortran_order:
-        order = "F"
+    shape, order, dtype, axis, start, shared = _layout(_header_bytes(data), read)
+    count = math.prod(shape)
+    left = len(data) - start
+    if left < count * dtype.itemsize:
+        raise ValueError(f"{shape} needs {count * dtype.itemsize} bytes, and {left} follow its header")
+    if shared is not None and isinstance(data, memoryview):
+        image = torch.frombuffer(data, dtype=shared, count=count, offset=start)
+        return picked(image.view(-1, *shape[-2:]), read)  # (H, W) -> (1, H, W)
     # The bytes of the file, not a copy.
-    array = np.frombuffer(data, dtype, size // dtype.itemsize, file.tell()).reshape(shape, order=order)
+    array = np.frombuffer(data, dtype, count, start).reshape(shape, order=order)
     return picked(as_tensor(_bands_first(array, axis)), read)
 
 
 def npy_facts(data: bytes, read: ReadSettings) -> Facts:
     """Read the header of an array."""
-    shape, _, dtype = _header(io.BytesIO(data))
-    axis = _check(shape, dtype, read)
-    return Facts(_depth(dtype), (*shape, 1)[axis] if len(shape) == 3 else 1)
+    layout = _layout(_header_bytes(data), read)
+    shape = layout.shape
+    return Facts(_depth(layout.dtype), (*shape, 1)[layout.axis] if len(shape) == 3 else 1)
 
 
-def is_npz(data: bytes) -> bool:
+def is_npz(data: bytes | memoryview) -> bool:
     """Tell whether a file may be NumPy's archive of arrays."""
-    return data.startswith(ZIP_MAGIC)
+    return data[:4] == ZIP_MAGIC
 
 
-def decode_npz(data: bytes, read: ReadSettings) -> torch.Tensor:
+def decode_npz(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
     """Decode the only array of an archive, or the one called `image` or `arr_0`."""
     return decode_npy(_member(data, read), read)
 
@@ -81,6 +81,49 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
             raise ValueError(f"its integers reach {largest}: float32 is exact up to {LARGEST_EXACT}")
     # A copy in the order of its axes: the file's bytes cannot be written to.
     return torch.from_numpy(np.array(array, dtype=kept, order="C"))
+
+
+class Layout(NamedTuple):
+    """Where the values of an array lie in its file.
+
+    Attributes:
+        axis: of the bands.
+        start: of the values, in bytes.
+        shared: the type of a tensor (C, H, W) in the file's own memory; None if there must be a copy.
+    """
+
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    dtype: np.dtype
+    axis: int
+    start: int
+    shared: torch.dtype | None
+
+
+def _header_bytes(data: bytes | memoryview) -> bytes:
+    """Return the first bytes of a .npy file, up to its values."""
+    width = 4  # bytes of the number that follows magic and version
+    if data[6:7] == b"\x01":
+        width = 2
+    length = int.from_bytes(data[8 : 8 + width], "little")
+    return bytes(data[: 8 + width + length])
+
+
+# The files of a data set have few headers, and to parse one takes longer than to copy a small image.
+@lru_cache(maxsize=1024)
+def _layout(header: bytes, read: ReadSettings) -> Layout:
+    """Read a header, and check that its array is an image."""
+    file = io.BytesIO(header)
+    shape, fortran_order, dtype = _header(file)
+    axis = _check(shape, dtype, read)
+    order: Literal["C", "F"] = "C"
+    if fortran_order:
+        order = "F"
+    shared = None
+    in_order = not fortran_order and (len(shape) == 2 or axis == 0)
+    if in_order and dtype.isnative and dtype.type in KEPT and file.tell() % dtype.itemsize == 0:
+        shared = _depth(dtype)
+    return Layout(shape, order, dtype, axis, file.tell(), shared)
 
 
 def _header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -140,7 +183,7 @@ def _bands_first(array: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(array, axis, 0)
 
 
-def _member(data: bytes, read: ReadSettings) -> bytes:
+def _member(data: bytes | memoryview, read: ReadSettings) -> bytes:
     """Return the .npy file in an archive that holds the image, unpacked."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}

@@ -3,8 +3,8 @@
     python -m util.data.native build     needs a C compiler and the headers of libjpeg-turbo; see README.md
 
 It is plain C behind ctypes. It therefore works with every version of Python and torch, and it runs without
-the interpreter's lock. Without the library, torchvision makes the same crops more slowly; their pixels differ
-by rounding at most.
+the interpreter's lock. Without the library, images are decoded as a whole (by torchcodec, torchvision or PIL)
+and torchvision makes the same crops more slowly; their pixels differ by rounding at most.
 """
 
 from util.data.native.bindings import (

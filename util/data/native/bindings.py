@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from util.data.formats import jpeg
 from util.data.native import compiler
 from util.data.native.compiler import BUILD
 
@@ -31,25 +32,24 @@ Size = tuple[int, int]
 # Asked for every image, and the answer changes with a build only.
 @lru_cache(maxsize=1)
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """Return the library at `path` or None, and one line about who decodes JPEGs."""
+    """Return the library at `path` or None, and how to get one."""
     if not path.exists():
-        return None, f"JPEGs by torchvision; faster after `{BUILD}`"
+        return None, f"faster after `{BUILD}`"
     try:
         native = ctypes.CDLL(str(path))
         native.native_source_id.restype = ctypes.c_char_p
         # A library of other sources could have other functions, or other bits.
         if native.native_source_id().decode() != compiler.source_id():
-            return None, f"JPEGs by torchvision; the native library is out of date: `{BUILD}`"
+            return None, f"the native library is out of date: `{BUILD}`"
         # A trial run: libjpeg's structures differ between versions, and a wrong one would corrupt memory.
         if native.native_ready() != DONE:
             return None, (
-                "JPEGs by torchvision; the native library was built for another libjpeg than the one "
-                f"installed: `{BUILD}`"
+                f"the native library was built for another libjpeg than the one installed: `{BUILD}`"
             )
     except (OSError, AttributeError) as error:
-        return None, f"JPEGs by torchvision; the native library cannot be loaded ({error}): `{BUILD}`"
+        return None, f"the native library cannot be loaded ({error}): `{BUILD}`"
     _declare_arguments(native)
-    return native, "JPEGs by the native library"
+    return native, ""
 
 
 def _declare_arguments(native: ctypes.CDLL) -> None:
@@ -76,7 +76,10 @@ def forget() -> None:
 
 def describe() -> str:
     """Say who decodes JPEGs, and how to make that faster."""
-    return _load(LIBRARY)[1]
+    native, advice = _load(LIBRARY)
+    if native is not None:
+        return "JPEGs by the native library"
+    return f"JPEGs by {jpeg.decoder().name}; {advice}"
 
 
 def _loaded() -> ctypes.CDLL:
