@@ -119,7 +119,8 @@ def test_order_and_labels_equal_image_folder(tmp_path):
     assert index.labels.tolist() == [label for _, label in reference.samples]
     assert index.classes == reference.classes == ["a", "a-b", "b"]
     assert index.summary() == (
-        f"{tmp_path}: 8 images, 3 classes (class folders; 1 image outside class folders ignored)"
+        f"{tmp_path}: 8 images, 3 classes (class folders; 1 image outside class folders ignored; "
+        "left out: 1 .txt, 2 hidden)"
     )
     assert [index.read(i) for i in range(8)] == [Path(p).read_bytes() for p, _ in reference.samples]
 

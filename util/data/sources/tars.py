@@ -5,6 +5,7 @@ reads and checks where it goes.
 """
 
 import errno
+import functools
 import io
 import os
 import re
@@ -12,7 +13,8 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 
-from util.data.formats import IMAGE_SUFFIXES
+from util.data.formats.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
+from util.data.sources.listing_cache import NO_SUFFIX
 from util.files.names import counted, printable
 from util.files.regular import open_regular
 
@@ -32,7 +34,9 @@ Place = tuple[bytes, int, int]
 
 
 def list_tar(path: str) -> tuple[list[Place], Counter[str]]:
-    """List the images in a tar, and count those that are left out, by kind (see LEFT_OUT).
+    """List the images in a tar, and count the other files, by kind (see listing.py).
+
+    A regular file without a suffix is an image if its first bytes are those of one.
 
     Further tars that were appended with `cat` are read as well. Of equal names the last one counts, as
     when a tar is unpacked. Raises ValueError, which names the tar, if it is compressed, damaged, cut off or
@@ -42,7 +46,7 @@ def list_tar(path: str) -> tuple[list[Place], Counter[str]]:
     with _Headers(open_regular(path, buffering=0)) as file:
         try:
             for member in file.members():
-                images.add(member)
+                images.add(member, file)
         # Damaged headers raise many types: TarError, ValueError, OverflowError, RecursionError, ...
         except Exception as error:
             raise _unreadable(file, len(images.places), error) from error
@@ -56,14 +60,16 @@ class _Images:
         self.places: dict[bytes, tuple[int, int]] = {}
         self.links: list[tuple[bytes, bytes]] = []
         self.left_out: Counter[str] = Counter()
+        # Once each, as a folder lists them: hidden files, and hidden folders without what they hold.
+        self.hidden: set[bytes] = set()
 
-    def add(self, member: tarfile.TarInfo) -> None:
+    def add(self, member: tarfile.TarInfo, file: io.BufferedReader) -> None:
         name = _member_name(member.name)
-        if name.startswith(b"../") or b"\0" in name:
-            self.left_out["unsafe name"] += name.lower().endswith(IMAGE_SUFFIXES)
-        elif not _is_image(name) or member.isdir():
+        if not _is_image(name) and not self._is_other_image(name, member, file):
             return
-        elif member.islnk():  # tar stores a further name of a file as a link to the first
+        if member.isdir():
+            return
+        if member.islnk():  # tar stores a further name of a file as a link to the first
             self.links.append((name, _member_name(member.linkname)))
         elif member.issym():
             self.left_out["link"] += 1
@@ -74,6 +80,30 @@ class _Images:
         else:
             self.left_out["earlier version"] += name in self.places
             self.places[name] = member.offset_data, member.size
+
+    def _is_other_image(self, name: bytes, member: tarfile.TarInfo, file: io.BufferedReader) -> bool:
+        """Tell whether a member may be an image though its name does not say so; count it if not."""
+        if member.isdir() or is_of_system(name):
+            return False
+        suffix = suffix_of(name)
+        if name.startswith(b"../") or b"\0" in name:
+            self.left_out["unsafe name" if is_image_name(name) else suffix or NO_SUFFIX] += 1
+            return False
+        if _is_hidden(name):
+            self.hidden.add(_hidden_part(name))
+            self.left_out["hidden"] = len(self.hidden)
+            return False
+        if suffix:
+            self.left_out[suffix] += 1
+            return False
+        # What is no regular file is counted as that.
+        if not member.isreg() or member.issparse():
+            return True
+        # The block after the header is in memory in most cases.
+        if starts_like_image(os.pread(file.fileno(), min(HEAD, member.size), member.offset_data)):
+            return True
+        self.left_out[NO_SUFFIX] += 1
+        return False
 
     def listed(self) -> list[Place]:
         """Return all images; call it once, after the last `add`."""
@@ -87,9 +117,30 @@ def _member_name(name: str) -> bytes:
     return os.fsencode(os.path.normpath(name).lstrip("/"))
 
 
+def _is_hidden(name: bytes) -> bool:
+    return name.startswith(b".") or b"/." in name
+
+
+def _hidden_part(name: bytes) -> bytes:
+    """Return a path up to its first hidden part: a/.git of a/.git/x."""
+    start = name.find(b"/.") + 1
+    if name.startswith(b"."):
+        start = 0
+    end = name.find(b"/", start)
+    if end < 0:
+        return name
+    return name[:end]
+
+
 def _is_image(name: bytes) -> bool:
-    hidden = name.startswith(b".") or b"/." in name
-    return not hidden and name.lower().endswith(IMAGE_SUFFIXES)
+    if _is_hidden(name) or not is_image_name(name) or b"\0" in name:
+        return False
+    return not _is_system_folder(name.rpartition(b"/")[0])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_system_folder(folder: bytes) -> bool:
+    return is_of_system(folder)
 
 
 class _Headers(io.BufferedReader):
