@@ -30,7 +30,10 @@ def is_npy(data: bytes) -> bool:
 
 
 def decode_npy(data: bytes, read: ReadSettings) -> torch.Tensor:
-    """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`."""
+    """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`.
+
+    (H, W) is grey, and becomes three equal channels if three are wanted.
+    """
     file = io.BytesIO(data)
     shape, fortran_order, dtype = _header(file)
     axis = _check(shape, dtype, read)
@@ -43,7 +46,15 @@ def decode_npy(data: bytes, read: ReadSettings) -> torch.Tensor:
         order = "F"
     # The bytes of the file, not a copy.
     array = np.frombuffer(data, dtype, size // dtype.itemsize, file.tell()).reshape(shape, order=order)
-    return picked(as_tensor(_bands_first(array, axis)), read)
+    image = as_tensor(_bands_first(array, axis))
+    if array.ndim == 2 and _is_grey_for_colours(read):
+        return image.expand(3, -1, -1).contiguous()  # (1, H, W) -> (3, H, W)
+    return picked(image, read)
+
+
+def _is_grey_for_colours(read: ReadSettings) -> bool:
+    """Tell whether grey becomes three equal channels, as in files of other formats."""
+    return read.in_chans == 3 and not read.channels
 
 
 def npy_facts(data: bytes, read: ReadSettings) -> Facts:
@@ -105,7 +116,7 @@ def _check(shape: tuple[int, ...], dtype: np.dtype, read: ReadSettings) -> int:
     _depth(dtype)  # raises for types without pixels
     axis = 2
     if len(shape) == 2:
-        if wanted not in (None, 1):
+        if wanted not in (None, 1) and not _is_grey_for_colours(read):
             raise ValueError(f"{described}, which is one band, expected {expected}")
     else:
         axis = _band_axis(shape, read, f"{described}, expected {expected}")
@@ -153,3 +164,14 @@ def _member(data: bytes, read: ReadSettings) -> bytes:
             raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")
         with archive.open(info) as member:
             return member.read(info.file_size)
+
+
+def npy_in(data: bytes, max_bytes: int) -> tuple[bytes, int]:
+    """Return the .npy file of the image in an archive, and how many arrays the archive holds.
+
+    Raises many types of errors for damaged archives, and ValueError for an array of more than `max_bytes`.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        arrays = sum(name.endswith(".npy") for name in archive.namelist())
+    # `_member` takes 8 bytes for a value.
+    return _member(data, ReadSettings(in_chans=1, max_pixels=max_bytes // 8)), arrays
