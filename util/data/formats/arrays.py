@@ -69,6 +69,17 @@ def is_npz(data: bytes) -> bool:
     return data.startswith(ZIP_MAGIC)
 
 
+def npy_in(data: bytes, max_bytes: int) -> tuple[bytes, int]:
+    """Return the .npy file of the image in an archive, and how many arrays the archive holds.
+
+    Raises many types of errors for damaged archives, and ValueError for an array of more than `max_bytes`.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        arrays = sum(name.endswith(".npy") for name in archive.namelist())
+    # `_member` takes 8 bytes for a value.
+    return _member(data, ReadSettings(in_chans=1, max_pixels=max_bytes // 8)), arrays
+
+
 def decode_npz(data: bytes, read: ReadSettings) -> torch.Tensor:
     """Decode the only array of an archive, or the one called `image` or `arr_0`."""
     return decode_npy(_member(data, read), read)
@@ -164,14 +175,3 @@ def _member(data: bytes, read: ReadSettings) -> bytes:
             raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")
         with archive.open(info) as member:
             return member.read(info.file_size)
-
-
-def npy_in(data: bytes, max_bytes: int) -> tuple[bytes, int]:
-    """Return the .npy file of the image in an archive, and how many arrays the archive holds.
-
-    Raises many types of errors for damaged archives, and ValueError for an array of more than `max_bytes`.
-    """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        arrays = sum(name.endswith(".npy") for name in archive.namelist())
-    # `_member` takes 8 bytes for a value.
-    return _member(data, ReadSettings(in_chans=1, max_pixels=max_bytes // 8)), arrays
