@@ -583,6 +583,12 @@ def test_decode_16_bit_arrays_and_junk():
 
     assert (decode(npy(array), ReadSettings(5)).numpy() == array.transpose(2, 0, 1)).all()
     assert (decode(npy(array[..., 0]), ReadSettings(1)).numpy() == array[None, ..., 0]).all()
+    # Grey becomes three equal channels, as in other formats, unless bands are picked.
+    grey = decode(npy(array[..., 0]), ReadSettings(3))
+    assert grey.shape[0] == 3 and all((channel.numpy() == array[..., 0]).all() for channel in grey)
+    assert decode(npy(array[..., 0]), ReadSettings(3, channels=(0,))).shape[0] == 1
+    with pytest.raises(ValueError, match="which is one band"):
+        decode(npy(array[..., 0]), ReadSettings(3, channels=(0,), bands=3))
     for data, channels, message in [
         (npy(array), 3, "found uint8 .*expected .H, W, 3."),
         (npy(array.astype(complex)), 5, "complex128, which are no pixels"),

@@ -146,6 +146,8 @@ class _Report:
             print(f"{images} {outcome}")
         for name in self.unreadable:
             print(f"unreadable: {printable(name)}")
+        if self.unreadable:
+            print("`python -m util.data check` gives the reasons")
         if self.bytes_before:
             ratio = self.bytes_after / self.bytes_before
             print(f"{self.bytes_before} -> {self.bytes_after} bytes ({ratio:.3f}x)")
