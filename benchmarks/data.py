@@ -48,7 +48,7 @@ from util.data.formats.pil import decode_by_pil
 from util.data.loading.loader import build_loader, device_batches
 from util.data.loading.samplers import EpochSampler
 from util.data.pixels import Pixels
-from util.data.sources import repack
+from util.data.repacking import repack
 from util.data.sources.layouts import build_index
 from util.data.transforms import pretrain_transform
 from util.flags.groups import IMAGENET_MEAN, IMAGENET_STD

@@ -126,7 +126,8 @@ def test_order_and_labels_equal_image_folder(tmp_path):
     assert index.labels.tolist() == [label for _, label in reference.samples]
     assert index.classes == reference.classes == ["a", "a-b", "b"]
     assert index.summary() == (
-        f"{tmp_path}: 8 images, 3 classes (class folders; 1 image outside class folders ignored)"
+        f"{tmp_path}: 8 images, 3 classes (class folders; 1 image outside class folders ignored; "
+        "left out: 1 .txt, 2 hidden)"
     )
     assert [index.read(i) for i in range(8)] == [Path(p).read_bytes() for p, _ in reference.samples]
 
@@ -783,6 +784,12 @@ def test_decode_16_bit_arrays_and_junk():
 
     assert (decode(npy(array), ReadSettings(5)).numpy() == array.transpose(2, 0, 1)).all()
     assert (decode(npy(array[..., 0]), ReadSettings(1)).numpy() == array[None, ..., 0]).all()
+    # Grey becomes three equal channels, as in other formats, unless bands are picked.
+    grey = decode(npy(array[..., 0]), ReadSettings(3))
+    assert grey.shape[0] == 3 and all((channel.numpy() == array[..., 0]).all() for channel in grey)
+    assert decode(npy(array[..., 0]), ReadSettings(3, channels=(0,))).shape[0] == 1
+    with pytest.raises(ValueError, match="which is one band"):
+        decode(npy(array[..., 0]), ReadSettings(3, channels=(0,), bands=3))
     for data, channels, message in [
         (npy(array), 3, "found uint8 .*expected .H, W, 3."),
         (npy(array.astype(complex)), 5, "complex128, which are no pixels"),

@@ -33,7 +33,7 @@ from util.data.loading.loader import eval_loader
 from util.data.loading.resample import Axis, resample
 from util.data.multicrop import MultiCrop, TwoViews
 from util.data.pixels import Pixels
-from util.data.sources.conversion import ENCODED, UNREADABLE, convert
+from util.data.repacking.conversion import ENCODED, UNREADABLE, convert
 from util.data.sources.layouts import build_index
 from util.data.timm_datasets import TimmDataset, TimmIterableDataset
 from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
@@ -328,7 +328,9 @@ def test_large_images_are_converted_in_strips(format, mode, options, channels, m
 def test_repacking_has_the_budget():
     data = encode(picture(1, size=(48, 40)), "PNG")
     assert convert(data, max_pixels=1919) == (data, UNREADABLE)
-    assert convert(npy((10**6, 10**6, 3)))[1] == UNREADABLE
+    # Nothing is allocated for what is claimed.
+    for data in (npy((10**6, 10**6, 3)), npy((10**6, 10**6), dtype="<u2"), npy((10**12, 1, 3), fortran=True)):
+        assert convert(data) == (data, UNREADABLE)
 
 
 def test_repacking_shrinks_what_pillow_would_refuse(library, monkeypatch):
@@ -563,6 +565,12 @@ def test_stats_have_the_budget_and_exact_sums(tmp_path, capsys):
     assert commands.main(["stats", str(tmp_path), "--max_pixels", str(37 * 41), "--recipe", ""]) == 0
     out = capsys.readouterr().out
     assert "left out: 1 image, as a/2.png: its 38 x 42 pixels are more than --max_pixels 1517" in out
+    # One line, though the sizes differ.
+    assert commands.main(["stats", str(tmp_path), "--max_pixels", "1440", "--recipe", ""]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert lines == [
+        "left out: 2 images, as a/1.png: its 37 x 41 pixels are more than --max_pixels 1440",
+    ]
     images = [decode(Path(tmp_path, f"a/{i}.png").read_bytes()).double().flatten(1) / 255 for i in (0, 1)]
     pixels = torch.cat(images, 1)  # (C, H*W)
     numbers = [float(word) for word in out.splitlines()[-1].split() if word[0] == "0"]

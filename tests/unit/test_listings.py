@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from util.data.datasets import ImageDataset, build_dataset
 from util.data.formats import ReadSettings
 from util.data.loading.cached_pixels import Reader
-from util.data.sources import listing, listing_cache, splits, tars
+from util.data.sources import layouts, listing, listing_cache, splits, tars
 from util.data.sources.image_index import ChangedTar, NoSplit, check_classes
 from util.data.sources.layouts import build_index, class_names
 from util.flags.data_path import DataPath
@@ -82,7 +83,7 @@ def test_tars_that_were_appended_are_read(tmp_path):
         path.write_bytes(first + zeros + second + END)
         index = build_index(path)
         assert images(index) == want and index.classes == ["a", "b"], len(zeros)
-        assert index.summary().endswith("(tar; 1 earlier version left out)")
+        assert index.summary().endswith("(tar; left out: 1 earlier version)")
     path.write_bytes(first + END + second + END + packed({"c/3.jpg": b"3"}) + END)
     assert images(build_index(path)) == want | {"c/3.jpg": b"3"}
 
@@ -135,8 +136,8 @@ def test_members_that_are_left_out_are_counted(tmp_path):
     for _ in range(2):  # the second time from the cache
         index = build_index(path)
         assert images(index) == want and index.classes == ["a", "b"]
-        text = "2 links, 2 sparse files, 2 special files, 3 unsafe names left out"
-        assert index.summary() == f"{path}: 7 images, 2 classes (tar; {text})"
+        text = "1 .txt, 3 links, 3 unsafe names, 2 sparse files, 2 special files, 1 hidden"
+        assert index.summary() == f"{path}: 7 images, 2 classes (tar; left out: {text})"
     assert (tmp_path / "train.tar.index.npz").exists()
 
 
@@ -296,7 +297,9 @@ def test_labels_lie_beside_the_images(tmp_path, labels, suffix, classes):
         index = build_index(tmp_path)
         assert index.classes == classes and index.paired
         assert labelled(index) == [(f"000{i}.jpg", text) for i, text in enumerate(texts)]
-        assert index.summary().endswith("4 images, 3 classes (2 tar shards, labels beside the images)")
+        assert index.summary().endswith(
+            "4 images, 3 classes (2 tar shards, labels beside the images; left out: 1 .gz, 1 .txt, 1 hidden)"
+        )
         loose = build_index(tmp_path, labels=False)
         assert images(loose) == images(index) and loose.labels.tolist() == [-1] * 4
     # One folder that holds all of them is no class.
@@ -322,7 +325,7 @@ def test_one_image_of_a_sample_is_taken(tmp_path):
         assert images(index) == {
             "0000.jpg": b"0", "0001.jpg": b"1", "0002.jpg": b"2", "0003.PNG": b"3", "0004.seg.png": b"only",
         }  # fmt: skip
-        assert index.labels.tolist() == [1, 0, 1, 0, 1] and "4 extra images left out" in index.summary()
+        assert index.labels.tolist() == [1, 0, 1, 0, 1] and "; left out: 4 extra images)" in index.summary()
     # Without labels beside them, they are images like others.
     path = old(tmp_path / "y.tar", packed({n: d for n, d in files.items() if ".cls" not in n}) + END)
     assert len(build_index(path, labels=False)) == 9
@@ -466,6 +469,152 @@ def test_a_tar_may_be_touched(tmp_path):
     index.check_unchanged(3)
 
 
+# --- what is left out ---
+
+
+def encoded(kind, size=(9, 7)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 60)).save(file, kind)
+    return file.getvalue()
+
+
+def array():
+    file = io.BytesIO()
+    np.save(file, np.zeros((4, 5, 3), np.uint8))
+    return file.getvalue()
+
+
+# Name -> content of images whose names do not say it.
+UNNAMED = {
+    **{
+        f"a/{kind}": encoded(kind)
+        for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF")
+    },
+    **{f"b/{name}": array() for name in ("0.jpg_large", "1.2.840.113619", "b.2024-06-01", "plain")},
+    "b/dicom": b"\0" * 128 + b"DICM" + b"\2\0",
+    "b/photo.JPG~": encoded("JPEG"),
+    "b/heic": b"\0\0\0\x18ftypheic\0\0\0\0",
+}
+# Others, and what they are counted as; "" for what is not worth a word.
+OTHERS = {
+    "README": (b"read me", "file without suffix"),
+    "a/film": (b"\0\0\0\x18ftypisom\0\0\0\0", "file without suffix"),
+    "a/empty": (b"", "file without suffix"),
+    "a/BMW": (b"BMW and other cars are in the pictures.", "file without suffix"),
+    "a/sound": (b"RIFF\x24\0\0\0WAVEfmt ", "file without suffix"),
+    "a/notes.TXT": (encoded("JPEG"), ".txt"),
+    "b/x.txt": (b"x", ".txt"),
+    "b/0.xml": (b"<a/>", ".xml"),
+    "b/set.tar.gz": (b"\x1f\x8b", ".gz"),
+    "b/.hidden.jpg": (encoded("JPEG"), "hidden"),
+    ".git/0": (b"x", "hidden"),
+    ".git/1.jpg": (b"x", ""),  # in a folder that is counted
+    ".index/train.npz": (b"PK\3\4", ""),
+    "b/Thumbs.db": (b"x", ""),
+    "b/.DS_Store": (b"x", ""),
+    "b/._0.jpg": (b"x", ""),
+    "__MACOSX/a/0.jpg": (encoded("JPEG"), ""),
+    "train.tar.index.npz": (b"PK\3\4", ""),
+}
+LEFT_OUT = {".txt": 2, "file without suffix": 5, ".xml": 1, ".gz": 1, "hidden": 2}
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "shards"])
+def test_all_files_are_images_or_counted(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(listing, "CACHE_FOLDERS_ABOVE", 1)
+    files = FILES | UNNAMED | {name: data for name, (data, _) in OTHERS.items()}
+    if layout == "folder":
+        for name, data in files.items():
+            (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / name).write_bytes(data)
+        for path in (tmp_path, tmp_path / "train", *(tmp_path / "train").rglob("*")):
+            os.utime(path, (1e9, 1e9))
+    elif layout == "tar":
+        old(tmp_path / "train.tar", packed(files) + END)
+    else:
+        names = list(files)
+        for shard in range(3):
+            part = {name: files[name] for name in names[shard::3]}
+            # A hidden folder that lies in two shards is one for each.
+            part.pop(".git/1.jpg", None)
+            old(tmp_path / f"train-{shard}.tar", packed(part) + END)
+    for again in range(2):
+        index = build_index(tmp_path)
+        assert images(index) == FILES | UNNAMED, again
+        assert index.left_out == LEFT_OUT
+        kind = {"folder": "class folders", "tar": "train.tar", "shards": "3 tar shards"}[layout]
+        assert index.summary() == (
+            f"{tmp_path}: 19 images, 2 classes ({kind}; left out: 2 .txt, 1 .gz, 1 .xml, "
+            "5 files without suffix, 2 hidden)"
+        )
+        # The second time from the cache.
+        for name in ("list_folder", "list_tar"):
+            monkeypatch.setattr(listing, name, None)
+        monkeypatch.setattr(layouts, "list_folder", None)
+
+
+def test_rare_suffixes_are_counted_together(tmp_path):
+    files = {f"a/{n}.s{n}": b"" for n in range(150)} | {f"a/{n}.txt": b"" for n in range(9)}
+    path = old(tmp_path / "train.tar", packed(files | FILES | {"a/.h": b""}) + END)
+    for _ in range(2):
+        index = build_index(path)
+        assert len(index.left_out) == listing_cache.MAX_KINDS and sum(index.left_out.values()) == 160
+        text = "9 .txt, 1 .s0, 1 .s1, 1 .s10, 1 .s100, 146 of other suffixes, 1 hidden"
+        assert index.summary() == f"{path}: 4 images, 2 classes (tar; left out: {text})"
+
+
+def test_listings_of_ours_are_no_images(tmp_path):
+    """The user's archives of arrays are."""
+    file = io.BytesIO()
+    np.savez(file, image=np.zeros((4, 5, 3), np.uint8))
+    (tmp_path / "0.npz").write_bytes(file.getvalue())
+    old(tmp_path / "x.tar")
+    build_index(tmp_path / "x.tar")
+    assert (tmp_path / "x.tar.index.npz").exists()
+    index = build_index(tmp_path, labels=False)
+    assert [index.name(i) for i in range(len(index))] == ["0.npz"] and index.left_out == {".tar": 1}
+
+
+@pytest.mark.parametrize(
+    "content, images, looks",
+    [
+        (lambda n: b"\xff\xd8\xff\xe0", 1000, 32),
+        (lambda n: b"text", 0, 32),
+        (lambda n: b"\xff\xd8\xff" if n % 2 else b"text", 500, 1032),
+    ],
+)
+def test_few_of_many_files_without_suffix_are_looked_at(tmp_path, monkeypatch, content, images, looks):
+    train = tree(tmp_path)
+    for n in range(1000):
+        (train / "a" / f"{n}").write_bytes(content(n))
+    looked = []
+    look = listing._starts_like_image
+    monkeypatch.setattr(listing, "_starts_like_image", lambda path: looked.append(path) or look(path))
+    index = build_index(tmp_path)
+    assert len(index) == 2 + images and index.left_out["file without suffix"] == 1000 - images
+    assert len(looked) == looks
+
+
+def test_pipes_and_closed_files_without_suffix_are_counted(tmp_path):
+    train = tree(tmp_path)
+    os.mkfifo(train / "a" / "pipe")
+    (train / "a" / "gone").symlink_to("nowhere")
+    (train / "a" / "linked").symlink_to("0.jpg")
+    (train / "a" / "0.jpg").write_bytes(encoded("JPEG"))
+    index = build_index(tmp_path)
+    assert index.left_out == {"special file": 1, "link": 1} and len(index) == 3
+    # In tars, too.
+    members = (
+        header("a/pipe", type=tarfile.FIFOTYPE)
+        + header("a/gone", type=tarfile.SYMTYPE, linkname="nowhere")
+        + packed(FILES | {"a/first": encoded("PNG")})
+        + header("a/same", type=tarfile.LNKTYPE, linkname="a/first")
+    )
+    index = build_index(old(tmp_path / "x.tar", members + END))
+    assert index.left_out == {"special file": 1, "link": 1}
+    assert images(index) == FILES | {"a/first": encoded("PNG"), "a/same": encoded("PNG")}
+
+
 # --- caches ---
 
 
@@ -473,7 +622,8 @@ def test_a_tar_may_be_touched(tmp_path):
 def cached(tmp_path, monkeypatch):
     """A tar, its cache, and a function that tells whether the cache is used; it checks the images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    path = old(tmp_path / "train.tar")
+    more = {"a/n.txt": b"n", "a/m.txt": b"m", "a/.hidden": b"h"}
+    path = old(tmp_path / "train.tar", packed(FILES | more) + END)
     cache = Path(path + ".index.npz")
     build_index(path)
     assert cache.exists()
@@ -484,9 +634,8 @@ def cached(tmp_path, monkeypatch):
     def used():
         listed.clear()
         index = build_index(path)
-        assert (
-            images(index) == FILES and index.labels.tolist() == [0, 0, 1, 1] and index.left_out["link"] == 0
-        )
+        assert images(index) == FILES and index.labels.tolist() == [0, 0, 1, 1]
+        assert index.left_out == {".txt": 2, "hidden": 1}
         return not listed
 
     assert used()
@@ -565,7 +714,14 @@ def swap(name, function):
         swap("fault", lambda a: np.ones(2, np.uint8)),
         put("stamps", 7, 1),
         put("left_out", -1),
-        swap("left_out", lambda a: a[:2]),
+        put("left_out", 0),
+        swap("left_out", lambda a: a[:1]),
+        swap("left_out", lambda a: a[None]),
+        swap("kinds", lambda a: a[:0]),
+        swap("kinds", lambda a: np.frombuffer(b".txt\0.txt", np.uint8)),
+        swap("kinds", lambda a: np.frombuffer(b"\0.txt", np.uint8)),
+        swap("kinds", lambda a: np.frombuffer(b".txt\0" + b"x" * 41, np.uint8)),
+        lambda arrays: {name: array for name, array in arrays.items() if name != "kinds"},
         swap("stamps", lambda a: a[:0]),
         swap("stamped", lambda a: np.frombuffer(b"other.tar", np.uint8)),
         swap("stamped", lambda a: a[:0]),
@@ -581,7 +737,8 @@ def test_a_cache_of_another_format_or_mixed_content_is_not_used(cached):
     cache, used = cached
     good = cache.read_bytes()
     with zipfile.ZipFile(cache, "a") as archive:
-        archive.comment = archive.comment.replace(b"listing %d " % listing_cache.FORMAT, b"listing 1 ")
+        now = listing_cache.FORMAT
+        archive.comment = archive.comment.replace(b"listing %d " % now, b"listing %d " % (now - 1))
     assert not used()
     cache.write_bytes(good)
     # The arrays of another listing, with their own right checksums.
@@ -670,7 +827,10 @@ def test_links_to_a_folder_above_are_left_out_and_counted(tmp_path):
     (train / "c").symlink_to("a")
     index = build_index(tmp_path)
     # Each of the links in a and in c leads back to the root.
-    assert index.summary() == f"{tmp_path}: 4 images, 3 classes (class folders; 3 looping links left out)"
+    assert (
+        index.summary()
+        == f"{tmp_path}: 4 images, 3 classes (class folders; left out: 3 looping links, 1 link)"
+    )
     assert [index.name(i) for i in range(4)] == ["a/0.jpg", "b/1.jpg", "b/self.jpg", "c/0.jpg"]
 
 

@@ -15,9 +15,9 @@ from test_native import assert_same_pixels, jpeg, picture
 from util.data import __main__ as commands
 from util.data import formats, native
 from util.data.datasets import ImageDataset, build_dataset
-from util.data.formats import decode
+from util.data.formats import ReadSettings, decode
 from util.data.native import bindings
-from util.data.sources import repack
+from util.data.repacking import repack
 from util.data.sources.layouts import build_index
 from util.data.transforms import pretrain_transform
 
@@ -105,7 +105,10 @@ def test_files_of_any_other_format_are_tried(monkeypatch):
     def is_raw(data):
         return data[:4] == b"RAW!"
 
-    raw = formats.Format((".raw",), is_raw, decode_raw, formats.describe, read_by_pil=False)
+    def describe_raw(data, read):
+        return formats.Facts(torch.uint8, 3)
+
+    raw = formats.Format((".raw",), is_raw, decode_raw, describe_raw, read_by_pil=False)
     monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
     assert repack.convert(b"RAW!" + bytes(12))[1] == repack.COPIED
     assert repack.convert(b"RAW!" + bytes(11))[1] == repack.UNREADABLE
@@ -350,3 +353,185 @@ def test_repacking_a_tar_that_is_replaced_meanwhile_is_an_error(tmp_path, monkey
     assert commands.main(second) == 2
     assert "train-00000.tar was replaced or changed since it was listed" in capsys.readouterr().err
     assert not list((tmp_path / "second").rglob("*.tar*"))
+
+
+# --- images of more than 8 bits and of many bands ---
+
+
+def drawn(shape, dtype, seed=0):
+    """Values over the whole range of a type, smooth enough to be shrunk."""
+    y, x = np.mgrid[: shape[0], : shape[1]] / 10
+    wave = (np.sin(x + seed)[..., None] * np.cos(y)[..., None] * np.ones(shape[2:] or 1)).reshape(shape)
+    if np.dtype(dtype).kind == "f":
+        return (wave * 1e-3).astype(dtype)
+    limits = np.iinfo(dtype)
+    return (limits.min + (wave + 1) / 2 * (limits.max - limits.min)).astype(dtype)
+
+
+def saved(array, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npz(*unnamed, **arrays):
+    file = io.BytesIO()
+    np.savez_compressed(file, *unnamed, **arrays)
+    return file.getvalue()
+
+
+GREY = (70, 90)
+CUBE = (60, 80, 13)
+SIGNED = {339: 2}  # the sample format of a TIFF
+# File -> content, channels to read it with, and whether it becomes an array.
+DEEP = {
+    "png16.png": (saved(drawn(GREY, np.uint16), "PNG"), (1, 3), True),
+    "tiff16.tif": (saved(drawn(GREY, np.uint16), "TIFF", compression="tiff_lzw"), (1, 3), True),
+    "signed.tif": (saved(drawn(GREY, np.int16).view(np.uint16), "TIFF", tiffinfo=SIGNED), (1, 3), True),
+    "float.tif": (saved(drawn(GREY, np.float32), "TIFF", compression="tiff_deflate"), (1, 3), True),
+    "square.tif": (saved(drawn((3, 3), np.uint16), "TIFF"), (1, 3), True),
+    "without suffix": (saved(drawn(GREY, np.uint16), "PNG"), (1, 3), True),
+    "cube.npz": (npz(image=drawn(CUBE, np.uint16)), (13,), True),
+    "floats.npz": (npz(drawn(CUBE, np.float32).transpose(2, 0, 1)), (13,), True),
+    "bytes.npz": (npz(drawn((50, 40, 3), np.uint8)), (3,), True),
+    "two.npz": (npz(image=drawn(CUBE, np.int16), mask=drawn(GREY, np.uint8)), (13,), False),
+    "cube.npy": (npy(drawn(CUBE, np.uint16)), (13,), False),
+    "signed.npy": (npy(drawn(CUBE, np.int16).transpose(2, 0, 1)), (13,), False),
+    "floats.npy": (npy(np.asfortranarray(drawn(CUBE, ">f4"))), (13,), False),
+    "grey.npy": (npy(drawn(GREY, np.uint16)), (1, 3), False),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_and_many_bands_give_the_same_samples(tmp_path, name):
+    data, channels, becomes_array = DEEP[name]
+    path = tmp_path / "source" / "train" / "a" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    target = str(tmp_path / "target")
+    outcome = repack.ARRAY if becomes_array else repack.COPIED
+    assert repack.repack(str(tmp_path / "source"), target) == {outcome: 1}
+    made = members(target)
+    assert list(made) == [f"a/{name}" + ".npy" * becomes_array]
+    if becomes_array:
+        # The type of the file, without compression.
+        assert (
+            np.load(io.BytesIO(made[f"a/{name}.npy"])).dtype
+            == decode(data, ReadSettings(channels[0])).numpy().dtype
+        )
+    else:
+        assert made[f"a/{name}"] == data
+    for number in channels:
+        transform = pretrain_transform((24, 32))
+        read = ReadSettings(number)
+        ours, theirs = (
+            build_dataset(p, "train", transform, read=read, seed=5)
+            for p in (target, str(tmp_path / "source"))
+        )
+        assert ours.depth == theirs.depth
+        assert torch.equal(ours.decoded(0), theirs.decoded(0))
+        for epoch in range(3):
+            sample, want = ours[epoch, 0], theirs[epoch, 0]
+            assert sample["image"].dtype == want["image"].dtype == ours.depth and sample["bad"] == []
+            assert torch.equal(sample["image"], want["image"])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("form", ["tif", "npy", "npz", "first"])
+def test_deep_images_are_shrunk_in_their_depth(dtype, form):
+    array = drawn(GREY if form == "tif" else CUBE, dtype)
+    pixels = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    if form == "tif":
+        options = dict(tiffinfo=SIGNED) if dtype == np.int16 else {}
+        stored = array.view(np.uint16) if dtype == np.int16 else array
+        data = saved(stored, "TIFF", **options)
+    else:
+        data = {"npy": npy(array), "npz": npz(array), "first": npy(pixels)}[form]
+    made, outcome = repack.convert(data, 40)
+    assert outcome == repack.ARRAY
+    found = decode(made, ReadSettings(len(pixels))).numpy()
+    assert found.dtype == dtype and found.shape == (
+        len(pixels),
+        round(array.shape[0] * 40 / array.shape[1]),
+        40,
+    )
+    for band, want in zip(found, pixels):
+        exact = Image.fromarray(want.astype(np.float32)).resize((40, len(band)), Image.Resampling.LANCZOS)
+        exact = np.asarray(exact, np.float64)
+        if dtype != np.float32:
+            exact = exact.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+        assert (band == exact).all()
+        assert len(np.unique(band)) > 500, "it was not reduced to 8 bits"
+    # What is small enough keeps its values.
+    kept, outcome = repack.convert(data, 100)
+    assert torch.equal(decode(kept, ReadSettings(len(pixels))), decode(data, ReadSettings(len(pixels))))
+    assert outcome == (repack.COPIED if form in ("npy", "first") else repack.ARRAY)
+
+
+def pages(*arrays):
+    file = io.BytesIO()
+    first, *others = (Image.fromarray(array) for array in arrays)
+    first.save(file, "TIFF", save_all=True, append_images=others)
+    return file.getvalue()
+
+
+def turned(array):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(array, "PNG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pages(drawn(GREY, np.uint16), drawn(GREY, np.uint16, seed=1)),
+        turned(drawn(GREY, np.uint16)),
+        npy(drawn((50, 40, 3), np.uint8)),
+        npy(drawn((30, 90, 40), np.uint16)),
+    ],
+    ids=["pages", "turned", "8 bits", "unclear bands"],
+)
+def test_what_an_array_would_not_keep_is_copied(data):
+    for long_side in (None, 20):
+        assert repack.convert(data, long_side) == (data, repack.COPIED)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npy(drawn(GREY, np.uint16))[:-1],
+        npy(np.zeros((4, 5, 3), complex)),
+        npy(np.full(GREY, np.nan, np.float32)),
+        npy(np.zeros(7, np.uint8)),
+        npz(np.zeros(7)),
+        npz(drawn(CUBE, np.uint16))[:-30],
+        npz(first=drawn(GREY, np.uint8), second=drawn(GREY, np.uint8)),
+        saved(drawn(GREY, np.uint16), "PNG")[:200],
+        saved(drawn(GREY, np.float32), "TIFF")[:-300],
+        b"PK\3\4",
+    ],
+)
+def test_unreadable_arrays_are_copied_and_named(data):
+    for long_side in (None, 20):
+        assert repack.convert(data, long_side) == (data, repack.UNREADABLE)
+
+
+def test_files_without_suffix_stay_images(tmp_path):
+    """Also those whose first bytes are none of an image, among many that are."""
+    folder = tmp_path / "source" / "train" / "a"
+    folder.mkdir(parents=True)
+    for n in range(40):
+        (folder / f"{n:02}").write_bytes(jpeg(picture((20, 20), seed=n)))
+    (folder / "04").write_bytes(b"text")  # one that is not looked at
+    assert repack.repack(str(tmp_path / "source"), str(tmp_path / "target")) == {
+        repack.MARKED: 39,
+        repack.UNREADABLE: 1,
+    }
+    names = list(members(tmp_path / "target"))
+    assert len(names) == 40 and "a/00" in names and "a/04.jpg" in names

@@ -3,11 +3,12 @@
 python -m util.data stats PATH      # range, mean and standard deviation per channel, and a recipe of them
 python -m util.data check PATH      # list unreadable images; exit code 1 if there are any
 python -m util.data repack PATH TARGET [--long_side 500]
-                                    # shards that load faster; see util/data/sources/repack.py
+                                    # shards that load faster; see util/data/repacking/repack.py
 """
 
 import argparse
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -65,10 +66,10 @@ from util.data.datasets import ImageDataset
 from util.data.formats import ReadSettings
 from util.data.loading.loader import build_loader
 from util.data.loading.samplers import EvalSampler
+from util.data.repacking.repack import repack
 from util.data.seeding import epoch_and_index
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
-from util.data.sources.repack import repack
 from util.data.survey.headers import spread, survey
 from util.data.survey.ranges import SUGGESTED
 from util.data.survey.values import Values
@@ -154,18 +155,22 @@ def print_stats(dataset: ImageDataset, images: int, recipe: str | None) -> int:
     numbers = spread(len(index), images)
     values = Values(dataset.read.in_chans, dataset.depth, len(numbers))
     left_out: Counter[str] = Counter()
-    example: dict[str, str] = {}
+    first: dict[str, tuple[str, str]] = {}
     for i in numbers:
         try:
             values.add(dataset.decoded(i))
         except (OSError, ValueError) as error:
             index.check_unchanged(i)
-            reason = _reason(str(error))
+            why = _reason(str(error))
+            # Sizes differ from file to file.
+            reason = re.sub(r"\d+", "0", why)
             left_out[reason] += 1
-            example.setdefault(reason, index.name(i))
+            first.setdefault(reason, (index.name(i), why))
     for reason, count in left_out.most_common():
-        why = printable(with_flags(reason, FLAGS))
-        print(f"left out: {counted(count, 'image')}, as {printable(example[reason])}: {why}")
+        name, why = first[reason]
+        print(
+            f"left out: {counted(count, 'image')}, as {printable(name)}: {printable(with_flags(why, FLAGS))}"
+        )
     if not values.images:
         raise ValueError(
             f"no image could be read with {dataset.read.in_chans} channels: give --in_chans as the images "

@@ -17,7 +17,6 @@ from util.data.formats import arrays, jpeg, pil
 from util.data.formats.jpeg import is_plain_jpeg, plain_jpeg_size
 from util.data.formats.pil import PIL_FORMATS, PIL_MODES, image_to_tensor, open_image, raise_pillows_limit
 from util.data.formats.settings import (
-    ALL_BANDS,
     DEPTHS,
     Facts,
     ReadSettings,
@@ -29,7 +28,6 @@ from util.data.formats.settings import (
 )
 
 __all__ = [
-    "ALL_BANDS",
     "DEFAULT",
     "DEPTHS",
     "FORMATS",

@@ -12,7 +12,6 @@ import torch
 from util.data.formats.settings import LARGEST_EXACT, Facts, ReadSettings, check_pixels, picked
 
 NPY_MAGIC = b"\x93NUMPY"
-MOST_BANDS = 1000
 ZIP_MAGIC = b"PK\x03\x04"
 # Types that a tensor of pixels can have, and what the others become.
 KEPT = (np.uint8, np.uint16, np.int16, np.float32)
@@ -33,7 +32,10 @@ def is_npy(data: bytes | memoryview) -> bool:
 
 
 def decode_npy(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
-    """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`."""
+    """Decode (H, W), (H, W, C) or (C, H, W) -> (C, H, W); see `decode`.
+
+    (H, W) is grey, and becomes three equal channels if three are wanted.
+    """
     shape, order, dtype, axis, start, shared = _layout(_header_bytes(data), read)
     count = math.prod(shape)
     left = len(data) - start
@@ -41,10 +43,19 @@ def decode_npy(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
         raise ValueError(f"{shape} needs {count * dtype.itemsize} bytes, and {left} follow its header")
     if shared is not None and isinstance(data, memoryview):
         image = torch.frombuffer(data, dtype=shared, count=count, offset=start)
-        return picked(image.view(-1, *shape[-2:]), read)  # (H, W) -> (1, H, W)
-    # The bytes of the file, not a copy.
-    array = np.frombuffer(data, dtype, count, start).reshape(shape, order=order)
-    return picked(as_tensor(_bands_first(array, axis)), read)
+        image = image.view(-1, *shape[-2:])  # (H, W) -> (1, H, W)
+    else:
+        # The bytes of the file, not a copy.
+        array = np.frombuffer(data, dtype, count, start).reshape(shape, order=order)
+        image = as_tensor(_bands_first(array, axis))
+    if len(shape) == 2 and _is_grey_for_colours(read):
+        return image.expand(3, -1, -1).contiguous()  # (1, H, W) -> (3, H, W)
+    return picked(image, read)
+
+
+def _is_grey_for_colours(read: ReadSettings) -> bool:
+    """Tell whether grey becomes three equal channels, as in files of other formats."""
+    return read.in_chans == 3 and not read.channels
 
 
 def npy_facts(data: bytes, read: ReadSettings) -> Facts:
@@ -57,6 +68,17 @@ def npy_facts(data: bytes, read: ReadSettings) -> Facts:
 def is_npz(data: bytes | memoryview) -> bool:
     """Tell whether a file may be NumPy's archive of arrays."""
     return data[:4] == ZIP_MAGIC
+
+
+def npy_in(data: bytes, max_bytes: int) -> tuple[bytes, int]:
+    """Return the .npy file of the image in an archive, and how many arrays the archive holds.
+
+    Raises many types of errors for damaged archives, and ValueError for an array of more than `max_bytes`.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        arrays = sum(name.endswith(".npy") for name in archive.namelist())
+    # `_member` takes 8 bytes for a value.
+    return _member(data, ReadSettings(in_chans=1, max_pixels=max_bytes // 8)), arrays
 
 
 def decode_npz(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
@@ -149,7 +171,7 @@ def _check(shape: tuple[int, ...], dtype: np.dtype, read: ReadSettings) -> int:
     _depth(dtype)  # raises for types without pixels
     axis = 2
     if len(shape) == 2:
-        if wanted not in (None, 1):
+        if wanted not in (None, 1) and not _is_grey_for_colours(read):
             raise ValueError(f"{described}, which is one band, expected {expected}")
     else:
         axis = _band_axis(shape, read, f"{described}, expected {expected}")
@@ -162,11 +184,8 @@ def _band_axis(shape: tuple[int, ...], read: ReadSettings, problem: str) -> int:
     wanted = read.stored_bands
     if wanted is not None:
         axes = [i for i in (2, 0) if shape[i] == wanted]
-    elif read.channels:
-        axes = [i for i in (2, 0) if shape[i] > max(read.channels)]
     else:
-        # Images have more pixels on a side than bands.
-        axes = [min((2, 0), key=shape.__getitem__)]
+        axes = [i for i in (2, 0) if shape[i] > max(read.channels)]
     if not axes:
         raise ValueError(problem)
     if len(axes) == 2:
@@ -195,7 +214,7 @@ def _member(data: bytes | memoryview, read: ReadSettings) -> bytes:
             raise ValueError("it holds no array")
         info = members[chosen[0]]
         # What is claimed is allocated: 8 bytes for each value, and a header. Small files unpack to gigabytes.
-        bands = read.stored_bands or 1 + max(read.channels, default=MOST_BANDS)
+        bands = read.stored_bands or 1 + max(read.channels)
         most = 8 * read.max_pixels * bands + (1 << 16)
         if info.file_size > most:
             raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")

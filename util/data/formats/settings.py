@@ -10,7 +10,6 @@ from util.flags.groups import MAX_PIXELS
 
 # The types of pixels, the narrowest first.
 DEPTHS = (torch.uint8, torch.uint16, torch.int16, torch.float32)
-ALL_BANDS = 0  # as `in_chans`: as many channels as the file has bands
 # Of integers beyond it, float32 holds only some.
 LARGEST_EXACT = 1 << 24
 
@@ -20,7 +19,7 @@ class ReadSettings:
     """How the bytes of a file become the channels that a model sees.
 
     Attributes:
-        in_chans: number of channels that the model sees; ALL_BANDS for all bands of each file.
+        in_chans: number of channels that the model sees.
         channels: which bands of the file these are, counted from 0, in this order; empty for all bands.
         bands: number of bands in a file, if `channels` picks some of them and the file does not say it.
         transparency: what becomes of it if no channel shows it: "drop" shows the colours under it,
@@ -56,7 +55,7 @@ class ReadSettings:
         """Return the number of bands that a file must have; None if any that has `channels` will do."""
         if self.channels:
             return self.bands
-        return self.in_chans or None
+        return self.in_chans
 
     @property
     def plain(self) -> bool:

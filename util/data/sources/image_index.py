@@ -12,7 +12,14 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from util.data.sources.listing_cache import LEFT_OUT, Listing, stamp, unpack_names
+from util.data.sources.listing_cache import (
+    NO_SUFFIX,
+    OTHER_SUFFIXES,
+    Listing,
+    stamp,
+    unpack_left_out,
+    unpack_names,
+)
 from util.files.names import counted, printable
 from util.files.regular import open_regular, open_safely, regular_size
 
@@ -20,6 +27,8 @@ MAX_OPEN_TARS = 256  # per process; the usual limit on open files is 1024
 PROBED_MEMBERS = 32  # whose headers are compared with the listing, if a tar has another time than there
 # A sparse file or a wrong entry of a tar may claim any size, and it is allocated before it is read.
 MAX_BYTES = 1 << 30
+SHOWN_SUFFIXES = 5  # of files that are left out, in a summary
+PLURALS = {NO_SUFFIX: "files without suffix", "hidden": "hidden"}
 
 # Gets the number of an image before it is read; data workers report what they do.
 _report: Callable[[int], None] | None = None
@@ -60,7 +69,7 @@ class ImageIndex:
         labels: (n,) int32, index into `classes`, or -1 without a label.
         ignored: number of images that are left out because they have no label.
         paired: whether labels lie beside the images of tars, as in WebDataset's form.
-        left_out: numbers of images that are left out for other reasons, by kind.
+        left_out: numbers of files that are left out for other reasons, by kind (see listing.py).
     """
 
     def __init__(
@@ -83,8 +92,7 @@ class ImageIndex:
             self.classes = unpack_names(arrays["classes"])
             # Loose images next to class folders have no label. They sort first, so a slice leaves them out.
             self.ignored = int(np.searchsorted(arrays["labels"], 0))
-        # A listing that was made from names alone has left out nothing.
-        self.left_out = dict(zip(LEFT_OUT, arrays.get("left_out", np.zeros(0, np.int64)).tolist()))
+        self.left_out = unpack_left_out(arrays)
         first = self.ignored
         self.labels = arrays["labels"][first:]
         if not labels:
@@ -260,11 +268,22 @@ class ImageIndex:
         )
 
     def _left_out(self) -> str:
-        """Say how many images are left out: "; 2 links, 1 sparse file left out"."""
-        counts = [counted(count, kind) for kind, count in self.left_out.items() if count]
+        """Say which files are left out: "; left out: 3 .txt, 2 hidden, 1 link"."""
+        # A sort keeps the order of equal counts.
+        kinds = sorted(self.left_out.items(), key=lambda pair: -pair[1])
+        suffixes = [(kind, n) for kind, n in kinds if kind.startswith(".")]
+        counts = [f"{n} {printable(kind)}" for kind, n in suffixes[:SHOWN_SUFFIXES]]
+        others = sum(n for _, n in suffixes[SHOWN_SUFFIXES:]) + self.left_out[OTHER_SUFFIXES]
+        if others:
+            counts.append(f"{others} of other suffixes")
+        counts += [
+            counted(n, printable(kind), PLURALS.get(kind, ""))
+            for kind, n in kinds
+            if not kind.startswith(".") and kind != OTHER_SUFFIXES
+        ]
         if not counts:
             return ""
-        return f"; {', '.join(counts)} left out"
+        return f"; left out: {', '.join(counts)}"
 
 
 def report_reads(report: Callable[[int], None]) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from util.data.formats import IMAGE_SUFFIXES
+from util.data.formats.recognition import is_image_name
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import (
     class_of,
@@ -733,7 +734,7 @@ def _contents(folder: str) -> str:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     folders = [entry.name for entry in visible if is_folder(entry)]
     files = [entry.name for entry in visible if not is_folder(entry)]
-    others = [name for name in files if not os.fsencode(name).lower().endswith(IMAGE_SUFFIXES)]
+    others = [name for name in files if not is_image_name(os.fsencode(name))]
     found = []
     if folders:
         found.append(f"{counted(len(folders), 'folder')} ({_first(folders)})")

@@ -6,12 +6,27 @@ A listing is a dictionary of arrays:
     ends       where each name ends in it
     labels     number of the class, which is the first folder of the name, or -1
     classes    their sorted names, in Unicode's composed form (NFC)
-    left_out   how many images were left out, by kind (see LEFT_OUT)
+    kinds, left_out    what was left out, and how many of it; see below
     shard, offset, size    of each image, in tars only
     paired, fault    in tars only: one element if the labels lie beside the images, and why they are unusable
     stamped, stamps        the files or folders that were listed, with their times and sizes
+
+A file is an image if its suffix says so. One without a suffix is an image if its first bytes are those of
+one: DICOM files and downloads often have none. What else is found is counted by kind:
+
+    .txt       the suffix of a file that is none of an image, in lower case
+    file without suffix    no first bytes of an image
+    hidden     a file or folder whose name begins with a dot; what such a folder holds is not counted
+    link       a symbolic link in a tar, a hard link there to nothing that is listed, and a link to nothing
+    looping link           to a folder above
+    special file           a pipe, a socket or a device
+    sparse file, unsafe name, earlier version    of tars only
+    other      rare suffixes together
+
+Folders are not counted. Nor is what belongs to this project and to operating systems: see `is_of_system`.
 """
 
+import contextlib
 import errno
 import os
 import unicodedata
@@ -21,23 +36,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from util.data.formats import IMAGE_SUFFIXES
+from util.data.formats.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
 from util.data.sources.listing_cache import (
-    LEFT_OUT,
+    NO_SUFFIX,
     TAR_ARRAYS,
     Listing,
     load_listing,
+    pack_left_out,
     pack_names,
     save_listing,
     stamp,
     unpack_names,
 )
 from util.data.sources.pairs import Label, Pairs, as_pairs
-from util.data.sources.tars import list_tar
+from util.data.sources.tars import LABEL_SUFFIXES, list_tar
 from util.files.names import printable
+from util.files.regular import open_regular
 
 CACHE_FOLDERS_ABOVE = 20_000  # images; listing a smaller folder is faster than checking a cache of it
+# Files without a suffix of one folder that are looked at. If they are all images, or none is, so are the
+# others: a look opens a file, which takes a millisecond on some network file systems.
+LOOKED_AT = 32
 MAX_WAYS = 1000  # by which links may lead to the same folder
+
+# What an entry of a folder is, beside kinds of what is left out.
+IMAGE = "image"
+FOLDER = "folder"
 
 
 class _Folder(NamedTuple):
@@ -84,14 +108,21 @@ class _Tree:
             raise ValueError(f"links lead to {self.shown(prefix)} in more than {MAX_WAYS} ways: remove some")
         self.folders.append(prefix.rstrip(b"/") or b".")
         self.stamps.append((status.st_mtime_ns, status.st_size))
+        unclear = []
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if is_folder(entry):
-                    self.pending.append(_Folder(prefix + entry.name + b"/", above | {place}))
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                kind = _kind(entry)
+                if kind == IMAGE:
                     self.names.append(prefix + entry.name)
+                elif kind == FOLDER:
+                    self.pending.append(_Folder(prefix + entry.name + b"/", above | {place}))
+                elif kind == NO_SUFFIX:
+                    unclear.append(entry.name)
+                elif kind:
+                    self.left_out[kind] += 1
+        images = _images_without_suffix(path, sorted(unclear))
+        self.names += [prefix + name for name in images]
+        self.left_out[NO_SUFFIX] += len(unclear) - len(images)
 
     def path(self, prefix: bytes) -> bytes:
         return os.path.join(os.fsencode(self.root), prefix)
@@ -100,10 +131,58 @@ class _Tree:
         return printable(os.fsdecode(self.path(prefix)))
 
 
-def list_folder(root: str, cache: str) -> Listing:
-    """List the images in `root` at any depth; hidden files and folders are skipped.
+def _kind(entry: os.DirEntry) -> str:
+    """Return what an entry of a folder is: IMAGE, FOLDER, or a kind of what is left out; '' for nothing."""
+    name = entry.name
+    if name.startswith(b"."):
+        return "" if is_of_system(name) else "hidden"
+    if is_folder(entry):
+        return "" if is_of_system(name) else FOLDER
+    # Also a link that leads nowhere: as an image it is reported when it is read.
+    if is_image_name(name):
+        return IMAGE
+    if is_of_system(name):
+        return ""
+    return suffix_of(name) or _kind_without_suffix(entry)
 
-    Links to a folder above are left out and counted. The listing of a large folder is saved in the file
+
+def _kind_without_suffix(entry: os.DirEntry) -> str:
+    with contextlib.suppress(OSError):
+        if entry.is_file():
+            return NO_SUFFIX
+    # Of a link that leads to a pipe, too, and of one that leads nowhere.
+    if entry.is_symlink():
+        return "link"
+    return "special file"
+
+
+def _images_without_suffix(folder: bytes, names: list[bytes]) -> list[bytes]:
+    """Return those of a folder's files without a suffix that are images.
+
+    Of many files LOOKED_AT are looked at, evenly spread. If only some of them are images, each file is.
+    """
+    some = names
+    if len(names) > LOOKED_AT:
+        some = [names[k * len(names) // LOOKED_AT] for k in range(LOOKED_AT)]
+    images = [name for name in some if _starts_like_image(os.path.join(folder, name))]
+    if len(some) == len(names) or not images:
+        return images
+    if len(images) == len(some):
+        return names
+    return [name for name in names if _starts_like_image(os.path.join(folder, name))]
+
+
+def _starts_like_image(path: bytes) -> bool:
+    # What cannot be opened is left out and counted.
+    with contextlib.suppress(OSError), open_regular(os.fsdecode(path), buffering=0) as file:
+        return starts_like_image(file.read(HEAD))
+    return False
+
+
+def list_folder(root: str, cache: str) -> Listing:
+    """List the images in `root` at any depth, and count what else is there. Hidden folders are not entered.
+
+    The listing of a large folder is saved in the file
     `cache`. Raises ValueError, which names the folder, if one cannot be listed.
     """
     tree = _Tree(root)
@@ -119,8 +198,7 @@ def list_folder(root: str, cache: str) -> Listing:
     arrays |= dict(
         stamped=pack_names(tree.folders),
         stamps=np.array(tree.stamps, np.int64),
-        left_out=_counts(tree.left_out),
-    )
+    ) | pack_left_out(tree.left_out)
     if len(tree.names) > CACHE_FOLDERS_ABOVE:
         save_listing(cache, root, arrays)
     return arrays
@@ -178,9 +256,11 @@ def list_tars(tars: list[str], cache: str) -> Listing:
         arrays = from_names(names, **columns) | _paired([], "")
     else:
         left_out["extra image"] = len(names) - len(pairs.kept)
+        for suffix in LABEL_SUFFIXES:
+            del left_out[suffix]
         arrays = _from_pairs(names, pairs, columns)
     packed = pack_names([os.fsencode(name) for name in stamped])
-    arrays |= dict(stamped=packed, stamps=stamps, left_out=_counts(left_out))
+    arrays |= dict(stamped=packed, stamps=stamps) | pack_left_out(left_out)
     save_listing(cache, base, arrays)
     return arrays
 
@@ -198,10 +278,6 @@ def _from_pairs(names: list[bytes], pairs: Pairs, columns: dict[str, Any]) -> Li
 
 def _paired(paired: list[int], fault: str) -> Listing:
     return dict(paired=np.array(paired, np.uint8), fault=np.frombuffer(fault.encode(), np.uint8))
-
-
-def _counts(left_out: Counter[str]) -> np.ndarray:
-    return np.array([left_out[kind] for kind in LEFT_OUT], np.int64)
 
 
 def from_names(

@@ -10,6 +10,7 @@ import io
 import os
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,24 +22,20 @@ from util.files.regular import open_regular
 Listing = dict[str, np.ndarray]
 # A younger file may change again without getting another time: file systems round times.
 SETTLED_AFTER = 2e9  # ns
-FORMAT = 3  # of the cache; files of other formats are not used
+FORMAT = 4  # of the cache; files of other formats are not used
 MAX_CACHE_BYTES = 2 << 30  # about 40 million images
-# What a listing leaves out, and counts in `left_out`.
-LEFT_OUT = (
-    "link",
-    "sparse file",
-    "special file",
-    "unsafe name",
-    "earlier version",
-    "looping link",
-    "extra image",
-)
+# Kinds of what a listing leaves out; suffixes are others. See util/data/sources/listing.py.
+NO_SUFFIX = "file without suffix"
+OTHER_SUFFIXES = "other"
+MAX_KINDS = 100
+MAX_KIND = 40  # characters
 # Type and dimensions of the arrays; see util/data/sources/listing.py.
 ARRAYS: dict[str, tuple[Any, int]] = {
     "names": (np.uint8, 1),
     "ends": (np.int64, 1),
     "labels": (np.int32, 1),
     "classes": (np.uint8, 1),
+    "kinds": (np.uint8, 1),
     "left_out": (np.int64, 1),
     "stamped": (np.uint8, 1),
     "stamps": (np.int64, 2),
@@ -65,6 +62,30 @@ def unpack_names(blob: np.ndarray) -> list[str]:
     if not len(blob):
         return []
     return [os.fsdecode(name) for name in blob.tobytes().split(b"\0")]
+
+
+def pack_left_out(left_out: Counter[str]) -> Listing:
+    """Return the arrays of what is left out, by kind. Suffixes beyond MAX_KINDS become one kind."""
+    # Counters keep zeros. Equal counts are in the order of their names.
+    found = sorted(((kind, n) for kind, n in left_out.items() if n), key=lambda pair: (-pair[1], pair[0]))
+    reasons = {kind: n for kind, n in found if not kind.startswith(".")}
+    suffixes = [(kind, n) for kind, n in found if kind.startswith(".")]
+    most = MAX_KINDS - len(reasons) - 1
+    kinds = dict(suffixes[:most]) | reasons
+    others = sum(n for _, n in suffixes[most:])
+    if others:
+        kinds[OTHER_SUFFIXES] = others
+    return dict(
+        kinds=pack_names([kind.encode() for kind in kinds]),
+        left_out=np.array(list(kinds.values()), np.int64),
+    )
+
+
+def unpack_left_out(arrays: Listing) -> Counter[str]:
+    """Return what `pack_left_out` has packed; nothing for a listing that was made from names alone."""
+    if "kinds" not in arrays:
+        return Counter()
+    return Counter(dict(zip(unpack_names(arrays["kinds"]), arrays["left_out"].tolist())))
 
 
 def stamp(path: str | bytes | int) -> tuple[int, int]:
@@ -143,7 +164,7 @@ def _check(arrays: Listing, tars: Sequence[str]) -> None:
     images = len(arrays["ends"])
     _require(images > 0, "length")
     _require(all(len(arrays[name]) == images for name in ("labels", *TAR_ARRAYS) if name in arrays), "length")
-    _require(arrays["left_out"].shape == (len(LEFT_OUT),) and arrays["left_out"].min() >= 0, "left_out")
+    _check_left_out(unpack_names(arrays["kinds"]), arrays["left_out"])
     stamped = unpack_names(arrays["stamped"])
     _require(arrays["stamps"].shape == (len(stamped), 2), "stamps")
     _check_names(arrays["names"], arrays["ends"])
@@ -170,6 +191,11 @@ def _check_labels(labels: np.ndarray, classes: list[str], paired: bool) -> None:
     in_order = bool((labels[1:] >= labels[:-1]).all())
     _require(in_order or (paired and labels.min() >= 0), "labels")
     _require(all(classes) and len(set(classes)) == len(classes), "classes")
+
+
+def _check_left_out(kinds: list[str], counts: np.ndarray) -> None:
+    _require(len(kinds) == len(counts) == len(set(kinds)) and len(kinds) <= MAX_KINDS, "left_out")
+    _require(bool((counts > 0).all()) and all(0 < len(kind) <= MAX_KIND for kind in kinds), "left_out")
 
 
 def _check_places(shard: np.ndarray, offset: np.ndarray, size: np.ndarray, totals: np.ndarray) -> None:

@@ -5,6 +5,7 @@ reads and checks where it goes.
 """
 
 import errno
+import functools
 import io
 import os
 import re
@@ -13,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from util.data.formats import IMAGE_SUFFIXES
+from util.data.formats.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
+from util.data.sources.listing_cache import NO_SUFFIX
 from util.data.sources.pairs import Label, label_bytes, read_label, split_key
 from util.files.names import counted, printable
 from util.files.regular import open_regular
@@ -32,6 +34,8 @@ MAX_EXTENDED = 10  # headers before that of a member; a long name and a long lin
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 SCANNED = 1 << 20  # bytes that are searched for a further tar at a time
 
+LABEL_SUFFIXES = (".cls", ".json")  # of members with the labels of images
+
 # Name, first byte and size of an image.
 Place = tuple[bytes, int, int]
 
@@ -42,7 +46,8 @@ class ListedTar(NamedTuple):
     Attributes:
         places: of the images.
         labels: of the images, from other members; empty if there are none.
-        left_out: how many images are left out, by kind (see LEFT_OUT).
+        left_out: how many files are left out, by kind (see listing.py). The members with labels are among
+            them, by their suffixes.
     """
 
     places: list[Place]
@@ -51,7 +56,9 @@ class ListedTar(NamedTuple):
 
 
 def list_tar(path: str) -> ListedTar:
-    """List the images in a tar, and the labels beside them.
+    """List the images in a tar, and the labels beside them; count the other files.
+
+    A regular file without a suffix is an image if its first bytes are those of one.
 
     Further tars that were appended with `cat` are read as well. Of equal names the last one counts, as
     when a tar is unpacked. Raises ValueError, which names the tar, if it is compressed, damaged, cut off or
@@ -76,6 +83,8 @@ class _Images:
         self.places: dict[bytes, tuple[int, int]] = {}
         self.links: list[tuple[bytes, bytes]] = []
         self.left_out: Counter[str] = Counter()
+        # Once each, as a folder lists them: hidden files, and hidden folders without what they hold.
+        self.hidden: set[bytes] = set()
         # By suffix, then key. Equal labels are one object: there are many images of a class.
         self.labels: dict[bytes, dict[bytes, Label]] = {b".cls": {}, b".json": {}}
         self.known: dict[Label, Label] = {}
@@ -84,12 +93,11 @@ class _Images:
         name = _member_name(member.name)
         if member.isreg() and label_bytes(name) and not _is_hidden(name):
             self.add_label(name, member, file)
+        if not _is_image(name) and not self._is_other_image(name, member, file):
             return
-        if name.startswith(b"../") or b"\0" in name:
-            self.left_out["unsafe name"] += name.lower().endswith(IMAGE_SUFFIXES)
-        elif not _is_image(name) or member.isdir():
+        if member.isdir():
             return
-        elif member.islnk():  # tar stores a further name of a file as a link to the first
+        if member.islnk():  # tar stores a further name of a file as a link to the first
             self.links.append((name, _member_name(member.linkname)))
         elif member.issym():
             self.left_out["link"] += 1
@@ -118,6 +126,30 @@ class _Images:
             return []
         return [labels.get(split_key(name)[0]) for name, _, _ in places]
 
+    def _is_other_image(self, name: bytes, member: tarfile.TarInfo, file: io.BufferedReader) -> bool:
+        """Tell whether a member may be an image though its name does not say so; count it if not."""
+        if member.isdir() or is_of_system(name):
+            return False
+        suffix = suffix_of(name)
+        if name.startswith(b"../") or b"\0" in name:
+            self.left_out["unsafe name" if is_image_name(name) else suffix or NO_SUFFIX] += 1
+            return False
+        if _is_hidden(name):
+            self.hidden.add(_hidden_part(name))
+            self.left_out["hidden"] = len(self.hidden)
+            return False
+        if suffix:
+            self.left_out[suffix] += 1
+            return False
+        # What is no regular file is counted as that.
+        if not member.isreg() or member.issparse():
+            return True
+        # The block after the header is in memory in most cases.
+        if starts_like_image(os.pread(file.fileno(), min(HEAD, member.size), member.offset_data)):
+            return True
+        self.left_out[NO_SUFFIX] += 1
+        return False
+
     def listed(self) -> list[Place]:
         """Return all images; call it once, after the last `add`."""
         self.left_out["link"] += sum(target not in self.places for _, target in self.links)
@@ -134,8 +166,26 @@ def _is_hidden(name: bytes) -> bool:
     return name.startswith(b".") or b"/." in name
 
 
+def _hidden_part(name: bytes) -> bytes:
+    """Return a path up to its first hidden part: a/.git of a/.git/x."""
+    start = name.find(b"/.") + 1
+    if name.startswith(b"."):
+        start = 0
+    end = name.find(b"/", start)
+    if end < 0:
+        return name
+    return name[:end]
+
+
 def _is_image(name: bytes) -> bool:
-    return not _is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)
+    if _is_hidden(name) or not is_image_name(name) or b"\0" in name:
+        return False
+    return not _is_system_folder(name.rpartition(b"/")[0])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_system_folder(folder: bytes) -> bool:
+    return is_of_system(folder)
 
 
 class _Headers(io.BufferedReader):

@@ -1,8 +1,8 @@
 """Shards that load faster than the files they were made from: `python -m util.data repack`.
 
 Without `long_side` nothing is lost: JPEGs keep their coefficients and get restart markers, so that a crop's
-part of the entropy-coded data can be decoded alone. With it, images are also shrunk to that length and
-encoded anew.
+part of the entropy-coded data can be decoded alone. Images of more than 8 bits or four bands become arrays of
+the same values. With it, images are also shrunk to that length, and those of 8 bits are encoded anew.
 """
 
 import contextlib
@@ -20,14 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util.data import native
-from util.data.sources.conversion import COPIED, ENCODED, MARKED, UNREADABLE, convert
+from util.data.formats.recognition import HEAD, is_image_name, starts_like_image, suffix_of
+from util.data.repacking.conversion import ARRAY, COPIED, ENCODED, MARKED, UNREADABLE, convert
 from util.data.sources.image_index import ImageIndex, some_names
 from util.data.sources.layouts import build_index
 from util.files.atomic import read_json, replacing, write_json
 from util.files.names import counted, printable
 from util.flags.groups import MAX_PIXELS
 
-__all__ = ["COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
+__all__ = ["ARRAY", "COPIED", "ENCODED", "MARKED", "UNREADABLE", "convert", "repack"]
 
 SHARD_IMAGES = 5000
 SETTLE_SECONDS = 2.5  # `build_index` does not cache the listing of tars that are younger than 2 s
@@ -70,8 +71,9 @@ def repack(
 
     For paths see `build_index`. The same call continues one that was stopped: finished shards stay in a
     hidden folder until the last one is finished. Every rewritten JPEG is decoded again and compared: all its
-    pixels, or its size if it was encoded anew. Images other than 8-bit grey, RGB and CMYK are copied, and so
-    are unreadable files, which training then reports, and images of more than `max_pixels` pixels.
+    pixels, or its size if it was encoded anew. Images of more than 8 bits or four bands become arrays
+    (`<name>.npy`) in their own depth, with all bands. Other images than 8-bit grey, RGB and CMYK are copied,
+    and so are unreadable files, which training then reports, and images of more than `max_pixels` pixels.
 
     Returns the number of images of this call by outcome. Raises ValueError without the native library, and if
     `target` holds shards of a call with other settings, or other data.
@@ -150,6 +152,8 @@ class _Report:
             print(f"{images} {outcome}")
         for name in self.unreadable:
             print(f"unreadable: {printable(name)}")
+        if self.unreadable:
+            print("`python -m util.data check` gives the reasons")
         if self.bytes_before:
             ratio = self.bytes_after / self.bytes_before
             print(f"{self.bytes_before} -> {self.bytes_after} bytes ({ratio:.3f}x)")
@@ -204,10 +208,26 @@ class _Conversion(Dataset):
         except OSError as error:
             raise ValueError(f"{printable(name)} cannot be read: {error}") from error
         stored, outcome = convert(data, self.long_side, self.quality, self.max_pixels)
-        # A PNG that has become a JPEG; the old suffix stays, so that two names cannot become one.
-        if outcome == ENCODED and not name.lower().endswith((".jpg", ".jpeg")):
-            name += ".jpg"
-        return Converted(name, stored, outcome, len(data))
+        return Converted(_stored_name(name, stored, outcome), stored, outcome, len(data))
+
+
+def _stored_name(name: str, stored: bytes, outcome: str) -> str:
+    """Return the name under which a converted file is stored, and listed as an image.
+
+    The old suffix stays, so that two names cannot become one.
+    """
+    lower = name.lower()
+    # A PNG that has become a JPEG.
+    if outcome == ENCODED and not lower.endswith((".jpg", ".jpeg")):
+        return f"{name}.jpg"
+    if outcome == ARRAY and not lower.endswith(".npy"):
+        return f"{name}.npy"
+    if is_image_name(os.fsencode(name)):
+        return name
+    if not suffix_of(os.fsencode(name)) and starts_like_image(stored[:HEAD]):
+        return name
+    # An unreadable file without a suffix among images, or one of a list of paths.
+    return f"{name}.jpg"
 
 
 def _unchanged(sample: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Shards that load faster than the files that they were made from."""
