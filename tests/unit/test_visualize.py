@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from backbones.registry import build_classifier
 from models_mae_pl import MODELS
 from processes import ROOT
 from tools import draw
+from util.data.formats import ReadSettings
 from util.flags import early
 from util.flags.parser import parse, run
 from util.report import charts, runs
@@ -114,14 +116,14 @@ def test_reconstruct_draws_the_prediction(constant_answer, drawn, tmp_path):
     # Zeros are the mean colour, up to 8 bits.
     grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     assert torch.allclose(drawn["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6)
-    assert drawn["reconstruction_title"] == "reconstruction" and drawn["mask"].sum(1).eq(12).all()
+    assert drawn["titles"][1] == "reconstruction" and drawn["mask"].sum(1).eq(12).all()
     assert (drawn["positions"].predicted == 5).all() and drawn["positions"].target.shape == (4, 4)
 
 
 def test_a_reconstruction_names_its_statistics(constant_answer, drawn, tmp_path):
     model, file = constant_answer
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss") == 0
-    assert drawn["reconstruction_title"] == "reconstruction (uses ground-truth patch mean/std)"
+    assert drawn["titles"][1] == "reconstruction (uses ground-truth patch mean/std)"
     # Zeros are each patch's own mean over pixels and channels.
     means = model.patchify(drawn["images"]).unflatten(-1, (64, 3)).mean((2, 3))  # (N, L)
     filled = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
@@ -129,7 +131,7 @@ def test_a_reconstruction_names_its_statistics(constant_answer, drawn, tmp_path)
     assert (filled.mean((2, 3)) - means).abs().max() < 0.05
 
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss", "--stats", "visible") == 0
-    assert drawn["reconstruction_title"] == "reconstruction (mean/std of visible patches)"
+    assert drawn["titles"][1] == "reconstruction (mean/std of visible patches)"
     flat = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
     # One brightness for the whole image.
     assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6)
@@ -171,7 +173,8 @@ def test_all_samples_of_a_stream_are_used(constant_answer, monkeypatch):
         {"image": torch.full((3, 32, 32), i, dtype=torch.uint8), "label": 0, "index": -1, "key": i, "bad": []}
         for i in range(7)
     ]
-    monkeypatch.setattr(draw, "build_dataset", lambda *args, **options: None)
+    dataset = SimpleNamespace(depth=torch.uint8, read=ReadSettings())
+    monkeypatch.setattr(draw, "build_dataset", lambda *args, **options: dataset)
     monkeypatch.setattr(draw, "some_samples", lambda dataset, n: samples[:n])
     batches, _ = draw.load_images(model, {}, "wds/x", first=2, n=7)
     assert [keys.tolist() for _, keys in batches] == [[0, 3], [1, 2, 4, 5, 6]]
