@@ -120,7 +120,7 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, some_names
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import check_same_depth, with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
@@ -429,7 +429,7 @@ def build_data(
     """Return the training loader, the validation loader, and the setup with the range of their values.
 
     Training images are augmented unless features are computed once. There is no training loader for --eval.
-    `trained` are the flags of the encoder's training.
+    `trained` are the flags of the training.
     """
     once = args.knn or args.cached
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
@@ -452,10 +452,10 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
-        return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        setup = replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        return None, cached(eval_loader(val, **loading), args.cache_data, setup.device), setup
     transform: Callable = eval_transform(setup.size)
     if not once:
         scale = ascending(args.crop_scale, "--crop_scale")
@@ -466,11 +466,22 @@ def build_data(
     check_classes(train.index, val.index)
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
+    check_same_depth(train, val, args.range)
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     if once:
         loader = eval_loader(train, **loading)
     else:
         loader = train_loader(train, seed=args.seed, **loading)
     return cached(loader, args.cache_data, setup.device), val_loader, setup
+
+
+def seen_by_heads(start: Checkpoint | None) -> dict[str, Any]:
+    """Return as flags how trained heads have seen images, which may differ from how the encoder has."""
+    own = stored_flags(start)
+    found = {name: own[name] for name in ("mean", "std") if own.get(name)}
+    # None counts, too: a range of None is that of 8-bit images, whatever the encoder was trained on.
+    names = ("range", "channels", "bands", "alpha", "exif")
+    return found | {name: own[name] for name in names if name in own}
 
 
 def features_loader(
@@ -617,6 +628,7 @@ def main(given: argparse.Namespace) -> int:
     start = find_start(given)
     args = as_trained(given, start)
     pretrained = probed_encoder(args, start)
+    pretrained.args |= seen_by_heads(start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     keep_protocol(args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))

@@ -99,7 +99,7 @@ from util.data.loading.loader import (
 from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import check_same_depth, with_range
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -449,7 +449,6 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
         val = build_dataset(args.data_path, "val", eval_transform(setup.size), evaluation=True, **options)
     except NoSplit:
@@ -459,6 +458,9 @@ def build_data(
             f"some nodes find val images in {args.data_path}, and some do not: copy the data to the nodes "
             "again"
         )
+    if val is not None:
+        check_same_depth(train, val, args.range)
+    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     if val is None:
         dist.print_rank0("there are no val images: pictures show training images, and nothing is evaluated")
         return loader, None, setup

@@ -196,7 +196,9 @@ def test_titles_stand_above_and_show_the_number_of_right_predictions():
         and (titled[head + GAP : head + 2 * GAP, GAP : 2 * GAP] == 0).all()
     )
     assert (bare[:GAP] == PAPER).all()
-    other = draw(image, [1], [0], titles=("original", "reconstruction"), scale=12)  # "1/1 right" becomes "0/1 right"
+    other = draw(
+        image, [1], [0], titles=("original", "reconstruction"), scale=12
+    )  # "1/1 right" becomes "0/1 right"
     last = 3 * (192 + GAP)
     assert (titled[:head, :last] == other[:head, :last]).all() and (
         titled[:head, last:] != other[:head, last:]

@@ -217,7 +217,8 @@ def _kept_channels(dataset: ImageDataset, values: Values) -> list[int]:
 def _flags(dataset: ImageDataset, values: Values, kept: list[int]) -> list[str]:
     """Return --range, --mean and --std of the channels `kept`, and how the images are read, one flag each."""
     flags = []
-    low, high = [0.0], [255.0]
+    low = [0.0]
+    high = [255.0]
     if dataset.depth != torch.uint8:
         ends = [written(*pair) for pair in values.percentiles(SUGGESTED)]
         low = [float(pair[0]) for pair in ends]

@@ -44,7 +44,7 @@ class Pixels:
 
     @property
     def range(self) -> list[float] | None:
-        """Return the range as flags store it, a low and a high value per channel; None for usual 8-bit images."""
+        """Return the range as flags store it, LOW HIGH for each channel; None for usual 8-bit images."""
         if not self.deep and (self.low, self.high) == BYTE_RANGE:
             return None
         count = max(len(self.low), len(self.high))

@@ -142,8 +142,7 @@ def reconstruction_panel(
     columns = [[_enlarged(p, scale) for p in column] for column in (original, masked, filled)]
     first, third = titles or ("", "")
     names = [first, f"masked {100 * (mask > 0.5).mean():.0f} %", third]
-    no_captions = [""] * len(images)
-    captions = no_captions
+    captions = [""] * len(images)
     if positions is not None:
         # Both (N, n).
         target, predicted = _cells(positions, len(images), grid)
@@ -153,7 +152,7 @@ def reconstruction_panel(
         if len(images) > 1:
             captions = [f"{count}/{right.shape[1]} right" for count in right.sum(axis=1)]
     if titles is None:
-        return _page(columns, [], no_captions)
+        return _page(columns, [], [""] * len(images))
     return _page(columns, names, captions)
 
 

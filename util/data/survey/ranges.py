@@ -87,13 +87,13 @@ def with_range(
 
 
 def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
-    """Raise ValueError if one range serves both sets and only one of them has 8-bit images, unless it is given."""
+    """Raise ValueError if only one of the sets has 8-bit images, unless their range is given."""
     if given or (train.depth == torch.uint8) == (val.depth == torch.uint8):
         return
     raise ValueError(
-        f"the training images are {depth_name(train.depth)} and the validation images {depth_name(val.depth)}, "
-        "and one range does not serve both: store them in one depth, or give `range`, which is then taken for "
-        "both"
+        f"the training images are {depth_name(train.depth)} and the validation images "
+        f"{depth_name(val.depth)}, and one range does not serve both: store them in one depth, or give "
+        "`range`, which is then that of both"
     )
 
 

@@ -24,7 +24,8 @@ class Values:
     """The values of each channel of images that are added one by one.
 
     Integers are counted, so that all statistics are exact. Of float32 the lowest and the highest value are
-    exact, and up to KEPT values of each channel are kept, evenly spread over the images and over each of them.
+    exact, and up to KEPT values of each channel are kept, evenly spread over the images and over each of
+    them.
 
     Args:
         channels: of the images.
