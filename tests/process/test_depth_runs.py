@@ -146,7 +146,9 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
     out = ok(here(tuned, *data, "--finetune", pretrained, "--aa", "", "--epochs", 2, *SMALL, main=FINETUNE))
     assert "range" not in out.partition("other than in training")[2]
     assert last(tuned)["args"]["range"] == flags["range"]
-    evaluated = ok(here(tmp_path / "e", *data, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE))
+    evaluated = ok(
+        here(tmp_path / "e", *data, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE)
+    )
     assert "other than in training" not in evaluated
     other = ["--data_path", layouts["tar"], "--cache_data", "device"]
     again = ok(here("e", *other, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE))
@@ -177,12 +179,12 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
             done(checkpoints, "import", name, "i.pth")
             resumed = "i.pth"
             capsys.readouterr()
-        out = ok(
-            here("e", *data, "--eval", "--resume", resumed, "--classes", source, main=FINETUNE)
-        )
+        out = ok(here("e", *data, "--eval", "--resume", resumed, "--classes", source, main=FINETUNE))
         assert accuracy(out) == accuracy(evaluated)
     done(checkpoints, "inspect", tuned)
-    assert re.search(rf"input +range {flags['range'][0]:.6g} {flags['range'][1]:.6g}", capsys.readouterr().out)
+    assert re.search(
+        rf"input +range {flags['range'][0]:.6g} {flags['range'][1]:.6g}", capsys.readouterr().out
+    )
 
 
 def test_a_killed_run_of_16_bits_resumes_bit_equal(tmp_path):
@@ -245,7 +247,10 @@ def test_augmentations_of_depth(tmp_path):
     source = folder(tmp_path / "set", slices("png"))
     data = ["--data_path", source, "--in_chans", 1, "--range", 0, 2500, "--epochs", 1, *SMALL]
     for flags, message in (
-        ([], "--aa and --color_jitter change the colours of 8-bit images, and these are uint16: turn both off"),
+        (
+            [],
+            "--aa and --color_jitter change the colours of 8-bit images, and these are uint16: turn both off",
+        ),
         (["--aa", "", "--color_jitter", 0.4], "--aa and --color_jitter change the colours of 8-bit images"),
     ):
         code, out = here(tmp_path / "f", *data, *flags, main=FINETUNE)

@@ -143,7 +143,7 @@ def test_images_that_timm_cannot_read_are_replaced(tmp_path, caplog):
     assert replaced["index"] in (0, 2) and replaced["bad"] == []
     assert "image 1 of torch/image_folder" in caplog.text and "`max_pixels` 100000000" in caplog.text
     none = TimmDataset(data.dataset, pretrain_transform(16), name="x", read=ReadSettings(max_pixels=900))
-    with pytest.raises(ValueError, match=r"20 images of x in a row could not be read: its 3\d x 4\d pixels"):
+    with pytest.raises(ValueError, match=r"20 images of x in a row could not be read: .*its 3\d x 4\d pix"):
         none[0]
 
 

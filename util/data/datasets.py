@@ -228,7 +228,9 @@ def build_dataset(
     path = os.fspath(data_path or DEMO)
     options: dict[str, Any] = dict(seed=seed, evaluation=evaluation)
     if is_timm_path(path):
-        return build_timm_dataset(path, split, transform, read=read, **options)
+        dataset = build_timm_dataset(path, split, transform, read=read, **options)
+        check_depth(transform, dataset.depth)
+        return dataset
     index = build_index(path, split, labels=labels)
     found = survey(index, read)
     read = replace(read, depth=read.depth or found.depth)

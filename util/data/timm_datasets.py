@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ from util.data.formats import (
     DEFAULT,
     PIL_FORMATS,
     PIL_MODES,
+    Facts,
     ReadSettings,
+    decode,
+    describe,
     image_to_tensor,
     open_image,
     with_depth,
 )
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
+from util.data.survey.headers import Survey, spread
 from util.data.transforms import MAX_TRIES, Unreadable, apply, views
 from util.files.names import counted, printable
 
 log = logging.getLogger(__name__)
+LOOKED_AT = 8  # images, which are decoded, when a data set is opened
 
 
 @contextlib.contextmanager
@@ -63,10 +69,13 @@ def _content(file: Any) -> bytes:
     return file.read()
 
 
-def pixels_of(image: Image.Image, read: ReadSettings) -> torch.Tensor:
-    """Return what `decode` makes of the file of a PIL image. Raises Unreadable."""
+def pixels_of(image: Image.Image | bytes, read: ReadSettings) -> torch.Tensor:
+    """Return what `decode` makes of an image, its bytes or what PIL opened. Raises Unreadable."""
+    depth = read.depth or torch.uint8
     try:
-        return with_depth(image_to_tensor(image, read), read.depth or torch.uint8)
+        if isinstance(image, bytes):
+            return decode(image, replace(read, depth=depth))
+        return with_depth(image_to_tensor(image, read), depth)
     except (OSError, ValueError) as error:
         raise Unreadable(str(error)) from error
 
@@ -92,6 +101,9 @@ class TimmDataset(Samples):
         self.name = name
         self.read = read
         self.seed = seed
+        # torchvision's own would convert images of 16 bits to white.
+        if hasattr(dataset, "loader"):
+            dataset.loader = _content
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,9 +115,26 @@ class TimmDataset(Samples):
 
     def decoded(self, i: int) -> torch.Tensor:
         """Return image i as it is decoded, (C, H, W). Raises OSError or ValueError if it cannot be read."""
+        return pixels_of(self._image(i), self.read)
+
+    def look_at_depth(self) -> None:
+        """Set the depth to that of some of the images, as `Survey.depth` chooses it."""
+        found = Survey()
+        for i in spread(len(self), LOOKED_AT):
+            # An image that cannot be read is reported when its turn comes.
+            with contextlib.suppress(OSError, ValueError):
+                found.add(Facts(self._depth(i), self.read.in_chans))
+        self.read = replace(self.read, depth=found.depth)
+
+    def _image(self, i: int) -> Image.Image | bytes:
         with our_pil(self.read.max_pixels):
-            image, _ = self.dataset[i]
-        return pixels_of(image, self.read)
+            return self.dataset[i][0]
+
+    def _depth(self, i: int) -> torch.dtype:
+        image = self._image(i)
+        if isinstance(image, bytes):
+            return describe(image, self.read).depth
+        return image_to_tensor(image, self.read).dtype
 
     def summary(self) -> str:
         """Return one line: name, number of images, and how a run resumes."""
@@ -204,14 +233,22 @@ def build_timm_dataset(
     options: dict[str, Any] = dict(name=data_path, read=read, seed=seed)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
+        options["read"] = replace(read, depth=read.depth or read.stream_depth)
         return TimmIterableDataset(dataset, transform, **options)
-    return TimmDataset(dataset, transform, **options)
+    found = TimmDataset(dataset, transform, **options)
+    if read.depth is None:
+        found.look_at_depth()
+    return found
 
 
 def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool) -> Any:
     from timm.data import create_dataset  # slow to import, and most runs do not need it
 
     name, _, root = data_path.partition("=")
+    # Readers leave images as they are, and `pixels_of` converts them. TensorFlow decodes to 8 bits itself.
+    mode = ""
+    if name.lower().startswith("tfds/"):
+        mode = PIL_MODES[in_chans]
     try:
         return create_dataset(
             name,
@@ -219,7 +256,7 @@ def _open(data_path: str, split: str, in_chans: int, seed: int, evaluation: bool
             is_training=not evaluation,
             seed=seed,
             split={"val": "validation"}.get(split, split),
-            input_img_mode=PIL_MODES[in_chans],
+            input_img_mode=mode,
         )
     except ImportError as error:
         raise ValueError(
