@@ -90,8 +90,8 @@ def load_images(
     stats = Pixels(*channel_stats(model.in_chans, flags.get("mean"), flags.get("std")))
     read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
     dataset = _evaluation_set(model, data_path, read)
-    scaled = bool(flags.get("mean") and flags.get("std"))
-    pixels = with_range(stats, dataset, display.range, scaled, flags.get("range"))
+    # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
+    pixels = with_range(stats, dataset, display.range, scaled=False, stored=flags.get("range"))
     samples = [sample for sample in some_samples(dataset, max(first, n)) if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")

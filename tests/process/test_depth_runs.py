@@ -281,6 +281,11 @@ def test_depths_that_do_not_fit_are_refused(tmp_path):
         code, out = here(tmp_path / "x", *given, main=main)
         assert code == 2 and "has seen values in --range 0 2500, and the images of" in out, out
     ok(here(tmp_path / "k", *given, "--range", 0, 255, main=PROBE))
+    # Heads that have seen images otherwise than the encoder has are evaluated as they were trained.
+    probe = tmp_path / "q"
+    first = ok(here(probe, *given[:-1], "--range", 0, 255, "--epochs", 1, main=PROBE))
+    again = ok(here("e", *given[:-1], "--eval", "--resume", probe / "checkpoint-last.pth", main=PROBE))
+    assert re.findall(r"Acc@1 .*", first)[-1] == re.findall(r"Acc@1 .*", again)[-1]
     # One split of another depth than the other.
     mixed = tmp_path / "mixed"
     shutil.copytree(deep / "train", mixed / "train")

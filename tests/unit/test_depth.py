@@ -603,7 +603,7 @@ def test_pictures_show_the_bands_in_their_range():
     assert (draw.as_pixels(normalised, pixels, Bands.of(4, [1]))[0, 0, 0] * 255).round().tolist() == [128] * 3
 
 
-def test_visualize_takes_a_range_and_bands(tmp_path, monkeypatch):
+def test_visualize_takes_a_range_and_bands(tmp_path, monkeypatch, capsys):
     model = MODELS["mae_test"](img_size=(16, 16), in_chans=2)
     flags = dict(
         model="mae_test", pos_label="apl", in_chans=2, input_size=[16, 16], mean=[0.5, 0.5], std=[0.2, 0.2]
@@ -631,6 +631,11 @@ def test_visualize_takes_a_range_and_bands(tmp_path, monkeypatch):
     # Images of 8 bits have another range.
     plain = write_set(tmp_path / "plain", np.uint8)
     assert drawn("--data_path", plain) == 2 and drawn("--data_path", plain, "--range", 0, 255) == 0
+    # The checkpoint of 8-bit images does not know that of deeper ones.
+    capsys.readouterr()
+    torch.save({"model": model.state_dict(), "args": flags | {"range": None}}, tmp_path / "m.pth")
+    assert drawn("--data_path", plain) == 0 and drawn() == 2
+    assert "are uint16, with values from 0 to 65535" in capsys.readouterr().err
 
 
 # --- exports ---

@@ -117,7 +117,7 @@ class Axis(NamedTuple):
     def weights(self, out: int, size: int, whole: bool = True) -> tuple[Tensor, Tensor]:
         """Return how much each of `size` source positions contributes to each of `out` results.
 
-        The weights are float32 (B, out, size), in units of the second result (B, 1, 1), float32. `whole` makes
+        The weights (B, out, size) are in units of the second result (B, 1, 1), both float32. `whole` makes
         them integers, whose sum is 1 up to a few units; without it the unit is 1, and so is their sum.
         """
         device = self.start.device
