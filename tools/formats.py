@@ -170,7 +170,7 @@ def input_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     usual = flags.get("in_chans", 3) in (1, 3) and not (flags.get("range") or flags.get("channels"))
     if usual:
         return {}
-    return {name: flags[name] for name in INPUT_NAMES if flags.get(name)}
+    return {name: flags[name] for name in INPUT_NAMES if flags.get(name) not in (None, "drop", "ignore")}
 
 
 def input_note(flags: Mapping[str, Any], library: str, place: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,10 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
     evaluated = ok(
         here(tmp_path / "e", *data, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE)
     )
-    assert "other than in training" not in evaluated
+    assert "other than in training" not in evaluated and "values as in the checkpoint: " in evaluated
+    resumed = ["--eval", "--resume", tuned / "checkpoint-last.pth"]
+    wrong = ok(here("e", *data, *resumed, "--range", -5000, 9000, main=FINETUNE))
+    assert accuracy(wrong) != accuracy(evaluated) and "range: " in wrong, "the figures show a wrong range"
     other = ["--data_path", layouts["tar"], "--cache_data", "device"]
     again = ok(here("e", *other, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE))
     assert accuracy(again) == accuracy(evaluated)
@@ -218,6 +222,10 @@ def settle(rank, port, source, bounds, out):
             answers.append(settle_range(dataset, given, scaled=False))
         except ValueError as error:
             answers.append(str(error))
+    # On one host the files are others.
+    dataset.read = replace(dataset.read, depth=[torch.uint16, torch.uint8][rank])
+    with pytest.raises(ValueError, match=r"images of different depths in .*set \(uint16, uint8\)"):
+        settle_range(dataset, None, scaled=False)
     dist.shutdown()
     Path(out, f"{rank}.json").write_text(json.dumps(answers))
 

@@ -199,7 +199,7 @@ def test_an_earlier_probe_keeps_its_features_and_crop_and_says_so(encoder, capsy
         tokens = backbone.forward_features(images)
         assert backbone.fc_norm is None
         assert torch.equal(pooled(backbone, images, "avg"), pool_tokens(tokens, 1, "avg"))
-    train = main_linprobe.build_data(flags("--num_workers", 0, "--batch_size", 40, start=earlier), SETUP)[
+    train = main_linprobe.build_data(flags("--num_workers", 0, "--batch_size", 40, start=earlier), SETUP, {})[
         0
     ].dataset
     assert type(train.transform) is TorchvisionCrop
@@ -216,7 +216,7 @@ def test_a_new_probe_and_maes_file_follow_mae(capsys):
         args = flags("--num_workers", 0, "--batch_size", 40, start=start)
         main_linprobe.keep_protocol(args)
         assert capsys.readouterr().out == ""
-        train = main_linprobe.build_data(args, SETUP)[0].dataset
+        train = main_linprobe.build_data(args, SETUP, {})[0].dataset
         assert type(train.transform) is OneDrawCrop and train.transform.settings.scale == (0.08, 1.0)
         capsys.readouterr()
     assert type(pretrain_transform(8)) is TorchvisionCrop

@@ -21,6 +21,8 @@ SUGGESTED = (0.1, 99.9)
 # 1, and float32 values are in [0, 1] already.
 CONVENTION = {torch.uint16: (0.0, 65535.0), torch.float32: (0.0, 1.0)}
 
+MOST_PAIRS = 3  # of a range in messages
+
 Bounds = Sequence[float | str]
 Range = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -46,6 +48,7 @@ def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bound
 
     Raises ValueError for images of more than 8 bits whose range is not known, with what was found.
     """
+    _check_depth_everywhere(dataset)
     if given:
         return _from_bounds(dataset, given)
     if stored:
@@ -57,6 +60,7 @@ def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bound
                 "uint8: give `range` as these images need it (0 255 for usual ones), or the images in their "
                 "own depth"
             )
+        dist.print_rank0(f"values as in the checkpoint: {_some(known)} become 0 and 1")
         return known
     if dataset.depth == torch.uint8:
         return BYTE_RANGE
@@ -151,6 +155,24 @@ def _from_bounds(dataset: Any, given: Bounds) -> Range:
     images = counted(min(SAMPLED, len(dataset)), "image")
     dist.print_rank0(f"range {' '.join(map(str, given))} of {images}: {listed}")
     return tuple(low for low, _ in ends), tuple(high for _, high in ends)
+
+
+def _check_depth_everywhere(dataset: Any) -> None:
+    """Raise ValueError on all ranks if files on one of the hosts have another depth than on the others."""
+    depths = sorted(set(dist.gather_objects(depth_name(dataset.depth))))
+    if len(depths) > 1:
+        raise ValueError(
+            f"the processes find images of different depths in {_name(dataset)} ({', '.join(depths)}): "
+            "copy the data to the nodes again, or give one copy that all of them see"
+        )
+
+
+def _some(ends: Range) -> str:
+    """The first pairs of a range that may have hundreds."""
+    pairs = [" and ".join(written(*pair)) for pair in zip(*ends)]
+    if len(pairs) > MOST_PAIRS:
+        pairs[MOST_PAIRS:] = [f"... ({len(pairs)} pairs)"]
+    return ", ".join(pairs)
 
 
 def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
