@@ -3,7 +3,7 @@
 import hashlib
 
 from tools import stored_model
-from tools.formats import input_flags, is_hf_folder, read, short_list
+from tools.formats import INPUT_NAMES, input_flags, is_hf_folder, read, short_list
 from util.data.sources.image_index import some_names
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
 from util.weights.files import load
@@ -58,7 +58,8 @@ def _origin(checkpoint: Checkpoint, is_folder: bool) -> str:
         return "; this toolkit's"
     if is_folder:
         return "; Hugging Face's"
-    if checkpoint.args or checkpoint.kind == "pretraining":
+    # Exports for timm keep how images become the input, and no other flags.
+    if set(checkpoint.args) - set(INPUT_NAMES) or checkpoint.kind == "pretraining":
         return "; facebookresearch/mae's"
     return "; names of MAE and timm"
 

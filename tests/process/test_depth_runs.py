@@ -263,8 +263,11 @@ def test_augmentations_of_depth(tmp_path):
     ):
         code, out = here(tmp_path / "f", *data, *flags, main=FINETUNE)
         assert code == 2 and message in out and "Epoch" not in out, out
-    code, out = here("f", *data[:2], "--in_chans", 2, "--mean", 0.5, 0.5, "--std", 1, 1, main=FINETUNE)
-    assert code == 2 and "Epoch" not in out
+    many = folder(tmp_path / "many", bands)
+    stats = ["--in_chans", 13, "--range", 0, 100, "--mean", *[0.5] * 13, "--std", *[0.3] * 13]
+    code, out = here(tmp_path / "m", "--data_path", many, *stats, *data[7:], main=FINETUNE)
+    assert code == 2 and "work on 1 or 3 channels, not on 13: turn both off (--aa ''" in out, out
+    assert "Epoch" not in out
     mixed = ["--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.5]
     ok(here(tmp_path / "f", *data, "--aa", "", *mixed, main=FINETUNE))
     assert np.isfinite(log_lines(tmp_path / "f")[0]["train_loss"])

@@ -665,6 +665,7 @@ def test_exports_keep_how_images_become_the_input(tmp_path, capsys, flags):
     assert "timm does not apply that" in capsys.readouterr().out
     convert.import_file(str(tmp_path / "t.safetensors"), str(tmp_path / "back.pth"))
     assert kept(tmp_path / "back.pth")
+    assert "names of MAE and timm" in describe(str(tmp_path / "t.safetensors"))
     convert.export(str(tmp_path / "p.pth"), str(tmp_path / "t.pth"), "timm")
     assert "not in this file, which holds weights only" in capsys.readouterr().out
     line = next(line for line in describe(str(tmp_path / "p.pth")).splitlines() if " input " in line)
