@@ -202,7 +202,7 @@ def _kept_channels(dataset: ImageDataset, values: Values) -> list[int]:
     usual = dataset.depth == torch.uint8 and values.channels in (1, 3)
     if not constant or usual:
         return every
-    where = f"constant in all of {counted(values.images, 'image')}"
+    where = f"constant in {counted(values.images, 'image')}"
     bands = _bands(dataset, constant)
     if dataset.read.channels:
         print(f"{where}: {bands}, which --channels could leave out")
