@@ -145,7 +145,7 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import class_names, training_classes
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import check_same_depth, with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
@@ -372,7 +372,6 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.predictions and not val.exact_resume:
         raise ValueError(
@@ -381,7 +380,8 @@ def build_data(
         )
     if args.eval:
         describe_evaluation(val, setup.size, args.crop_pct)
-        return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        setup = replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        return None, cached(eval_loader(val, **loading), args.cache_data, setup.device), setup
     augment = finetune_transform(
         setup.size,
         in_chans=args.in_chans,
@@ -398,6 +398,9 @@ def build_data(
         dist.print_rank0(f"warning: --data_path has one class only ({only}): every answer is right")
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
+    check_same_depth(train, val, args.range)
+    # Decoded only now, as the checks above take less time.
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     return loader, val_loader, setup
 

@@ -129,7 +129,7 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import training_classes
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import check_same_depth, with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import Recalls, classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
@@ -527,12 +527,12 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
     if args.eval:
         use_trained_classes(val, checkpoint.to_evaluate(start), source)
         check_number_of_classes(args, val)
-        return None, val_loader, replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        setup = replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+        return None, cached(eval_loader(val, **loading), args.cache_data, setup.device), setup
     transform: Callable = whole
     if not once:
         scale = ascending(args.crop_scale, "--crop_scale")
@@ -544,11 +544,22 @@ def build_data(
     check_number_of_classes(args, val)
     dist.print_rank0(f"training on {train.summary()}")
     setup = replace(setup, pixels=with_range(setup.pixels, train, **ranged))
+    check_same_depth(train, val, args.range)
+    val_loader = cached(eval_loader(val, **loading), args.cache_data, setup.device)
     if once:
         loader = eval_loader(train, **loading)
     else:
         loader = train_loader(train, seed=args.seed, **loading)
     return cached(loader, args.cache_data, setup.device), val_loader, setup
+
+
+def seen_by_heads(start: Checkpoint | None) -> dict[str, Any]:
+    """Return as flags how trained heads have seen images, which may differ from how the encoder has."""
+    own = stored_flags(start)
+    found = {name: own[name] for name in ("mean", "std") if own.get(name)}
+    # None counts, too: a range of None is that of 8-bit images, whatever the encoder was trained on.
+    names = ("range", "channels", "bands", "alpha", "exif")
+    return found | {name: own[name] for name in names if name in own}
 
 
 def features_loader(
@@ -694,6 +705,7 @@ def main(given: argparse.Namespace) -> int:
     start = find_start(given)
     args = as_trained(given, start)
     pretrained = probed_encoder(args, start)
+    pretrained.args |= seen_by_heads(start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     keep_protocol(args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))

@@ -19,6 +19,7 @@ from util.flags.groups import (
     OptimDefaults,
     add_data_flags,
     add_optim_flags,
+    add_picture_bands,
     add_position_flags,
     add_run_flags,
     add_self_relation_flags,
@@ -57,6 +58,7 @@ def get_args_parser() -> Parser:
     p.add_argument("--init_from", default="", help="weights to start from, with a fresh schedule")
     pictures = "evaluate and draw reconstructions every N epochs"
     p.add_argument("--picture_epochs", default=20, type=number(0), metavar="N", help=pictures)
+    add_picture_bands(p)
     return p
 
 
@@ -103,13 +105,19 @@ from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import check_same_depth, with_range
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.evaluate.passes import mean_terms
 from util.files.names import counted
-from util.report.panels import PredictedPositions, reconstruction_panel, save_png, unnormalize_patches
+from util.report.panels import (
+    Bands,
+    PredictedPositions,
+    reconstruction_panel,
+    save_png,
+    unnormalize_patches,
+)
 from util.run.guards import survive_full_disk
 from util.run.session import (
     STOPPED,
@@ -246,6 +254,7 @@ class Evaluation:
     val_loader: Batches[Samples] | None
     every: int
     epochs: int
+    bands: Bands
     shown: list[dict] = field(init=False)
 
     def __post_init__(self):
@@ -296,7 +305,7 @@ class Evaluation:
 
     def draw(self, model: MaskedAutoencoderViT, mask_ratio: float, epoch: int, output_dir: str) -> None:
         batch = next(device_batches([collate(self.shown)], self.setup.device, self.setup.pixels))
-        panel = draw(model, batch["image"], batch["key"], mask_ratio, self.setup.pixels)
+        panel = draw(model, batch["image"], batch["key"], mask_ratio, self.setup.pixels, self.bands)
         path = os.path.join(output_dir, "pictures", f"epoch-{epoch:04d}.png")
         with survive_full_disk():
             save_png(panel, path)
@@ -306,7 +315,12 @@ class Evaluation:
 
 @torch.no_grad()
 def draw(
-    model: MaskedAutoencoderViT, images: Tensor, keys: Tensor, mask_ratio: float, pixels: Pixels
+    model: MaskedAutoencoderViT,
+    images: Tensor,
+    keys: Tensor,
+    mask_ratio: float,
+    pixels: Pixels,
+    bands: Bands,
 ) -> np.ndarray:
     """Return a picture (H, W, 3) uint8 of original, masked image, reconstruction and predicted positions, a
     row each.
@@ -325,12 +339,12 @@ def draw(
         tokens = model.forward_encoder(images, ids_keep)[:, 1:]  # (B, n, C)
         positions = PredictedPositions(ids_keep, model.pos_head.absolute.logits(tokens).argmax(-1))
     return reconstruction_panel(
-        pixels.unnormalize(images) / 255,
+        bands.shown(pixels.unnormalize(images)) / 255,
         mask,
-        pixels.unnormalize(model.unpatchify(pred)) / 255,
+        bands.shown(pixels.unnormalize(model.unpatchify(pred))) / 255,
         patch_size=model.patch_size,
         positions=positions,
-        reconstruction_title=title,
+        titles=(f"original{bands.note}", title),
     )
 
 
@@ -453,7 +467,6 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     try:
         val = build_dataset(source, "val", eval_transform(setup.size), evaluation=True, **options)
     except NoSplit:
@@ -463,6 +476,9 @@ def build_data(
             f"some nodes find val images in {args.data_path}, and some do not: copy the data to the nodes "
             "again"
         )
+    if val is not None:
+        check_same_depth(train, val, args.range)
+    loader = cached(train_loader(train, seed=args.seed, **loading), args.cache_data, setup.device)
     if val is None:
         dist.print_rank0(
             "there are no val images: pictures show training images, and nothing is evaluated. "
@@ -557,6 +573,7 @@ def main(args: argparse.Namespace) -> int:
     start = read_start(args)
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
+    bands = Bands.of(args.in_chans, args.picture_bands)
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader, setup = build_data(args, setup, start.trained)
     args.range = setup.pixels.range
@@ -584,7 +601,8 @@ def main(args: argparse.Namespace) -> int:
     flags = checkpoint.plain_flags(vars(args))
     load_start(args, flags, objective, start)
     session = Session.open(args, flags, start.resume, chance)
-    objective.evaluation = Evaluation(setup, session, loader, val_loader, args.picture_epochs, args.epochs)
+    every = args.picture_epochs
+    objective.evaluation = Evaluation(setup, session, loader, val_loader, every, args.epochs, bands)
     finished = fit(model, objective, optimizer, loader, setup, open_budget(args, lr), session)
     dist.shutdown()
     return 0 if finished else STOPPED

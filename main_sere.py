@@ -154,7 +154,7 @@ from models_sere import MODELS, SereStudent, SereTeacher, make_centres
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
-from util.data.formats import ReadSettings
+from util.data.formats import ReadSettings, depth_name
 from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
 from util.data.multicrop import Details, MultiCrop
@@ -163,6 +163,7 @@ from util.data.sources.remote import keep_in
 from util.data.survey.ranges import with_range
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
+from util.files.names import counted
 from util.run.session import (
     STOPPED,
     check_and_print_continuing,
@@ -450,6 +451,11 @@ def build_data(
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     train = build_dataset(source, "train", crops, **options)
     dist.print_rank0(train.summary())
+    if args.in_chans != 3 or train.depth != torch.uint8:
+        dist.print_rank0(
+            "colour changes (jitter, grey, solarisation) are left out: they are for 8-bit RGB, and these "
+            f"images have {counted(args.in_chans, 'channel')} of {depth_name(train.depth)}"
+        )
     scaled = bool(args.mean and args.std)
     setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
     pin_memory = args.pin_mem and setup.device.type == "cuda"

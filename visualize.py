@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 
 from util.flags.data_path import DataPath
-from util.flags.groups import add_val_split
+from util.flags.groups import add_picture_bands, add_range_flag, add_val_split
 from util.flags.parser import Parser, answer_at_once, parse, run
 
 # The usual formats of matplotlib.
@@ -77,6 +77,8 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         command.translators.append(images_last)
         count = "number of images to draw; if not given 4, or all files that --data_path names"
         command.add_argument("--images", default=None, type=int, help=count)
+        add_picture_bands(command)
+        add_range_flag(command)
     # Attention is that of whole images.
     for command in (reconstruct, positions):
         command.add_argument("--mask_ratio", default=None, type=float, help="as in training if not given")
@@ -164,7 +166,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-from tools.draw import attention, positions, read_runs, reconstruct, sweep
+from tools.draw import Display, attention, positions, read_runs, reconstruct, sweep
 from util.files.atomic import write_text
 from util.report import charts
 from util.report.page import page
@@ -194,16 +196,16 @@ def main(args: argparse.Namespace) -> int:
     """Draw what the command asks for."""
     settle_images(args)
     out = args.out
+    # Commands that draw runs have neither.
+    display = Display(getattr(args, "picture_bands", None), getattr(args, "range", None))
     if args.command == "reconstruct":
-        picture = reconstruct(
-            args.file, args.data_path, args.images, args.mask_ratio, args.stats, args.norm_pix_loss
-        )
-        save_png(picture, out)
+        shown = args.file, args.data_path, args.images, args.mask_ratio
+        save_png(reconstruct(*shown, args.stats, args.norm_pix_loss, display), out)
     elif args.command == "positions":
-        figure = positions(args.file, args.data_path, args.images, args.measure, args.mask_ratio)
-        charts.save(figure, out)
+        shown = args.file, args.data_path, args.images, args.measure
+        charts.save(positions(*shown, args.mask_ratio, display), out)
     elif args.command == "attention":
-        charts.save(attention(args.file, args.data_path, args.images), out)
+        charts.save(attention(args.file, args.data_path, args.images, display), out)
     elif args.command == "curves":
         charts.save(charts.curves(read_runs(args.runs), read_runs(args.reference)), out)
     elif args.command == "sweep":

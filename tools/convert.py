@@ -14,11 +14,14 @@ from layers.contract import NORM_EPS
 from tools import stored_model
 from tools.formats import (
     DECODER,
+    INPUT_FIELD,
     Model,
     Outputs,
     appears_whole,
     hf_folder,
     hf_outputs,
+    input_flags,
+    input_note,
     largest_difference,
     outputs,
     read,
@@ -54,6 +57,8 @@ class Written:
     model: str
     # How to load the file; {out} stands for its name.
     usage: str
+    # What the library does not know about the model's images; '' for nothing.
+    note: str = ""
 
 
 @torch.no_grad()
@@ -91,6 +96,8 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
         refuse_above_limit(difference, path, written.model)
     compared = f"the {_compared(arch, full)} of {written.model}"
     print(f"wrote {out}; largest difference to {compared}: {difference:.2g}\n{written.usage.format(out=out)}")
+    if written.note:
+        print(written.note)
     return difference
 
 
@@ -163,7 +170,8 @@ def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partia
     model = "the plain MAE model"
     if eps is not None:
         model += f" (layer_norm_eps {NORM_EPS:g} instead of {eps:g})"
-    return Written(_reloaded(partial, arch), model, usage)
+    note = input_note(checkpoint.args, "facebookresearch/mae", "among the flags in the file")
+    return Written(_reloaded(partial, arch), model, usage, note)
 
 
 def _write_safetensors(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
@@ -188,16 +196,22 @@ def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, parti
     from safetensors.torch import load_file, save_file
 
     weights = {k: v.contiguous() for k, v in checkpoint.model.items() if not k.startswith(DECODER)}
+    place = "not in this file, which holds weights only"
     if partial.endswith(".pth"):
         torch.save(weights, partial)
         weights = torch.load(partial, weights_only=True)
     else:
-        save_file(weights, partial)
+        metadata = {}
+        if found := input_flags(checkpoint.args):
+            metadata["args"] = json.dumps(found)
+            place = "in its metadata"
+        save_file(weights, partial, metadata=metadata or None)
         weights = load_file(partial)
     options = timm_options(arch, source.trunk, source.img_size)
     keywords = ", ".join(f"{k}={v!r}" for k, v in options.items())
     usage = f"timm.create_model('vit_base_patch16_224', checkpoint_path='{{out}}', {keywords})"
-    return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage)
+    note = input_note(checkpoint.args, "timm", place)
+    return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage, note)
 
 
 def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
@@ -208,7 +222,8 @@ def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: Model, partial
         extra = ", add_pooling_layer=False"
     usage = f"transformers.{name}.from_pretrained('{{out}}'{extra})"
     theirs = hf_outputs(partial, arch.decoder_depth > 0, arch.classes)
-    return Written(theirs, f"transformers' {name}", usage)
+    note = input_note(checkpoint.args, "transformers", f"{INPUT_FIELD} in config.json")
+    return Written(theirs, f"transformers' {name}", usage, note)
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Architecture, Model, str], Written]] = {

@@ -28,7 +28,7 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import ImageIndex, NoSplit
 from util.data.sources.listing import from_names
 from util.data.survey.headers import survey
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import Bounds, with_range
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
 from util.files.atomic import write_text
@@ -37,6 +37,7 @@ from util.flags.groups import channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
 from util.report.panels import (
+    Bands,
     PredictedPositions,
     accuracy_map,
     reconstruction_panel,
@@ -50,6 +51,22 @@ from util.weights.types import KINDS
 Model = MaskedAutoencoderViT | VisionTransformer
 # Images that go through the model at once.
 BATCH = 50
+
+
+@dataclass(frozen=True)
+class Display:
+    """How images are shown.
+
+    Attributes:
+        bands: `picture_bands`, the numbers of one or three channels; None for the first ones.
+        range: of the values, as flags give it; None for that of the checkpoint.
+    """
+
+    bands: Sequence[int] | None = None
+    range: Bounds | None = None
+
+
+USUAL = Display()
 
 
 def load_model(path: str) -> tuple[Model, dict]:
@@ -69,7 +86,7 @@ Images = str | os.PathLike | Sequence[str]
 
 
 def load_images(
-    model: Model, flags: dict, data_path: Images, first: int, n: int = 0
+    model: Model, flags: dict, data_path: Images, first: int, n: int = 0, display: Display = USUAL
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Pixels]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
@@ -79,6 +96,8 @@ def load_images(
     stats = _stats_of(model, flags)
     read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
     dataset = _evaluation_set(model, data_path, read)
+    # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
+    pixels = with_range(stats, dataset, display.range, scaled=False, stored=flags.get("range"))
     samples = some_samples(dataset, max(first, n))
     bad = [sample["index"] for sample in samples if sample["bad"]]
     if bad and isinstance(dataset, ImageDataset) and named_files(data_path):
@@ -87,8 +106,6 @@ def load_images(
     samples = [sample for sample in samples if not sample["bad"]]
     if not samples:
         raise ValueError(f"none of the images in {data_path or 'the demo set'} can be read")
-    scaled = bool(flags.get("mean") and flags.get("std"))
-    pixels = with_range(stats, dataset, None, scaled, flags.get("range"))
     samples = _spread_first(samples, first)
     # The first batch is the one that is drawn; the others are measured only.
     starts = [0, *range(first, len(samples), BATCH)]
@@ -169,13 +186,10 @@ def _spread_first(samples: list[dict], first: int) -> list[dict]:
     return [samples[i] for i in front] + rest
 
 
-def as_pixels(images: Tensor, pixels: Pixels) -> np.ndarray:
-    """Normalised (N, C, H, W) -> (N, H, W, 3) in [0, 1]; one and two channels are shown grey."""
-    shown = (pixels.unnormalize(images) / 255).permute(0, 2, 3, 1).numpy()
-    channels = [0, 0, 0]
-    if images.shape[1] >= 3:
-        channels = [0, 1, 2]
-    return shown[..., channels]
+def as_pixels(images: Tensor, pixels: Pixels, bands: Bands) -> np.ndarray:
+    """Normalised (N, C, H, W) -> (N, H, W, 3) in [0, 1]; one band is shown grey."""
+    shown = bands.shown(pixels.unnormalize(images)).expand(-1, 3, -1, -1)  # (N, 1 or 3, H, W)
+    return (shown / 255).permute(0, 2, 3, 1).numpy()
 
 
 def visible_cells(model: Model, keys: Tensor, mask_ratio: float | None, flags: dict) -> Tensor:
@@ -211,7 +225,13 @@ def visible_stats_patches(pred: Tensor, patches: Tensor, ids_keep: Tensor) -> Te
 
 @torch.no_grad()
 def reconstruct(
-    path: str, data_path: Images, n: int, mask_ratio: float | None, stats: str, norm_pix_loss: bool
+    path: str,
+    data_path: Images,
+    n: int,
+    mask_ratio: float | None,
+    stats: str,
+    norm_pix_loss: bool,
+    display: Display = USUAL,
 ) -> np.ndarray:
     """The picture of `reconstruction_panel` for n images, as uint8 (H', W', 3).
 
@@ -231,7 +251,8 @@ def reconstruct(
             f"{path} does not say whether its target was normalised, so the prediction is taken as pixels: "
             "pass norm_pix_loss if it was normalised"
         )
-    batches, pixels = load_images(model, flags, data_path, n)
+    bands = Bands.of(model.in_chans, display.bands)
+    batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
     pred, mask = model.predict(images, ids_keep)
@@ -244,12 +265,12 @@ def reconstruct(
         logits = model.pos_head.absolute.logits(label_tokens(model, images, ids_keep))  # (N, n, L)
         positions = PredictedPositions(ids_keep, logits.argmax(-1))
     return reconstruction_panel(
-        pixels.unnormalize(images) / 255,
+        bands.shown(pixels.unnormalize(images)) / 255,
         mask,
-        pixels.unnormalize(model.unpatchify(pred)) / 255,
+        bands.shown(pixels.unnormalize(model.unpatchify(pred))) / 255,
         patch_size=model.patch_size,
         positions=positions,
-        reconstruction_title=title,
+        titles=(f"original{bands.note}", title),
     )
 
 
@@ -316,7 +337,14 @@ def offsets(codes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def positions(path: str, data_path: Images, n: int, measure: int, mask_ratio: float | None) -> Figure:
+def positions(
+    path: str,
+    data_path: Images,
+    n: int,
+    measure: int,
+    mask_ratio: float | None,
+    display: Display = USUAL,
+) -> Figure:
     """A chart of a label head's predictions on unseen images.
 
     Accuracies are measured over `measure` images. For absolute labels, n of them are drawn with arrows.
@@ -327,9 +355,10 @@ def positions(path: str, data_path: Images, n: int, measure: int, mask_ratio: fl
         raise ValueError(
             f"{path} has no label head (`pos_label` none, or exported without it): no positions to draw"
         )
-    batches, pixels = load_images(model, flags, data_path, n, measure)
+    bands = Bands.of(model.in_chans, display.bands)
+    batches, pixels = load_images(model, flags, data_path, n, measure, display)
     first = next(batches)
-    shown = as_pixels(first[0], pixels)  # (n, H, W, 3)
+    shown = as_pixels(first[0], pixels, bands)  # (n, H, W, 3)
     # A generator: the normalised images of all batches would take several hundred MB.
     seen = (
         (images, visible_cells(model, keys, mask_ratio, flags)) for images, keys in chain([first], batches)
@@ -343,6 +372,8 @@ def positions(path: str, data_path: Images, n: int, measure: int, mask_ratio: fl
         predicted = answers.predicted[: len(shown)].numpy()
     per_cell = accuracy_map(answers.target == answers.predicted, answers.ids, model.grid)
     title = _positions_title(model.pos_head, answers)
+    if not answers.relative:
+        title += bands.note
     return charts.positions(shown, target, predicted, per_cell, answers.confusions(), model.grid, title)
 
 
@@ -388,17 +419,18 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 
 
 @torch.no_grad()
-def attention(path: str, data_path: Images, n: int) -> Figure:
+def attention(path: str, data_path: Images, n: int, display: Display = USUAL) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
-    batches, pixels = load_images(model, flags, data_path, n)
+    bands = Bands.of(model.in_chans, display.bands)
+    batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, _ = next(batches)
     maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)
     unread = ""
     if not _is_read(model):
         unread = " (no loss reads it)"
     title = f"attention of the class token{unread} in the last block; each map from 0 to its own largest"
-    return charts.attention(as_pixels(images, pixels), maps.numpy(), title)
+    return charts.attention(as_pixels(images, pixels, bands), maps.numpy(), title, bands.note.lstrip(", "))
 
 
 def _is_read(model: Model) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ LIMIT = 1e-4
 # The mask ratio of the comparison.
 MASK_RATIO = 0.75
 DECODER = ("decoder_", "mask_token")
+# The field of a configuration that holds `input_flags`, and the same in the metadata of timm's files.
+INPUT_FIELD = "mae_pl_input"
+INPUT_NAMES = ("range", "mean", "std", "channels", "bands", "alpha", "exif")
+MOST_NUMBERS = 6  # of a flag in messages
 # Weights of pretraining objectives, which neither the plain Vision Transformer nor its decoder has.
 LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.", "masked_embed", "channel_sere", "pixel_sere")
 
@@ -157,6 +161,40 @@ def _hf_name(part: str, prefix: str) -> str:
     return f"{layers}.{number}.{_OUR_BLOCK[inner]}"
 
 
+# -- what an image is ----------------------------------------------------------------------------------------
+def input_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint's flags that say how images become the model's input, if they are not 8-bit RGB.
+
+    Grey images of 8 bits with all of their channels are usual as well.
+    """
+    usual = flags.get("in_chans", 3) in (1, 3) and not (flags.get("range") or flags.get("channels"))
+    if usual:
+        return {}
+    return {name: flags[name] for name in INPUT_NAMES if flags.get(name) not in (None, "drop", "ignore")}
+
+
+def input_note(flags: Mapping[str, Any], library: str, place: str) -> str:
+    """Say what another library does not do with images; '' for usual ones. `place` is where it is stored."""
+    found = input_flags(flags)
+    if not found:
+        return ""
+    parts = [f"{name} {short_list(value)}" for name, value in found.items()]
+    return (
+        f"the model's images are not 8-bit RGB: {', '.join(parts)} ({place}); {library} does not apply that, "
+        "so do it before the model: pick the channels, map the range to 0 to 1 and clip, normalise"
+    )
+
+
+def short_list(value: Any) -> str:
+    """The first numbers of a flag that may have hundreds."""
+    if not isinstance(value, list):
+        return shown(value)
+    some = [f"{x:.6g}" for x in value[:MOST_NUMBERS]]
+    if len(value) > MOST_NUMBERS:
+        some.append(f"... ({len(value)} numbers)")
+    return " ".join(some)
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 def is_hf_folder(path: str) -> bool:
     """Whether a path is to be read as a Hugging Face folder: a folder, but not of a run of ours."""
@@ -233,6 +271,8 @@ def _flags_of(config: dict[str, Any]) -> dict[str, Any]:
         # transformers' default for ViT.
         "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
     }
+    if isinstance(config.get(INPUT_FIELD), dict):
+        flags |= {name: config[INPUT_FIELD][name] for name in INPUT_NAMES if name in config[INPUT_FIELD]}
     if "decoder_num_attention_heads" in config:
         flags["decoder_heads"] = config["decoder_num_attention_heads"]
         flags["norm_pix_loss"] = config.get("norm_pix_loss")
@@ -374,6 +414,8 @@ def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int]
     config = _hf_config(name, arch, heads) | stored_eps(checkpoint.args)
     if arch.decoder_depth:
         config["norm_pix_loss"] = bool(checkpoint.args.get("norm_pix_loss"))
+    if found := input_flags(checkpoint.args):
+        config[INPUT_FIELD] = found
     if arch.classes:
         # transformers' own names of classes without names.
         labels = checkpoint.classes or [f"LABEL_{i}" for i in range(arch.classes)]

@@ -3,7 +3,7 @@
 import hashlib
 
 from tools import stored_model
-from tools.formats import is_hf_folder, read
+from tools.formats import INPUT_NAMES, input_flags, is_hf_folder, read, short_list
 from util.data.sources.image_index import some_names
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
 from util.weights.files import load
@@ -58,7 +58,8 @@ def _origin(checkpoint: Checkpoint, is_folder: bool) -> str:
         return "; this toolkit's"
     if is_folder:
         return "; Hugging Face's"
-    if checkpoint.args or checkpoint.kind == "pretraining":
+    # Exports for timm keep how images become the input, and no other flags.
+    if set(checkpoint.args) - set(INPUT_NAMES) or checkpoint.kind == "pretraining":
         return "; facebookresearch/mae's"
     return "; names of MAE and timm"
 
@@ -125,6 +126,9 @@ def _content_lines(checkpoint: Checkpoint) -> dict[str, str]:
     parts = [name for name, key in zip(names, SO_VIT) if key in checkpoint.model]
     if parts:
         lines["So-ViT"] = " and ".join(parts)
+    found = input_flags(checkpoint.args)
+    if found:
+        lines["input"] = ", ".join(f"{name} {short_list(value)}" for name, value in found.items())
     if checkpoint.ema is not None:
         lines["average"] = "a moving average of the weights, which evaluation and export use"
     if checkpoint.epoch is not None:

@@ -428,6 +428,6 @@ def test_the_flag_reaches_every_loader(tmp_path):
         if main is main_linprobe:
             command += ["--finetune", "F"]
         args = parse(main.get_args_parser(), command)
-        grid = [(2, 2)] if main is main_sere else []
-        found = [loader for loader in main.build_data(args, setup, *grid, {}) if isinstance(loader, Loader)]
+        more = [(2, 2), {}] if main is main_sere else [{}]
+        found = [loader for loader in main.build_data(args, setup, *more) if isinstance(loader, Loader)]
         assert {loader.crew.minutes for loader in found} == {2.5} and found

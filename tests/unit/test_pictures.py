@@ -50,7 +50,7 @@ def as_bytes(image):
 
 def draw(image, visible, predicted, prediction=None, **options):
     """The picture of one image, whose cells `visible` are predicted to be the cells `predicted`."""
-    options = {"titles": False, "scale": SCALE, "patch_size": 8, **options}
+    options = {"titles": None, "scale": SCALE, "patch_size": 8, **options}
     mask = torch.ones(1, image.shape[2] * image.shape[3] // 64)
     mask[0, visible] = 0
     if prediction is None:
@@ -123,7 +123,7 @@ def test_a_card_does_not_cover_the_patch_of_the_next_cell():
 
 def test_rows_are_images():
     images = torch.stack([torch.full((3, 16, 16), 0.2), torch.full((3, 16, 16), 0.8)])
-    page = reconstruction_panel(images, np.ones((2, 4)), images, patch_size=8, titles=False, scale=SCALE)
+    page = reconstruction_panel(images, np.ones((2, 4)), images, patch_size=8, titles=None, scale=SCALE)
     for row, value in ((0, 51), (1, 204)):
         original, masked, reconstruction = panels(page, (16, 16), 3, row)
         assert (original == value).all() and (reconstruction == value).all() and (masked == REMOVED).all()
@@ -144,7 +144,7 @@ def test_rectangular_patches_and_numpy_and_bfloat16():
     image = torch.rand(1, 3, 8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     mask = np.array([[1, 0, 1, 1]])
     page = reconstruction_panel(
-        image, mask, np.zeros((1, 3, 8, 32)), patch_size=(4, 16), titles=False, scale=SCALE
+        image, mask, np.zeros((1, 3, 8, 32)), patch_size=(4, 16), titles=None, scale=SCALE
     )
     _, masked, reconstruction = (picture[::SCALE, ::SCALE] for picture in panels(page, (8, 32), 3))
     assert (masked[:4, 16:] == as_bytes(image.float())[:4, 16:]).all() and (masked[4:] == REMOVED).all()
@@ -164,7 +164,7 @@ def test_small_images_are_enlarged_until_they_can_be_read():
         torch.ones(1, 64),
         torch.zeros(1, 3, 64, 64),
         patch_size=8,
-        titles=False,
+        titles=None,
     )
     assert small.shape == (192 + 2 * GAP, 3 * 192 + 4 * GAP, 3)
     large = reconstruction_panel(
@@ -172,7 +172,7 @@ def test_small_images_are_enlarged_until_they_can_be_read():
         torch.ones(1, 196),
         torch.zeros(1, 3, 224, 224),
         patch_size=16,
-        titles=False,
+        titles=None,
     )
     assert large.shape == (224 + 2 * GAP, 3 * 224 + 4 * GAP, 3)
     fine = reconstruction_panel(
@@ -180,7 +180,7 @@ def test_small_images_are_enlarged_until_they_can_be_read():
         torch.ones(1, 256),
         torch.zeros(1, 3, 32, 32),
         patch_size=2,
-        titles=False,
+        titles=None,
     )
     assert fine.shape == (256 + 2 * GAP, 3 * 256 + 4 * GAP, 3)  # a cell of 2 pixels is shown with 16
 
@@ -188,7 +188,7 @@ def test_small_images_are_enlarged_until_they_can_be_read():
 def test_titles_stand_above_and_show_the_number_of_right_predictions():
     image = torch.zeros(1, 3, 16, 16)
     bare = draw(image, [1], [1])
-    titled = draw(image, [1], [1], titles=True, scale=12)
+    titled = draw(image, [1], [1], titles=("original", "reconstruction"), scale=12)
     head = titled.shape[0] - draw(image, [1], [1], scale=12).shape[0]
     assert (
         head > 0
@@ -196,13 +196,15 @@ def test_titles_stand_above_and_show_the_number_of_right_predictions():
         and (titled[head + GAP : head + 2 * GAP, GAP : 2 * GAP] == 0).all()
     )
     assert (bare[:GAP] == PAPER).all()
-    other = draw(image, [1], [0], titles=True, scale=12)  # "1/1 right" becomes "0/1 right"
+    other = draw(
+        image, [1], [0], titles=("original", "reconstruction"), scale=12
+    )  # "1/1 right" becomes "0/1 right"
     last = 3 * (192 + GAP)
     assert (titled[:head, :last] == other[:head, :last]).all() and (
         titled[:head, last:] != other[:head, last:]
     ).any()
     name = "reconstruction (true patch mean/std)"
-    long = draw(image, [1], [1], titles=True, scale=12, reconstruction_title=name)
+    long = draw(image, [1], [1], titles=("original", name), scale=12)
     assert long.shape[0] > titled.shape[0]  # two lines, so that it is not cut off
 
 

@@ -384,11 +384,11 @@ def test_the_training_folder_or_its_parent_is_read(tmp_path):
     setup = main_sere.Setup(torch.device("cpu"), "fp32", (32, 32), main_sere.Pixels((0.5,) * 3, (0.5,) * 3))
     for folder in (tmp_path / "images", tmp_path / "images" / "train"):
         args = settings(f"--arch vit_tiny --data_path {folder} --batch_size_per_gpu 1 --num_workers 0")
-        loader, _, _ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2), {})
+        loader, *_ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2), {})
         assert len(loader.dataset) == 3
     assert loader.dataset.transform.details == Details("block", exact=True)
     args = settings(f"--data_path {folder} --batch_size 1 --num_workers 0 --pred_shape rand")
-    loader, _, _ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2), {})
+    loader, *_ = main_sere.build_data(argparse.Namespace(**args), setup, (2, 2), {})
     assert loader.dataset.transform.details == Details("rand", exact=False)
 
 

@@ -64,14 +64,14 @@ def test_image_files_are_drawn(tmp_path, constant_answer, capsys, monkeypatch, c
     seen = []
     load = draw.load_images
 
-    def recorded(model, flags, data_path, first, n=0):
-        batches, stats = load(model, flags, data_path, first, n)
+    def recorded(model, *given, **options):
+        batches, stats = load(model, *given, **options)
         batches = list(batches)
         seen.append(
             [
                 round(level)
                 for images, _ in batches
-                for level in draw.as_pixels(images, stats)[:, 9, 9, 0] * 255
+                for level in draw.as_pixels(images, stats, draw.Bands.of(3))[:, 9, 9, 0] * 255
             ]
         )
         return iter(batches), stats
@@ -210,14 +210,14 @@ def test_reconstruct_draws_the_prediction(constant_answer, drawn, tmp_path):
     # Zeros are the mean colour, up to 8 bits.
     grey = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     assert torch.allclose(drawn["prediction"], grey.expand(4, 3, 32, 32), atol=0.5 / 255 + 1e-6)
-    assert drawn["reconstruction_title"] == "reconstruction" and drawn["mask"].sum(1).eq(12).all()
+    assert drawn["titles"][1] == "reconstruction" and drawn["mask"].sum(1).eq(12).all()
     assert (drawn["positions"].predicted == 5).all() and drawn["positions"].target.shape == (4, 4)
 
 
 def test_a_reconstruction_names_its_statistics(constant_answer, drawn, tmp_path):
     model, file = constant_answer
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss") == 0
-    assert drawn["reconstruction_title"] == "reconstruction (uses ground-truth patch mean/std)"
+    assert drawn["titles"][1] == "reconstruction (uses ground-truth patch mean/std)"
     # Zeros are each patch's own mean over pixels and channels.
     means = model.patchify(drawn["images"]).unflatten(-1, (64, 3)).mean((2, 3))  # (N, L)
     filled = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
@@ -225,7 +225,7 @@ def test_a_reconstruction_names_its_statistics(constant_answer, drawn, tmp_path)
     assert (filled.mean((2, 3)) - means).abs().max() < 0.05
 
     assert call("reconstruct", file, tmp_path / "a.png", "--norm_pix_loss", "--stats", "visible") == 0
-    assert drawn["reconstruction_title"] == "reconstruction (mean/std of visible patches)"
+    assert drawn["titles"][1] == "reconstruction (mean/std of visible patches)"
     flat = model.patchify(drawn["prediction"]).unflatten(-1, (64, 3))
     # One brightness for the whole image.
     assert torch.allclose(flat, flat[:, :1, :1].expand_as(flat), atol=1e-6)

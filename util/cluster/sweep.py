@@ -148,16 +148,22 @@ def _make_point(
     handed_on = {k: v for k, v in parsed.items() if k in given or k not in OF_THE_MACHINE}
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
-    values = {flag: _parsed(parsed, switches.get(f"--{flag}"), text) for flag, text in flags.items()}
+    set_by_argv = {name: parsed[name] for name in given if name in parsed}
+    values = {flag: _parsed(set_by_argv, switches.get(f"--{flag}"), text) for flag, text in flags.items()}
     settings = repr(sorted((parsed | {"output_dir": ""}).items()))
     then = follow_ups(handed_on, chain, name, folder)
     return Point(name, values, main, argv, folder, then), settings
 
 
 def _parsed(parsed: Mapping[str, Any], action: argparse.Action | None, text: str) -> Any:
-    """Return the parsed value of a swept flag, or its text if the parser translates it into another flag."""
-    # A switch without a value may store None.
-    if action is None or (action.nargs != 0 and parsed[action.dest] is None):
+    """Return the parsed value of a swept flag, or its text if the parser translates it into another flag.
+
+    `parsed` has the flags that the command line sets.
+    """
+    # A flag of another program may have the name of one of ours. A switch without a value may store None.
+    if action is None or action.dest not in parsed:
+        return text
+    if action.nargs != 0 and parsed[action.dest] is None:
         return text
     return parsed[action.dest]
 

@@ -71,7 +71,7 @@ from util.data.seeding import epoch_and_index
 from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.survey.headers import spread, survey
-from util.data.survey.ranges import SUGGESTED
+from util.data.survey.ranges import SUGGESTED, written
 from util.data.survey.values import Values
 from util.data.transforms import eval_transform
 from util.files.atomic import write_text
@@ -102,14 +102,12 @@ def command(args: argparse.Namespace) -> int:
     # Without labels loose images count as well.
     index = build_index(args.path, args.split, labels=False)
     read = ReadSettings.of(vars(args))
+    found = survey(index, read)
+    # As a main reads them: in one depth. A small crop takes least time.
+    dataset = ImageDataset(index, eval_transform(8), read=replace(read, depth=found.depth), found=found)
+    print(dataset.summary())
     if args.command == "stats":
-        found = survey(index, read)
-        dataset = ImageDataset(index, eval_transform(8), read=replace(read, depth=found.depth), found=found)
-        print(dataset.summary())
         return print_stats(dataset, args.images, args.recipe)
-    # A small crop takes least time.
-    dataset = ImageDataset(index, eval_transform(8), read=read)
-    print(index.summary())
     return print_unreadable(dataset, args.num_workers)
 
 
@@ -155,101 +153,126 @@ def print_stats(dataset: ImageDataset, images: int, recipe: str | None) -> int:
     numbers = spread(len(index), images)
     values = Values(dataset.read.in_chans, dataset.depth, len(numbers))
     left_out: Counter[str] = Counter()
-    first: dict[str, tuple[str, str]] = {}
+    example: dict[str, tuple[str, str]] = {}
     for i in numbers:
         try:
             values.add(dataset.decoded(i))
         except (OSError, ValueError) as error:
             index.check_unchanged(i)
-            why = _reason(str(error))
-            # Sizes differ from file to file.
-            reason = re.sub(r"\d+", "0", why)
-            left_out[reason] += 1
-            first.setdefault(reason, (index.name(i), why))
-    for reason, count in left_out.most_common():
-        name, why = first[reason]
-        print(
-            f"left out: {counted(count, 'image')}, as {printable(name)}: {printable(with_flags(why, FLAGS))}"
-        )
+            reason = _reason(error)
+            kind = _kind(reason)
+            left_out[kind] += 1
+            example.setdefault(kind, (index.name(i), reason))
+    for kind, count in left_out.most_common():
+        name, reason = example[kind]
+        why = printable(with_flags(reason, FLAGS))
+        print(f"left out: {counted(count, 'image')}, as {printable(name)}: {why}")
     if not values.images:
         raise ValueError(
             f"no image could be read with {dataset.read.in_chans} channels: give --in_chans as the images "
             "have it, or see what `check` reports"
         )
-    constant = values.constant()
-    if constant:
-        kept = [i for i in range(values.channels) if i not in constant]
-        print(f"constant in all images: {_bands(dataset, constant)}; leave out by {_channels(dataset, kept)}")
-    flags = _flags(dataset, values)
+    kept = _kept_channels(dataset, values)
+    flags = _flags(dataset, values, kept)
     print(*flags)
     _write_recipe(dataset, flags, recipe, values.images)
     return 0
 
 
-def _reason(error: str) -> str:
-    """Return what is wrong, without what differs from file to file: sizes and first bytes."""
-    return error.partition("): ")[2] or error
+def _reason(error: Exception) -> str:
+    """Return what is wrong, without the file's size and first bytes."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the path
+    return str(error).partition("): ")[2] or str(error)
 
 
-def _flags(dataset: ImageDataset, values: Values) -> list[str]:
-    """Return --range, --mean and --std, and what was given beside them, one flag each."""
+def _kind(reason: str) -> str:
+    """Return a reason without what else may differ from file to file: numbers, and bytes in quotes."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|-?\d[\d.]*", "#", reason)
+
+
+def _kept_channels(dataset: ImageDataset, values: Values) -> list[int]:
+    """Return the channels that the recipe has, and print which are constant.
+
+    Those are left out of it, unless `channels` asks for them: their standard deviation is 0, and one image
+    that differs would become very large values. Grey and RGB of 8 bits are kept whole.
+    """
+    every = list(range(values.channels))
+    constant = values.constant()
+    usual = dataset.depth == torch.uint8 and values.channels in (1, 3)
+    if not constant or usual:
+        return every
+    where = f"constant in {counted(values.images, 'image')}"
+    bands = _bands(dataset, constant)
+    if dataset.read.channels:
+        print(f"{where}: {bands}, which --channels could leave out")
+        return every
+    if len(constant) == len(every):
+        print(f"{where}: {bands}, so that there is nothing to learn from")
+        return every
+    print(f"{where}: {bands}, left out by --channels")
+    return [i for i in every if i not in constant]
+
+
+def _flags(dataset: ImageDataset, values: Values, kept: list[int]) -> list[str]:
+    """Return --range, --mean and --std of the channels `kept`, and how the images are read, one flag each."""
     flags = []
-    low, high = [0.0], [255.0]
+    low = [0.0]
+    high = [255.0]
     if dataset.depth != torch.uint8:
-        ends = values.percentiles(SUGGESTED)
-        low = [pair[0] for pair in ends]
-        # A constant channel has no width, and needs one.
-        high = [max(pair[1], _next(pair[0])) for pair in ends]
-        flags.append(_flag("range", [bound for pair in zip(low, high) for bound in pair], "{:.6g}"))
+        ends = [written(*pair) for pair in values.percentiles(SUGGESTED)]
+        low = [float(pair[0]) for pair in ends]
+        high = [float(pair[1]) for pair in ends]
+        flags.append(_flag("range", [bound for i in kept for bound in ends[i]]))
     stats = values.stats(low, high)
     # The smallest number that four digits show: 0 is no width.
     return [
-        *_given(dataset),
+        *_given(dataset, kept),
         *flags,
-        _flag("mean", stats.mean, "{:.4f}"),
-        _flag("std", [max(each, 1e-4) for each in stats.std], "{:.4f}"),
+        _flag("mean", [stats.mean[i] for i in kept], "{:.4f}"),
+        _flag("std", [max(stats.std[i], 1e-4) for i in kept], "{:.4f}"),
     ]
-
-
-def _next(value: float) -> float:
-    return value + max(1.0, abs(value)) * 1e-3
 
 
 def _flag(name: str, values: list[Any], form: str = "{}") -> str:
     return f"--{name} {' '.join(form.format(value) for value in values)}"
 
 
-def _given(dataset: ImageDataset) -> list[str]:
-    """Return the flags by which the images were read, as far as they are not the defaults."""
+def _given(dataset: ImageDataset, kept: list[int]) -> list[str]:
+    """Return the flags by which the channels `kept` are read, as far as they are not the defaults."""
     read = dataset.read
     flags = []
-    if read.channels:
-        if read.bands is not None:
-            flags.append(_flag("in_chans", [read.bands]))
-        flags.append(_flag("channels", list(read.channels)))
+    channels = list(read.channels)
+    bands = read.bands
+    if len(kept) < read.in_chans:
+        channels = kept
+        bands = read.in_chans
+    if channels:
+        if bands is not None:
+            flags.append(_flag("in_chans", [bands]))
+        flags.append(_flag("channels", channels))
     elif read.in_chans != 3:
         flags.append(_flag("in_chans", [read.in_chans]))
+    if read.transparency != "drop":
+        flags.append(_flag("alpha", [read.transparency]))
+    if read.exif != "ignore":
+        flags.append(_flag("exif", [read.exif]))
     return flags
 
 
 def _bands(dataset: ImageDataset, channels: list[int]) -> str:
-    numbers = _numbers(dataset, channels)
-    return f"{'band' if len(numbers) == 1 else 'bands'} {', '.join(map(str, numbers))}"
-
-
-def _channels(dataset: ImageDataset, kept: list[int]) -> str:
-    return _flag("channels", _numbers(dataset, kept))
-
-
-def _numbers(dataset: ImageDataset, channels: list[int]) -> list[int]:
-    """Return the numbers in the files of channels of the images."""
-    if not dataset.read.channels:
-        return channels
-    return [dataset.read.channels[i] for i in channels]
+    """Name channels of the images by the numbers of their bands in the files."""
+    numbers = channels
+    if dataset.read.channels:
+        numbers = [dataset.read.channels[i] for i in channels]
+    word = "bands"
+    if len(numbers) == 1:
+        word = "band"
+    return f"{word} {', '.join(map(str, numbers))}"
 
 
 def _write_recipe(dataset: ImageDataset, flags: list[str], recipe: str | None, images: int) -> None:
-    """Write the flags to a recipe, unless its name is ''. An existing file of other flags is kept."""
+    """Write the flags to a recipe, unless its name is ''. An existing file with other content is kept."""
     path = recipe
     if path is None:
         base = os.path.basename(os.path.abspath(dataset.index.path)) or "data"
@@ -258,11 +281,25 @@ def _write_recipe(dataset: ImageDataset, flags: list[str], recipe: str | None, i
         return
     source = f"# Of {counted(images, 'image')} of {printable(dataset.index.path)}"
     text = "\n".join([source, *flags, ""])
-    if recipe is None and os.path.exists(path):
-        print(f"{printable(path)} exists and is kept: name another file by --recipe")
+    if os.path.exists(path) and not _holds(path, text):
+        print(f"{printable(path)} exists and is kept: remove it, or name another file by --recipe")
         return
-    write_text(path, text, follow=True)
+    try:
+        write_text(path, text, follow=True)
+    except OSError as error:
+        # Nobody asked for the file, and the flags are printed.
+        if recipe is not None:
+            raise
+        print(f"no recipe is written: {printable(str(error))}")
+        return
     print(f"written to {printable(path)}: give @{printable(path)} to a main")
+
+
+def _holds(path: str, text: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(text.encode()) + 1) == text.encode()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,12 +19,14 @@ class Pixels:
     Attributes:
         mean, std: of values that are scaled to [0, 1].
         low, high: the values that become 0 and 1. Values beyond them are clipped.
+        deep: whether the images have more than 8 bits, so that their range does not follow from their type.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     low: tuple[float, ...] = BYTE_RANGE[0]
     high: tuple[float, ...] = BYTE_RANGE[1]
+    deep: bool = False
 
     def normalize(self, images: Tensor) -> Tensor:
         """Scale images (..., C, H, W) of any depth to float32 with zero mean and unit variance."""
@@ -42,8 +44,8 @@ class Pixels:
 
     @property
     def range(self) -> list[float] | None:
-        """Return the range as flags store it, a low and a high value per channel; None for that of bytes."""
-        if (self.low, self.high) == BYTE_RANGE:
+        """Return the range as flags store it, LOW HIGH for each channel; None for usual 8-bit images."""
+        if not self.deep and (self.low, self.high) == BYTE_RANGE:
             return None
         count = max(len(self.low), len(self.high))
         lows = self.low * (count // len(self.low))

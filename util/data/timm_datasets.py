@@ -388,6 +388,7 @@ def build_timm_dataset(
     options: dict[str, Any] = dict(name=source.path, read=read, seed=seed, evaluation=evaluation)
     # DataLoader decides by the class how it reads a data set.
     if isinstance(dataset, IterableDataset):
+        options["read"] = replace(read, depth=read.depth or read.stream_depth)
         return TimmIterableDataset(dataset, transform, **options)
     made = TimmDataset(dataset, transform, **options)
     made.found = look(made)

@@ -245,7 +245,8 @@ def add_read_flags(g: Any, alpha: str = "alpha") -> None:
     )
 
 
-def _add_range_flag(g: argparse._ArgumentGroup) -> None:
+def add_range_flag(g: Any) -> None:
+    """Add the flag that says which values of images become 0 and 1."""
     g.add_argument(
         "--range",
         default=None,
@@ -255,6 +256,19 @@ def _add_range_flag(g: argparse._ArgumentGroup) -> None:
         help="LOW HIGH: the values that become 0 and 1 before --mean and --std; others are clipped. A pair "
         "for each channel is allowed, and so are percentiles of a sample, as p1 p99. 0 255 for 8-bit images; "
         "deeper ones need it; that of the checkpoint if the run starts from one",
+    )
+
+
+def add_picture_bands(p: Any) -> None:
+    """Add the flag that says which channels pictures show."""
+    p.add_argument(
+        "--picture_bands",
+        default=None,
+        type=FROM_ZERO,
+        nargs="+",
+        metavar="N",
+        help="channels of the model that pictures show, counted from 0: one as grey, or three as red, green "
+        "and blue; if not given the first one of 1 and 2 channels, and the first three of more",
     )
 
 
@@ -304,7 +318,7 @@ def _add_channel_flags(g: argparse._ArgumentGroup, alpha: str) -> None:
         nargs="+",
         help="standard deviation of each channel, of values in [0, 1]; as the mean if not given",
     )
-    _add_range_flag(g)
+    add_range_flag(g)
     add_read_flags(g, alpha)
 
 

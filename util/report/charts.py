@@ -320,11 +320,11 @@ def _arrows(
     axes.set_title(f"{right.sum()} of {len(target)} patches right", fontsize=9)
 
 
-def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
+def attention(images: np.ndarray, maps: np.ndarray, title: str, image_title: str = "") -> Figure:
     """A row per image: the image, the mean over heads, each head.
 
     images (N, H, W, 3) in [0, 1]; maps (N, heads, h, w). Each map's colours go from 0 to
-    its own largest value.
+    its own largest value. `image_title` stands above the images.
     """
     # Two more columns: the image, and the mean over heads.
     heads = maps.shape[1]
@@ -334,6 +334,7 @@ def attention(images: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     names = ["all heads", *(f"head {i}" for i in range(heads))]
     for row, image, image_maps in zip(figure.subplots(len(images), 2 + heads, squeeze=False), images, maps):
         row[0].imshow(image)
+        row[0].set_title(image_title, fontsize=8)
         for axes, values, name in zip(row[1:], [image_maps.mean(0), *image_maps], names):
             axes.imshow(values, cmap="viridis", vmin=0)
             axes.set_title(name, fontsize=8)

@@ -6,6 +6,7 @@ numpy array or a tensor.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,50 @@ READABLE_SIDE = 192
 READABLE_CELL = 16
 # How many of the patches that lie in one cell can be seen.
 MOST_CARDS = 4
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Which channels of an image a picture shows: one as grey, or three as red, green and blue.
+
+    `numbers` count from 0 among the channels that the model sees. `note` names them for titles, as in
+    ", bands 0 1 2"; it is '' where a picture shows all channels in their order.
+    """
+
+    numbers: tuple[int, ...]
+    note: str = ""
+
+    @classmethod
+    def of(cls, channels: int, given: Sequence[int] | None = None) -> "Bands":
+        """Choose those of images with `channels` channels: the given ones, or the first one or three.
+
+        Raises ValueError unless one or three are given, all of them below `channels`.
+        """
+        numbers: tuple[int, ...] = (0,)
+        if channels >= 3:
+            numbers = (0, 1, 2)
+        if given:
+            numbers = tuple(given)
+        listed = " ".join(map(str, numbers))
+        if len(numbers) not in (1, 3):
+            raise ValueError(
+                f"`picture_bands` takes one number (grey) or three (red, green, blue), found {listed}"
+            )
+        if not 0 <= min(numbers) <= max(numbers) < channels:
+            raise ValueError(
+                f"`picture_bands` {listed}: the model sees {channels} channels, and their numbers are 0 to "
+                f"{channels - 1}"
+            )
+        if numbers == tuple(range(channels)):
+            return cls(numbers)
+        word = "band"
+        if len(numbers) > 1:
+            word = "bands"
+        return cls(numbers, f", {word} {listed}")
+
+    def shown(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the channels that are shown, (N, C, H, W) -> (N, 1 or 3, H, W)."""
+        return images[:, list(self.numbers)]
 
 
 @dataclass(frozen=True)
@@ -66,9 +111,8 @@ def reconstruction_panel(
     *,
     patch_size: int | tuple[int, int],
     positions: PredictedPositions | None = None,
-    titles: bool = True,
+    titles: tuple[str, str] | None = ("original", "reconstruction"),
     scale: int | None = None,
-    reconstruction_title: str = "reconstruction",
 ) -> np.ndarray:
     """One row per image: original | masked | reconstruction | predicted positions.
 
@@ -79,7 +123,8 @@ def reconstruction_panel(
     positions: draws the last column, each visible patch in its predicted cell. Right ones have a green frame,
         wrong ones a red frame and a line to a white dot in their true cell. Patches of one cell lie on each
         other like cards, the right one on top; four are visible, and the cell shows their number.
-    titles: whether to write column names, with the masked share, and the number of right predictions.
+    titles: names of the first and the third column. With them the masked share and the number of right
+        predictions are written; None for no text.
     scale: every pixel becomes scale x scale; by default as many as make pictures and cells readable.
     Returns uint8 (H', W', 3). Raises ValueError if shapes do not fit together.
     """
@@ -95,9 +140,9 @@ def reconstruction_panel(
     masked = np.where(removed, np.array(REMOVED, np.uint8), original)
     filled = np.where(removed, _rgb(prediction), original)
     columns = [[_enlarged(p, scale) for p in column] for column in (original, masked, filled)]
-    names = ["original", f"masked {100 * (mask > 0.5).mean():.0f} %", reconstruction_title]
-    no_captions = [""] * len(images)
-    captions = no_captions
+    first, third = titles or ("", "")
+    names = [first, f"masked {100 * (mask > 0.5).mean():.0f} %", third]
+    captions = [""] * len(images)
     if positions is not None:
         # Both (N, n).
         target, predicted = _cells(positions, len(images), grid)
@@ -106,8 +151,8 @@ def reconstruction_panel(
         names.append(f"predicted positions {right.sum()}/{right.size} right")
         if len(images) > 1:
             captions = [f"{count}/{right.shape[1]} right" for count in right.sum(axis=1)]
-    if not titles:
-        return _page(columns, [], no_captions)
+    if titles is None:
+        return _page(columns, [], [""] * len(images))
     return _page(columns, names, captions)
 
 

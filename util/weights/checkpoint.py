@@ -211,6 +211,7 @@ HARMLESS = {
     "save_steps",
     "keep",
     "print_freq",
+    "picture_bands",
     "picture_epochs",
     "predictions",
     "eval",
@@ -236,7 +237,18 @@ LEFT_OPEN = {"patch_size", "lr", "nb_classes", "in_chans", "input_size", "mean",
 LEFT_OPEN |= {"range", "channels", "bands"}
 LEFT_OPEN |= {"finetune", "init_from"}
 # Flags that decide what an image is.
-IMAGES = {"input_size", "patch_size", "in_chans", "mean", "std", "range", "channels", "bands"}
+IMAGES = {
+    "input_size",
+    "patch_size",
+    "in_chans",
+    "mean",
+    "std",
+    "range",
+    "channels",
+    "bands",
+    "alpha",
+    "exif",
+}
 
 
 def load_start(output_dir: str | None, resume: str) -> Checkpoint | None:

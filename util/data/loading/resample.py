@@ -80,10 +80,11 @@ def _resample(images: Tensor, windows: Tensor, size: tuple[int, int], most: list
     top, left, height, width, full_height, full_width, row, column, flip_x, flip_y = windows.unbind(1)
     x_axis = Axis(left, width, full_width, column, flip_x, most[1])
     y_axis = Axis(top, height, full_height, row, flip_y, most[0])
-    along_x, x_unit = x_axis.weights(size[1], images.shape[3])  # (B, w, W), (B, 1, 1)
-    along_y, y_unit = y_axis.weights(size[0], images.shape[2])  # (B, h, H), (B, 1, 1)
+    whole = images.dtype == torch.uint8
+    along_x, x_unit = x_axis.weights(size[1], images.shape[3], whole)  # (B, w, W), (B, 1, 1)
+    along_y, y_unit = y_axis.weights(size[0], images.shape[2], whole)  # (B, h, H), (B, 1, 1)
     finish = _to_8_bit
-    if images.dtype != torch.uint8:
+    if not whole:
         finish = _in_units
     x = images.flatten(1, 2).float() @ along_x.mT  # (B, C, H, W) -> (B, C*H, W) -> (B, C*H, w)
     x = finish(x, x_unit).unflatten(1, images.shape[1:3])  # (B, C*H, w) -> (B, C, H, w)
@@ -113,25 +114,26 @@ class Axis(NamedTuple):
     flip: Tensor
     most: int
 
-    def weights(self, out: int, size: int) -> tuple[Tensor, Tensor]:
+    def weights(self, out: int, size: int, whole: bool = True) -> tuple[Tensor, Tensor]:
         """Return how much each of `size` source positions contributes to each of `out` results.
 
-        The weights are integers as float32 (B, out, size), in units of the second result, float32 (B, 1, 1).
+        The weights (B, out, size) are in units of the second result (B, 1, 1), both float32. `whole` makes
+        them integers, whose sum is 1 up to a few units; without it the unit is 1, and so is their sum.
         """
         device = self.start.device
         count = taps(out, size)
         i = torch.arange(out, device=device)[None]  # (1, out)
         i = torch.where(self.flip[:, None] > 0, out - 1 - i, i) + self.first[:, None]  # (B, out)
         w, j = self._exact(i, count)  # (B, out, count) each
+        j += self.start[:, None, None]
+        if not whole:
+            return _dense(w.float(), j, size), torch.ones(len(j), 1, 1, device=device)
         largest = self._largest(w, out, count)
         # As many bits as let the largest weight of all positions fit into an int16. Halves round away from 0.
         bits = ((2**WEIGHT_BITS - 0.5) / largest.clamp_(min=1e-6)).log2_().floor_().clamp_(max=22)
         steps = torch.bitwise_left_shift(1, bits.long()).to(w.dtype)  # exp2 need not be exact on every device
         w = (w * steps).abs().add_(0.5).floor_().copysign_(w).float()
-        j += self.start[:, None, None]
-        # Positions outside of the box have weight 0, so it does not matter where that is added.
-        dense = torch.zeros(len(j), out, size, device=device).scatter_add_(2, j.clamp_(0, size - 1), w)
-        return dense, steps.reciprocal_().float()
+        return _dense(w, j, size), steps.reciprocal_().float()
 
     def _largest(self, shown: Tensor, out: int, count: int) -> Tensor:
         """Return the largest weight of all `full` positions, (B, 1, 1).
@@ -179,6 +181,13 @@ class Axis(NamedTuple):
         w *= (j >= 0) & (j < self.length[:, None, None]) & (i < self.full[:, None])[..., None]
         w /= w.sum(-1, keepdim=True).clamp_(min=1e-6)
         return w, j
+
+
+def _dense(w: Tensor, j: Tensor, size: int) -> Tensor:
+    """Return weights of the positions j, (B, out, count) each, as (B, out, size)."""
+    # Positions outside of the box have weight 0, so it does not matter where that is added.
+    dense = torch.zeros(*w.shape[:2], size, device=w.device)
+    return dense.scatter_add_(2, j.clamp_(0, size - 1), w)
 
 
 def taps(out: int, size: int) -> int:

@@ -21,6 +21,8 @@ SUGGESTED = (0.1, 99.9)
 # 1, and float32 values are in [0, 1] already.
 CONVENTION = {torch.uint16: (0.0, 65535.0), torch.float32: (0.0, 1.0)}
 
+MOST_PAIRS = 3  # of a range in messages
+
 Bounds = Sequence[float | str]
 Range = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -46,17 +48,20 @@ def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bound
 
     Raises ValueError for images of more than 8 bits whose range is not known, with what was found.
     """
+    _check_depth_everywhere(dataset)
     if given:
         return _from_bounds(dataset, given)
     if stored:
-        if dataset.depth == torch.uint8:
+        known = split_range([float(bound) for bound in stored])
+        if dataset.depth == torch.uint8 and known != BYTE_RANGE:
             listed = " ".join(f"{bound:g}" for bound in stored)
             raise ValueError(
                 f"the checkpoint has seen values in `range` {listed}, and the images of {_name(dataset)} are "
                 "uint8: give `range` as these images need it (0 255 for usual ones), or the images in their "
                 "own depth"
             )
-        return split_range([float(bound) for bound in stored])
+        dist.print_rank0(f"values as in the checkpoint: {_some(known)} become 0 and 1")
+        return known
     if dataset.depth == torch.uint8:
         return BYTE_RANGE
     found, range_of_all = _on_main(lambda: _looked_at(dataset))
@@ -79,18 +84,38 @@ def with_range(
 ) -> Pixels:
     """Return `pixels` with the range of a data set; see `settle_range`."""
     low, high = settle_range(dataset, given, scaled, stored)
-    pixels = replace(pixels, low=low, high=high)
+    pixels = replace(pixels, low=low, high=high, deep=dataset.depth != torch.uint8)
     # Refuses a number of pairs that does not fit, before the first batch.
     pixels.normalize(torch.zeros(dataset.read.in_chans, 1, 1))
     return pixels
 
 
+def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
+    """Raise ValueError if only one of the sets has 8-bit images, unless their range is given."""
+    if given or (train.depth == torch.uint8) == (val.depth == torch.uint8):
+        return
+    raise ValueError(
+        f"the training images are {depth_name(train.depth)} and the validation images "
+        f"{depth_name(val.depth)}, and one range does not serve both: store them in one depth, or give "
+        "`range`, which is then that of both"
+    )
+
+
 def suggested(values: Values) -> str:
     """Return LOW HIGH for all channels, as flags take it."""
     ends = values.percentiles(SUGGESTED)
-    low = min(low for low, _ in ends)
-    high = max(high for _, high in ends)
-    return f"{low:.6g} {max(high, low + 1e-6):.6g}"
+    return " ".join(written(min(low for low, _ in ends), max(high for _, high in ends)))
+
+
+def written(low: float, high: float) -> tuple[str, str]:
+    """Return the ends of a range as text, with as many digits as its width needs; equal ones get a width."""
+    if high <= low:
+        high = low + max(1.0, abs(low)) * 1e-3
+    for digits in range(6, 17):
+        found = f"{low:.{digits}g}", f"{high:.{digits}g}"
+        if max(abs(float(found[0]) - low), abs(float(found[1]) - high)) < 1e-5 * (high - low):
+            return found
+    return repr(low), repr(high)
 
 
 def sampled(dataset: Any, most: int = SAMPLED) -> Values:
@@ -118,12 +143,36 @@ def _from_bounds(dataset: Any, given: Bounds) -> Range:
         return split_range([float(bound) for bound in given])
     if len(given) != 2 or len(wanted) != 2:
         raise ValueError("`range` takes two percentiles, as in p1 p99, or values only")
+    if not dataset.exact_resume:
+        raise ValueError(
+            f"`range` {' '.join(map(str, given))} takes percentiles of images that are spread over the data "
+            f"set, and {_name(dataset)} is a stream: give values"
+        )
     # One rank reads: the sample is the same everywhere.
     ends = _on_main(lambda: sampled(dataset).percentiles(wanted))
     _check_widths(given, ends)
-    listed = " ".join(f"{bound:.6g}" for pair in ends for bound in pair)
-    dist.print_rank0(f"range {' '.join(map(str, given))} of {counted(SAMPLED, 'image')}: {listed}")
+    listed = " ".join(bound for low, high in ends for bound in written(low, high))
+    images = counted(min(SAMPLED, len(dataset)), "image")
+    dist.print_rank0(f"range {' '.join(map(str, given))} of {images}: {listed}")
     return tuple(low for low, _ in ends), tuple(high for _, high in ends)
+
+
+def _check_depth_everywhere(dataset: Any) -> None:
+    """Raise ValueError on all ranks if files on one of the hosts have another depth than on the others."""
+    depths = sorted(set(dist.gather_objects(depth_name(dataset.depth))))
+    if len(depths) > 1:
+        raise ValueError(
+            f"the processes find images of different depths in {_name(dataset)} ({', '.join(depths)}): "
+            "copy the data to the nodes again, or give one copy that all of them see"
+        )
+
+
+def _some(ends: Range) -> str:
+    """The first pairs of a range that may have hundreds."""
+    pairs = [" and ".join(written(*pair)) for pair in zip(*ends)]
+    if len(pairs) > MOST_PAIRS:
+        pairs[MOST_PAIRS:] = [f"... ({len(pairs)} pairs)"]
+    return ", ".join(pairs)
 
 
 def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
@@ -139,14 +188,15 @@ def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
 def _on_main(function: Callable[[], Any]) -> Any:
     """Return what a function gives on rank 0, on all ranks; one that reads images, which takes time.
 
-    A ValueError is raised on all ranks together.
+    If it fails, all ranks raise ValueError together: none waits for another.
     """
     result, problem = None, ""
     if dist.is_main():
         try:
             result = function()
-        except ValueError as error:
-            problem = str(error)
+        # Of any type: the other ranks wait.
+        except Exception as error:
+            problem = str(error) or type(error).__name__
     result, problem = dist.gather_objects((result, problem))[0]
     if problem:
         raise ValueError(problem)
@@ -160,15 +210,14 @@ def _looked_at(dataset: Any) -> tuple[str, str]:
 
 
 def _described(dataset: Any, values: Values) -> str:
-    ends = values.percentiles([0, 100])
+    ends = values.ends()
     low = min(low for low, _ in ends)
     high = max(high for _, high in ends)
     return (
-        f"the images of {_name(dataset)} are {depth_name(dataset.depth)}, with values from {low:.6g} to "
-        f"{high:.6g} in {counted(values.images, 'image')} of {len(dataset)}"
+        f"the images of {_name(dataset)} are {depth_name(dataset.depth)}, with values from {low:.9g} to "
+        f"{high:.9g} in {counted(values.images, 'image')} of {len(dataset)}"
     )
 
 
 def _name(dataset: Any) -> str:
-    index = getattr(dataset, "index", None)
-    return printable(index.path if index is not None else dataset.name)
+    return printable(dataset.path)

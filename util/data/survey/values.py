@@ -1,5 +1,6 @@
 """The values of images: percentiles, means and standard deviations of each channel."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 KEPT = 1 << 22  # float32 values of each channel that are kept at most
+KEPT_IN_ALL = 1 << 26  # and of all channels
 # The lowest value of each type of integers, and how many there are.
 INTEGERS = {torch.uint8: (0, 1 << 8), torch.uint16: (0, 1 << 16), torch.int16: (-(1 << 15), 1 << 16)}
 
@@ -21,8 +23,9 @@ class Stats(NamedTuple):
 class Values:
     """The values of each channel of images that are added one by one.
 
-    Integers are counted, so that all statistics are exact. Of float32 up to KEPT values of each channel are
-    kept, evenly spread over the images and over each of them.
+    Integers are counted, so that all statistics are exact. Of float32 the lowest and the highest value are
+    exact, and up to KEPT values of each channel are kept, evenly spread over the images and over each of
+    them.
 
     Args:
         channels: of the images.
@@ -34,8 +37,10 @@ class Values:
         self.channels = channels
         self.depth = depth
         self.images = 0
-        self.share = max(1, KEPT // max(1, images))
+        self.share = max(1, min(KEPT, KEPT_IN_ALL // channels) // max(1, images))
         self.kept: list[np.ndarray] = []
+        self.lowest = torch.full((channels,), math.inf)
+        self.highest = torch.full((channels,), -math.inf)
         # Sums of floats would take eight times the memory of an image.
         self.counts = np.zeros((channels, INTEGERS.get(depth, (0, 0))[1]), np.int64)
 
@@ -44,11 +49,26 @@ class Values:
         self.images += 1
         flat = image.flatten(1)  # (C, H, W) -> (C, H*W)
         if self.depth not in INTEGERS:
-            self.kept.append(flat[:, :: -(-flat.shape[1] // self.share)].numpy().copy())
+            self._keep(flat, image.shape[2])
             return
         first, size = INTEGERS[self.depth]
         for counts, channel in zip(self.counts, flat):
             counts += torch.bincount(channel.int() - first, minlength=size).numpy()
+
+    def _keep(self, flat: torch.Tensor, width: int) -> None:
+        self.lowest = torch.minimum(self.lowest, flat.amin(1))
+        self.highest = torch.maximum(self.highest, flat.amax(1))
+        step = -(-flat.shape[1] // self.share)
+        # A step that has a divisor in common with the width would see some columns only.
+        while math.gcd(step, width) > 1:
+            step += 1
+        self.kept.append(flat[:, ::step].numpy().copy())
+
+    def ends(self) -> list[tuple[float, float]]:
+        """Return the lowest and the highest value of each channel."""
+        if self.depth not in INTEGERS:
+            return list(zip(self.lowest.tolist(), self.highest.tolist()))
+        return [(low, high) for low, high in self.percentiles([0, 100])]
 
     def percentiles(self, percents: Sequence[float]) -> list[list[float]]:
         """Return the values below which these percentages lie, one list for each channel."""
@@ -73,8 +93,7 @@ class Values:
 
     def constant(self) -> list[int]:
         """Return the numbers of the channels that have one value only."""
-        ends = self.percentiles([0, 100])
-        return [i for i, (low, high) in enumerate(ends) if low == high]
+        return [i for i, (low, high) in enumerate(self.ends()) if low == high]
 
     def stats(self, low: Sequence[float], high: Sequence[float]) -> Stats:
         """Return the statistics of values that are mapped from [low, high] to [0, 1] and clipped.
