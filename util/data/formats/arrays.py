@@ -147,10 +147,12 @@ def _member(data: bytes, read: ReadSettings, most: int | None = None) -> bytes:
         members = {info.filename.removesuffix(".npy"): info for info in arrays}
         if not members:
             raise ValueError("it holds no array")
-        chosen = [name for name in ("image", "arr_0") if name in members] or list(members)
-        if len(chosen) > 1 and chosen[0] not in ("image", "arr_0"):
+        names = [*members]
+        if len(names) > 1:
+            names = [name for name in ("image", "arr_0") if name in members]
+        if not names:
             raise ValueError(f"it holds {len(members)} arrays: call the image's `image`")
-        info = members[chosen[0]]
+        info = members[names[0]]
         # What is claimed is allocated: 8 bytes for each value, and a header. Small files unpack to gigabytes.
         bands = max(1, read.stored_bands or 1 + max(read.channels))
         largest = 8 * read.max_pixels * bands + LONGEST_HEADER
@@ -158,6 +160,8 @@ def _member(data: bytes, read: ReadSettings, most: int | None = None) -> bytes:
             raise ValueError(f"its array claims {info.file_size} bytes, more than {largest}")
         # Python unpacks blocks of other kinds to any size before it cuts them. NumPy does not write these.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"its array is compressed by method {info.compress_type}: use np.savez_compressed")
+            raise ValueError(
+                f"its array is compressed by method {info.compress_type}: use np.savez_compressed"
+            )
         with archive.open(info) as member:
             return member.read(min(info.file_size, most or info.file_size))

@@ -1,6 +1,6 @@
 """Sizes that compressed pixels claim, before a decoder allocates for them.
 
-TIFF and DICOM hold JPEG and JPEG 2000 streams, whose headers may claim another size than the file around them.
+TIFF and DICOM hold JPEG and JPEG 2000 streams, whose headers may claim another size than the file does.
 """
 
 import struct
@@ -25,14 +25,14 @@ class Stream(NamedTuple):
     components: int
 
 
-def check_stream(data: bytes, max_pixels: int) -> None:
-    """Raise ValueError if a JPEG, JPEG-LS or JPEG 2000 stream claims more pixels, or 5 components or more."""
+def check_stream(data: bytes, max_pixels: int, components: int = 4) -> None:
+    """Raise ValueError if a JPEG, JPEG-LS or JPEG 2000 stream claims more pixels or components."""
     found = stream_header(data)
     if found is None:
         raise ValueError("its compressed pixels have no valid header")
     check_pixels(found.height, found.width, max_pixels)
-    if found.components > 4:
-        raise ValueError(f"its compressed pixels have {found.components} components, more than 4")
+    if found.components > components:
+        raise ValueError(f"its compressed pixels have {found.components} components, not {components}")
 
 
 def stream_header(data: bytes) -> Stream | None:

@@ -200,9 +200,7 @@ def _layout(dataset: Any, read: ReadSettings) -> Layout:
         slope, intercept = 1.0, 0.0
     frames = max(1, int(dataset.get("NumberOfFrames", 1) or 1))
     photometric = str(dataset.get("PhotometricInterpretation", ""))
-    return Layout(
-        height, width, samples, allocated, stored, low, high, slope, intercept, photometric, frames
-    )
+    return Layout(height, width, samples, allocated, stored, low, high, slope, intercept, photometric, frames)
 
 
 def _rescale(dataset: Any) -> tuple[float, float]:

@@ -25,8 +25,22 @@ if features.check("jpg_2000"):
     PIL_FORMATS += ("JPEG2000",)
 if features.check("avif"):
     PIL_FORMATS += ("AVIF",)
-SUFFIXES = (".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-SUFFIXES += (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs")
+SUFFIXES: tuple[str, ...] = (".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES += (
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+    ".jp2",
+    ".j2k",
+    ".jpc",
+    ".jpf",
+    ".jpx",
+    ".j2c",
+    ".avif",
+    ".avifs",
+)
 STRIP_PIXELS = 1 << 22  # of larger images as many pixels are converted at a time
 # Numbers of fields of a TIFF.
 TILE_WIDTH = 322
@@ -72,7 +86,7 @@ def facts(data: bytes, read: ReadSettings) -> Facts:
         bands = len(image.getbands())
         if image.mode == "P":
             bands = 3 + alpha  # those of its colours
-        return Facts(_depth(image), bands, pages, alpha, _orientation(image))
+        return Facts(_depth(image), bands, pages, alpha, orientation_of(image))
 
 
 def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
@@ -207,7 +221,7 @@ def turned(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation that is not yet applied, from 1 (upright) to 8."""
     # PIL turns a TIFF itself.
     if image.format == "TIFF":
@@ -224,7 +238,7 @@ def orientation(data: bytes) -> int:
     if b"Exif\0" not in data[: 1 << 16]:
         return 1
     with contextlib.suppress(Exception), open_image(data) as image:
-        return _orientation(image)
+        return orientation_of(image)
     return 1
 
 
@@ -270,7 +284,7 @@ def _claimed_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         yield _webp_size(data)
     elif data[:4] == b"\x89PNG":
-        yield from png_sizes(data)
+        yield from _png_sizes(data)
     elif data[:4] == SIZ[:4] or data[4:8] == b"jP  ":
         # PIL believes the box of a JPEG 2000, and the decoder its codestream.
         stream = stream_header(data)
@@ -290,7 +304,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return height & 0x3FFF, width & 0x3FFF
 
 
-def png_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+def _png_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of all headers before the pixels; there should be one, and PIL takes the last."""
     at = 8
     while at + 16 <= len(data) and data[at + 4 : at + 8] != b"IDAT":

@@ -71,7 +71,7 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
 
 
 def check_values(count: int, read: ReadSettings) -> None:
-    """Raise ValueError for more values than `max_pixels` pixels of the bands that are read, or of four, have."""
+    """Raise ValueError for more values than `max_pixels` pixels have: of the bands that are read, or four."""
     most = read.max_pixels * max(4, read.stored_bands or 1 + max(read.channels))
     if count > most:
         raise ValueError(f"its {count} values are more than {most}, those of `max_pixels` {read.max_pixels}")

@@ -143,21 +143,25 @@ class Layout:
 
     @property
     def _swapped(self) -> bool:
-        """Tell whether PIL does not read 32-bit values of big-endian files, or swaps their bytes twice."""
-        return self.bits == 32 and (self.compression != 1 or self.format == INTEGERS)
+        """Tell whether PIL does not read these values of big-endian files, or swaps their bytes twice."""
+        if self.bits == 32 and self.format == INTEGERS:
+            return True
+        wide = self.bits == 32 or (self.bits, self.format) == (16, SIGNED)
+        return wide and self.compression != 1
 
     @property
     def by_pil(self) -> bool:
         """Tell whether PIL reads all that the page has."""
         # PIL knows no BigTIFFs of this order.
-        if self.big_endian and (self.big or self._swapped):
-            return False
-        if self.compression not in PIL_COMPRESSIONS:
+        if (self.big_endian and (self.big or self._swapped)) or self.compression not in PIL_COMPRESSIONS:
             return False
         if self.samples == 1 and (self.format, self.bits) in GREY:
             return True
-        if self.bits > 8 or self.format not in (INTEGERS, UNDEFINED):
-            return False
+        return self.bits <= 8 and self.format in (INTEGERS, UNDEFINED) and self._colours_of_pil
+
+    @property
+    def _colours_of_pil(self) -> bool:
+        """Tell whether PIL has a mode for all bands of an image of 8 bits."""
         if self.samples == 3:
             return self.photometric in (RGB, YCBCR, LAB)
         if self.samples == 4:
@@ -342,9 +346,7 @@ def _check_segments(directory: Directory, layout: Layout, read: ReadSettings) ->
     _check_bytes(directory, layout, places, ceil(width * bands * layout.bits / 8) * height)
 
 
-def _check_bytes(
-    directory: Directory, layout: Layout, places: list[tuple[int, int]], segment: int
-) -> None:
+def _check_bytes(directory: Directory, layout: Layout, places: list[tuple[int, int]], segment: int) -> None:
     """Check that the file has the bytes of all strips or tiles, of `segment` bytes when unpacked."""
     size = len(directory.data)
     # Tiles without bytes are legal, and stand for zeros.
@@ -359,7 +361,7 @@ def _check_bytes(
         raise ValueError(f"its strips or tiles have fewer bytes than the {needed} of its pixels")
     if layout.compression in (JPEG, JPEG_2000):
         for at, count in used:
-            check_stream(directory.data[at : at + count], max(1, segment))
+            check_stream(directory.data[at : at + count], max(1, segment), max(4, layout.samples))
 
 
 def _by_tifffile(directory: Directory, layout: Layout) -> np.ndarray:
