@@ -37,7 +37,9 @@ def decode_deep_png(data: bytes, read: ReadSettings) -> torch.Tensor:
     facts = deep_png_facts(data, read)
     if data[25] == GREY_ALPHA:
         # Two values of 16 bits are stored as four of 8 bits are.
-        values = _unpacked(_with_header(data, 8, RGBA), "RGBA", read).view(">u2").astype(np.uint16)
+        values: np.ndarray = (
+            _unpacked(_with_header(data, 8, RGBA), "RGBA", read).view(">u2").astype(np.uint16)
+        )
     else:
         mode = MODES[data[25]]
         # The values are big-endian: what PIL takes for the high bytes of little-endian ones are the low ones.
