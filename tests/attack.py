@@ -1,7 +1,7 @@
-"""Attack the toolkit with damaged pictures, damaged checkpoints, and kills.
+"""Attack the toolkit with damaged pictures, files of further formats, damaged checkpoints, and kills.
 
-    python tests/attack.py [images|checkpoints|kills|all] [--images 2000] [--checkpoints 500] [--kills 20]
-                           [--seed 0] [--only NUMBER] [--keep DIR]
+    python tests/attack.py [images|formats|checkpoints|kills|all] [--images 2000] [--formats 250]
+                           [--checkpoints 500] [--kills 20] [--seed 0] [--only NUMBER] [--keep DIR]
 
 Every input follows from the seed and its number. The script prints what became of the inputs and exits with
 code 1 if any did harm. `--only NUMBER` repeats one of them, and `--keep DIR` keeps the files of failures.
@@ -20,7 +20,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-PARTS = ("images", "checkpoints", "kills")
+PARTS = ("images", "formats", "checkpoints", "kills")
 SHOWN = 12  # failures of a part that are printed in full
 
 
@@ -30,6 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("part", nargs="?", default="all", choices=(*PARTS, "all"))
     p.add_argument("--images", type=int, default=2000)
+    p.add_argument("--formats", type=int, default=250)
     p.add_argument("--checkpoints", type=int, default=500)
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)

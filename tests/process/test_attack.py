@@ -62,7 +62,7 @@ def test_harm_is_noticed_and_the_other_inputs_are_judged():
 
 @pytest.fixture(scope="module")
 def attack():
-    """What the attack prints: 2,000 pictures, 500 checkpoints, and 20 kills of each kind."""
+    """What the attack prints: 2,000 pictures, 250 other files, 500 checkpoints, and 20 kills of each kind."""
     command = [sys.executable, str(ROOT / "tests" / "attack.py"), "all", "--all_failures"]
     found = subprocess.run(
         command,
@@ -87,6 +87,13 @@ def test_damaged_pictures_do_no_harm(attack):
     assert (found["inputs"], found["failed"]) == (2000, 0), text[-5000:]
     # An attack that everything refuses, or nothing, would look at little.
     assert found["accepted"] > 400 and found["refused"] > 800, text
+
+
+def test_damaged_files_of_further_formats_do_no_harm(attack):
+    _, text = attack
+    found = counts(text, "formats")
+    assert (found["inputs"], found["failed"]) == (250, 0), text[-5000:]
+    assert found["accepted"] > 80 and found["refused"] > 80, text
 
 
 def test_damaged_checkpoints_do_no_harm(attack):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from util.data.formats import arrays, jpeg, pil
+from util.data.formats import arrays, dicom, heic, jpeg, pil, png, tiff
 from util.data.formats.jpeg import is_plain_jpeg, plain_jpeg_size
 from util.data.formats.pil import PIL_FORMATS, PIL_MODES, image_to_tensor, open_image, raise_pillows_limit
 from util.data.formats.settings import (
@@ -82,10 +82,14 @@ FORMATS = (
     Format((".npy",), arrays.is_npy, arrays.decode_npy, arrays.npy_facts, read_by_pil=False),
     Format((".npz",), arrays.is_npz, arrays.decode_npz, arrays.npz_facts, read_by_pil=False),
     Format((".jpg", ".jpeg", ".jpe", ".jfif"), jpeg.is_jpeg, jpeg.decode_jpeg_file, pil.facts),
+    Format((".png",), png.is_deep_png, png.decode_deep_png, png.deep_png_facts, read_by_pil=False),
+    Format((".tif", ".tiff"), tiff.is_beyond_pil, tiff.decode_tiff, tiff.tiff_facts, read_by_pil=False),
+    Format((".heic", ".heif", ".hif"), heic.is_heif, heic.decode_heif, heic.heif_facts, read_by_pil=False),
+    Format((".dcm", ".dicom"), dicom.is_dicom, dicom.decode_dicom, dicom.dicom_facts, read_by_pil=False),
     Format(pil.SUFFIXES, _is_any, pil.decode_by_pil, pil.facts),
 )
 # As bytes, because file names need not be valid UTF-8.
-IMAGE_SUFFIXES = tuple(suffix.encode() for kind in FORMATS for suffix in kind.suffixes)
+IMAGE_SUFFIXES = tuple(dict.fromkeys(suffix.encode() for kind in FORMATS for suffix in kind.suffixes))
 DEFAULT = ReadSettings()
 
 
@@ -98,8 +102,8 @@ def decode(data: bytes | memoryview, read: ReadSettings = DEFAULT) -> torch.Tens
     """Decode a file -> (in_chans, H, W) in its own depth: uint8, uint16, int16 or float32.
 
     1, 3 and 4 channels (grey, RGB, RGBA) are read from every format of `PIL_FORMATS`, and grey of 16 bits and
-    of float32 as 1 or 3 channels. Any number of bands is read from `.npy` and `.npz` files with an array
-    (H, W, C) or (C, H, W), or (H, W) for one band. Of several pages the first is read.
+    of float32 as 1 or 3 channels. Any number of bands is read from TIFFs, and from `.npy` and `.npz` files
+    with an array (H, W, C) or (C, H, W), or (H, W) for one band. Of several pages the first is read.
 
     Raises ValueError if the file cannot be decoded; this includes truncated files, files whose header
     claims more pixels than `read.max_pixels`, which are refused before anything is allocated for them, and

@@ -12,6 +12,7 @@ import torch
 from util.data.formats.settings import LARGEST_EXACT, Facts, ReadSettings, check_pixels, picked
 
 NPY_MAGIC = b"\x93NUMPY"
+LONGEST_HEADER = 1 << 16  # bytes of a .npy file before its values
 ZIP_MAGIC = b"PK\x03\x04"
 # Types that a tensor of pixels can have, and what the others become.
 KEPT = (np.uint8, np.uint16, np.int16, np.float32)
@@ -88,12 +89,13 @@ def decode_npz(data: bytes | memoryview, read: ReadSettings) -> torch.Tensor:
 
 def npz_facts(data: bytes, read: ReadSettings) -> Facts:
     """Read the header of the array that `decode_npz` takes."""
-    return npy_facts(_member(data, read), read)
+    return npy_facts(_member(data, read, LONGEST_HEADER), read)
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     """Copy an array to a tensor of one of the depths. Raises ValueError for values that none can hold."""
-    native = array.dtype.newbyteorder("=")
+    # By its code: several types of C may have 8 bytes.
+    native = np.dtype(array.dtype.newbyteorder("=").str)
     kept: Any = WIDENED.get(native.type, native.type)
     if kept not in KEPT:
         raise ValueError(f"its values are {array.dtype}, which are no pixels")
@@ -102,7 +104,8 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
         if largest > LARGEST_EXACT:
             raise ValueError(f"its integers reach {largest}: float32 is exact up to {LARGEST_EXACT}")
     # A copy in the order of its axes: the file's bytes cannot be written to.
-    return torch.from_numpy(np.array(array, dtype=kept, order="C"))
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which `decode` refuses
+        return torch.from_numpy(np.array(array, dtype=kept, order="C"))
 
 
 class Layout(NamedTuple):
@@ -202,21 +205,28 @@ def _bands_first(array: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(array, axis, 0)
 
 
-def _member(data: bytes | memoryview, read: ReadSettings) -> bytes:
-    """Return the .npy file in an archive that holds the image, unpacked."""
+def _member(data: bytes | memoryview, read: ReadSettings, most: int | None = None) -> bytes:
+    """Return the .npy file in an archive that holds the image, unpacked; of it `most` bytes at most."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        names = [name for name in members if members[name].filename.endswith(".npy")]
-        chosen = [name for name in ("image", "arr_0") if name in names] or names
-        if len(chosen) > 1 and chosen[0] not in ("image", "arr_0"):
-            raise ValueError(f"it holds {len(names)} arrays: call the image's `image`")
-        if not chosen:
+        arrays = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        members = {info.filename.removesuffix(".npy"): info for info in arrays}
+        if not members:
             raise ValueError("it holds no array")
-        info = members[chosen[0]]
+        names = [*members]
+        if len(names) > 1:
+            names = [name for name in ("image", "arr_0") if name in members]
+        if not names:
+            raise ValueError(f"it holds {len(members)} arrays: call the image's `image`")
+        info = members[names[0]]
         # What is claimed is allocated: 8 bytes for each value, and a header. Small files unpack to gigabytes.
-        bands = read.stored_bands or 1 + max(read.channels)
-        most = 8 * read.max_pixels * bands + (1 << 16)
-        if info.file_size > most:
-            raise ValueError(f"its array claims {info.file_size} bytes, more than {most}")
+        bands = max(1, read.stored_bands or 1 + max(read.channels))
+        largest = 8 * read.max_pixels * bands + LONGEST_HEADER
+        if info.file_size > largest:
+            raise ValueError(f"its array claims {info.file_size} bytes, more than {largest}")
+        # Python unpacks blocks of other kinds to any size before it cuts them. NumPy does not write these.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(
+                f"its array is compressed by method {info.compress_type}: use np.savez_compressed"
+            )
         with archive.open(info) as member:
-            return member.read(info.file_size)
+            return member.read(min(info.file_size, most or info.file_size))

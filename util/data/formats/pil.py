@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from util.data.formats.arrays import as_tensor
-from util.data.formats.settings import Facts, ReadSettings, check_pixels, picked, to_depth
+from util.data.formats.codestreams import SIZ, stream_header
+from util.data.formats.settings import Facts, ReadSettings, check_pixels, depth_name, picked, to_depth
 from util.flags.groups import MAX_PIXELS
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -24,7 +25,22 @@ if features.check("jpg_2000"):
     PIL_FORMATS += ("JPEG2000",)
 if features.check("avif"):
     PIL_FORMATS += ("AVIF",)
-SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jp2", ".j2k", ".avif")
+SUFFIXES: tuple[str, ...] = (".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES += (
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+    ".jp2",
+    ".j2k",
+    ".jpc",
+    ".jpf",
+    ".jpx",
+    ".j2c",
+    ".avif",
+    ".avifs",
+)
 STRIP_PIXELS = 1 << 22  # of larger images as many pixels are converted at a time
 # Numbers of fields of a TIFF.
 TILE_WIDTH = 322
@@ -37,6 +53,10 @@ LUMA = (0.299, 0.587, 0.114)
 BACKGROUNDS = {"white": 255, "black": 0}
 # Pillow would print one above its own limit. `open_image` refuses such an image and says why.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class NoHeader(ValueError):
+    """PIL knows no such files, or no such images in them."""
 
 
 def decode_by_pil(data: bytes, read: ReadSettings) -> torch.Tensor:
@@ -68,7 +88,10 @@ def facts(data: bytes, read: ReadSettings) -> Facts:
 def facts_of(image: Image.Image, pages: int = 1) -> Facts:
     """Return the facts of an image that PIL has opened."""
     alpha = "A" in image.getbands() or "transparency" in image.info
-    return Facts(_depth(image), len(image.getbands()), pages, alpha, _orientation(image))
+    bands = len(image.getbands())
+    if image.mode == "P":
+        bands = 3 + alpha  # those of its colours
+    return Facts(_depth(image), bands, pages, alpha, orientation_of(image))
 
 
 def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
@@ -96,7 +119,10 @@ def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
 
 def _all_bands(image: Image.Image, bands: int | None) -> torch.Tensor:
     """Return the bands of an image of 8 bits, or those of the mode with `bands` bands."""
-    mode = PIL_MODES.get(bands or len(image.getbands()), "RGB")
+    own = len(image.getbands())
+    if image.mode == "LA" and bands is None:
+        return pil_to_tensor(image)
+    mode = PIL_MODES.get(bands or own, "RGB")
     return pil_to_tensor(image.convert(mode))
 
 
@@ -142,18 +168,26 @@ def _deep(image: Image.Image, read: ReadSettings) -> torch.Tensor:
         values = values.astype(np.uint16)
     elif depth == torch.int16:
         values = values.astype(np.int16)
+    elif image.mode == "I" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, (1,))[0] == 1:
+        values = values.view(np.uint32)  # PIL's integers have a sign
     return deep_channels(as_tensor(values[None]), read)  # (H, W) -> (1, H, W)
 
 
-def deep_channels(image: torch.Tensor, read: ReadSettings) -> torch.Tensor:
+def deep_channels(image: torch.Tensor, read: ReadSettings, alpha: bool = False) -> torch.Tensor:
     """Turn the bands of an image of more than 8 bits, (bands, H, W), into the channels that are wanted.
 
-    Grey becomes three equal channels, and RGB becomes grey. Raises ValueError for any other change.
+    Grey becomes three equal channels, and RGB becomes grey. If the last band is transparency (`alpha`), it is
+    kept for as many channels as bands, and for 4 channels; otherwise `transparency` says what becomes of it.
+    Raises ValueError for any other change.
     """
     if read.channels:
         return picked(image, read)
     if len(image) == read.in_chans:
         return image
+    if alpha and len(image) == 2 and read.in_chans == 4:
+        return image[[0, 0, 0, 1]]
+    if alpha:
+        return deep_channels(_opaque(image, read.transparency), read)
     if len(image) == 1 and read.in_chans == 3:
         return image.expand(3, -1, -1).contiguous()
     if len(image) == 3 and read.in_chans == 1:
@@ -162,7 +196,37 @@ def deep_channels(image: torch.Tensor, read: ReadSettings) -> torch.Tensor:
     raise ValueError(f"{len(image)} bands do not give {read.in_chans} channels: give `in_chans` {len(image)}")
 
 
-def _orientation(image: Image.Image) -> int:
+def _opaque(image: torch.Tensor, transparency: str) -> torch.Tensor:
+    """Drop the last band of (bands, H, W), the transparency, or lay the others on a background."""
+    if transparency not in BACKGROUNDS or not image.numel():
+        return image[:-1].clone()
+    if image.dtype not in (torch.uint8, torch.uint16):
+        raise ValueError(f"transparency of {depth_name(image.dtype)} is only dropped: give `alpha` drop")
+    most = torch.iinfo(image.dtype).max
+    background = most * BACKGROUNDS[transparency] // 255
+    result = torch.empty_like(image[:-1])
+    rows = max(1, STRIP_PIXELS // max(1, image.shape[-1]))
+    # In strips: integers that hold the products take four times the memory.
+    for top in range(0, image.shape[1], rows):
+        strip = image[:, top : top + rows].long()
+        mixed = strip[:-1] * strip[-1:] + background * (most - strip[-1:])
+        result[:, top : top + rows] = ((mixed + most // 2) // most).to(image.dtype)
+    return result
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror (bands, H, W) as an orientation of EXIF or TIFF says, as PIL does."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(1, 2)
+    # What is left are mirrored rows and columns.
+    if orientation in (3, 4, 7, 8):
+        array = array[:, ::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, :, ::-1]
+    return array
+
+
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation that is not yet applied, from 1 (upright) to 8."""
     # PIL turns a TIFF itself.
     if image.format == "TIFF":
@@ -179,7 +243,7 @@ def orientation(data: bytes) -> int:
     if b"Exif\0" not in data[: 1 << 16]:
         return 1
     with contextlib.suppress(Exception), open_image(data) as image:
-        return _orientation(image)
+        return orientation_of(image)
     return 1
 
 
@@ -197,7 +261,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
     except UnidentifiedImageError:
         # PIL's message has an address in memory.
-        raise ValueError(f"it has no valid header of {', '.join(PIL_FORMATS)}") from None
+        raise NoHeader(f"it has no valid header of {', '.join(PIL_FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's limit is the budget or more.
         raise ValueError(f"it has more pixels than `max_pixels` {max_pixels}") from None
@@ -218,7 +282,7 @@ def raise_pillows_limit(max_pixels: int) -> None:
 
 
 def _claimed_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the sizes (height, width) that the first bytes of a GIF, WebP or PNG claim."""
+    """Yield the sizes (height, width) that the first bytes of a GIF, WebP, PNG or JPEG 2000 claim."""
     if data[:4] == b"GIF8":
         width, height = struct.unpack_from("<HH", data, 6)
         yield height, width
@@ -226,6 +290,11 @@ def _claimed_sizes(data: bytes) -> Iterator[tuple[int, int]]:
         yield _webp_size(data)
     elif data[:4] == b"\x89PNG":
         yield from _png_sizes(data)
+    elif data[:4] == SIZ[:4] or data[4:8] == b"jP  ":
+        # PIL believes the box of a JPEG 2000, and the decoder its codestream.
+        stream = stream_header(data)
+        if stream is not None:
+            yield stream.height, stream.width
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -69,6 +69,18 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         raise ValueError(f"its {height} x {width} pixels are more than `max_pixels` {max_pixels}")
 
 
+def check_values(count: int, read: ReadSettings) -> None:
+    """Raise ValueError for more values than `max_pixels` pixels have: of the bands that are read, or four."""
+    most = read.max_pixels * max(4, read.stored_bands or 1 + max(read.channels))
+    if count > most:
+        raise ValueError(f"its {count} values are more than {most}, those of `max_pixels` {read.max_pixels}")
+
+
+def needs_package(found: str, package: str) -> ValueError:
+    """Return the error for a file that an optional package reads."""
+    return ValueError(f"{found} needs a package that is not installed: pip install {package}")
+
+
 def depth_name(depth: torch.dtype) -> str:
     """Return the name of a type of pixels: "uint16"."""
     return str(depth).removeprefix("torch.")

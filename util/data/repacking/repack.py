@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util.data import native
-from util.data.formats.recognition import HEAD, is_image_name, starts_like_image, suffix_of
+from util.data.recognition import HEAD, is_image_name, starts_like_image, suffix_of
 from util.data.repacking.conversion import ARRAY, COPIED, ENCODED, MARKED, UNREADABLE, convert
 from util.data.sources.image_index import ImageIndex, some_names
 from util.data.sources.layouts import build_index

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from util.data.formats import IMAGE_SUFFIXES
-from util.data.formats.recognition import is_image_name
+from util.data.recognition import is_image_name
 from util.data.sources.image_index import ImageIndex, NoSplit, some_names
 from util.data.sources.listing import (
     class_of,

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from util.data.formats.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
+from util.data.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
 from util.data.sources.listing_cache import (
     NO_SUFFIX,
     TAR_ARRAYS,

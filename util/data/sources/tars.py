@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from util.data.formats.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
+from util.data.recognition import HEAD, is_image_name, is_of_system, starts_like_image, suffix_of
 from util.data.sources.listing_cache import NO_SUFFIX
 from util.data.sources.pairs import Label, label_bytes, read_label, split_key
 from util.files.names import counted, printable
