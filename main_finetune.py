@@ -145,7 +145,7 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import class_names, training_classes
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import check_same_depth, with_range
+from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
 from util.evaluate.supervised import evaluate, first_classes
@@ -372,7 +372,7 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
+    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), trained=trained)
     if args.predictions and not val.exact_resume:
         raise ValueError(
             f"--predictions lists images by name, and those of a stream ({printable(val.path)}) have none: "
@@ -611,6 +611,7 @@ def build_objective(
             in_chans=args.in_chans,
             mean=setup.pixels.mean,
             std=setup.pixels.std,
+            value_range=setup.pixels.range,
         ).to(setup.device)
     return Finetuning(model, supervised, setup, choices, val_loader, args.predictions)
 
@@ -672,7 +673,6 @@ def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, choices
         "new_parameters": start.new_parameters,
         "mean": list(setup.pixels.mean),
         "std": list(setup.pixels.std),
-        "range": setup.pixels.range,
     }
     kept = stored_eps(start.trained)
     return checkpoint.plain_flags(vars(args)) | resolved | kept | choices.labels | choices.head
@@ -687,6 +687,8 @@ def main(args: argparse.Namespace) -> int:
     # Data, as the encoder has learned to see them
     start = find_start(args)
     args = settled(args, start)
+    if start.resume is not None:
+        args.range = kept_range(args.range, start.trained)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader, setup = build_data(args, setup, start.trained)
@@ -697,7 +699,7 @@ def main(args: argparse.Namespace) -> int:
     model = build_model(args, setup, choices, start)
     if loader is None:  # --eval
         return evaluate_checkpoint(args, model, setup, choices, start, val_loader)
-    flags = flags_to_store(args, start, setup, choices)
+    flags = flags_to_store(args, start, setup, choices) | setup.pixels.flags(val_loader.dataset.depth)
     load_weights(args, model, start, flags, choices.classes)
     frozen_norms = freeze(args, model, start)
     if args.strategy == "fsdp":

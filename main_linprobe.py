@@ -129,7 +129,7 @@ from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import training_classes
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import check_same_depth, with_range
+from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import Recalls, classification
 from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
@@ -527,7 +527,7 @@ def build_data(
         pin_memory=pin_memory,
         data_timeout=args.data_timeout,
     )
-    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), stored=trained.get("range"))
+    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), trained=trained)
     if args.eval:
         use_trained_classes(val, checkpoint.to_evaluate(start), source)
         check_number_of_classes(args, val)
@@ -558,7 +558,7 @@ def seen_by_heads(start: Checkpoint | None) -> dict[str, Any]:
     own = stored_flags(start)
     found = {name: own[name] for name in ("mean", "std") if own.get(name)}
     # None counts, too: a range of None is that of 8-bit images, whatever the encoder was trained on.
-    names = ("range", "channels", "bands", "alpha", "exif")
+    names = ("range", "image_depth", "channels", "bands", "alpha", "exif")
     return found | {name: own[name] for name in names if name in own}
 
 
@@ -708,6 +708,8 @@ def main(given: argparse.Namespace) -> int:
     pretrained.args |= seen_by_heads(start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     keep_protocol(args)
+    if start is not None:
+        args.range = kept_range(args.range, pretrained.args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}
@@ -716,7 +718,7 @@ def main(given: argparse.Namespace) -> int:
 
     # Data, frozen encoder, heads
     loader, val_loader, setup = build_data(args, setup, pretrained.args, start)
-    flags["range"] = setup.pixels.range
+    flags |= setup.pixels.flags(val_loader.dataset.depth)
     backbone = load_backbone(args, pretrained, setup, flags)
     flags["encoder"] = check_encoder(args, start, backbone)
     del pretrained  # its memory is needed

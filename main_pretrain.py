@@ -105,7 +105,7 @@ from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import check_same_depth, with_range
+from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -459,7 +459,7 @@ def build_data(
     train = build_dataset(source, "train", augment, **options)
     dist.print_rank0(train.summary())
     scaled = bool(args.mean and args.std)
-    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
+    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained))
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(
         batch_size=args.batch_size,
@@ -572,11 +572,13 @@ def main(args: argparse.Namespace) -> int:
         dist.check_folder(args.output_dir)
     start = read_start(args)
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start.saved, MODELS))
+    if start.resume is not None:
+        args.range = kept_range(args.range, start.trained)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     bands = Bands.of(args.in_chans, args.picture_bands)
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader, setup = build_data(args, setup, start.trained)
-    args.range = setup.pixels.range
+    vars(args).update(setup.pixels.flags(loader.dataset.depth))
 
     # Model and loss
     torch.manual_seed(args.seed)  # the same initial weights on every rank

@@ -160,7 +160,7 @@ from util.data.loading.loader import device_batches, sample_batches, train_loade
 from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
 from util.data.sources.remote import keep_in
-from util.data.survey.ranges import with_range
+from util.data.survey.ranges import kept_range, with_range
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
 from util.files.names import counted
@@ -457,7 +457,7 @@ def build_data(
             f"images have {counted(args.in_chans, 'channel')} of {depth_name(train.depth)}"
         )
     scaled = bool(args.mean and args.std)
-    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained.get("range")))
+    setup = replace(setup, pixels=with_range(setup.pixels, train, args.range, scaled, trained))
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loader = train_loader(
         train,
@@ -497,6 +497,7 @@ def main(args: argparse.Namespace) -> int:
     device = join_ranks(args)
     start = checkpoint.load_start(args.output_dir, args.resume)
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), start, MODELS))
+    args.range = kept_range(args.range, stored_flags(start))
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std))
     setup = Setup(device, precision(args, device), pair(args.input_size, "--input_size"), pixels)
     if args.output_dir and not args.dry_run:
@@ -511,7 +512,7 @@ def main(args: argparse.Namespace) -> int:
     model = build_model(args).to(device)
     objective = build_objective(args, model, device)
     loader, plain, setup = build_data(args, setup, model.grid, stored_flags(start))
-    args.range = setup.pixels.range
+    vars(args).update(setup.pixels.flags(loader.dataset.depth))
 
     # Optimizer
     lr = effective_lr(args.lr, args.blr, effective_batch(args))

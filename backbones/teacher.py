@@ -16,6 +16,7 @@ class Statistics(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    range: list[float] | None = None
 
 
 def build_teacher(
@@ -27,15 +28,17 @@ def build_teacher(
     in_chans: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    value_range: list[float] | None = None,
 ) -> nn.Module:
     """A frozen classifier for distillation.
 
     `distill` is the name of a model whose weights are in the file `distill_checkpoint`, or, if that is '', a
     model of timm with its published weights. The teacher takes images normalised with the student's `mean`
     and `std`, and converts them to its own statistics. Raises ValueError if its classes are not the data's
-    `classes`, in their order, and if it does not take images of that size.
+    `classes`, in their order, if it does not take images of that size, and if it was trained on another
+    `value_range`, which cannot be converted: values outside of the student's are clipped.
     """
-    given = Statistics(mean, std)
+    given = Statistics(mean, std, value_range)
     teacher: Any
     if distill_checkpoint:
         teacher, own = _stored_teacher(distill, distill_checkpoint, classes, img_size, in_chans, given)
@@ -73,6 +76,12 @@ def _stored_teacher(
         name, img_size=img_size, in_chans=in_chans, num_classes=len(classes), **options
     )
     load_for_evaluation(teacher, saved)
+    if flags.get("range") != given.range:
+        seen = flags.get("range") or "0 255"
+        raise ValueError(
+            f"`distill_checkpoint` {path} has seen values in `range` {seen}, and the student sees "
+            f"{given.range or '0 255'}: train both with the same one"
+        )
     own = Statistics(flags.get("mean") or given.mean, flags.get("std") or given.std)
     if len(own.mean) != in_chans or len(own.std) != in_chans:
         raise ValueError(

@@ -97,7 +97,7 @@ def load_images(
     read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
     dataset = _evaluation_set(model, data_path, read)
     # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
-    pixels = with_range(stats, dataset, display.range, scaled=False, stored=flags.get("range"))
+    pixels = with_range(stats, dataset, display.range, scaled=False, trained=flags)
     samples = some_samples(dataset, max(first, n))
     bad = [sample["index"] for sample in samples if sample["bad"]]
     if bad and isinstance(dataset, ImageDataset) and named_files(data_path):

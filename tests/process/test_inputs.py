@@ -644,6 +644,21 @@ def test_a_zip_that_is_not_a_checkpoint(tmp_path):
         checkpoint.load(str(tmp_path / "c.pth"))
 
 
+def test_a_folder_that_timm_reads_is_continued(tmp_path, capsys):
+    """What is stored of its images can be loaded again."""
+    for i in range(10):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(path)
+    flags = ["--data_path", f"torch/image_folder={tmp_path / 'images'}", "--batch_size", 5]
+    for epochs in (1, 2):
+        code, text = pretrain(tmp_path, capsys, *flags, "--epochs", epochs)
+        assert code == 0, text
+    assert "continuing" in text
+    stored = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth")).entries["training_images"]
+    assert stored == {"path": flags[1], "images": 10, "digest": ""}
+
+
 def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeypatch):
     import timm.data
     from torch.utils.data import IterableDataset

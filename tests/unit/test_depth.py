@@ -28,9 +28,11 @@ from util.data.loading.loader import eval_loader, train_loader
 from util.data.multicrop import MultiCrop
 from util.data.pixels import Pixels
 from util.data.seeding import seeded
-from util.data.survey.ranges import check_same_depth, settle_range, with_range, written
+from util.data.survey import headers
+from util.data.survey.ranges import check_same_depth, kept_range, settle_range, with_range, written
 from util.data.survey.values import Values
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.timm_datasets import TimmIterableDataset
+from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
 from util.flags.parser import parse, run
 from util.report.panels import Bands
 from util.weights import checkpoint
@@ -306,10 +308,9 @@ def test_timms_reader_gives_the_same_values(tmp_path, dtype):
         if dtype == np.uint16:
             with pytest.raises(ValueError, match=r"image_folder.* are uint16, with values from 0 to 65535"):
                 settle_range(theirs, None, scaled=False)
+            theirs.transform = SimpleNamespace(only_8_bits="`a`")
             with pytest.raises(ValueError, match="change the colours of 8-bit images"):
-                build_dataset(
-                    f"torch/image_folder={root}", "train", SimpleNamespace(only_8_bits="`a`"), read=read
-                )
+                with_range(Pixels((0.5,), (0.5,)), theirs, [0.0, 9.0], scaled=False)
 
 
 @pytest.mark.parametrize(
@@ -364,14 +365,18 @@ def test_a_range_that_is_not_given_stops_with_what_was_found(tmp_path, capsys):
     assert with_range(pixels, plain, None, scaled=False) == pixels
     # One that is given, or stored.
     assert with_range(pixels, deep, [5, 10], False) == Pixels((0.4,), (0.2,), (5.0,), (10.0,), True)
-    assert settle_range(deep, None, False, [5, 10]) == ((5.0,), (10.0,))
-    assert settle_range(deep, [1, 2], False, [5, 10]) == ((1.0,), (2.0,))
+    trained = {"range": [5, 10], "image_depth": "uint16"}
+    assert settle_range(deep, None, False, trained) == ((5.0,), (10.0,))
+    assert settle_range(deep, [1, 2], False, trained) == ((1.0,), (2.0,))
     with pytest.raises(
-        ValueError, match=r"has seen values in `range` 5 10, and the images of .*plain are uint8"
+        ValueError, match=r"images of uint16 with values in `range` 5 and 10, and those of .*plain are uint8"
     ):
-        settle_range(plain, None, False, [5, 10])
-    assert settle_range(plain, [0, 255], False, [5, 10]) == ((0.0,), (255.0,))
-    assert settle_range(plain, None, False, [0.0, 255.0]) == ((0.0,), (255.0,)), "it is theirs"
+        settle_range(plain, None, False, trained)
+    assert settle_range(plain, [0, 255], False, trained) == ((0.0,), (255.0,))
+    for range_of_bytes in ([0.0, 255.0], [2.0, 252.0]):
+        trained = with_range(pixels, plain, range_of_bytes, False).flags(torch.uint8)
+        low, high = settle_range(plain, None, False, trained)
+        assert [*low, *high] == range_of_bytes, "it is theirs"
     for given, message in (
         ([1], "takes a low and a higher value"),
         ([3, 2], "takes a low and a higher value, .*found 3 2"),
@@ -381,6 +386,36 @@ def test_a_range_that_is_not_given_stops_with_what_was_found(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             with_range(pixels, deep, given, False)
+
+
+def test_percentiles_are_settled_once():
+    """A run that goes on, and an evaluation, take what was measured when the training began."""
+    trained = {"range": [5.0, 10.0]}
+    assert kept_range(["p1", "p99"], trained) == [5.0, 10.0]
+    assert kept_range([1.0, 2.0], trained) == [1.0, 2.0] and kept_range(None, trained) is None
+    assert kept_range(["p1", "p99"], {"range": None}) == ["p1", "p99"]
+
+
+def test_colour_changes_are_refused_for_streams_too(tmp_path):
+    stream = TimmIterableDataset([], finetune_transform(16), read=ReadSettings.of({"range": [0.0, 1000.0]}))
+    with pytest.raises(ValueError, match="change the colours of 8-bit images, and these are float32"):
+        with_range(Pixels((0.5,), (0.5,)), stream, [0.0, 1000.0], False)
+    usual = TimmIterableDataset([], finetune_transform(16), read=ReadSettings.of({"range": [0.0, 255.0]}))
+    assert usual.depth == torch.uint8
+
+
+def test_settings_that_no_file_should_hold():
+    for settings in ({"transparency": "q"}, {"exif": "x"}):
+        with pytest.raises(ValueError, match=r"found '[qx]'"):
+            ReadSettings(**settings)
+
+
+def test_large_files_are_looked_at_less_often(tmp_path, monkeypatch):
+    dataset = opened(write_set(tmp_path, np.uint16, channels=1))
+    size = len(dataset.index.read(0))
+    for images in (1, 3, 6):
+        monkeypatch.setattr(headers, "LOOKED_AT_BYTES", images * size - 1)
+        assert headers.survey(dataset.index, ReadSettings(1)).images == images
 
 
 def test_percentiles_are_those_of_each_channel(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
+import torch
 from torch.utils.data import Dataset
 
 from util.data.sources.image_index import ImageIndex
@@ -17,6 +18,11 @@ class Samples(Dataset[dict]):
     """
 
     exact_resume = True
+
+    @property
+    def depth(self) -> torch.dtype:
+        """Return the type of the images' pixels."""
+        return torch.uint8
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -17,7 +17,7 @@ from util.data.sources.image_index import ImageIndex
 from util.data.sources.layouts import build_index
 from util.data.survey.headers import Survey, survey
 from util.data.timm_datasets import TimmDataset, build_timm_classes, build_timm_dataset
-from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, check_depth, views
+from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import printable
 from util.flags.data_path import DataPath
 from util.flags.groups import is_timm_path
@@ -243,7 +243,6 @@ def build_dataset(
     index = build_index(source, split, labels=labels)
     found = survey(index, read)
     read = replace(read, depth=read.depth or found.depth)
-    check_depth(transform, read.depth)
     return ImageDataset(index, transform, read=read, found=found, **options)
 
 

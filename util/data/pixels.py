@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class Pixels:
     def unnormalize(self, images: Tensor) -> Tensor:
         """Invert `normalize` for pictures: float (..., C, H, W) -> uint8, 0 for `low` and 255 for `high`."""
         return unnormalize(images, self.mean, self.std)
+
+    def flags(self, depth: torch.dtype) -> dict[str, Any]:
+        """Return what a checkpoint stores of the range, and the depth that it is a range of."""
+        return {"range": self.range, "image_depth": str(depth).removeprefix("torch.") if self.range else None}
 
     @property
     def range(self) -> list[float] | None:

@@ -29,7 +29,7 @@ from util.data.formats.pil import facts_of
 from util.data.seeding import epoch_and_index, sample_seed
 from util.data.sources.image_index import NoSplit
 from util.data.survey.headers import Survey, spread
-from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, check_depth, views
+from util.data.transforms import MAX_TRIES, Unreadable, apply, black_image, views
 from util.files.names import counted, printable
 from util.files.regular import open_regular
 from util.flags.data_path import VAL_SPLIT, DataPath
@@ -393,7 +393,6 @@ def build_timm_dataset(
     made = TimmDataset(dataset, transform, **options)
     made.found = look(made)
     made.read = replace(read, depth=read.depth or made.found.depth)
-    check_depth(transform, made.depth)
     return made
 
 

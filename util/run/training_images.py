@@ -27,16 +27,16 @@ class TrainingImages:
     def of(cls, dataset: Any) -> "TrainingImages | None":
         """Describe a data set; None for one that has neither a list of images nor a name."""
         index: Any = getattr(dataset, "index", None)
-        if hasattr(index, "path"):
+        if hasattr(index, "digest"):
             return cls(index.path, len(index), index.digest())
-        name = getattr(dataset, "name", "")
-        if not name:
+        path = getattr(dataset, "path", "")
+        if not path:
             return None
         # The length of a stream depends on the number of ranks.
         images = None
         if dataset.exact_resume:
             images = len(dataset)
-        return cls(name, images, "")
+        return cls(path, images, "")
 
     @classmethod
     def stored_in(cls, start: Checkpoint) -> "TrainingImages | None":

@@ -60,15 +60,24 @@ def known_flags(saved: Checkpoint, models: Collection[str]) -> dict[str, Any]:
     channels = stored.get("in_chans")
     if type(channels) is int and 1 <= channels <= MOST_CHANNELS:
         found["in_chans"] = channels
-    found |= {name: stored.get(name) for name in ("channels", "bands", "exif")}
-    # main_sere.py has another name for it.
-    found["alpha"] = stored.get("alpha") or stored.get("image_alpha")
+    found |= {name: stored.get(name) for name in ("channels", "bands")}
+    found["exif"] = _choice(stored.get("exif"), ("ignore", "apply"))
+    # main_sere.py has another name for it. In files of SERE's authors, alpha is a weight.
+    alpha = stored.get("image_alpha") or stored.get("alpha")
+    found["alpha"] = _choice(alpha, ("drop", "white", "black"))
     # Files of others store no flags, or only some of these. A stored model has its own patch size.
     settled = {name for name, value in found.items() if value}
     if "model" in settled:
         settled.add("patch_size")
     found |= {k: v for k, v in _from_weights(saved, models).items() if k not in settled}
     return {name: found[name] for name in NAMES if found.get(name)}
+
+
+def _choice(value: Any, choices: Collection[str]) -> str:
+    """A stored choice; '' if it is none of ours."""
+    if type(value) is str and value in choices:
+        return value
+    return ""
 
 
 def _stored_model(name: Any, models: Collection[str]) -> str:

@@ -246,7 +246,7 @@ def _bands(path: str, field: str, value: Any) -> None:
 # Flags that are read from files, with what they have to be.
 _FLAGS: dict[str, Callable[[str, str, Any], None]] = {
     **dict.fromkeys(("model", "pos_label", "pos_tokens", "pos_embed", "pool", "patch_embed"), _text),
-    **dict.fromkeys(("head", "finetune", "so_fusion", "alpha", "image_alpha", "exif"), _text),
+    **dict.fromkeys(("head", "finetune", "so_fusion", "image_depth"), _text),
     **dict.fromkeys(("num_heads", "decoder_heads", "in_chans", "bands", "so_heads", "so_iters"), _count),
     **dict.fromkeys(("mean", "range"), _finite_numbers),
     "channels": _bands,

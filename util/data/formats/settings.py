@@ -10,6 +10,7 @@ from util.flags.groups import MAX_PIXELS
 
 # The types of pixels, the narrowest first.
 DEPTHS = (torch.uint8, torch.uint16, torch.int16, torch.float32)
+BYTES = [0, 255]  # the usual range of 8-bit images
 # Of integers beyond it, float32 holds only some.
 LARGEST_EXACT = 1 << 24
 
@@ -39,13 +40,19 @@ class ReadSettings:
     depth: torch.dtype | None = None
     stream_depth: torch.dtype = torch.uint8
 
+    def __post_init__(self) -> None:
+        if self.transparency not in ("drop", "white", "black"):
+            raise ValueError(f"`transparency` is drop, white or black, found {self.transparency!r}")
+        if self.exif not in ("ignore", "apply"):
+            raise ValueError(f"`exif` is ignore or apply, found {self.exif!r}")
+
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> "ReadSettings":
         """Make those of flags, of a run or stored in a checkpoint. What is absent has its default."""
         names = {"in_chans", "bands", "exif", "max_pixels"}
         found = {name: flags[name] for name in names if flags.get(name) is not None}
         # Their values are known then, and float32 holds all of them.
-        if flags.get("range"):
+        if list(flags.get("range") or BYTES) != BYTES:
             found["stream_depth"] = torch.float32
         transparency = flags.get("alpha") or flags.get("image_alpha") or "drop"
         return cls(channels=tuple(flags.get("channels") or ()), transparency=transparency, **found)

@@ -1,5 +1,6 @@
 """What the headers of some images tell: depth, orientation, pages and transparency."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from util.data.sources.image_index import ImageIndex
 from util.files.names import counted
 
 LOOKED_AT = 64  # files, when a data set is opened
+LOOKED_AT_BYTES = 1 << 28  # of them together: every rank reads them
 
 
 @dataclass
@@ -79,13 +81,19 @@ class Survey:
 
 
 def survey(index: ImageIndex, read: ReadSettings, most: int = LOOKED_AT) -> Survey:
-    """Look at the headers of up to `most` images, evenly spread. Unreadable files are passed over."""
+    """Look at the headers of up to `most` images, evenly spread. Unreadable files are passed over.
+
+    Files are read as a whole. Of large ones fewer are looked at.
+    """
     found = Survey(of=len(index))
+    size = 0
     for data in some_files(index, most):
-        try:
+        # A header that cannot be read is reported when the image is.
+        with contextlib.suppress(ValueError):
             found.add(describe(data, read))
-        except ValueError:
-            continue
+        size += len(data)
+        if size > LOOKED_AT_BYTES:
+            break
     return found
 
 

@@ -1,7 +1,7 @@
 """Which values become 0 and 1: as given, from percentiles, or an error with what was found."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from util.data.formats import depth_name
 from util.data.pixels import BYTE_RANGE, Pixels, split_range
 from util.data.survey.headers import spread
 from util.data.survey.values import Values
+from util.data.transforms import check_depth
 from util.files.names import counted, printable
 
 SAMPLED = 64  # images whose values are looked at
@@ -37,28 +38,33 @@ def percent(bound: float | str) -> float | None:
     return float(match[1])
 
 
-def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bounds | None = None) -> Range:
+def settle_range(
+    dataset: Any, given: Bounds | None, scaled: bool, trained: Mapping[str, Any] | None = None
+) -> Range:
     """Return the low and the high values of a data set, on all ranks together.
 
     Args:
         dataset: an opened data set, with its `depth`.
         given: `range` as the user gave it: values, or percentiles of a sample; None if not.
         scaled: whether the user gave mean and standard deviation.
-        stored: the range of the checkpoint that the run starts from.
+        trained: the flags of the training of the checkpoint that the run starts from, with its `range` and
+            `image_depth`.
 
     Raises ValueError for images of more than 8 bits whose range is not known, with what was found.
     """
     _check_depth_everywhere(dataset)
     if given:
         return _from_bounds(dataset, given)
+    stored = (trained or {}).get("range")
     if stored:
         known = split_range([float(bound) for bound in stored])
-        if dataset.depth == torch.uint8 and known != BYTE_RANGE:
-            listed = " ".join(f"{bound:g}" for bound in stored)
+        depth = (trained or {}).get("image_depth")
+        was_deep = depth != "uint8" and known != BYTE_RANGE
+        if dataset.depth == torch.uint8 and was_deep:
             raise ValueError(
-                f"the checkpoint has seen values in `range` {listed}, and the images of {_name(dataset)} are "
-                "uint8: give `range` as these images need it (0 255 for usual ones), or the images in their "
-                "own depth"
+                f"the checkpoint has seen images of {depth or 'another depth'} with values in `range` "
+                f"{_some(known)}, and those of {_name(dataset)} are uint8: give `range` as these images need "
+                "it (0 255 for usual ones), or the images in their own depth"
             )
         dist.print_rank0(f"values as in the checkpoint: {_some(known)} become 0 and 1")
         return known
@@ -80,10 +86,19 @@ def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bound
 
 
 def with_range(
-    pixels: Pixels, dataset: Any, given: Bounds | None, scaled: bool, stored: Bounds | None = None
+    pixels: Pixels,
+    dataset: Any,
+    given: Bounds | None,
+    scaled: bool,
+    trained: Mapping[str, Any] | None = None,
 ) -> Pixels:
-    """Return `pixels` with the range of a data set; see `settle_range`."""
-    low, high = settle_range(dataset, given, scaled, stored)
+    """Return `pixels` with the range of a data set; see `settle_range`.
+
+    Raises ValueError also for a transform that works on 8 bits only, if the images have more.
+    """
+    low, high = settle_range(dataset, given, scaled, trained)
+    # After the ranks have compared their depths, so that none fails alone.
+    check_depth(dataset.transform, dataset.depth)
     pixels = replace(pixels, low=low, high=high, deep=dataset.depth != torch.uint8)
     # Refuses a number of pairs that does not fit, before the first batch.
     pixels.normalize(torch.zeros(dataset.read.in_chans, 1, 1))
@@ -92,6 +107,7 @@ def with_range(
 
 def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
     """Raise ValueError if only one of the sets has 8-bit images, unless their range is given."""
+    _check_depth_everywhere(val)
     if given or (train.depth == torch.uint8) == (val.depth == torch.uint8):
         return
     raise ValueError(
@@ -99,6 +115,16 @@ def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
         f"{depth_name(val.depth)}, and one range does not serve both: store them in one depth, or give "
         "`range`, which is then that of both"
     )
+
+
+def kept_range(given: Bounds | None, trained: Mapping[str, Any]) -> Bounds | None:
+    """Return the range for a run that continues or evaluates what `trained` describes.
+
+    Percentiles were settled when it began. Measured again, on other images perhaps, they would be others.
+    """
+    if given and trained.get("range") and any(isinstance(bound, str) for bound in given):
+        return trained["range"]
+    return given
 
 
 def suggested(values: Values) -> str:
