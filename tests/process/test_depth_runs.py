@@ -290,7 +290,7 @@ def test_depths_that_do_not_fit_are_refused(tmp_path):
     for main, more in ((FINETUNE, ["--aa", ""]), (PROBE, []), (PROBE, ["--knn"])):
         given = ["--data_path", plain, "--finetune", tmp_path / "p", *SMALL, *more]
         code, out = here(tmp_path / "x", *given, main=main)
-        assert code == 2 and "has seen values in --range 0 2500, and the images of" in out, out
+        assert code == 2 and "images of uint16 with values in --range 0 and 2500, and those of" in out, out
     ok(here(tmp_path / "k", *given, "--range", 0, 255, main=PROBE))
     # Heads that have seen images otherwise than the encoder has are evaluated as they were trained.
     probe = tmp_path / "q"
