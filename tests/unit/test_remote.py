@@ -15,8 +15,9 @@ from test_listings import END, FILES, images, packed, pairs
 
 from util.data.sources import remote
 from util.data.sources.image_index import NoSplit
-from util.data.sources.layouts import build_index
+from util.data.sources.layouts import build_index, training_classes
 from util.data.sources.remote import keep_in
+from util.flags.data_path import DataPath
 from util.flags.groups import is_remote_path
 
 fsspec = pytest.importorskip("fsspec")
@@ -100,6 +101,15 @@ def test_one_tar_and_names_of_classes(store, cache):
     assert index.classes == ["owl", "cat"] and index.labels.tolist() == [1, 0]
     put(store, "classes.txt", b"fox\ncow\n")
     assert build_index(store[1]).classes == ["fox", "cow"]
+
+
+def test_the_names_of_training_classes_download_nothing(store, cache):
+    fill(store)
+    for source in (store[1], f"{store[1]}/train-0.tar", DataPath(store[1], val_share=0.5)):
+        assert training_classes(source) == []
+    assert not cache.exists()
+    # Images that are held out have all classes of training.
+    assert build_index(DataPath(store[1], val_share=0.5), "val").classes == ["a", "b"]
 
 
 def test_a_change_during_the_download_is_noticed(store, cache, monkeypatch):

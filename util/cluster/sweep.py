@@ -390,7 +390,7 @@ def _channels(flags: Mapping[str, Any], given: Collection[str]) -> dict[str, Any
     bands = flags.get("bands")
     if not channels:
         bands = flags.get("in_chans")
-    # Before `in_chans`, which counts as given beside `channels`. A given one comes later and takes precedence.
+    # Beside `channels`, `in_chans` always counts as given; one that is comes later and takes precedence.
     if "channels" in given:
         # Other files may have another number of bands.
         return {} if "data_path" in given else {"in_chans": bands}

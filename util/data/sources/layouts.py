@@ -210,10 +210,13 @@ def class_names(path: str | os.PathLike) -> list[str]:
 def training_classes(data_path: str | os.PathLike) -> list[str]:
     """Return the names of the classes of a data set's training images, sorted; [] if it has none.
 
-    In a folder they are read from the names of the class folders, which takes no listing of the images.
+    In a folder they are read from the names of the class folders, which takes no listing of the images. For
+    an address in an object store the result is [], because the tars would have to be downloaded.
     """
     source = DataPath.of(data_path)
     path = os.path.expanduser(source.path)
+    if is_remote_path(path):
+        return []
     root = os.path.join(path, "train")
     # A set that cannot be read is reported where its images are needed.
     with contextlib.suppress(OSError, ValueError):

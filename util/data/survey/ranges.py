@@ -1,7 +1,7 @@
 """Which values become 0 and 1: as given, from percentiles, or an error with what was found."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def settle_range(dataset: Any, given: Bounds | None, scaled: bool, stored: Bound
         return known
     if dataset.depth == torch.uint8:
         return BYTE_RANGE
-    found, range_of_all = _on_main(lambda: _looked_at(dataset))
+    found, range_of_all = dist.compute_on_main(lambda: _looked_at(dataset))
     if scaled and dataset.depth in CONVENTION:
         low, high = CONVENTION[dataset.depth]
         dist.print_rank0(
@@ -149,7 +149,7 @@ def _from_bounds(dataset: Any, given: Bounds) -> Range:
             f"set, and {_name(dataset)} is a stream: give values"
         )
     # One rank reads: the sample is the same everywhere.
-    ends = _on_main(lambda: sampled(dataset).percentiles(wanted))
+    ends = dist.compute_on_main(lambda: sampled(dataset).percentiles(wanted))
     _check_widths(given, ends)
     listed = " ".join(bound for low, high in ends for bound in written(low, high))
     images = counted(min(SAMPLED, len(dataset)), "image")
@@ -183,24 +183,6 @@ def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
             f"`range` {' '.join(map(str, given))} is empty in channel {', '.join(flat)}, counted from 0: "
             "leave it out by `channels`, or give values"
         )
-
-
-def _on_main(function: Callable[[], Any]) -> Any:
-    """Return what a function gives on rank 0, on all ranks; one that reads images, which takes time.
-
-    If it fails, all ranks raise ValueError together: none waits for another.
-    """
-    result, problem = None, ""
-    if dist.is_main():
-        try:
-            result = function()
-        # Of any type: the other ranks wait.
-        except Exception as error:
-            problem = str(error) or type(error).__name__
-    result, problem = dist.gather_objects((result, problem))[0]
-    if problem:
-        raise ValueError(problem)
-    return result
 
 
 def _looked_at(dataset: Any) -> tuple[str, str]:
