@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from datetime import timedelta
 
 import pytest
 from test_listings import END, FILES, images, packed, pairs
@@ -17,6 +18,7 @@ from util.data.sources import remote
 from util.data.sources.image_index import NoSplit
 from util.data.sources.layouts import build_index, training_classes
 from util.data.sources.remote import keep_in
+from util.dist import group
 from util.flags.data_path import DataPath
 from util.flags.groups import is_remote_path
 
@@ -258,6 +260,21 @@ def test_room_is_checked_before_the_first_byte(store, cache, monkeypatch):
     ):
         build_index(store[1])
     assert not list(cache.glob("*/*.tar")) and not list(cache.glob("*/.*.partial"))
+
+
+def test_a_long_download_says_how_long_the_other_nodes_wait(store, cache, monkeypatch, capsys):
+    fill(store)
+    monkeypatch.setattr(remote, "timeout", lambda: timedelta(minutes=45))
+    waits = "the other nodes wait up to 45 minutes for this download"
+    for ranks, long in ((1, 1e3), (4, 5e9), (4, 1e3)):
+        shutil.rmtree(cache, ignore_errors=True)
+        monkeypatch.setattr(remote, "LONG", long)
+        # This process has not rank 0, whose lines alone are printed otherwise.
+        monkeypatch.setattr(group, "rank", lambda: 1)
+        monkeypatch.setattr(remote.dist, "world_size", lambda ranks=ranks: ranks)
+        assert images(build_index(store[1])) == FILES
+        out = capsys.readouterr().out
+        assert out.count(waits) == out.count("`dist_timeout`") == out.count("\n") == (ranks * long == 4e3)
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
