@@ -30,7 +30,7 @@ SUFFIXES = (*FIRST_SUFFIXES, *(suffix for suffix in IMAGE_SUFFIXES if suffix not
 
 
 class Label(NamedTuple):
-    """What a member with the suffix `kind` says: the class as text, or why it cannot be told."""
+    """The label in a member with the suffix `kind`: the class as text, or the reason why it has none."""
 
     text: str
     fault: str = ""

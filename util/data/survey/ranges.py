@@ -96,8 +96,8 @@ def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
         return
     raise ValueError(
         f"the training images are {depth_name(train.depth)} and the validation images "
-        f"{depth_name(val.depth)}, and one range does not serve both: store them in one depth, or give "
-        "`range`, which is then that of both"
+        f"{depth_name(val.depth)}, and one range does not fit both: store them in one depth, or give "
+        "`range`, which is then used for both"
     )
 
 
