@@ -353,11 +353,11 @@ def _inherited(flags: Mapping[str, Any], main: str, own: Sequence[str]) -> list[
     given = given_to(main, list(own))
     accepted = vars(parse_main(main, []))
     # main_sere.py has another name for it.
-    flags = {"alpha": flags.get("image_alpha")} | dict(flags)
+    flags = {"alpha": flags.get("image_alpha"), **flags}
     names = (*INHERITED, *_layout(given))
     inherited = {name: flags.get(name) for name in names if name in accepted and name not in given}
     inherited |= _channels(flags, given)
-    if "model" not in given and flags.get("model"):
+    if "model" not in given and "model" in flags:
         # mae_vit_base_patch16_dec512d8b and sere_vit_base_patch16 have the encoder of vit_base_patch16.
         inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", flags["model"])
     words = []
