@@ -483,7 +483,7 @@ def evaluated_classes(
     the best of these.
     """
     classes = data.classes
-    trained = dist.gather_objects(training_classes(source))[0]
+    trained = dist.compute_on_main(lambda: training_classes(source))
     if not set(classes) < set(trained):
         return known_classes(saved, classes, given)
     if not (given or saved.classes):

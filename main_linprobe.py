@@ -462,7 +462,7 @@ def use_trained_classes(data: ClassSamples, saved: Checkpoint, source: DataPath)
     classes = saved.classes
     if classes is None:
         # MAE's files do not name the outputs, and the training images may.
-        trained = dist.gather_objects(training_classes(source))[0]
+        trained = dist.compute_on_main(lambda: training_classes(source))
         classes = data.classes
         if set(classes) < set(trained):
             classes = trained

@@ -303,6 +303,6 @@ def test_depths_that_do_not_fit_are_refused(tmp_path):
     shutil.copytree(plain / "val", mixed / "val")
     for main, more in ((PRETRAIN, []), (FINETUNE, ["--aa", ""]), (PROBE, ["--finetune", tmp_path / "p"])):
         code, out = here(tmp_path / "x", "--data_path", mixed, *SMALL, *more, *data[:2], main=main)
-        assert code == 2 and ("one range does not serve both" in out or "give --range" in out), out
+        assert code == 2 and ("one range does not fit both" in out or "give --range" in out), out
     code, out = here(tmp_path / "x", "--data_path", mixed, "--finetune", tmp_path / "p", *SMALL, main=PROBE)
     assert code == 2 and "training images are uint16 and the validation images uint8" in out, out

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from layers.sizes import classifier_names
 from processes import ROOT, environment, log_lines
 from util.cluster import slurm, sweep
 from util.cluster.job import Job, read_note, write_note
@@ -24,6 +25,9 @@ from util.cluster.job_dir import is_local, locked, read_job_ids
 from util.cluster.launch import launch, report_stale
 from util.cluster.status import last_line, state_of, status
 from util.flags import ending
+from util.flags.parser import given_in
+from util.weights.defaults import as_stored
+from util.weights.types import Checkpoint
 
 TINY_MODEL = shlex.split(
     "--model mae_vit_nano_patch8 --input_size 16 --device cpu --num_workers 0 --epochs 1 --batch_size 100 "
@@ -152,6 +156,68 @@ def test_flags_of_a_follow_up_take_precedence_even_if_they_are_the_defaults():
     assert sweep.parse_main("main_pretrain", p.argv).output_dir == "/jobs", "where the follow-ups look for it"
 
 
+@pytest.mark.parametrize(
+    "given, own, channels, in_chans, bands",
+    [
+        # Alone, and with the number of bands in the files.
+        ("--channels 2 1 0", "", [2, 1, 0], 3, None),
+        ("--channels 7 2 0 --in_chans 10", "", [7, 2, 0], 3, 10),
+        # The checkpoint says how many: the flags of its run need not.
+        ("", "", [7, 2, 0], 3, 10),
+        ("--in_chans 4", "", None, 4, None),
+        ("--channels 7 2 0 --in_chans 10", "--channels 1 2 3 4", [1, 2, 3, 4], 4, 10),
+        ("--channels 7 2 0 --in_chans 10", "--channels 1 2 --data_path E", [1, 2], 2, None),
+        ("--channels 7 2 0 --in_chans 10", "--channels 0 5 --in_chans 6", [0, 5], 2, 6),
+        ("--channels 7 2 0 --in_chans 10", "--in_chans 5", None, 5, None),
+        ("--in_chans 4", "--channels 0 1 2", [0, 1, 2], 3, 4),
+    ],
+)
+@pytest.mark.parametrize("kind", ["finetune", "linprobe"])
+def test_follow_ups_read_the_bands_of_their_run(given, own, channels, in_chans, bands, kind):
+    (p,) = plan("--model", "mae_vit_pico_patch8", *given.split(), chain=["--then", kind, *own.split()])
+    stored = vars(sweep.parse_main("main_pretrain", p.argv))
+    if not given:
+        # The run takes them from a checkpoint of its own.
+        stored |= dict(in_chans=in_chans, channels=channels, bands=bands)
+    flags = sweep.parse_main(p.then[0].main, p.then[0].argv)
+    settled = as_stored(vars(flags), given_in(flags), Checkpoint("x.pth", {}, stored), classifier_names())
+    assert (settled["channels"], settled["in_chans"], settled["bands"]) == (channels, in_chans, bands)
+    assert settled["model"] == "vit_pico_patch8"
+
+
+def test_follow_ups_take_what_their_run_took_from_a_checkpoint():
+    """A run with `init_from` has the model and the size of that checkpoint, and not the defaults."""
+    (p,) = plan("--init_from", "x.pth", chain=["--then", "finetune"])
+    stored = dict(model="mae_vit_pico_patch8", input_size=[32], in_chans=4, alpha="white", exif="apply")
+    flags = sweep.parse_main("main_finetune", p.then[0].argv)
+    settled = as_stored(vars(flags), given_in(flags), Checkpoint("x.pth", {}, stored), classifier_names())
+    assert stored | {"model": "vit_pico_patch8"} == {name: settled[name] for name in stored}
+
+
+def test_follow_ups_read_images_as_their_run_does():
+    rest = shlex.split("--data_path D --val_split valid --class_depth 2 --exif apply --data_cache C")
+    (p,) = plan(*rest, "--alpha", "white", chain=["--then", "finetune", "--then", "linprobe"])
+    for point in p.then:
+        flags = sweep.parse_main(point.main, point.argv)
+        assert (flags.data_path, flags.val_split, flags.class_depth) == ("D", "valid", 2)
+        assert (flags.exif, flags.alpha, flags.data_cache) == ("apply", "white", "C")
+        # The values that become 0 and 1 are in the checkpoint.
+        assert flags.range is None
+    chain = shlex.split("--then finetune --data_path E --then finetune --val_share 0.2 --then linprobe")
+    (p,) = plan("--data_path", "D", "--val_share", "0.1", "--class_depth", "2", chain=chain)
+    layouts = [sweep.parse_main(x.main, x.argv) for x in p.then]
+    assert [(x.data_path, x.val_share, x.class_depth) for x in layouts] == [
+        ("E", 0.0, None),
+        ("D", 0.2, 2),
+        ("D", 0.1, 2),
+    ]
+    (p,) = plan(*rest, chain=["--then", "finetune", "--val_share", "0.2"])
+    assert sweep.parse_main("main_finetune", p.then[0].argv).val_split == "val"
+    # SERE has a weight called alpha.
+    (p,) = sweep.plan("main_sere", ["--image_alpha", "black"], [], ["--then", "linprobe"], "/jobs")
+    assert sweep.parse_main("main_linprobe", p.then[0].argv).alpha == "black"
+
+
 def test_follow_ups_of_sere_have_its_encoder():
     (p,) = sweep.plan(
         "main_sere", ["--model", "sere_vit_pico_patch8"], [], ["--then", "linprobe", "--knn"], "/jobs"
@@ -168,7 +234,8 @@ def test_a_recipe_may_hold_the_sweep_and_the_follow_ups(tmp_path, capsys):
     assert launch("main_pretrain", ["--dry_run", "--cluster", "local", "--job_dir", "J", f"@{recipe}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("python main_pretrain.py --model mae_vit_pico_patch8") == 2
-    probes = re.findall(r"python main_linprobe.py --input_size 224 .*--knn --no-pin_mem --finetune", shown)
+    model = "--model vit_pico_patch8"
+    probes = re.findall(rf"python main_linprobe.py --seed [01] {model} --knn --no-pin_mem --finetune", shown)
     assert len(probes) == 2
 
 

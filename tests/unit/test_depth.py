@@ -436,7 +436,7 @@ def test_percentiles_are_those_of_each_channel(tmp_path, capsys):
 def test_splits_of_different_depths_need_a_range():
     plain, deep, deeper = (SimpleNamespace(depth=d) for d in (torch.uint8, torch.uint16, torch.float32))
     for train, val in ((plain, deep), (deep, plain)):
-        with pytest.raises(ValueError, match=r"one range does not serve both: .* give `range`"):
+        with pytest.raises(ValueError, match=r"one range does not fit both: .* give `range`"):
             check_same_depth(train, val, None)
         check_same_depth(train, val, [0, 1])
     check_same_depth(deep, deeper, None)

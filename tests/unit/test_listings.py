@@ -387,6 +387,13 @@ def test_a_file_beside_the_tars_names_their_classes(tmp_path):
     assert build_index(tmp_path).classes == ["0", "2", "3"]
     (tmp_path / "classnames.txt").write_text("\ufeffowl\ncat\nant bear\nowl\n\n")
     assert build_index(tmp_path).classes == ["owl (0)", "ant bear", "owl (3)"]
+    # The file may list a name that another one gets with its number.
+    for lines, expected in (
+        ("owl|x|owl|owl (0)", ["owl (0) (0)", "owl (2)", "owl (0)"]),
+        ("owl|x|owl (3)|owl", ["owl (0)", "owl (3)", "owl (3) (3)"]),
+    ):
+        (tmp_path / "classnames.txt").write_text(lines.replace("|", "\n"))
+        assert build_index(tmp_path).classes == expected
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
     with pytest.raises(
         ValueError, match=r"classes.txt has 3 lines and no name for the label 3: .* line i \+ 1"

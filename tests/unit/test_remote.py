@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from datetime import timedelta
 
 import pytest
 from test_listings import END, FILES, images, packed, pairs
 
 from util.data.sources import remote
 from util.data.sources.image_index import NoSplit
-from util.data.sources.layouts import build_index
+from util.data.sources.layouts import build_index, training_classes
 from util.data.sources.remote import keep_in
+from util.dist import group
+from util.flags.data_path import DataPath
 from util.flags.groups import is_remote_path
 
 fsspec = pytest.importorskip("fsspec")
@@ -100,6 +103,15 @@ def test_one_tar_and_names_of_classes(store, cache):
     assert index.classes == ["owl", "cat"] and index.labels.tolist() == [1, 0]
     put(store, "classes.txt", b"fox\ncow\n")
     assert build_index(store[1]).classes == ["fox", "cow"]
+
+
+def test_the_names_of_training_classes_download_nothing(store, cache):
+    fill(store)
+    for source in (store[1], f"{store[1]}/train-0.tar", DataPath(store[1], val_share=0.5)):
+        assert training_classes(source) == []
+    assert not cache.exists()
+    # Images that are held out have all classes of training.
+    assert build_index(DataPath(store[1], val_share=0.5), "val").classes == ["a", "b"]
 
 
 def test_a_change_during_the_download_is_noticed(store, cache, monkeypatch):
@@ -248,6 +260,21 @@ def test_room_is_checked_before_the_first_byte(store, cache, monkeypatch):
     ):
         build_index(store[1])
     assert not list(cache.glob("*/*.tar")) and not list(cache.glob("*/.*.partial"))
+
+
+def test_a_long_download_says_how_long_the_other_nodes_wait(store, cache, monkeypatch, capsys):
+    fill(store)
+    monkeypatch.setattr(remote, "timeout", lambda: timedelta(minutes=45))
+    waits = "the other nodes wait up to 45 minutes for this download"
+    for ranks, long in ((1, 1e3), (4, 5e9), (4, 1e3)):
+        shutil.rmtree(cache, ignore_errors=True)
+        monkeypatch.setattr(remote, "LONG", long)
+        # This process has not rank 0, whose lines alone are printed otherwise.
+        monkeypatch.setattr(group, "rank", lambda: 1)
+        monkeypatch.setattr(remote.dist, "world_size", lambda ranks=ranks: ranks)
+        assert images(build_index(store[1])) == FILES
+        out = capsys.readouterr().out
+        assert out.count(waits) == out.count("`dist_timeout`") == out.count("\n") == (ranks * long == 4e3)
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):

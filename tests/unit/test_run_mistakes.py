@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ from models_mae_pl import num_visible
 from processes import ROOT, log_lines
 from util import dist
 from util.dist import group
+from util.flags.data_path import DataPath
 from util.flags.parser import parse
 from util.run import session
 from util.run.session import MAY_CHANGE
 from util.weights import checkpoint
+from util.weights.types import Checkpoint
 
 DEMO = str(ROOT / "data" / "demo")
 PRETRAIN = ["--model", "mae_test", "--warmup_epochs", 0, "--picture_epochs", 9, "--batch_size", 100]
@@ -241,6 +244,41 @@ def test_a_host_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="node7 cannot see"):
         dist.check_folder(str(tmp_path / "new" / "run"))
     assert answers[1][1] is True and not os.listdir(tmp_path)
+
+
+def test_what_takes_long_is_computed_on_rank_0_only(monkeypatch):
+    assert dist.compute_on_main(lambda: 7) == 7
+    # Errors of any type, also those without a message.
+    for function, message in (
+        (lambda: 1 // 0, "integer division.*by zero"),
+        (lambda: next(iter(())), "StopIteration"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dist.compute_on_main(function)
+    monkeypatch.setattr(group, "is_main", lambda: False)
+    monkeypatch.setattr(group, "gather_objects", lambda mine: [(7, ""), mine])
+    assert dist.compute_on_main(lambda: pytest.fail("this is not rank 0")) == 7
+    monkeypatch.setattr(group, "gather_objects", lambda mine: [(None, "gone"), mine])
+    with pytest.raises(ValueError, match=r"^gone$"):
+        dist.compute_on_main(lambda: pytest.fail("this is not rank 0"))
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe])
+def test_classes_of_training_are_read_on_rank_0_only(monkeypatch, main):
+    """The images to evaluate lack a class, and the file does not name its outputs."""
+    monkeypatch.setattr(main, "training_classes", lambda source: pytest.fail("this is not rank 0"))
+    monkeypatch.setattr(group, "is_main", lambda: False)
+    monkeypatch.setattr(group, "gather_objects", lambda mine: [(["a", "b", "c"], ""), mine])
+    used = []
+    data = SimpleNamespace(
+        classes=["a", "c"], path="x", use_classes=used.append, without_images=lambda: ["b"]
+    )
+    saved = Checkpoint("x.pth", {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}, {})
+    if main is main_finetune:
+        assert main.evaluated_classes(saved, data, DataPath("D"), None) == ["a", "b", "c"]
+    else:
+        main.use_trained_classes(data, saved, DataPath("D"))
+    assert used == [["a", "b", "c"]]
 
 
 # -- Values that are not finite, and too little memory.

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NoReturn
@@ -17,14 +17,16 @@ from util.flags import early
 from util.flags.parser import Parser, given_in, parser_of
 
 FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
-# A follow-up takes these flags from its pretraining, unless its own flags set them.
+# A follow-up takes these flags from its pretraining, if they are given there and not in its own flags. Others
+# are those of the checkpoint, or of the machine that runs the job.
 INHERITED = (
     "data_path",
     "input_size",
     "patch_size",
-    "in_chans",
     "mean",
     "std",
+    "alpha",
+    "exif",
     "max_pixels",
     "data_timeout",
     "data_cache",
@@ -33,8 +35,8 @@ INHERITED = (
     "num_workers",
     "seed",
 )
-# Defaults of these are those of the machine that runs the job, and not of the one that submits it.
-OF_THE_MACHINE = ("device", "num_workers")
+# The layout of the data set: that of another one need not be the same.
+LAYOUT = ("val_split", "val_share", "class_depth")
 # Flags that cannot be swept, and why.
 NOT_SWEPT = {
     "output_dir": "the launcher sets it: each point has its own folder in `job_dir`",
@@ -145,7 +147,8 @@ def _make_point(
     argv = [*argv, "--output_dir", folder]
     parsed = vars(parse_main(main, argv))
     given = given_to(main, argv)
-    handed_on = {k: v for k, v in parsed.items() if k in given or k not in OF_THE_MACHINE}
+    # No command line sets `bands`: it follows from other flags.
+    handed_on = {name: value for name, value in parsed.items() if name in given or name == "bands"}
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
     set_by_argv = {name: parsed[name] for name in given if name in parsed}
@@ -290,7 +293,7 @@ def follow_ups(flags: Mapping[str, Any], chain: list[str], run: str, folder: str
     """Plan the follow-ups of a run, each on its last checkpoint.
 
     Args:
-        flags: the parsed flags of the run.
+        flags: those flags of the run that its command line sets, and `bands`.
         chain: words --then MAIN FLAGS [--then ...].
         run: name of the run.
         folder: folder of the run.
@@ -349,11 +352,12 @@ def _inherited(flags: Mapping[str, Any], main: str, own: Sequence[str]) -> list[
     """Return the flags that a follow-up takes from its run. Its own flags, `own`, take precedence."""
     given = given_to(main, list(own))
     accepted = vars(parse_main(main, []))
-    inherited = {}
-    for name in INHERITED:
-        if name in accepted and name in flags and name not in given:
-            inherited[name] = flags[name]
-    if "model" not in given:
+    # main_sere.py has another name for it.
+    flags = {"alpha": flags.get("image_alpha"), **flags}
+    names = (*INHERITED, *_layout(given))
+    inherited = {name: flags.get(name) for name in names if name in accepted and name not in given}
+    inherited |= _channels(flags, given)
+    if "model" not in given and "model" in flags:
         # mae_vit_base_patch16_dec512d8b and sere_vit_base_patch16 have the encoder of vit_base_patch16.
         inherited["model"] = re.sub(r"^(mae|sere)_|_dec512d8b$", "", flags["model"])
     words = []
@@ -364,3 +368,32 @@ def _inherited(flags: Mapping[str, Any], main: str, own: Sequence[str]) -> list[
             value = [value]
         words += [f"--{name}", *map(str, value)]
     return words
+
+
+def _layout(given: Collection[str]) -> Sequence[str]:
+    """Return the flags of LAYOUT that suit what a follow-up sets itself."""
+    if "data_path" in given:
+        return ()
+    # Images of a split and images that are held out exclude each other.
+    if {"val_split", "val_share"} & set(given):
+        return ("class_depth",)
+    return LAYOUT
+
+
+def _channels(flags: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return the bands that a follow-up takes from its run: `channels`, and `in_chans` as a user gives it.
+
+    Beside `channels` it is the number of bands in the files, and without them that of the model's channels.
+    `given` are the flags that the follow-up sets itself.
+    """
+    channels = flags.get("channels")
+    bands = flags.get("bands")
+    if not channels:
+        bands = flags.get("in_chans")
+    # Beside `channels`, `in_chans` always counts as given; one that is comes later and takes precedence.
+    if "channels" in given:
+        # Other files may have another number of bands.
+        return {} if "data_path" in given else {"in_chans": bands}
+    if "in_chans" in given:
+        return {}
+    return {"channels": channels, "in_chans": bands}

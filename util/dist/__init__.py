@@ -3,6 +3,7 @@
 from util.dist.group import (
     barrier,
     check_folder,
+    compute_on_main,
     data_parallel,
     from_main,
     gather_objects,
@@ -24,6 +25,7 @@ __all__ = [
     "StopSignal",
     "barrier",
     "check_folder",
+    "compute_on_main",
     "data_parallel",
     "first_host",
     "flag_ranks",

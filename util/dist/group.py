@@ -5,8 +5,9 @@ import contextlib
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -17,6 +18,8 @@ from util.dist.device import choose_device, prepare_device
 from util.dist.launchers import slurm_ranks
 from util.files.names import printable_lines
 from util.flags import ending
+
+T = TypeVar("T")
 
 
 def is_initialized() -> bool:
@@ -211,6 +214,25 @@ def gather_objects(obj: Any) -> list[Any]:
 def from_main(value: bool) -> bool:
     """Rank 0's value, on every rank."""
     return gather_objects(value)[0]
+
+
+def compute_on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 only, and return its small picklable result on every rank.
+
+    It serves for what takes long, such as reading many files. Raises ValueError on all ranks, with the
+    message of the error, if the function fails: no rank waits for another.
+    """
+    answer: tuple[T | None, str] = (None, "")
+    if is_main():
+        try:
+            answer = (function(), "")
+        # Of any type: the other ranks wait.
+        except Exception as error:
+            answer = (None, str(error) or type(error).__name__)
+    result, problem = gather_objects(answer)[0]
+    if problem:
+        raise ValueError(problem)
+    return result
 
 
 def share_buffers(module: nn.Module) -> None:

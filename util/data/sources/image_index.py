@@ -169,7 +169,7 @@ class ImageIndex:
         return self._files[shard]
 
     def _open_tar(self, shard: int) -> BinaryIO:
-        """Open a tar. Raises ChangedTar if it is not the one that was listed, maybe days ago."""
+        """Open a tar. Raises ChangedTar if it has changed since it was listed, which may be days ago."""
         file = open_regular(self.tars[shard], buffering=0)
         try:
             self._check_tar(shard, file.fileno())
@@ -181,8 +181,8 @@ class ImageIndex:
     def check_unchanged(self, i: int) -> None:
         """Raise ChangedTar if the tar of image i was removed, replaced or changed since it was listed.
 
-        For an image that cannot be read: it is not to blame then. Images in files of their own are not
-        checked.
+        It is called for an image that cannot be read, as its tar may be the reason. Images in files of their
+        own are not checked.
         """
         if not self.tars:
             return

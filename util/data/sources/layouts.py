@@ -96,8 +96,8 @@ class _Found(NamedTuple):
     Attributes:
         root: the folder that names are relative to.
         kind: the layout, in words.
-        classes_from: what tells the class of an image: "folders" of its name, "table", "pairs" of members, or
-            "nothing".
+        classes_from: where the class of an image comes from: "folders" of its name, "table", "pairs" of
+            members, or "nothing".
     """
 
     root: str
@@ -136,8 +136,8 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
     beside it hold images too, and there is no validation folder.
 
     Raises ValueError, with what was found, for a path without images in such a layout, for one that can be
-    read in two ways, and for an empty class folder among training images. Of validation images some classes
-    may have none.
+    read in two ways, and for an empty class folder among training images. Classes may have no validation
+    images.
     """
     source = DataPath.of(data_path)
     # Without a last slash, as names of caches are made by appending to the path.
@@ -210,10 +210,13 @@ def class_names(path: str | os.PathLike) -> list[str]:
 def training_classes(data_path: str | os.PathLike) -> list[str]:
     """Return the names of the classes of a data set's training images, sorted; [] if it has none.
 
-    In a folder they are read from the names of the class folders, which takes no listing of the images.
+    In a folder they are read from the names of the class folders, which takes no listing of the images. For
+    an address in an object store the result is [], because the tars would have to be downloaded.
     """
     source = DataPath.of(data_path)
     path = os.path.expanduser(source.path)
+    if is_remote_path(path):
+        return []
     root = os.path.join(path, "train")
     # A set that cannot be read is reported where its images are needed.
     with contextlib.suppress(OSError, ValueError):
@@ -503,11 +506,11 @@ def _part(found: _Found, wanted: _Wanted, validation: bool) -> _Found:
         raise ValueError(
             f"`val_share` {share:g} holds out no image of {printable(wanted.path)}: no class has two images"
         )
-    told = describe_share(int(chosen.sum()), share)
+    held = describe_share(int(chosen.sum()), share)
     part = chosen
     if not validation:
         part = ~chosen
-    return found._replace(arrays=selected(found.arrays, np.flatnonzero(part)), kind=f"{found.kind}; {told}")
+    return found._replace(arrays=selected(found.arrays, np.flatnonzero(part)), kind=f"{found.kind}; {held}")
 
 
 def _named(found: _Found, depth: int) -> tuple[list[bytes], list[bytes]]:
@@ -600,7 +603,7 @@ def _check_twins(index: ImageIndex, depth: int) -> None:
     for name, start, end in zip(index.classes, [0, *ends], ends):
         if name.isascii():
             continue
-        # Images of a class are sorted by folder, so that its first and last one tell.
+        # Images of a class are sorted by folder, so that its first and last one suffice.
         folders = [class_of(os.fsencode(index.name(i)), depth) for i in (start, end - 1)]
         if folders[0] != folders[1]:
             raise ValueError(

@@ -14,8 +14,8 @@ A listing is a dictionary of arrays:
 A file is an image if its suffix says so. One without a suffix is an image if its first bytes are those of
 one: DICOM files and downloads often have none. What else is found is counted by kind:
 
-    .txt       the suffix of a file that is none of an image, in lower case
-    file without suffix    no first bytes of an image
+    .txt       a suffix that no image has, in lower case
+    file without suffix    its first bytes are not those of an image
     hidden     a file or folder whose name begins with a dot; what such a folder holds is not counted
     link       a symbolic link in a tar, a hard link there to nothing that is listed, and a link to nothing
     looping link           to a folder above
@@ -182,8 +182,8 @@ def _starts_like_image(path: bytes) -> bool:
 def list_folder(root: str, cache: str) -> Listing:
     """List the images in `root` at any depth, and count what else is there. Hidden folders are not entered.
 
-    The listing of a large folder is saved in the file
-    `cache`. Raises ValueError, which names the folder, if one cannot be listed.
+    The listing of a large folder is saved in the file `cache`. Raises ValueError, which names the
+    folder, if a folder cannot be listed.
     """
     tree = _Tree(root)
     while tree.pending:
@@ -295,7 +295,7 @@ def from_names(
         folders: further classes, which hold no images.
         sort: whether to order the names as torchvision's ImageFolder does.
         depth: how many folders of a name make up its class.
-        classes: the class of each name, if its folders do not tell it.
+        classes: the class of each name; if None, its folders name the class.
         columns: further arrays with one value per name, which are put in the same order.
     """
     if classes is None:

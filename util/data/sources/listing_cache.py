@@ -1,7 +1,7 @@
 """Listings on disk, which are used again while the files or folders that were listed have not changed.
 
-A cache is an .npz file. Whoever may write beside the data may write it, so it is checked before it is used;
-a damaged one is as good as none.
+A cache is an .npz file. Everyone who can write beside the data can change it, so it is checked before it
+is used. A damaged one is ignored.
 """
 
 import contextlib
@@ -128,9 +128,9 @@ def _read(path: str) -> Listing:
 
 
 def _seal(members: list[zipfile.ZipInfo]) -> bytes:
-    """Return what tells the format, and holds the arrays together: a hash of their names, sizes and CRC-32s.
+    """Return the format's number and a hash of the names, sizes and CRC-32s of all arrays.
 
-    zipfile compares the CRC-32s with the arrays, so that this takes no time.
+    zipfile compares the CRC-32s with the arrays, so that the arrays need not be hashed.
     """
     content = repr(sorted((member.filename, member.file_size, member.CRC) for member in members))
     return f"listing {FORMAT} {hashlib.sha256(content.encode()).hexdigest()}".encode()
@@ -232,7 +232,7 @@ def _user_cache(cache: str) -> str:
 
 
 def _saved(cache: str, base: str, arrays: Listing) -> bool:
-    """Write the file `cache` and its folder, and tell whether that was possible."""
+    """Write the file `cache` and its folder; return whether that was possible."""
     folder = os.path.dirname(os.path.abspath(cache))
     try:
         if not _is_writable(folder):

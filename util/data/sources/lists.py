@@ -115,7 +115,7 @@ def read_table(path: str) -> Table:
     """Read a table. The order of its rows and of its columns does not matter.
 
     Raises ValueError, which names the line, for a header without a column of paths, a row of another length,
-    and a path that is empty or there twice.
+    and a path that is empty or listed twice.
     """
     shown = printable(path)
     header = _header(path)
@@ -165,7 +165,7 @@ def _fill(table: Table, width: int, columns: tuple[int, int | None, int | None])
 
 
 def _check_paths(table: Table) -> None:
-    """Raise ValueError for a path that is there twice, be it in another split."""
+    """Raise ValueError for a path that is listed twice, also if the splits differ."""
     first: dict[bytes, int] = {}
     for name, line in zip(table.names, table.lines):
         before = first.setdefault(name, line)

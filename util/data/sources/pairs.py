@@ -30,7 +30,7 @@ SUFFIXES = (*FIRST_SUFFIXES, *(suffix for suffix in IMAGE_SUFFIXES if suffix not
 
 
 class Label(NamedTuple):
-    """What a member with the suffix `kind` says: the class as text, or why it cannot be told."""
+    """The label in a member with the suffix `kind`: the class as text, or the reason why it has none."""
 
     text: str
     fault: str = ""
@@ -201,7 +201,7 @@ def _is_number(name: str) -> bool:
 def named_classes(classes: list[str], folder: str) -> list[str]:
     """Return the names of integer classes from a file of NAME_FILES in `folder`, if there is one.
 
-    A name that is listed twice gets the number of its class, as classes must differ. Raises ValueError if the
+    Equal names get the numbers of their classes, so that all names differ. Raises ValueError if the
     file has no line for a class.
     """
     if not all(map(_is_number, classes)):
@@ -223,6 +223,19 @@ def _names_of(classes: list[str], path: str) -> list[str]:
             f"{printable(path)} has {len(names)} lines and no name for the label {missing[0]}: the name of "
             "class i stands in line i + 1"
         )
-    found = [names[int(name)] for name in classes]
-    counts = Counter(found)
-    return [name if counts[name] == 1 else f"{name} ({label})" for name, label in zip(found, classes)]
+    return _numbered([names[int(name)] for name in classes], classes)
+
+
+def _numbered(names: list[str], labels: list[str]) -> list[str]:
+    """Return names that all differ: names that were equal get the number of their class."""
+    counts = Counter(names)
+    taken = set(names)
+    found = []
+    for name, label in zip(names, labels):
+        if counts[name] > 1:
+            # The file may list a name with just this number.
+            while name in taken:
+                name += f" ({label})"
+            taken.add(name)
+        found.append(name)
+    return found

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import time
 from base64 import b64encode
@@ -20,12 +21,15 @@ from typing import Any
 from util import dist
 from util.data.sources.image_index import NoSplit, some_names
 from util.data.sources.pairs import NAME_FILES
+from util.dist.group import timeout
 from util.files.atomic import read_json, sync_folder, write_json
 from util.files.names import counted, printable
 from util.flags.groups import is_remote_path
 
 CHUNK = 16 << 20  # bytes that are read at a time
 DOWNLOADS = 4  # tars at a time
+# Bytes of a download that may take longer than the nodes wait for each other.
+LONG = 5e9
 TRIES = 3
 PAUSE = 0.5  # seconds between looks at a lock, and before another try
 # Packages that fsspec needs for the stores, by the scheme of the address.
@@ -37,7 +41,7 @@ PACKAGES = {
     "az": "adlfs",
     "abfs": "adlfs",
 }
-# What tells the versions of a file apart, in the words of the stores; the first that there is.
+# Fields of the stores that differ between the versions of a file. The first one that a file has is used.
 VERSIONS = ("ETag", "etag", "md5Hash", "checksum", "sha256", "blob_id", "LastModified", "mtime", "created")
 
 _cache = ""
@@ -98,7 +102,7 @@ def local_copy(url: str, split: str) -> str:
             missing = [shard for shard in shards if not _is_whole(folder, shard)]
             if missing:
                 _Downloads(store, folder, url).fetch(missing)
-                # Parts of two versions may have been joined. The records tell the next start so.
+                # Parts of two versions may have been joined. The next start sees it in the records.
                 if _list(store, root, url, split) != shards:
                     raise ValueError(f"{printable(url)} has changed while it was downloaded: start again")
     except OSError as error:
@@ -189,7 +193,7 @@ def _shard(name: str, entry: dict[str, Any], url: str) -> Shard:
     size = entry.get("size")
     if not isinstance(size, int):
         raise ValueError(
-            f"{printable(url)} does not tell the size of {printable(name)}: it cannot be checked"
+            f"{printable(url)} gives no size of {printable(name)}: a download of it cannot be checked"
         )
     checksums = {}
     # Google's store has base64, others hexadecimal digits. Amazon's ETag need not be a hash of the content.
@@ -270,6 +274,17 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
+def _announce_wait() -> None:
+    """Print how long the other nodes wait for this one."""
+    minutes = timeout().total_seconds() / 60
+    # On any rank: each node has a process that downloads, and the one of rank 0 may be done.
+    print(
+        f"{socket.gethostname()}: the other nodes wait up to {minutes:g} minutes for this download "
+        "(`dist_timeout`). If it takes longer, the run ends, and the same command continues the download",
+        flush=True,
+    )
+
+
 def _partial(folder: str, shard: Shard) -> str:
     # The version is in the name, so that parts of two versions are never joined.
     version = hashlib.sha256(repr(shard.record()).encode()).hexdigest()[:16]
@@ -310,6 +325,8 @@ class _Downloads:
                 )
         files = f"{counted(len(shards), 'file')} of {printable(self.url)}"
         dist.print_rank0(f"downloading {files} ({_gigabytes(needed)}) to {printable(self.folder)}")
+        if needed > LONG and dist.world_size() > 1:
+            _announce_wait()
         start = time.monotonic()
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             jobs = [pool.submit(self.fetch_one, shard) for shard in shards]

@@ -1,1 +1,1 @@
-"""What the images of a data set are: what their headers tell, and the range of their values."""
+"""What the images of a data set are: what their headers say, and the range of their values."""

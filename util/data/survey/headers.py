@@ -1,4 +1,4 @@
-"""What the headers of some images tell: depth, orientation, pages and transparency."""
+"""What the headers of some images say: depth, orientation, pages and transparency."""
 
 import contextlib
 from collections import Counter
@@ -17,7 +17,7 @@ LOOKED_AT_BYTES = 1 << 28  # of them together: every rank reads them
 
 @dataclass
 class Survey:
-    """What the headers of some files tell.
+    """What the headers of some files say.
 
     Attributes:
         images: how many were looked at.
@@ -45,10 +45,10 @@ class Survey:
 
     @property
     def depth(self) -> torch.dtype:
-        """Return the type of the data set's pixels: that which holds the pixels of all that were looked at.
+        """Return the type of the data set's pixels: one that holds the pixels of all images looked at.
 
-        Of mostly 8-bit images it is uint8: there is no range that serves both, and the few others do not
-        change what becomes of all.
+        If most images have 8 bits, it is uint8: no range fits both kinds, and a few images do not decide how
+        all are read.
         """
         if 2 * self.depths[torch.uint8] > self.images:
             return torch.uint8

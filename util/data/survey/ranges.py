@@ -1,7 +1,7 @@
 """Which values become 0 and 1: as given, from percentiles, or an error with what was found."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,7 @@ def settle_range(
         return known
     if dataset.depth == torch.uint8:
         return BYTE_RANGE
-    found, range_of_all = _on_main(lambda: _looked_at(dataset))
+    found, range_of_all = dist.compute_on_main(lambda: _looked_at(dataset))
     if scaled and dataset.depth in CONVENTION:
         low, high = CONVENTION[dataset.depth]
         dist.print_rank0(
@@ -112,8 +112,8 @@ def check_same_depth(train: Any, val: Any, given: Bounds | None) -> None:
         return
     raise ValueError(
         f"the training images are {depth_name(train.depth)} and the validation images "
-        f"{depth_name(val.depth)}, and one range does not serve both: store them in one depth, or give "
-        "`range`, which is then that of both"
+        f"{depth_name(val.depth)}, and one range does not fit both: store them in one depth, or give "
+        "`range`, which is then used for both"
     )
 
 
@@ -175,7 +175,7 @@ def _from_bounds(dataset: Any, given: Bounds) -> Range:
             f"set, and {_name(dataset)} is a stream: give values"
         )
     # One rank reads: the sample is the same everywhere.
-    ends = _on_main(lambda: sampled(dataset).percentiles(wanted))
+    ends = dist.compute_on_main(lambda: sampled(dataset).percentiles(wanted))
     _check_widths(given, ends)
     listed = " ".join(bound for low, high in ends for bound in written(low, high))
     images = counted(min(SAMPLED, len(dataset)), "image")
@@ -209,24 +209,6 @@ def _check_widths(given: Bounds, ends: list[list[float]]) -> None:
             f"`range` {' '.join(map(str, given))} is empty in channel {', '.join(flat)}, counted from 0: "
             "leave it out by `channels`, or give values"
         )
-
-
-def _on_main(function: Callable[[], Any]) -> Any:
-    """Return what a function gives on rank 0, on all ranks; one that reads images, which takes time.
-
-    If it fails, all ranks raise ValueError together: none waits for another.
-    """
-    result, problem = None, ""
-    if dist.is_main():
-        try:
-            result = function()
-        # Of any type: the other ranks wait.
-        except Exception as error:
-            problem = str(error) or type(error).__name__
-    result, problem = dist.gather_objects((result, problem))[0]
-    if problem:
-        raise ValueError(problem)
-    return result
 
 
 def _looked_at(dataset: Any) -> tuple[str, str]:
