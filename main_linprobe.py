@@ -492,6 +492,13 @@ def check_number_of_classes(args: argparse.Namespace, data: ClassSamples) -> Non
         dist.print_rank0(missing)
 
 
+def describe_evaluation(args: argparse.Namespace, val: ClassSamples, setup: Setup) -> None:
+    share = ""
+    if args.crop_pct is not None:
+        share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
+    dist.print_rank0(f"evaluation on {val.summary()}{share}")
+
+
 def check_not_a_stream(args: argparse.Namespace, val: ClassSamples) -> None:
     if args.cached and not val.exact_resume:
         raise ValueError(
@@ -515,10 +522,7 @@ def build_data(
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, nb_classes=args.nb_classes)
     whole = eval_transform(setup.size, args.crop_pct)
     val = build_class_dataset(source, "val", whole, evaluation=True, **options)
-    share = ""
-    if args.crop_pct is not None:
-        share = f": centre crop {setup.size[0]}x{setup.size[1]} of {args.crop_pct:.3f}"
-    dist.print_rank0(f"evaluation on {val.summary()}{share}")
+    describe_evaluation(args, val, setup)
     check_not_a_stream(args, val)
     pin_memory = args.pin_mem and setup.device.type == "cuda"
     loading = dict(

@@ -78,9 +78,7 @@ def repack(
     Returns the number of images of this call by outcome. Raises ValueError without the native library, and if
     `target` holds shards of a call with other settings, or other data.
     """
-    if not native.library():
-        raise ValueError(f"repacking needs the native library: `{native.BUILD}` ({native.describe()})")
-    _check_sizes(long_side, quality)
+    _check_call(long_side, quality)
     index = build_index(source, split, labels=False)
     _warn_of_labels(index)
     # They decide the content of the shards; a call that continues another must agree in all of them.
@@ -114,7 +112,9 @@ def _warn_of_labels(index: ImageIndex) -> None:
         print(f"warning: the labels beside the images of {printable(index.path)} are left out")
 
 
-def _check_sizes(long_side: int | None, quality: int) -> None:
+def _check_call(long_side: int | None, quality: int) -> None:
+    if not native.library():
+        raise ValueError(f"repacking needs the native library: `{native.BUILD}` ({native.describe()})")
     if not 1 <= quality <= 100:
         raise ValueError(f"`quality` must be in 1..100, found {quality}")
     if long_side is not None and long_side < 1:

@@ -146,7 +146,11 @@ def build_index(data_path: str | os.PathLike, split: str = "train", *, labels: b
         raise ValueError("the path of the images is empty")
     if is_remote_path(given):
         return _index_remote(source, given, split, labels)
-    source = replace(source, path=given.rstrip("/") or "/")
+    return _build(replace(source, path=given.rstrip("/") or "/"), split, labels)
+
+
+def _build(source: DataPath, split: str, labels: bool) -> ImageIndex:
+    """`build_index` of a path that is complete."""
     if not os.path.exists(source.path):
         raise ValueError(f"no such file or folder: {printable(source.path)}")
     wanted = _Wanted(source, split, labels)

@@ -55,19 +55,8 @@ def settle_range(
     _check_depth_everywhere(dataset)
     if given:
         return _from_bounds(dataset, given)
-    stored = (trained or {}).get("range")
-    if stored:
-        known = split_range([float(bound) for bound in stored])
-        depth = (trained or {}).get("image_depth")
-        was_deep = depth != "uint8" and known != BYTE_RANGE
-        if dataset.depth == torch.uint8 and was_deep:
-            raise ValueError(
-                f"the checkpoint has seen images of {depth or 'another depth'} with values in `range` "
-                f"{_some(known)}, and those of {_name(dataset)} are uint8: give `range` as these images need "
-                "it (0 255 for usual ones), or the images in their own depth"
-            )
-        dist.print_rank0(f"values as in the checkpoint: {_some(known)} become 0 and 1")
-        return known
+    if trained and trained.get("range"):
+        return _stored_range(dataset, trained)
     if dataset.depth == torch.uint8:
         return BYTE_RANGE
     found, range_of_all = dist.compute_on_main(lambda: _looked_at(dataset))
@@ -83,6 +72,20 @@ def settle_range(
         f"(percentiles {SUGGESTED[0]:g} and {SUGGESTED[1]:g}); `python -m util.data stats` prints it with "
         "`mean` and `std` for each channel"
     )
+
+
+def _stored_range(dataset: Any, trained: Mapping[str, Any]) -> Range:
+    known = split_range([float(bound) for bound in trained["range"]])
+    depth = trained.get("image_depth")
+    was_deep = depth != "uint8" and known != BYTE_RANGE
+    if dataset.depth == torch.uint8 and was_deep:
+        raise ValueError(
+            f"the checkpoint has seen images of {depth or 'another depth'} with values in `range` "
+            f"{_some(known)}, and those of {_name(dataset)} are uint8: give `range` as these images need it "
+            "(0 255 for usual ones), or the images in their own depth"
+        )
+    dist.print_rank0(f"values as in the checkpoint: {_some(known)} become 0 and 1")
+    return known
 
 
 def with_range(
