@@ -14,7 +14,7 @@ from test_hostile_images import little_memory
 from attacks.formats import SETTINGS, _read, deep_png, hostile, valid, values
 from attacks.image_files import array, saved
 from attacks.mutations import chunk
-from util.data import formats, recognition
+from util.data import formats
 from util.data.formats import ReadSettings, decode, describe
 from util.data.formats import dicom as dicoms
 from util.data.formats import heic as heics
@@ -379,16 +379,6 @@ def test_every_brand_that_is_decoded_begins_like_an_image(brand):
     # The brand may be one of the further ones.
     head = b"\0\0\0\x18ftypmiaf\0\0\0\0MiHE" + brand.encode()
     assert starts_like_image(head) and heics.is_heif(head) == (brand[:3] != "avi")
-
-
-def test_a_new_format_is_one_entry(monkeypatch):
-    def is_new(head):
-        return head[:3] == b"NEW"
-
-    new = formats.Format((".new",), is_new, None, None, is_new)
-    assert not starts_like_image(b"NEW")
-    monkeypatch.setattr(recognition, "FORMATS", (*formats.FORMATS, new))
-    assert starts_like_image(b"NEW")
 
 
 @pytest.mark.parametrize("before", [b"\xff\x01", b"\xff\xd0", b"\xff\xe0\0\1", b"\xff\x02\0\2", b"\xff\xd9"])

@@ -2,7 +2,8 @@
 
 import re
 
-from util.data.formats import FORMATS, HEAD, IMAGE_SUFFIXES
+from util.data import formats
+from util.data.formats import HEAD, IMAGE_SUFFIXES
 
 __all__ = ["HEAD", "is_image_name", "is_of_system", "starts_like_image", "suffix_of"]
 
@@ -52,4 +53,4 @@ def is_of_system(name: bytes) -> bool:
 
 def starts_like_image(head: bytes) -> bool:
     """Tell whether the first HEAD bytes of a file are those of an image."""
-    return any(kind.starts(head) for kind in FORMATS)
+    return any(kind.starts(head) for kind in formats.FORMATS)
