@@ -41,6 +41,7 @@ from util.data.formats.pil import decode_by_pil
 from util.data.loading.loader import build_loader, check_same_everywhere, collate, eval_loader, train_loader
 from util.data.loading.samplers import EpochSampler, EvalSampler
 from util.data.pixels import Pixels, normalize, unnormalize
+from util.data.recognition import starts_like_image
 from util.data.seeding import sample_seed, seeded
 from util.data.sources import image_index, listing, tars
 from util.data.sources.image_index import NoSplit, check_classes, describe_missing
@@ -759,10 +760,13 @@ def test_a_new_format_is_one_entry_of_the_table(monkeypatch):
     def describe_raw(data, read):
         return formats.Facts(torch.uint8, read.in_chans)
 
-    raw = formats.Format(
-        (".raw",), lambda data: data[:4] == b"RAW!", decode_raw, describe_raw, read_by_pil=False
-    )
+    def is_raw(data):
+        return data[:4] == b"RAW!"
+
+    assert not starts_like_image(b"RAW!")
+    raw = formats.Format((".raw",), is_raw, decode_raw, describe_raw, is_raw, read_by_pil=False)
     monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
+    assert starts_like_image(b"RAW!")
     assert decode(b"RAW!" + bytes(range(12))).tolist()[2] == [[8, 9], [10, 11]]
 
 

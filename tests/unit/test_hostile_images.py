@@ -263,6 +263,68 @@ def test_data_that_a_small_header_hides(name, data, message):
         decode(data)
 
 
+def tiff_of_fields(fields, content, magic=b"II*\0"):
+    """A TIFF of 4 x 4 grey pixels; `fields` are (tag, type, number of values), and all lie in `content`."""
+    order = "<" if magic[:2] == b"II" else ">"
+    short = {258: 8, 259: 1, 262: 1, 277: 1}
+    wanted = {tag: (3, 1, value) for tag, value in short.items()}
+    wanted |= {tag: (4, 1, value) for tag, value in {256: 4, 257: 4, 273: 8, 279: 16}.items()}
+    wanted |= {tag: (kind, number, 8) for tag, kind, number in fields}
+    entries = []
+    for tag, (kind, number, value) in sorted(wanted.items()):
+        letters = "HHIHxx" if (kind, number) == (3, 1) else "HHII"
+        entries.append(struct.pack(order + letters, tag, kind, number, value))
+    start = 8 + len(content)
+    head = magic + struct.pack(order + "I", start) + content
+    return head + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+def test_the_small_tiff_is_read():
+    content = bytes(range(16))
+    for magic in (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0"):
+        found = decode(tiff_of_fields([], content, magic), ReadSettings(1))
+        assert found.flatten().tolist() == list(content)
+
+
+@pytest.mark.parametrize("magic", [b"II*\0", b"MM\0*", b"II\0*", b"MM*\0"])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        # Bits and format, which are bytes here, the colours of a palette, and places of strips.
+        ([(258, 1, 16_000_000), (339, 1, 16_000_000)], "its field 258 has 16000000 values"),
+        ([(258, 3, 8_000_000)], "its field 258 has 8000000 values"),
+        ([(320, 3, 8_000_000)], "its field 320 has 8000000 values"),
+        ([(273, 4, 4_000_000), (279, 4, 4_000_000)], "its field 273 has 4000000 values"),
+        # Texts, bytes and fractions of users that share bytes.
+        ([(50_000 + n, 2 + 5 * (n % 2), 16_000_000) for n in range(50)], "its fields have 8000000.. bytes"),
+        ([(50_000 + n, 5, 2_000_000) for n in range(50)], "its fields have 8000000.. bytes"),
+        ([(10_000 + n, 4, 1) for n in range(5000)], "a directory of 5008 fields, more than 4096"),
+    ],
+    ids=["bits and format", "bits", "colours", "strips", "shared", "shared fractions", "many"],
+)
+def test_long_fields_of_a_tiff_are_refused_before_they_are_unpacked(fields, message, magic):
+    data = tiff_of_fields(fields, bytes(16_000_000), magic)
+    for read in (ReadSettings(1), ReadSettings(5)):
+        with little_memory(60), pytest.raises(ValueError, match=message):
+            decode(data, read)
+    with little_memory(60), pytest.raises(ValueError, match=message):
+        formats.describe(data)
+
+
+@pytest.mark.parametrize(
+    "length, message",
+    [(5000, r"Cannot parse header: .*a\.\.\.$"), (12_000, r"Header info length .* To allow")],
+)
+def test_the_reason_of_an_error_is_one_short_line(length, message):
+    """NumPy repeats a header that it cannot parse, and advises in several lines."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': '" + b"a" * length + b"': 1}\n"
+    data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(60)
+    for read in (decode, formats.describe):
+        with pytest.raises(ValueError, match=f"^not a readable image .*: {message}") as error:
+            read(data)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
 def test_a_jpeg_whose_header_libjpeg_reads_differently():
     """A marker without a length, which a reader of lengths takes for a segment that hides the true frame."""
     true = jpeg_of_size(SIDE, SIDE)

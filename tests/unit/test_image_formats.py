@@ -19,6 +19,8 @@ from util.data.formats import ReadSettings, decode, describe
 from util.data.formats import dicom as dicoms
 from util.data.formats import heic as heics
 from util.data.formats import tiff as tiffs
+from util.data.formats.codestreams import stream_header
+from util.data.recognition import HEAD, starts_like_image
 
 
 def bands_first(image):
@@ -278,6 +280,120 @@ def test_a_compressed_dicom_names_the_package():
         pytest.skip("its decoder is installed")
     with pytest.raises(ValueError, match=r"JPEG-LS .* needs a package .*: pip install pyjpegls$"):
         decode(changed, ReadSettings(1))
+
+
+def rle_of(height, width, *segments, starts=None):
+    """A DICOM file of 8 bits whose frame has these segments of PackBits."""
+    pydicom = pytest.importorskip("pydicom")
+    if starts is None:
+        starts = [64 + sum(map(len, segments[:n])) for n in range(len(segments))]
+    frame = struct.pack("<I15I", len(starts), *starts, *[0] * (15 - len(starts))) + b"".join(segments)
+    image = np.zeros((height, width), "u1")
+    dataset = pydicom.dcmread(io.BytesIO(dicom_of(image, BitsAllocated=8, BitsStored=8, HighBit=7)))
+    if len(starts) > 1:
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = len(starts), "RGB"
+        dataset.PlanarConfiguration = 0
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.RLELossless
+    dataset.PixelData = pydicom.encaps.encapsulate([frame + b"\0" * (len(frame) % 2)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=False, overwrite=True)
+    return file.getvalue()
+
+
+def literally(values):
+    """PackBits without a run."""
+    data = values.tobytes()
+    parts = (data[at : at + 128] for at in range(0, len(data), 128))
+    return b"".join(bytes([len(part) - 1]) + part for part in parts)
+
+
+def test_rle_of_dicom_has_its_values():
+    image = np.random.default_rng(0).integers(0, 256, (1100, 1100, 3), "u1")
+    grey = image[..., 0]
+    data = rle_of(*grey.shape, b"\x80" + literally(grey))  # walked: 80 stands for nothing
+    assert same(decode(data, ReadSettings(1)), grey[None])
+    runs = b"\x81\x07" * 8 + literally(grey.ravel()[1024:])  # 8 x 128 sevens
+    expected = grey.copy()
+    expected.ravel()[:1024] = 7
+    assert same(decode(rle_of(*grey.shape, runs), ReadSettings(1)), expected[None])
+    segments = [literally(band) for band in bands_first(image)]
+    assert same(decode(rle_of(*grey.shape, *segments)), bands_first(image))
+
+
+@pytest.mark.parametrize(
+    "height, segments, starts, message",
+    [
+        (1100, [b"\x81\0" * 1_200_000], None, "a segment of its frame unpacks to more than 67108864 bytes"),
+        (1100, [b"\0\0", b"\x81\0" * 1_200_000, b"\0\0"], None, "unpacks to more than 67108864 bytes"),
+        (1100, [b"\x81\0" * 500_000], [64, 0, 64], "segments of its frame overlap"),
+        (1, [b"\x80" * 10_000], None, "its frame of 10064 bytes is too long for 1100 bytes"),
+    ],
+)
+def test_rle_of_dicom_does_not_unpack_to_more_than_pixels(height, segments, starts, message):
+    data = rle_of(height, 1100, *segments, starts=starts)
+    with little_memory(60), pytest.raises(ValueError, match=message):
+        decode(data, ReadSettings(1))
+
+
+# --- which files are images ---
+
+
+@pytest.mark.parametrize("file", valid(), ids=lambda file: file.what)
+def test_what_is_decoded_begins_like_an_image(file):
+    assert starts_like_image(file.data[:HEAD]) == (file.suffix != ".npz")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I", "RGB", "F"])
+def test_files_of_netpbm_begin_like_images(mode):
+    data = encode(picture().convert(mode), "PPM")
+    assert starts_like_image(data[:HEAD]) and data[:2] in (b"P4", b"P5", b"P6", b"Pf")
+    assert decode(data).shape == (3, 40, 48)
+
+
+@pytest.mark.parametrize("head", [b"P1\n2 2\n0 1 1 0", b"P2 #a\n2 2", b"P3\r\n# by hand\n", b"P6\n2\t#b\n2"])
+def test_plain_netpbm_with_comments_begins_like_an_image(head):
+    assert starts_like_image(head)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        *(b"P1", b"P5\n", b"P6 of the plan", b"P2 3 apples", b"P7\n2 2\n", b"P5x 2 2", b"Pf a", b"P0 1 2"),
+        *(b"PK\3\4", b"", b"II", b"\xff\xd8", b"BM" + bytes(40), b"RIFF\0\0\0\0WAVE", b"GIF"),
+        *(b"\0\0\0\x18ftyp" + major + b"\0\0\0\0mp41isom" for major in (b"isom", b"qt  ", b"crx ", b"av01")),
+    ],
+)
+def test_other_files_do_not_begin_like_images(head):
+    assert not starts_like_image(head)
+
+
+@pytest.mark.parametrize(
+    "brand", ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif", "avis"]
+)
+def test_every_brand_that_is_decoded_begins_like_an_image(brand):
+    """One table serves the reader and the listing."""
+    head = b"\0\0\0\x18ftyp" + brand.encode() + b"\0\0\0\0miafMiHE"
+    assert starts_like_image(head) and heics.is_heif(head) == (brand[:3] != "avi")
+    # The brand may be one of the further ones.
+    head = b"\0\0\0\x18ftypmiaf\0\0\0\0MiHE" + brand.encode()
+    assert starts_like_image(head) and heics.is_heif(head) == (brand[:3] != "avi")
+
+
+@pytest.mark.parametrize("before", [b"\xff\x01", b"\xff\xd0", b"\xff\xe0\0\1", b"\xff\x02\0\2", b"\xff\xd9"])
+def test_jpegs_whose_segments_are_out_of_order_have_no_header(before):
+    """Decoders read them differently; of padding they agree."""
+    data = encode(picture(1, size=(48, 40)), "JPEG")
+    padded = data[:2] + b"\xff\xff" + data[2:]
+    assert stream_header(data) == stream_header(padded) == (40, 48, 3)
+    assert stream_header(data[:2] + before + data[2:]) is None
+    lossless = b"\xff\xd8\xff\xf7" + struct.pack(">HBHHB", 11, 12, 30, 20, 1) + bytes(9)
+    assert stream_header(lossless) == (30, 20, 1)
+    # C4 is a table, C8 and CC are no frames.
+    for marker in (0xC4, 0xC8, 0xCC):
+        segment = bytes([0xFF, marker, 0, 11]) + bytes(9)
+        assert stream_header(lossless[:2] + segment + lossless[2:]) == (30, 20, 1)
 
 
 # --- PNG of 16 bits ---

@@ -108,7 +108,7 @@ def test_files_of_any_other_format_are_tried(monkeypatch):
     def describe_raw(data, read):
         return formats.Facts(torch.uint8, 3)
 
-    raw = formats.Format((".raw",), is_raw, decode_raw, describe_raw, read_by_pil=False)
+    raw = formats.Format((".raw",), is_raw, decode_raw, describe_raw, is_raw, read_by_pil=False)
     monkeypatch.setattr(formats, "FORMATS", (raw, *formats.FORMATS))
     assert repack.convert(b"RAW!" + bytes(12))[1] == repack.COPIED
     assert repack.convert(b"RAW!" + bytes(11))[1] == repack.UNREADABLE

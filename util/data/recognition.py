@@ -2,8 +2,10 @@
 
 import re
 
-from util.data.formats import IMAGE_SUFFIXES
-from util.data.formats.arrays import NPY_MAGIC
+from util.data import formats
+from util.data.formats import HEAD, IMAGE_SUFFIXES
+
+__all__ = ["HEAD", "is_image_name", "is_of_system", "starts_like_image", "suffix_of"]
 
 # Of saved listings, which lie beside tars.
 OWN_SUFFIXES = (b".index.npz",)
@@ -23,23 +25,6 @@ SYSTEM_NAMES = (
 SYSTEM_PREFIXES = (b"._", b".repack-", b".nfs", b".trash", b".fseventsd", b".spotlight-")
 # A letter must be among them: 1.2.840.113619 and 2024.06.01 are names without a suffix.
 _SUFFIX = re.compile(rb"\.(?=[a-z0-9]*[a-z])[a-z0-9]{1,10}\Z")
-HEAD = 132  # bytes that tell what a file is
-_SIGNATURES = (
-    b"\xff\xd8\xff",  # JPEG
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"II*\0",  # TIFF, and BigTIFF
-    b"MM\0*",
-    b"II+\0",
-    b"MM\0+",
-    b"\0\0\0\x0cjP  \r\n\x87\n",  # JPEG 2000, in a file and bare
-    b"\xff\x4f\xff\x51",
-    NPY_MAGIC,
-)
-# Brands of ISO base media files that are AVIF or HEIC, and not films.
-_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
-_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
 
 
 def is_image_name(name: bytes) -> bool:
@@ -68,12 +53,4 @@ def is_of_system(name: bytes) -> bool:
 
 def starts_like_image(head: bytes) -> bool:
     """Tell whether the first HEAD bytes of a file are those of an image."""
-    if head.startswith(_SIGNATURES):
-        return True
-    if head[:4] == b"RIFF":
-        return head[8:12] == b"WEBP"
-    if head[4:8] == b"ftyp":
-        return head[8:12] in _BRANDS
-    if head[:2] == b"BM":
-        return int.from_bytes(head[14:18], "little") in _BMP_HEADERS
-    return head[128:132] == b"DICM"
+    return any(kind.starts(head) for kind in formats.FORMATS)

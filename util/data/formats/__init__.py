@@ -1,7 +1,8 @@
 """Image formats: which files are images, and how their bytes become pixels.
 
 `FORMATS` is the only place that lists formats. A new format is one file with a decoder, and one entry in that
-table.
+table, which also tells its files from others. What PIL reads is one entry: another format of PIL needs its
+name, its suffixes and its first bytes in `pil`.
 
 Files are not trusted. `open_image` is the only place where PIL opens one, and it names the formats. The
 number of pixels that a header claims is compared with a budget before anything is decoded or allocated.
@@ -31,6 +32,7 @@ __all__ = [
     "DEFAULT",
     "DEPTHS",
     "FORMATS",
+    "HEAD",
     "IMAGE_SUFFIXES",
     "PIL_FORMATS",
     "PIL_MODES",
@@ -63,6 +65,8 @@ class Format:
         decode: bytes (a memoryview, too, if PIL does not read them), settings -> (in_chans, H, W) in one of
             `DEPTHS`; may raise any exception.
         describe: bytes, settings -> what the header tells; may raise any exception.
+        starts: the first `HEAD` bytes of a file, or fewer -> whether it is an image of this format. Files
+            without a suffix are judged by it. It must be strict: folders of images hold other files as well.
         read_by_pil: whether PIL opens these files as well. Repacking copies the others unchanged.
     """
 
@@ -70,6 +74,7 @@ class Format:
     matches: Callable[[Any], bool]
     decode: Callable[[Any, ReadSettings], torch.Tensor]
     describe: Callable[[bytes, ReadSettings], Facts]
+    starts: Callable[[bytes], bool]
     read_by_pil: bool = True
 
 
@@ -77,19 +82,60 @@ def _is_any(data: Any) -> bool:
     return True
 
 
+def _never(head: bytes) -> bool:
+    """Archives of arrays begin as other ZIP files do."""
+    return False
+
+
 # The order counts: the first format that matches a file decodes it.
 FORMATS = (
-    Format((".npy",), arrays.is_npy, arrays.decode_npy, arrays.npy_facts, read_by_pil=False),
-    Format((".npz",), arrays.is_npz, arrays.decode_npz, arrays.npz_facts, read_by_pil=False),
-    Format((".jpg", ".jpeg", ".jpe", ".jfif"), jpeg.is_jpeg, jpeg.decode_jpeg_file, pil.facts),
-    Format((".png",), png.is_deep_png, png.decode_deep_png, png.deep_png_facts, read_by_pil=False),
-    Format((".tif", ".tiff"), tiff.is_beyond_pil, tiff.decode_tiff, tiff.tiff_facts, read_by_pil=False),
-    Format((".heic", ".heif", ".hif"), heic.is_heif, heic.decode_heif, heic.heif_facts, read_by_pil=False),
-    Format((".dcm", ".dicom"), dicom.is_dicom, dicom.decode_dicom, dicom.dicom_facts, read_by_pil=False),
-    Format(pil.SUFFIXES, _is_any, pil.decode_by_pil, pil.facts),
+    Format((".npy",), arrays.is_npy, arrays.decode_npy, arrays.npy_facts, arrays.is_npy, read_by_pil=False),
+    Format((".npz",), arrays.is_npz, arrays.decode_npz, arrays.npz_facts, _never, read_by_pil=False),
+    Format(
+        (".jpg", ".jpeg", ".jpe", ".jfif"),
+        jpeg.is_jpeg,
+        jpeg.decode_jpeg_file,
+        pil.facts,
+        jpeg.starts_like_jpeg,
+    ),
+    Format(
+        (".png",),
+        png.is_deep_png,
+        png.decode_deep_png,
+        png.deep_png_facts,
+        png.starts_like_png,
+        read_by_pil=False,
+    ),
+    Format(
+        (".tif", ".tiff"),
+        tiff.is_beyond_pil,
+        tiff.decode_tiff,
+        tiff.tiff_facts,
+        tiff.starts_like_tiff,
+        read_by_pil=False,
+    ),
+    Format(
+        (".heic", ".heif", ".hif"),
+        heic.is_heif,
+        heic.decode_heif,
+        heic.heif_facts,
+        heic.is_heif,
+        read_by_pil=False,
+    ),
+    Format(
+        (".dcm", ".dicom"),
+        dicom.is_dicom,
+        dicom.decode_dicom,
+        dicom.dicom_facts,
+        dicom.is_dicom,
+        read_by_pil=False,
+    ),
+    Format(pil.SUFFIXES, _is_any, pil.decode_by_pil, pil.facts, pil.starts_like_pils),
 )
+LONGEST_REASON = 300  # characters
 # As bytes, because file names need not be valid UTF-8.
 IMAGE_SUFFIXES = tuple(dict.fromkeys(suffix.encode() for kind in FORMATS for suffix in kind.suffixes))
+HEAD = 132  # bytes that tell what a file is: DICOM has its mark at 128
 DEFAULT = ReadSettings()
 
 
@@ -134,9 +180,12 @@ def describe(data: bytes, read: ReadSettings = DEFAULT) -> Facts:
 
 
 def _unreadable(data: bytes | memoryview, error: Exception) -> ValueError:
+    # In one line. Some libraries repeat a damaged header in full.
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if len(reason) > LONGEST_REASON:
+        reason = f"{reason[: LONGEST_REASON - 3]}..."
     return ValueError(
-        f"not a readable image ({len(data)} bytes, starting with {bytes(data[:4])!r}): "
-        f"{str(error) or type(error).__name__}"
+        f"not a readable image ({len(data)} bytes, starting with {bytes(data[:4])!r}): {reason}"
     )
 
 

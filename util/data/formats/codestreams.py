@@ -4,17 +4,15 @@ TIFF and DICOM hold JPEG and JPEG 2000 streams, whose headers may claim another 
 """
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from util.data.formats.settings import check_pixels
 
 SIZ = b"\xff\x4f\xff\x51"  # the start of a JPEG 2000 codestream, and the marker of its size
-# Markers of a JPEG without a length: TEM, RST0 to RST7, and SOI.
-ALONE = {0x01, *range(0xD0, 0xD9)}
-# Markers of a JPEG after which come compressed data.
-LAST = (0xD9, 0xDA)
-# Markers between C0 and CF are frames, with these exceptions. F7 is the frame of JPEG-LS.
-NO_FRAMES = (0xC4, 0xC8, 0xCC)
+# Markers of a JPEG's frames. C4, C8 and CC lie among them and are tables and a reserved marker.
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+JPEG_LS = 0xF7  # the marker of the frame of JPEG-LS
 
 
 class Stream(NamedTuple):
@@ -53,19 +51,29 @@ def _siz(data: bytes, at: int) -> Stream | None:
     return Stream(bottom - top, right - left, components)
 
 
-def _jpeg_header(data: bytes) -> Stream | None:
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, position of its 0xFF) of the segments before a JPEG's first scan, if in order.
+
+    Decoders disagree on what is out of order, so that a header behind it could be another one than theirs.
+    """
+    if data[:2] != b"\xff\xd8":
+        return
     at = 2
-    while at + 10 <= len(data):
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if data[at] != 0xFF or marker in LAST:
-            return None
         if marker == 0xFF:
             at += 1  # padding: 0xFF may be repeated before a marker
-        elif marker in ALONE:
-            at += 2
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in NO_FRAMES):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return Stream(height, width, components)
-        else:
-            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4])  # counts its own two bytes
+        # Markers without a length, whose next bytes libjpeg reads as a marker. It must see the same frame.
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:
+            return
+        yield marker, at
+        at += 2 + length
+
+
+def _jpeg_header(data: bytes) -> Stream | None:
+    for marker, at in jpeg_segments(data):
+        if marker in FRAMES or marker == JPEG_LS:
+            return Stream(*struct.unpack_from(">HHB", data, at + 5))
     return None

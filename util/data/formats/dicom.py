@@ -6,6 +6,7 @@ import warnings
 import zlib
 from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ MAGIC_AT = 128
 SYNTAX = (2, 0x10)  # the element with the transfer syntax
 DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
+RLE_SLACK = 1 << 26  # bytes that a segment may unpack to, whatever its pixels
 # VRs whose length has four bytes, behind two empty ones.
 LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 JPEG = "pylibjpeg pylibjpeg-libjpeg"
@@ -272,10 +274,44 @@ def _check_decoder(dataset: Any, layout: Layout, read: ReadSettings) -> None:
     if syntax != RLE:
         check_stream(frame, read.max_pixels)
         return
+    _check_rle(frame, layout)
+
+
+def _check_rle(frame: bytes, layout: Layout) -> None:
+    """Raise ValueError for a frame that unpacks to much more than its pixels: pydicom would do so."""
+    plane = layout.height * layout.width  # the bytes of a segment
+    size = plane * layout.samples * layout.allocated // 8
     # A frame of RLE takes little more than its pixels.
-    size = layout.height * layout.width * layout.samples * layout.allocated // 8
     if len(frame) > 2 * size + 4096:
         raise ValueError(f"its frame of {len(frame)} bytes is too long for {size} bytes of pixels")
+    number = int.from_bytes(frame[:4], "little")
+    if number > 15 or len(frame) < 64:
+        raise ValueError("its frame has no valid header of RLE")
+    ends = [*struct.unpack_from(f"<{number}I", frame, 4), len(frame)]
+    if ends != sorted(ends):
+        raise ValueError("the segments of its frame overlap")
+    most = max(2 * plane, RLE_SLACK)
+    for start, end in pairwise(ends):
+        # Two bytes give up to 128. Small segments need not be walked.
+        if 64 * (end - start) > most:
+            _check_segment(frame, start, end, most)
+
+
+def _check_segment(frame: bytes, at: int, end: int, most: int) -> None:
+    """Raise ValueError for a segment of RLE, from `at` to `end`, that unpacks to more than `most` bytes."""
+    size = 0
+    while at < end:
+        head = frame[at]
+        if head < 128:
+            at += 2 + head
+            size += 1 + head
+        elif head > 128:
+            at += 2
+            size += 257 - head
+        else:
+            at += 1  # stands for nothing
+        if size > most:
+            raise ValueError(f"a segment of its frame unpacks to more than {most} bytes")
 
 
 def _only_pillow(decoder: Any) -> bool:

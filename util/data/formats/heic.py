@@ -10,20 +10,17 @@ import torch
 from PIL import Image
 
 from util.data.formats.arrays import as_tensor
-from util.data.formats.pil import deep_channels, image_to_tensor
+from util.data.formats.pil import AVIF, brands_of, deep_channels, image_to_tensor
 from util.data.formats.settings import Facts, ReadSettings, check_pixels, needs_package
 
 BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-AVIF = (b"avif", b"avis")  # which have a brand of HEIF as well
 
 
 def is_heif(data: bytes) -> bool:
     """Tell whether a file is HEIC or HEIF, and not AVIF, which PIL reads."""
-    if data[4:8] != b"ftyp":
-        return False
-    end = min(int.from_bytes(data[:4]), 256)
-    brands = {data[at : at + 4] for at in (8, *range(16, end, 4))}
-    return bool(brands & BRANDS) and not brands.intersection(AVIF)
+    brands = brands_of(data)
+    # AVIFs have a brand of HEIF as well.
+    return not BRANDS.isdisjoint(brands) and AVIF.isdisjoint(brands)
 
 
 def decode_heif(data: bytes, read: ReadSettings) -> torch.Tensor:

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from importlib import import_module
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
+from util.data.formats.codestreams import FRAMES, jpeg_segments
 from util.data.formats.pil import decode_by_pil
 from util.data.formats.settings import ReadSettings, check_pixels
 
@@ -26,6 +28,11 @@ APP15 = 0xEF
 def is_jpeg(data: bytes) -> bool:
     """Tell whether a file is a JPEG."""
     return data[:2] == b"\xff\xd8"
+
+
+def starts_like_jpeg(head: bytes) -> bool:
+    """Tell whether the first bytes of a file are those of a JPEG, and of its first segment."""
+    return head[:3] == b"\xff\xd8\xff"
 
 
 def decode_jpeg_file(data: bytes, read: ReadSettings) -> torch.Tensor:
@@ -51,8 +58,8 @@ class Decoder(NamedTuple):
 
 
 def _torchcodec() -> Decode:
-    from torchcodec.decoders import decode_jpeg
-
+    # Without its types, which name each mode: it may be absent where types are checked.
+    decode_jpeg: Any = import_module("torchcodec.decoders").decode_jpeg
     modes = {1: "GRAY", 3: "RGB"}
 
     def decode(data: bytes, read: ReadSettings) -> torch.Tensor:
@@ -152,7 +159,7 @@ def without_orientation(data: bytes) -> bytearray | None:
     torchcodec turns an image as EXIF says, and pixels are read as stored here.
     """
     copy = bytearray(data)
-    for marker, at in _segments(data):
+    for marker, at in jpeg_segments(data):
         if marker == APP1:
             copy[at + 1] = APP15  # a segment that decoders skip
     # Between scans there may be another one, which torchcodec reads as well.
@@ -171,29 +178,10 @@ def is_plain_jpeg(data: bytes) -> bool:
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Return (height, width) of an 8-bit grey or YCbCr JPEG, and None for other files."""
-    for marker, at in _segments(data):
-        # C4, C8 and CC lie among the start-of-frame markers and are not frames.
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+    for marker, at in jpeg_segments(data):
+        if marker in FRAMES:
             return _plain_frame(data[at + 4 : at + 10])
     return None
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, position of its 0xFF) of the segments before the first scan, while they are in order."""
-    if data[:2] != b"\xff\xd8":
-        return
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1  # padding: 0xFF may be repeated before a marker
-            continue
-        length = int.from_bytes(data[at + 2 : at + 4])  # counts its own two bytes
-        # Markers without a length, whose next bytes libjpeg reads as a marker. It must see the same frame.
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:
-            return
-        yield marker, at
-        at += 2 + length
 
 
 def _plain_frame(header: bytes) -> tuple[int, int] | None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -41,13 +43,12 @@ SUFFIXES += (
     ".avif",
     ".avifs",
 )
+SIGNATURES = (b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  \r\n\x87\n", SIZ)  # JPEG 2000 in a file, and bare
+BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
+# Two letters could begin a text: the width must follow, then the height or a comment.
+PNM = re.compile(rb"P[1-6f][ \t\r\n]+(?:#|\d+[ \t\r\n]+[\d#])")
+AVIF = frozenset({b"avif", b"avis"})
 STRIP_PIXELS = 1 << 22  # of larger images as many pixels are converted at a time
-# Numbers of fields of a TIFF.
-TILE_WIDTH = 322
-TILE_LENGTH = 323
-BITS = 258
-SAMPLE_FORMAT = 339
-ORIENTATION = 0x0112  # of EXIF
 # The weights of ITU-R 601, as PIL's, for grey from RGB.
 LUMA = (0.299, 0.587, 0.114)
 BACKGROUNDS = {"white": 255, "black": 0}
@@ -55,8 +56,55 @@ BACKGROUNDS = {"white": 255, "black": 0}
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class Tag(IntEnum):
+    """Numbers of the fields of a TIFF. EXIF has the same."""
+
+    WIDTH = 256
+    HEIGHT = 257
+    BITS = 258
+    COMPRESSION = 259
+    PHOTOMETRIC = 262
+    FILL_ORDER = 266
+    STRIP_OFFSETS = 273
+    ORIENTATION = 274
+    SAMPLES = 277
+    ROWS = 278
+    STRIP_COUNTS = 279
+    PLANAR = 284
+    PREDICTOR = 317
+    COLOURS = 320
+    TILE_WIDTH = 322
+    TILE_HEIGHT = 323
+    TILE_OFFSETS = 324
+    TILE_COUNTS = 325
+    EXTRA = 338
+    FORMAT = 339
+    JPEG_TABLES = 347
+    SUBSAMPLING = 530
+    DEPTH = 32997
+
+
 class NoHeader(ValueError):
     """PIL knows no such files, or no such images in them."""
+
+
+def starts_like_pils(head: bytes) -> bool:
+    """Tell whether the first bytes of a file are those of a format that no other reader names."""
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"WEBP"
+    if head[:2] == b"BM":
+        return int.from_bytes(head[14:18], "little") in BMP_HEADERS
+    if head.startswith(SIGNATURES) or PNM.match(head):
+        return True
+    return not AVIF.isdisjoint(brands_of(head))
+
+
+def brands_of(data: bytes) -> set[bytes]:
+    """Return the brands of an ISO base media file, which say what it holds; none for other files."""
+    if data[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(data[:4]), 256)
+    return {bytes(data[at : at + 4]) for at in (8, *range(16, end, 4))}
 
 
 def decode_by_pil(data: bytes, read: ReadSettings) -> torch.Tensor:
@@ -151,8 +199,8 @@ def _integers(image: Image.Image) -> torch.dtype:
     if image.mode != "I" or image.format in ("PNG", "PPM"):
         return torch.uint16
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS, (32,))
-    signed = tags.get(SAMPLE_FORMAT, (1,))
+    bits = tags.get(Tag.BITS, (32,))
+    signed = tags.get(Tag.FORMAT, (1,))
     if bits[0] == 16 and signed[0] == 2:
         return torch.int16
     if bits[0] == 16:
@@ -168,7 +216,7 @@ def _deep(image: Image.Image, read: ReadSettings) -> torch.Tensor:
         values = values.astype(np.uint16)
     elif depth == torch.int16:
         values = values.astype(np.int16)
-    elif image.mode == "I" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, (1,))[0] == 1:
+    elif image.mode == "I" and getattr(image, "tag_v2", {}).get(Tag.FORMAT, (1,))[0] == 1:
         values = values.view(np.uint32)  # PIL's integers have a sign
     return deep_channels(as_tensor(values[None]), read)  # (H, W) -> (1, H, W)
 
@@ -231,7 +279,7 @@ def orientation_of(image: Image.Image) -> int:
     # PIL turns a TIFF itself.
     if image.format == "TIFF":
         return 1
-    value = image.getexif().get(ORIENTATION, 1)
+    value = image.getexif().get(Tag.ORIENTATION, 1)
     if not isinstance(value, int) or not 1 <= value <= 8:
         return 1
     return value
@@ -322,7 +370,7 @@ def _png_sizes(data: bytes) -> Iterator[tuple[int, int]]:
 def _check_tiles(image: Image.Image, max_pixels: int) -> None:
     """Refuse a TIFF whose tiles are larger than an image may be: one tile is decoded as a whole."""
     tags = getattr(image, "tag_v2", {})
-    height, width = tags.get(TILE_LENGTH, 1), tags.get(TILE_WIDTH, 1)
+    height, width = tags.get(Tag.TILE_HEIGHT, 1), tags.get(Tag.TILE_WIDTH, 1)
     if not isinstance(height, int) or not isinstance(width, int):
         raise ValueError("its tiles have no size")
     if height * width > max_pixels:

@@ -25,9 +25,14 @@ MODES = {RGB: "RGB", RGBA: "RGBA"}
 OPAQUE = 65535
 
 
+def starts_like_png(head: bytes) -> bool:
+    """Tell whether the first bytes of a file are those of a PNG of any depth."""
+    return head[:8] == MAGIC
+
+
 def is_deep_png(data: bytes) -> bool:
     """Tell whether a file is a PNG of 16 bits, and not of one band, which PIL reads."""
-    if data[:8] != MAGIC or data[12:16] != b"IHDR" or len(data) < 33:
+    if not starts_like_png(data) or data[12:16] != b"IHDR" or len(data) < 33:
         return False
     return data[24] == 16 and data[25] in BANDS
 

@@ -10,7 +10,6 @@ import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import lru_cache
 from importlib import import_module
 from math import ceil
@@ -21,7 +20,7 @@ import torch
 
 from util.data.formats.arrays import as_tensor
 from util.data.formats.codestreams import check_stream
-from util.data.formats.pil import NoHeader, decode_by_pil, deep_channels, turned
+from util.data.formats.pil import NoHeader, Tag, decode_by_pil, deep_channels, turned
 from util.data.formats.settings import (
     Facts,
     ReadSettings,
@@ -32,39 +31,14 @@ from util.data.formats.settings import (
 )
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-class Tag(IntEnum):
-    """Numbers of fields."""
-
-    WIDTH = 256
-    HEIGHT = 257
-    BITS = 258
-    COMPRESSION = 259
-    PHOTOMETRIC = 262
-    FILL_ORDER = 266
-    STRIP_OFFSETS = 273
-    ORIENTATION = 274
-    SAMPLES = 277
-    ROWS = 278
-    STRIP_COUNTS = 279
-    PLANAR = 284
-    PREDICTOR = 317
-    TILE_WIDTH = 322
-    TILE_HEIGHT = 323
-    TILE_OFFSETS = 324
-    TILE_COUNTS = 325
-    EXTRA = 338
-    FORMAT = 339
-    JPEG_TABLES = 347
-    SUBSAMPLING = 530
-    DEPTH = 32997
-
-
+PIL_MAGICS = (*MAGICS, b"MM*\0", b"II\0*")  # it takes swapped ones as well
 # tifffile gets the others.
-KEPT_BACK = (Tag.ORIENTATION, Tag.DEPTH)
+KEPT_BACK = (Tag.ORIENTATION, Tag.COLOURS, Tag.DEPTH)
+DESCRIBED = frozenset(Tag)
 # Types of fields: letter of `struct`. Fractions describe no pixels.
 TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+# Type -> bytes of a value, of all types that PIL reads.
+SIZES = {kind: struct.calcsize(f"={letter}") for kind, letter in TYPES.items()} | {5: 8, 10: 8, 11: 4, 12: 8}
 JPEG = 7
 JPEG_2000 = 34712
 # What tifffile may decode. Each unpacks to no more than a strip or tile, or has a size that is checked.
@@ -84,6 +58,9 @@ PIL_COMPRESSIONS = {*COMPRESSIONS, 2, 3, 4, 6, 32771, 34677, 50001} - {JPEG_2000
 MOST_SEGMENTS = 1 << 18  # strips and tiles: each costs some microseconds
 MOST_PAGES = 1 << 16  # that are counted
 MOST_TAGS = 4096
+# Of a field that describes pixels. No image has so many bands, and few have so many rows. Each value takes
+# about 40 bytes when it is unpacked, by PIL as well.
+MOST_VALUES = 1 << 20
 # Format of samples and their bits -> what PIL reads without a loss in grey.
 GREY = {(1, 12), (1, 16), (2, 16), (1, 32), (2, 32), (3, 32)}
 # Photometric interpretations.
@@ -97,6 +74,10 @@ INTEGERS = 1
 SIGNED = 2
 FLOATS = 3
 UNDEFINED = 4
+
+
+class TooMuch(ValueError):
+    """Fields that would take much more memory than the file, here and in PIL."""
 
 
 class Field(NamedTuple):
@@ -180,7 +161,21 @@ class Directory:
         # Letters of the number of fields, and of a count or an offset.
         self.number, self.offset = ("Q", "Q") if self.big else ("H", "I")
         self.first = self._unpack(self.offset, 8 if self.big else 4)[0]
-        self.fields = dict(self._fields(self.first))
+        found = list(self._fields(self.first))
+        self._check_sizes(found)
+        self.fields = {tag: field for tag, field in found if field.kind in TYPES}
+
+    def _check_sizes(self, found: list[tuple[int, Field]]) -> None:
+        """Raise TooMuch for fields that are too long, or share bytes so that their copies fill the memory."""
+        for tag, field in found:
+            if tag in DESCRIBED and field.number > MOST_VALUES:
+                raise TooMuch(f"its field {tag} has {field.number} values, more than {MOST_VALUES}")
+        size = len(self.data)
+        sizes = [(field.at, field.number * SIZES[field.kind]) for _, field in found]
+        # Nobody can copy what lies outside of the file.
+        total = sum(count for at, count in sizes if at + count <= size)
+        if total > 2 * size + (1 << 20):
+            raise TooMuch(f"its fields have {total} bytes, more than the file")
 
     def _unpack(self, letters: str, at: int) -> tuple[Any, ...]:
         return struct.unpack_from(self.order + letters, self.data, at)
@@ -189,7 +184,7 @@ class Directory:
         """Return the number of fields in a directory, and where they begin."""
         count = self._unpack(self.number, at)[0]
         if count > MOST_TAGS:
-            raise ValueError(f"a directory of {count} fields")
+            raise TooMuch(f"a directory of {count} fields, more than {MOST_TAGS}")
         return count, at + struct.calcsize(self.order + self.number)
 
     def _fields(self, at: int) -> Iterator[tuple[int, Field]]:
@@ -199,10 +194,10 @@ class Directory:
         size = struct.calcsize(self.order + letters) + inline
         for place in range(start, start + count * size, size):
             tag, kind, number = self._unpack(letters, place)
-            if kind not in TYPES:
+            if kind not in SIZES:
                 continue
             where = place + size - inline
-            if number * struct.calcsize(f"={TYPES[kind]}") > inline:
+            if number * SIZES[kind] > inline:
                 where = self._unpack(self.offset, where)[0]
             yield tag, Field(kind, number, where, self.data[place : place + size])
 
@@ -211,7 +206,7 @@ class Directory:
         if tag not in self.fields:
             return default
         kind, number, at, _ = self.fields[tag]
-        if at + number * struct.calcsize(f"={TYPES[kind]}") > len(self.data):
+        if at + number * SIZES[kind] > len(self.data):
             raise ValueError(f"its field {int(tag)} of {number} values lies outside of the file")
         return self._unpack(f"{number}{TYPES[kind]}", at)
 
@@ -257,7 +252,9 @@ class Directory:
     def first_page(self) -> bytes:
         """Return the file with a directory of its own for the checked fields."""
         wanted = sorted(set(Tag) - set(KEPT_BACK))
-        kept = [self.fields[tag].entry for tag in wanted if tag in self.fields]
+        kept = [
+            self.fields[tag].entry for tag in wanted if tag in self.fields and self.fields[tag].kind in TYPES
+        ]
         start = len(self.data) + len(self.data) % 2
         header = self.data[: 8 if self.big else 4] + struct.pack(self.order + self.offset, start)
         number = struct.pack(self.order + self.number, len(kept))
@@ -267,13 +264,21 @@ class Directory:
 
 def is_beyond_pil(data: bytes) -> bool:
     """Tell whether a file is a TIFF of which PIL reads less than it has, or nothing."""
-    if data[:4] not in MAGICS:
+    if data[:4] not in PIL_MAGICS:
         return False
     try:
-        return not Directory(data).layout().by_pil
+        layout = Directory(data).layout()
+        return data[:4] in MAGICS and not layout.by_pil
+    except TooMuch:
+        return True  # PIL must not see it, and `decode_tiff` says why
     # PIL says what is wrong with a damaged one.
     except Exception:
         return False
+
+
+def starts_like_tiff(head: bytes) -> bool:
+    """Tell whether the first bytes of a file are those of a TIFF."""
+    return head[:4] in MAGICS
 
 
 def decode_tiff(data: bytes, read: ReadSettings) -> torch.Tensor:
