@@ -713,15 +713,20 @@ def test_arrays_are_read_without_a_copy_and_can_be_written_to(tar, dtype, shape,
 
 
 def test_large_values_are_finite_though_their_sum_is_not():
-    array = np.full((1, 8, 8), 3e38, np.float32)
+    array = np.full((1, 40, 40), 9e36, np.float32)
     assert (decode(encode_npy(array), ReadSettings(1)).numpy() == array).all()
+    assert torch.isfinite(pretrain_transform(16)(decode(encode_npy(array), ReadSettings(1)), 0)).all()
     for value in (np.nan, np.inf, -np.inf):
         array[0, 1, 2] = value
-        with pytest.raises(ValueError, match="1 of its 64 values are not finite"):
+        with pytest.raises(ValueError, match="1 of its 1600 values are not finite"):
             decode(encode_npy(array), ReadSettings(1))
     array[0, 3, 4] = np.inf
-    with pytest.raises(ValueError, match="2 of its 64 values are not finite"):
+    with pytest.raises(ValueError, match="2 of its 1600 values are not finite"):
         decode(encode_npy(array), ReadSettings(1))
+    nodata = np.full((1, 8, 8), 300, np.float32)
+    nodata[0, 2] = -3.4028235e38  # GDAL's, which resizing makes NaN
+    with pytest.raises(ValueError, match=r"8 of its 64 values are beyond 1e\+37: if they mark missing data"):
+        decode(encode_npy(nodata), ReadSettings(1))
 
 
 def encode_npy(array):

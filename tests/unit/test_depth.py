@@ -26,7 +26,7 @@ from util.data.formats import ReadSettings
 from util.data.loading.cache import cached
 from util.data.loading.loader import eval_loader, train_loader
 from util.data.multicrop import MultiCrop
-from util.data.pixels import Pixels
+from util.data.pixels import Pixels, split_range
 from util.data.seeding import seeded
 from util.data.survey import headers
 from util.data.survey.ranges import check_same_depth, kept_range, settle_range, with_range, written
@@ -386,6 +386,19 @@ def test_a_range_that_is_not_given_stops_with_what_was_found(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             with_range(pixels, deep, given, False)
+
+
+def test_a_narrow_range_far_from_0_keeps_its_digits():
+    values = torch.arange(16_777_200, 16_777_216, dtype=torch.float32).view(1, 4, 4)
+    pixels = Pixels((0.5,), (0.25,), (16_777_200.0,), (16_777_216.0,), True)
+    expected = (torch.arange(16, dtype=torch.float64).view(1, 4, 4) / 16 - 0.5) / 0.25
+    torch.testing.assert_close(pixels.normalize(values).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ends", [[np.nan, 1.0], [0.0, np.inf], [1e38, 2e38], [1.0, np.nan]])
+def test_ends_of_a_range_that_are_no_usual_numbers(ends):
+    with pytest.raises(ValueError, match="takes a low and a higher value"):
+        split_range(ends)
 
 
 def test_percentiles_are_settled_once():

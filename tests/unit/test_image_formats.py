@@ -15,7 +15,7 @@ from attacks.formats import SETTINGS, _read, deep_png, hostile, valid, values
 from attacks.image_files import array, saved
 from attacks.mutations import chunk
 from util.data import formats
-from util.data.formats import ReadSettings, decode, describe
+from util.data.formats import ReadSettings, codestreams, decode, describe
 from util.data.formats import dicom as dicoms
 from util.data.formats import heic as heics
 from util.data.formats import tiff as tiffs
@@ -563,6 +563,53 @@ def test_a_file_of_every_suffix_is_read(suffix):
     facts = describe(data, ReadSettings(5) if suffix in (".npy", ".npz") else formats.DEFAULT)
     channels = facts.bands if facts.depth != torch.uint8 or suffix[:3] in (".np", ".ti") else 3
     assert decode(data, ReadSettings(channels)).dtype == facts.depth
+
+
+@pytest.mark.parametrize("file", valid(), ids=lambda file: file.what)
+def test_training_reads_the_same_as_decode(file):
+    """Training reads files of many bands or bits into writable memory, and hands that over."""
+    for read in (ReadSettings(1), ReadSettings(3), ReadSettings(5), ReadSettings(channels=(0,))):
+        found = []
+        for data in (file.data, memoryview(bytearray(file.data))):
+            try:
+                image = formats.decode(data, read)
+                found.append((image.dtype, image.tolist()))
+            except ValueError as error:
+                found.append(str(error))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode, clear", [("L", 7), ("RGB", (7, 7, 7)), ("I;16", 700)])
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_the_clear_value_of_a_png_is_laid_on_a_background(mode, clear, background):
+    dtype = np.uint16 if mode == "I;16" else np.uint8
+    values = np.full((4, 4, 3) if mode == "RGB" else (4, 4), 99, dtype)
+    values[1, 2] = np.max(clear)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG", transparency=clear)
+    found = formats.decode(file.getvalue(), ReadSettings(1, transparency=background))[0].numpy()
+    expected = np.full((4, 4), 99, dtype)
+    expected[1, 2] = np.iinfo(dtype).max * (background == "white")
+    assert (found == expected).all()
+
+
+def test_many_pages_of_a_tiff_are_not_all_counted():
+    pages = [Image.new("L", (4, 4), i % 256) for i in range(300)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    assert formats.describe(file.getvalue(), ReadSettings(1)).pages == 100
+
+
+def test_a_codestream_behind_a_smaller_one_counts():
+    imagecodecs = pytest.importorskip("imagecodecs")
+    small = imagecodecs.jpeg2k_encode(np.zeros((8, 8), "u1"), codecformat="j2k")
+    large = imagecodecs.jpeg2k_encode(np.zeros((90, 100), "u1"), codecformat="jp2")
+    box = struct.pack(">I4s", 8 + 16 + len(small), b"uuid") + bytes(16) + small
+    at = large.index(b"jp2h") - 4
+    data = large[:at] + box + large[at:]
+    assert codestreams.stream_header(data) == codestreams.Stream(90, 100, 1)
+    with pytest.raises(ValueError, match="90 x 100 pixels are more"):
+        codestreams.check_stream(data, 8999)
 
 
 @pytest.mark.parametrize("file", valid(), ids=lambda file: file.what)

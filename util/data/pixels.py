@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 1e37  # of the ends of a range
 BYTE_RANGE = ((0.0,), (255.0,))
 
 
@@ -34,10 +35,11 @@ class Pixels:
         if (self.low, self.high) == BYTE_RANGE and images.dtype == torch.uint8:
             return normalize(images, self.mean, self.std)
         key = self, images.shape[-3], images.device
-        scale, shift, least, most = _scale_shift_and_limits(*key)
-        # The first step makes a copy. The others work in place.
+        low, scale, least, most = _range_and_limits(*key)
+        # The first step makes a copy. The others work in place. The low end goes first: far from 0, a product
+        # would lose the digits that are left.
         values = images.to(torch.float32, copy=True)
-        return values.mul_(scale).add_(shift).clamp_(least, most)
+        return values.sub_(low).mul_(scale).add_(least).clamp_(least, most)
 
     def unnormalize(self, images: Tensor) -> Tensor:
         """Invert `normalize` for pictures: float (..., C, H, W) -> uint8, 0 for `low` and 255 for `high`."""
@@ -62,7 +64,8 @@ def split_range(values: Sequence[float]) -> tuple[tuple[float, ...], tuple[float
     """Split LOW HIGH [LOW HIGH ...] to the lows and the highs. Raises ValueError unless each low is lower."""
     lows = tuple(values[::2])
     highs = tuple(values[1::2])
-    if not values or len(values) % 2 or any(low >= high for low, high in zip(lows, highs)):
+    finite = all(abs(value) <= LARGEST for value in values)
+    if not finite or not values or len(values) % 2 or any(low >= high for low, high in zip(lows, highs)):
         listed = " ".join(f"{value:g}" for value in values)
         raise ValueError(
             f"`range` takes a low and a higher value, or such a pair for each channel, found {listed}"
@@ -97,10 +100,13 @@ def _scale_and_shift(
 
 
 @lru_cache(maxsize=32)
-def _scale_shift_and_limits(
+def _range_and_limits(
     pixels: Pixels, channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the factor and the offset of a range, and its ends, float32 (C, 1, 1) or (1, 1, 1) each."""
+    """Return the low end of a range, the factor, and what the two ends become.
+
+    All are float32 (C, 1, 1) or (1, 1, 1).
+    """
     means, stds = _means_and_stds(pixels.mean, pixels.std, channels)
     if len(pixels.low) not in (1, channels) or len(pixels.high) not in (1, channels):
         raise ValueError(
@@ -109,9 +115,9 @@ def _scale_shift_and_limits(
         )
     low = torch.tensor(pixels.low, dtype=torch.float64)
     width = torch.tensor(pixels.high, dtype=torch.float64) - low
-    parts = (1 / (width * stds), (-low / width - means) / stds, -means / stds, (1 - means) / stds)
-    scale, shift, least, most = (_on(part, device) for part in parts)
-    return scale, shift, least, most
+    parts = (low, 1 / (width * stds), -means / stds, (1 - means) / stds)
+    low, scale, least, most = (_on(part, device) for part in parts)
+    return low, scale, least, most
 
 
 def _means_and_stds(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> tuple[Tensor, Tensor]:

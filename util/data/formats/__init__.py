@@ -137,6 +137,8 @@ LONGEST_REASON = 300  # characters
 IMAGE_SUFFIXES = tuple(dict.fromkeys(suffix.encode() for kind in FORMATS for suffix in kind.suffixes))
 HEAD = 132  # bytes that tell what a file is: DICOM has its mark at 128
 DEFAULT = ReadSettings()
+# float32 values that bicubic resizing still adds up to finite ones.
+LARGEST = 1e37
 
 
 def format_of(data: bytes | memoryview) -> Format:
@@ -157,10 +159,11 @@ def decode(data: bytes | memoryview, read: ReadSettings = DEFAULT) -> torch.Tens
 
     The result may share the memory of a memoryview, which must be writable; bytes are copied.
     """
+    # Decoders look into bytes in ways that a memoryview does not have.
+    if isinstance(data, memoryview) and not arrays.is_npy(data):
+        data = bytes(data)
     try:
         kind = format_of(data)
-        if kind.read_by_pil:
-            data = bytes(data)
         image = kind.decode(data, read)
         _check_finite(image)
         if read.depth is not None:
@@ -190,12 +193,18 @@ def _unreadable(data: bytes | memoryview, error: Exception) -> ValueError:
 
 
 def _check_finite(image: torch.Tensor) -> None:
-    if image.dtype != torch.float32:
+    """Raise ValueError for float32 values that are not finite, or too large to be resized."""
+    if image.dtype != torch.float32 or not image.numel():
         return
-    # Sums tell: one NaN or infinity spreads to them. In float32 it is the fastest check by far, and large
-    # values may overflow: only then all are looked at.
-    if torch.isfinite(image.sum()):
+    low, high = image.aminmax()
+    # NaN spreads to both.
+    if low >= -LARGEST and high <= LARGEST:
         return
     count = image.numel() - int(torch.isfinite(image).sum())
     if count:
         raise ValueError(f"{count} of its {image.numel()} values are not finite (NaN or infinite)")
+    count = int((image.abs() > LARGEST).sum())
+    raise ValueError(
+        f"{count} of its {image.numel()} values are beyond {LARGEST:g}: if they mark missing data (nodata), "
+        "replace them by a usual value"
+    )

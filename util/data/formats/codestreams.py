@@ -3,6 +3,7 @@
 TIFF and DICOM hold JPEG and JPEG 2000 streams, whose headers may claim another size than the file does.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -37,14 +38,16 @@ def stream_header(data: bytes) -> Stream | None:
     """Return the size of a JPEG, JPEG-LS or JPEG 2000 stream; None if none is found."""
     if data[:2] == b"\xff\xd8":
         return _jpeg_header(data)
-    at = data.find(SIZ)
-    if at < 0 or at + 42 > len(data):
-        return None
-    return _siz(data, at)
+    # A box before the codestream may hold a smaller one, which decoders pass over.
+    found = [_siz(data, match.start()) for match in re.finditer(re.escape(SIZ), data)]
+    sizes = [stream for stream in found if stream is not None]
+    return max(sizes, key=lambda stream: stream.height * stream.width, default=None)
 
 
 def _siz(data: bytes, at: int) -> Stream | None:
     # Length and capabilities, then the corners of the image, those of the first tile, and the components.
+    if at + 42 > len(data):
+        return None
     right, bottom, left, top, _, _, _, _, components = struct.unpack_from(">8IH", data, at + 8)
     if right <= left or bottom <= top:
         return None

@@ -48,6 +48,7 @@ BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
 # Two letters could begin a text: the width must follow, then the height or a comment.
 PNM = re.compile(rb"P[1-6f][ \t\r\n]+(?:#|\d+[ \t\r\n]+[\d#])")
 AVIF = frozenset({b"avif", b"avis"})
+MOST_PAGES = 100  # that are counted
 STRIP_PIXELS = 1 << 22  # of larger images as many pixels are converted at a time
 # The weights of ITU-R 601, as PIL's, for grey from RGB.
 LUMA = (0.299, 0.587, 0.114)
@@ -125,12 +126,20 @@ def decode_by_pil(data: bytes, read: ReadSettings) -> torch.Tensor:
 def facts(data: bytes, read: ReadSettings) -> Facts:
     """Read the header of a file that PIL reads."""
     with open_image(data, read.max_pixels) as image:
-        pages = 1
-        # Damage in a later page does not concern the first one.
-        with contextlib.suppress(Exception):
-            pages = getattr(image, "n_frames", 1)
-            image.seek(0)
-        return facts_of(image, pages)
+        return facts_of(image, _pages(image))
+
+
+def _pages(image: Image.Image) -> int:
+    """Count the pages of an image, up to MOST_PAGES: PIL takes quadratic time to find many."""
+    if not getattr(image, "is_animated", False):
+        return 1
+    pages = 1
+    # Damage in a later page does not concern the first one.
+    with contextlib.suppress(Exception):
+        while pages < MOST_PAGES:
+            image.seek(pages)
+            pages += 1
+    return pages
 
 
 def facts_of(image: Image.Image, pages: int = 1) -> Facts:
@@ -153,7 +162,8 @@ def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
         image = _without_palette(image)
     if image.mode[0] in "IF":
         return _deep(image, read)
-    if read.transparency in BACKGROUNDS and read.in_chans != 4 and image.mode in ("LA", "PA", "RGBA"):
+    clear = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+    if read.transparency in BACKGROUNDS and read.in_chans != 4 and clear:
         image = _on_background(image, BACKGROUNDS[read.transparency])
     if read.channels:
         return picked(_all_bands(image, read.bands), read)
@@ -218,6 +228,10 @@ def _deep(image: Image.Image, read: ReadSettings) -> torch.Tensor:
         values = values.astype(np.int16)
     elif image.mode == "I" and getattr(image, "tag_v2", {}).get(Tag.FORMAT, (1,))[0] == 1:
         values = values.view(np.uint32)  # PIL's integers have a sign
+    clear = image.info.get("transparency")
+    # A PNG names one value that is clear.
+    if depth == torch.uint16 and isinstance(clear, int) and read.transparency in BACKGROUNDS:
+        values = np.where(values == clear, BACKGROUNDS[read.transparency] * 257, values).astype(np.uint16)
     return deep_channels(as_tensor(values[None]), read)  # (H, W) -> (1, H, W)
 
 

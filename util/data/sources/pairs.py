@@ -215,7 +215,7 @@ def named_classes(classes: list[str], folder: str) -> list[str]:
 
 def _names_of(classes: list[str], path: str) -> list[str]:
     with open_regular(path) as file:
-        lines = file.read(MAX_NAMES_BYTES).decode("utf-8-sig", "replace").rstrip().splitlines()
+        lines = file.read(MAX_NAMES_BYTES).decode("utf-8-sig", "replace").rstrip().split("\n")
     names = [line.strip().replace("\0", "") for line in lines]
     missing = [name for name in classes if int(name) >= len(names) or not names[int(name)]]
     if missing:
