@@ -92,6 +92,15 @@ def listed(source, target):
     return target / "train.txt"
 
 
+def table(source, target):
+    """A table of all splits with labels."""
+    target.mkdir()
+    files = sorted(source.rglob("class*/*.*"))
+    rows = [f"{path},{path.parent.name},{path.parent.parent.name}" for path in files]
+    (target / "all.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+    return target / "all.csv"
+
+
 def ok(result):
     code, out = result
     assert code == 0, out
@@ -126,11 +135,12 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
     # Pretraining, the same from all layouts.
     layouts = {"folder": source, "tar": tars(source, tmp_path / "tar")}
     layouts["list"] = listed(source, tmp_path / "list")
+    layouts["table"] = table(source, tmp_path / "table")
     losses = {}
     for name, path in layouts.items():
         ok(here(tmp_path / name / "run", "--data_path", path, *given, "--epochs", 1, *SMALL))
         losses[name] = log_lines(tmp_path / name / "run")[0]
-    assert losses["folder"] == losses["tar"] and "test_pixel" in losses["tar"]
+    assert losses["folder"] == losses["tar"] == losses["table"] and "test_pixel" in losses["tar"]
     assert losses["list"].items() <= losses["tar"].items() and 0.2 < losses["list"]["train_pixel"] < 3
     pretrained = tmp_path / "folder" / "run"
     flags = last(pretrained)["args"]
@@ -144,7 +154,10 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
     # Fine-tuning, and evaluation of it, with what the checkpoint stores.
     data = ["--data_path", source]
     tuned = tmp_path / "tuned"
-    out = ok(here(tuned, *data, "--finetune", pretrained, "--aa", "", "--epochs", 2, *SMALL, main=FINETUNE))
+    tune = ["--finetune", pretrained, "--aa", "", "--epochs", 2, *SMALL]
+    out = ok(here(tuned, *data, *tune, main=FINETUNE))
+    ok(here(tmp_path / "tuned2", "--data_path", layouts["table"], *tune, main=FINETUNE))
+    assert log_lines(tuned) == log_lines(tmp_path / "tuned2")
     assert "range" not in out.partition("other than in training")[2]
     assert last(tuned)["args"]["range"] == flags["range"]
     evaluated = ok(
@@ -154,9 +167,9 @@ def test_from_files_to_an_exported_model(tmp_path, monkeypatch, capsys, depth):
     resumed = ["--eval", "--resume", tuned / "checkpoint-last.pth"]
     wrong = ok(here("e", *data, *resumed, "--range", -5000, 9000, main=FINETUNE))
     assert accuracy(wrong) != accuracy(evaluated) and "range: " in wrong, "the figures show a wrong range"
-    other = ["--data_path", layouts["tar"], "--cache_data", "device"]
-    again = ok(here("e", *other, "--eval", "--resume", tuned / "checkpoint-last.pth", main=FINETUNE))
-    assert accuracy(again) == accuracy(evaluated)
+    for other in ([layouts["tar"], "--cache_data", "device"], [layouts["tar"]], [layouts["table"]]):
+        again = ok(here("e", "--data_path", *other, *resumed, main=FINETUNE))
+        assert accuracy(again) == accuracy(evaluated)
 
     # Probes.
     probe = tmp_path / "probe"

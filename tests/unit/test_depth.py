@@ -382,6 +382,7 @@ def test_a_range_that_is_not_given_stops_with_what_was_found(tmp_path, capsys):
         ([3, 2], "takes a low and a higher value, .*found 3 2"),
         ([1, 2, 3, 4], "2 pairs of values, and images have 1 channels"),
         (["p1", 5], "two percentiles"),
+        (["p99", "p1"], "a low and a higher percentile, found p99 p1"),
         (["p1", "p101"], "p0 to p100"),
     ):
         with pytest.raises(ValueError, match=message):

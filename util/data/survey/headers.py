@@ -62,6 +62,8 @@ class Survey:
             found.append(", ".join(kinds))
             if self.depth == torch.uint8:
                 found[-1] += " (unreadable among 8-bit images: convert them)"
+            elif len(self.depths) > 1:
+                found[-1] += " (one range for all: 8-bit images are dark in that of deeper ones)"
         if self.turned:
             done = {"apply": "applied", "ignore": "ignored"}[read.exif]
             found.append(f"{self.turned} with an EXIF orientation ({done})")

@@ -172,6 +172,8 @@ def _from_bounds(dataset: Any, given: Bounds) -> Range:
         return split_range([float(bound) for bound in given])
     if len(given) != 2 or len(wanted) != 2:
         raise ValueError("`range` takes two percentiles, as in p1 p99, or values only")
+    if wanted[0] >= wanted[1]:
+        raise ValueError(f"`range` takes a low and a higher percentile, found {given[0]} {given[1]}")
     if not dataset.exact_resume:
         raise ValueError(
             f"`range` {' '.join(map(str, given))} takes percentiles of images that are spread over the data "
