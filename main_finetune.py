@@ -338,6 +338,8 @@ def settled(args: argparse.Namespace, start: Start) -> argparse.Namespace:
     saved = start.resume or start.pretrained
     args = argparse.Namespace(**as_stored(vars(args), given_in(args), saved, MODELS))
     check_model_flags(args)
+    if start.resume is not None:
+        args.range = kept_range(args.range, start.trained)
     return args
 
 
@@ -687,8 +689,6 @@ def main(args: argparse.Namespace) -> int:
     # Data, as the encoder has learned to see them
     start = find_start(args)
     args = settled(args, start)
-    if start.resume is not None:
-        args.range = kept_range(args.range, start.trained)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     loader, val_loader, setup = build_data(args, setup, start.trained)

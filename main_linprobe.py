@@ -202,6 +202,7 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     if args.eval and start is not None and start.is_whole_probe:
         before = before | maes_choices(start, args.pool)
     resolved = {"pool": args.pool or "cls", "probe_protocol": protocol_of(start)}
+    resolved["range"] = kept_range(args.range, stored_flags(start))
     check_stored_crop(args, before)
     for name in ("pool", "pos_embed", "head", "crop_pct", *SECOND_ORDER_FLAGS):
         if before.get(name) is not None and getattr(args, name) in (None, "auto"):
@@ -712,8 +713,6 @@ def main(given: argparse.Namespace) -> int:
     pretrained.args |= seen_by_heads(start)
     args = argparse.Namespace(**as_stored(vars(args), given_in(given), pretrained, MODELS))
     keep_protocol(args)
-    if start is not None:
-        args.range = kept_range(args.range, pretrained.args)
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, pretrained.args))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     flags = checkpoint.plain_flags(vars(args)) | {"mean": list(pixels.mean), "std": list(pixels.std)}

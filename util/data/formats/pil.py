@@ -162,8 +162,7 @@ def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
         image = _without_palette(image)
     if image.mode[0] in "IF":
         return _deep(image, read)
-    clear = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-    if read.transparency in BACKGROUNDS and read.in_chans != 4 and clear:
+    if read.transparency in BACKGROUNDS and read.in_chans != 4 and _has_clear_pixels(image):
         image = _on_background(image, BACKGROUNDS[read.transparency])
     if read.channels:
         return picked(_all_bands(image, read.bands), read)
@@ -173,6 +172,10 @@ def image_to_tensor(image: Image.Image, read: ReadSettings) -> torch.Tensor:
     if image.width * image.height <= STRIP_PIXELS:
         return pil_to_tensor(image.convert(mode))
     return _converted_in_strips(image, mode)
+
+
+def _has_clear_pixels(image: Image.Image) -> bool:
+    return image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
 
 
 def _all_bands(image: Image.Image, bands: int | None) -> torch.Tensor:

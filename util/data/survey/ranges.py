@@ -165,15 +165,22 @@ def sampled(dataset: Any, most: int = SAMPLED) -> Values:
     return values
 
 
-def _from_bounds(dataset: Any, given: Bounds) -> Range:
-    percents = [percent(bound) for bound in given]
-    wanted = [each for each in percents if each is not None]
+def _percents(given: Bounds) -> list[float]:
+    """Return the numbers of two percentiles; [] for values. Raises ValueError for a mixture."""
+    wanted = [each for each in map(percent, given) if each is not None]
     if not wanted:
-        return split_range([float(bound) for bound in given])
+        return []
     if len(given) != 2 or len(wanted) != 2:
         raise ValueError("`range` takes two percentiles, as in p1 p99, or values only")
     if wanted[0] >= wanted[1]:
         raise ValueError(f"`range` takes a low and a higher percentile, found {given[0]} {given[1]}")
+    return wanted
+
+
+def _from_bounds(dataset: Any, given: Bounds) -> Range:
+    wanted = _percents(given)
+    if not wanted:
+        return split_range([float(bound) for bound in given])
     if not dataset.exact_resume:
         raise ValueError(
             f"`range` {' '.join(map(str, given))} takes percentiles of images that are spread over the data "
