@@ -151,8 +151,7 @@ def _make_point(
     handed_on = {name: value for name, value in parsed.items() if name in given or name == "bands"}
     switches = actions(main)
     # Switches such as --cls_token store their value under another name.
-    set_by_argv = {name: parsed[name] for name in given if name in parsed}
-    values = {flag: _parsed(set_by_argv, switches.get(f"--{flag}"), text) for flag, text in flags.items()}
+    values = {flag: _parsed(parsed, switches.get(f"--{flag}"), text) for flag, text in flags.items()}
     settings = repr(sorted((parsed | {"output_dir": ""}).items()))
     then = follow_ups(handed_on, chain, name, folder)
     return Point(name, values, main, argv, folder, then), settings
