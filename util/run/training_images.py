@@ -27,7 +27,7 @@ class TrainingImages:
     def of(cls, dataset: Any) -> "TrainingImages | None":
         """Describe a data set; None for one that has neither a list of images nor a name."""
         index: Any = getattr(dataset, "index", None)
-        if hasattr(index, "digest"):
+        if hasattr(index, "path") and hasattr(index, "digest"):
             return cls(index.path, len(index), index.digest())
         path = getattr(dataset, "path", "")
         if not path:

@@ -101,7 +101,7 @@ def with_range(
     """
     low, high = settle_range(dataset, given, scaled, trained)
     # After the ranks have compared their depths, so that none fails alone.
-    check_depth(dataset.transform, dataset.depth)
+    check_depth(getattr(dataset, "transform", None), dataset.depth)
     pixels = replace(pixels, low=low, high=high, deep=dataset.depth != torch.uint8)
     # Refuses a number of pairs that does not fit, before the first batch.
     pixels.normalize(torch.zeros(dataset.read.in_chans, 1, 1))
