@@ -68,8 +68,15 @@ class Classify(Objective):
 def samples(name: Callable[[int], str] = str) -> TensorSamples:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(IMAGES, 4, 1, 1, generator=generator) * 255
-    index = SimpleNamespace(classes=["a", "b"], path="x", digest=lambda: "", name=name)
+    index = Index(classes=["a", "b"], path="x", digest=lambda: "", name=name)
     return TensorSamples(x, torch.arange(IMAGES) % 2, index)
+
+
+class Index(SimpleNamespace):
+    """A listing of no images in particular."""
+
+    def __len__(self) -> int:
+        return 16
 
 
 def small_run(folder, objective=None, data=None, log_dir=None, print_freq=2, **flags) -> bool:
