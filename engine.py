@@ -107,7 +107,7 @@ class Run:
         if checkpoints is None or not (dist.is_main() or self.sharded):
             return
         saved = state.to_dict(epoch, self.updates_per_epoch, self.session.flags)
-        classes = getattr(getattr(self.loader.dataset, "index", None), "classes", None)
+        classes = getattr(self.loader.dataset, "classes", None)
         if classes:
             saved["classes"] = classes  # the meaning of the model's outputs
         if images := TrainingImages.of(self.loader.dataset):

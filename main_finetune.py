@@ -144,7 +144,6 @@ from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import class_names, training_classes
-from util.data.sources.remote import keep_in
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings, eval_transform, finetune_transform
 from util.dist import fsdp
@@ -362,7 +361,6 @@ def build_data(
 
     Both loaders have the same classes. `trained` are the flags of the checkpoint that the run starts from.
     """
-    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, nb_classes=args.nb_classes)
     transform = eval_transform(setup.size, args.crop_pct)

@@ -128,7 +128,6 @@ from util.data.loading.loader import eval_loader, train_loader
 from util.data.pixels import Pixels
 from util.data.sources.image_index import check_classes, describe_missing, some_names
 from util.data.sources.layouts import training_classes
-from util.data.sources.remote import keep_in
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import eval_transform, pretrain_transform, probe_transform
 from util.evaluate.accuracy import Recalls, classification
@@ -518,7 +517,6 @@ def build_data(
     encoder's training.
     """
     once = args.knn or args.cached
-    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, nb_classes=args.nb_classes)
     whole = eval_transform(setup.size, args.crop_pct)

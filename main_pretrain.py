@@ -104,7 +104,6 @@ from util.data.loading.loader import (
 from util.data.multicrop import TwoViews
 from util.data.pixels import Pixels
 from util.data.sources.image_index import NoSplit
-from util.data.sources.remote import keep_in
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import eval_transform, pretrain_transform
 from util.dist import fsdp
@@ -447,7 +446,6 @@ def build_data(
 
     `trained` are the flags of the checkpoint that the run starts from.
     """
-    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     crop = setup.size, ascending(args.crop_scale, "--crop_scale"), args.hflip

@@ -159,7 +159,6 @@ from util.data.loading.cache import cached
 from util.data.loading.loader import device_batches, sample_batches, train_loader
 from util.data.multicrop import Details, MultiCrop
 from util.data.pixels import Pixels
-from util.data.sources.remote import keep_in
 from util.data.survey.ranges import kept_range, with_range
 from util.data.transforms import eval_transform
 from util.evaluate.effective_rank import RANK_IMAGES, log_ranks
@@ -446,7 +445,6 @@ def build_data(
         mask_ratios=mask_ranges(args),
         details=Details(args.pred_shape, args.sere_exact),
     )
-    keep_in(args.data_cache)
     source = DataPath.from_flags(args)
     options = dict(read=ReadSettings.of(vars(args)), seed=args.seed, labels=False)
     train = build_dataset(source, "train", crops, **options)

@@ -18,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+import main_finetune
 import main_pretrain
 import main_sere
+from commands import call
 from layers.pos_embed import resize_pos_embed, sincos_2d
 from models_mae_pl import MAE_VIT, MODELS
 from processes import ROOT
@@ -655,8 +657,14 @@ def test_a_folder_that_timm_reads_is_continued(tmp_path, capsys):
         code, text = pretrain(tmp_path, capsys, *flags, "--epochs", epochs)
         assert code == 0, text
     assert "continuing" in text
-    stored = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth")).entries["training_images"]
-    assert stored == {"path": flags[1], "images": 10, "digest": ""}
+    saved = checkpoint.load(str(tmp_path / "run" / "checkpoint-last.pth"))
+    assert saved.entries["training_images"] == {"path": flags[1], "images": 10, "digest": ""}
+    assert saved.classes is None
+    # A classifier stores the names of its outputs, too.
+    given = ["--model", "vit_test", "--output_dir", tmp_path / "ft", "--aa", ""]
+    code, text = call(main_finetune, capsys, *given, *flags)
+    assert code == 0, text
+    assert checkpoint.load(str(tmp_path / "ft" / "checkpoint-last.pth")).classes == ["a", "b"]
 
 
 def test_a_stream_of_timms_trains_and_resumes_by_epoch(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,6 @@ from test_listings import END, FILES, images, packed, pairs
 from util.data.sources import remote
 from util.data.sources.image_index import NoSplit
 from util.data.sources.layouts import build_index, training_classes
-from util.data.sources.remote import keep_in
 from util.dist import group
 from util.flags.data_path import DataPath
 from util.flags.groups import is_remote_path
@@ -30,9 +29,7 @@ def cache(tmp_path, monkeypatch):
     """The folder of the local copies."""
     monkeypatch.setattr(remote, "PAUSE", 0.01)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    keep_in(str(tmp_path / "cache"))
-    yield tmp_path / "cache"
-    keep_in("")
+    return tmp_path / "xdg" / "mae_pl" / "shards"
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -125,16 +122,17 @@ def test_a_change_during_the_download_is_noticed(store, cache, monkeypatch):
     monkeypatch.setattr(remote._Downloads, "fetch", change_after)
     with pytest.raises(ValueError, match="has changed while it was downloaded: start again"):
         build_index(store[1])
-    monkeypatch.undo()
-    keep_in(str(cache))
+    monkeypatch.setattr(remote._Downloads, "fetch", fetch)
     assert set(images(build_index(store[1]))) == {"a/0.jpg", "b/2.jpg", "a/1.jpg"}
 
 
-def test_the_default_cache_is_the_users(store, tmp_path):
-    keep_in("")
+def test_the_cache_is_the_users_unless_one_is_given(store, cache, tmp_path):
     fill(store)
     build_index(store[1])
-    assert len(list((tmp_path / "xdg" / "mae_pl" / "shards").glob("*/train-*.tar"))) == 2
+    assert len(list(cache.glob("*/train-*.tar"))) == 2
+    given = DataPath(store[1], data_cache=str(tmp_path / "given"))
+    assert images(build_index(given)) == FILES
+    assert len(list((tmp_path / "given").glob("*/train-*.tar"))) == 2
 
 
 def test_a_shard_that_changes_in_the_store_is_noticed(store, cache, capsys):
@@ -287,10 +285,10 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"found a.jpg. A store holds images in tars: .*repack"):
         build_index(store[1])
     put(store, "train.tar", b"junk")
-    keep_in(str(tmp_path / "file" / "x"))
+    given = DataPath(store[1], data_cache=str(tmp_path / "file" / "x"))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match=r"`data_cache` .*file/x/\w+ cannot hold the tars of memory://"):
-        build_index(store[1])
+        build_index(given)
 
     def without(url):
         raise ImportError("Install s3fs to access S3")

@@ -16,6 +16,7 @@ class DataPath(os.PathLike):
         val_split: name of the validation images, as in `<path>/<val_split>/`.
         val_share: share of the training images of each class that is held out for validation; 0 for none.
         class_depth: how many folders make up the name of a class; None for one, if nothing speaks against it.
+        data_cache: folder for copies of tars in an object store; "" for the user's cache.
 
     Raises ValueError for values that make no sense, or not together.
     """
@@ -24,6 +25,7 @@ class DataPath(os.PathLike):
     val_split: str = VAL_SPLIT
     val_share: float = 0.0
     class_depth: int | None = None
+    data_cache: str = ""
 
     def __post_init__(self) -> None:
         name = self.val_split
@@ -58,4 +60,4 @@ class DataPath(os.PathLike):
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> "DataPath":
         """Return the path that the flags of `add_data_flags` describe."""
-        return cls(flags.data_path, flags.val_split, flags.val_share, flags.class_depth)
+        return cls(flags.data_path, flags.val_split, flags.val_share, flags.class_depth, flags.data_cache)

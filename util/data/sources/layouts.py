@@ -175,7 +175,7 @@ def _index_remote(source: DataPath, given: str, split: str, labels: bool) -> Ima
         name = source.val_split
     if source.val_share > 0:
         name = "train"
-    copy = local_copy(given, name)
+    copy = local_copy(given, name, source.data_cache)
     index = build_index(replace(source, path=copy), split, labels=labels)
     # For messages, and as it was given.
     index.path = given

@@ -44,8 +44,6 @@ PACKAGES = {
 # Fields of the stores that differ between the versions of a file. The first one that a file has is used.
 VERSIONS = ("ETag", "etag", "md5Hash", "checksum", "sha256", "blob_id", "LastModified", "mtime", "created")
 
-_cache = ""
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -70,20 +68,16 @@ class Shard:
         return {key: value for key, value in asdict(self).items() if key in ("size", "version")}
 
 
-def keep_in(folder: str) -> None:
-    """Choose the folder of the local copies; '' for the default, `default_cache`."""
-    global _cache
-    _cache = os.path.expanduser(folder)
-
-
 def default_cache() -> str:
     """Return the folder of the local copies if none is chosen."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
     return os.path.join(home, "mae_pl", "shards")
 
 
-def local_copy(url: str, split: str) -> str:
+def local_copy(url: str, split: str, cache: str = "") -> str:
     """Return the local copy of the folder, or of the one tar, at `url`, with all tars of `split`.
+
+    It lies in the folder `cache`, or in `default_cache`.
 
     What is missing or has changed in the store is downloaded by one process of the node, while the others
     wait. An interrupted download goes on where it stopped.
@@ -94,7 +88,7 @@ def local_copy(url: str, split: str) -> str:
     assert is_remote_path(url), url
     store, root = _open_store(url)
     shards = _list(store, root, url, split)
-    folder = os.path.join(_cache or default_cache(), _folder_name(url))
+    folder = os.path.join(os.path.expanduser(cache) or default_cache(), _folder_name(url))
     try:
         os.makedirs(folder, exist_ok=True)
         with _lock(os.path.join(folder, ".lock"), url):
