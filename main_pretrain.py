@@ -416,8 +416,8 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if (args.vflip or args.rot90) and relations and args.sr_views == "two":
         raise ValueError(
-            "--sr_views two knows where its crops lie up to left-right flips, and does not work with --vflip "
-            "and --rot90: leave them out, or give --sr_views same"
+            "--sr_views two follows left-right flips of its crops only: leave out --vflip and --rot90, or "
+            "give --sr_views same"
         )
     if args.rot90 and args.cache_data == "device":
         raise ValueError(

@@ -77,10 +77,10 @@ def _stored_teacher(
     )
     load_for_evaluation(teacher, saved)
     if flags.get("range") != given.range:
-        seen = flags.get("range") or "0 255"
+        own_range, students = (_range_text(each) for each in (flags.get("range"), given.range))
         raise ValueError(
-            f"`distill_checkpoint` {path} has seen values in `range` {seen}, and the student sees "
-            f"{given.range or '0 255'}: train both with the same one"
+            f"`distill_checkpoint` {path} was trained with `range` {own_range}, and the student has "
+            f"{students}: train both with the same range"
         )
     own = Statistics(flags.get("mean") or given.mean, flags.get("std") or given.std)
     if len(own.mean) != in_chans or len(own.std) != in_chans:
@@ -89,6 +89,10 @@ def _stored_teacher(
             f"the images have {in_chans}: use another teacher"
         )
     return teacher, own
+
+
+def _range_text(ends: list[float] | None) -> str:
+    return " ".join(f"{end:g}" for end in ends or (0, 255))
 
 
 def pretrained_teacher(distill: str, num_classes: int) -> nn.Module:

@@ -323,6 +323,10 @@ def test_a_teacher_is_what_its_file_says(tmp_path, capsys):
         ValueError, match=r"`distill_checkpoint` .* knows the classes .*, the data have .*: fine-tune"
     ):
         build_teacher("vit_test", str(file), classes=saved.classes[::-1], **options)
+    with pytest.raises(
+        ValueError, match="trained with `range` 0 255, and the student has 0 4095: train both"
+    ):
+        build_teacher("vit_test", str(file), classes=saved.classes, value_range=[0.0, 4095.0], **options)
 
 
 def test_classes_are_stored_and_compared(tmp_path, capsys, shapes):

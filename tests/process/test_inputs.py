@@ -93,8 +93,8 @@ def pretrain(tmp_path, capsys, *flags) -> tuple[int, str]:
         (["--hflip", 1.5], "argument --hflip: must lie between 0 and 1, found 1.5"),
         (["--device", "toaster"], "argument --device: takes auto, cuda, cpu"),
         (["--dct_scaling", "--sr_spatial", 1, "--sr_views", "two"], "--dct_scaling crops one view"),
-        (["--rot90", 0.5, "--sr_spatial", 1, "--sr_views", "two"], "--vflip and --rot90: leave them out"),
-        (["--vflip", 0.5, "--sr_spatial", 1, "--sr_views", "two"], "--vflip and --rot90: leave them out"),
+        (["--rot90", 0.5, "--sr_spatial", 1, "--sr_views", "two"], "leave out --vflip and --rot90"),
+        (["--vflip", 0.5, "--sr_spatial", 1, "--sr_views", "two"], "leave out --vflip and --rot90"),
         (["--rot90", 0.5, "--cache_data", "device"], "give --cache_data memory, or leave --rot90 out"),
         (["--rot90", 2], "argument --rot90: must lie between 0 and 1, found 2"),
         (["--mask_ration", 0.5], "unknown flag --mask_ration; did you mean --mask_ratio?"),
@@ -482,7 +482,7 @@ def test_a_run_does_not_go_on_with_other_images_by_itself(tmp_path, capsys):
     # Other images are taken when that is asked for, and from then on they are the run's own.
     code, text = train(other, 4, "--allow_other_data")
     assert code == 0 and f"warning: training images changed: 8 images of {copied} before, " in text, text
-    assert "the order of samples" in text and "changed flags (epochs: 3 -> 4)" in text
+    assert "the new images and their order" in text and "changed flags (epochs: 3 -> 4)" in text
     code, text = train(other, 5)
     assert code == 0 and not re.search("images (changed|are)", text) and "Epoch: [4]" in text, text
     # A checkpoint of an earlier version.

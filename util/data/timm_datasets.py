@@ -270,7 +270,7 @@ def _numbered(labels: list) -> list[str]:
     """Return the names of classes that are numbers only: 0, 1, ... up to the largest label."""
     if not all(isinstance(label, int) for label in labels):
         raise ValueError(
-            f"the labels, as {printable(str(labels[0])[:40])}, are {type(labels[0]).__name__} and no "
+            f"the labels, as {printable(str(labels[0])[:40])}, are {type(labels[0]).__name__}, not "
             "numbers: cast the column with class_encode_column of the `datasets` package"
         )
     return [str(i) for i in range(max(labels, default=-1) + 1)]

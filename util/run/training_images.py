@@ -93,8 +93,8 @@ def compare(start: Checkpoint, now: TrainingImages | None, allowed: bool) -> str
         found += ", with other names or labels"
     if allowed:
         return (
-            f"warning: {found}; the run continues at its step, and from there the order of samples, and what "
-            "is repeated exactly, are those of the new images"
+            f"warning: {found}; the run continues at its step with the new images and their order, so it "
+            "cannot be repeated from its beginning"
         )
     raise ValueError(
         f"{found}: restore the images that {start.path} was trained on, continue with the new ones by "

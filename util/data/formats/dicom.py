@@ -286,7 +286,7 @@ def _check_rle(frame: bytes, layout: Layout) -> None:
         raise ValueError(f"its frame of {len(frame)} bytes is too long for {size} bytes of pixels")
     number = int.from_bytes(frame[:4], "little")
     if number > 15 or len(frame) < 64:
-        raise ValueError("its frame has no valid header of RLE")
+        raise ValueError("its frame has no valid RLE header")
     ends = [*struct.unpack_from(f"<{number}I", frame, 4), len(frame)]
     if ends != sorted(ends):
         raise ValueError("the segments of its frame overlap")

@@ -77,7 +77,7 @@ def _unpacked(data: bytes, raw_mode: str, read: ReadSettings) -> np.ndarray:
     with opened as image:
         # A later header may say something else.
         if len(image.tile) != 1 or image.mode != raw_mode.partition(";")[0]:
-            raise ValueError(f"a PNG of {image.mode}, which its first header does not say")
+            raise ValueError(f"its first header is not that of the {image.mode} that PIL finds")
         tile: Any = (*image.tile[0][:3], raw_mode)  # older Pillows have tuples
         image.tile = [tile]
         image.load()

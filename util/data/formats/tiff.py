@@ -363,7 +363,7 @@ def _check_bytes(directory: Directory, layout: Layout, places: list[tuple[int, i
         raise ValueError("its strips or tiles have more bytes than the file")
     needed = ceil(layout.height * layout.width * layout.samples * layout.bits / 8)
     if layout.compression == 1 and len(used) == len(places) and sum(n for _, n in used) < needed:
-        raise ValueError(f"its strips or tiles have fewer bytes than the {needed} of its pixels")
+        raise ValueError(f"its strips or tiles have fewer bytes than the {needed} that its pixels need")
     if layout.compression in (JPEG, JPEG_2000):
         for at, count in used:
             check_stream(directory.data[at : at + count], max(1, segment), max(4, layout.samples))

@@ -124,7 +124,7 @@ def read_table(path: str) -> Table:
         found = some_names(header) or "nothing"
         raise ValueError(
             f"line 1 of {shown} names no column of paths: found {found}. {HEADER}; a column of paths is "
-            f"named {', '.join(PATHS)}. A table that lists no images belongs elsewhere."
+            f"named {', '.join(PATHS)}. Move a table that lists no images to another folder."
         )
     labels = _column(header, LABELS)
     splits = _column(header, SPLIT_COLUMNS)

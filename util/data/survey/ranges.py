@@ -68,7 +68,7 @@ def settle_range(
         )
         return (low,), (high,)
     raise ValueError(
-        f"{found}. Which of them are black and white is not known: give `range` {range_of_all} "
+        f"{found}. The values of black and white are not known: give `range` {range_of_all} "
         f"(percentiles {SUGGESTED[0]:g} and {SUGGESTED[1]:g}); `python -m util.data stats` prints it with "
         "`mean` and `std` for each channel"
     )
