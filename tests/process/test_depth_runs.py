@@ -248,7 +248,7 @@ def test_two_ranks_settle_on_one_range(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    bounds = [None, ["p1", "p99"], ["p99", "p1"], [0, 100]]
+    bounds = [None, ["p1", "p99"], ["p0", "p0.0001"], [0, 100]]
     both = [FORK.Process(target=settle, args=(rank, port, source, bounds, tmp_path)) for rank in (0, 1)]
     for process in both:
         process.start()
