@@ -84,11 +84,9 @@ class ImageDataset(IndexedSamples):
         return line
 
     def _crops_jpegs(self) -> bool:
-        return self.pixels is None and self._rgb and hasattr(self.transform, "crop_jpeg")
-
-    @property
-    def _rgb(self) -> bool:
-        return self.read.in_chans == 3 and not self.read.channels and self.depth == torch.uint8
+        read = self.read
+        rgb = read.in_chans == 3 and not read.channels and self.depth == torch.uint8
+        return rgb and self.pixels is None and hasattr(self.transform, "crop_jpeg")
 
     @property
     def depth(self) -> torch.dtype:
@@ -133,11 +131,13 @@ class ImageDataset(IndexedSamples):
         raise_pillows_limit(self.read.max_pixels)
         if self.pixels is not None:
             return Loaded(self.pixels[i], transformed=False)
-        if self._mostly_arrays:
-            return Loaded(decode(self.index.read_writable(i), self.read), transformed=False)
+        if not self._crops_jpegs():
+            if self._mostly_arrays:
+                return Loaded(decode(self.index.read_writable(i), self.read), transformed=False)
+            return Loaded(decode(self.index.read(i), self.read), transformed=False)
         data = self.index.read(i)
         # Decoding only the crop is faster, if the native library is there and the file is an ordinary JPEG.
-        if self._crops_jpegs() and not self._is_turned(data):
+        if not self._is_turned(data):
             crop = self.transform.crop_jpeg(data, key, self.read.max_pixels)
             if crop is not None:
                 return Loaded(crop, transformed=True)

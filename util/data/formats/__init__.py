@@ -8,6 +8,7 @@ Files are not trusted. `open_image` is the only place where PIL opens one, and i
 number of pixels that a header claims is compared with a budget before anything is decoded or allocated.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -196,15 +197,16 @@ def _check_finite(image: torch.Tensor) -> None:
     """Raise ValueError for float32 values that are not finite, or too large to be resized."""
     if image.dtype != torch.float32 or not image.numel():
         return
-    low, high = image.aminmax()
-    # NaN spreads to both.
-    if low >= -LARGEST and high <= LARGEST:
+    values = image.reshape(-1)
+    # A finite sum of squares leaves nothing to look for, and takes a third of the time of the other tests.
+    if math.isfinite(torch.dot(values, values)):
         return
     count = image.numel() - int(torch.isfinite(image).sum())
     if count:
         raise ValueError(f"{count} of its {image.numel()} values are not finite (NaN or infinite)")
     count = int((image.abs() > LARGEST).sum())
-    raise ValueError(
-        f"{count} of its {image.numel()} values are beyond {LARGEST:g}: if they mark missing data (nodata), "
-        "replace them by a usual value"
-    )
+    if count:
+        raise ValueError(
+            f"{count} of its {image.numel()} values are beyond {LARGEST:g}: if they mark missing data "
+            "(nodata), replace them by a usual value"
+        )
