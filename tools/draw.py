@@ -81,6 +81,11 @@ def load_model(path: str) -> tuple[Model, dict]:
     return model_of(state), state.args
 
 
+def _bands(model: Model, flags: dict, display: Display) -> Bands:
+    """The channels that pictures show: those of `display`, or else those of the run's own pictures."""
+    return Bands.of(model.in_chans, display.bands or flags.get("picture_bands"))
+
+
 # One folder, tar or list of images, or files of images; "" is the demo set.
 Images = str | os.PathLike | Sequence[str]
 
@@ -251,7 +256,7 @@ def reconstruct(
             f"{path} does not say whether its target was normalised, so the prediction is taken as pixels: "
             "pass norm_pix_loss if it was normalised"
         )
-    bands = Bands.of(model.in_chans, display.bands)
+    bands = _bands(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
@@ -355,7 +360,7 @@ def positions(
         raise ValueError(
             f"{path} has no label head (`pos_label` none, or exported without it): no positions to draw"
         )
-    bands = Bands.of(model.in_chans, display.bands)
+    bands = _bands(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, measure, display)
     first = next(batches)
     shown = as_pixels(first[0], pixels, bands)  # (n, H, W, 3)
@@ -422,7 +427,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 def attention(path: str, data_path: Images, n: int, display: Display = USUAL) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
-    bands = Bands.of(model.in_chans, display.bands)
+    bands = _bands(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, _ = next(batches)
     maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)

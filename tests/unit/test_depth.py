@@ -563,8 +563,11 @@ def test_what_is_printed_for_8_bit_rgb_is_mean_and_std(tmp_path, capsys, monkeyp
     # The file is kept once it differs, whether or not it is named.
     assert "written to set.args" in stats(capsys, "set")[1]
     Path("set.args").write_text("# mine\n")
-    for more in ([], ["--recipe", "set.args"]):
-        assert "set.args exists and is kept" in stats(capsys, "set", *more)[1]
+    for more, expected in (([], 0), (["--recipe", "set.args"], 2)):
+        code, out = stats(capsys, "set", *more)
+        assert code == expected and "--mean" in out and "set.args exists and is kept" in out
+    code, out = stats(capsys, "set", "--recipe", "none/set.args")
+    assert code == 2 and "--mean" not in out and "there is no folder none" in out
     assert Path("set.args").read_text() == "# mine\n"
     assert "written" not in stats(capsys, "set", "--recipe", "")[1]
 
@@ -677,6 +680,10 @@ def test_visualize_takes_a_range_and_bands(tmp_path, monkeypatch, capsys):
     assert drawn("--picture_bands", 1, "--range", 0, 1000) == 0 and seen["titles"][0] == "original, band 1"
     assert not torch.equal(first, seen["images"]) and (seen["images"] == 1).double().mean() > 0.9
     assert drawn("--picture_bands", 2) == 2
+    # A run's own pictures may have shown another band.
+    torch.save({"model": model.state_dict(), "args": flags | {"picture_bands": [1]}}, tmp_path / "m.pth")
+    assert drawn() == 0 and seen["titles"][0] == "original, band 1"
+    assert drawn("--picture_bands", 0) == 0 and seen["titles"][0] == "original, band 0"
     # Images of 8 bits have another range.
     plain = write_set(tmp_path / "plain", np.uint8)
     assert drawn("--data_path", plain) == 2 and drawn("--data_path", plain, "--range", 0, 255) == 0

@@ -174,7 +174,7 @@ def test_one_line_names_the_package(monkeypatch):
     heics._library.cache_clear()
     files = {
         b"\0" * 128 + b"DICM": "a DICOM file needs .*: pip install pydicom$",
-        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic": "a HEIC or HEIF file needs .*: pip install pillow-heif$",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic": "a HEIC or HEIF file needs .*: pip install pi-heif$",
     }
     for data, message in files.items():
         with pytest.raises(ValueError, match=message):
@@ -386,14 +386,14 @@ def test_jpegs_whose_segments_are_out_of_order_have_no_header(before):
     """Decoders read them differently; of padding they agree."""
     data = encode(picture(1, size=(48, 40)), "JPEG")
     padded = data[:2] + b"\xff\xff" + data[2:]
-    assert stream_header(data) == stream_header(padded) == (40, 48, 3)
+    assert stream_header(data) == stream_header(padded) == (40, 48, 3, 8)
     assert stream_header(data[:2] + before + data[2:]) is None
     lossless = b"\xff\xd8\xff\xf7" + struct.pack(">HBHHB", 11, 12, 30, 20, 1) + bytes(9)
-    assert stream_header(lossless) == (30, 20, 1)
+    assert stream_header(lossless) == (30, 20, 1, 12)
     # C4 is a table, C8 and CC are no frames.
     for marker in (0xC4, 0xC8, 0xCC):
         segment = bytes([0xFF, marker, 0, 11]) + bytes(9)
-        assert stream_header(lossless[:2] + segment + lossless[2:]) == (30, 20, 1)
+        assert stream_header(lossless[:2] + segment + lossless[2:]) == (30, 20, 1, 12)
 
 
 # --- PNG of 16 bits ---
@@ -478,6 +478,21 @@ def test_jpeg_2000_keeps_16_bits_and_its_codestream_is_checked():
     huge = data[:at] + struct.pack(">II", 60_000, 60_000) + data[at + 8 :]
     with little_memory(), pytest.raises(ValueError, match="60000 x 60000 pixels"):
         decode(huge, ReadSettings(1))
+
+
+@pytest.mark.skipif("JPEG2000" not in formats.PIL_FORMATS, reason="this Pillow has no JPEG 2000")
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_jpeg_2000_of_many_bits_in_colour_is_refused_instead_of_cut(bands):
+    codec = pytest.importorskip("imagecodecs")
+    image = values("<u2", bands)
+    for bits in (12, 16):
+        data = codec.jpeg2k_encode(image & (1 << bits) - 1, level=0, bitspersample=bits)
+        for read in (decode, describe):
+            with pytest.raises(ValueError, match=f"of {bands} components of {bits} bits"):
+                read(data, ReadSettings(3))
+    data = codec.jpeg2k_encode((image >> 8).astype("u1"), level=0)
+    if bands != 2:
+        assert same(decode(data, ReadSettings(bands)), bands_first((image >> 8).astype("u1")))
 
 
 # --- arrays ---
@@ -607,7 +622,7 @@ def test_a_codestream_behind_a_smaller_one_counts():
     box = struct.pack(">I4s", 8 + 16 + len(small), b"uuid") + bytes(16) + small
     at = large.index(b"jp2h") - 4
     data = large[:at] + box + large[at:]
-    assert codestreams.stream_header(data) == codestreams.Stream(90, 100, 1)
+    assert codestreams.stream_header(data) == codestreams.Stream(90, 100, 1, 8)
     with pytest.raises(ValueError, match="90 x 100 pixels are more"):
         codestreams.check_stream(data, 8999)
 

@@ -1,5 +1,6 @@
 """Tars in object stores: they are downloaded once, whole and unchanged, and read as local ones."""
 
+import errno
 import hashlib
 import io
 import json
@@ -133,6 +134,24 @@ def test_the_cache_is_the_users_unless_one_is_given(store, cache, tmp_path):
     given = DataPath(store[1], data_cache=str(tmp_path / "given"))
     assert images(build_index(given)) == FILES
     assert len(list((tmp_path / "given").glob("*/train-*.tar"))) == 2
+
+
+def test_a_complete_copy_need_not_be_writable(store, cache, monkeypatch):
+    fill(store)
+    assert len(build_index(store[1])) == 4
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_lock", read_only)
+        patch.setattr(os, "makedirs", read_only)
+        assert len(build_index(store[1])) == 4
+        put(store, "train-2.tar", tar("a/0.jpg"))
+        with pytest.raises(ValueError, match=r"cannot hold the tars of .*Read-only"):
+            build_index(store[1])
+    store[0].rm(f"{fsspec.core.url_to_fs(store[1])[1]}/train-1.tar")
+    assert len(build_index(store[1])) == 3
 
 
 def test_a_shard_that_changes_in_the_store_is_noticed(store, cache, capsys):

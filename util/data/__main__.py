@@ -149,6 +149,9 @@ def print_stats(dataset: ImageDataset, images: int, recipe: str | None) -> int:
 
     Raises ValueError if none of them can be read.
     """
+    folder = os.path.dirname(recipe or "")
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--recipe: there is no folder {printable(folder)}")
     index = dataset.index
     numbers = spread(len(index), images)
     values = Values(dataset.read.in_chans, dataset.depth, len(numbers))
@@ -272,7 +275,10 @@ def _bands(dataset: ImageDataset, channels: list[int]) -> str:
 
 
 def _write_recipe(dataset: ImageDataset, flags: list[str], recipe: str | None, images: int) -> None:
-    """Write the flags to a recipe, unless its name is ''. An existing file with other content is kept."""
+    """Write the flags to a recipe, unless its name is ''.
+
+    An existing file with other content is kept. Raises ValueError if it is the one that `recipe` names.
+    """
     path = recipe
     if path is None:
         base = os.path.basename(os.path.abspath(dataset.index.path)) or "data"
@@ -282,7 +288,11 @@ def _write_recipe(dataset: ImageDataset, flags: list[str], recipe: str | None, i
     source = f"# Of {counted(images, 'image')} of {printable(dataset.index.path)}"
     text = "\n".join([source, *flags, ""])
     if os.path.exists(path) and not _holds(path, text):
-        print(f"{printable(path)} exists and is kept: remove it, or name another file by --recipe")
+        kept = f"{printable(path)} exists and is kept: remove it, or name another file by --recipe"
+        # A script that named the file would go on with other values.
+        if recipe is not None:
+            raise ValueError(kept)
+        print(kept)
         return
     try:
         write_text(path, text, follow=True)

@@ -768,6 +768,6 @@ def _per_channel(values: Sequence[float], in_chans: int, name: str) -> tuple[flo
     if len(values) != in_chans:
         raise ValueError(
             f"`{name}` needs {in_chans} values for `in_chans` {in_chans}, found {len(values)}: "
-            f"python -m util.data stats PATH --in_chans {in_chans} computes them"
+            f"python -m util.data stats PATH --in_chans {in_chans} computes them (add your `channels`)"
         )
     return tuple(values)

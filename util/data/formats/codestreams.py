@@ -17,11 +17,16 @@ JPEG_LS = 0xF7  # the marker of the frame of JPEG-LS
 
 
 class Stream(NamedTuple):
-    """What the header of compressed pixels claims."""
+    """What the header of compressed pixels claims.
+
+    Attributes:
+        bits: of the deepest component.
+    """
 
     height: int
     width: int
     components: int
+    bits: int
 
 
 def check_stream(data: bytes, max_pixels: int, components: int = 4) -> None:
@@ -51,7 +56,10 @@ def _siz(data: bytes, at: int) -> Stream | None:
     right, bottom, left, top, _, _, _, _, components = struct.unpack_from(">8IH", data, at + 8)
     if right <= left or bottom <= top:
         return None
-    return Stream(bottom - top, right - left, components)
+    # Three bytes for each component, of which the first has its sign and one bit less than it has.
+    depths = data[at + 42 : at + 42 + 3 * components : 3]
+    bits = max(((depth & 0x7F) + 1 for depth in depths), default=0)
+    return Stream(bottom - top, right - left, components, bits)
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -78,5 +86,6 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 def _jpeg_header(data: bytes) -> Stream | None:
     for marker, at in jpeg_segments(data):
         if marker in FRAMES or marker == JPEG_LS:
-            return Stream(*struct.unpack_from(">HHB", data, at + 5))
+            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            return Stream(height, width, components, bits)
     return None

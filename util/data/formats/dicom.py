@@ -253,7 +253,9 @@ def _of_modality(stored: np.ndarray, dataset: Any, layout: Layout) -> np.ndarray
         return _pydicom().pixels.apply_modality_lut(stored, dataset)
     if (layout.slope, layout.intercept) == (1, 0):
         return stored
-    if layout.is_integer and abs(layout.slope) < 2**31 and abs(layout.intercept) < 2**31:
+    # Products of more bits could leave int64.
+    small = layout.stored <= 32 and abs(layout.slope) < 2**30 and abs(layout.intercept) < 2**30
+    if layout.is_integer and small:
         return stored.astype(np.int64) * int(layout.slope) + int(layout.intercept)
     with np.errstate(over="ignore", invalid="ignore"):
         return (stored.astype(np.float64) * layout.slope + layout.intercept).astype(np.float32)

@@ -1,5 +1,6 @@
-"""HEIC and HEIF files, by pillow-heif. Nothing is registered with PIL."""
+"""HEIC and HEIF files, by pi-heif or pillow-heif. Nothing is registered with PIL."""
 
+import contextlib
 import io
 from functools import lru_cache
 from importlib import import_module
@@ -14,6 +15,8 @@ from util.data.formats.pil import AVIF, brands_of, deep_channels, image_to_tenso
 from util.data.formats.settings import Facts, ReadSettings, check_pixels, needs_package
 
 BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+# The same library and functions. The second one can encode, too, for which its wheels bring x265 (GPL).
+LIBRARIES = ("pi_heif", "pillow_heif")
 
 
 def is_heif(data: bytes) -> bool:
@@ -50,10 +53,10 @@ def heif_facts(data: bytes, read: ReadSettings) -> Facts:
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
-    try:
-        return import_module("pillow_heif")
-    except ImportError:
-        raise needs_package("a HEIC or HEIF file", "pillow-heif") from None
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            return import_module(name)
+    raise needs_package("a HEIC or HEIF file", "pi-heif")
 
 
 def _opened(data: bytes) -> Any:

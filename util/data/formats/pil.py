@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from util.data.formats.arrays import as_tensor
 from util.data.formats.codestreams import SIZ, stream_header
 from util.data.formats.settings import Facts, ReadSettings, check_pixels, depth_name, picked, to_depth
+from util.files.names import counted
 from util.flags.groups import MAX_PIXELS
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -332,7 +333,20 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"it has more pixels than `max_pixels` {max_pixels}") from None
     check_pixels(image.height, image.width, max_pixels)
     _check_tiles(image, max_pixels)
+    _check_depth(image, data)
     return image
+
+
+def _check_depth(image: Image.Image, data: bytes) -> None:
+    """Raise ValueError for a JPEG 2000 of which PIL would keep the 8 upper bits only."""
+    if image.format != "JPEG2000" or image.mode[0] == "I":
+        return
+    stream = stream_header(data)
+    if stream is not None and stream.bits > 8:
+        raise ValueError(
+            f"a JPEG 2000 of {counted(stream.components, 'component')} of {stream.bits} bits, which is read "
+            "with one component only: convert it to TIFF"
+        )
 
 
 def raise_pillows_limit(max_pixels: int) -> None:

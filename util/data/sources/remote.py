@@ -90,15 +90,17 @@ def local_copy(url: str, split: str, cache: str = "") -> str:
     shards = _list(store, root, url, split)
     folder = os.path.join(os.path.expanduser(cache) or default_cache(), _folder_name(url))
     try:
-        os.makedirs(folder, exist_ok=True)
-        with _lock(os.path.join(folder, ".lock"), url):
-            _remove_others(folder, shards, split)
-            missing = [shard for shard in shards if not _is_whole(folder, shard)]
-            if missing:
-                _Downloads(store, folder, url).fetch(missing)
-                # Parts of two versions may have been joined. The next start sees it in the records.
-                if _list(store, root, url, split) != shards:
-                    raise ValueError(f"{printable(url)} has changed while it was downloaded: start again")
+        # A copy that is complete may lie where nothing can be written.
+        if not _is_complete(folder, shards, split):
+            os.makedirs(folder, exist_ok=True)
+            with _lock(os.path.join(folder, ".lock"), url):
+                _remove_others(folder, shards, split)
+                missing = [shard for shard in shards if not _is_whole(folder, shard)]
+                if missing:
+                    _Downloads(store, folder, url).fetch(missing)
+                    # Parts of two versions may have been joined. The next start sees it in the records.
+                    if _list(store, root, url, split) != shards:
+                        raise ValueError(f"{printable(url)} has changed while it was downloaded: start again")
     except OSError as error:
         raise ValueError(
             f"`data_cache` {printable(folder)} cannot hold the tars of {printable(url)}: {error}"
@@ -248,8 +250,15 @@ def _recorded(path: str) -> dict | None:
     return None
 
 
-def _remove_others(folder: str, shards: list[Shard], split: str) -> None:
-    """Remove local tars of this split that the store no longer has: they would count as shards."""
+def _is_complete(folder: str, shards: list[Shard], split: str) -> bool:
+    """Tell whether the local copies are those of the store, and no others."""
+    if not os.path.isdir(folder) or _others(folder, shards, split):
+        return False
+    return all(_is_whole(folder, shard) for shard in shards)
+
+
+def _others(folder: str, shards: list[Shard], split: str) -> list[str]:
+    """Return the names of local files of this split that the store no longer has, sorted."""
     kept = {shard.name for shard in shards}
     found = [
         f
@@ -257,7 +266,12 @@ def _remove_others(folder: str, shards: list[Shard], split: str) -> None:
         if f == f"{split}.tar" or (f.startswith(f"{split}-") and f.endswith(".tar"))
     ]
     found += [file for file in NAME_FILES if os.path.exists(os.path.join(folder, file))]
-    for name in sorted(set(found) - kept):
+    return sorted(set(found) - kept)
+
+
+def _remove_others(folder: str, shards: list[Shard], split: str) -> None:
+    """Remove local tars of this split that the store no longer has: they would count as shards."""
+    for name in _others(folder, shards, split):
         dist.print_rank0(f"{printable(name)} is no longer in the store: its local copy is removed")
         for path in (os.path.join(folder, name), _record_path(folder, name)):
             with contextlib.suppress(FileNotFoundError):
