@@ -1,6 +1,6 @@
 """Generate the embedded demo set: small scenes whose layout shows where in the picture a patch comes from.
 
-    python data/demo/make_demo.py              # rewrites train.tar and val.tar in this folder
+    python data/demo/make_demo.py              # rewrites the tars of pictures and of masks in this folder
 
 Rows differ by the gradient of the sky, the horizon, and a ground that becomes coarser towards the viewer.
 Columns differ by the sun in the upper left, faces lit from the left, shadows that fall to the right, and
@@ -10,6 +10,8 @@ patches, and naming the cell of visible ones.
 Every picture has its own seed (split, class, number), so the tars are byte-identical in every run.
 Another version of Pillow or libjpeg may draw or compress a few pixels differently. The bytes then change,
 but not the scenes.
+
+Opaque strokes also leave their label on a second canvas, which becomes a mask for semantic segmentation.
 
 Lengths are in final pixels (x to the right, y down, 0..64). Drawing happens at 4x and is averaged
 down at the end.
@@ -34,6 +36,10 @@ K = 4
 PER_CLASS = {"train": 20, "val": 5}
 # A tar member takes a 512-byte header and whole 512-byte blocks, so a picture of two blocks wastes nothing.
 JPEG_BYTES = 1024
+# What a mask's values 0, 1, ... mean. An object is what the class is named after; trees have their own label.
+LABELS = ("sky", "hills", "ground", "water", "wall", "floor", "object", "tree")
+# The value of pixels on borders, where no label prevails. Segmentation ignores 255 by custom.
+BORDER = 255
 # Colours of the zenith, the horizon and the sunlight, for several times of day. The sky is the largest cue
 # for the row.
 SKIES = [
@@ -66,11 +72,16 @@ def mix(a: Colour, b: Colour, t: float) -> Colour:
 
 
 class Scene:
-    """A canvas at 4x, and the strokes that the classes share. Light always comes from the upper left."""
+    """A canvas at 4x, and the strokes that the classes share. Light always comes from the upper left.
+
+    Opaque strokes leave their label on a second canvas. Shadows, light and translucent strokes leave none.
+    """
 
     def __init__(self, rng: Random):
         self.rng = rng
         self.image = Image.new("RGB", (SIDE * K, SIDE * K))
+        self.labels = Image.new("L", self.image.size)
+        self.means("sky")
         self.zenith, self.haze, self.sun = rng.choice(SKIES)
         self.y, self.x = np.mgrid[0 : SIDE * K, 0 : SIDE * K] / K
         noise = Image.fromarray(
@@ -83,6 +94,12 @@ class Scene:
         """Make later strokes relative to an object that stands on (x, y) and has this size."""
         self.origin = (x, y)
         self.size = size
+
+    def means(self, label: str, where: np.ndarray | None = None) -> None:
+        """Give later strokes this label. The part of the canvas where (H, W) is true gets it at once."""
+        self.label = LABELS.index(label)
+        if where is not None:
+            self.labels.paste(self.label, (0, 0), Image.fromarray(where))
 
     def pixels(self, points: Sequence[Point]) -> list[Point]:
         """Points of the current object -> points of the canvas."""
@@ -98,9 +115,16 @@ class Scene:
 
     # -- strokes
     # -------------------------------------------------------------------------------------------------------
+    def stroke(self, shape: str, points: Sequence[Point], colour: Colour, *rest: int) -> None:
+        """Draw a shape of ImageDraw, and leave the current label if the colour is opaque."""
+        corners = self.pixels(points)
+        getattr(ImageDraw.Draw(self.image, "RGBA"), shape)(corners, colour, *rest)
+        if len(colour) == 3:
+            getattr(ImageDraw.Draw(self.labels), shape)(corners, self.label, *rest)
+
     def polygon(self, points: Sequence[Point], colour: Colour) -> None:
         """A filled polygon. A fourth value of the colour is its opacity, 0 to 255."""
-        ImageDraw.Draw(self.image, "RGBA").polygon(self.pixels(points), fill=colour)
+        self.stroke("polygon", points, colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
         """A filled rectangle from (x0, y0) to (x1, y1)."""
@@ -108,14 +132,11 @@ class Scene:
 
     def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
         """A filled ellipse around (x, y)."""
-        corners = self.pixels([(x - rx, y - ry), (x + rx, y + ry)])
-        ImageDraw.Draw(self.image, "RGBA").ellipse(corners, fill=colour)
+        self.stroke("ellipse", [(x - rx, y - ry), (x + rx, y + ry)], colour)
 
     def line(self, points: Sequence[Point], width: float, colour: Colour) -> None:
         """A line through the points, at least one pixel of the canvas wide."""
-        ImageDraw.Draw(self.image, "RGBA").line(
-            self.pixels(points), colour, max(1, round(width * self.size * K))
-        )
+        self.stroke("line", points, colour, max(1, round(width * self.size * K)))
 
     def ball(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
         """An oval that becomes lighter towards the upper left."""
@@ -158,6 +179,7 @@ class Scene:
     def sky(self, horizon: float) -> None:
         """A gradient from zenith to horizon, the sun in the upper left, up to three clouds to its right."""
         rng = self.rng
+        self.means("sky")
         self.blend(self.zenith, self.y * 0 + 1)
         self.blend(self.haze, np.clip(self.y / horizon, 0, 1) ** 1.3)
         x = rng.uniform(5, 15)
@@ -174,6 +196,7 @@ class Scene:
 
     def hills(self, horizon: float, height: float) -> None:
         """Two waves of hills on the horizon, the far one paler."""
+        self.means("hills")
         colour = self.rng.choice(GRASS)
         phase = self.rng.uniform(0, 6)
         wave = self.rng.uniform(0.06, 0.12)
@@ -194,6 +217,7 @@ class Scene:
         """A plane in perspective, with a texture that is fine at the horizon and coarse at the lower edge."""
         # `near` is 0 at the horizon and 1 at the lower edge.
         below = self.y >= horizon
+        self.means("ground", below)
         near = np.clip((self.y - horizon) / (SIDE - horizon), 0, 1)
         self.blend(mix(colour, self.haze, 0.45), below)
         self.blend(mix(colour, (0, 0, 0), 0.08), below * near**0.6)
@@ -214,6 +238,7 @@ class Scene:
     def water(self, horizon: float, colour: Colour) -> None:
         """A ground with waves, which reflects the sky and the sun."""
         self.ground(horizon, mix(colour, self.zenith, 0.4), grain=0.55, stretch=4)
+        self.means("water", self.y >= horizon)
         # A path of light below the sun that widens towards the viewer.
         glitter = np.exp(-(((self.x - 10) / (4 + 0.2 * np.abs(self.y - horizon))) ** 2))
         self.blend(self.sun, 0.55 * glitter * (self.y >= horizon))
@@ -222,6 +247,7 @@ class Scene:
         """A wall, a window in the upper left, floor boards towards the viewer, a patch of light on them."""
         rng = self.rng
         wall = self.rng.choice([(222, 204, 170), (180, 198, 188), (206, 180, 186), (166, 186, 214)])
+        self.means("wall", self.y < floor)
         self.blend(wall, self.y * 0 + 1)
         self.blend(
             mix(wall, (0, 0, 0), 0.5),
@@ -229,6 +255,7 @@ class Scene:
         )
         self.box(0, floor - 2, SIDE, floor, mix(wall, (0, 0, 0), 0.35))
         self.ground(floor, rng.choice(WOOD), grain=0.15)
+        self.means("floor", self.y >= floor)
         for x in range(-150, 215, 14):
             self.line([(32 + (x - 32) * 0.35, floor), (x, SIDE)], 0.35, (40, 24, 14, 130))
         x = rng.uniform(4, 8)
@@ -238,6 +265,8 @@ class Scene:
         self.shadow(
             [(x + w, y), (x + 2 * w + 4, y + 2), (x + 2 * w + 4, y + 2 * h + 3), (x, y + 2 * h + 3)], 0.3
         )
+        # What lies behind the panes belongs to the wall.
+        self.means("wall")
         self.box(x - 1, y - 1, x + 2 * w + 2, y + 2 * h + 2, (240, 236, 224))
         for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
             self.box(
@@ -257,6 +286,13 @@ class Scene:
         self.blend((10, 10, 26), np.clip(0.24 * (self.x / SIDE) ** 1.2 + 0.09 * corners, 0, 1))
         return self.image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
+    def mask(self) -> Image.Image:
+        """The label that covers more than half of a pixel, 64x64 in mode L, and BORDER where none does."""
+        blocks = np.asarray(self.labels).reshape(SIDE, K, SIDE, K)
+        shares = np.stack([(blocks == label).mean((1, 3)) for label in range(len(LABELS))])
+        values = np.where(shares.max(0) > 0.5, shares.argmax(0), BORDER)
+        return Image.fromarray(values.astype(np.uint8))
+
 
 # -- the classes: each function draws one scene
 # ---------------------------------------------------------------------------------
@@ -267,6 +303,7 @@ def balloon(s: Scene, rng: Random) -> None:
     s.shadow([(0, 0), (4, -1.5), (10, -1.2), (13, 0.4), (6, 2)])
     r = rng.uniform(8, 13)
     first, second = rng.sample(PAINT, 2)
+    s.means("object")
     s.place(rng.uniform(22, 48), rng.uniform(r + 2, 47 - 2.2 * r), r)
     s.polygon([(-0.8, 0.55), (0.8, 0.55), (0.18, 1.55), (-0.18, 1.55)], s.tone(first, 0.7))
     s.ball(0, 0, 1, 1.05, first)
@@ -293,6 +330,7 @@ def boat(s: Scene, rng: Random) -> None:
     s.water(horizon, rng.choice([(36, 92, 130), (30, 110, 120), (50, 80, 120)]))
     s.place(rng.uniform(22, 42), rng.uniform(horizon + 9, 55), rng.uniform(0.8, 1.3))
     s.shadow([(-8, 1), (9, 1), (15, 5), (0, 6)], 0.45, 1.2)
+    s.means("object")
     s.line([(0, -23), (0, -2)], 0.7, (70, 48, 34))
     s.polygon([(-0.8, -22), (-0.8, -4), (-9, -4)], s.tone(sail, 1.3))
     s.polygon([(0.8, -23), (11, -4.5), (0.8, -4)], s.tone(sail, 0.8))
@@ -311,7 +349,9 @@ def bridge(s: Scene, rng: Random) -> None:
     foot = horizon + rng.uniform(11, 16)
     width = rng.uniform(16, 24)
     s.shadow([(0, foot), (SIDE, foot), (SIDE, foot + 9), (0, foot + 5)], 0.5, 1.2)
+    s.means("object")
     behind = s.image.copy()
+    labels = s.labels.copy()
     holes = Image.new("L", s.image.size)
     s.box(0, deck, SIDE, foot, stone)
     start = rng.uniform(-width, 0)
@@ -323,7 +363,9 @@ def bridge(s: Scene, rng: Random) -> None:
         s.box(x - 2.4, deck + 4, x - 1.2, foot, s.tone(stone, 1.5))
     # The inside of the arches, in shade; then the view through them.
     s.image.paste(s.tone(stone, 0.5), (0, 0), holes)
-    s.image.paste(behind, (0, 0), ImageChops.darker(holes, ImageChops.offset(holes, 5, 2)))
+    opening = ImageChops.darker(holes, ImageChops.offset(holes, 5, 2))
+    s.image.paste(behind, (0, 0), opening)
+    s.labels.paste(labels, (0, 0), opening)
     s.box(0, deck - 1.6, SIDE, deck + 0.8, s.tone(stone, 1.4))
     s.box(0, deck + 0.8, SIDE, deck + 1.5, s.tone(stone, 0.6))
 
@@ -340,6 +382,7 @@ def car(s: Scene, rng: Random) -> None:
         s.polygon([(x, 58.5), (x + 8, 58.5), (x + 8.5, 60), (x, 60)], (236, 230, 210))
     s.place(rng.uniform(18, 42), rng.uniform(52, 55.5), rng.uniform(0.9, 1.3))
     s.shadow([(-12, 0), (12, -1), (19, 2.2), (-6, 3.2)], 0.65)
+    s.means("object")
     # The direction in which it drives.
     m = rng.choice([-1, 1])
     for colour, outline in (
@@ -367,6 +410,7 @@ def house(s: Scene, rng: Random) -> None:
     wall = rng.choice([(240, 228, 202), (230, 194, 154), (214, 216, 222), (204, 126, 100)])
     roof = rng.choice([(170, 66, 48), (104, 78, 70), (92, 98, 116)])
     window = rng.choice([(250, 214, 130), (58, 76, 104)])
+    s.means("object")
     s.cast(2, w + side, h)
     s.polygon([(w, 0), (w + side, -2), (w + side, -h), (w, -h)], s.tone(wall, 0.62))
     s.polygon([(0, 0), (w, 0), (w, -h), (w / 2, -h - eave), (0, -h)], s.tone(wall, 1.3))
@@ -391,6 +435,7 @@ def lamp(s: Scene, rng: Random) -> None:
     s.place(x, y)
     s.shadow([(-2, 0), (3, 0), (15, 3), (10, 4)])
     s.blend((255, 230, 160), 0.8 * np.exp(-np.hypot((s.x - x) / 1.2, s.y - y + height - 8) / 10))
+    s.means("object")
     s.oval(0, 0, 5, 1.4, (58, 48, 42))
     s.barrel(-height + 6, 0.7, 0, 0.7, (120, 100, 80), 1.6)
     s.barrel(-height, 0.55 * w, -height + 9, w, mix(shade, (255, 226, 150), 0.25), 1.5)
@@ -402,6 +447,7 @@ def mountain(s: Scene, rng: Random) -> None:
     horizon = rng.uniform(42, 48)
     rock = rng.choice([(126, 122, 134), (140, 122, 108), (108, 124, 140)])
     s.sky(horizon)
+    s.means("object")
     # Ranges of x and of the height. The most distant peak comes first.
     peaks = [(46, 58, 18, 25), (6, 18, 16, 22), (26, 40, 30, 36)]
     for depth, (x0, x1, low, high) in enumerate(peaks):
@@ -429,6 +475,7 @@ def table(s: Scene, rng: Random) -> None:
     w = rng.uniform(36, 42)
     wood = rng.choice(WOOD)
     cup = rng.choice(PAINT)
+    s.means("object")
     s.place(left, rng.uniform(36, 42))
     s.shadow([(3, 18), (w, 17), (w + 12, 22), (14, 24)], 0.5, 1.5)
     for x, y in ((4, 16), (w - 5, 16), (1, 22), (w - 3, 22)):
@@ -461,9 +508,11 @@ def tower(s: Scene, rng: Random) -> None:
     else:
         s.ground(horizon, rng.choice(GRASS))
     s.place(rng.uniform(26, 42), rng.uniform(51, 54))
+    s.means("ground")
     s.polygon([(-28, 14), (-18, 3), (-8, -1), (9, -1), (20, 4), (32, 14)], land)
     # The side of the hill away from the light.
     s.polygon([(9, -1), (20, 4), (32, 14), (6, 14)], s.tone(land, 0.75))
+    s.means("object")
     s.cast(-w, w, 26)
     wall, band = rng.choice(
         [
@@ -493,6 +542,7 @@ def tree(s: Scene, rng: Random) -> None:
     )
     s.place(rng.uniform(18, 40), rng.uniform(52, 58), rng.uniform(0.85, 1.2))
     s.shadow([(0, 0), (1.5, -0.5), (14, -2), (28, 1), (24, 5), (12, 3)])
+    s.means("tree")
     s.barrel(-22, 1.3, 0, 2.6, (112, 80, 54), 1.4)
     # Many small balls, lighter in the upper left.
     for _ in range(26):
@@ -513,6 +563,7 @@ def meadow(s: Scene, horizon: float, height: float) -> None:
 
 def pine(s: Scene, rng: Random, x: float, y: float) -> None:
     """A pine whose foot is at (x, y)."""
+    s.means("tree")
     # Larger towards the viewer.
     s.place(x, y, 0.25 + (y - 38) / 22)
     green = rng.choice([(52, 104, 62), (66, 112, 56), (46, 92, 76)])
@@ -528,13 +579,16 @@ CLASSES: dict[str, Callable[[Scene, Random], None]] = {
 }
 
 
-def draw(split: str, name: str, number: int) -> Image.Image:
-    """Draw one scene, 64x64 RGB. The same arguments give the same picture."""
+def draw(split: str, name: str, number: int) -> tuple[Image.Image, Image.Image]:
+    """Draw one scene: its picture, 64x64 RGB, and its mask, 64x64 in mode L.
+
+    The same arguments give the same scene.
+    """
     # A text as seed: Python hashes it in the same way in every process.
     rng = Random(f"{split}/{name}/{number}")
     scene = Scene(rng)
     CLASSES[name](scene, rng)
-    return scene.finish()
+    return scene.finish(), scene.mask()
 
 
 def encode(image: Image.Image) -> bytes:
@@ -551,29 +605,52 @@ def encode(image: Image.Image) -> bytes:
     raise ValueError(f"a scene does not fit in {JPEG_BYTES} bytes: give it less texture")
 
 
-def write(path: Path, split: str) -> None:
-    """Write a split as an uncompressed USTAR file with members <class>/<nnnn>.jpg."""
-    # The classes take turns, so that any prefix of the file is balanced.
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+def encode_mask(mask: Image.Image) -> bytes:
+    """Compress a mask as PNG, which keeps every value."""
+    stream = io.BytesIO()
+    mask.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a member to a tar."""
+    # Its time, user and group are 0 by default, so the bytes do not depend on the machine.
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write(out: Path, split: str) -> None:
+    """Write a split as uncompressed USTAR files.
+
+    `<split>.tar` gets the members <class>/<nnnn>.jpg, `masks/<split>.tar` the members <class>/<nnnn>.png.
+    """
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    with (
+        tarfile.open(out / f"{split}.tar", "w", format=tarfile.USTAR_FORMAT) as pictures,
+        tarfile.open(out / "masks" / f"{split}.tar", "w", format=tarfile.USTAR_FORMAT) as masks,
+    ):
+        # The classes take turns, so that any prefix of the files is balanced.
         for number in range(PER_CLASS[split]):
             for name in CLASSES:
-                data = encode(draw(split, name, number))
-                # Its time, user and group are 0 by default, so the bytes do not depend on the machine.
-                member = tarfile.TarInfo(f"{name}/{number:04d}.jpg")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                picture, mask = draw(split, name, number)
+                add(pictures, f"{name}/{number:04d}.jpg", encode(picture))
+                add(masks, f"{name}/{number:04d}.png", encode_mask(mask))
 
 
 def main() -> None:
-    """Write both tars."""
-    parser = argparse.ArgumentParser(description="generate the demo set: train.tar and val.tar")
+    """Write the tars of both splits, and the names of the labels."""
+    parser = argparse.ArgumentParser(description="generate the demo set: pictures and masks")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the two tars"
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="folder for train.tar, val.tar, masks/",
     )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for split in PER_CLASS:
-        write(args.out / f"{split}.tar", split)
+        write(args.out, split)
+    (args.out / "masks" / "classes.txt").write_text("".join(f"{label}\n" for label in LABELS))
 
 
 if __name__ == "__main__":
