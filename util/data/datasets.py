@@ -4,9 +4,8 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from util.data import native
@@ -14,7 +13,7 @@ from util.data.contract import ClassSamples, IndexedSamples, Samples
 from util.data.formats import DEFAULT, PIL_MODES, ReadSettings, decode, raise_pillows_limit
 from util.data.formats.pil import orientation
 from util.data.seeding import epoch_and_index, sample_seed
-from util.data.sources.image_index import ImageIndex
+from util.data.sources.image_index import ImageIndex, Listed
 from util.data.sources.layouts import build_index
 from util.data.survey.headers import Survey, survey
 from util.data.timm_datasets import TimmDataset, build_timm_classes, build_timm_dataset
@@ -32,17 +31,6 @@ class Loaded(NamedTuple):
 
     image: Any
     transformed: bool
-
-
-class Listed(Protocol):
-    """A listing of what samples are made of."""
-
-    path: str
-    labels: np.ndarray
-
-    def name(self, i: int) -> str: ...
-
-    def check_unchanged(self, i: int) -> None: ...
 
 
 class ReplacedSamples(Samples):
@@ -107,6 +95,8 @@ class ImageDataset(IndexedSamples, ReplacedSamples):
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,
             or raises ValueError; see util/data/loading/cache.py.
     """
+
+    index: ImageIndex
 
     def __init__(
         self,

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.data import native
 from util.data.datasets import ReplacedSamples
 from util.data.formats import DEFAULT, PIL_MODES, ReadSettings, decode
+from util.data.seeding import sample_seed
 from util.data.segments.layouts import Pairs, build_pairs
 from util.data.segments.masks import MAX_CLASSES, MaskSettings, decode_mask
 from util.data.segments.transforms import Joint, apply_jointly, ignored_mask
-from util.data.seeding import sample_seed
 from util.data.sources.image_index import some_names
 from util.data.survey.headers import Survey, spread, survey
 from util.data.transforms import Unreadable, black_image
@@ -128,8 +129,11 @@ class SegmentDataset(ReplacedSamples):
     def _load(self, i: int, key: int) -> tuple[Tensor, Tensor]:
         """Return the image and mask of a sample; raise Unreadable if the files of the pair are at fault."""
         try:
-            image = self.decoded(i)
             mask = self.decoded_mask(i)
+            cropped = self._from_jpeg(i, mask, key)
+            if cropped is not None:
+                return cropped
+            image = self.decoded(i)
             if image.shape[-2:] != mask.shape:
                 height, width = image.shape[-2:]
                 raise ValueError(
@@ -139,6 +143,15 @@ class SegmentDataset(ReplacedSamples):
         except (OSError, ValueError, MemoryError) as error:
             raise Unreadable(str(error) or type(error).__name__) from error
         return apply_jointly(self.transform, image, mask, key)
+
+    def _from_jpeg(self, i: int, mask: Tensor, key: int) -> tuple[Tensor, Tensor] | None:
+        """Return a sample of which only the crop was decoded; None if that is not possible."""
+        read = self.read
+        if read.in_chans != 3 or not read.plain or self.depth != torch.uint8 or not native.library():
+            return None
+        if not hasattr(self.transform, "crop_jpeg"):
+            return None
+        return self.transform.crop_jpeg(self.index.read(i), mask, key, read.max_pixels)
 
 
 def _class_names(pairs: Pairs, settings: MaskSettings) -> list[str]:

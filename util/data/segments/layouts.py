@@ -24,14 +24,12 @@ from util.files.names import counted, printable
 from util.flags.data_path import VAL_SPLIT, DataPath
 from util.flags.groups import is_remote_path
 
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor"
-).split()
-CITYSCAPES_CLASSES = [
-    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
-    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
-]
+VOC_CLASSES: tuple[str, ...] = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car")
+VOC_CLASSES += ("cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant")
+VOC_CLASSES += ("sheep", "sofa", "train", "tvmonitor")
+CITYSCAPES_CLASSES: tuple[str, ...] = ("road", "sidewalk", "building", "wall", "fence", "pole")
+CITYSCAPES_CLASSES += ("traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider")
+CITYSCAPES_CLASSES += ("car", "truck", "bus", "train", "motorcycle", "bicycle")
 # Label ids of these classes, in their order; the other ids up to 33 are not evaluated.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_TABLE = tuple(
@@ -107,7 +105,7 @@ LAYOUTS = (
             Variant(b"_gtFine_labelTrainIds", MaskSettings(19, 255)),
         ),
         image_end=b"_leftImg8bit",
-        classes=tuple(CITYSCAPES_CLASSES),
+        classes=CITYSCAPES_CLASSES,
     ),
     Layout(
         "Pascal VOC",
@@ -115,7 +113,7 @@ LAYOUTS = (
         "SegmentationClass",
         (Variant(b"", MaskSettings(21, 255)),),
         lists="ImageSets/Segmentation/{}.txt",
-        classes=tuple(VOC_CLASSES),
+        classes=VOC_CLASSES,
     ),
     Layout(
         "ADE20K",
@@ -209,13 +207,13 @@ class _Side(NamedTuple):
     """The images of a split, or its masks.
 
     Attributes:
-        index: the listing that they are in.
+        listing: of these and maybe others.
         numbers: their numbers there.
         names: their paths below the split's folder.
         place: that folder, for errors.
     """
 
-    index: ImageIndex
+    listing: ImageIndex
     numbers: list[int]
     names: list[bytes]
     place: str
@@ -270,7 +268,7 @@ class _Tar:
         self.prefix = os.path.commonpath(above)
         if self.prefix:
             self.prefix += b"/"
-        self.folders = set()
+        self.folders: set[bytes] = set()
         for folder in above:
             while folder and folder not in self.folders:
                 self.folders.add(folder)
@@ -302,7 +300,7 @@ def _places(source: DataPath) -> Iterator[_Folder | _Tar]:
     if is_remote_path(path):
         raise ValueError(f"{printable(path)}: pairs in an object store are read from one tar only")
     if not os.path.isdir(path):
-        raise ValueError(f"no such folder or tar of images and masks: {printable(path) or 'the path is empty'}")
+        raise ValueError(f"no such folder or tar of images and masks: {printable(path)}")
     for inside in INSIDE:
         yield _Folder(os.path.join(path, inside).rstrip("/"), source)
     # Archives often unpack to one folder.
@@ -319,9 +317,9 @@ def _found(source: DataPath) -> tuple[_Folder | _Tar, Layout]:
             if _matches(layout, place, source):
                 return place, layout
     raise ValueError(
-        f"no images with masks in {printable(source.path)}: give a folder or tar with images/{{train,val}} and "
-        "masks/{train,val} (a PNG for each image), or ADE20K (images, annotations), Pascal VOC (JPEGImages, "
-        "SegmentationClass), Cityscapes (leftImg8bit, gtFine) or ImageNet-S (train-semi, "
+        f"no images with masks in {printable(source.path)}: give a folder or tar with images/{{train,val}} "
+        "and masks/{train,val} (a PNG for each image), or ADE20K (images, annotations), Pascal VOC "
+        "(JPEGImages, SegmentationClass), Cityscapes (leftImg8bit, gtFine) or ImageNet-S (train-semi, "
         "train-semi-segmentation)"
     )
 
@@ -398,7 +396,7 @@ class _Keyed(NamedTuple):
 
     def chosen(self, keys: list[bytes]) -> ImageIndex:
         numbers = [self.side.numbers[self.found[key]] for key in keys]
-        return self.side.index.subset(np.array(numbers, np.int64))
+        return self.side.listing.subset(np.array(numbers, np.int64))
 
 
 def _by_key(side: _Side, end: bytes) -> _Keyed:
@@ -444,10 +442,9 @@ def _check_split(place: _Folder | _Tar, layout: Layout, name: str, source: DataP
                 "or hold out training images: `val_share` 0.1"
             )
         raise ValueError(f"no {printable(wanted)} in {where} ({layout.kind})")
-    if not place.holds(layout.masks.format(name)):
-        raise ValueError(
-            f"{printable(wanted)} in {where} has no masks: no {printable(layout.masks.format(name))} beside it"
-        )
+    masks = layout.masks.format(name)
+    if not place.holds(masks):
+        raise ValueError(f"{printable(wanted)} in {where} has no masks: no {printable(masks)} beside it")
 
 
 def _images(place: _Folder | _Tar, layout: Layout, name: str) -> _Side:
@@ -494,9 +491,9 @@ def _meaning(
     classes = list(layout.classes)
     if layout is IMAGENET_S:
         known = next(each for each in (layout.train, name) if place.holds(layout.images.format(each)))
-        folders = {class_of(path) for path in place.side(layout.images.format(known)).names}
+        folders = {class_of(path) or b"" for path in place.side(layout.images.format(known)).names}
         # Their numbers are those of the sorted folders, and 0 is everything else.
-        classes = ["other", *(os.fsdecode(each) for each in sorted(folders - {None}))]  # type: ignore[type-var]
+        classes = ["other", *(os.fsdecode(each) for each in sorted(folders - {b""}))]
     listed = place.classes()
     settings = variant.settings
     fixed = settings.num_classes

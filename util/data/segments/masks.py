@@ -174,7 +174,7 @@ def _red_and_green(image: Image.Image) -> np.ndarray:
 def _as_classes(stored: np.ndarray, settings: MaskSettings) -> np.ndarray:
     """Return the classes of stored numbers, int16 (H, W)."""
     if stored.dtype in (np.uint8, np.uint16):
-        classes = _all_classes(settings, 1 << 8 * stored.itemsize)[stored]
+        classes = _all_classes(settings, 1 << 8 * stored.itemsize).take(stored)
     else:
         values, places = np.unique(stored, return_inverse=True)
         table = np.array([_class_of(value, settings) for value in values.tolist()], np.int16)

@@ -57,6 +57,24 @@ class Classes(Protocol):
     def without_images(self) -> list[str]: ...
 
 
+class Listed(Protocol):
+    """What samples are made of: listed images, or pairs of images and masks."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str: ...
+
+    def read(self, i: int) -> bytes: ...
+
+    def check_unchanged(self, i: int) -> None: ...
+
+
 class ImageIndex:
     """Names, labels and bytes of n images; made by `build_index`.
 
