@@ -70,11 +70,10 @@ def png(values: np.ndarray, bits: int, colours: int = 0, size: tuple[int, int] |
 # --- masks: stored numbers ---
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("colours", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize(
+    ("bits", "colours"), [(bits, 0) for bits in (1, 2, 4, 8, 16)] + [(bits, 3) for bits in (1, 2, 4, 8)]
+)
 def test_numbers_are_those_in_the_file(bits, colours):
-    if (bits, colours) == (16, 3):
-        pytest.skip("PNG has no such palette")
     values = np.arange(15).reshape(3, 5) % min(2**bits, 11)
     if bits == 16:
         values = values * 1000
@@ -667,9 +666,7 @@ def test_the_number_of_classes_is_found(tmp_path):
     assert given.settings == MaskSettings(256, 9)
     for path in files(tmp_path)[1].iterdir():
         Image.fromarray(np.full((40, 56), 255, np.uint8)).save(path)
-    with pytest.raises(
-        ValueError, match=r"have no class, only pixels that are ignored .* give `num_classes`"
-    ):
+    with pytest.raises(ValueError, match=r"have no class, only pixels .* give `num_classes`"):
         build_segment_dataset(source, "train", crop_of())
     with pytest.raises(ValueError, match=r"the number of classes in .* is not known"):
         SegmentDataset(build_pairs(source, "train"), crop_of(), settings=PLAIN, read=RGB)

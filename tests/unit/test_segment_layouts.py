@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from util.data.segments.dataset import build_segment_dataset
@@ -356,5 +357,8 @@ def test_imagenet_s(tmp_path):
     assert len(val) == 2 and val.settings == train.settings
     mask = decode_mask(val.read_mask(0), val.settings, 100)
     assert mask[0, :3].tolist() == [IGNORED, 3, 0]
+    # What is not given follows from the layout.
+    dataset = build_segment_dataset(source, "val", SegmentEval(), masks=MaskSettings(num_classes=4))
+    assert dataset.settings == train.settings and torch.equal(dataset[0]["mask"], mask)
     os.rename(tmp_path / "train-semi", tmp_path / "elsewhere")
     assert build_pairs(source, "val").classes == ["other", *folders[:2]]

@@ -33,7 +33,8 @@ class SegmentDataset(ReplacedSamples):
 
     A pair is unreadable if the image or the mask is, or if their sizes differ. In training another sample
     replaces it, drawn with its key. With `evaluation=True` it keeps its index and becomes a zero image with a
-    mask of IGNORED and label -1. See `ImageDataset`, also for the errors.
+    mask of IGNORED and label -1. See `ImageDataset`, also for the errors. Masks are never turned: with
+    `read.exif` "apply" they must belong to the turned images.
 
     Args:
         transform: makes the image and the mask of a sample, see util/data/segments/transforms.py.
