@@ -13,7 +13,7 @@ from util.data.contract import ClassSamples, IndexedSamples, Samples
 from util.data.formats import DEFAULT, PIL_MODES, ReadSettings, decode, raise_pillows_limit
 from util.data.formats.pil import orientation
 from util.data.seeding import epoch_and_index, sample_seed
-from util.data.sources.image_index import ImageIndex
+from util.data.sources.image_index import ImageIndex, Listed
 from util.data.sources.layouts import build_index
 from util.data.survey.headers import Survey, survey
 from util.data.timm_datasets import TimmDataset, build_timm_classes, build_timm_dataset
@@ -33,7 +33,50 @@ class Loaded(NamedTuple):
     transformed: bool
 
 
-class ImageDataset(IndexedSamples):
+class ReplacedSamples(Samples):
+    """Samples by `(epoch, i)`, or by `i` for epoch 0, of which unreadable ones are replaced.
+
+    Attributes:
+        index: what the samples are made of.
+        seed: of the run; the key of a sample follows from it.
+        evaluation: whether an unreadable sample keeps its place instead.
+    """
+
+    index: Listed
+    seed: int
+    evaluation: bool
+
+    def resolve(self, item: int | tuple[int, int], load: Callable[[int, int], Any]) -> tuple[Any, dict]:
+        """Return what `load(i, key)` gives for the image of the sample `item`, and the sample's other fields.
+
+        `load` raises Unreadable for an image that cannot be read. The result is then None in evaluation; in
+        training it is the result of the sample that replaces it. Raises ValueError after 20 unreadable draws.
+        """
+        epoch, i = epoch_and_index(item)
+        # Replacements follow from the sample's own key, so that they are the same in every run.
+        first_key = sample_seed(self.seed, epoch, i)
+        bad: list[int] = []
+        while True:
+            key = sample_seed(self.seed, epoch, i)
+            try:
+                return load(i, key), dict(label=int(self.index.labels[i]), index=i, key=key, bad=bad)
+            except Unreadable as error:
+                # A tar that was replaced is an error of its own, not one bad image after the other.
+                self.index.check_unchanged(i)
+                bad.append(i)
+                if self.evaluation:
+                    return None, dict(label=-1, index=i, key=key, bad=bad)
+                if len(bad) == MAX_TRIES:
+                    raise ValueError(
+                        f"{len(bad)} images in a row could not be read; the last is "
+                        f"{printable(self.index.name(i))} in {printable(self.index.path)}: "
+                        f"{printable(str(error))}"
+                    ) from error
+                # Not a neighbour: it lies in the same folder, which may be damaged as a whole.
+                i = sample_seed(first_key, 0, len(bad)) % len(self)
+
+
+class ImageDataset(IndexedSamples, ReplacedSamples):
     """Samples of an `ImageIndex` by `(epoch, i)`, or by `i` for epoch 0.
 
     A sample is a dictionary: image (C, H, W) in the data set's depth; label int, -1 without one; index int;
@@ -52,6 +95,8 @@ class ImageDataset(IndexedSamples):
         pixels: None, or a cache of decoded images from which samples are then made: `pixels[i]` is image i,
             or raises ValueError; see util/data/loading/cache.py.
     """
+
+    index: ImageIndex
 
     def __init__(
         self,
@@ -150,35 +195,6 @@ class ImageDataset(IndexedSamples):
 
     def _is_turned(self, data: bytes) -> bool:
         return self.read.exif == "apply" and orientation(data) != 1
-
-    def resolve(self, item: int | tuple[int, int], load: Callable[[int, int], Any]) -> tuple[Any, dict]:
-        """Return what `load(i, key)` gives for the image of the sample `item`, and the sample's other fields.
-
-        `load` raises Unreadable for an image that cannot be read. The result is then None in evaluation; in
-        training it is the result of the sample that replaces it. Raises ValueError after 20 unreadable draws.
-        """
-        epoch, i = epoch_and_index(item)
-        # Replacements follow from the sample's own key, so that they are the same in every run.
-        first_key = sample_seed(self.seed, epoch, i)
-        bad: list[int] = []
-        while True:
-            key = sample_seed(self.seed, epoch, i)
-            try:
-                return load(i, key), dict(label=int(self.index.labels[i]), index=i, key=key, bad=bad)
-            except Unreadable as error:
-                # A tar that was replaced is an error of its own, not one bad image after the other.
-                self.index.check_unchanged(i)
-                bad.append(i)
-                if self.evaluation:
-                    return None, dict(label=-1, index=i, key=key, bad=bad)
-                if len(bad) == MAX_TRIES:
-                    raise ValueError(
-                        f"{len(bad)} images in a row could not be read; the last is "
-                        f"{printable(self.index.name(i))} in {printable(self.index.path)}: "
-                        f"{printable(str(error))}"
-                    ) from error
-                # Not a neighbour: it lies in the same folder, which may be damaged as a whole.
-                i = sample_seed(first_key, 0, len(bad)) % len(self)
 
 
 class TensorSamples(ClassSamples):

@@ -251,7 +251,10 @@ class RandomCrop:
 
     def __call__(self, image: torch.Tensor, key: int | None = None) -> torch.Tensor:
         height, width = image.shape[-2:]
-        crop = self.draw(height, width, key)
+        return self.cut(image, self.draw(height, width, key))
+
+    def cut(self, image: torch.Tensor, crop: Crop) -> torch.Tensor:
+        """Return a drawn crop of an image, (C, H, W) -> (C, *size)."""
         size = crop.size_before_turns(self.size)
         # The library takes RGB only. Both ways give the same pixels, up to rounding.
         if image.shape[0] == 3 and image.dtype == torch.uint8 and native.library():

@@ -4,6 +4,7 @@ A listing is a few numpy arrays (names as one blob of bytes), not a million Pyth
 workers share its memory, because numpy has no per-element reference counts that would copy the pages.
 """
 
+import copy
 import hashlib
 import os
 import tarfile
@@ -54,6 +55,24 @@ class Classes(Protocol):
     def use_classes(self, classes: list[str]) -> None: ...
 
     def without_images(self) -> list[str]: ...
+
+
+class Listed(Protocol):
+    """What samples are made of: listed images, or pairs of images and masks."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str: ...
+
+    def read(self, i: int) -> bytes: ...
+
+    def check_unchanged(self, i: int) -> None: ...
 
 
 class ImageIndex:
@@ -224,6 +243,22 @@ class ImageIndex:
             if header.size != self._size[i]:
                 return False
         return True
+
+    def subset(self, images: np.ndarray) -> "ImageIndex":
+        """Return an index of some of the images, which are named by their numbers, in that order."""
+        part = copy.copy(self)
+        names = [os.fsencode(self.name(i)) for i in images.tolist()]
+        part._blob = np.frombuffer(b"".join(names), np.uint8)
+        part._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        part._first_start = 0
+        part.labels = self.labels[images]
+        if self.tars:
+            part._shard = self._shard[images]
+            part._offset = self._offset[images]
+            part._size = self._size[images]
+        part._digest = ""
+        part._files = {}
+        return part
 
     def use_classes(self, classes: list[str]) -> None:
         """Number the labels as in `classes`, which may have more names than this index; see `classes`.

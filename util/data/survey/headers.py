@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from util.data.formats import Facts, ReadSettings, depth_name, describe, widest
-from util.data.sources.image_index import ImageIndex
+from util.data.sources.image_index import Listed
 from util.files.names import counted
 
 LOOKED_AT = 64  # files, when a data set is opened
@@ -82,7 +82,7 @@ class Survey:
         return f"; {looked}: {', '.join(found)}"
 
 
-def survey(index: ImageIndex, read: ReadSettings, most: int = LOOKED_AT) -> Survey:
+def survey(index: Listed, read: ReadSettings, most: int = LOOKED_AT) -> Survey:
     """Look at the headers of up to `most` images, evenly spread. Unreadable files are passed over.
 
     Files are read as a whole. Of large ones fewer are looked at.
@@ -104,7 +104,7 @@ def spread(n: int, most: int) -> list[int]:
     return sorted({k * n // most for k in range(most)})
 
 
-def some_files(index: ImageIndex, most: int) -> Iterator[bytes]:
+def some_files(index: Listed, most: int) -> Iterator[bytes]:
     """Yield the bytes of up to `most` images, evenly spread; files that cannot be read are passed over."""
     for i in spread(len(index), most):
         try:
