@@ -110,8 +110,8 @@ def test_other_sizes_have_a_resized_embedding(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TIMM)
-@pytest.mark.parametrize("pool", [None, "avg"])
+# timm's distilled models have no other pooling.
+@pytest.mark.parametrize("name, pool", [*((name, None) for name in TIMM), (TIMM[0], "avg"), (TIMM[2], "avg")])
 def test_maps_of_timm(name, pool):
     import timm
 
