@@ -149,8 +149,8 @@ class Backbone(nn.Module):
         """
         if tuple(size) != tuple(self.img_size):
             raise ValueError(
-                f"{type(self).__name__} takes only images of {self.img_size[0]}x{self.img_size[1]} pixels, found "
-                f"{size[0]}x{size[1]}: resize the images, or use a sliding window of that size"
+                f"{type(self).__name__} takes only images of {self.img_size[0]}x{self.img_size[1]} pixels, "
+                f"found {size[0]}x{size[1]}: resize the images, or use a sliding window of that size"
             )
         return self.grid
 

@@ -79,7 +79,7 @@ class ViTBackbone(Backbone):
         return self.norm(self.forward_blocks(x, self.grid))
 
     def forward_any_size(self, x: Tensor) -> Tensor:
-        """`forward_features` for images of any size that the patches fill; raises ValueError as `grid_of` does."""
+        """`forward_features` for images of any size that the patches fill; else raises ValueError."""
         grid = self.grid_of((x.shape[-2], x.shape[-1]))
         return self.norm(self.forward_blocks(self.patch_embed.embed(x), grid))
 
@@ -118,7 +118,10 @@ class ViTBackbone(Backbone):
         return self.forward_blocks(x, grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid (h, w) of patches of an image of `size` (H, W); ValueError if the patches do not fill it."""
+        """The grid (h, w) of patches of an image of `size` (H, W).
+
+        Raises ValueError if the patches do not fill it.
+        """
         return patch_grid(size, self.patch_size)
 
     def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -30,8 +30,8 @@ def patch_maps(backbone: Classifier, images: Tensor, layers: Sequence[int] | Non
     if patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"{type(backbone).__name__} gives {patches.shape[1]} tokens on images of "
-            f"{images.shape[-2]}x{images.shape[-1]}, which do not form a grid of {grid[0]}x{grid[1]}: resize the "
-            f"images to {backbone.img_size[0]}x{backbone.img_size[1]}"
+            f"{images.shape[-2]}x{images.shape[-1]}, which do not form a grid of {grid[0]}x{grid[1]}: resize "
+            f"the images to {backbone.img_size[0]}x{backbone.img_size[1]}"
         )
     return patches.transpose(1, 2).unflatten(2, grid)  # (B, C * layers, h, w)
 
@@ -41,13 +41,13 @@ def block_numbers(backbone: Classifier, layers: Sequence[int]) -> list[int]:
     count = backbone.num_blocks
     if not count:
         raise ValueError(
-            f"{type(backbone).__name__} has no blocks of one width and one grid, so there are only the features "
-            "of its last layer: leave `layers` out, or choose a plain ViT"
+            f"{type(backbone).__name__} has no blocks of one width and one grid, so there are only the "
+            "features of its last layer: leave `layers` out, or choose a plain ViT"
         )
     if not layers or any(not -count <= layer < count for layer in layers):
         raise ValueError(
-            f"`layers` takes some of the {count} blocks, counted from 0 to {count - 1} or from the end by -1 to "
-            f"-{count}, found {list(layers)}"
+            f"`layers` takes some of the {count} blocks, counted from 0 to {count - 1} or from the end by -1 "
+            f"to -{count}, found {list(layers)}"
         )
     return [layer % count for layer in layers]
 

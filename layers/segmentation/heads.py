@@ -15,9 +15,10 @@ from layers.contract import NORM_EPS
 
 
 class LinearHead(nn.Module):
-    """ImageNet-S's head for fine-tuning: a norm of each patch token and a linear map, (B, C, h, w) -> (B, K, h, w).
+    """ImageNet-S's head for fine-tuning: a norm of each patch token, then a linear map.
 
-    `std` is the standard deviation of the initial weights (truncated normal); biases are 0.
+    (B, C, h, w) -> (B, K, h, w). `std` is the standard deviation of the initial weights (truncated normal);
+    biases are 0.
     """
 
     def __init__(self, dim: int, classes: int, std: float = 2e-5):

@@ -70,7 +70,7 @@ class Segmenter(nn.Module):
         return self.backbone.num_layers
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: that in the backbone, for the head the largest."""
+        """Depth of a parameter for layer-wise learning rates; the head has the largest one."""
         own = name.removeprefix("backbone.")
         if own == name:
             return self.num_layers

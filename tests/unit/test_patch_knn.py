@@ -95,14 +95,15 @@ patch_knn._ROWS = 64
 dist.init("cpu")
 features, labels, numbers = patches()
 for capacity in (100, 1000, 2700, 5000):
-    memory = patch_knn.PatchMemory(DIM, K, capacity, torch.device("cpu"), path={path!r} + f".map{{dist.rank()}}")
+    memory = patch_knn.PatchMemory(DIM, K, capacity, torch.device("cpu"), path=f"{path}.map{{dist.rank()}}")
     # Shares of 1 to 5; the last rank has none.
     rows = torch.arange(3000) % 6 > 4 if dist.rank() == 0 else torch.arange(3000) % 6 <= 4
     if dist.rank() == 2:
         rows[:] = False
     memory.add(features[rows], labels[rows], numbers[rows])
     memory.gather()
-    torch.save((memory.features, memory.labels, memory.scores(features[:50])), f"{path}.{{capacity}}.{{dist.rank()}}")
+    found = memory.features, memory.labels, memory.scores(features[:50])
+    torch.save(found, f"{path}.{{capacity}}.{{dist.rank()}}")
 dist.shutdown()
 """
 
@@ -117,7 +118,9 @@ def test_ranks_share_the_sample_of_one_process(tmp_path):
     environment = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ | environment | {"RANK": str(r)})
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=root, env=os.environ | environment | {"RANK": str(r)}
+        )
         for r in range(3)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
@@ -182,7 +185,7 @@ def test_memories_that_cannot_be_are_errors(tmp_path):
         PatchMemory(DIM, K, 0, CPU)
     with pytest.raises(ValueError, match="`label_dtype`"):
         PatchMemory(DIM, K, 10, CPU, label_dtype=torch.int64)
-    with pytest.raises(ValueError, match="cannot be stored in .*missing"):
+    with pytest.raises(ValueError, match=r"cannot be stored in .*missing"):
         PatchMemory(DIM, K, 10, CPU, path=str(tmp_path / "missing" / "memory"))
     # More than any disk has.
     with pytest.raises(ValueError, match="a smaller `capacity`"):

@@ -166,10 +166,11 @@ def test_two_ranks_count_what_one_counts(tmp_path):
 
 
 def test_a_protocol_is_one_line_with_all_that_matters():
-    slide = Protocol("shorter side 512", (512, 448), (341, 300), "bilinear to the mask's size", 255, 150, True)
+    size = "bilinear to the mask's size"
+    slide = Protocol("shorter side 512", (512, 448), (341, 300), size, 255, 150, True)
     line = str(slide)
     assert "\n" not in line
-    for part in ("shorter side 512", "512x448", "341x300", "bilinear to the mask's size", "255", "150 classes"):
+    for part in ("shorter side 512", "512x448", "341x300", size, "255", "150 classes"):
         assert part in line
     assert "value 0 ignored" in line and "absent ones count as 0" in line
     assert slide.to_dict() == {

@@ -124,6 +124,8 @@ def test_maps_of_timm(name, pool):
     )
     theirs.load_state_dict(backbone.backbone.state_dict())
     theirs.eval()
+    outputs = []
+    theirs.blocks[4].register_forward_hook(lambda _module, _input, output: outputs.append(output))
     for size in ((64, 48), (32, 80)):
         x = torch.randn(2, 3, *size)
         grid = (size[0] // 16, size[1] // 16)
@@ -131,12 +133,9 @@ def test_maps_of_timm(name, pool):
         assert torch.allclose(patch_maps(backbone, x), tokens.transpose(1, 2).unflatten(2, grid), atol=1e-5)
         found = patch_maps(backbone, x, [-1, 4])
         assert torch.allclose(found[:, : backbone.dim], patch_maps(backbone, x), atol=1e-5)
-        outputs = []
-        hook = theirs.blocks[4].register_forward_hook(lambda _module, _input, output: outputs.append(output))
         theirs.forward_features(x)
-        hook.remove()
         norm = theirs.fc_norm if isinstance(theirs.norm, nn.Identity) else theirs.norm
-        tokens = norm(outputs[0])[:, theirs.num_prefix_tokens :]
+        tokens = norm(outputs[-1])[:, theirs.num_prefix_tokens :]
         expected = tokens.transpose(1, 2).unflatten(2, grid)
         assert torch.allclose(found[:, backbone.dim :], expected, atol=1e-5)
     # Nothing about the model has changed.
@@ -210,7 +209,7 @@ def test_the_linear_head_is_imagenet_s():
 
 
 def test_a_fine_tuned_segmenter_is_imagenet_s():
-    """Tokens of the last block, without a final norm, to the head; MAE's norm after the average is the head's."""
+    """Tokens of the last block go to the head without a final norm: MAE's norm is now the head's."""
     backbone = vit(num_classes=10)
     norm = backbone.fc_norm
     names = {name for name, _ in backbone.named_parameters()} - {"head.weight", "head.bias"}
@@ -238,7 +237,8 @@ def test_segmenters_learn_with_all_of_their_parameters(kind, head):
     backbone = BACKBONES[kind](num_classes=10)
     torch.manual_seed(0)
     segmenter = Segmenter(backbone, 5, head)
-    nn.init.normal_(segmenter.head.classify.weight if head != "dpt" else segmenter.head.classify.head[-1].weight)
+    last = [module for module in segmenter.head.classify.modules() if isinstance(module, nn.Conv2d)][-1]
+    nn.init.normal_(last.weight)
     # A grid of 3 rows and 5 columns.
     logits = segmenter.train()(torch.randn(2, 3, 24, 40))
     finer = {"linear": 1, "upernet": 4, "dpt": 8}[head]
@@ -256,12 +256,12 @@ def test_layer_decay_works_as_for_classifiers():
 
         def settings(part):
             names = {p: name for name, p in part.named_parameters()}
-            groups = param_groups(
-                part, 0.05, part.no_weight_decay(), 0.5, part.layer_id, part.num_layers
-            )
-            return {
-                names[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
-            }
+            values = {}
+            groups = param_groups(part, 0.05, part.no_weight_decay(), 0.5, part.layer_id, part.num_layers)
+            for group in groups:
+                for p in group["params"]:
+                    values[names[p]] = (group["lr_scale"], group["weight_decay"])
+            return values
 
         expected, found = settings(classifier), settings(segmenter)
         for name, value in found.items():
@@ -292,7 +292,7 @@ def test_heads_that_cannot_be_are_errors(monkeypatch):
         Segmenter(model("swin_pico"), 5, "upernet")
     # None makes the import fail, as if the package were not installed.
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.dpt.decoder", None)
-    with pytest.raises(ValueError, match="head dpt needs a package .* pip install segmentation-models-pytorch"):
+    with pytest.raises(ValueError, match=r"dpt needs a package .* pip install segmentation-models-pytorch"):
         Segmenter(vit(), 5, "dpt")
 
 

@@ -17,8 +17,8 @@ from util.files.names import printable
 
 # Rows of the memory that are moved or sent to other ranks at a time.
 _ROWS = 65536
-# Queries, and rows of the memory, that are compared at a time: similarities of 256 MB. A memory in a file is read
-# once for each chunk of queries, so this one is large.
+# Queries, and rows of the memory, that are compared at a time: similarities of 256 MB. A memory in a file is
+# read once for each chunk of queries, so this one is large.
 _QUERIES = 8192
 _COMPARED = 8192
 # Bytes of the neighbours' labels that are in memory at a time.
@@ -26,7 +26,7 @@ _LABEL_BYTES = 128 * 2**20
 
 
 class PatchMemory:
-    """Patch features with soft labels: a random sample of at most `capacity` patches, and a search among them.
+    """A random sample of at most `capacity` patches, features and soft labels, and a search among them.
 
     Each patch of the training set has a number. A hash of the seed and this number is the patch's rank in the
     draw, and the patches with the lowest ranks stay. So the sample depends on the seed and on the numbers
@@ -224,8 +224,8 @@ def _mapped(path: str, shapes: list[tuple[tuple[int, int], torch.dtype]]) -> lis
         with suppress(OSError):
             os.remove(path)
         raise ValueError(
-            f"the memory of {sum(sizes) / 1e9:.1f} GB cannot be stored in {printable(path)} ({error.strerror}): "
-            "choose another file, or a smaller `capacity`"
+            f"the memory of {sum(sizes) / 1e9:.1f} GB cannot be stored in {printable(path)} "
+            f"({error.strerror}): choose another file, or a smaller `capacity`"
         ) from None
     found = []
     start = 0
@@ -238,21 +238,18 @@ def _mapped(path: str, shapes: list[tuple[tuple[int, int], torch.dtype]]) -> lis
 
 
 def draw_ranks(seed: int, numbers: Tensor) -> Tensor:
-    """Return the rank in the draw of each number (m,), int64: `util.data.seeding.sample_seed(seed, 0, number)`."""
+    """Return the rank in the draw of each number (m,): `sample_seed(seed, 0, number)` of util.data.seeding."""
     state = np.zeros(1, dtype=np.uint64)
     increment = np.uint64(0x9E3779B97F4A7C15)
     multipliers = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
     # Arrays of unsigned integers wrap around.
-    for values in (np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64), np.zeros(1, np.uint64), _unsigned(numbers)):
+    start = np.array([seed & 0xFFFFFFFFFFFFFFFF, 0], np.uint64)
+    for values in (start[:1], start[1:], numbers.cpu().numpy().astype(np.uint64)):
         state = (state ^ values) + increment
         state = (state ^ state >> np.uint64(30)) * multipliers[0]
         state = (state ^ state >> np.uint64(27)) * multipliers[1]
         state = state ^ state >> np.uint64(31)
     return torch.from_numpy((state >> np.uint64(1)).astype(np.int64))
-
-
-def _unsigned(numbers: Tensor) -> np.ndarray:
-    return numbers.cpu().numpy().astype(np.uint64)
 
 
 def soft_labels(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
@@ -264,12 +261,14 @@ def soft_labels(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     B, H, W = mask.shape
     h, w = grid
     if H % h or W % w:
-        raise ValueError(f"a grid of {h}x{w} patches does not divide masks of {H}x{W} pixels: resize the masks")
+        raise ValueError(
+            f"a grid of {h}x{w} patches does not divide masks of {H}x{W} pixels: resize the masks"
+        )
     low, high = (int(value) for value in mask.aminmax())
     if low < -1 or high >= classes:
         raise ValueError(
-            f"the mask has values from {low} to {high}, which are not all -1 or one of the {classes} classes: "
-            "check the number of classes, and which value of the masks is ignored"
+            f"the mask has values from {low} to {high}, which are not all -1 or one of the {classes} "
+            "classes: check the number of classes, and which value of the masks is ignored"
         )
     cells = mask.reshape(B, h, H // h, w, W // w).transpose(2, 3).flatten(3).long()  # (B, h, w, pixels)
     counts = torch.zeros(B, h, w, classes, device=mask.device)

@@ -53,11 +53,12 @@ class Confusion:
 
     def __init__(self, classes: int, device: torch.device, heads: int = 1):
         self.counts = torch.zeros(heads, classes, classes, dtype=torch.int64, device=device)
-        # Pixels whose class is out of range. They are reported at the end: asking now would wait for the device.
+        # Pixels whose class is out of range. They are reported at the end: asking earlier would wait for the
+        # device.
         self._outside = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, prediction: Tensor, mask: Tensor, head: int = 0) -> None:
-        """Count the pixels of `prediction` (...) and `mask` (...), both int; pixels with mask -1 are left out.
+        """Count the pixels of `prediction` (...) and `mask` (...), both int, without those with mask -1.
 
         Raises ValueError if the shapes differ.
         """
@@ -162,7 +163,9 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to be stored with the figures."""
         found = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        # Tuples would come back from JSON as lists.
+        pairs = {name: list(value) for name, value in found.items() if isinstance(value, tuple)}
+        return found | pairs
 
 
 def predict(
@@ -199,12 +202,13 @@ def predict(
     padding = (0, max(0, window[1] - W), 0, max(0, window[0] - H))
     padded = F.pad(images, padding)  # (B, C, >= window, >= window)
     total: Tensor | None = None
-    seen = torch.zeros(padded.shape[-2:], device=images.device)
-    for rows, columns in _windows(padded.shape[-2:], window, stride):
+    size = (padded.shape[-2], padded.shape[-1])
+    seen = torch.zeros(size, device=images.device)
+    for rows, columns in _windows(size, window, stride):
         logits = logits_of(padded[..., rows, columns])
         logits = F.interpolate(logits.float(), size=window, mode="bilinear", align_corners=False)
         if total is None:
-            total = logits.new_zeros(*logits.shape[:2], *padded.shape[-2:])
+            total = logits.new_zeros(*logits.shape[:2], *size)
         total[..., rows, columns] += logits
         seen[rows, columns] += 1
     assert total is not None
@@ -235,7 +239,7 @@ def _whole_patches(images: Tensor, patch: tuple[int, int], remainder: str) -> Te
         if size == [H, W]:
             return images
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    if H < patch[0] or W < patch[1]:
+    if min(H // patch[0], W // patch[1]) < 1:
         raise ValueError(
             f"an image of {H}x{W} pixels is smaller than a patch of {patch[0]}x{patch[1]}: resize the images"
         )
@@ -251,12 +255,14 @@ def to_labels(logits: Tensor, size: tuple[int, int], max_res: int | None = None)
     off). Logits of the full size may take gigabytes, so some rows of them are made at a time.
     """
     H, W = size
-    if not max_res or H * W <= max_res * max_res:
+    limit = max_res or math.inf
+    if limit * limit >= H * W:
         return _labels_in_strips(logits, size)
     # The shorter side is rounded down. That of a mask of extreme proportions is at least a pixel.
-    smaller = (max_res, max(1, max_res * W // H))
+    longer = int(limit)
+    smaller = (longer, max(1, longer * W // H))
     if H <= W:
-        smaller = (max(1, max_res * H // W), max_res)
+        smaller = (max(1, longer * H // W), longer)
     labels = _labels_in_strips(logits, smaller)
     return F.interpolate(labels[None, None].float(), size=size, mode="nearest")[0, 0].long()
 
