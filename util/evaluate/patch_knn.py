@@ -238,7 +238,7 @@ def _mapped(path: str, shapes: list[tuple[tuple[int, int], torch.dtype]]) -> lis
 
 
 def draw_ranks(seed: int, numbers: Tensor) -> Tensor:
-    """Return the rank in the draw of each number (m,): `sample_seed(seed, 0, number)` of util.data.seeding."""
+    """Return the rank in the draw of each number (m,): `seeding.sample_seed(seed, 0, number)`."""
     state = np.zeros(1, dtype=np.uint64)
     increment = np.uint64(0x9E3779B97F4A7C15)
     multipliers = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
