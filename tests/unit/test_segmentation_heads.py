@@ -324,4 +324,4 @@ def test_the_dense_probe_is_exact_under_autocast():
     features = torch.randn(2, 6, 3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = probe(features)
-    assert torch.equal(found, probe(features))
+    assert found.dtype == torch.float32 and torch.equal(found, probe(features))
