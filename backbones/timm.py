@@ -3,26 +3,30 @@
 Shapes: B batch, N cells of the grid, C channels of a token, F width of the pooled features, K classes.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import timm
 import torch
-from timm.models import group_parameters
+from timm.layers import Format, PatchEmbed
+from timm.models import VisionTransformer, group_parameters
 from torch import Tensor, nn
 
 from layers.classifier import POOLS, Classifier
 from layers.contract import Entry, Heads
+from layers.transformer import patch_grid
 from util.weights.layouts import without_backbone
 from util.weights.transfer import adapt_channels
 from util.weights.types import Checkpoint
@@ -93,10 +97,13 @@ class TimmClassifier(Classifier):
         return raw
 
     def _from_tokens(self, tokens: Tensor) -> Tensor:
-        """Inverse of `_to_tokens`."""
+        """Inverse of `_to_tokens`. On images of another size all tokens are in one row."""
         if self.layout == SEQUENCE:
             return tokens
-        grid = tokens.unflatten(1, self.grid)  # (B, h, w, C)
+        h, w = self.grid
+        if tokens.shape[1] != h * w:
+            h, w = 1, tokens.shape[1]
+        grid = tokens.unflatten(1, (h, w))  # (B, h, w, C)
         if self.layout == CHANNELS_FIRST:
             return grid.permute(0, 3, 1, 2)
         return grid
@@ -112,6 +119,69 @@ class TimmClassifier(Classifier):
                 f"found {tuple(x.shape[1:])}: give the same `img_size` and `in_chans` to data and model"
             )
         return self._to_tokens(self.backbone.forward_features(x))
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid (h, w) of the tokens of images of `size` (H, W).
+
+        Plain ViTs take sizes that their patches fill, and convolutional models nearly all sizes. Raises
+        ValueError for other models and sizes.
+        """
+        if tuple(size) == tuple(self.img_size):
+            return self.grid
+        if self.layout == SEQUENCE and _can_be_dynamic(self.backbone):
+            return patch_grid(size, self.backbone.patch_embed.patch_size)
+        info = getattr(self.backbone, "feature_info", None)
+        if self.layout != CHANNELS_FIRST or hasattr(self.backbone, "patch_embed") or not info:
+            return super().grid_of(size)
+        reduction = list(info)[-1]["reduction"]
+        return -(-size[0] // reduction), -(-size[1] // reduction)
+
+    def forward_any_size(self, x: Tensor) -> Tensor:
+        """`forward_features` for images of any size that `grid_of` takes.
+
+        timm's ViTs resize their positional embedding (bicubic, antialiased).
+        """
+        self.grid_of((x.shape[-2], x.shape[-1]))
+        with self._size_of(x):
+            return self._to_tokens(self.backbone.forward_features(x))
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks of a model of the ViT family, else 0."""
+        forward = getattr(self.backbone, "forward_intermediates", None)
+        if self.layout != SEQUENCE or forward is None or not hasattr(self.backbone, "blocks"):
+            return 0
+        if "return_prefix_tokens" not in inspect.signature(forward).parameters:
+            return 0
+        return len(self.backbone.blocks)
+
+    def block_tokens(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Images of any size that `grid_of` takes -> tokens (B, num_prefix + N, C) after each of the blocks.
+
+        The final norm is applied to the tokens of each block, where timm's model has it before the pooling.
+        """
+        self.grid_of((x.shape[-2], x.shape[-1]))
+        # timm returns the blocks in their own order, each once.
+        wanted = sorted(set(blocks))
+        with self._size_of(x):
+            found = self.backbone.forward_intermediates(
+                x,
+                indices=wanted,
+                return_prefix_tokens=True,
+                norm=True,
+                output_fmt=SEQUENCE,
+                intermediates_only=True,
+            )
+        if self.num_prefix:
+            found = [torch.cat([prefix, patches], 1) for patches, prefix in found]
+        tokens = dict(zip(wanted, found))
+        return [tokens[block] for block in blocks]
+
+    def _size_of(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        """A context in which the backbone takes these images."""
+        if tuple(x.shape[-2:]) == tuple(self.img_size) or not _can_be_dynamic(self.backbone):
+            return contextlib.nullcontext()
+        return _dynamic(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's own; raises ValueError if the model does not support it."""
@@ -179,6 +249,30 @@ class TimmClassifier(Classifier):
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning rates, as timm groups the model's parameters."""
         return self._layer_ids.get(name, self._layer_ids[""])
+
+
+def _can_be_dynamic(backbone: nn.Module) -> bool:
+    """Whether this is one of timm's ViTs that can resize their positional embedding in a forward pass."""
+    return isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, PatchEmbed)
+
+
+@contextlib.contextmanager
+def _dynamic(backbone: Any) -> Iterator[None]:
+    """Let a ViT of timm take images of other sizes, as if it had been built with `dynamic_img_size`."""
+    changes = [
+        (backbone, "dynamic_img_size", True),
+        (backbone.patch_embed, "strict_img_size", False),
+        (backbone.patch_embed, "flatten", False),
+        (backbone.patch_embed, "output_fmt", Format.NHWC),
+    ]
+    before = [getattr(module, name) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(changes, before):
+            setattr(module, name, value)
 
 
 def _norm_after_pooling(backbone: nn.Module) -> nn.Module | None:

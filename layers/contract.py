@@ -8,7 +8,7 @@ records of a named model. Calling it replaces single fields by name:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -128,6 +128,7 @@ class Backbone(nn.Module):
         grid: (h, w) of the patch tokens, N = h * w, row by row.
         num_prefix: number of tokens before the patch tokens (class token, distillation token).
         in_chans: channels of the images.
+        img_size: (H, W) of the images that the backbone was built for.
     """
 
     trunk: AnyTrunk
@@ -135,9 +136,40 @@ class Backbone(nn.Module):
     grid: tuple[int, int]
     num_prefix: int
     in_chans: int
+    img_size: tuple[int, int]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C)."""
+        raise NotImplementedError
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid (h, w) of the patch tokens of images of `size` (H, W).
+
+        Raises ValueError if the backbone does not take images of that size.
+        """
+        if tuple(size) != tuple(self.img_size):
+            raise ValueError(
+                f"{type(self).__name__} takes only images of {self.img_size[0]}x{self.img_size[1]} pixels, "
+                f"found {size[0]}x{size[1]}: resize the images, or use a sliding window of that size"
+            )
+        return self.grid
+
+    def forward_any_size(self, x: Tensor) -> Tensor:
+        """`forward_features` for images of any size that `grid_of` takes; raises ValueError as it does."""
+        self.grid_of((x.shape[-2], x.shape[-1]))
+        return self.forward_features(x)
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks whose tokens `block_tokens` returns; 0 if they differ in width or grid."""
+        return 0
+
+    def block_tokens(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Images of any size as in `grid_of` -> tokens (B, num_prefix + N, C) after each of the blocks.
+
+        Blocks are counted from 0, and are below `num_blocks`. The final norm is applied to the tokens of each
+        block, where `forward_features` applies it.
+        """
         raise NotImplementedError
 
     def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,6 +47,10 @@ class ConvTokenEmbed(nn.Module):
     def forward(self, imgs: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, L, dim). Raises ValueError on images of another shape."""
         check_images(imgs, self.in_chans, self.img_size)
+        return self.embed(imgs)
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """The same for images of any size whose sides are multiples of the stride."""
         x = self.stem(imgs)  # (B, 64, H/2, W/2)
         x = self.blocks(x)  # (B, 256, h, w)
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, L, dim)

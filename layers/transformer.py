@@ -182,6 +182,10 @@ class PatchEmbed(nn.Module):
     def forward(self, imgs: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, L, C). Raises ValueError on images of another shape."""
         self.check(imgs)
+        return self.embed(imgs)
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """The same for images of any size that the patches fill."""
         return self.proj(imgs).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, L, C)
 
     def embed_patches(self, patches: Tensor) -> Tensor:

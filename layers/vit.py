@@ -4,6 +4,7 @@ Shapes: B batch, L patches, C channels of a token, h w the grid of patches.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from layers.contract import Backbone, Trunk
 from layers.conv_embed import ConvTokenEmbed
 from layers.pos_embed import resize_pos_embed, sincos_2d
-from layers.transformer import Block, PatchEmbed, init_linear_and_norm, run_blocks
+from layers.transformer import Block, PatchEmbed, init_linear_and_norm, patch_grid, run_blocks
 
 POS_EMBED_KINDS = ("none", "sincos", "learned")
 PATCH_EMBEDS = {"linear": PatchEmbed, "conv": ConvTokenEmbed}
@@ -77,6 +78,30 @@ class ViTBackbone(Backbone):
         x = self.patch_embed(x)  # (B, L, C)
         return self.norm(self.forward_blocks(x, self.grid))
 
+    def forward_any_size(self, x: Tensor) -> Tensor:
+        """`forward_features` for images of any size that the patches fill; else raises ValueError."""
+        grid = self.grid_of((x.shape[-2], x.shape[-1]))
+        return self.norm(self.forward_blocks(self.patch_embed.embed(x), grid))
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def block_tokens(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Images of any size that the patches fill -> tokens (B, num_prefix + L, C) after each of the blocks.
+
+        The final norm is applied to the tokens of each block.
+        """
+        grid = self.grid_of((x.shape[-2], x.shape[-1]))
+        x = self.with_prefix(self.patch_embed.embed(x), grid)  # (B, num_prefix + L, C)
+        found: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
+            x = run_blocks([block], x, self.grad_checkpointing)
+            if i in blocks:
+                found[i] = self.norm(x)
+        return [found[i] for i in blocks]
+
     def forward_tokens(
         self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tensor:
@@ -93,19 +118,26 @@ class ViTBackbone(Backbone):
         return self.forward_blocks(x, grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid (h, w) of patches of an image of `size` (H, W)."""
-        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+        """The grid (h, w) of patches of an image of `size` (H, W).
+
+        Raises ValueError if the patches do not fill it.
+        """
+        return patch_grid(size, self.patch_size)
 
     def forward_blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Embedded patches (B, L, C) of a `grid` -> tokens before the final norm (B, num_prefix + L, C).
 
         The positional embedding is resized to `grid`.
         """
+        return run_blocks(self.blocks, self.with_prefix(x, grid), self.grad_checkpointing)
+
+    def with_prefix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Embedded patches (B, L, C) of a `grid` -> the input of the blocks (B, num_prefix + L, C)."""
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], dim=1)  # (B, num_prefix + L, C)
         if self.pos_embed is not None:
             x = x + self.resized_pos_embed(self.pos_embed, grid)
-        return run_blocks(self.blocks, x, self.grad_checkpointing)
+        return x
 
     def resized_pos_embed(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """The positional embedding (1, num_prefix + L, C) of this model, resized to a `grid`."""
