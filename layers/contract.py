@@ -128,10 +128,12 @@ class Backbone(nn.Module):
         grid: (h, w) of the patch tokens, N = h * w, row by row.
         num_prefix: number of tokens before the patch tokens (class token, distillation token).
         in_chans: channels of the images.
+        img_size: (H, W) of the images.
     """
 
     trunk: AnyTrunk
     dim: int
+    img_size: tuple[int, int]
     grid: tuple[int, int]
     num_prefix: int
     in_chans: int

@@ -38,8 +38,9 @@ def halves(tokens):
 def audited(tokens, grid=GRID):
     """The figures of tokens (n, L, C), which stand for images and for their only layer."""
     train, held_out = halves(tokens)
-    (found,) = position.audit(lambda x: [x], train.split(16), held_out.split(16), grid)
-    return found
+    found = position.audit(lambda x: [x], train.split(16), held_out.split(16), grid)
+    assert (found.images, found.held_out) == (len(train), len(held_out))
+    return found.layers[0]
 
 
 def halves_flat(tokens):
@@ -268,7 +269,7 @@ def test_smooth_content_is_not_taken_for_position():
 
 def test_removals_that_are_refused():
     full = linear_positions(n=20, noise=0.1)[..., :6]
-    with pytest.raises(ValueError, match="differ in all 6 channels.*smaller `share`"):
+    with pytest.raises(ValueError, match=r"differ in all 6 channels.*smaller `share`"):
         PositionProjection.fit(statistics_of(full))
     assert PositionProjection.fit(statistics_of(full), share=0.5).basis.shape[1] < 6
     for share in (0, 1.1, math.nan):

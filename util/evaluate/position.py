@@ -9,13 +9,14 @@ Shapes: B batch, L = h * w cells of the grid, row by row, C channels of a token,
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # The ridge, as a share of the mean diagonal of the features' scatter matrix. A share does not depend on the
-# scale of the features or the number of images. It is fixed, so that models are compared with the same reader.
+# scale of the features or the number of images. It is fixed, so that the same reader compares all models.
 RIDGE = 1e-3
 # Every fourth image is held out.
 HELD_OUT = 4
@@ -53,6 +54,15 @@ class PositionFigures:
     rank: int
 
 
+@dataclass(frozen=True)
+class Audit:
+    """The figures of each layer, the number of images that they are fitted to, and that of held-out ones."""
+
+    layers: list[PositionFigures]
+    images: int
+    held_out: int
+
+
 def is_held_out(number: int) -> bool:
     """Whether the image with this number, from 0, is held out: every fourth one."""
     return number % HELD_OUT == HELD_OUT - 1
@@ -73,7 +83,7 @@ class CellStatistics:
     """
 
     def __init__(self, cells: int, channels: int, device: torch.device | str = "cpu"):
-        options = {"dtype": torch.float64, "device": torch.device(device)}
+        options: Any = {"dtype": torch.float64, "device": torch.device(device)}
         self.images = 0
         self.counts = [0, 0]
         self.halves = torch.zeros(2, cells, channels, **options)
@@ -185,7 +195,7 @@ def gather(tokens: Tokens, batches: Iterable[Tensor]) -> list[CellStatistics]:
     layers: list[CellStatistics] = []
     for images in batches:
         found = tokens(images)
-        layers = layers or [CellStatistics(*x.shape[1:], device=x.device) for x in found]
+        layers = layers or [CellStatistics(x.shape[1], x.shape[2], x.device) for x in found]
         for statistics, x in zip(layers, found, strict=True):
             statistics.add(x)
     if not layers or layers[0].images < 2:
@@ -244,12 +254,13 @@ class Reader:
         self.hits += (cells == torch.arange(len(self.targets), device=cells.device)).sum()
         self.images += len(tokens)
 
-    def r2(self) -> list[float]:
+    def r2(self) -> tuple[float, float]:
         """R^2 of row and column; nan for a coordinate with one value."""
         centred = self.targets - self.targets.mean(0)
         total = self.images * centred.square().sum(0)
         # 0 / 0 is nan.
-        return torch.where(total > 0, 1 - self.errors / total, torch.nan).tolist()
+        row, column = torch.where(total > 0, 1 - self.errors / total, torch.nan).tolist()
+        return row, column
 
     def cell_accuracy(self) -> float:
         """Percent of right cells."""
@@ -258,7 +269,7 @@ class Reader:
 
 def audit(
     tokens: Tokens, train: Iterable[Tensor], held_out: Iterable[Tensor], grid: tuple[int, int]
-) -> list[PositionFigures]:
+) -> Audit:
     """The figures of each layer of `tokens`.
 
     Both `train` and `held_out` are batches of images (B, channels, H, W), each read once; `is_held_out` says
@@ -275,10 +286,11 @@ def audit(
             reader.add(x)
     if not readers[0].images:
         raise ValueError(f"an audit of positions holds out every {HELD_OUT}th image: give {HELD_OUT} or more")
-    return [
+    figures = [
         PositionFigures(*reader.r2(), reader.cell_accuracy(), statistics.explained(), statistics.rank())
         for reader, statistics in zip(readers, layers)
     ]
+    return Audit(figures, layers[0].images, readers[0].images)
 
 
 # --- removal
