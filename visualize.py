@@ -3,7 +3,7 @@
     python visualize.py reconstruct FILE OUT.png   # original | masked | reconstruction | predicted positions
     python visualize.py positions FILE OUT.png     # arrows, accuracy per cell, confusion of rows and columns
     python visualize.py attention FILE OUT.png     # attention of the class token in the last block
-    python visualize.py position_audit FILE... OUT.png   # what patch tokens know about their position, per layer
+    python visualize.py position_audit FILE... OUT.png   # what patch tokens of each layer know of their place
     python visualize.py pca FILE OUT.png           # principal components of patch tokens as colours
     python visualize.py neighbours FILE OUT.png    # the nearest patches in other images
     python visualize.py curves OUT.png RUN...      # losses and accuracies over epochs, with chance levels
@@ -221,7 +221,10 @@ from util.report.panels import save_png
 
 
 def settle_images(args: argparse.Namespace) -> None:
-    """Resolve --images, and a single path of --data_path. Raises ValueError for a number of images below 1."""
+    """Resolve --images, and a single path of --data_path. Raises ValueError for a number of images below 1.
+
+    Commands without one of these flags pass.
+    """
     paths = getattr(args, "data_path", "")
     if getattr(args, "images", 1) is None:
         args.images = 4
