@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from layers.classifier import Classifier
+from layers.contract import Backbone
 from tools.draw import USUAL, Display, Images
 from tools.features import ImageStream, layer_numbers, layer_tokens, load_backbone
-from util.evaluate.position import RIDGE, PositionFigures, audit, is_held_out
+from util.evaluate.position import RIDGE, PositionFigures, PositionProjection, audit, gather, is_held_out
 from util.report import features
 from util.report.tables import Table
 
@@ -70,6 +73,30 @@ def position_audit(
         print(table([found]).text(), flush=True)
         audits.append(found)
     return audits
+
+
+def fit_removal(model: Backbone, flags: dict, data_path: Images, n: int = 1000) -> PositionProjection:
+    """The projection that removes the position from a model's patch tokens after its final norm.
+
+    It is fitted to up to n images. Raises ValueError as `gather` and `PositionProjection.fit` do.
+    """
+    stream = ImageStream.open(model, flags, data_path, n)
+
+    @torch.no_grad()
+    def tokens(images: Tensor) -> list[Tensor]:
+        found = model.forward_features(images)
+        if isinstance(model, Classifier):
+            return [model.label_tokens(found)]
+        return [found[:, model.num_prefix :]]
+
+    (statistics,) = gather(tokens, stream.batches())
+    projection = PositionProjection.fit(statistics)
+    removed = projection.basis.shape[1]
+    print(
+        f"position is in {removed} of {model.dim} directions of the tokens after the final norm, measured on "
+        f"{statistics.images} images"
+    )
+    return projection
 
 
 def table(audits: Sequence[FileAudit]) -> Table:

@@ -124,6 +124,29 @@ def test_repeated_measures_are_those_of_an_f_test():
     assert found == pytest.approx((between - error) / n * (CELLS - 1) / CELLS, abs=1e-9)
 
 
+def test_batches_do_not_matter():
+    x = image_tokens(9).double()
+    whole, single = statistics_of(x), CellStatistics(*x.shape[1:])
+    for image in x:
+        single.add(image[None])
+    assert whole.counts == single.counts == [5, 4]
+    for ours, theirs in zip(single.halves, (x[::2].sum(0), x[1::2].sum(0))):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    np.testing.assert_allclose(whole.halves, single.halves, atol=1e-12)
+    np.testing.assert_allclose(whole.between(), single.between(), atol=1e-12)
+
+
+def test_cell_means_of_noise_vary_like_those_of_images():
+    """Over many draws of few images, whose true cell means differ a lot."""
+    spreads = []
+    for seed in range(300):
+        x = image_tokens(7, channels=2, seed=seed)
+        x += 100 * torch.arange(CELLS)[:, None]
+        spreads.append(statistics_of(x).noise_means().square().sum(0) / (CELLS - 1))
+    # Noise of variance 1 and seven images.
+    np.testing.assert_allclose(torch.stack(spreads).mean(0), [1 / 7] * 2, rtol=0.06)
+
+
 # --- known answers
 
 

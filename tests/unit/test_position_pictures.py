@@ -1,21 +1,25 @@
 """The position audit of files, principal components and neighbours: what is measured and what is drawn."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
 
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 import visualize
 from backbones.registry import build_classifier
 from layers.transformer import run_blocks
 from models_mae_pl import MODELS
-from tools import draw, features, patches
+from tools import convert, draw, features, patches
 from util.data.pixels import Pixels
 from util.data.transforms import eval_transform
 from util.flags.parser import run
@@ -250,6 +254,61 @@ def test_a_chart_of_an_audit_shows_its_values():
         assert [list(line.get_xdata()) for line in plotted] == [[0, 1], [1]]
         levels = {line.get_ydata()[0] for line in panel.lines if line.get_linestyle() == "--"}
         assert levels == ({6.25, 2.0} if name == "cell_accuracy" else {0.0})
+
+
+# --- export without positions
+
+
+def row_r2(tokens):
+    """R^2 of the row on held-out images, by ordinary least squares, for tokens (n, 16, C)."""
+    rows = np.tile(np.arange(16) // 4, len(tokens) // 2)
+    train, held_out = (part.flatten(0, 1).double().numpy() for part in (tokens[::2], tokens[1::2]))
+    return r2_score(rows, LinearRegression().fit(train, rows).predict(held_out))
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
+def test_an_export_has_no_positions(tmp_path, kind, capsys):
+    """The norm of this classifier follows its average."""
+    if kind == "autoencoder":
+        model, name = mae("sincos"), "mae_test"
+    else:
+        torch.manual_seed(0)
+        options = {"num_classes": 3, "pool": "avg", "pos_embed": "sincos"}
+        model, name = build_classifier("vit_test", img_size=(32, 32), **options).eval(), "vit_test"
+    model.pos_embed.data *= 5
+    for norm in (model.norm, getattr(model, "fc_norm", None)):
+        if isinstance(norm, torch.nn.LayerNorm):
+            torch.nn.init.uniform_(norm.weight, 0.5, 2)
+            torch.nn.init.normal_(norm.bias)
+    file = saved(tmp_path / "c.pth", model, name)
+    folder = noise_images(tmp_path / "noise", 240)
+    out = tmp_path / "o.pth"
+    convert.export(file, str(out), "timm", remove_position=str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    removed = int(re.match(r"position is in (\d+) of 32 directions.* on 240 images", lines[0])[1])
+    assert 2 <= removed <= 15
+    call_of_timm = lines[2].partition(f"checkpoint_path='{out}', ")[2]
+    options = eval(f"dict({call_of_timm}")
+    theirs = timm.create_model("vit_base_patch16_224", checkpoint_path=str(out), **options).eval()
+    stream = features.ImageStream.open(model, {}, str(folder), 240)
+    with torch.no_grad():
+        images = torch.cat(list(stream.batches()))
+        before = theirs.forward_features(images)[:, 1:]
+        after = theirs.head(before)
+        plain = model.forward_features(images)
+        expected = model.label_tokens(plain) if kind == "classifier" else plain[:, 1:]
+    assert torch.allclose(before, expected, atol=1e-4)
+    assert row_r2(before) > 0.8 and row_r2(after) < 0.05
+    # The head changes nothing but these directions.
+    difference = torch.linalg.svdvals((after - before).flatten(0, 1).double())
+    assert (difference > 1e-3 * difference[0]).sum() == removed
+
+
+def test_exports_without_positions_that_are_refused(tmp_path):
+    file = saved(tmp_path / "c.pth", mae(), "mae_test")
+    with pytest.raises(ValueError, match="`remove_position` needs `to` timm, found encoder: the projection"):
+        convert.export(file, str(tmp_path / "o.pth"), "encoder", remove_position="")
+    assert not (tmp_path / "o.pth").exists()
 
 
 # --- principal components
