@@ -102,8 +102,6 @@ def export(
         refuse_above_limit(difference, path, written.model)
     compared = f"the {_compared(arch, full)} of {written.model}"
     print(f"wrote {out}; largest difference to {compared}: {difference:.2g}\n{written.usage.format(out=out)}")
-    if remove_position is not None:
-        print("model.head(model.forward_features(images)) are the tokens without their position")
     if written.note:
         print(written.note)
     return difference
@@ -143,14 +141,15 @@ def _without_position(checkpoint: Checkpoint, source: Model, images: str, to: st
     if to != "timm":
         raise ValueError(
             f"`remove_position` needs `to` timm, found {to}: the projection is a matrix after the final "
-            "norm, which the norm cannot hold. timm's model has it as its head; readers of other formats take a "
-            "head for that of classes, or leave it out"
+            "norm, which the norm cannot hold. timm's model has it as its head; readers of other formats take "
+            "a head for that of classes, or leave it out"
         )
     # It imports the library of charts, which other exports do not need.
     from tools.position import fit_removal
 
     # First, because the norm of `source` moves.
     projection = fit_removal(source, checkpoint.args, images)
+    print("the written model.head(model.forward_features(images)) are the tokens without their position")
     encoder = _encoder_of(checkpoint, source)
     removal = projection.basis @ projection.basis.t()  # (C, C)
     head = torch.eye(source.dim, dtype=torch.float64) - removal

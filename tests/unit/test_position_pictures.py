@@ -287,7 +287,7 @@ def test_an_export_has_no_positions(tmp_path, kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     removed = int(re.match(r"position is in (\d+) of 32 directions.* on 240 images", lines[0])[1])
     assert 2 <= removed <= 15
-    call_of_timm = lines[2].partition(f"checkpoint_path='{out}', ")[2]
+    call_of_timm = lines[3].partition(f"checkpoint_path='{out}', ")[2]
     options = eval(f"dict({call_of_timm}")
     theirs = timm.create_model("vit_base_patch16_224", checkpoint_path=str(out), **options).eval()
     stream = features.ImageStream.open(model, {}, str(folder), 240)
