@@ -141,8 +141,8 @@ def _without_position(checkpoint: Checkpoint, source: Model, images: str, to: st
     if to != "timm":
         raise ValueError(
             f"`remove_position` needs `to` timm, found {to}: the projection is a matrix after the final "
-            "norm, which the norm cannot hold. timm's model has it as its head; readers of other formats take "
-            "a head for that of classes, or leave it out"
+            "norm, which the norm cannot hold; timm's model has it as its head, and readers of other formats "
+            "take a head for that of classes, or leave it out"
         )
     # It imports the library of charts, which other exports do not need.
     from tools.position import fit_removal
