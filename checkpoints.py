@@ -51,6 +51,13 @@ def get_args_parser() -> Parser:
         help="the positional embedding of a checkpoint without one, which mae, timm and hf need; zero "
         "computes the same as none",
     )
+    export.add_argument(
+        "--remove_position",
+        default=None,
+        metavar="DATA",
+        help="with --to timm, write the encoder with a head that projects out of a token what tells its "
+        "position on the images of DATA; '' is the demo set",
+    )
     into = commands.add_parser(
         "import",
         help="write a file of this toolkit from another library's",
@@ -90,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return inspect(args.files, describe)
     if args.command == "export":
-        export(args.file, args.out, args.to, args.pos_embed_init)
+        export(args.file, args.out, args.to, args.pos_embed_init, args.remove_position)
     else:
         import_file(args.file, args.out)
     return 0

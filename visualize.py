@@ -3,13 +3,17 @@
     python visualize.py reconstruct FILE OUT.png   # original | masked | reconstruction | predicted positions
     python visualize.py positions FILE OUT.png     # arrows, accuracy per cell, confusion of rows and columns
     python visualize.py attention FILE OUT.png     # attention of the class token in the last block
+    python visualize.py position_audit FILE... OUT.png   # what patch tokens of each layer know of their place
+    python visualize.py pca FILE OUT.png           # principal components of patch tokens as colours
+    python visualize.py neighbours FILE OUT.png    # the nearest patches in other images
     python visualize.py curves OUT.png RUN...      # losses and accuracies over epochs, with chance levels
                        [--reference RUN...]        # other runs to compare with, in grey behind them
     python visualize.py sweep DIR OUT.png          # a metric against the swept flag, and its table in OUT.md
     python visualize.py report DIR [OUT.html]      # a run or a sweep as one page that needs no other file
 
-FILE holds a masked autoencoder, a ViT or a DeiT of this toolkit or of MAE. The images come from --data_path,
-a data set or image files, or from the embedded demo set if it is not given.
+FILE holds a masked autoencoder, a ViT or a DeiT of this toolkit or of MAE; position_audit, pca and neighbours
+take every other backbone, too, and timm/NAME. The images come from --data_path, a data set or image files, or
+from the embedded demo set if it is not given.
 """
 
 import argparse
@@ -30,9 +34,12 @@ def get_args_parser() -> Parser:
     """The parser of all commands."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(
-        dest="command", required=True, metavar="reconstruct|positions|attention|curves|sweep|report"
+        dest="command",
+        required=True,
+        metavar="reconstruct|positions|attention|position_audit|pca|neighbours|curves|sweep|report",
     )
     add_model_commands(commands)
+    add_feature_commands(commands)
     add_run_commands(commands)
     return p
 
@@ -61,24 +68,7 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         suffixes: tuple[str, ...] = CHARTS
         if command is reconstruct:
             suffixes = (".png",)
-        # Positional, because both are required.
-        command.add_argument("file", metavar="FILE", help="a checkpoint, or a run's folder")
-        command.add_argument(
-            "out", metavar="OUT", type=ending(suffixes, "FILE OUT.png"), help="the picture to write"
-        )
-        command.add_argument(
-            "--data_path",
-            default="",
-            nargs="+",
-            metavar="PATH",
-            help="folder, tar or list of images, or image files; not given: the demo set",
-        )
-        add_val_split(command)
-        command.translators.append(images_last)
-        count = "number of images to draw; if not given 4, or all files that --data_path names"
-        command.add_argument("--images", default=None, type=int, help=count)
-        add_picture_bands(command)
-        add_range_flag(command)
+        add_image_flags(command, suffixes)
     # Attention is that of whole images.
     for command in (reconstruct, positions):
         command.add_argument("--mask_ratio", default=None, type=float, help="as in training if not given")
@@ -97,6 +87,61 @@ def add_model_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="the target was normalised; for files that do not say whether it was",
     )
+
+
+def add_image_flags(command: Parser, suffixes: tuple[str, ...] = CHARTS) -> None:
+    """Add FILE, OUT, and the images that a picture of one model shows."""
+    # Positional, because both are required.
+    command.add_argument("file", metavar="FILE", help="a checkpoint, or a run's folder")
+    command.add_argument(
+        "out", metavar="OUT", type=ending(suffixes, "FILE OUT.png"), help="the picture to write"
+    )
+    command.add_argument(
+        "--data_path",
+        default="",
+        nargs="+",
+        metavar="PATH",
+        help="folder, tar or list of images, or image files; not given: the demo set",
+    )
+    add_val_split(command)
+    command.translators.append(images_last)
+    count = "number of images to draw; if not given 4, or all files that --data_path names"
+    command.add_argument("--images", default=None, type=int, help=count)
+    add_picture_bands(command)
+    add_range_flag(command)
+
+
+def add_feature_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the commands that show the patch tokens of backbones."""
+    pca = commands.add_parser("pca", help="draw the principal components of patch tokens as colours")
+    add_image_flags(pca)
+    pca.add_argument(
+        "--foreground",
+        action="store_true",
+        help="black where the first component is not above Otsu's threshold; its sign is the one that puts "
+        "the border of the images below it",
+    )
+    neighbours = commands.add_parser("neighbours", help="draw the nearest patches in other images")
+    add_image_flags(neighbours)
+    neighbours.add_argument("--bank", default=500, type=int, help="number of images that are searched")
+    audit = commands.add_parser(
+        "position_audit", help="measure what single patch tokens know about their position, layer by layer"
+    )
+    audit.add_argument("files", nargs="+", metavar="FILE", help="checkpoints, runs' folders, or timm/NAME")
+    audit.add_argument(
+        "out", metavar="OUT", type=ending(CHARTS, "FILE... OUT.png"), help="the picture to write"
+    )
+    audit.add_argument(
+        "--data_path",
+        default="",
+        metavar="PATH",
+        help="folder, tar or list of images; not given: the demo set",
+    )
+    add_val_split(audit)
+    count = "number of images, every fourth of which is held out and measured"
+    audit.add_argument("--images", default=1000, type=int, help=count)
+    audit.add_argument("--json", default="", metavar="FILE", help="write the figures to this file, too")
+    add_range_flag(audit)
 
 
 def images_last(parser: Parser, words: list[str]) -> list[str]:
@@ -167,7 +212,9 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 from tools.draw import Display, attention, positions, read_runs, reconstruct, sweep
-from util.files.atomic import write_text
+from tools.patches import neighbours, pca
+from tools.position import chart, position_audit, record
+from util.files.atomic import write_json, write_text
 from util.report import charts
 from util.report.page import page
 from util.report.panels import save_png
@@ -176,7 +223,7 @@ from util.report.panels import save_png
 def settle_images(args: argparse.Namespace) -> None:
     """Resolve --images, and a single path of --data_path. Raises ValueError for a number of images below 1.
 
-    Commands without these flags pass.
+    Commands without one of these flags pass.
     """
     paths = getattr(args, "data_path", "")
     if getattr(args, "images", 1) is None:
@@ -187,33 +234,50 @@ def settle_images(args: argparse.Namespace) -> None:
         args.data_path = paths[0]
     if isinstance(getattr(args, "data_path", None), str):
         args.data_path = DataPath(args.data_path, args.val_split)
-    for name in ("images", "measure"):
+    for name in ("images", "measure", "bank"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: there must be at least 1")
 
 
+def draw_model(args: argparse.Namespace) -> None:
+    """Draw a model's predictions or tokens."""
+    settle_images(args)
+    display = Display(getattr(args, "picture_bands", None), args.range)
+    if args.command == "position_audit":
+        audits = position_audit(args.files, args.data_path, args.images, display)
+        if args.json:
+            write_json(args.json, record(audits))
+        charts.save(chart(audits), args.out)
+        return
+    shown = args.file, args.data_path, args.images
+    if args.command == "reconstruct":
+        picture = reconstruct(*shown, args.mask_ratio, args.stats, args.norm_pix_loss, display)
+        save_png(picture, args.out)
+        return
+    if args.command == "positions":
+        figure = positions(*shown, args.measure, args.mask_ratio, display)
+    elif args.command == "attention":
+        figure = attention(*shown, display)
+    elif args.command == "pca":
+        figure = pca(*shown, args.foreground, display)
+    else:
+        figure = neighbours(*shown, args.bank, display)
+    charts.save(figure, args.out)
+
+
 def main(args: argparse.Namespace) -> int:
     """Draw what the command asks for."""
-    settle_images(args)
     out = args.out
-    # Commands that draw runs have neither.
-    display = Display(getattr(args, "picture_bands", None), getattr(args, "range", None))
-    if args.command == "reconstruct":
-        shown = args.file, args.data_path, args.images, args.mask_ratio
-        save_png(reconstruct(*shown, args.stats, args.norm_pix_loss, display), out)
-    elif args.command == "positions":
-        shown = args.file, args.data_path, args.images, args.measure
-        charts.save(positions(*shown, args.mask_ratio, display), out)
-    elif args.command == "attention":
-        charts.save(attention(args.file, args.data_path, args.images, display), out)
-    elif args.command == "curves":
+    if args.command == "curves":
         charts.save(charts.curves(read_runs(args.runs), read_runs(args.reference)), out)
     elif args.command == "sweep":
         sweep(args.dir, out, args.flag, args.metric)
-    else:
+    elif args.command == "report":
         out = out or os.path.join(args.dir, "report.html")
         text = page(args.dir, args.metric)
         write_text(out, text, follow=True)
+    else:
+        draw_model(args)
     print(f"wrote {out}")
     return 0
 

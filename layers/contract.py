@@ -133,10 +133,10 @@ class Backbone(nn.Module):
 
     trunk: AnyTrunk
     dim: int
+    img_size: tuple[int, int]
     grid: tuple[int, int]
     num_prefix: int
     in_chans: int
-    img_size: tuple[int, int]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, num_prefix + N, C)."""

@@ -62,11 +62,14 @@ class Written:
 
 
 @torch.no_grad()
-def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
+def export(
+    path: str, out: str, to: str, pos_embed_init: str = "zero", remove_position: str | None = None
+) -> float:
     """Write the model in `path` to `out` in the format `to`, a key of `WRITERS`.
 
     Other libraries' models need a positional embedding: `pos_embed_init` (zero, sincos or normal) is what a
-    model without one gets. Returns the largest difference between both models' outputs for two images. Raises
+    model without one gets. `remove_position` names images on which `_without_position` finds what tokens tell
+    of their position. Returns the largest difference between both models' outputs for two images. Raises
     ValueError for weights that the other library's model cannot hold, and if the outputs differ too much.
     """
     if not out.endswith(SUFFIXES[to]):
@@ -75,6 +78,9 @@ def export(path: str, out: str, to: str, pos_embed_init: str = "zero") -> float:
     # The file itself, if `path` is a run's folder.
     path = checkpoint.path
     source = stored_model.model_of(checkpoint)
+    if remove_position is not None:
+        checkpoint = _without_position(checkpoint, source, remove_position, to)
+        source = stored_model.model_of(checkpoint)
     if to == "encoder":
         checkpoint = _encoder_of(checkpoint, source)
     elif to != "safetensors" and "pos_embed" not in checkpoint.model:
@@ -124,6 +130,34 @@ def _encoder_of(checkpoint: Checkpoint, source: Model) -> Checkpoint:
         if source.fc_norm is not None:
             source.norm = source.fc_norm
     return Checkpoint(checkpoint.path, weights, checkpoint.args)
+
+
+def _without_position(checkpoint: Checkpoint, source: Model, images: str, to: str) -> Checkpoint:
+    """The encoder with a linear head that projects the position out of each token after the final norm.
+
+    Such a projection mixes channels, so that no norm can hold it: a norm scales each channel alone. Raises
+    ValueError for formats whose readers leave a head out.
+    """
+    if to != "timm":
+        raise ValueError(
+            f"`remove_position` needs `to` timm, found {to}: the projection is a matrix after the final "
+            "norm, which the norm cannot hold; timm's model has it as its head, and readers of other formats "
+            "take a head for that of classes, or leave it out"
+        )
+    # It imports the library of charts, which other exports do not need.
+    from tools.position import fit_removal
+
+    # First, because the norm of `source` moves.
+    projection = fit_removal(source, checkpoint.args, images)
+    print("the written model.head(model.forward_features(images)) are the tokens without their position")
+    encoder = _encoder_of(checkpoint, source)
+    removal = projection.basis @ projection.basis.t()  # (C, C)
+    head = torch.eye(source.dim, dtype=torch.float64) - removal
+    # x - removal (x - mean).
+    encoder.model["head.weight"] = head.float()
+    encoder.model["head.bias"] = (removal @ projection.mean).float()
+    encoder.model = {k: v for k, v in encoder.model.items() if not k.startswith("pos_head.")}
+    return encoder
 
 
 def _add_pos_embed(checkpoint: Checkpoint, source: Model, init: str) -> None:

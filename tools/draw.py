@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from layers.contract import Backbone
 from layers.positional.head import PositionalHead
 from layers.positional.pairs import relative_labels
 from layers.transformer import Attention
@@ -81,7 +82,7 @@ def load_model(path: str) -> tuple[Model, dict]:
     return model_of(state), state.args
 
 
-def _bands(model: Model, flags: dict, display: Display) -> Bands:
+def bands_of(model: Backbone, flags: dict, display: Display) -> Bands:
     """The channels that pictures show: those of `display`, or else those of the run's own pictures."""
     return Bands.of(model.in_chans, display.bands or flags.get("picture_bands"))
 
@@ -91,18 +92,14 @@ Images = str | os.PathLike | Sequence[str]
 
 
 def load_images(
-    model: Model, flags: dict, data_path: Images, first: int, n: int = 0, display: Display = USUAL
+    model: Backbone, flags: dict, data_path: Images, first: int, n: int = 0, display: Display = USUAL
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], Pixels]:
     """Up to n images spread over the validation set, or over the training set if there is no other.
 
     Returns batches of (images (B, C, H, W), keys (B,)), and how they were normalised. The first batch has
     `first` images. Raises ValueError if no image can be read, or one that `data_path` names.
     """
-    stats = _stats_of(model, flags)
-    read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
-    dataset = _evaluation_set(model, data_path, read)
-    # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
-    pixels = with_range(stats, dataset, display.range, scaled=False, trained=flags)
+    dataset, pixels = open_images(model, flags, data_path, display)
     samples = some_samples(dataset, max(first, n))
     bad = [sample["index"] for sample in samples if sample["bad"]]
     if bad and isinstance(dataset, ImageDataset) and named_files(data_path):
@@ -118,7 +115,18 @@ def load_images(
     return ((pixels.normalize(batch["image"]), batch["key"]) for batch in batches), pixels
 
 
-def _stats_of(model: Model, flags: dict) -> Pixels:
+def open_images(
+    model: Backbone, flags: dict, data_path: Images, display: Display = USUAL
+) -> tuple[ImageDataset | TimmDataset, Pixels]:
+    """The images of `load_images` as a data set, and how they are normalised."""
+    stats = _stats_of(model, flags)
+    read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
+    dataset = _evaluation_set(model, data_path, read)
+    # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
+    return dataset, with_range(stats, dataset, display.range, scaled=False, trained=flags)
+
+
+def _stats_of(model: Backbone, flags: dict) -> Pixels:
     """Raises ValueError, for channels that have no usual statistics, if the checkpoint stores none."""
     mean, std = flags.get("mean"), flags.get("std")
     if not (mean and std) and model.in_chans not in (1, 3):
@@ -156,7 +164,7 @@ def _index_of(files: list[str]) -> ImageIndex:
     return ImageIndex(", ".join(files), "", "image files", from_names(names, sort=False), labels=False)
 
 
-def _evaluation_set(model: Model, data_path: Images, read: ReadSettings) -> ImageDataset | TimmDataset:
+def _evaluation_set(model: Backbone, data_path: Images, read: ReadSettings) -> ImageDataset | TimmDataset:
     transform = eval_transform(model.img_size)
     files = named_files(data_path)
     if files:
@@ -256,7 +264,7 @@ def reconstruct(
             f"{path} does not say whether its target was normalised, so the prediction is taken as pixels: "
             "pass norm_pix_loss if it was normalised"
         )
-    bands = _bands(model, flags, display)
+    bands = bands_of(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, keys = next(batches)
     ids_keep = visible_cells(model, keys, mask_ratio, flags)
@@ -360,7 +368,7 @@ def positions(
         raise ValueError(
             f"{path} has no label head (`pos_label` none, or exported without it): no positions to draw"
         )
-    bands = _bands(model, flags, display)
+    bands = bands_of(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, measure, display)
     first = next(batches)
     shown = as_pixels(first[0], pixels, bands)  # (n, H, W, 3)
@@ -427,7 +435,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
 def attention(path: str, data_path: Images, n: int, display: Display = USUAL) -> Figure:
     """A chart of the last block's attention from the class token to the patches of whole images, per head."""
     model, flags = load_model(path)
-    bands = _bands(model, flags, display)
+    bands = bands_of(model, flags, display)
     batches, pixels = load_images(model, flags, data_path, n, display=display)
     images, _ = next(batches)
     maps = class_attention(model, images).reshape(len(images), -1, *model.grid)  # (N, heads, h, w)

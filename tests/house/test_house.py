@@ -18,7 +18,7 @@ ROOMS = {
     "models": "layers",
     "backbones": "layers models util.flags util.weights util.data",
     "engine": "util.cluster util.data util.dist util.flags util.run util.train",
-    "tools": "backbones layers models util.data util.files util.flags util.report util.weights",
+    "tools": "backbones layers models util.data util.evaluate util.files util.flags util.report util.weights",
     "doors": "tools util.files util.flags util.report",
     "mains": "engine backbones layers models util.files util.flags util.data util.dist util.evaluate "
     "util.report util.run util.train util.weights",
