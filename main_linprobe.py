@@ -102,7 +102,6 @@ def add_model_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -113,7 +112,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.heads import SECOND_ORDER_FLAGS, second_order_options
-from backbones.registry import MODELS, build_classifier, find, norm_options, trained_options
+from backbones.registry import MODELS, build_classifier, find, frozen_options
 from engine import Objective, Session, Setup, fit
 from layers.classifier import Classifier
 from layers.probe import Probe, SecondOrderProbe, pool_tokens, pooled, pooled_and_patches
@@ -135,6 +134,7 @@ from util.evaluate.effective_rank import RANK_IMAGES, effective_rank
 from util.evaluate.knn import NEIGHBOURS, knn_correct
 from util.evaluate.passes import extract_features, mean_terms
 from util.files.names import counted, printable
+from util.run.frozen import check_encoder
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import STOPPED, check_and_print_continuing, effective_batch, join_ranks, open_budget
@@ -392,22 +392,9 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     Its tokens come after the final norm, unless a plain ViT is pooled as in MAE: then a new norm follows the
     mean.
     """
-    if find(args.model).own_positions:
-        # These models embed positions and pool tokens in their own way.
-        options = trained_options(state.args)
-    else:
-        # The encoder is probed with the embeddings that it was trained with. Pooling by class token keeps its
-        # final norm, for the patch tokens too.
-        options = {"pos_embed": "none", "pool": "cls"}
-        if args.pool == "avg" and follows_mae(args):
-            options["pool"] = "avg"
-        if not {"pos_embed", "backbone.pos_embed"}.isdisjoint(state.encoder_weights()):
-            options["pos_embed"] = "learned"
-        if state.args.get("patch_embed"):
-            options["patch_embed"] = state.args["patch_embed"]
-        options |= norm_options(args.model, state.args)
-    if args.pos_embed != "auto":
-        options["pos_embed"] = args.pos_embed
+    options = frozen_options(args.model, state, args.pos_embed)
+    if args.pool == "avg" and follows_mae(args):
+        options["pool"] = "avg"
     if args.patch_size:
         options["patch_size"] = pair(args.patch_size, "--patch_size")
     # A distillation token that the file lacks is a random one, and must be the same at each start.
@@ -420,38 +407,6 @@ def load_backbone(args: argparse.Namespace, state: Checkpoint, setup: Setup, fla
     if args.pool == "cls" and not model.num_prefix:
         raise ValueError(f"--model {args.model} has no class token: probe it with --global_pool")
     return model.to(setup.device).eval().requires_grad_(False)
-
-
-def check_encoder(args: argparse.Namespace, start: Checkpoint | None, backbone: nn.Module) -> str:
-    """Return checksums of the encoder, which a probe stores in the place of the encoder itself.
-
-    The second one is that of the positional embedding, which other sizes of images change. Raises ValueError
-    if the trained heads of `start` belong to another encoder.
-    """
-    sums = {False: 0, True: 0}
-    for name, weight in backbone.named_parameters():
-        embeds = "pos_embed" in name
-        sums[embeds] = zlib.crc32(weight.detach().cpu().contiguous().numpy().data, sums[embeds])
-    found = f"{sums[False]:08x}-{sums[True]:08x}"
-    trained = stored_flags(start)
-    own = trained.get("encoder")
-    # Earlier probes store none.
-    if start is None or not isinstance(own, str):
-        return found
-    count = len(found)
-    before = trained.get("input_size") or args.input_size
-    if pair(before, "--input_size") != pair(args.input_size, "--input_size"):
-        count = found.index("-")
-    if own[:count] == found[:count]:
-        return found
-    path = printable(str(trained.get("finetune")))
-    remedy = f"give the one that they were trained on ({path})"
-    if path == args.finetune:
-        remedy = "that file, or --pos_embed, has changed since: give what they were trained on"
-    raise ValueError(
-        f"{start.path} holds heads for another encoder than {args.finetune}: {remedy}, or start a new probe "
-        "in another --output_dir"
-    )
 
 
 def use_trained_classes(data: ClassSamples, saved: Checkpoint, source: DataPath) -> None:
@@ -721,7 +676,7 @@ def main(given: argparse.Namespace) -> int:
     loader, val_loader, setup = build_data(args, setup, pretrained.args, start)
     flags |= setup.pixels.flags(val_loader.dataset.depth)
     backbone = load_backbone(args, pretrained, setup, flags)
-    flags["encoder"] = check_encoder(args, start, backbone)
+    flags["encoder"] = check_encoder(backbone, start, args.finetune, setup.size)
     del pretrained  # its memory is needed
     if loader is None:  # --eval
         objective = build_objective(args, backbone, setup, val_loader)

@@ -119,6 +119,27 @@ def trained_options(flags: dict) -> dict[str, Any]:
     return options
 
 
+def frozen_options(name: str, saved: Checkpoint, pos_embed: str = "auto") -> dict[str, Any]:
+    """Options of a classifier whose frozen encoder, with the embeddings of its training, is probed.
+
+    Its tokens come after the final norm. `pos_embed` "auto" is the embedding that the file has.
+    """
+    if find(name).own_positions:
+        # These models embed positions and pool tokens in their own way.
+        options = trained_options(saved.args)
+    else:
+        # Pooling by class token keeps the final norm, for the patch tokens too.
+        options = {"pos_embed": "none", "pool": "cls"}
+        if not {"pos_embed", "backbone.pos_embed"}.isdisjoint(saved.encoder_weights()):
+            options["pos_embed"] = "learned"
+        if saved.args.get("patch_embed"):
+            options["patch_embed"] = saved.args["patch_embed"]
+        options |= norm_options(name, saved.args)
+    if pos_embed != "auto":
+        options["pos_embed"] = pos_embed
+    return options
+
+
 def freeze_all_but(model: Classifier, blocks: int, keep: Collection[str] = ()) -> list[nn.Module]:
     """Train only the last `blocks` blocks, the heads (MAE Fig. 9), and the new parameters `keep`.
 

@@ -24,8 +24,8 @@ class Segmenter(nn.Module):
 
     The head `linear` reads the last layer and gives logits on the grid of patches. `upernet` and `dpt` read
     four evenly spaced blocks and give logits on a grid that is 4 or 8 times as fine. Parameters of the
-    backbone keep their names after `backbone.`; those of the head are `head.*`. The backbone loses its own
-    class head.
+    backbone keep their names after `backbone.`; those of the head are `segment_head.*`. The backbone loses
+    its own class head.
 
     The linear head has a norm of its own. A backbone with a norm after its average, as MAE fine-tunes it,
     hands that norm over: its tokens would else be normalised twice. All other backbones keep their final
@@ -48,17 +48,17 @@ class Segmenter(nn.Module):
         for name in ("head", "head_dist"):
             if hasattr(backbone, name):
                 setattr(backbone, name, nn.Identity())
-        self.head = HEADS[kind](backbone.dim, classes)
+        self.segment_head = HEADS[kind](backbone.dim, classes)
         if kind == "linear" and backbone.fc_norm is not None:
-            self.head.norm = backbone.fc_norm
+            self.segment_head.norm = backbone.fc_norm
             backbone.fc_norm = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) of any size that the backbone takes -> logits (B, K, ., .)."""
         maps = patch_maps(self.backbone, images, self.blocks)
         if self.blocks is None:
-            return self.head(maps)
-        return self.head(maps.chunk(len(self.blocks), dim=1))
+            return self.segment_head(maps)
+        return self.segment_head(maps.chunk(len(self.blocks), dim=1))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, in addition to all one-dimensional ones."""

@@ -141,7 +141,8 @@ def test_recipes_parse(recipe):
 
     text = recipe.read_text()
     main = next(
-        (m for m in ("main_finetune", "main_linprobe", "main_sere") if f"{m}.py" in text), "main_pretrain"
+        (m for m in ("main_finetune", "main_linprobe", "main_segment", "main_sere") if f"{m}.py" in text),
+        "main_pretrain",
     )
     args = parse(importlib.import_module(main).get_args_parser(), [f"@{recipe}"])
     assert args.model in text

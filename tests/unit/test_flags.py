@@ -114,7 +114,15 @@ def test_flags_are_those_of_the_command_at_hand():
     assert with_flags("`cls_token`", vars(argparse.Namespace(pool=None))) == "--cls_token"
 
 
-DOORS = ("main_pretrain", "main_finetune", "main_linprobe", "main_sere", "checkpoints", "visualize")
+DOORS = (
+    "main_pretrain",
+    "main_finetune",
+    "main_linprobe",
+    "main_segment",
+    "main_sere",
+    "checkpoints",
+    "visualize",
+)
 DOORS += ("util.data.__main__", "evidence.__main__")
 
 
@@ -301,7 +309,7 @@ def test_a_number_at_its_limits_is_taken(kind, word, value):
     assert found == value and type(found) is type(value)
 
 
-MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_sere"]
+MAINS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_sere"]
 
 
 @pytest.mark.parametrize("main", MAINS)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from util.data.seeding import sample_seed
-from util.evaluate import patch_knn
-from util.evaluate.patch_knn import PatchMemory, draw_ranks, patch_labels, soft_labels
+from util.evaluate.segments import patch_memory as patch_knn
+from util.evaluate.segments.patch_memory import PatchMemory, draw_ranks, patch_labels, soft_labels
 
 CPU = torch.device("cpu")
 DIM, K = 16, 5
@@ -90,7 +90,7 @@ import torch, sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/unit"]
 from test_patch_knn import patches, DIM, K
 from util import dist
-from util.evaluate import patch_knn
+from util.evaluate.segments import patch_memory as patch_knn
 patch_knn._ROWS = 64
 dist.init("cpu")
 features, labels, numbers = patches()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
-from util.evaluate import segments
-from util.evaluate.segments import Confusion, Protocol, predict, to_labels
+from util.evaluate.segments import figures as segments
+from util.evaluate.segments.figures import Confusion, Protocol, predict, to_labels
 
 CPU = torch.device("cpu")
 K = 5
@@ -117,7 +117,7 @@ def test_a_class_out_of_range_is_an_error(prediction, mask):
 RANK = """
 import torch
 from util import dist
-from util.evaluate.segments import Confusion
+from util.evaluate.segments.figures import Confusion
 dist.init("cpu")
 prediction, mask = torch.load({path!r})
 confusion = Confusion(5, torch.device("cpu"), heads=2)
@@ -167,7 +167,7 @@ def test_two_ranks_count_what_one_counts(tmp_path):
 
 def test_a_protocol_is_one_line_with_all_that_matters():
     size = "bilinear to the mask's size"
-    slide = Protocol("shorter side 512", (512, 448), (341, 300), size, 255, 150, True)
+    slide = Protocol("shorter side 512", (512, 448), (341, 300), 255, 150, True)
     line = str(slide)
     assert "\n" not in line
     for part in ("shorter side 512", "512x448", "341x300", size, "255", "150 classes"):
@@ -177,15 +177,22 @@ def test_a_protocol_is_one_line_with_all_that_matters():
         "image": "shorter side 512",
         "window": [512, 448],
         "stride": [341, 300],
-        "logits": "bilinear to the mask's size",
         "ignore": 255,
         "classes": 150,
         "reduce_zero_label": True,
         "max_res": None,
+        "upsample": "bilinear",
     }
-    whole = Protocol("shorter side 256", None, None, "bilinear", 1000, 920, max_res=1000)
+    whole = Protocol("shorter side 256", None, None, 1000, 920, max_res=1000)
     assert "whole image" in str(whole) and "1000x1000" in str(whole) and "window" not in str(whole)
-    assert "no pixel ignored" in str(Protocol("x", None, None, "bilinear", None, 2))
+    assert "no pixel ignored" in str(Protocol("x", None, None, None, 2))
+
+
+def test_nearest_labels_are_constant_in_a_cell():
+    logits = torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    expected = logits.argmax(1)[0].repeat_interleave(4, 0).repeat_interleave(2, 1)
+    assert torch.equal(to_labels(logits, (12, 10), upsample="nearest"), expected)
+    assert not torch.equal(to_labels(logits, (12, 10)), expected)
 
 
 # --- predictions ---

@@ -214,18 +214,18 @@ def test_a_fine_tuned_segmenter_is_imagenet_s():
     norm = backbone.fc_norm
     names = {name for name, _ in backbone.named_parameters()} - {"head.weight", "head.bias"}
     segmenter = Segmenter(backbone, 7).eval()
-    assert segmenter.head.norm is norm
+    assert segmenter.segment_head.norm is norm
     own = {name.removeprefix("backbone.") for name, _ in segmenter.named_parameters()}
     assert own == names - {"fc_norm.weight", "fc_norm.bias"} | {
-        "head.norm.weight",
-        "head.norm.bias",
-        "head.classify.weight",
-        "head.classify.bias",
+        "segment_head.norm.weight",
+        "segment_head.norm.bias",
+        "segment_head.classify.weight",
+        "segment_head.classify.bias",
     }
-    nn.init.normal_(segmenter.head.classify.weight)
+    nn.init.normal_(segmenter.segment_head.classify.weight)
     images = torch.randn(2, 3, 40, 24)
     tokens = backbone.forward_tokens(images)[:, 1:]  # before any norm
-    logits = norm(tokens) @ segmenter.head.classify.weight[:, :, 0, 0].T
+    logits = norm(tokens) @ segmenter.segment_head.classify.weight[:, :, 0, 0].T
     assert torch.allclose(segmenter(images), logits.transpose(1, 2).reshape(2, 7, 5, 3), atol=1e-5)
 
 
@@ -237,7 +237,9 @@ def test_segmenters_learn_with_all_of_their_parameters(kind, head):
     backbone = BACKBONES[kind](num_classes=10)
     torch.manual_seed(0)
     segmenter = Segmenter(backbone, 5, head)
-    last = [module for module in segmenter.head.classify.modules() if isinstance(module, nn.Conv2d)][-1]
+    last = [module for module in segmenter.segment_head.classify.modules() if isinstance(module, nn.Conv2d)][
+        -1
+    ]
     nn.init.normal_(last.weight)
     # A grid of 3 rows and 5 columns.
     logits = segmenter.train()(torch.randn(2, 3, 24, 40))
@@ -265,8 +267,8 @@ def test_layer_decay_works_as_for_classifiers():
 
         expected, found = settings(classifier), settings(segmenter)
         for name, value in found.items():
-            if name.startswith("head."):
-                assert value == (1.0, 0.05 if name == "head.classify.weight" else 0.0)
+            if name.startswith("segment_head."):
+                assert value == (1.0, 0.05 if name == "segment_head.classify.weight" else 0.0)
             else:
                 assert value == expected[name.removeprefix("backbone.")], name
         assert min(scale for scale, _ in found.values()) == 0.5**segmenter.num_layers
@@ -277,7 +279,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     for recompute in (False, True):
         torch.manual_seed(0)
         segmenter = Segmenter(vit(), 5).train()
-        nn.init.normal_(segmenter.head.classify.weight)
+        nn.init.normal_(segmenter.segment_head.classify.weight)
         segmenter.set_grad_checkpointing(recompute)
         assert segmenter.backbone.grad_checkpointing == recompute
         segmenter(torch.ones(1, 3, 32, 32)).square().sum().backward()

@@ -131,8 +131,8 @@ def _add_sweep_flags(g: argparse._ArgumentGroup) -> None:
         "--then",
         default=None,
         metavar="MAIN FLAGS",
-        help="last on the command line: finetune or linprobe and its flags, for the checkpoint of each run; "
-        "may be repeated",
+        help="last on the command line: finetune, linprobe or segment and its flags, for the checkpoint of "
+        "each run; may be repeated",
     )
 
 

@@ -16,7 +16,7 @@ from util.files.names import printable
 from util.flags import early
 from util.flags.parser import Parser, given_in, parser_of
 
-FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe"}
+FOLLOW_UPS = {"finetune": "main_finetune", "linprobe": "main_linprobe", "segment": "main_segment"}
 # A follow-up takes these flags from its pretraining, if they are given there and not in its own flags. Others
 # are those of the checkpoint, or of the machine that runs the job.
 INHERITED = (

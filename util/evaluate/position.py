@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util import dist
+
 # The ridge, as a share of the mean diagonal of the features' scatter matrix. A share does not depend on the
 # scale of the features or the number of images. It is fixed, so that the same reader compares all models.
 RIDGE = 1e-3
@@ -99,8 +101,11 @@ class CellStatistics:
         """The sums of each cell's tokens, (L, C)."""
         return self.halves.sum(0)
 
-    def add(self, tokens: Tensor) -> None:
-        """Add a batch of tokens (B, L, C). Raises ValueError for another shape."""
+    def add(self, tokens: Tensor, numbers: Tensor | None = None) -> None:
+        """Add a batch of tokens (B, L, C). Raises ValueError for another shape.
+
+        `numbers` (B,) are those of the images, whose parity chooses the half; if not given they are counted.
+        """
         expected = self.halves.shape[1:]
         if tokens.ndim != 3 or tokens.shape[1:] != expected:
             raise ValueError(
@@ -109,14 +114,23 @@ class CellStatistics:
         x = tokens.double()
         means = x.mean(1)  # (B, C)
         flat = x.flatten(0, 1)  # (B * L, C)
-        for start in (0, 1):
-            half = (self.images + start) % 2
-            part = x[start::2]
+        if numbers is None:
+            numbers = torch.arange(self.images, self.images + len(x))
+        odd = (numbers % 2 == 1).to(x.device)
+        for half, chosen in enumerate((~odd, odd)):
+            part = x[chosen]
             self.halves[half] += part.sum(0)
             self.counts[half] += len(part)
         self.images += len(x)
         self.gram += flat.t() @ flat
         self.image_gram += means.t() @ means
+
+    def reduce(self) -> None:
+        """Add the sums of all ranks, which must call this together, and once."""
+        everyone = dist.gather_objects((self.images, *self.counts))
+        self.images, *self.counts = (sum(each) for each in zip(*everyone))
+        for name in ("halves", "gram", "image_gram"):
+            setattr(self, name, dist.sum_over_ranks(getattr(self, name)))
 
     def cell_means(self) -> Tensor:
         """The mean token of each cell, (L, C)."""

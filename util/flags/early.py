@@ -19,6 +19,7 @@ MODELS: Mapping[str, Callable[[], list[str]]] = {
     "main_pretrain": sizes.mae_names,
     "main_finetune": sizes.classifier_names,
     "main_linprobe": sizes.classifier_names,
+    "main_segment": sizes.classifier_names,
     "main_sere": sizes.sere_names,
 }
 KINDS = {
@@ -72,7 +73,7 @@ def check_model(main: str, name: str, names: Sequence[str] = ()) -> None:
         return
     names = names or MODELS[main]()
     # timm's names are known once timm is imported.
-    takes_timm = main in ("main_finetune", "main_linprobe")
+    takes_timm = main in ("main_finetune", "main_linprobe", "main_segment")
     if name in names or (takes_timm and name.startswith("timm/")):
         return
     here = sizes.same_encoder(name, names)

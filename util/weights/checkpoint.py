@@ -152,8 +152,9 @@ def _size_remedy(checkpoint: Checkpoint, wanted: str, expected: Mapping[str, Ten
 
 def _classes_remedy(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> str:
     """What to do with a classifier of another number of classes; '' if it has as many."""
-    stored = checkpoint.model.get("head.bias")
-    wanted = expected.get("head.bias")
+    names = [name for name in ("head.bias", "segment_head.classify.bias") if name in expected]
+    stored = checkpoint.model.get((names or [""])[0])
+    wanted = expected.get((names or [""])[0])
     if stored is None or wanted is None or stored.shape == wanted.shape:
         return ""
     return (

@@ -70,11 +70,11 @@ def _pretrained_encoder(model: Classifier, checkpoint: Checkpoint) -> Weights:
     except ValueError as e:
         raise ValueError(f"the encoder in {checkpoint.path} does not fit `model`: {e}") from None
     needed = {name for name in model.state_dict() if not name.startswith(_CLASSIFIER_HEADS)}
-    kinds = ("pretraining", "self-distillation", "dino", "classifier", "encoder")
+    kinds = ("pretraining", "self-distillation", "dino", "classifier", "encoder", "segmenter")
     # Names that are the model's own need no kind: timm's models have many.
     if checkpoint.kind not in kinds and not needed <= weights.keys():
         checkpoint.check_kind("encoder")
-    if checkpoint.kind not in ("classifier", "probe") or "fc_norm.weight" not in weights:
+    if checkpoint.kind not in ("classifier", "probe", "segmenter") or "fc_norm.weight" not in weights:
         return weights
     if "fc_norm.weight" in model.state_dict():
         return weights

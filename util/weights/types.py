@@ -32,6 +32,12 @@ KINDS = {
         "--finetune, which take its encoder",
     ),
     "probe": ("a linear probe", "main_linprobe.py --resume"),
+    "segmenter": (
+        "a segmenter of main_segment.py",
+        "main_segment.py --resume, with --eval to evaluate; main_segment.py, main_finetune.py and "
+        "main_linprobe.py --finetune, which take its encoder",
+    ),
+    "dense probe": ("linear maps of patch tokens", "main_segment.py --probe linear --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),
     "dino": (
         "a file of the authors' code of SERE, iBOT or DINO (backbone and heads)",
@@ -42,6 +48,8 @@ KINDS = {
 # Kind -> what the name of one of its weights starts with. The first kind that matches counts: a pretraining
 # checkpoint, for example, has the weights of an encoder as well.
 _SIGNS = {
+    "segmenter": r"segment_head\.",
+    "dense probe": r"dense\.\d+\.",
     "self-distillation": r"ibot_head\.",
     "pretraining": r"decoder_",
     # A probe is a list of heads, one for each learning rate.
@@ -57,7 +65,14 @@ PRETRAINING_ONLY = (
     *("decoder_", "mask_token", "ibot_head.", "sr_"),
     # In the backbones of iBOT and SERE.
     *("masked_embed", "channel_sere", "pixel_sere"),
+    "segment_head.",
 )
+
+
+def _norm_of_segments(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norm of a linear segmentation head under the name that a classifier's has; {} for other heads."""
+    names = {f"segment_head.norm.{part}": f"fc_norm.{part}" for part in ("weight", "bias")}
+    return {new: weights[old] for old, new in names.items() if old in weights}
 
 
 def kind_of(keys: Collection[str]) -> str:
@@ -126,8 +141,12 @@ class Checkpoint:
             weights = self.entries["teacher"]
         else:
             weights = self.evaluated_weights()
-        if self.kind == "dino":
+        if self.kind in ("dino", "segmenter"):
+            norm = _norm_of_segments(weights)
             weights = without_backbone(weights)
+            # A classifier's norm after the mean becomes that of each token in other models.
+            if "norm.weight" not in weights:
+                weights |= norm
         return {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_ONLY)}
 
     def check_kind(self, wanted: str) -> None:

@@ -121,7 +121,7 @@ class Protocol:
         image: how an image is brought to the model, e.g. "resized to 224x224" or "shorter side 256".
         window: (h, w) of a sliding window in pixels; None for the whole image at once.
         stride: (h, w) from one window to the next.
-        logits: how logits become predictions, e.g. "bilinear to the mask's size".
+        upsample: how logits are brought to the mask's size: "bilinear" or "nearest".
         ignore: the value of ignored pixels in the files of the masks; None if no pixel is ignored.
         classes: the number of classes in the mean.
         reduce_zero_label: the value 0 of the files is ignored, and class k has the value k + 1.
@@ -131,11 +131,11 @@ class Protocol:
     image: str
     window: tuple[int, int] | None
     stride: tuple[int, int] | None
-    logits: str
     ignore: int | None
     classes: int
     reduce_zero_label: bool = False
     max_res: int | None = None
+    upsample: str = "bilinear"
 
     def __str__(self) -> str:
         looks = "whole image at once"
@@ -143,7 +143,7 @@ class Protocol:
             h, w = self.window
             rows, columns = self.stride or self.window
             looks = f"sliding window {h}x{w} (height x width), stride {rows}x{columns}, overlaps averaged"
-        size = self.logits
+        size = f"{self.upsample} to the mask's size"
         if self.max_res:
             size += (
                 f", but masks above {self.max_res}x{self.max_res} pixels at a longer side of {self.max_res}, "
@@ -246,15 +246,21 @@ def _whole_patches(images: Tensor, patch: tuple[int, int], remainder: str) -> Te
     return images[..., : H - H % patch[0], : W - W % patch[1]]
 
 
-def to_labels(logits: Tensor, size: tuple[int, int], max_res: int | None = None) -> Tensor:
+def to_labels(
+    logits: Tensor, size: tuple[int, int], max_res: int | None = None, upsample: str = "bilinear"
+) -> Tensor:
     """Return the predictions (H, W) int64 of one image's logits (1, K, h, w) at the `size` of its mask.
 
-    The logits are brought to that size (bilinear, align_corners false), and the largest one wins, of equal
+    With `upsample` "nearest" each pixel has the class of the nearest logits. Otherwise the logits are brought
+    to that size (bilinear, align_corners false), and the largest one wins, of equal
     ones the first. Masks with more than max_res * max_res pixels get predictions whose longer side is
     max_res, and these are brought to the mask's size by the nearest pixel (ImageNet-S; 0 and None turn it
     off). Logits of the full size may take gigabytes, so some rows of them are made at a time.
     """
     H, W = size
+    if upsample == "nearest":
+        labels = logits.argmax(1, keepdim=True).float()  # exact up to 2**24 classes
+        return F.interpolate(labels, size=size, mode="nearest-exact")[0, 0].long()
     limit = max_res or math.inf
     if limit * limit >= H * W:
         return _labels_in_strips(logits, size)

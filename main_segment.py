@@ -1,0 +1,756 @@
+"""Semantic segmentation: fine-tune an encoder, evaluate, or ask what its frozen patch tokens know.
+
+    python main_segment.py --model vit_small_patch16 --data_path DIR --finetune RUN/checkpoint-last.pth
+    python main_segment.py --data_path DIR --eval --resume SEG/checkpoint-best.pth
+    python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe linear --controls
+    python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe knn --controls
+
+DIR has images/{train,val} and masks/{train,val} with index PNGs of the same names; the layouts of ADE20K,
+VOC, Cityscapes and ImageNet-S are recognised as well. Fine-tuning follows the code of ImageNet-S, which
+SERE's authors use: a norm and one linear layer on the patch tokens, and a loss on logits of twice their size.
+
+A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of --lr_grid)
+or retrieves the labels of the nearest patches of the training images (--probe knn). With --controls the same
+probe also reads the position of a patch alone, its raw pixels, a random encoder, and the tokens without and
+with their position: a score means little without these.
+
+Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
+wrong input.
+"""
+
+import argparse
+import sys
+
+from layers.sizes import classifier_names
+from util.flags.data_path import DataPath
+from util.flags.groups import (
+    OptimDefaults,
+    add_data_flags,
+    add_eval_flags,
+    add_optim_flags,
+    add_run_flags,
+    ascending,
+    channel_stats,
+    compile_mode,
+    pair,
+)
+from util.flags.numbers import BELOW_ONE, COUNT, FROM_ZERO, LAYER_DECAY, POSITIVE, SHARE, WHOLE, side
+from util.flags.parser import Parser, answer_at_once, examples, given_in, parse, run
+
+
+def get_args_parser() -> Parser:
+    about = "Semantic segmentation by fine-tuned encoders and by probes of frozen ones"
+    p = Parser(description=about, epilog=examples(__doc__), add_help=False)
+    add_model_flags(p.add_argument_group("model"))
+    add_data_flags(p)
+    add_mask_flags(p.add_argument_group("masks"))
+    defaults = OptimDefaults(
+        batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5
+    )
+    add_optim_flags(p, defaults)
+    add_run_flags(p)
+    # The name in ImageNet-S's code.
+    p.add_argument(
+        "--saveckp_freq", dest="save_every_epochs", type=FROM_ZERO, default=20, help=argparse.SUPPRESS
+    )
+    add_augment_flags(p.add_argument_group("augmentation"))
+    add_probe_flags(p.add_argument_group("frozen probes"))
+    add_evaluation_flags(p.add_argument_group("evaluation"))
+    return p
+
+
+def add_model_flags(g) -> None:
+    names = (
+        f"that of the checkpoint if the run starts from one; {', '.join(classifier_names())}, or timm/NAME"
+    )
+    g.add_argument("--model", default="vit_large_patch16", help=names)
+    patch = "patch size, if other than the model's"
+    g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
+    encoder = "pretrained encoder or classifier to start from: a file, a run's folder or an https address"
+    g.add_argument("--finetune", default="", help=encoder)
+    published = "start from the weights that timm publishes, with --model timm/NAME"
+    g.add_argument("--pretrained", action="store_true", help=published)
+    embedding = "positional embedding; auto: in fine-tuning learned, for a frozen encoder that of its file"
+    kinds = ["auto", "none", "sincos", "learned"]
+    g.add_argument("--pos_embed", default="auto", choices=kinds, help=embedding)
+    start = "initial values of a positional embedding that the checkpoint lacks"
+    g.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"], help=start)
+    heads = "what is trained on the whole encoder; upernet and dpt: pip install segmentation-models-pytorch"
+    g.add_argument("--head", default="linear", choices=["linear", "upernet", "dpt"], help=heads)
+    g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
+    decay = "learning rate factor per layer, from the top down"
+    g.add_argument("--layer_decay", default=0.75, type=LAYER_DECAY, help=decay)
+    recompute = "recompute each block in backward: less memory, a fifth to a third more time"
+    g.add_argument("--grad_checkpointing", action="store_true", help=recompute)
+
+
+def add_mask_flags(g) -> None:
+    classes = "number of classes; that of the layout if not given, or one more than the highest in the masks"
+    g.add_argument("--num_classes", default=None, type=COUNT, help=classes)
+    # MAE's name.
+    g.add_argument("--nb_classes", dest="num_classes", default=None, type=COUNT, help=argparse.SUPPRESS)
+    ignored = "number in masks of pixels that do not count; that of the layout if not given, or 255"
+    g.add_argument("--ignore_index", default=None, type=WHOLE, help=ignored)
+    zero = "leave number 0 out and count classes from 1, as ADE20K does"
+    g.add_argument("--reduce_zero_label", default=None, action=argparse.BooleanOptionalAction, help=zero)
+
+
+def add_augment_flags(g) -> None:
+    area = "area of the random crop, as a share of the image"
+    g.add_argument(
+        "--crop_scale", default=[0.14, 1.0], type=SHARE, nargs=2, metavar=("MIN", "MAX"), help=area
+    )
+    jitter = "instead of --crop_scale: resize by a random factor and cut a window of --input_size, as 0.5 2"
+    g.add_argument(
+        "--scale_jitter", default=None, type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help=jitter
+    )
+    g.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a horizontal flip")
+    g.add_argument("--vflip", default=0.0, type=SHARE, help="probability of a vertical flip")
+    photo = (
+        "colour jitter, grey and blur of ImageNet-S's code; if not given for 8-bit RGB in fine-tuning alone"
+    )
+    g.add_argument("--photo", default=None, action=argparse.BooleanOptionalAction, help=photo)
+    at = (
+        "where the loss is taken. twice: logits doubled in size, masks brought to that size (fine-tuning if "
+        "not given); pixels: logits at the size of the masks (probes)"
+    )
+    g.add_argument("--loss_at", default=None, choices=["twice", "pixels"], help=at)
+
+
+def add_probe_flags(g) -> None:
+    kinds = "what reads the frozen encoder instead of fine-tuning it"
+    g.add_argument("--probe", default=None, choices=["linear", "knn"], help=kinds)
+    blocks = "blocks whose patch tokens are concatenated, counted from 0, or from the end as -1; the last one"
+    g.add_argument("--layers", default=None, type=WHOLE, nargs="+", metavar="N", help=blocks)
+    rows = "probe controls, too: position, pixels, random encoder, tokens without and with their position"
+    g.add_argument("--controls", action="store_true", help=rows)
+    grid = "factors of the learning rate, with a head each"
+    g.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=POSITIVE, nargs="+", help=grid)
+    once = "compute features once, of whole images without augmentation, and train on them"
+    g.add_argument("--cached", action="store_true", help=once)
+    g.add_argument("--knn_k", default=30, type=COUNT, metavar="K", help="neighbours of --probe knn")
+    g.add_argument(
+        "--knn_temperature", default=0.02, type=POSITIVE, help="temperature of the votes of --probe knn"
+    )
+    patches = "patches of training images that --probe knn remembers at most, drawn at random"
+    g.add_argument("--knn_memory", default=1024 * 1000, type=COUNT, metavar="N", help=patches)
+
+
+def add_evaluation_flags(g) -> None:
+    add_eval_flags(g)
+    kinds = (
+        "images to evaluate on. short: shorter side of --eval_side, aspect kept (fine-tuning if not given); "
+        "exact: resized to --input_size (probes); own: as they are"
+    )
+    g.add_argument("--eval_images", default=None, choices=["short", "exact", "own"], help=kinds)
+    short = "shorter side of images to evaluate on; 256 / 224 of that of --input_size if not given"
+    g.add_argument("--eval_side", default=None, type=side, metavar="N", help=short)
+    window = "evaluate in windows of this size, which overlap; the whole image at once if not given"
+    g.add_argument("--window", default=None, type=side, nargs="+", metavar=("H", "W"), help=window)
+    stride = "step from window to window; two thirds of it if not given"
+    g.add_argument("--stride", default=None, type=side, nargs="+", metavar=("H", "W"), help=stride)
+    sizes = "how logits are brought to the size of the masks"
+    g.add_argument("--upsample", default="bilinear", choices=["bilinear", "nearest"], help=sizes)
+    largest = "predictions of larger masks are made at this longer side and then enlarged; 0 for no limit"
+    g.add_argument("--max_res", default=1000, type=FROM_ZERO, help=largest)
+    g.add_argument(
+        "--eval_freq",
+        default=20,
+        type=COUNT,
+        help="epochs between evaluations; after the first and last, too",
+    )
+    g.add_argument("--predictions", default="", metavar="DIR", help="write an index PNG per validation image")
+
+
+answer_at_once(__name__, get_args_parser())  # the imports below take seconds
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.registry import MODELS, build_classifier, frozen_options, norm_options
+from engine import Objective, Session, Setup, fit
+from layers.classifier import Classifier
+from layers.segmentation import Segmenter
+from util import dist
+from util.data.contract import Batches
+from util.data.formats import ReadSettings
+from util.data.loading.loader import eval_loader, train_loader
+from util.data.pixels import Pixels
+from util.data.segments.dataset import SegmentDataset, build_segment_dataset, survey_masks
+from util.data.segments.masks import MaskSettings
+from util.data.segments.transforms import Joint, SegmentCrop, SegmentEval, SegmentResize
+from util.data.segments.written import write_mask
+from util.data.sources.image_index import some_names
+from util.data.survey.ranges import check_same_depth, kept_range, with_range
+from util.data.transforms import CropSettings
+from util.dist import fsdp
+from util.evaluate.position import PositionProjection
+from util.evaluate.segments.figures import Figures, Protocol
+from util.evaluate.segments.grading import (
+    DenseProbing,
+    Evaluation,
+    Schedule,
+    describe,
+    grade,
+    known,
+    print_table,
+    segment_loss,
+    stats_of,
+)
+from util.evaluate.segments.retrieval import Neighbours, remember, scores_of
+from util.evaluate.segments.sources import (
+    CONTROLS,
+    ENCODER,
+    Probes,
+    Sources,
+    cached_features,
+    fit_projection,
+    own_features,
+)
+from util.files.names import printable
+from util.run.frozen import check_encoder
+from util.run.log import Log
+from util.run.plan import write_record
+from util.run.session import (
+    STOPPED,
+    check_and_print_continuing,
+    describe_batch,
+    effective_batch,
+    join_ranks,
+    open_budget,
+)
+from util.train.amp import resolve_amp
+from util.train.lr_sched import effective_lr
+from util.train.optim import adamw, param_groups
+from util.train.state import TrainState
+from util.weights import checkpoint, transfer
+from util.weights.defaults import as_stored
+from util.weights.types import Checkpoint, stored_eps, stored_flags
+
+
+@dataclass
+class Segmenting(Objective):
+    """Training of a whole segmenter, which is evaluated after some epochs; the best one is noted."""
+
+    model: nn.Module
+    setup: Setup
+    evaluation: Evaluation
+    val_loader: Batches[SegmentDataset]
+    loss_at: str
+    schedule: Schedule
+    predictions: str = ""
+    log: Log = field(init=False)
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        upsample = self.evaluation.protocol.upsample
+        return segment_loss(model(batch["image"]), batch["mask"], self.loss_at, upsample), {}
+
+    def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
+        if not self.schedule.due(epoch):
+            return {}
+        with fsdp.gathered(self.model) as whole:
+            figures = self.evaluate(whole)
+        miou = known(figures.miou)
+        if state.best is None or miou > state.best:
+            state.best = miou
+            state.best_epoch = epoch
+        dist.print_rank0(f"Max mIoU: {state.best:.2f}% (epoch {state.best_epoch})")
+        stats = {
+            "test_miou": miou,
+            "test_miou_all": known(figures.miou_all),
+            "test_pixel_accuracy": known(figures.pixel_accuracy),
+        }
+        self.log.scalars({f"perf/{name}": value for name, value in stats.items()}, epoch)
+        return stats
+
+    def evaluate(self, model: nn.Module) -> Figures:
+        """Grade the model; print its figures and those of each class."""
+        model.eval()
+        dataset = self.val_loader.dataset
+
+        def predictor(batch: dict) -> Tensor:
+            return self.evaluation.logits(model, batch["image"])
+
+        def record(number: int, prediction: Tensor, mask: Tensor) -> None:
+            if self.predictions:
+                write_mask(self.predictions, dataset.name(number), prediction)
+
+        figures = grade(predictor, ["model"], self.val_loader, self.evaluation, self.setup, record)["model"]
+        dist.print_rank0(
+            f"* mIoU {figures.miou:.3f} over all classes {figures.miou_all:.3f} pixel accuracy "
+            f"{figures.pixel_accuracy:.3f} mean accuracy {figures.mean_accuracy:.3f} on {len(dataset)} images"
+        )
+        dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
+        return figures
+
+
+@dataclass
+class Start:
+    """Where a run starts: the checkpoint that it continues or evaluates, the encoder of --finetune, or
+    neither.
+
+    `finetune` is the path of the encoder, also if a continued run no longer reads it.
+    """
+
+    resume: Checkpoint | None
+    finetune: str
+    pretrained: Checkpoint | None
+
+    @property
+    def trained(self) -> dict:
+        """The flags of the training that the checkpoint stores; {} from scratch."""
+        return stored_flags(self.resume or self.pretrained)
+
+    @property
+    def encoder(self) -> Checkpoint:
+        """The checkpoint of the frozen encoder."""
+        assert self.pretrained is not None, "`check_flags` asks for it"
+        return self.pretrained
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of a run: None for training images that it does not need.
+
+    `train` has random crops, `whole` each training image once and resized. `val` has batches of one image.
+    """
+
+    val: Batches[SegmentDataset]
+    train: Batches[SegmentDataset] | None = None
+    whole: Batches[SegmentDataset] | None = None
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that contradict each other, before anything is read."""
+    compile_mode(args.compile, args.compile_mode, args.accum_iter)
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs --resume FILE, the trained segmenter or probe to evaluate")
+    if args.eval and args.dry_run:
+        raise ValueError("--dry_run plans training, and --eval does not train: leave one of them out")
+    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
+        raise ValueError(
+            "--pretrained starts from timm's own weights for --model timm/NAME: leave it out with other "
+            "models, --finetune and --eval"
+        )
+    if args.cache_data != "none":
+        raise ValueError("--cache_data keeps images without their masks: leave it out here")
+    if args.stride and not args.window:
+        raise ValueError("--stride is the step between windows: give --window, too")
+    check_probe_flags(args)
+
+
+def check_probe_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that fine-tuning or a probe does not have."""
+    if not args.probe:
+        for name in ("layers", "controls", "cached"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"--{name} belongs to --probe: fine-tuning reads the patch tokens of the last layer"
+                )
+        return
+    if not (args.finetune or args.pretrained):
+        raise ValueError("--probe needs --finetune FILE, the checkpoint whose patch tokens are read")
+    if args.probe == "knn" and (args.eval or args.dry_run or args.cached):
+        raise ValueError("--probe knn trains nothing: leave --eval, --dry_run and --cached out")
+    if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
+        raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
+    check_geometry(args)
+
+
+def check_geometry(args: argparse.Namespace) -> None:
+    """Raise ValueError if a probe cannot read images as they are evaluated."""
+    if args.cached and args.window:
+        raise ValueError("--cached keeps features of whole images, and --window reads parts: leave one out")
+    resized = args.eval_images in (None, "exact")
+    if args.cached and not resized:
+        raise ValueError("--cached keeps features of images that are resized: leave --eval_images out")
+    if args.controls and not resized and not args.window:
+        raise ValueError("--controls need one grid of positions: leave --eval_images out, or give --window")
+
+
+def find_start(args: argparse.Namespace) -> Start:
+    """Return the run's own last checkpoint, --resume, or the encoder of --finetune."""
+    output_dir = args.output_dir
+    if args.eval or args.probe == "knn":
+        output_dir = ""
+    resume = checkpoint.load_start(output_dir, args.resume)
+    finetune = args.finetune or stored_flags(resume).get("finetune", "")
+    # The encoder of a probe is read at each start.
+    if not (args.probe or resume is None):
+        return Start(resume, finetune, None)
+    if args.pretrained:
+        # timm takes seconds to import.
+        from backbones.timm import published_checkpoint
+
+        return Start(resume, args.model, published_checkpoint(args.model))
+    pretrained = None
+    if finetune:
+        pretrained = checkpoint.load(finetune)
+        pretrained.drop_optimizer()
+    return Start(resume, finetune, pretrained)
+
+
+def settled(args: argparse.Namespace, start: Start) -> argparse.Namespace:
+    """Return the flags, with those of the checkpoint and of the protocol where they are not given."""
+    saved = start.pretrained if args.probe else start.resume or start.pretrained
+    args = argparse.Namespace(**as_stored(vars(args), given_in(args), saved, MODELS))
+    if start.resume is not None:
+        args.range = kept_range(args.range, start.trained)
+    usual: dict[str, Any] = {"loss_at": "twice", "eval_images": "short"}
+    if args.probe:
+        usual = {"loss_at": "pixels", "eval_images": "exact"}
+    usual["eval_side"] = round(min(args.input_size) * 256 / 224)
+    usual["photo"] = not args.probe and args.in_chans == 3 and not args.channels
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            # An evaluation follows the training.
+            setattr(args, name, stored_flags(start.resume).get(name, value))
+    return args
+
+
+# --- data
+
+
+def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Data, Setup]:
+    """Return the loaders, and the setup with the range of the images."""
+    source = DataPath.from_flags(args)
+    masks = mask_settings(args, start)
+    options: dict[str, Any] = dict(read=ReadSettings.of(vars(args)), seed=args.seed)
+    loading = dict(
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and setup.device.type == "cuda",
+        data_timeout=args.data_timeout,
+    )
+    ranged = dict(given=args.range, scaled=bool(args.mean and args.std), trained=start.trained)
+    train = whole = None
+    if not args.eval:
+        resized = SegmentResize(setup.size)
+        once = build_segment_dataset(source, "train", resized, masks=masks, evaluation=True, **options)
+        dist.print_rank0(f"training on {once.summary()}")
+        dist.print_rank0(str(dist.compute_on_main(lambda: survey_masks(once))))
+        masks = once.settings  # validation may lack the highest class
+        whole = eval_loader(once, batch_size=args.batch_size, **loading)
+    # Images to evaluate on, and their masks, have sizes of their own.
+    transform = evaluation_transform(args, setup)
+    val = build_segment_dataset(source, "val", transform, masks=masks, evaluation=True, **options)
+    dist.print_rank0(f"evaluation on {val.summary()}")
+    check_classes_of(start.resume, val)
+    val_loader = eval_loader(val, batch_size=1, **loading)
+    if whole is None:
+        return Data(val_loader), replace(setup, pixels=with_range(setup.pixels, val, **ranged))
+    setup = replace(setup, pixels=with_range(setup.pixels, whole.dataset, **ranged))
+    check_same_depth(whole.dataset, val, args.range)
+    if args.probe != "knn":
+        crops = build_segment_dataset(source, "train", augmentation(args, setup), masks=masks, **options)
+        train = train_loader(crops, seed=args.seed, batch_size=args.batch_size, **loading)
+    return Data(val_loader, train, whole), setup
+
+
+def check_classes_of(resume: Checkpoint | None, data: SegmentDataset) -> None:
+    """Raise ValueError if a trained segmenter or probe has other classes than the masks."""
+    if resume is None or resume.classes in (None, data.classes):
+        return
+    raise ValueError(
+        f"{resume.path} was trained on {some_names(resume.classes)}, and the masks of "
+        f"{printable(data.path)} have {some_names(data.classes)}: give the data that it was made with"
+    )
+
+
+def mask_settings(args: argparse.Namespace, start: Start) -> MaskSettings:
+    """Return what the flags, or else the checkpoint, say about masks; the layout decides on the rest."""
+    found = {}
+    for name in ("num_classes", "ignore_index", "reduce_zero_label"):
+        value = getattr(args, name)
+        if value is None:
+            value = stored_flags(start.resume).get(name)
+        if value is not None:
+            found[name] = value
+    return MaskSettings(**found)
+
+
+def evaluation_transform(args: argparse.Namespace, setup: Setup) -> Joint:
+    if args.eval_images == "exact":
+        return SegmentEval(setup.size)
+    if args.eval_images == "short":
+        return SegmentEval(short_side=args.eval_side)
+    return SegmentEval()
+
+
+def augmentation(args: argparse.Namespace, setup: Setup) -> SegmentCrop:
+    crop = CropSettings(ascending(args.crop_scale, "--crop_scale"), hflip=args.hflip, vflip=args.vflip)
+    jitter = tuple(args.scale_jitter) if args.scale_jitter else None
+    return SegmentCrop(setup.size, crop, jitter, args.photo)
+
+
+def build_evaluation(args: argparse.Namespace, setup: Setup, backbone: Classifier, val: SegmentDataset):
+    """Return how predictions are graded, and print it in one line."""
+    images = {
+        "exact": f"resized to {setup.size[0]}x{setup.size[1]}",
+        "short": f"shorter side {args.eval_side}",
+        "own": "as it is",
+    }
+    window = stride = None
+    if args.window:
+        window = pair(args.window, "--window")
+        stride = (max(1, 2 * window[0] // 3), max(1, 2 * window[1] // 3))
+    if args.stride:
+        stride = pair(args.stride, "--stride")
+    protocol = Protocol(
+        image=images[args.eval_images],
+        window=window,
+        stride=stride,
+        upsample=args.upsample,
+        ignore=val.settings.ignore_index,
+        classes=len(val.classes),
+        reduce_zero_label=val.settings.reduce_zero_label,
+        max_res=args.max_res or None,
+    )
+    dist.print_rank0(str(protocol))
+    return Evaluation(protocol, cell(setup, backbone))
+
+
+def cell(setup: Setup, backbone: Classifier) -> tuple[int, int]:
+    """The pixels of a patch token."""
+    return setup.size[0] // backbone.grid[0], setup.size[1] // backbone.grid[1]
+
+
+# --- models
+
+
+def build_backbone(args: argparse.Namespace, setup: Setup, start: Start) -> Classifier:
+    """Build the encoder without a class head; its weights are random."""
+    if args.probe:
+        options = frozen_options(args.model, start.encoder, args.pos_embed)
+    else:
+        options = norm_options(args.model, start.trained) | {"drop_path": args.drop_path}
+        options["pos_embed"] = args.pos_embed
+        if args.pos_embed == "auto":
+            options["pos_embed"] = stored_embedding(start)
+    if args.patch_size:
+        options["patch_size"] = pair(args.patch_size, "--patch_size")
+    return build_classifier(args.model, img_size=setup.size, in_chans=args.in_chans, num_classes=0, **options)
+
+
+def stored_embedding(start: Start) -> str:
+    """The positional embedding of a continued segmenter; fine-tuning adds a learned one."""
+    stored = stored_flags(start.resume).get("pos_embed", "auto")
+    return "learned" if stored == "auto" else stored
+
+
+def load_encoder(args: argparse.Namespace, backbone: Classifier, start: Start, flags: dict) -> None:
+    """Load the encoder of --finetune into a new run or a probe; print a line about it."""
+    if start.pretrained is None:
+        if start.resume is None:
+            dist.print_rank0("starting from scratch")
+        return
+    note = transfer.init_encoder(backbone, start.pretrained, "zero" if args.probe else args.pos_embed_init)
+    changed = checkpoint.other_than_trained(start.pretrained, flags)
+    dist.print_rank0(f"encoder from {start.finetune}; {note}{changed}")
+    start.pretrained = None  # its memory is needed
+
+
+def flags_to_store(args: argparse.Namespace, start: Start, setup: Setup, evaluation: Evaluation) -> dict:
+    """Return the flags that checkpoints store, with what became of those that were left open."""
+    protocol = evaluation.protocol
+    resolved = {
+        "finetune": start.finetune,
+        "num_classes": protocol.classes,
+        "ignore_index": protocol.ignore,
+        "reduce_zero_label": protocol.reduce_zero_label,
+        "mean": list(setup.pixels.mean),
+        "std": list(setup.pixels.std),
+        "protocol": protocol.to_dict(),
+    }
+    return checkpoint.plain_flags(vars(args)) | resolved | stored_eps(start.trained)
+
+
+# --- fine-tuning
+
+
+def run_finetuning(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
+    """Train the segmenter, or evaluate it."""
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    backbone = build_backbone(args, setup, start)
+    classes = len(data.val.dataset.classes)
+    evaluation = build_evaluation(args, setup, backbone, data.val.dataset)
+    flags = flags_to_store(args, start, setup, evaluation) | setup.pixels.flags(data.val.dataset.depth)
+    load_encoder(args, backbone, start, flags)
+    model = Segmenter(backbone, classes, args.head).to(setup.device)
+    schedule = Schedule(args.eval_freq, args.epochs)
+    objective = Segmenting(model, setup, evaluation, data.val, args.loss_at, schedule, args.predictions)
+    if data.train is None:  # --eval
+        return evaluate_checkpoint(objective, checkpoint.to_evaluate(start.resume))
+    if start.resume is not None:
+        check_and_print_continuing(args, start.resume, flags)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.strategy == "fsdp":
+        fsdp.shard(model, setup.device, setup.amp)
+    lr = effective_lr(args.lr, args.blr, effective_batch(args))
+    groups = param_groups(
+        model, args.weight_decay, model.no_weight_decay(), args.layer_decay, model.layer_id, model.num_layers
+    )
+    trained = sum(p.numel() for p in model.parameters())
+    dist.print_rank0(
+        f"{args.model}: {trained / 1e6:.2f} M trained parameters, {classes} classes, {args.head} head, "
+        f"PE {backbone.trunk.pos_embed}; {setup}; {describe_batch(args, lr)}"
+    )
+    session = Session.open(args, flags, start.resume, loss_tag="loss")
+    objective.log = session.log
+    optimizer = adamw(groups, lr, betas=(0.9, 0.999))
+    finished = fit(model, objective, optimizer, data.train, setup, open_budget(args, lr), session)
+    dist.shutdown()
+    return 0 if finished else STOPPED
+
+
+def evaluate_checkpoint(objective: Segmenting, saved: Checkpoint) -> int:
+    """Evaluate --resume; nothing is trained."""
+    checkpoint.load_strict(objective.model, saved)
+    dist.print_rank0(f"evaluating {saved.path} in {objective.setup.precision}")
+    objective.evaluate(objective.model)
+    dist.shutdown()
+    return 0
+
+
+# --- frozen probes
+
+
+def build_sources(args: argparse.Namespace, setup: Setup, start: Start, data: Data) -> Sources:
+    """Build the frozen encoder, and the controls beside it."""
+    # Parameters that the file lacks must be the same at each start.
+    torch.manual_seed(0)
+    backbone = frozen(build_backbone(args, setup, start), setup)
+    if not args.controls:
+        load_encoder(args, backbone, start, {})
+        return Sources((ENCODER,), backbone, cell(setup, backbone), args.layers)
+    torch.manual_seed(args.seed)
+    random = frozen(build_backbone(args, setup, start), setup)
+    load_encoder(args, backbone, start, {})
+    sources = Sources((ENCODER, *CONTROLS), backbone, cell(setup, backbone), args.layers, random)
+    return replace(sources, projection=find_projection(start.resume, sources, data, setup))
+
+
+def frozen(backbone: Classifier, setup: Setup) -> Classifier:
+    return backbone.to(setup.device).eval().requires_grad_(False)
+
+
+def find_projection(
+    resume: Checkpoint | None, sources: Sources, data: Data, setup: Setup
+) -> PositionProjection:
+    """Return the projection of trained probes, or fit one to the training images."""
+    stored = {} if resume is None else resume.model
+    if "projection_basis" in stored:
+        mean, basis = stored["projection_mean"], stored["projection_basis"]
+        return PositionProjection(mean.to(setup.device), basis.to(setup.device))
+    if data.whole is None:
+        raise ValueError("--controls: the probe was trained without them, so leave the flag out")
+    projection = fit_projection(sources, data.whole, setup)
+    width = len(projection.mean)
+    dist.print_rank0(f"without_position: {projection.basis.shape[1]} of {width} directions are removed")
+    return projection
+
+
+def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
+    """Train a linear map of each source of features at each rate, or evaluate trained ones."""
+    resume = start.resume
+    sources = build_sources(args, setup, start, data)
+    evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
+    flags = flags_to_store(args, start, setup, evaluation) | setup.pixels.flags(data.val.dataset.depth)
+    flags["encoder"] = check_encoder(sources.backbone, resume, args.finetune, setup.size)
+    objective = build_probing(args, sources, setup, evaluation, data)
+    if args.cached:
+        objective.val_loader = own_features(sources, data.val, setup)
+    if data.train is None:  # --eval
+        checkpoint.load_strict(objective.probes, checkpoint.to_evaluate(resume))
+        objective.evaluate()
+        dist.shutdown()
+        return 0
+    if resume is not None:
+        check_and_print_continuing(args, resume, flags)
+    loader = data.train
+    if args.cached and data.whole is not None:
+        loader = feature_loader(args, cached_features(sources, data.whole, setup))
+    lr = effective_lr(args.lr, args.blr, effective_batch(args))
+    groups = [
+        {"params": heads, "lr_scale": scale, "weight_decay": args.weight_decay}
+        for scale, heads in zip(args.lr_grid, objective.probes.by_head())
+    ]
+    grid = ", ".join(f"{scale:g}" for scale in args.lr_grid)
+    dist.print_rank0(
+        f"linear probe of {args.model}, {', '.join(sources.names)}; {setup}; "
+        f"{describe_batch(args, lr)} x {grid}"
+    )
+    session = Session.open(args, flags, resume, loss_tag="loss")
+    objective.log = session.log
+    optimizer = adamw(groups, lr, betas=(0.9, 0.999))
+    finished = fit(objective.probes, objective, optimizer, loader, setup, open_budget(args, lr), session)
+    dist.shutdown()
+    return 0 if finished else STOPPED
+
+
+def build_probing(
+    args: argparse.Namespace, sources: Sources, setup: Setup, evaluation: Evaluation, data: Data
+) -> DenseProbing:
+    """Build a head for each source of features and each learning rate."""
+    widths = sources.widths(torch.zeros(1, args.in_chans, *setup.size, device=setup.device))
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    classes = len(data.val.dataset.classes)
+    probes = Probes(widths, classes, len(args.lr_grid), sources.projection).to(setup.device)
+    names = [f"{source}/lr{scale:g}" for source in sources.names for scale in args.lr_grid]
+    schedule = Schedule(args.eval_freq, args.epochs)
+    return DenseProbing(probes, sources, names, setup, evaluation, data.val, args.loss_at, schedule)
+
+
+def feature_loader(args: argparse.Namespace, samples: SegmentDataset) -> Batches[SegmentDataset]:
+    # Workers would only copy tensors from one process to another.
+    return train_loader(samples, batch_size=args.batch_size, seed=args.seed, num_workers=0, pin_memory=False)
+
+
+def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
+    """Label patches by their nearest patches of the training images; write log.txt and run.json."""
+    assert data.whole is not None
+    sources = build_sources(args, setup, start, data)
+    evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
+    flags = flags_to_store(args, start, setup, evaluation)
+    write_record(args.output_dir, flags, {"device": str(setup.device), "amp": setup.amp})
+    neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
+    memories = remember(sources, data.whole, setup, neighbours)
+    widths = sources.widths(torch.zeros(1, args.in_chans, *setup.size, device=setup.device))
+    scores = scores_of(sources, memories, neighbours, widths)
+    names = [f"{source}/k{args.knn_k}" for source in sources.names]
+
+    def predictor(batch: dict) -> Tensor:
+        return evaluation.logits(scores, batch["image"])
+
+    dist.print_rank0(
+        f"{len(memories[0])} patches of {len(data.whole.dataset)} training images are remembered"
+    )
+    figures = grade(predictor, names, data.val, evaluation, setup)
+    print_table(figures, data.val.dataset.classes)
+    Log(args.output_dir).write_line(stats_of(figures) | {"epoch": 0})
+    dist.shutdown()
+    return 0
+
+
+def main(given: argparse.Namespace) -> int:
+    check_flags(given)
+    device = join_ranks(given)
+    if given.output_dir and not (given.eval or given.dry_run):
+        dist.check_folder(given.output_dir)
+    start = find_start(given)
+    args = settled(given, start)
+    pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
+    setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
+    data, setup = build_data(args, setup, start)
+    if args.probe == "knn":
+        return run_retrieval(args, start, data, setup)
+    if args.probe == "linear":
+        return run_linear_probe(args, start, data, setup)
+    return run_finetuning(args, start, data, setup)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse(get_args_parser())))

@@ -1,0 +1,222 @@
+"""Whole runs of main_segment.py: fine-tuning, evaluation, probes with controls, kill and resume, ranks."""
+
+import re
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processes import COMMON, FINETUNE, assert_same, here, last, log_lines, ranks, start
+
+SEGMENT = ["main_segment", "--model", "vit_test", *COMMON, "--batch_size", "4", "--no-photo"]
+PROBE = [*SEGMENT, "--probe", "linear", "--blr", "1", "--lr_grid", "1"]
+SIDE = 32
+PATCH = 8
+
+
+def pairs(root, label_of, train=12, val=6, side=SIDE):
+    """Images of random colours in each patch, with a label that is constant in a patch.
+
+    label_of(colour (3,), row, column) is the class of a patch.
+    """
+    draws = np.random.default_rng(0)
+    cells = side // PATCH
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "masks"):
+            Path(root, kind, split).mkdir(parents=True)
+        for number in range(count):
+            # Bright or dark.
+            colours = draws.integers(0, 90, (cells, cells, 3)) + 160 * draws.integers(0, 2, (cells, cells, 1))
+            labels = np.array(
+                [[label_of(colours[i, j], i, j) for j in range(cells)] for i in range(cells)], np.uint8
+            )
+            big = np.ones((PATCH, PATCH, 1), int)
+            Image.fromarray(np.kron(colours, big).astype(np.uint8)).save(
+                f"{root}/images/{split}/{number:02d}.png"
+            )
+            Image.fromarray(np.kron(labels, big[..., 0]).astype(np.uint8)).save(
+                f"{root}/masks/{split}/{number:02d}.png"
+            )
+    return root
+
+
+def bright(colour, row, column):
+    return int(colour.mean() > 127)
+
+
+def place(colour, row, column):
+    return (2 * row + column) % 3
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoder")
+    code, text = here(out, "--epochs", 1, "--batch_size", 20)
+    assert code == 0, text
+    return out / "checkpoint-last.pth"
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return pairs(tmp_path_factory.mktemp("colours") / "set", bright)
+
+
+def ok(result):
+    code, text = result
+    assert code == 0, text
+    return text
+
+
+def miou(text, row="model"):
+    """The last figure of a row of the table, or of fine-tuning."""
+    if row == "model":
+        return float(re.findall(r"\* mIoU ([\d.]+)", text)[-1])
+    return float(re.findall(rf"\* {row}: mIoU ([\d.]+)", text)[-1])
+
+
+def test_finetune_kill_resume_and_evaluate(colours, encoder, tmp_path):
+    run = ["--data_path", colours, "--finetune", encoder, "--epochs", 3, "--eval_freq", 2]
+    whole = tmp_path / "whole"
+    text = ok(here(whole, *run, main=SEGMENT))
+    assert "12 pairs" in text or "12 images" in text, text
+    assert text.count("* mIoU") == 2, "after the first and the last epoch, and each second one"
+    best = miou(text)
+    # 3 updates an epoch.
+    code, text = start(tmp_path / "killed", *run, "--save_steps", 1, main=SEGMENT, TEST_SIGNAL="0:5:SIGKILL")
+    assert code == -signal.SIGKILL, text
+    ok(start(tmp_path / "killed", *run, main=SEGMENT))
+    assert_same(last(whole), last(tmp_path / "killed"))
+    assert log_lines(whole) == log_lines(tmp_path / "killed")
+    folder = tmp_path / "predictions"
+    text = ok(
+        here(
+            "",
+            "--data_path",
+            colours,
+            "--eval",
+            "--resume",
+            whole / "checkpoint-last.pth",
+            "--predictions",
+            folder,
+            main=SEGMENT,
+        )
+    )
+    assert miou(text) == best
+    # The figure again, from the files.
+    counts = np.zeros((2, 2), int)
+    for path in sorted(folder.rglob("*.png")):
+        truth = np.asarray(Image.open(colours / "masks/val" / path.name))
+        np.add.at(counts, (truth, np.asarray(Image.open(path))), 1)
+    assert counts.sum() == 6 * SIDE * SIDE
+    right = counts.diagonal()
+    expected = 100 * np.mean(right / (counts.sum(0) + counts.sum(1) - right))
+    assert abs(best - expected) < 1e-3
+    # The encoder goes on, into a classifier too.
+    flags = ["--finetune", whole / "checkpoint-last.pth", "--epochs", 1]
+    ok(here(tmp_path / "classifier", *flags, "--max_steps", 1, main=FINETUNE))
+
+
+def test_two_ranks_grade_as_one(colours, encoder, tmp_path):
+    run = ["--data_path", colours, "--finetune", encoder, "--epochs", 1]
+    ok(here(tmp_path, *run, main=SEGMENT))
+    evaluate = ["--data_path", colours, "--eval", "--resume", tmp_path / "checkpoint-last.pth"]
+    alone = ok(here("", *evaluate, main=SEGMENT))
+    first, second = ranks(2, "", *evaluate, main=SEGMENT)
+    assert first[0] == second[0] == 0, first[1] + second[1]
+    line = re.findall(r"\* mIoU.*|IoU: .*", alone)
+    assert line and line == re.findall(r"\* mIoU.*|IoU: .*", first[1])
+
+
+CONTROLLED = [
+    *PROBE,
+    "--upsample",
+    "nearest",
+    "--controls",
+    "--cached",
+    "--hflip",
+    "0",
+    "--epochs",
+    "60",
+    "--eval_freq",
+    "60",
+]
+
+
+def test_labels_of_places_are_read_from_the_place(encoder, tmp_path):
+    data = pairs(tmp_path / "set", place)
+    text = ok(here(tmp_path / "out", "--data_path", data, "--finetune", encoder, main=CONTROLLED))
+    assert miou(text, "position") == 100 and miou(text, "with_position") == 100
+    assert miou(text, "pixels") < 60, "colours tell nothing about the place"
+    assert miou(text, "without_position") < 60
+
+
+def test_labels_of_colours_are_read_from_the_pixels(colours, encoder, tmp_path):
+    text = ok(here(tmp_path / "out", "--data_path", colours, "--finetune", encoder, main=CONTROLLED))
+    assert miou(text, "pixels") == 100 and miou(text, "position") < 60
+
+
+def test_a_killed_probe_ends_with_the_same_bits(colours, encoder, tmp_path):
+    run = ["--data_path", colours, "--finetune", encoder, "--epochs", 3, "--controls"]
+    text = ok(here(tmp_path / "whole", *run, main=PROBE))
+    code, out = start(tmp_path / "killed", *run, "--save_steps", 1, main=PROBE, TEST_SIGNAL="0:5:SIGKILL")
+    assert code == -signal.SIGKILL, out
+    ok(start(tmp_path / "killed", *run, main=PROBE))
+    assert_same(last(tmp_path / "whole"), last(tmp_path / "killed"))
+    evaluate = ["--data_path", colours, "--finetune", encoder, "--controls", "--eval"]
+    again = ok(here("", *evaluate, "--resume", tmp_path / "whole/checkpoint-last.pth", main=PROBE))
+    rows = re.findall(r"\* \w+: mIoU.*", text)[-6:]
+    assert len(rows) == 6 and re.findall(r"\* \w+: mIoU.*", again) == rows
+
+
+def test_retrieval_reads_colours_and_places(colours, encoder, tmp_path):
+    knn = [*SEGMENT, "--probe", "knn", "--controls", "--knn_k", "5", "--upsample", "nearest"]
+    text = ok(here(tmp_path / "a", "--data_path", colours, "--finetune", encoder, main=knn))
+    assert miou(text, "pixels") == 100 and "protocol:" in text
+    data = pairs(tmp_path / "set", place)
+    text = ok(here(tmp_path / "b", "--data_path", data, "--finetune", encoder, main=knn))
+    assert miou(text, "position") == 100
+    alone = re.findall(r"\* \w+: mIoU.*", text)
+    results = ranks(2, tmp_path / "c", "--data_path", data, "--finetune", encoder, main=knn)
+    assert [code for code, _ in results] == [0, 0], results
+    assert re.findall(r"\* \w+: mIoU.*", results[0][1]) == alone
+
+
+def test_tars_are_folders(colours, encoder, tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(colours.rglob("*.png")):
+            tar.add(path, path.relative_to(colours))
+    run = ["--finetune", encoder, "--epochs", 1]
+    ok(here(tmp_path / "folder", "--data_path", colours, *run, main=SEGMENT))
+    ok(here(tmp_path / "tar", "--data_path", tmp_path / "set.tar", *run, main=SEGMENT))
+    assert log_lines(tmp_path / "folder") == log_lines(tmp_path / "tar")
+
+
+def test_sliding_windows_and_rectangles(tmp_path, encoder):
+    data = pairs(tmp_path / "set", bright, side=64)
+    run = ["--data_path", data, "--finetune", encoder, "--epochs", 1, "--eval_images", "own"]
+    text = ok(here(tmp_path / "out", *run, "--window", 32, "--stride", 16, 32, main=SEGMENT))
+    assert "window 32x32" in text and "stride 16x32" in text
+    text = ok(here(tmp_path / "wide", *run, "--input_size", 32, 64, main=SEGMENT))
+    assert torch.isfinite(torch.tensor(miou(text)))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--probe", "linear"], "--probe needs --finetune"),
+        (["--controls"], "--controls belongs to --probe"),
+        (["--eval"], "--eval needs --resume FILE"),
+        (["--stride", "8"], "--stride is the step between windows"),
+        (["--cache_data", "memory"], "--cache_data keeps images without their masks"),
+        (["--probe", "knn", "--cached", "--finetune", "{encoder}"], "--probe knn trains nothing"),
+        (["--num_classes", "1"], "num_classes"),
+    ],
+)
+def test_mistakes_are_one_line(colours, encoder, tmp_path, flags, message):
+    words = [word.format(encoder=encoder) for word in flags]
+    code, text = here(tmp_path, "--data_path", colours, *words, main=SEGMENT)
+    assert code == 2 and message in text, text

@@ -1,0 +1,1 @@
+"""Semantic segmentation: figures, grading of predictions, and probes of frozen features."""

@@ -1,0 +1,231 @@
+"""Dense predictions: grading maps of logits, and training and grading linear maps of frozen features.
+
+Shapes: B images, K classes, G maps of logits that are graded side by side, (h, w) cells, (H, W) pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from util import dist
+from util.data.contract import Batches
+from util.data.loading.loader import device_batches
+from util.data.segments.dataset import SegmentDataset
+from util.data.segments.masks import IGNORED
+from util.evaluate.segments.figures import Confusion, Figures, Protocol, predict, to_labels
+from util.evaluate.segments.sources import Probes, Sources
+from util.files.names import counted, printable
+from util.run.log import Log
+from util.train.objective import Objective
+from util.train.setup import Setup
+from util.train.state import TrainState
+
+MOST_CLASSES = 25  # whose IoU is printed
+
+# A batch of one image -> logits (1, G * K, h, w).
+Predictor = Callable[[dict], Tensor]
+# Sees (number of the image, prediction (H, W), mask (H, W)) of the first of the G maps.
+Record = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How images become logits, and logits become predictions at the size of the masks.
+
+    Attributes:
+        patch: height and width of a cell in pixels of the model's image.
+    """
+
+    protocol: Protocol
+    patch: tuple[int, int]
+
+    def logits(self, logits_of: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Return what `logits_of` makes of whole images or of their windows, (B, G * K, h, w)."""
+        return predict(logits_of, images, self.protocol.window, self.protocol.stride, self.patch)
+
+    def labels(self, logits: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Return the G predictions (H, W) of an image from its logits (1, G * K, h, w)."""
+        maps = logits.float().split(self.protocol.classes, dim=1)
+        protocol = self.protocol
+        return [to_labels(each, size, protocol.max_res, protocol.upsample) for each in maps]
+
+
+@torch.no_grad()
+def grade(
+    predictor: Predictor,
+    names: Sequence[str],
+    loader: Batches[SegmentDataset],
+    evaluation: Evaluation,
+    setup: Setup,
+    record: Record | None = None,
+) -> dict[str, Figures]:
+    """Return the figures of each of the G maps by its name, exact on any number of ranks.
+
+    The loader has batches of one image, or of its features. Raises ValueError if no image can be read.
+    """
+    confusion = Confusion(evaluation.protocol.classes, setup.device, heads=len(names))
+    unreadable = 0
+    images = 0
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        if batch["bad"]:
+            unreadable += 1
+            continue
+        images += 1
+        mask = batch["mask"][0]
+        with setup.autocast():
+            logits = predictor(batch)
+        predictions = evaluation.labels(logits, (mask.shape[0], mask.shape[1]))
+        for head, prediction in enumerate(predictions):
+            confusion.add(prediction, mask, head)
+        if record is not None:
+            record(int(batch["index"][0]), predictions[0], mask)
+    counts = dist.gather_objects((images, unreadable))
+    images, unreadable = (sum(each) for each in zip(*counts))
+    if not images:
+        raise ValueError(f"none of the {len(loader.dataset)} images to evaluate on can be read")
+    if unreadable:
+        left_out = counted(unreadable, "image")
+        dist.print_rank0(f"warning: the evaluation leaves out {left_out} that cannot be read")
+    confusion.reduce()
+    return {name: confusion.figures(head) for head, name in enumerate(names)}
+
+
+def describe(figures: Figures, classes: Sequence[str]) -> str:
+    """Return the IoU of each class as text, of the first ones if there are many."""
+    shown = [f"{printable(name)} {iou:.1f}" for name, iou in zip(classes, figures.ious)][:MOST_CLASSES]
+    if len(classes) > MOST_CLASSES:
+        shown.append("...")
+    return ", ".join(shown)
+
+
+def known(value: float) -> float:
+    """Return a figure, or 0 where there is none (nan)."""
+    if value != value:
+        return 0.0
+    return value
+
+
+def best_of_sources(figures: dict[str, Figures]) -> dict[str, str]:
+    """Return the name of the best setting of each source; names are `source/setting`."""
+    best: dict[str, str] = {}
+    for name, each in figures.items():
+        source = name.partition("/")[0]
+        if source not in best or known(each.miou) > known(figures[best[source]].miou):
+            best[source] = name
+    return best
+
+
+def print_table(figures: dict[str, Figures], classes: Sequence[str]) -> None:
+    """Print a line for the best setting of each source of features."""
+    for source, name in best_of_sources(figures).items():
+        each = figures[name]
+        setting = name.partition("/")[2]
+        dist.print_rank0(
+            f"* {source}: mIoU {each.miou:.3f} pixel accuracy {each.pixel_accuracy:.3f} at {setting}; "
+            f"{describe(each, classes)}"
+        )
+
+
+def stats_of(figures: dict[str, Figures]) -> dict[str, float]:
+    """Return the figures of a table for log.txt, the best setting of each source and all settings."""
+    stats: dict[str, float] = {}
+    for source, name in best_of_sources(figures).items():
+        stats[f"test_miou_{source}"] = known(figures[name].miou)
+        stats[f"test_pixel_accuracy_{source}"] = known(figures[name].pixel_accuracy)
+    return stats | {f"test_miou_{name.replace('/', '_')}": known(each.miou) for name, each in figures.items()}
+
+
+def segment_loss(logits: Tensor, mask: Tensor, at: str, upsample: str = "bilinear") -> Tensor:
+    """Return the mean cross-entropy of logits (B, K, h, w) over the pixels of masks (B, H, W) that count.
+
+    At "pixels" the logits are brought to the size of the masks. At "twice" they are doubled in size, and the
+    masks are brought to that size by the nearest pixel, as in ImageNet-S's code. Logits are resized
+    as `upsample` says. A batch without any pixel that counts has the loss 0.
+    """
+    size = (mask.shape[-2], mask.shape[-1])
+    if at == "twice":
+        size = (2 * logits.shape[-2], 2 * logits.shape[-1])
+        mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
+    if upsample == "nearest":
+        logits = F.interpolate(logits.float(), size=size, mode="nearest-exact")
+    else:
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    target = mask.long()
+    total = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
+    return total / (target != IGNORED).sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run of `epochs` evaluates after the first, each `eval_freq`-th and the last one."""
+
+    eval_freq: int
+    epochs: int
+
+    def due(self, epoch: int) -> bool:
+        return epoch % self.eval_freq == 0 or epoch + 1 == self.epochs
+
+
+@dataclass
+class DenseProbing(Objective):
+    """Linear maps of frozen features, one for each source of features and each rate, in one pass.
+
+    Heads share no parameters, so each one learns as if it were alone. `names` are `source/rate`, source by
+    source, the encoder's first. Batches that have `features` skip the encoder.
+    """
+
+    probes: Probes
+    sources: Sources
+    names: list[str]
+    setup: Setup
+    evaluation: Evaluation
+    val_loader: Batches[SegmentDataset]
+    loss_at: str
+    schedule: Schedule
+    log: Log = field(init=False)
+
+    def loss(self, model: torch.nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the heads' losses; `loss_head` is the lowest one."""
+        logits = model(self.features(batch))  # (G, B, K, h, w)
+        # At the size of the masks logits are large: those of one head at a time are in memory.
+        options = batch["mask"], self.loss_at, self.evaluation.protocol.upsample
+        losses = [checkpoint(segment_loss, head, *options, use_reentrant=False) for head in logits]
+        stacked = torch.stack(losses)
+        return stacked.sum(), {"loss_head": stacked.detach().min()}
+
+    def features(self, batch: dict) -> Tensor:
+        """Return the features (B, D, h, w) of a batch."""
+        if "features" in batch:
+            return batch["features"]
+        return self.sources(batch["image"])
+
+    def after_epoch(self, epoch: int, state: TrainState) -> dict[str, float]:
+        if not self.schedule.due(epoch):
+            return {}
+        stats = stats_of(self.evaluate())
+        miou = stats["test_miou_encoder"]
+        if state.best is None or miou > state.best:
+            state.best = miou
+            state.best_epoch = epoch
+        self.log.scalars({"perf/test_miou": miou}, epoch)
+        return {"test_miou": miou} | stats
+
+    def evaluate(self) -> dict[str, Figures]:
+        """Grade all heads; print a line for the best one of each source."""
+        self.probes.eval()
+        figures = grade(self.logits, self.names, self.val_loader, self.evaluation, self.setup)
+        print_table(figures, self.val_loader.dataset.classes)
+        return figures
+
+    def logits(self, batch: dict) -> Tensor:
+        """Return the logits of all heads, (B, G * K, h, w), of images or of features."""
+        if "features" in batch:
+            return self._heads(batch["features"])
+        return self.evaluation.logits(lambda images: self._heads(self.sources(images)), batch["image"])
+
+    def _heads(self, features: Tensor) -> Tensor:
+        return self.probes(features).transpose(0, 1).flatten(1, 2)  # (G, B, K, h, w) -> (B, G * K, h, w)

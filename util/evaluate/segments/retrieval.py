@@ -1,0 +1,71 @@
+"""Segmentation by retrieval: patches get the labels of their nearest patches of the training images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from util.data.contract import Batches
+from util.data.loading.loader import device_batches
+from util.data.segments.dataset import SegmentDataset
+from util.evaluate.segments.patch_memory import PatchMemory, soft_labels
+from util.evaluate.segments.sources import Sources, as_rows
+from util.train.setup import Setup
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How patches vote: the number of neighbours, the temperature, and the most patches in a memory."""
+
+    k: int
+    temperature: float
+    capacity: int
+    seed: int = 0
+
+
+@torch.no_grad()
+def remember(
+    sources: Sources, loader: Batches[SegmentDataset], setup: Setup, neighbours: Neighbours
+) -> list[PatchMemory]:
+    """Return a memory of the patches of all training images for each source, the same on all ranks.
+
+    The loader has each image once, of one size, and masks of that size.
+    """
+    classes = len(loader.dataset.classes)
+    cells = sources.backbone.grid[0] * sources.backbone.grid[1]
+    blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
+    capacity = min(neighbours.capacity, cells * len(loader.dataset))
+    memories = [
+        PatchMemory(width, classes, capacity, setup.device, seed=neighbours.seed)
+        for width in sources.widths(blank)
+    ]
+    widths = sources.widths(blank)
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        with setup.autocast():
+            maps = sources(batch["image"])
+        labels = soft_labels(batch["mask"], sources.backbone.grid, classes).flatten(0, 2)
+        first = batch["index"].cpu()[:, None] * cells
+        numbers = (first + torch.arange(cells)).flatten()
+        for memory, part in zip(memories, maps.split(widths, dim=1)):
+            memory.add(as_rows(part).flatten(0, 1), labels, numbers)
+    for memory in memories:
+        memory.gather()
+    return memories
+
+
+def scores_of(
+    sources: Sources, memories: list[PatchMemory], neighbours: Neighbours, widths: list[int]
+) -> Callable[[Tensor], Tensor]:
+    """Return a function from images (B, C, H, W) to the scores of all sources, (B, G * K, h, w)."""
+
+    def scores(images: Tensor) -> Tensor:
+        maps = sources(images)
+        b, _, h, w = maps.shape
+        found = [
+            memory.scores(as_rows(part).flatten(0, 1), neighbours.k, neighbours.temperature)
+            for memory, part in zip(memories, maps.split(widths, dim=1))
+        ]  # (B * h * w, K) each
+        return torch.cat([each.reshape(b, h, w, -1).permute(0, 3, 1, 2) for each in found], dim=1)
+
+    return scores
