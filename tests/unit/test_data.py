@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv
@@ -588,12 +589,19 @@ def test_decode_equals_pil(format, mode, options, channels, decoder, monkeypatch
         decode(data, ReadSettings(channels, max_pixels=900))
 
 
+def torchvision_version():
+    return tuple(int(part) for part in torchvision.__version__.split(".")[:2])
+
+
 def decode_by(name, monkeypatch):
     """Let a library, or PIL, decode ordinary JPEGs; skip the test if it is not installed."""
     found = Decoder("PIL", decode_by_pil)
     if name != "PIL":
         pytest.importorskip(name)
         found = usable(name)
+        # The libjpeg of older ones makes other pixels of 4:4:0, and then it is not used.
+        if found is None and name == "torchvision" and torchvision_version() < (0, 29):
+            pytest.skip("this torchvision differs from PIL")
         assert found is not None, f"{name} is installed, and differs from PIL or cannot be loaded"
     monkeypatch.setattr(formats.jpeg, "decoder", lambda: found)
 

@@ -172,6 +172,17 @@ class Crop(NamedTuple):
             return image
         return torch.rot90(image, self.turns, (-2, -1)).contiguous()
 
+    def moved(self, values: torch.Tensor) -> torch.Tensor:
+        """Flip an image (C, h, w) or a mask (h, w) as drawn, and turn it."""
+        # Older versions of torch cannot flip uint16. Its bits stay what they are.
+        if values.dtype == torch.uint16:
+            return self.moved(values.view(torch.int16)).view(torch.uint16)
+        if self.flip_x:
+            values = values.flip(-1)
+        if self.flip_y:
+            values = values.flip(-2)
+        return self.turned(values)
+
 
 class Window(NamedTuple):
     """Which part of an image a transform shows, for an image that is resampled elsewhere.
@@ -259,12 +270,7 @@ class RandomCrop:
         # The library takes RGB only. Both ways give the same pixels, up to rounding.
         if image.shape[0] == 3 and image.dtype == torch.uint8 and native.library():
             return crop.turned(native.crop_pixels(image, crop.box, size, crop.native_flags))
-        image = resized_crop(image, crop.box, size)  # (C, H, W) -> (C, *size)
-        if crop.flip_x:
-            image = image.flip(-1)
-        if crop.flip_y:
-            image = image.flip(-2)
-        return crop.turned(image)
+        return crop.moved(resized_crop(image, crop.box, size))  # (C, H, W) -> (C, *size)
 
     def crop_jpeg(
         self, data: bytes, key: int | None = None, max_pixels: int = MAX_PIXELS

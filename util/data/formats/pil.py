@@ -24,9 +24,9 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # takes PostScript, in files of any name, and runs Ghostscript, which executes it.
 PIL_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 # Builds of Pillow may lack these.
-if features.check("jpg_2000"):
+if "jpg_2000" in features.get_supported_codecs():
     PIL_FORMATS += ("JPEG2000",)
-if features.check("avif"):
+if "avif" in features.get_supported_modules():
     PIL_FORMATS += ("AVIF",)
 SUFFIXES: tuple[str, ...] = (".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SUFFIXES += (

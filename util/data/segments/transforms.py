@@ -23,7 +23,6 @@ from util.data.transforms import (
     IMAGE_FAULTS,
     RESIZED_PIXELS,
     Box,
-    Crop,
     CropSettings,
     Size,
     TorchvisionCrop,
@@ -78,15 +77,6 @@ def mask_crop(mask: Tensor, box: Box, size: Size) -> Tensor:
 def _picked(mask: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
     # numpy takes an eighth of the time of torch's indexing.
     return torch.from_numpy(mask.numpy().take(rows, 0).take(columns, 1))
-
-
-def _moved(values: Tensor, crop: Crop) -> Tensor:
-    """Flip the last two axes as drawn, and turn them."""
-    if crop.flip_x:
-        values = values.flip(-1)
-    if crop.flip_y:
-        values = values.flip(-2)
-    return crop.turned(values)
 
 
 # --- training ---
@@ -154,8 +144,8 @@ class SegmentCrop:
             mask = mask_crop(mask, crop.box, size)
         else:
             image, mask = self._window(image, mask, size, key)
-            image = _moved(image, crop)  # (C, *size) -> (C, *self.size)
-        mask = _moved(mask, crop)  # size -> self.size
+            image = crop.moved(image)  # (C, *size) -> (C, *self.size)
+        mask = crop.moved(mask)  # size -> self.size
         if self.photo:
             image = self._changed(image, key)
         return image, mask
@@ -175,7 +165,7 @@ class SegmentCrop:
         if image is None:
             return None
         crop = self.crop.draw(*size, key)
-        mask = _moved(mask_crop(mask, crop.box, crop.size_before_turns(self.size)), crop)
+        mask = crop.moved(mask_crop(mask, crop.box, crop.size_before_turns(self.size)))
         if self.photo:
             image = self._changed(image, key)
         return image, mask
