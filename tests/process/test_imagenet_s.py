@@ -1,4 +1,4 @@
-"""SERE's downstream command, fine-tuning on ImageNet-S, with its flags unchanged, on a small set of its form."""
+"""SERE's downstream command: ImageNet-S's fine-tuning with its flags unchanged, on a small set of that form."""
 
 import re
 from pathlib import Path
