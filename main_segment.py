@@ -183,7 +183,6 @@ from util.data.segments.dataset import SegmentDataset, build_segment_dataset, su
 from util.data.segments.masks import MaskSettings
 from util.data.segments.transforms import Joint, SegmentCrop, SegmentEval, SegmentResize
 from util.data.segments.written import write_mask
-from util.data.sources.image_index import some_names
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
@@ -210,7 +209,6 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
-from util.files.names import printable
 from util.run.frozen import check_encoder
 from util.run.log import Log
 from util.run.plan import write_record
@@ -437,7 +435,8 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
     transform = evaluation_transform(args, setup)
     val = build_segment_dataset(source, "val", transform, masks=masks, evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
-    check_classes_of(start.resume, val)
+    if start.resume is not None:
+        val.check_classes(start.resume.classes, start.resume.path)
     val_loader = eval_loader(val, batch_size=1, **loading)
     if whole is None:
         return Data(val_loader), replace(setup, pixels=with_range(setup.pixels, val, **ranged))
@@ -447,16 +446,6 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         crops = build_segment_dataset(source, "train", augmentation(args, setup), masks=masks, **options)
         train = train_loader(crops, seed=args.seed, batch_size=args.batch_size, **loading)
     return Data(val_loader, train, whole), setup
-
-
-def check_classes_of(resume: Checkpoint | None, data: SegmentDataset) -> None:
-    """Raise ValueError if a trained segmenter or probe has other classes than the masks."""
-    if resume is None or resume.classes in (None, data.classes):
-        return
-    raise ValueError(
-        f"{resume.path} was trained on {some_names(resume.classes)}, and the masks of "
-        f"{printable(data.path)} have {some_names(data.classes)}: give the data that it was made with"
-    )
 
 
 def mask_settings(args: argparse.Namespace, start: Start) -> MaskSettings:
