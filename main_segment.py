@@ -164,7 +164,9 @@ def add_evaluation_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
+import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -177,7 +179,7 @@ from layers.segmentation import Segmenter
 from util import dist
 from util.data.contract import Batches
 from util.data.formats import ReadSettings
-from util.data.loading.loader import eval_loader, train_loader
+from util.data.loading.loader import eval_loader, some_samples, train_loader
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset, build_segment_dataset, survey_masks
 from util.data.segments.masks import MaskSettings
@@ -195,6 +197,7 @@ from util.evaluate.segments.grading import (
     describe,
     grade,
     known,
+    predict_samples,
     print_table,
     segment_loss,
     stats_of,
@@ -209,7 +212,10 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
+from util.report.panels import Bands, save_png
+from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
+from util.run.guards import survive_full_disk
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import (
@@ -227,6 +233,8 @@ from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_eps, stored_flags
+
+SHOWN = 4  # validation images in the picture of an evaluation
 
 
 @dataclass
@@ -251,6 +259,8 @@ class Segmenting(Objective):
             return {}
         with fsdp.gathered(self.model) as whole:
             figures = self.evaluate(whole)
+            if dist.is_main() and self.log.output_dir:
+                self.draw(whole, epoch, self.log.output_dir)
         miou = known(figures.miou)
         if state.best is None or miou > state.best:
             state.best = miou
@@ -283,6 +293,27 @@ class Segmenting(Objective):
         )
         dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
         return figures
+
+    @cached_property
+    def shown(self) -> list[dict]:
+        """The validation images that pictures show."""
+        return some_samples(self.val_loader.dataset, SHOWN)
+
+    def draw(self, model: nn.Module, epoch: int, output_dir: str) -> None:
+        """Write a picture of some validation images; nothing random is drawn."""
+        setup = self.setup
+        with setup.autocast():
+            found = predict_samples(model, self.shown, self.evaluation, setup.pixels, setup.device)
+        if not found:
+            return
+        bands = Bands.of(found[0].image.shape[1])
+        views = [SegmentView(bands.shown(each.image)[0], each.mask, each.prediction) for each in found]
+        panel = segment_panel(views, self.val_loader.dataset.classes)
+        path = os.path.join(output_dir, "pictures", f"epoch-{epoch:04d}.png")
+        with survive_full_disk():
+            save_png(panel, path)
+            print(f"picture: {path}", flush=True)
+        self.log.picture("segments", panel, epoch)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from util.report.panels import (
 NO_CLASS = -1
 IGNORED = REMOVED
 # The dimmed image is darker than IGNORED and WRONG.
-DIMMED = 0.4
+DIMMED = 0.3
 # Longer sides are drawn smaller.
 LARGEST_SIDE = 480
 SWATCH = 12  # pixels
@@ -39,8 +39,9 @@ LONGEST_NAME = 40  # characters
 COLOURS = 1024
 # Of the candidates for colours: values of red, green and blue, and limits in CIELAB.
 LEVELS = np.linspace(0, 255, 18).round().astype(np.uint8)
-LIGHTNESS = (30, 90)
-CHROMA = 25
+LIGHTNESS = (35, 85)
+# Brighter colours would tire the eye, and duller ones look grey.
+CHROMA = (25, 75)
 
 
 class SegmentView(NamedTuple):
@@ -55,7 +56,7 @@ def palette(count: int) -> np.ndarray:
     """Colours of the classes 0 to count - 1: uint8 (count, 3), red, green, blue.
 
     Each is as far as possible, in CIELAB, from grey, which stands for ignored pixels, and from those of all
-    classes before it. None is grey, very dark or very light. The colour of a class does not depend on the
+    classes before it. None is grey, dark, light or garish. The colour of a class does not depend on the
     number of classes. The first COLOURS ones are different.
     """
     return _colours()[np.arange(count) % COLOURS]
@@ -67,8 +68,10 @@ def _colours() -> np.ndarray:
     red, green, blue = np.meshgrid(LEVELS, LEVELS, LEVELS, indexing="ij")
     candidates = np.stack([red, green, blue], -1).reshape(-1, 3)  # (n, 3)
     lab = cielab(candidates)  # (n, 3)
-    light = (LIGHTNESS[0] <= lab[:, 0]) & (lab[:, 0] <= LIGHTNESS[1])
-    kept = light & (np.hypot(lab[:, 1], lab[:, 2]) >= CHROMA)
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    kept = np.ones(len(lab), bool)
+    for values, (least, most) in ((lab[:, 0], LIGHTNESS), (chroma, CHROMA)):
+        kept &= (least <= values) & (values <= most)
     candidates = candidates[kept]
     lab = lab[kept]
     nearest = np.linalg.norm(lab - cielab(np.array([IGNORED], np.uint8)), axis=1)  # (n,)
