@@ -14,8 +14,8 @@
 
 FILE holds a masked autoencoder, a ViT or a DeiT of this toolkit or of MAE; position_audit, pca and neighbours
 take every other backbone, too, and timm/NAME; segments takes a segmenter of main_segment.py. The images come
-from --data_path, a data set or image files, or from the embedded demo set if it is not given. Those of segments
-have masks.
+from --data_path, a data set or image files, or from the embedded demo set if it is not given. segments draws
+validation images with masks.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def load_model(path: str) -> tuple[Model, dict]:
     state = checkpoint.load(path)
     if state.kind not in ("pretraining", "classifier", "encoder"):
         name, commands = KINDS[state.kind]
-        raise ValueError(f"{path} is {name}, which cannot be drawn: it is for {commands}")
+        raise ValueError(f"{path} is {name}, which cannot be drawn so: it is for {commands}")
     return model_of(state), state.args
 
 

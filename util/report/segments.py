@@ -126,7 +126,8 @@ def errors(image: np.ndarray, truth: Array, prediction: Array) -> np.ndarray:
     prediction = as_array(prediction)
     if not image.shape[:2] == truth.shape == prediction.shape:
         raise ValueError(
-            f"image {image.shape[:2]}, truth {truth.shape} and prediction {prediction.shape} must have one size"
+            f"image {image.shape[:2]}, truth {truth.shape} and prediction {prediction.shape} must have one "
+            "size"
         )
     ignored = truth == NO_CLASS
     out = (image * DIMMED).round().astype(np.uint8)
