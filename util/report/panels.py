@@ -366,17 +366,17 @@ def sheet(columns: list[list[np.ndarray]], names: list[str], captions: list[str]
         head = line * max(map(len, titles)) + 4
     foot = line * any(captions)
     page_width = sum(widths) + GAP * (len(widths) + 1)
-    steps = [height + foot + GAP for height in heights]
-    page_height = head + sum(steps) + GAP
+    page_height = head + sum(heights) + (foot + GAP) * len(captions) + GAP
     page = Image.new("RGB", (page_width, page_height), PAPER)
     draw = ImageDraw.Draw(page)
     lefts = [GAP * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
-    tops = [head + GAP + sum(steps[:row]) for row in range(len(captions))]
     for left, title in zip(lefts, titles):
         draw.text((left, GAP), "\n".join(title), INK, font(FONT_SIZE), spacing=2)
-    for left, column in zip(lefts, columns):
-        for top, picture in zip(tops, column):
-            page.paste(Image.fromarray(picture), (left, top))
-    for top, height, caption in zip(tops, heights, captions):
-        draw.text((lefts[-1], top + height), caption, INK, font(FONT_SIZE - 1))
+    top = head + GAP
+    for row, caption in enumerate(captions):
+        for left, column in zip(lefts, columns):
+            page.paste(Image.fromarray(column[row]), (left, top))
+        top += heights[row]
+        draw.text((lefts[-1], top), caption, INK, font(FONT_SIZE - 1))
+        top += foot + GAP
     return np.asarray(page)
