@@ -164,7 +164,9 @@ def add_evaluation_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
+import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -177,13 +179,12 @@ from layers.segmentation import Segmenter
 from util import dist
 from util.data.contract import Batches
 from util.data.formats import ReadSettings
-from util.data.loading.loader import eval_loader, train_loader
+from util.data.loading.loader import eval_loader, some_samples, train_loader
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset, build_segment_dataset, survey_masks
 from util.data.segments.masks import MaskSettings
 from util.data.segments.transforms import Joint, SegmentCrop, SegmentEval, SegmentResize
 from util.data.segments.written import write_mask
-from util.data.sources.image_index import some_names
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
@@ -196,6 +197,7 @@ from util.evaluate.segments.grading import (
     describe,
     grade,
     known,
+    predict_samples,
     print_table,
     segment_loss,
     stats_of,
@@ -210,8 +212,10 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
-from util.files.names import printable
+from util.report.panels import Bands, save_png
+from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
+from util.run.guards import survive_full_disk
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import (
@@ -229,6 +233,8 @@ from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_eps, stored_flags
+
+SHOWN = 4  # validation images in the picture of an evaluation
 
 
 @dataclass
@@ -253,6 +259,8 @@ class Segmenting(Objective):
             return {}
         with fsdp.gathered(self.model) as whole:
             figures = self.evaluate(whole)
+            if dist.is_main() and self.log.output_dir:
+                self.draw(whole, epoch, self.log.output_dir)
         miou = known(figures.miou)
         if state.best is None or miou > state.best:
             state.best = miou
@@ -285,6 +293,27 @@ class Segmenting(Objective):
         )
         dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
         return figures
+
+    @cached_property
+    def shown(self) -> list[dict]:
+        """The validation images that pictures show."""
+        return some_samples(self.val_loader.dataset, SHOWN)
+
+    def draw(self, model: nn.Module, epoch: int, output_dir: str) -> None:
+        """Write a picture of some validation images; nothing random is drawn."""
+        setup = self.setup
+        with setup.autocast():
+            found = predict_samples(model, self.shown, self.evaluation, setup.pixels, setup.device)
+        if not found:
+            return
+        bands = Bands.of(found[0].image.shape[1])
+        views = [SegmentView(bands.shown(each.image)[0], each.mask, each.prediction) for each in found]
+        panel = segment_panel(views, self.val_loader.dataset.classes)
+        path = os.path.join(output_dir, "pictures", f"epoch-{epoch:04d}.png")
+        with survive_full_disk():
+            save_png(panel, path)
+            print(f"picture: {path}", flush=True)
+        self.log.picture("segments", panel, epoch)
 
 
 @dataclass
@@ -437,7 +466,8 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
     transform = evaluation_transform(args, setup)
     val = build_segment_dataset(source, "val", transform, masks=masks, evaluation=True, **options)
     dist.print_rank0(f"evaluation on {val.summary()}")
-    check_classes_of(start.resume, val)
+    if start.resume is not None:
+        val.check_classes(start.resume.classes, start.resume.path)
     val_loader = eval_loader(val, batch_size=1, **loading)
     if whole is None:
         return Data(val_loader), replace(setup, pixels=with_range(setup.pixels, val, **ranged))
@@ -447,16 +477,6 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         crops = build_segment_dataset(source, "train", augmentation(args, setup), masks=masks, **options)
         train = train_loader(crops, seed=args.seed, batch_size=args.batch_size, **loading)
     return Data(val_loader, train, whole), setup
-
-
-def check_classes_of(resume: Checkpoint | None, data: SegmentDataset) -> None:
-    """Raise ValueError if a trained segmenter or probe has other classes than the masks."""
-    if resume is None or resume.classes in (None, data.classes):
-        return
-    raise ValueError(
-        f"{resume.path} was trained on {some_names(resume.classes)}, and the masks of "
-        f"{printable(data.path)} have {some_names(data.classes)}: give the data that it was made with"
-    )
 
 
 def mask_settings(args: argparse.Namespace, start: Start) -> MaskSettings:

@@ -6,14 +6,16 @@
     python visualize.py position_audit FILE... OUT.png   # what patch tokens of each layer know of their place
     python visualize.py pca FILE OUT.png           # principal components of patch tokens as colours
     python visualize.py neighbours FILE OUT.png    # the nearest patches in other images
+    python visualize.py segments FILE OUT.png --data_path DIR      # image | truth | prediction | error
     python visualize.py curves OUT.png RUN...      # losses and accuracies over epochs, with chance levels
                        [--reference RUN...]        # other runs to compare with, in grey behind them
     python visualize.py sweep DIR OUT.png          # a metric against the swept flag, and its table in OUT.md
     python visualize.py report DIR [OUT.html]      # a run or a sweep as one page that needs no other file
 
 FILE holds a masked autoencoder, a ViT or a DeiT of this toolkit or of MAE; position_audit, pca and neighbours
-take every other backbone, too, and timm/NAME. The images come from --data_path, a data set or image files, or
-from the embedded demo set if it is not given.
+take every other backbone, too, and timm/NAME; segments takes a segmenter of main_segment.py. The images come
+from --data_path, a data set or image files, or from the embedded demo set if it is not given. segments draws
+validation images with masks.
 """
 
 import argparse
@@ -36,10 +38,11 @@ def get_args_parser() -> Parser:
     commands = p.add_subparsers(
         dest="command",
         required=True,
-        metavar="reconstruct|positions|attention|position_audit|pca|neighbours|curves|sweep|report",
+        metavar="reconstruct|positions|attention|position_audit|pca|neighbours|segments|curves|sweep|report",
     )
     add_model_commands(commands)
     add_feature_commands(commands)
+    add_segment_command(commands)
     add_run_commands(commands)
     return p
 
@@ -144,6 +147,25 @@ def add_feature_commands(commands: "argparse._SubParsersAction[Parser]") -> None
     add_range_flag(audit)
 
 
+def add_segment_command(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the command that draws the predictions of a segmenter."""
+    segments = commands.add_parser("segments", help="draw the predictions of a segmenter beside the masks")
+    segments.add_argument("file", metavar="FILE", help="a checkpoint of main_segment.py, or a run's folder")
+    segments.add_argument(
+        "out", metavar="OUT", type=ending((".png",), "FILE OUT.png"), help="the picture to write"
+    )
+    segments.add_argument(
+        "--data_path",
+        required=True,
+        metavar="DIR",
+        help="images with masks, as main_segment.py takes them; the validation images are drawn",
+    )
+    add_val_split(segments)
+    segments.add_argument("--images", default=4, type=int, help="number of images, spread evenly")
+    add_picture_bands(segments)
+    add_range_flag(segments)
+
+
 def images_last(parser: Parser, words: list[str]) -> list[str]:
     """Move the paths of --data_path to the end: argparse would take a FILE and OUT that follow for images."""
     flag = next((word for word in words if word in ("--data_path", "--data-path")), None)
@@ -214,6 +236,7 @@ answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 from tools.draw import Display, attention, positions, read_runs, reconstruct, sweep
 from tools.patches import neighbours, pca
 from tools.position import chart, position_audit, record
+from tools.segments import segments
 from util.files.atomic import write_json, write_text
 from util.report import charts
 from util.report.page import page
@@ -253,6 +276,9 @@ def draw_model(args: argparse.Namespace) -> None:
     if args.command == "reconstruct":
         picture = reconstruct(*shown, args.mask_ratio, args.stats, args.norm_pix_loss, display)
         save_png(picture, args.out)
+        return
+    if args.command == "segments":
+        save_png(segments(*shown, display), args.out)
         return
     if args.command == "positions":
         figure = positions(*shown, args.measure, args.mask_ratio, display)

@@ -78,7 +78,7 @@ def load_model(path: str) -> tuple[Model, dict]:
     state = checkpoint.load(path)
     if state.kind not in ("pretraining", "classifier", "encoder"):
         name, commands = KINDS[state.kind]
-        raise ValueError(f"{path} is {name}, which cannot be drawn: it is for {commands}")
+        raise ValueError(f"{path} is {name}, which cannot be drawn so: it is for {commands}")
     return model_of(state), state.args
 
 
@@ -119,14 +119,14 @@ def open_images(
     model: Backbone, flags: dict, data_path: Images, display: Display = USUAL
 ) -> tuple[ImageDataset | TimmDataset, Pixels]:
     """The images of `load_images` as a data set, and how they are normalised."""
-    stats = _stats_of(model, flags)
+    stats = stats_of(model, flags)
     read = replace(ReadSettings.of(flags), in_chans=model.in_chans)
     dataset = _evaluation_set(model, data_path, read)
     # Nobody gave mean and standard deviation for these images, so that a convention does not apply.
     return dataset, with_range(stats, dataset, display.range, scaled=False, trained=flags)
 
 
-def _stats_of(model: Backbone, flags: dict) -> Pixels:
+def stats_of(model: Backbone, flags: dict) -> Pixels:
     """Raises ValueError, for channels that have no usual statistics, if the checkpoint stores none."""
     mean, std = flags.get("mean"), flags.get("std")
     if not (mean and std) and model.in_chans not in (1, 3):

@@ -128,7 +128,7 @@ def reconstruction_panel(
     scale: every pixel becomes scale x scale; by default as many as make pictures and cells readable.
     Returns uint8 (H', W', 3). Raises ValueError if shapes do not fit together.
     """
-    images, mask, prediction = map(_array, (images, mask, prediction))
+    images, mask, prediction = map(as_array, (images, mask, prediction))
     patch = _pair(patch_size)
     grid = _grid_of(images, prediction, patch)
     if mask.shape != (len(images), grid[0] * grid[1]):
@@ -152,8 +152,8 @@ def reconstruction_panel(
         if len(images) > 1:
             captions = [f"{count}/{right.shape[1]} right" for count in right.sum(axis=1)]
     if titles is None:
-        return _page(columns, [], [""] * len(images))
-    return _page(columns, names, captions)
+        return sheet(columns, [], [""] * len(images))
+    return sheet(columns, names, captions)
 
 
 def accuracy_map(correct: Array, ids: Array, grid: tuple[int, int]) -> np.ndarray:
@@ -162,8 +162,8 @@ def accuracy_map(correct: Array, ids: Array, grid: tuple[int, int]) -> np.ndarra
     correct: bool or 0/1, any shape. ids: the true cell 0..h*w-1 of each prediction, the same shape. Raises
     ValueError if the shapes differ or an id lies outside the grid.
     """
-    correct = _array(correct).astype(np.float64).ravel()
-    ids = _array(ids).astype(int).ravel()
+    correct = as_array(correct).astype(np.float64).ravel()
+    ids = as_array(ids).astype(int).ravel()
     cells = grid[0] * grid[1]
     if correct.shape != ids.shape or not _within(ids, cells):
         raise ValueError(
@@ -189,7 +189,7 @@ def save_png(array: np.ndarray, path: str | Path) -> Path:
 # Inputs
 
 
-def _array(values: Array) -> np.ndarray:
+def as_array(values: Array) -> np.ndarray:
     """numpy, also from a tensor on a device, with a gradient, or of a type that numpy lacks (bfloat16)."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
@@ -219,8 +219,8 @@ def _cells(
     positions: PredictedPositions, images: int, grid: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The integer cells of targets and predictions, both (N, n)."""
-    target = _array(positions.target)
-    predicted = _array(positions.predicted)
+    target = as_array(positions.target)
+    predicted = as_array(positions.predicted)
     if target.shape != predicted.shape or target.ndim != 2 or len(target) != images:
         raise ValueError(f"target {target.shape} and predicted {predicted.shape} must both be (N, n)")
     for name, cells in (("target", target), ("predicted", predicted)):
@@ -301,7 +301,7 @@ def _position_board(
     for cell, count in Counter(predicted.tolist()).items():
         if count > 1:
             x, y = cells.corner(cell)
-            draw.text((x + 3, y + 2), str(count), PAPER, _font(10), stroke_width=1, stroke_fill=INK)
+            draw.text((x + 3, y + 2), str(count), PAPER, font(10), stroke_width=1, stroke_fill=INK)
     return np.asarray(board)
 
 
@@ -336,7 +336,7 @@ def _answer_colour(right: bool) -> Colour:
     return WRONG
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -344,38 +344,39 @@ def _wrapped(text: str, width: int) -> list[str]:
     """Break a title into lines of at most `width` pixels; a single long word stays whole."""
     lines: list[str] = []
     for word in text.split():
-        if lines and _font(FONT_SIZE).getlength(f"{lines[-1]} {word}") <= width:
+        if lines and font(FONT_SIZE).getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
 
 
-def _page(columns: list[list[np.ndarray]], names: list[str], captions: list[str]) -> np.ndarray:
-    """Put columns of equally high uint8 pictures on white paper.
+def sheet(columns: list[list[np.ndarray]], names: list[str], captions: list[str]) -> np.ndarray:
+    """Put columns of uint8 pictures (H, W, 3) on white paper. Those of a row are equally high.
 
     Names stand above the columns, if there are any, and captions below the last picture of each row.
     """
     # In pixels: a line of text, and the space between two.
     line = FONT_SIZE + 3
-    height = columns[0][0].shape[0]
-    widths = [column[0].shape[1] for column in columns]
+    heights = [picture.shape[0] for picture in columns[0]]
+    widths = [max(picture.shape[1] for picture in column) for column in columns]
     titles = [_wrapped(name, width) for name, width in zip(names, widths)]
     head = 0
     if titles:
         head = line * max(map(len, titles)) + 4
     foot = line * any(captions)
     page_width = sum(widths) + GAP * (len(widths) + 1)
-    page_height = head + (height + foot + GAP) * len(captions) + GAP
+    page_height = head + sum(heights) + (foot + GAP) * len(captions) + GAP
     page = Image.new("RGB", (page_width, page_height), PAPER)
     draw = ImageDraw.Draw(page)
     lefts = [GAP * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
-    tops = [head + GAP + row * (height + foot + GAP) for row in range(len(captions))]
     for left, title in zip(lefts, titles):
-        draw.text((left, GAP), "\n".join(title), INK, _font(FONT_SIZE), spacing=2)
-    for left, column in zip(lefts, columns):
-        for top, picture in zip(tops, column):
-            page.paste(Image.fromarray(picture), (left, top))
-    for top, caption in zip(tops, captions):
-        draw.text((lefts[-1], top + height), caption, INK, _font(FONT_SIZE - 1))
+        draw.text((left, GAP), "\n".join(title), INK, font(FONT_SIZE), spacing=2)
+    top = head + GAP
+    for row, caption in enumerate(captions):
+        for left, column in zip(lefts, columns):
+            page.paste(Image.fromarray(column[row]), (left, top))
+        top += heights[row]
+        draw.text((lefts[-1], top), caption, INK, font(FONT_SIZE - 1))
+        top += foot + GAP
     return np.asarray(page)

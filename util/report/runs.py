@@ -46,7 +46,9 @@ NEVER_SWEPT = {
 PREFERRED = (
     "finetune/test_acc1",
     "linprobe/test_acc1",
+    "segment/test_miou",
     "test_acc1",
+    "test_miou",
     "test_position",
     "test_position_acc",
     "test_pixel",

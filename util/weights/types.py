@@ -35,7 +35,7 @@ KINDS = {
     "segmenter": (
         "a segmenter of main_segment.py",
         "main_segment.py --resume, with --eval to evaluate; main_segment.py, main_finetune.py and "
-        "main_linprobe.py --finetune, which take its encoder",
+        "main_linprobe.py --finetune, which take its encoder; visualize.py segments",
     ),
     "dense probe": ("linear maps of patch tokens", "main_segment.py --probe linear --resume"),
     "huggingface": ("a Hugging Face file", "checkpoints.py import, with its folder"),

@@ -108,6 +108,18 @@ class SegmentDataset(ReplacedSamples):
         image, mask = result
         return dict(image=image, mask=mask) | sample
 
+    def check_classes(self, trained: list[str] | None, path: str) -> None:
+        """Raise ValueError if the segmenter or probe in the file `path` was trained on other classes.
+
+        `trained` are the names of its classes, None if they are not known.
+        """
+        if trained in (None, self.classes):
+            return
+        raise ValueError(
+            f"{printable(path)} was trained on {some_names(trained)}, and the masks of "
+            f"{printable(self.path)} have {some_names(self.classes)}: give the data that it was made with"
+        )
+
     def fault(self, i: int) -> str:
         """Return why pair i cannot be read or transformed, and '' if it can."""
         try:

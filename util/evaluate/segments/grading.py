@@ -5,6 +5,7 @@ Shapes: B images, K classes, G maps of logits that are graded side by side, (h, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from util import dist
 from util.data.contract import Batches
-from util.data.loading.loader import device_batches
+from util.data.loading.loader import collate, device_batches
+from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset
 from util.data.segments.masks import IGNORED
 from util.evaluate.segments.figures import Confusion, Figures, Protocol, predict, to_labels
@@ -92,6 +94,37 @@ def grade(
         dist.print_rank0(f"warning: the evaluation leaves out {left_out} that cannot be read")
     confusion.reduce()
     return {name: confusion.figures(head) for head, name in enumerate(names)}
+
+
+class Predicted(NamedTuple):
+    """A sample to show: its image as uint8 (1, C, h, w), its mask and its prediction, both int (H, W)."""
+
+    image: Tensor
+    mask: Tensor
+    prediction: Tensor
+
+
+@torch.no_grad()
+def predict_samples(
+    logits_of: Callable[[Tensor], Tensor],
+    samples: Sequence[dict],
+    evaluation: Evaluation,
+    pixels: Pixels,
+    device: torch.device,
+) -> list[Predicted]:
+    """Return what is predicted for samples, one by one, on the CPU; those that cannot be read are left out.
+
+    `logits_of` maps normalised images (1, C, h, w) to logits (1, K, ., .).
+    """
+    readable = [collate([sample]) for sample in samples if not sample["bad"]]
+    found = []
+    for batch in device_batches(readable, device, pixels):
+        mask = batch["mask"][0]
+        logits = evaluation.logits(logits_of, batch["image"])
+        (prediction,) = evaluation.labels(logits, (mask.shape[0], mask.shape[1]))
+        image = pixels.unnormalize(batch["image"])
+        found.append(Predicted(image.cpu(), mask.cpu(), prediction.cpu()))
+    return found
 
 
 def describe(figures: Figures, classes: Sequence[str]) -> str:
