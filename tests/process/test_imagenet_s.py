@@ -1,4 +1,4 @@
-"""SERE's downstream command: ImageNet-S's fine-tuning with its flags unchanged, on a small set of that form."""
+"""The published command of ImageNet-S (and SERE) runs with its flags unchanged, on a small set of that form."""
 
 import re
 from pathlib import Path
