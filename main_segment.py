@@ -19,6 +19,7 @@ wrong input.
 """
 
 import argparse
+import os
 import sys
 
 from layers.sizes import classifier_names
@@ -165,6 +166,7 @@ def add_evaluation_flags(g) -> None:
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -182,14 +184,13 @@ from util.data.formats import ReadSettings
 from util.data.loading.loader import eval_loader, some_samples, train_loader
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset, build_segment_dataset, survey_masks
-from util.data.segments.masks import MaskSettings
 from util.data.segments.transforms import Joint, SegmentCrop, SegmentEval, SegmentResize
 from util.data.segments.written import write_mask
 from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
 from util.evaluate.position import PositionProjection
-from util.evaluate.segments.figures import Figures, Protocol
+from util.evaluate.segments.figures import Figures, Protocol, check_windows
 from util.evaluate.segments.grading import (
     DenseProbing,
     Evaluation,
@@ -233,6 +234,7 @@ from util.train.state import TrainState
 from util.weights import checkpoint, transfer
 from util.weights.defaults import as_stored
 from util.weights.types import Checkpoint, stored_eps, stored_flags
+from util.weights.validate import shown
 
 SHOWN = 4  # validation images in the picture of an evaluation
 
@@ -289,7 +291,8 @@ class Segmenting(Objective):
         figures = grade(predictor, ["model"], self.val_loader, self.evaluation, self.setup, record)["model"]
         dist.print_rank0(
             f"* mIoU {figures.miou:.3f} over all classes {figures.miou_all:.3f} pixel accuracy "
-            f"{figures.pixel_accuracy:.3f} mean accuracy {figures.mean_accuracy:.3f} on {len(dataset)} images"
+            f"{figures.pixel_accuracy:.3f} mean accuracy {figures.mean_accuracy:.3f} "
+            f"on {figures.images} images"
         )
         dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
         return figures
@@ -352,6 +355,14 @@ class Data:
     whole: Batches[SegmentDataset] | None = None
 
 
+NO_ENCODER = "--probe needs --finetune FILE, the checkpoint whose patch tokens are read"
+# Flags without which a trained segmenter or probe gives other figures. Those of its training count if they
+# are not given.
+AS_TRAINED = ("head", "layers", "lr_grid", "controls", "upsample", "window", "stride", "max_res")
+# Flags that a trained probe cannot do without.
+FIXED = ("layers", "lr_grid")
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
     compile_mode(args.compile, args.compile_mode, args.accum_iter)
@@ -359,16 +370,30 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--eval needs --resume FILE, the trained segmenter or probe to evaluate")
     if args.eval and args.dry_run:
         raise ValueError("--dry_run plans training, and --eval does not train: leave one of them out")
-    if args.pretrained and (args.finetune or args.eval or not args.model.startswith("timm/")):
+    # A probe is evaluated with its encoder, which its file does not hold.
+    evaluated = args.eval and not args.probe
+    if args.pretrained and (args.finetune or evaluated or not args.model.startswith("timm/")):
         raise ValueError(
             "--pretrained starts from timm's own weights for --model timm/NAME: leave it out with other "
-            "models, --finetune and --eval"
+            "models and --finetune, and to evaluate a segmenter"
         )
     if args.cache_data != "none":
         raise ValueError("--cache_data keeps images without their masks: leave it out here")
-    if args.stride and not args.window:
-        raise ValueError("--stride is the step between windows: give --window, too")
+    check_predictions(args)
     check_probe_flags(args)
+
+
+def check_predictions(args: argparse.Namespace) -> None:
+    """Raise ValueError if predictions might replace the masks or the images."""
+    if not args.predictions:
+        return
+    if args.probe:
+        raise ValueError("--predictions are those of a fine-tuned segmenter: leave it out with --probe")
+    folder, data = (os.path.join(os.path.realpath(path), "") for path in (args.predictions, args.data_path))
+    if args.data_path and folder.startswith(data):
+        raise ValueError(
+            "--predictions lies in --data_path, whose masks it might replace: give another folder"
+        )
 
 
 def check_probe_flags(args: argparse.Namespace) -> None:
@@ -379,18 +404,24 @@ def check_probe_flags(args: argparse.Namespace) -> None:
                 raise ValueError(
                     f"--{name} belongs to --probe: fine-tuning reads the patch tokens of the last layer"
                 )
+        check_geometry(args)
         return
-    if not (args.finetune or args.pretrained):
-        raise ValueError("--probe needs --finetune FILE, the checkpoint whose patch tokens are read")
-    if args.probe == "knn" and (args.eval or args.dry_run or args.cached):
-        raise ValueError("--probe knn trains nothing: leave --eval, --dry_run and --cached out")
+    # The file of a trained probe names its encoder.
+    if not (args.finetune or args.pretrained or args.resume):
+        raise ValueError(NO_ENCODER)
+    if args.probe == "knn" and any((args.eval, args.dry_run, args.cached, args.resume)):
+        raise ValueError("--probe knn trains nothing: leave --eval, --resume, --dry_run and --cached out")
     if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
     check_geometry(args)
 
 
 def check_geometry(args: argparse.Namespace) -> None:
-    """Raise ValueError if a probe cannot read images as they are evaluated."""
+    """Raise ValueError if images cannot be read as they are to be evaluated."""
+    if args.stride and not args.window:
+        raise ValueError("--stride is the step between windows: give --window, too")
+    if not args.probe:
+        return
     if args.cached and args.window:
         raise ValueError("--cached keeps features of whole images, and --window reads parts: leave one out")
     resized = args.eval_images in (None, "exact")
@@ -419,25 +450,53 @@ def find_start(args: argparse.Namespace) -> Start:
     if finetune:
         pretrained = checkpoint.load(finetune)
         pretrained.drop_optimizer()
+    if args.probe and pretrained is None:
+        raise ValueError(NO_ENCODER)
     return Start(resume, finetune, pretrained)
 
 
 def settled(args: argparse.Namespace, start: Start) -> argparse.Namespace:
     """Return the flags, with those of the checkpoint and of the protocol where they are not given."""
-    saved = start.pretrained if args.probe else start.resume or start.pretrained
-    args = argparse.Namespace(**as_stored(vars(args), given_in(args), saved, MODELS))
+    given = given_in(args)
+    saved = start.resume or start.pretrained
+    args = argparse.Namespace(**as_stored(vars(args), given, saved, MODELS))
     if start.resume is not None:
         args.range = kept_range(args.range, start.trained)
+        follow_training(args, given, start.resume)
     usual: dict[str, Any] = {"loss_at": "twice", "eval_images": "short"}
     if args.probe:
         usual = {"loss_at": "pixels", "eval_images": "exact"}
     usual["eval_side"] = round(min(args.input_size) * 256 / 224)
-    usual["photo"] = not args.probe and args.in_chans == 3 and not args.channels
     for name, value in usual.items():
         if getattr(args, name) is None:
             # An evaluation follows the training.
             setattr(args, name, stored_flags(start.resume).get(name, value))
+    check_geometry(args)
     return args
+
+
+def follow_training(args: argparse.Namespace, given: Collection[str], resume: Checkpoint) -> None:
+    """Give a trained segmenter or probe the flags of its training that are not given.
+
+    Raises ValueError for flags with which a probe would read other features than in its training, or give
+    its figures other names.
+    """
+    # Other files are refused when their weights are loaded.
+    if resume.kind not in ("segmenter", "dense probe"):
+        return
+    stored = resume.args
+    fixed: list[str] = []
+    if resume.kind == "dense probe":
+        fixed = list(FIXED)
+        if stored.get("controls"):
+            fixed.append("seed")  # of the random encoder
+    for name in {*AS_TRAINED, *fixed} & stored.keys() - set(given):
+        setattr(args, name, stored[name])
+    for name in fixed:
+        if name in stored and getattr(args, name) != stored[name]:
+            raise ValueError(
+                f"{resume.path} was trained with another --{name} ({shown(str(stored[name]))}): leave it out"
+            )
 
 
 # --- data
@@ -460,7 +519,10 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         once = build_segment_dataset(source, "train", resized, masks=masks, evaluation=True, **options)
         dist.print_rank0(f"training on {once.summary()}")
         dist.print_rank0(str(dist.compute_on_main(lambda: survey_masks(once))))
-        masks = once.settings  # validation may lack the highest class
+        masks = vars(once.settings)  # validation may lack the highest class
+        if args.photo is None:
+            plain = once.depth == torch.uint8 and args.in_chans == 3 and not args.channels
+            args.photo = plain and not args.probe
         whole = eval_loader(once, batch_size=args.batch_size, **loading)
     # Images to evaluate on, and their masks, have sizes of their own.
     transform = evaluation_transform(args, setup)
@@ -479,16 +541,16 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
     return Data(val_loader, train, whole), setup
 
 
-def mask_settings(args: argparse.Namespace, start: Start) -> MaskSettings:
+def mask_settings(args: argparse.Namespace, start: Start) -> dict[str, Any]:
     """Return what the flags, or else the checkpoint, say about masks; the layout decides on the rest."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("num_classes", "ignore_index", "reduce_zero_label"):
         value = getattr(args, name)
         if value is None:
             value = stored_flags(start.resume).get(name)
         if value is not None:
             found[name] = value
-    return MaskSettings(**found)
+    return found
 
 
 def evaluation_transform(args: argparse.Namespace, setup: Setup) -> Joint:
@@ -512,6 +574,9 @@ def build_evaluation(args: argparse.Namespace, setup: Setup, backbone: Classifie
         "short": f"shorter side {args.eval_side}",
         "own": "as it is",
     }
+    patch = cell(setup, backbone)
+    if args.eval_images != "exact" and not args.window:
+        images[args.eval_images] += f", cut to multiples of {patch[0]}x{patch[1]}"
     window = stride = None
     if args.window:
         window = pair(args.window, "--window")
@@ -528,8 +593,33 @@ def build_evaluation(args: argparse.Namespace, setup: Setup, backbone: Classifie
         reduce_zero_label=val.settings.reduce_zero_label,
         max_res=args.max_res or None,
     )
+    check_sizes(args, protocol, setup, backbone)
     dist.print_rank0(str(protocol))
-    return Evaluation(protocol, cell(setup, backbone))
+    if args.controls and window:
+        dist.print_rank0("the position of a patch is that within its window")
+    return Evaluation(protocol, patch)
+
+
+def check_sizes(args: argparse.Namespace, protocol: Protocol, setup: Setup, backbone: Classifier) -> None:
+    """Raise ValueError if the encoder cannot read images as they are evaluated: before it is trained."""
+    patch = cell(setup, backbone)
+    window = protocol.window
+    if window is not None:
+        check_windows(window, protocol.stride or window, patch)
+        if args.controls and window != setup.size:
+            size = f"{setup.size[0]} {setup.size[1]}"
+            raise ValueError(f"--controls need one grid of positions, that of --input_size: --window {size}")
+    # Any other size shows whether there is only one.
+    other = window or (setup.size[0] + patch[0], setup.size[1] + patch[1])
+    if window is None and args.eval_images == "exact":
+        return
+    try:
+        backbone.grid_of(other)
+    except ValueError:
+        size = f"{setup.size[0]} {setup.size[1]}"
+        raise ValueError(
+            f"--model {args.model} reads images of one size: give --eval_images exact, or --window {size}"
+        ) from None
 
 
 def cell(setup: Setup, backbone: Classifier) -> tuple[int, int]:

@@ -172,6 +172,30 @@ def test_a_killed_probe_ends_with_the_same_bits(colours, encoder, tmp_path):
     assert len(rows) == 6 and re.findall(r"\* \w+: mIoU.*", again) == rows
 
 
+def test_a_probe_is_evaluated_as_it_was_trained(colours, encoder, tmp_path):
+    probe = [*PROBE[:-1], "1", "3", "--controls", "--layers", "0", "--seed", "3", "--upsample", "nearest"]
+    run = ["--data_path", colours, "--finetune", encoder, "--epochs", 1, "--input_size", 64]
+    rows = re.findall(r"\* \w+: mIoU.*", ok(here(tmp_path, *run, main=probe)))
+    evaluate = ["main_segment", "--device", "cpu", "--num_workers", "0", "--eval", "--probe", "linear"]
+    evaluate += ["--data_path", str(colours), "--resume", str(tmp_path / "checkpoint-last.pth")]
+    text = ok(here("", main=evaluate))
+    assert len(rows) == 6 and re.findall(r"\* \w+: mIoU.*", text) == rows
+    for flags in (["--layers", 1], ["--seed", 4], ["--lr_grid", 1, 2]):
+        code, text = here("", *flags, main=evaluate)
+        assert code == 2 and f"trained with another {flags[0]}" in text, text
+
+
+def test_images_of_16_bits_have_no_photometric_augmentation(tmp_path, encoder):
+    tifffile = pytest.importorskip("tifffile")
+    data = pairs(tmp_path / "set", bright)
+    for path in sorted(data.glob("images/*/*.png")):
+        tifffile.imwrite(path.with_suffix(".tif"), np.asarray(Image.open(path)).astype(np.uint16) * 257)
+        path.unlink()
+    flags = ["--data_path", data, "--finetune", encoder, "--epochs", 1, "--range", 0, 65535]
+    text = ok(here(tmp_path / "out", *flags, main=[word for word in SEGMENT if word != "--no-photo"]))
+    assert "12 uint16" in text
+
+
 def test_retrieval_reads_colours_and_places(colours, encoder, tmp_path):
     knn = [*SEGMENT, "--probe", "knn", "--controls", "--knn_k", "5", "--upsample", "nearest"]
     text = ok(here(tmp_path / "a", "--data_path", colours, "--finetune", encoder, main=knn))
@@ -204,6 +228,9 @@ def test_sliding_windows_and_rectangles(tmp_path, encoder):
     assert torch.isfinite(torch.tensor(miou(text)))
 
 
+KNN = ["--probe", "knn", "--controls", "--finetune", "{encoder}"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -214,9 +241,15 @@ def test_sliding_windows_and_rectangles(tmp_path, encoder):
         (["--cache_data", "memory"], "--cache_data keeps images without their masks"),
         (["--probe", "knn", "--cached", "--finetune", "{encoder}"], "--probe knn trains nothing"),
         (["--num_classes", "1"], "num_classes"),
+        (["--probe", "linear", "--finetune", "{encoder}", "--predictions", "x"], "leave it out with --probe"),
+        (["--predictions", "{data}/masks/val"], "--predictions lies in --data_path"),
+        (["--window", "30"], "--window (30, 30) is no multiple of the patch"),
+        (["--window", "32", "--stride", "48"], "--stride (48, 48) must be from 1"),
+        (["--model", "swin_tiny"], "--model swin_tiny reads images of one size"),
+        ([*KNN, "--window", "64", "--eval_images", "own"], "that of --input_size: --window 32 32"),
     ],
 )
 def test_mistakes_are_one_line(colours, encoder, tmp_path, flags, message):
-    words = [word.format(encoder=encoder) for word in flags]
+    words = [word.format(encoder=encoder, data=colours) for word in flags]
     code, text = here(tmp_path, "--data_path", colours, *words, main=SEGMENT)
-    assert code == 2 and message in text, text
+    assert code == 2 and message in text and "Epoch:" not in text, text

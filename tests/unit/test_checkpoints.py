@@ -582,7 +582,7 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
         "32x48 pixels, 3 channels, patches of 8x8",
         "without positional embedding, labels apl+rpl",
         "epoch       3",
-        "main_pretrain.py --init_from; main_finetune.py and main_linprobe.py --finetune",
+        "main_pretrain.py --init_from; main_segment.py, main_finetune.py and main_linprobe.py --finetune",
     ):
         assert part in text, text
     assert f"{sum(v.numel() for v in mae.state_dict().values()) / 1e6:.2f} M" in text
@@ -719,7 +719,7 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
             "--init_from",
             [],
             "encoder",
-            "it is for main_finetune.py and main_linprobe.py --finetune",
+            "it is for main_segment.py, main_finetune.py and main_linprobe.py --finetune",
         ),
         (main_finetune, "--finetune", [], "huggingface", "it is for checkpoints.py import"),
         (
@@ -727,7 +727,7 @@ def test_every_main_refuses_broken_files_each_with_its_error(tmp_path, capsys, m
             "--resume",
             [],
             "pretraining",
-            "it is for main_pretrain.py --resume or --init_from; main_finetune.py and "
+            "it is for main_pretrain.py --resume or --init_from; main_segment.py, main_finetune.py and "
             "main_linprobe.py --finetune",
         ),
         (main_finetune, "--resume", ["--eval"], "pretraining", "main_linprobe.py --finetune"),

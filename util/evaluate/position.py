@@ -353,9 +353,14 @@ class PositionProjection:
         return cls(mean, vectors)
 
     def remove(self, tokens: Tensor) -> Tensor:
-        """Tokens (..., C) with the mean's values in the directions of the basis; type and device stay."""
-        basis = self.basis.to(tokens)
-        return tokens - (tokens - self.mean.to(tokens)) @ basis @ basis.t()
+        """Tokens (..., C) with the mean's values in the directions of the basis; type and device stay.
+
+        The products are float64: rounded to TF32 or by autocast they would leave a part of the position.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = tokens.double()
+            mean, basis = self.mean.to(x), self.basis.to(x)
+            return (x - (x - mean) @ basis @ basis.t()).to(tokens.dtype)
 
 
 def _real_means(statistics: CellStatistics) -> Tensor:

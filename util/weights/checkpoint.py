@@ -138,14 +138,17 @@ def _refuse(checkpoint: Checkpoint, expected: Mapping[str, Tensor], problem: str
 
 def _size_remedy(checkpoint: Checkpoint, wanted: str, expected: Mapping[str, Tensor]) -> str:
     """What to do with weights that differ in their grid of patches alone; '' if they differ otherwise."""
-    parameters = {"pretraining": "`init_from`", "classifier": "`finetune`"}
+    parameters = {"pretraining": "`init_from`", "classifier": "`finetune`", "segmenter": "`finetune`"}
     weights = checkpoint.model
     differ = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
     of_the_grid = all(re.search(r"pos_embed$|^pos_head\..*\.classifier\.", name) for name in differ)
     if wanted not in parameters or not differ or not of_the_grid or weights.keys() != expected.keys():
         return ""
+    other = ""
+    if wanted == "segmenter":
+        other = "to evaluate on larger images leave `input_size` out and give `eval_side` or `window`; "
     return (
-        "a run continues at its own size: start a new one, in another `output_dir`, with "
+        f"{other}a run continues at its own size: start a new one, in another `output_dir`, with "
         f"{parameters[wanted]} {checkpoint.path}, which resizes the embedding and starts fresh moments"
     )
 

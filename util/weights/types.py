@@ -18,18 +18,22 @@ EPS_FLAG = "layer_norm_eps"
 KINDS = {
     "pretraining": (
         "a full pretraining checkpoint (encoder and decoder)",
-        "main_pretrain.py --resume or --init_from; main_finetune.py and main_linprobe.py --finetune; "
-        "visualize.py",
+        "main_pretrain.py --resume or --init_from; main_segment.py, main_finetune.py and main_linprobe.py "
+        "--finetune; visualize.py",
     ),
     "self-distillation": (
         "a checkpoint of main_sere.py (student and teacher)",
-        "main_sere.py --resume; main_finetune.py and main_linprobe.py --finetune, which take the teacher",
+        "main_sere.py --resume; main_segment.py, main_finetune.py and main_linprobe.py --finetune, which "
+        "take the teacher",
     ),
-    "encoder": ("an encoder without decoder and heads", "main_finetune.py and main_linprobe.py --finetune"),
+    "encoder": (
+        "an encoder without decoder and heads",
+        "main_segment.py, main_finetune.py and main_linprobe.py --finetune",
+    ),
     "classifier": (
         "a fine-tuned classifier",
-        "main_finetune.py --resume, with --eval to evaluate; main_finetune.py and main_linprobe.py "
-        "--finetune, which take its encoder",
+        "main_finetune.py --resume, with --eval to evaluate; main_segment.py, main_finetune.py and "
+        "main_linprobe.py --finetune, which take its encoder",
     ),
     "probe": ("a linear probe", "main_linprobe.py --resume"),
     "segmenter": (

@@ -1,5 +1,6 @@
 """Samples of images with segmentation masks, and what their masks hold."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -185,7 +186,7 @@ def build_segment_dataset(
     transform: Joint,
     *,
     read: ReadSettings = DEFAULT,
-    masks: MaskSettings | None = None,
+    masks: MaskSettings | Mapping[str, Any] | None = None,
     seed: int = 0,
     evaluation: bool = False,
 ) -> SegmentDataset:
@@ -196,14 +197,17 @@ def build_segment_dataset(
             files finds, see `util.data.datasets.build_dataset`.
         masks: what the numbers in masks mean. What has its default or is None follows from the layout. If
             that does not say the number of classes, it is the highest class of up to 500 masks plus one.
+            A mapping has fields of `MaskSettings`, and each one counts, also if it is the default.
 
-    Validation images should get the settings of the training images (`dataset.settings`), as they may lack
-    the highest class. Raises ValueError as `build_pairs` does, and if no mask can be read.
+    Validation images should get the settings of the training images (`vars(dataset.settings)`), as they may
+    lack the highest class. Raises ValueError as `build_pairs` does, and if no mask can be read.
     """
     pairs = build_pairs(source, split)
     settings = pairs.settings
-    if masks is not None:
+    if isinstance(masks, MaskSettings):
         settings = masks.over(settings)
+    elif masks is not None:
+        settings = replace(settings, **masks)
     if settings.num_classes is None:
         settings = replace(settings, num_classes=_highest_class(pairs, settings, read.max_pixels) + 1)
     found = survey(pairs, read)

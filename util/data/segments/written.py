@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from util.files.atomic import replacing
+
 
 def write_mask(folder: str, name: str, classes: Tensor) -> str:
     """Write class numbers (H, W) as a PNG in `folder`, with the name of the image; return its path.
@@ -18,5 +20,7 @@ def write_mask(folder: str, name: str, classes: Tensor) -> str:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     values = classes.cpu().numpy()
     depth = np.uint8 if values.max(initial=0) < 256 else np.uint16
-    Image.fromarray(values.astype(depth)).save(path, optimize=True)
+    # A killed run leaves no half of a file.
+    with replacing(path, "wb") as f:
+        Image.fromarray(values.astype(depth)).save(f, format="PNG", optimize=True)
     return path

@@ -34,6 +34,7 @@ class Figures:
             classes that occur in the masks.
         absent: the classes that are neither in the masks nor in the predictions.
         pixels: the number of pixels that are not ignored. Without any, the figures are nan.
+        images: the number of images that were read, where it is known.
     """
 
     ious: list[float]
@@ -43,6 +44,7 @@ class Figures:
     mean_accuracy: float
     absent: list[int]
     pixels: int
+    images: int = 0
 
 
 class Confusion:
@@ -122,7 +124,7 @@ class Protocol:
         window: (h, w) of a sliding window in pixels; None for the whole image at once.
         stride: (h, w) from one window to the next.
         upsample: how logits are brought to the mask's size: "bilinear" or "nearest".
-        ignore: the value of ignored pixels in the files of the masks; None if no pixel is ignored.
+        ignore: the value of ignored pixels in the files of the masks; None or -1 if no pixel is ignored.
         classes: the number of classes in the mean.
         reduce_zero_label: the value 0 of the files is ignored, and class k has the value k + 1.
         max_res: the longer side to which logits of larger masks are brought, as in `to_labels`.
@@ -150,7 +152,7 @@ class Protocol:
                 "then nearest to the mask's size"
             )
         ignored = "no pixel ignored"
-        if self.ignore is not None:
+        if self.ignore not in (None, -1):
             ignored = f"mask value {self.ignore} ignored"
         if self.reduce_zero_label:
             ignored += ", mask value 0 ignored and the others lowered by 1"
@@ -193,11 +195,7 @@ def predict(
     if window is None:
         return logits_of(_whole_patches(images, patch, remainder))
     stride = stride or window
-    for side, step, cell in zip(window, stride, patch):
-        if side < 1 or side % cell:
-            raise ValueError(f"`window` {window} is no multiple of the patch {patch}: choose one that is")
-        if not 1 <= step <= side:
-            raise ValueError(f"`stride` {stride} must be from 1 to the window's {window}")
+    check_windows(window, stride, patch)
     H, W = images.shape[-2:]
     padding = (0, max(0, window[1] - W), 0, max(0, window[0] - H))
     padded = F.pad(images, padding)  # (B, C, >= window, >= window)
@@ -213,6 +211,15 @@ def predict(
         seen[rows, columns] += 1
     assert total is not None
     return total.div_(seen)[..., :H, :W]
+
+
+def check_windows(window: tuple[int, int], stride: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Raise ValueError if a window is no multiple of the patch, and if the stride leaves gaps."""
+    for side, step, cell in zip(window, stride, patch):
+        if side < 1 or side % cell:
+            raise ValueError(f"`window` {window} is no multiple of the patch {patch}: choose one that is")
+        if not 1 <= step <= side:
+            raise ValueError(f"`stride` {stride} must be from 1 to the window's {window}")
 
 
 def _windows(

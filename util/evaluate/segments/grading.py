@@ -4,7 +4,7 @@ Shapes: B images, K classes, G maps of logits that are graded side by side, (h, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -70,11 +70,11 @@ def grade(
     The loader has batches of one image, or of its features. Raises ValueError if no image can be read.
     """
     confusion = Confusion(evaluation.protocol.classes, setup.device, heads=len(names))
-    unreadable = 0
+    unreadable: list[int] = []
     images = 0
     for batch in device_batches(loader, setup.device, setup.pixels):
         if batch["bad"]:
-            unreadable += 1
+            unreadable.append(int(batch["index"][0]))
             continue
         images += 1
         mask = batch["mask"][0]
@@ -85,15 +85,35 @@ def grade(
             confusion.add(prediction, mask, head)
         if record is not None:
             record(int(batch["index"][0]), predictions[0], mask)
-    counts = dist.gather_objects((images, unreadable))
-    images, unreadable = (sum(each) for each in zip(*counts))
-    if not images:
-        raise ValueError(f"none of the {len(loader.dataset)} images to evaluate on can be read")
-    if unreadable:
-        left_out = counted(unreadable, "image")
-        dist.print_rank0(f"warning: the evaluation leaves out {left_out} that cannot be read")
+    images = check_left_out(loader.dataset, images, unreadable)
     confusion.reduce()
-    return {name: confusion.figures(head) for head, name in enumerate(names)}
+    found = {name: confusion.figures(head) for head, name in enumerate(names)}
+    return {name: replace(figures, images=images) for name, figures in found.items()}
+
+
+def check_left_out(dataset: SegmentDataset, images: int, unreadable: Sequence[int]) -> int:
+    """Print how many of the images of all ranks are left out, and why the first is; return how many count.
+
+    Takes the number of this rank's images that count, and the numbers of those that cannot be read. Raises
+    ValueError if no image counts.
+    """
+    reason = ""
+    if unreadable:
+        number = unreadable[0]
+        reason = f"{printable(dataset.name(number))}: {printable(dataset.fault(number))}"
+    found = dist.gather_objects((images, len(unreadable), reason))
+    images, count = (sum(each) for each in list(zip(*found))[:2])
+    reason = next((text for _, _, text in found if text), "")
+    if not images:
+        raise ValueError(
+            f"none of the {len(dataset)} images to evaluate on can be read; the first one, {reason}"
+        )
+    if count:
+        dist.print_rank0(
+            f"warning: the evaluation leaves out {counted(count, 'image')} that cannot be read; "
+            f"the first one, {reason}"
+        )
+    return images
 
 
 class Predicted(NamedTuple):

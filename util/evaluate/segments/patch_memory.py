@@ -21,6 +21,8 @@ _ROWS = 65536
 # read once for each chunk of queries, so this one is large.
 _QUERIES = 8192
 _COMPARED = 8192
+# Bytes of the memory that are put in order at a time.
+_MOVED_BYTES = 256 * 2**20
 # Bytes of the neighbours' labels that are in memory at a time.
 _LABEL_BYTES = 128 * 2**20
 
@@ -131,11 +133,26 @@ class PatchMemory:
         self._used = count
 
     def gather(self) -> None:
-        """Give all ranks the sample of the patches of all ranks, which must call this together, and once."""
+        """Give all ranks the sample of the patches of all ranks, which must call this together, and once.
+
+        The sample is then in the order of the draw: of patches that are equally near to a query, which ones
+        count does not depend on how they were spread.
+        """
         self._prune()
         counts = dist.gather_objects(self._used)
-        if len(counts) == 1:
-            return
+        if len(counts) > 1:
+            self._receive_all(counts)
+        order = self._ranks[: self._used].argsort()
+        self._ranks[: self._used] = self._ranks[order]
+        for stored in self._stored:
+            moved = order.to(stored.device)
+            # Some columns at a time, so that the copy is small.
+            columns = max(1, _MOVED_BYTES // (max(1, self._used) * stored.itemsize))
+            for part in stored[: self._used].split(columns, dim=1):
+                part.copy_(part[moved])
+
+    def _receive_all(self, counts: list[int]) -> None:
+        """Make the rows of this rank those of the sample of all ranks, which have `counts` patches."""
         if sum(counts) > self.capacity:
             self._highest = self._highest_of_all()
             self._keep(self._ranks[: self._used] <= self._highest)

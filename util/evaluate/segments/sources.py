@@ -15,6 +15,7 @@ from layers.segmentation import DenseProbe, patch_maps
 from util import dist
 from util.data.contract import Batches
 from util.data.loading.loader import device_batches
+from util.data.loading.memory import available_memory
 from util.data.seeding import epoch_and_index
 from util.data.segments.dataset import SegmentDataset
 from util.evaluate.position import (
@@ -173,6 +174,17 @@ class FeatureSamples(SegmentDataset):
         )
 
 
+def check_room(count: int, feature: Tensor, place: str) -> None:
+    """Raise ValueError if `count` maps of features like `feature` (1, D, h, w) do not fit into memory."""
+    needed = count * feature.numel() * feature.itemsize
+    left = available_memory()
+    if needed > left:
+        raise ValueError(
+            f"the features of {count} images of {place} would take {needed / 1e9:.1f} GB, and "
+            f"{left / 1e9:.1f} GB are left: leave `cached` out, or `controls`"
+        )
+
+
 @torch.no_grad()
 def cached_features(sources: Sources, loader: Batches[SegmentDataset], setup: Setup) -> FeatureSamples:
     """Return the features of all readable training images, the same on all ranks, in the host's memory.
@@ -181,7 +193,9 @@ def cached_features(sources: Sources, loader: Batches[SegmentDataset], setup: Se
     """
     dataset = loader.dataset
     blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
-    features = torch.zeros(len(dataset), *sources(blank).shape[1:])
+    sample = sources(blank)
+    check_room(len(dataset), sample, dataset.path)
+    features = torch.zeros(len(dataset), *sample.shape[1:])
     # Plus two: 0 marks a pixel of another rank's image.
     masks = torch.zeros(len(dataset), *setup.size, dtype=torch.int32)
     readable = torch.zeros(len(dataset), dtype=torch.int32)
@@ -219,6 +233,8 @@ class FeatureBatches:
 @torch.no_grad()
 def own_features(sources: Sources, loader: Batches[SegmentDataset], setup: Setup) -> FeatureBatches:
     """Return the features of this rank's share of the validation images, in the host's memory."""
+    blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
+    check_room(len(loader), sources(blank), loader.dataset.path)
     batches = []
     for batch in device_batches(loader, setup.device, setup.pixels):
         with setup.autocast():
