@@ -214,6 +214,10 @@ def test_sliding_windows_and_rectangles(tmp_path, encoder):
         (["--cache_data", "memory"], "--cache_data keeps images without their masks"),
         (["--probe", "knn", "--cached", "--finetune", "{encoder}"], "--probe knn trains nothing"),
         (["--num_classes", "1"], "num_classes"),
+        (
+            ["--probe", "knn", "--finetune", "{encoder}", "--predictions", "p"],
+            "--predictions writes those of",
+        ),
     ],
 )
 def test_mistakes_are_one_line(colours, encoder, tmp_path, flags, message):
