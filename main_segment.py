@@ -5,9 +5,12 @@
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe linear --controls
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe knn --controls
 
-DIR has images/{train,val} and masks/{train,val} with index PNGs of the same names; the layouts of ADE20K,
-VOC, Cityscapes and ImageNet-S are recognised as well. Fine-tuning follows the code of ImageNet-S, which
-SERE's authors use: a norm and one linear layer on the patch tokens, and a loss on logits of twice their size.
+DIR has images/{train,val} and masks/{train,val} with index PNGs of the same names, or train/ and val/ with
+masks/ beside them; the layouts of ADE20K, VOC, Cityscapes and ImageNet-S are recognised as well. Without
+--data_path it is the embedded demo set. docs/segments.md explains protocols and figures.
+
+Fine-tuning follows the code of ImageNet-S, which SERE's authors use: a norm and one linear layer on the patch
+tokens, and a loss on logits of twice their size.
 
 A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of --lr_grid)
 or retrieves the labels of the nearest patches of the training images (--probe knn). With --controls the same
@@ -43,7 +46,7 @@ def get_args_parser() -> Parser:
     about = "Semantic segmentation by fine-tuned encoders and by probes of frozen ones"
     p = Parser(description=about, epilog=examples(__doc__), add_help=False)
     add_model_flags(p.add_argument_group("model"))
-    add_data_flags(p)
+    add_data_flags(p, paths="folder or tar of images and masks, see docs/segments.md")
     add_mask_flags(p.add_argument_group("masks"))
     defaults = OptimDefaults(
         batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, weight_decay=0.05, warmup_epochs=5
@@ -67,16 +70,21 @@ def add_model_flags(g) -> None:
     g.add_argument("--model", default="vit_large_patch16", help=names)
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
-    encoder = "pretrained encoder or classifier to start from: a file, a run's folder or an https address"
+    encoder = (
+        "pretrained encoder or classifier to fine-tune or probe: a file, a run's folder or an https address"
+    )
     g.add_argument("--finetune", default="", help=encoder)
     published = "start from the weights that timm publishes, with --model timm/NAME"
     g.add_argument("--pretrained", action="store_true", help=published)
-    embedding = "positional embedding; auto: in fine-tuning learned, for a frozen encoder that of its file"
+    embedding = "positional embedding; auto: learned in fine-tuning, that of the checkpoint in a probe"
     kinds = ["auto", "none", "sincos", "learned"]
     g.add_argument("--pos_embed", default="auto", choices=kinds, help=embedding)
     start = "initial values of a positional embedding that the checkpoint lacks"
     g.add_argument("--pos_embed_init", default="zero", choices=["zero", "sincos", "normal"], help=start)
-    heads = "what is trained on the whole encoder; upernet and dpt: pip install segmentation-models-pytorch"
+    heads = (
+        "head that is fine-tuned with the encoder. linear reads the last layer; upernet and dpt read four, "
+        "and need pip install segmentation-models-pytorch"
+    )
     g.add_argument("--head", default="linear", choices=["linear", "upernet", "dpt"], help=heads)
     g.add_argument("--drop_path", default=0.1, type=BELOW_ONE, help="stochastic depth of the last block")
     decay = "learning rate factor per layer, from the top down"
@@ -86,13 +94,18 @@ def add_model_flags(g) -> None:
 
 
 def add_mask_flags(g) -> None:
-    classes = "number of classes; that of the layout if not given, or one more than the highest in the masks"
+    classes = (
+        "number of classes; if not given that of the layout, or one more than the highest number in masks"
+    )
     g.add_argument("--num_classes", default=None, type=COUNT, help=classes)
     # MAE's name.
     g.add_argument("--nb_classes", dest="num_classes", default=None, type=COUNT, help=argparse.SUPPRESS)
-    ignored = "number in masks of pixels that do not count; that of the layout if not given, or 255"
+    ignored = (
+        "number in the masks of pixels without a class, which count neither in training nor in evaluation; "
+        "if not given that of the layout, or 255"
+    )
     g.add_argument("--ignore_index", default=None, type=WHOLE, help=ignored)
-    zero = "leave number 0 out and count classes from 1, as ADE20K does"
+    zero = "pixels of number 0 have no class, and the others are lowered by 1; if not given for ADE20K alone"
     g.add_argument("--reduce_zero_label", default=None, action=argparse.BooleanOptionalAction, help=zero)
 
 
@@ -101,71 +114,92 @@ def add_augment_flags(g) -> None:
     g.add_argument(
         "--crop_scale", default=[0.14, 1.0], type=SHARE, nargs=2, metavar=("MIN", "MAX"), help=area
     )
-    jitter = "instead of --crop_scale: resize by a random factor and cut a window of --input_size, as 0.5 2"
+    jitter = (
+        "instead of --crop_scale: resize by a random factor of this range, as 0.5 2, and cut a window of "
+        "--input_size"
+    )
     g.add_argument(
         "--scale_jitter", default=None, type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help=jitter
     )
     g.add_argument("--hflip", default=0.5, type=SHARE, help="probability of a horizontal flip")
     g.add_argument("--vflip", default=0.0, type=SHARE, help="probability of a vertical flip")
     photo = (
-        "colour jitter, grey and blur of ImageNet-S's code; if not given for 8-bit RGB in fine-tuning alone"
+        "colour jitter, grey and blur of ImageNet-S's code; if not given on in fine-tuning with RGB images, "
+        "and off in probes"
     )
     g.add_argument("--photo", default=None, action=argparse.BooleanOptionalAction, help=photo)
     at = (
-        "where the loss is taken. twice: logits doubled in size, masks brought to that size (fine-tuning if "
-        "not given); pixels: logits at the size of the masks (probes)"
+        "where the loss is taken. twice: at logits of twice their size, to which masks are reduced; pixels: "
+        "at the size of the masks. If not given twice in fine-tuning, and pixels in probes"
     )
     g.add_argument("--loss_at", default=None, choices=["twice", "pixels"], help=at)
 
 
 def add_probe_flags(g) -> None:
-    kinds = "what reads the frozen encoder instead of fine-tuning it"
+    kinds = (
+        "freeze the encoder. linear trains a linear map of its patch tokens; knn gives a patch the labels of "
+        "the nearest patches of training images. If not given the encoder is fine-tuned"
+    )
     g.add_argument("--probe", default=None, choices=["linear", "knn"], help=kinds)
-    blocks = "blocks whose patch tokens are concatenated, counted from 0, or from the end as -1; the last one"
+    blocks = (
+        "blocks whose patch tokens are joined, counted from 0, or from the end by -1; if not given the last"
+    )
     g.add_argument("--layers", default=None, type=WHOLE, nargs="+", metavar="N", help=blocks)
-    rows = "probe controls, too: position, pixels, random encoder, tokens without and with their position"
+    rows = (
+        "print a row for each control beside that of the encoder: position alone, pixels, random encoder, "
+        "tokens without and with their position"
+    )
     g.add_argument("--controls", action="store_true", help=rows)
-    grid = "factors of the learning rate, with a head each"
+    grid = "factors of the learning rate of --probe linear; each has a head, and the best one is printed"
     g.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=POSITIVE, nargs="+", help=grid)
-    once = "compute features once, of whole images without augmentation, and train on them"
+    once = "--probe linear: compute features once, of whole images without augmentation, and train on them"
     g.add_argument("--cached", action="store_true", help=once)
     g.add_argument("--knn_k", default=30, type=COUNT, metavar="K", help="neighbours of --probe knn")
     g.add_argument(
-        "--knn_temperature", default=0.02, type=POSITIVE, help="temperature of the votes of --probe knn"
+        "--knn_temperature",
+        default=0.02,
+        type=POSITIVE,
+        help="temperature of the softmax of similarities, by which the neighbours of --probe knn vote",
     )
-    patches = "patches of training images that --probe knn remembers at most, drawn at random"
+    patches = "most patches of training images that --probe knn remembers, drawn at random"
     g.add_argument("--knn_memory", default=1024 * 1000, type=COUNT, metavar="N", help=patches)
 
 
 def add_evaluation_flags(g) -> None:
     add_eval_flags(g)
     kinds = (
-        "images to evaluate on. short: shorter side of --eval_side, aspect kept (fine-tuning if not given); "
-        "exact: resized to --input_size (probes); own: as they are"
+        "size of images in evaluation; masks keep theirs. short: shorter side of --eval_side, aspect kept; "
+        "exact: --input_size; own: as they are. If not given short in fine-tuning, and exact in probes"
     )
     g.add_argument("--eval_images", default=None, choices=["short", "exact", "own"], help=kinds)
-    short = "shorter side of images to evaluate on; 256 / 224 of that of --input_size if not given"
+    short = "shorter side of --eval_images short; 256 / 224 of that of --input_size if not given"
     g.add_argument("--eval_side", default=None, type=side, metavar="N", help=short)
-    window = "evaluate in windows of this size, which overlap; the whole image at once if not given"
+    window = "evaluate in overlapping windows of this size; the whole image at once if not given"
     g.add_argument("--window", default=None, type=side, nargs="+", metavar=("H", "W"), help=window)
-    stride = "step from window to window; two thirds of it if not given"
+    stride = "step from window to window; two thirds of --window if not given"
     g.add_argument("--stride", default=None, type=side, nargs="+", metavar=("H", "W"), help=stride)
     sizes = "how logits are brought to the size of the masks"
     g.add_argument("--upsample", default="bilinear", choices=["bilinear", "nearest"], help=sizes)
-    largest = "predictions of larger masks are made at this longer side and then enlarged; 0 for no limit"
-    g.add_argument("--max_res", default=1000, type=FROM_ZERO, help=largest)
+    largest = (
+        "masks of more than N x N pixels get predictions of this longer side, which are then enlarged; 0 for "
+        "no limit"
+    )
+    g.add_argument("--max_res", default=1000, type=FROM_ZERO, metavar="N", help=largest)
     g.add_argument(
         "--eval_freq",
         default=20,
         type=COUNT,
-        help="epochs between evaluations; after the first and last, too",
+        metavar="N",
+        help="evaluate after the first epoch, then after every N, and after the last",
     )
-    g.add_argument("--predictions", default="", metavar="DIR", help="write an index PNG per validation image")
+    files = (
+        "fine-tuning and its --eval: write a PNG of class numbers for each validation image to this folder"
+    )
+    g.add_argument("--predictions", default="", metavar="DIR", help=files)
 
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -830,7 +864,7 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
     memories = remember(sources, data.whole, setup, neighbours)
     widths = sources.widths(torch.zeros(1, args.in_chans, *setup.size, device=setup.device))
     scores = scores_of(sources, memories, neighbours, widths)
-    names = [f"{source}/k{args.knn_k}" for source in sources.names]
+    names = [neighbours.name(source) for source in sources.names]
 
     def predictor(batch: dict) -> Tensor:
         return evaluation.logits(scores, batch["image"])

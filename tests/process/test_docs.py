@@ -11,7 +11,12 @@ import pytest
 from processes import ROOT
 
 pytestmark = pytest.mark.slow
-EXAMPLES = ("12-bit CT", "13 bands", "photos from phones")
+EXAMPLES = (
+    ("data.md", "12-bit CT"),
+    ("data.md", "13 bands"),
+    ("data.md", "photos from phones"),
+    ("segments.md", "the demo set"),
+)
 
 
 def commands(page: str, example: str) -> str:
@@ -34,8 +39,8 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_runs_as_it_is_printed(checkout, example):
+@pytest.mark.parametrize("page, example", EXAMPLES)
+def test_an_example_runs_as_it_is_printed(checkout, page, example):
     # `python` is this one, and no GPU is used, so that figures are the same everywhere.
     (checkout / "bin").mkdir(exist_ok=True)
     python = checkout / "bin" / "python"
@@ -45,7 +50,7 @@ def test_an_example_runs_as_it_is_printed(checkout, example):
     env = os.environ | {"PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", commands("data.md", example)],
+        ["bash", "-e", "-o", "pipefail", "-c", commands(page, example)],
         cwd=checkout,
         env=env,
         capture_output=True,
@@ -54,7 +59,7 @@ def test_an_example_runs_as_it_is_printed(checkout, example):
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    EXPECTED[example](checkout / "runs", said)
+    EXPECTED[page, example](checkout / "runs", said)
 
 
 def last_line(run) -> dict:
@@ -78,4 +83,19 @@ def check_photos(runs, said):
     assert last_line(runs / "photos" / "finetune")["test_acc1"] == 100
 
 
-EXPECTED = dict(zip(EXAMPLES, (check_ct, check_bands, check_photos), strict=True))
+def check_segments(runs, said):
+    folder = runs / "segments"
+    assert said.count("protocol: image") == 3
+    assert last_line(folder / "finetune")["test_miou"] > 20
+    rows = ("encoder", "position", "pixels", "random", "without_position", "with_position")
+    for name in ("linear", "knn"):
+        figures = last_line(folder / name)
+        found = {row: figures[f"test_miou_{row}"] for row in rows}
+        # What holds for any encoder: pixels tell more than the place, and the place adds to tokens.
+        assert found["pixels"] > found["position"] > 5, found
+        assert found["with_position"] > found["without_position"], found
+    layers = json.loads((folder / "positions.json").read_text())
+    assert layers and (folder / "positions.png").stat().st_size > 5000
+
+
+EXPECTED = dict(zip(EXAMPLES, (check_ct, check_bands, check_photos, check_segments), strict=True))

@@ -1,4 +1,4 @@
-"""The published command of ImageNet-S (and SERE) runs with its flags unchanged, on a small set of that form."""
+"""The published command of ImageNet-S (and SERE) runs with its flags, on a small set of that form."""
 
 import re
 from pathlib import Path

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from util.data.seeding import sample_seed
+from util.evaluate.position import position_only
 from util.evaluate.segments import patch_memory as patch_knn
 from util.evaluate.segments.patch_memory import PatchMemory, draw_ranks, patch_labels, soft_labels
+from util.evaluate.segments.retrieval import Neighbours, mean_labels, scores_of
 
 CPU = torch.device("cpu")
 DIM, K = 16, 5
@@ -226,3 +228,28 @@ def test_masks_that_do_not_fit_are_errors():
         mask[0, 3, 3] = value
         with pytest.raises(ValueError, match="one of the 4 classes"):
             soft_labels(mask, (3, 2), 4)
+
+
+def test_position_alone_lets_all_patches_of_a_cell_vote():
+    """The first k of equally near patches would be those of a few images."""
+    draws = torch.Generator().manual_seed(0)
+    images, cells = 50, 6
+    labels = torch.rand(images, cells, K, generator=draws)
+    labels /= labels.sum(2, keepdim=True)
+    labels[:, 5] = 0  # ignored in all images
+    memory = PatchMemory(cells, K, images * cells, torch.device("cpu"), label_dtype=torch.float32)
+    for i in range(images):
+        memory.add(torch.eye(cells), labels[i], torch.arange(cells) + i * cells)
+    assert torch.allclose(mean_labels(memory), labels.mean(0), atol=1e-6)
+    found = scores_of(Positions(), [memory], Neighbours(3, 0.02, 100), [cells])(torch.zeros(2, 3, 8, 12))
+    expected = labels.mean(0).t().unflatten(1, (2, 3)).expand(2, K, 2, 3)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+class Positions:
+    """Sources of features that are the one-hot cells of a grid of 2 x 3."""
+
+    names = ("position",)
+
+    def __call__(self, images):
+        return position_only(len(images), (2, 3))

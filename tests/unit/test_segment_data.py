@@ -401,7 +401,7 @@ def test_colours_of_other_images_are_refused(tmp_path):
         transform(picture_of(scene(), 3, torch.uint16), scene(), 1)
     pairs = build_pairs(written(tmp_path), "train")
     deep = ReadSettings(depth=torch.uint16)
-    with pytest.raises(ValueError, match="leave `photo` out"):
+    with pytest.raises(ValueError, match="turn `photo` off"):
         SegmentDataset(pairs, transform, settings=MaskSettings(4), read=deep)
 
 

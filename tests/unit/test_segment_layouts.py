@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from util.data.datasets import DEMO
 from util.data.segments.dataset import build_segment_dataset
 from util.data.segments.layouts import CITYSCAPES_CLASSES, NO_IMAGE, NO_MASK, build_pairs
 from util.data.segments.masks import IGNORED, MaskSettings, decode_mask
 from util.data.segments.transforms import SegmentEval
 from util.data.sources.image_index import ChangedTar, NoSplit
+from util.data.sources.layouts import build_index, class_names
 from util.flags.data_path import DataPath
 
 NAMES = ["a-b/1", "a/x/2", "a/x-y/3", "4", "a/5.v2"]
@@ -197,6 +199,104 @@ def test_names_of_classes(tmp_path):
     (root / "classes.txt").write_text("sky\nsky\n")
     with pytest.raises(ValueError, match="lists classes twice: sky"):
         build_pairs(DataPath(str(root)), "train")
+
+
+# --- masks beside the images of a classification set ---
+
+
+def beside(split: str) -> dict[str, bytes]:
+    """The pairs of `ours`, of which the images have folders of classes in DIR/<split> itself."""
+    files = {}
+    for name, data in ours(["a/1", "a/2", "b/1"], split).items():
+        files[name.removeprefix("images/")] = data
+    return files | {"masks/classes.txt": b"sky\nroad\ntree\n"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_beside_the_images(tmp_path, split):
+    files = beside("train") | beside("val")
+    tars = {}
+    for folder in ("train", "val", "masks/train", "masks/val"):
+        tars[folder] = below(files, f"{folder}/")
+    for folder, members in tars.items():
+        pack(tmp_path / "tars" / f"{folder}.tar", members)
+    unpack(tmp_path / "tars", {"masks/classes.txt": files["masks/classes.txt"]})
+    found = [
+        build_pairs(DataPath(str(path)), split)
+        for path in (unpack(tmp_path / "folder", files), tmp_path / "tars", pack(tmp_path / "x.tar", files))
+    ]
+    for pairs in found:
+        assert [pairs.name(i)[-7:] for i in range(len(pairs))] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
+        for i, name in enumerate(("a/1", "a/2", "b/1")):
+            assert pairs.read(i) == files[f"{split}/{name}.jpg"]
+            assert pairs.read_mask(i) == files[f"masks/{split}/{name}.png"]
+        assert pairs.kind == "masks beside the images" and pairs.digest() == found[0].digest()
+    # Files in a tar that are no images are not read.
+    assert [pairs.classes for pairs in found] == [["sky", "road", "tree"], ["sky", "road", "tree"], []]
+
+
+def test_names_of_images_and_of_masks_differ(tmp_path):
+    """DIR/classes.txt names the classes of images, and masks/classes.txt those of pixels."""
+    root = unpack(tmp_path, beside("train") | {"classes.txt": b"cat\ndog\n"})
+    assert build_pairs(DataPath(str(root)), "train").classes == ["sky", "road", "tree"]
+    (root / "masks" / "classes.txt").unlink()
+    assert build_pairs(DataPath(str(root)), "train").classes == []
+
+
+def test_loose_images_with_masks_beside_them(tmp_path):
+    """masks/ is not a class beside train/, also without validation images."""
+    files = {}
+    for i in range(8):
+        files |= {f"train/{i}.jpg": picture(i), f"masks/train/{i}.png": mask_of(i)}
+    root = str(unpack(tmp_path, files))
+    assert len(build_pairs(DataPath(root), "train")) == 8
+    assert len(build_pairs(DataPath(root, val_share=0.25), "val")) == 2
+    with pytest.raises(NoSplit, match=r"no val in"):
+        build_pairs(DataPath(root), "val")
+    assert len(build_index(root, "train", labels=False)) == 8
+
+
+def test_a_split_without_masks_beside_it(tmp_path):
+    files = beside("train") | beside("val")
+    root = unpack(tmp_path, {name: data for name, data in files.items() if "masks/val" not in name})
+    with pytest.raises(ValueError, match=r"val in .* has no masks: no masks/val beside it"):
+        build_pairs(DataPath(str(root)), "val")
+
+
+@pytest.mark.parametrize("split, count", [("train", 200), ("val", 50)])
+def test_the_demo_set(tmp_path, split, count):
+    dataset = build_segment_dataset(DataPath(), split, SegmentEval())
+    assert dataset.path == DEMO and len(dataset) == count and dataset.index.left_out.total() == 0
+    assert dataset.classes == Path(DEMO, "masks", "classes.txt").read_text().split()
+    with (
+        tarfile.open(Path(DEMO, f"{split}.tar")) as images,
+        tarfile.open(Path(DEMO, "masks", f"{split}.tar")) as masks,
+    ):
+        for i in (0, count - 1):
+            name = dataset.name(i)
+            assert dataset.index.read(i) == images.extractfile(name).read()
+            stored = np.asarray(Image.open(masks.extractfile(name.replace(".jpg", ".png"))))
+            sample = dataset[i]
+            assert sample["image"].shape == (3, 64, 64)
+            assert np.array_equal(sample["mask"], np.where(stored == 255, IGNORED, stored.astype(np.int16)))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classification_does_not_see_the_masks(tmp_path, split):
+    """Neither in the demo set nor in folders: listings and classes are those without masks."""
+    (tmp_path / "tars").mkdir()
+    for name in ("train.tar", "val.tar"):
+        (tmp_path / "tars" / name).symlink_to(Path(DEMO, name))
+    files = beside("train") | beside("val")
+    with_masks = unpack(tmp_path / "with", files)
+    plain = {name: data for name, data in files.items() if not name.startswith("masks/")}
+    for there, alone in ((DEMO, tmp_path / "tars"), (with_masks, unpack(tmp_path / "plain", plain))):
+        for labels in (True, False):
+            found = [build_index(path, split, labels=labels) for path in (there, alone)]
+            assert found[0].digest() == found[1].digest() and len(found[0]) in (200, 50, 3)
+            assert found[0].classes == found[1].classes and found[0].kind == found[1].kind
+            assert np.array_equal(found[0].labels, found[1].labels)
+        assert class_names(there) == class_names(alone)
 
 
 # --- errors ---

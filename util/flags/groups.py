@@ -109,14 +109,19 @@ def _meant_device(text: str) -> str:
     return f"did you mean {':'.join(filter(None, (*near, index)))}?"
 
 
-def add_data_flags(p: argparse.ArgumentParser, alpha: str = "alpha") -> None:
-    """Add the flags that say which images are read, and how. `alpha` names the one about transparency."""
+def add_data_flags(
+    p: argparse.ArgumentParser, alpha: str = "alpha", paths: str = "folder, tar file or list of paths"
+) -> None:
+    """Add the flags that say which images are read, and how.
+
+    `alpha` names the one about transparency, and `paths` says what `data_path` may be.
+    """
     g = p.add_argument_group("data")
     g.add_argument(
         "--data_path",
         default="",
         type=str,
-        help="folder, tar file or list of paths; the embedded demo set if not given",
+        help=f"{paths}; the embedded demo set if not given",
     )
     _add_layout_flags(g)
     g.add_argument(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from util.data import native
-from util.data.datasets import ReplacedSamples
+from util.data.datasets import DEMO, ReplacedSamples
 from util.data.formats import DEFAULT, PIL_MODES, ReadSettings, decode
 from util.data.seeding import sample_seed
 from util.data.segments.layouts import Pairs, build_pairs
@@ -192,6 +192,8 @@ def build_segment_dataset(
 ) -> SegmentDataset:
     """Open `split` ("train" or "val") of the images with masks at `source`; see `build_pairs`.
 
+    An empty path is the embedded demo set.
+
     Args:
         read: how files become images. If its `depth` is None, the data set has the depth that a look at some
             files finds, see `util.data.datasets.build_dataset`.
@@ -202,6 +204,8 @@ def build_segment_dataset(
     Validation images should get the settings of the training images (`vars(dataset.settings)`), as they may
     lack the highest class. Raises ValueError as `build_pairs` does, and if no mask can be read.
     """
+    if not source:
+        source = replace(source, path=DEMO)
     pairs = build_pairs(source, split)
     settings = pairs.settings
     if isinstance(masks, MaskSettings):

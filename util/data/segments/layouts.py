@@ -1,4 +1,4 @@
-"""Layouts of images with segmentation masks: ours, and those of four public data sets.
+"""Layouts of images with segmentation masks: two of ours, and those of four public data sets.
 
 A layout is recognised by the names of its folders. An image and its mask have the same path below the two
 folders, apart from the suffix.
@@ -61,6 +61,7 @@ class Layout:
         lists: files with the names of a split's pairs; '' if each split has its folder.
         image_end: how names of images end, without the suffix.
         classes: their names, if the layout has its own.
+        names: the file that may name the classes, one per line.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Layout:
     lists: str = ""
     image_end: bytes = b""
     classes: tuple[str, ...] = ()
+    names: str = "classes.txt"
 
     def name(self, split: str, source: DataPath) -> str:
         """Return the name of a split's folders; `val_split` may give that of the validation images."""
@@ -125,6 +127,8 @@ LAYOUTS = (
     ),
     IMAGENET_S,
     Layout("images and masks", "images/{}", "masks/{}"),
+    # A set for classification, with masks beside it. Its own classes.txt would name the classes of images.
+    Layout("masks beside the images", "{}", "masks/{}", names="masks/classes.txt"),
 )
 
 
@@ -250,9 +254,9 @@ class _Folder:
     def lines(self, place: str) -> list[bytes]:
         return listed_paths(os.path.join(self.root, place))
 
-    def classes(self) -> list[str]:
-        """Return the names in classes.txt; none without that file."""
-        file = os.path.join(self.root, "classes.txt")
+    def classes(self, names: str) -> list[str]:
+        """Return the names in a file; none without that file."""
+        file = os.path.join(self.root, names)
         if not os.path.isfile(file):
             return []
         return class_names(file)
@@ -286,7 +290,7 @@ class _Tar:
     def lines(self, place: str) -> list[bytes]:
         raise NotImplementedError("files in a tar that are no images are not listed")
 
-    def classes(self) -> list[str]:
+    def classes(self, names: str) -> list[str]:
         return []
 
 
@@ -318,9 +322,9 @@ def _found(source: DataPath) -> tuple[_Folder | _Tar, Layout]:
                 return place, layout
     raise ValueError(
         f"no images with masks in {printable(source.path)}: give a folder or tar with images/{{train,val}} "
-        "and masks/{train,val} (a PNG for each image), or ADE20K (images, annotations), Pascal VOC "
-        "(JPEGImages, SegmentationClass), Cityscapes (leftImg8bit, gtFine) or ImageNet-S (train-semi, "
-        "train-semi-segmentation)"
+        "and masks/{train,val} (a PNG for each image), or {train,val} and masks/{train,val}, or ADE20K "
+        "(images, annotations), Pascal VOC (JPEGImages, SegmentationClass), Cityscapes (leftImg8bit, gtFine) "
+        "or ImageNet-S (train-semi, train-semi-segmentation)"
     )
 
 
@@ -343,9 +347,11 @@ def build_pairs(source: DataPath, split: str) -> Pairs:
 
     1. `DIR/images/{train,val}/**` and `DIR/masks/{train,val}/**.png`, also in one tar, and there below any
        folder
-    2. ADE20K, Pascal VOC 2012, Cityscapes (fine annotations) and ImageNet-S, as they are unpacked
+    2. `DIR/{train,val}/**` and `DIR/masks/{train,val}/**.png`, likewise
+    3. ADE20K, Pascal VOC 2012, Cityscapes (fine annotations) and ImageNet-S, as they are unpacked
 
-    `DIR/classes.txt` may name the classes, one per line. `val_split` gives the name of another validation
+    `DIR/classes.txt`, in the second layout `DIR/masks/classes.txt`, may name the classes, one per line.
+    `val_split` gives the name of another validation
     split, and `val_share` holds out training pairs, by a hash of their names.
 
     Raises ValueError for data in no such layout, if no image has a mask, and if names are ambiguous; and
@@ -494,11 +500,11 @@ def _meaning(
         folders = {class_of(path) or b"" for path in place.side(layout.images.format(known)).names}
         # Their numbers are those of the sorted folders, and 0 is everything else.
         classes = ["other", *(os.fsdecode(each) for each in sorted(folders - {b""}))]
-    listed = place.classes()
+    listed = place.classes(layout.names)
     settings = variant.settings
     fixed = settings.num_classes
     if listed and fixed is not None and len(listed) != fixed:
-        raise ValueError(f"classes.txt has {len(listed)} names, and {layout.kind} has {fixed} classes")
+        raise ValueError(f"{layout.names} has {len(listed)} names, and {layout.kind} has {fixed} classes")
     classes = listed or classes
     if classes and fixed is None:
         settings = replace(settings, num_classes=len(classes))

@@ -131,7 +131,7 @@ class SegmentCrop:
         if self.photo and (channels != 3 or depth != torch.uint8):
             raise ValueError(
                 f"`photo` changes the colours of 8-bit RGB images, and these have {channels} channels of "
-                f"{depth_name(depth)}: leave `photo` out"
+                f"{depth_name(depth)}: turn `photo` off"
             )
 
     def __call__(self, image: Tensor, mask: Tensor, key: int) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ def is_train_split(source: DataPath, labels: bool) -> bool:
     folders, files = _visible(source.path)
     splits = {*names_of("train", source), *names_of("val", source)}
     others = sorted(name for name in folders if name.lower() not in splits)
+    # A folder with a train/ of its own is no class: it may hold the masks of these images.
+    others = [name for name in others if not os.path.isdir(os.path.join(source.path, name, "train"))]
     if not others or _has_validation(source, folders, files):
         return True
     classes = [name for name in others[:CHILDREN] if _holds_images(os.path.join(source.path, name))]

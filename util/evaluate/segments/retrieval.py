@@ -10,8 +10,11 @@ from util.data.contract import Batches
 from util.data.loading.loader import device_batches
 from util.data.segments.dataset import SegmentDataset
 from util.evaluate.segments.patch_memory import PatchMemory, soft_labels
-from util.evaluate.segments.sources import Sources, as_rows
+from util.evaluate.segments.sources import POSITION, Sources, as_rows
 from util.train.setup import Setup
+
+# Rows of a memory that are read at a time.
+_ROWS = 65536
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,12 @@ class Neighbours:
     temperature: float
     capacity: int
     seed: int = 0
+
+    def name(self, source: str) -> str:
+        """Return the name of a row of the table: the source of features, and who votes."""
+        if source == POSITION:
+            return f"{source}/cell"
+        return f"{source}/k{self.k}"
 
 
 @torch.no_grad()
@@ -58,14 +67,36 @@ def scores_of(
     sources: Sources, memories: list[PatchMemory], neighbours: Neighbours, widths: list[int]
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from images (B, C, H, W) to the scores of all sources, (B, G * K, h, w)."""
+    votes = [_votes(name, memory, neighbours) for name, memory in zip(sources.names, memories)]
 
     def scores(images: Tensor) -> Tensor:
         maps = sources(images)
         b, _, h, w = maps.shape
-        found = [
-            memory.scores(as_rows(part).flatten(0, 1), neighbours.k, neighbours.temperature)
-            for memory, part in zip(memories, maps.split(widths, dim=1))
-        ]  # (B * h * w, K) each
+        rows = [as_rows(part).flatten(0, 1) for part in maps.split(widths, dim=1)]
+        found = [vote(part) for vote, part in zip(votes, rows)]  # (B * h * w, K) each
         return torch.cat([each.reshape(b, h, w, -1).permute(0, 3, 1, 2) for each in found], dim=1)
 
     return scores
+
+
+def _votes(source: str, memory: PatchMemory, neighbours: Neighbours) -> Callable[[Tensor], Tensor]:
+    """Return a function from features (m, d) of a source to scores (m, K)."""
+    if source == POSITION:
+        # All patches of a cell are equally near. The first k of them would be those of a few images.
+        means = mean_labels(memory)
+        return lambda rows: rows.float() @ means
+    return lambda rows: memory.scores(rows, neighbours.k, neighbours.temperature)
+
+
+def mean_labels(memory: PatchMemory) -> Tensor:
+    """Return the mean labels (d, K) of the patches of each cell; their features are the one-hot cell (d,).
+
+    Cells without a patch get zeros.
+    """
+    features, labels = memory.features, memory.labels
+    total = torch.zeros(features.shape[1], labels.shape[1], device=features.device)
+    count = torch.zeros(features.shape[1], 1, device=features.device)
+    for cells, shares in zip(features.split(_ROWS), labels.split(_ROWS)):
+        total += cells.float().t() @ shares.float()
+        count += cells.float().sum(0)[:, None]
+    return total / count.clamp(min=1)

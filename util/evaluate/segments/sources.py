@@ -28,8 +28,9 @@ from util.evaluate.position import (
 from util.train.setup import Setup
 
 ENCODER = "encoder"
+POSITION = "position"
 # In the order of the table.
-CONTROLS = ("position", "pixels", "random", "without_position", "with_position")
+CONTROLS = (POSITION, "pixels", "random", "without_position", "with_position")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Sources:
     def _of(self, name: str, images: Tensor, tokens: Tensor) -> Tensor:
         if name == ENCODER:
             return tokens
-        if name == "position":
+        if name == POSITION:
             return position_only(len(images), (tokens.shape[2], tokens.shape[3]), tokens.device)
         if name == "pixels":
             return pixel_patches(images, self.patch)
