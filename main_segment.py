@@ -390,15 +390,15 @@ def check_probe_flags(args: argparse.Namespace) -> None:
         raise ValueError("--probe needs --finetune FILE, the checkpoint whose patch tokens are read")
     if args.probe == "knn" and (args.eval or args.dry_run or args.cached):
         raise ValueError("--probe knn trains nothing: leave --eval, --dry_run and --cached out")
-    if args.predictions:
-        raise ValueError("--predictions writes those of a fine-tuned segmenter: leave it out with --probe")
     if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
-    check_geometry(args)
+    check_probe_evaluation(args)
 
 
-def check_geometry(args: argparse.Namespace) -> None:
-    """Raise ValueError if a probe cannot read images as they are evaluated."""
+def check_probe_evaluation(args: argparse.Namespace) -> None:
+    """Raise ValueError if a probe cannot read images as they are evaluated, or write what it predicts."""
+    if args.predictions:
+        raise ValueError("--predictions writes those of a fine-tuned segmenter: leave it out with --probe")
     if args.cached and args.window:
         raise ValueError("--cached keeps features of whole images, and --window reads parts: leave one out")
     resized = args.eval_images in (None, "exact")
