@@ -171,7 +171,10 @@ def test_wrong_kinds_of_checkpoint_name_the_right_flag(tmp_path, capsys):
     _, state = make_pretrained()
     torch.save(state.to_dict(), path)
     code, text = call(main_finetune, capsys, "--model", "vit_test", "--eval", "--resume", path)
-    assert code == 2 and "it is for main_pretrain.py --resume or --init_from; main_segment.py, main_finetune" in text
+    assert (
+        code == 2
+        and "it is for main_pretrain.py --resume or --init_from; main_segment.py, main_finetune" in text
+    )
     code, text = call(
         main_finetune,
         capsys,
