@@ -234,9 +234,9 @@ from util.evaluate.segments.grading import (
     known,
     predict_samples,
     print_table,
-    segment_loss,
     stats_of,
 )
+from util.evaluate.segments.loss import segment_loss
 from util.evaluate.segments.retrieval import Neighbours, remember, scores_of
 from util.evaluate.segments.sources import (
     CONTROLS,

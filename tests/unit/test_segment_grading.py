@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from util.data.loading.loader import eval_loader
@@ -14,7 +15,7 @@ from util.data.segments.masks import MaskSettings
 from util.data.segments.transforms import SegmentEval
 from util.data.segments.written import write_mask
 from util.evaluate.position import PositionProjection
-from util.evaluate.segments import sources
+from util.evaluate.segments import loss, sources
 from util.evaluate.segments.figures import Protocol
 from util.evaluate.segments.grading import Evaluation, grade
 from util.evaluate.segments.patch_memory import PatchMemory
@@ -122,3 +123,30 @@ def test_predictions_are_whole_files(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_mask(str(tmp_path), "a/1.jpg", torch.zeros(4, 4))
     assert path.read_bytes() == before and len(list(tmp_path.rglob("*.*"))) == 1
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("size", [(24, 40), (17, 9), (3, 5), (2, 3)])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+def test_the_loss_in_strips_is_torchs(monkeypatch, size, ignored):
+    monkeypatch.setattr(loss, "STRIP_BYTES", 2000)
+    draws = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 4, 3, 5, generator=draws)).requires_grad_()
+    mask = torch.randint(0, 4, (2, *size), generator=draws, dtype=torch.int16)
+    mask[torch.rand(mask.shape, generator=draws) < ignored] = -1
+    whole = F.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(whole, mask.long(), ignore_index=-1, reduction="sum")
+    expected = 3 * expected / max(1, int((mask >= 0).sum()))
+    (slope,) = torch.autograd.grad(expected, logits)
+    found = 3 * loss.segment_loss(logits, mask, "pixels")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert torch.allclose(gradient, slope, atol=1e-6)
+    heads = loss.losses_of_heads(torch.stack([logits, 2 * logits]), mask, "pixels")
+    assert heads[0] == loss.segment_loss(logits, mask, "pixels") and len(heads) == 2
+    nearest = loss.losses_of_heads(logits[None], mask, "pixels", "nearest")
+    whole = F.interpolate(logits.double(), size=size, mode="nearest-exact")
+    expected = F.cross_entropy(whole, mask.long(), ignore_index=-1, reduction="sum")
+    assert nearest.item() == pytest.approx(expected.item() / max(1, int((mask >= 0).sum())), rel=1e-6)

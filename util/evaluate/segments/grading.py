@@ -8,17 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from util import dist
 from util.data.contract import Batches
 from util.data.loading.loader import collate, device_batches
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset
-from util.data.segments.masks import IGNORED
 from util.evaluate.segments.figures import Confusion, Figures, Protocol, predict, to_labels
+from util.evaluate.segments.loss import losses_of_heads
 from util.evaluate.segments.sources import Probes, Sources
 from util.files.names import counted, printable
 from util.run.log import Log
@@ -192,26 +190,6 @@ def stats_of(figures: dict[str, Figures]) -> dict[str, float]:
     return stats | {f"test_miou_{name.replace('/', '_')}": known(each.miou) for name, each in figures.items()}
 
 
-def segment_loss(logits: Tensor, mask: Tensor, at: str, upsample: str = "bilinear") -> Tensor:
-    """Return the mean cross-entropy of logits (B, K, h, w) over the pixels of masks (B, H, W) that count.
-
-    At "pixels" the logits are brought to the size of the masks. At "twice" they are doubled in size, and the
-    masks are brought to that size by the nearest pixel, as in ImageNet-S's code. Logits are resized
-    as `upsample` says. A batch without any pixel that counts has the loss 0.
-    """
-    size = (mask.shape[-2], mask.shape[-1])
-    if at == "twice":
-        size = (2 * logits.shape[-2], 2 * logits.shape[-1])
-        mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
-    if upsample == "nearest":
-        logits = F.interpolate(logits.float(), size=size, mode="nearest-exact")
-    else:
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    target = mask.long()
-    total = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
-    return total / (target != IGNORED).sum().clamp(min=1)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """A run of `epochs` evaluates after the first, each `eval_freq`-th and the last one."""
@@ -244,11 +222,9 @@ class DenseProbing(Objective):
     def loss(self, model: torch.nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the heads' losses; `loss_head` is the lowest one."""
         logits = model(self.features(batch))  # (G, B, K, h, w)
-        # At the size of the masks logits are large: those of one head at a time are in memory.
-        options = batch["mask"], self.loss_at, self.evaluation.protocol.upsample
-        losses = [checkpoint(segment_loss, head, *options, use_reentrant=False) for head in logits]
-        stacked = torch.stack(losses)
-        return stacked.sum(), {"loss_head": stacked.detach().min()}
+        upsample = self.evaluation.protocol.upsample
+        losses = losses_of_heads(logits, batch["mask"], self.loss_at, upsample)
+        return losses.sum(), {"loss_head": losses.detach().min()}
 
     def features(self, batch: dict) -> Tensor:
         """Return the features (B, D, h, w) of a batch."""
