@@ -156,9 +156,10 @@ def add_segment_command(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     segments.add_argument(
         "--data_path",
-        required=True,
+        default="",
         metavar="DIR",
-        help="images with masks, as main_segment.py takes them; the validation images are drawn",
+        help="images with masks, as main_segment.py takes them; the embedded demo set if not given. The "
+        "validation images are drawn",
     )
     add_val_split(segments)
     segments.add_argument("--images", default=4, type=int, help="number of images, spread evenly")
