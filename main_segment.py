@@ -839,10 +839,9 @@ def build_probing(
     args: argparse.Namespace, sources: Sources, setup: Setup, evaluation: Evaluation, data: Data
 ) -> DenseProbing:
     """Build a head for each source of features and each learning rate."""
-    widths = sources.widths(torch.zeros(1, args.in_chans, *setup.size, device=setup.device))
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     classes = len(data.val.dataset.classes)
-    probes = Probes(widths, classes, len(args.lr_grid), sources.projection).to(setup.device)
+    probes = Probes(sources.widths(), classes, len(args.lr_grid), sources.projection).to(setup.device)
     names = [f"{source}/lr{scale:g}" for source in sources.names for scale in args.lr_grid]
     schedule = Schedule(args.eval_freq, args.epochs)
     return DenseProbing(probes, sources, names, setup, evaluation, data.val, args.loss_at, schedule)
@@ -862,8 +861,7 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
     write_record(args.output_dir, flags, {"device": str(setup.device), "amp": setup.amp})
     neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
     memories = remember(sources, data.whole, setup, neighbours)
-    widths = sources.widths(torch.zeros(1, args.in_chans, *setup.size, device=setup.device))
-    scores = scores_of(sources, memories, neighbours, widths)
+    scores = scores_of(sources, memories, neighbours)
     names = [neighbours.name(source) for source in sources.names]
 
     def predictor(batch: dict) -> Tensor:

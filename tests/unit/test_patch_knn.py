@@ -241,7 +241,7 @@ def test_position_alone_lets_all_patches_of_a_cell_vote():
     for i in range(images):
         memory.add(torch.eye(cells), labels[i], torch.arange(cells) + i * cells)
     assert torch.allclose(mean_labels(memory), labels.mean(0), atol=1e-6)
-    found = scores_of(Positions(), [memory], Neighbours(3, 0.02, 100), [cells])(torch.zeros(2, 3, 8, 12))
+    found = scores_of(Positions(), [memory], Neighbours(3, 0.02, 100))(torch.zeros(2, 3, 8, 12))
     expected = labels.mean(0).t().unflatten(1, (2, 3)).expand(2, K, 2, 3)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -253,3 +253,6 @@ class Positions:
 
     def __call__(self, images):
         return position_only(len(images), (2, 3))
+
+    def widths(self):
+        return [6]

@@ -43,13 +43,9 @@ def remember(
     """
     classes = len(loader.dataset.classes)
     cells = sources.backbone.grid[0] * sources.backbone.grid[1]
-    blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
     capacity = min(neighbours.capacity, cells * len(loader.dataset))
-    memories = [
-        PatchMemory(width, classes, capacity, setup.device, seed=neighbours.seed)
-        for width in sources.widths(blank)
-    ]
-    widths = sources.widths(blank)
+    widths = sources.widths()
+    memories = [PatchMemory(width, classes, capacity, setup.device, seed=neighbours.seed) for width in widths]
     for batch in device_batches(loader, setup.device, setup.pixels):
         with setup.autocast():
             maps = sources(batch["image"])
@@ -64,9 +60,10 @@ def remember(
 
 
 def scores_of(
-    sources: Sources, memories: list[PatchMemory], neighbours: Neighbours, widths: list[int]
+    sources: Sources, memories: list[PatchMemory], neighbours: Neighbours
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from images (B, C, H, W) to the scores of all sources, (B, G * K, h, w)."""
+    widths = sources.widths()
     votes = [_votes(name, memory, neighbours) for name, memory in zip(sources.names, memories)]
 
     def scores(images: Tensor) -> Tensor:

@@ -61,10 +61,15 @@ class Sources:
         """Images (B, C, H, W) -> features of all sources, one behind the other, (B, D, h, w) in float32."""
         return torch.cat(self._parts(images), dim=1)
 
+    def blank(self) -> Tensor:
+        """Return an image of zeros (1, C, H, W), of the size that the encoder was built for."""
+        device = next(self.backbone.parameters()).device
+        return torch.zeros(1, self.backbone.in_chans, *self.backbone.img_size, device=device)
+
     @torch.no_grad()
-    def widths(self, images: Tensor) -> list[int]:
-        """Return the number of features of each source, from a batch of images."""
-        return [part.shape[1] for part in self._parts(images)]
+    def widths(self) -> list[int]:
+        """Return the number of features of each source."""
+        return [part.shape[1] for part in self._parts(self.blank())]
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return the encoder's tokens (B, D, h, w) alone, in float32."""
@@ -131,10 +136,7 @@ def fit_projection(sources: Sources, loader: Batches[SegmentDataset], setup: Set
     `PositionProjection.fit`.
     """
     cells = sources.backbone.grid[0] * sources.backbone.grid[1]
-    width = sources.tokens(torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)).shape[
-        1
-    ]
-    statistics = CellStatistics(cells, width, setup.device)
+    statistics = CellStatistics(cells, sources.tokens(sources.blank()).shape[1], setup.device)
     for batch in device_batches(loader, setup.device, setup.pixels):
         with setup.autocast():
             tokens = sources.tokens(batch["image"])
@@ -193,8 +195,7 @@ def cached_features(sources: Sources, loader: Batches[SegmentDataset], setup: Se
     The loader has each image once, of one size, and masks of that size.
     """
     dataset = loader.dataset
-    blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
-    sample = sources(blank)
+    sample = sources(sources.blank())
     check_room(len(dataset), sample, dataset.path)
     features = torch.zeros(len(dataset), *sample.shape[1:])
     # Plus two: 0 marks a pixel of another rank's image.
@@ -234,8 +235,7 @@ class FeatureBatches:
 @torch.no_grad()
 def own_features(sources: Sources, loader: Batches[SegmentDataset], setup: Setup) -> FeatureBatches:
     """Return the features of this rank's share of the validation images, in the host's memory."""
-    blank = torch.zeros(1, sources.backbone.in_chans, *setup.size, device=setup.device)
-    check_room(len(loader), sources(blank), loader.dataset.path)
+    check_room(len(loader), sources(sources.blank()), loader.dataset.path)
     batches = []
     for batch in device_batches(loader, setup.device, setup.pixels):
         with setup.autocast():
