@@ -121,8 +121,8 @@ def _check_format(image: Image.Image) -> None:
 def _one_band(image: Image.Image) -> np.ndarray:
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise WrongMask(
-            f"its mask is {image.mode}, not one band of class numbers: convert its colours to numbers once, "
-            "or give `encoding` red_green if they are R + 256 * G, as in ImageNet-S"
+            f"its mask is {image.mode}, not one band of class numbers: convert its colours to class numbers "
+            "(R + 256 * G is read from the folders of ImageNet-S alone)"
         )
     raw_mode = _raw_mode(image)
     if raw_mode.endswith(("I", "IR")) and image.mode in ("1", "L"):
