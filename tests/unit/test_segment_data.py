@@ -215,7 +215,7 @@ def test_settings_over_those_of_a_layout():
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (np.zeros((4, 4, 3), np.uint8), {}, "its mask is RGB, not one band .*: convert its colours to class numbers"),
+        (np.zeros((4, 4, 3), np.uint8), {}, "its mask is RGB, not one band .*: convert its colours"),
         (np.zeros((4, 4, 4), np.uint8), {}, "its mask is RGBA, not one band"),
         (np.zeros((4, 4, 2), np.uint8), {}, "its mask is LA, not one band"),
         (np.zeros((4, 4), np.uint8), dict(kind="JPEG"), "stored as JPEG, which may change class numbers"),
