@@ -192,6 +192,11 @@ def add_evaluation_flags(g) -> None:
         metavar="N",
         help="evaluate after the first epoch, then after every N, and after the last",
     )
+    counts = (
+        "write the pixels of each validation image and class to image_counts.npz in --output_dir, from which "
+        "intervals over images follow"
+    )
+    g.add_argument("--image_counts", action="store_true", help=counts)
     files = (
         "fine-tuning and its --eval: write a PNG of class numbers for each validation image to this folder"
     )
@@ -200,7 +205,7 @@ def add_evaluation_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -224,6 +229,7 @@ from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
 from util.evaluate.position import PositionProjection
+from util.evaluate.segments import image_counts
 from util.evaluate.segments.figures import Figures, Protocol, check_windows
 from util.evaluate.segments.grading import (
     DenseProbing,
@@ -318,9 +324,9 @@ class Segmenting(Objective):
         def predictor(batch: dict) -> Tensor:
             return self.evaluation.logits(model, batch["image"])
 
-        def record(number: int, prediction: Tensor, mask: Tensor) -> None:
+        def record(number: int, predictions: Sequence[Tensor], mask: Tensor) -> None:
             if self.predictions:
-                write_mask(self.predictions, dataset.name(number), prediction)
+                write_mask(self.predictions, dataset.name(number), predictions[0])
 
         figures = grade(predictor, ["model"], self.val_loader, self.evaluation, self.setup, record)["model"]
         dist.print_rank0(
@@ -413,6 +419,8 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.cache_data != "none":
         raise ValueError("--cache_data keeps images without their masks: leave it out here")
+    if args.image_counts and not args.output_dir:
+        raise ValueError("--image_counts needs --output_dir DIR, the folder of its file")
     check_predictions(args)
     check_probe_flags(args)
 
@@ -631,7 +639,8 @@ def build_evaluation(args: argparse.Namespace, setup: Setup, backbone: Classifie
     dist.print_rank0(str(protocol))
     if args.controls and window:
         dist.print_rank0("the position of a patch is that within its window")
-    return Evaluation(protocol, patch)
+    counts_file = os.path.join(args.output_dir, image_counts.FILE) if args.image_counts else ""
+    return Evaluation(protocol, patch, counts_file)
 
 
 def check_sizes(args: argparse.Namespace, protocol: Protocol, setup: Setup, backbone: Classifier) -> None:
@@ -872,7 +881,8 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
     )
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)
-    Log(args.output_dir).write_line(stats_of(figures) | {"epoch": 0})
+    stats = stats_of(figures)
+    Log(args.output_dir).write_line({"test_miou": stats[f"test_miou_{ENCODER}"]} | stats | {"epoch": 0})
     dist.shutdown()
     return 0
 
@@ -880,7 +890,8 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
 def main(given: argparse.Namespace) -> int:
     check_flags(given)
     device = join_ranks(given)
-    if given.output_dir and not (given.eval or given.dry_run):
+    written = given.image_counts or not given.eval
+    if given.output_dir and written and not given.dry_run:
         dist.check_folder(given.output_dir)
     start = find_start(given)
     args = settled(given, start)

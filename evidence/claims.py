@@ -148,6 +148,16 @@ def pretrained_label(experiment: str, pos_embed: str) -> Contrast:
     )
 
 
+def dense_gain(experiment: str) -> Contrast:
+    """What APL adds to patch tokens that have the position of the patch beside them; both without PE."""
+    return Contrast(
+        f"{experiment}: apl - none, mIoU by kNN with the position",
+        labelled_mae(experiment, "apl"),
+        (setting(experiment, pos_embed="none", pos_label="none"),),
+        "segment/test_miou_with_position",
+    )
+
+
 # The settings of Figure 5; the weight 0.5 is the default, with which supervised_vit was run.
 WEIGHTS = {0.5: VIT_APL} | {w: setting("label_weight", pos_weight=w) for w in (0.25, 0.75, 1.0, 1.25)}
 # Mask ratios of Figure 8.
@@ -279,5 +289,9 @@ CLAIMS: dict[str, tuple[str, list[Contrast]]] = {
             for more, less in (("sere_ibot_sr", "sere_ibot"), ("sere_mae_apl_sr", "sere_mae_apl"))
             for metric in ("linprobe-2/test_acc1", "linprobe/knn20_cls")
         ],
+    ),
+    "o": (
+        "Ours: APL in pretraining helps dense features beyond what the position alone gives",
+        [dense_gain(experiment) for experiment in ("dense_streets", "dense_objects")],
     ),
 }

@@ -62,6 +62,18 @@ PROBED = (
     Column("kNN, mean token %", "linprobe/knn20_avg"),
     Column("kNN, class token %", "linprobe/knn20_cls"),
 )
+# Of frozen patch tokens, mIoU: as they are, without what tells the position of a patch, and with the
+# position beside them. The last column is an encoder with random weights.
+DENSE = tuple(
+    Column(f"{probe}: {title}", f"{folder}/test_miou_{row}")
+    for folder, probe in (("segment", "kNN"), ("segment-2", "linear"))
+    for row, title in (
+        ("encoder", "mIoU"),
+        ("without_position", "without position"),
+        ("with_position", "with position"),
+        ("random", "random encoder"),
+    )
+)
 # The number of dimensions that the features fill: exp of the entropy of their normalised singular values.
 RANKS = (
     Column("effective rank, mean token", "linprobe/effective_rank_avg", digits=1),
@@ -132,6 +144,12 @@ EXPERIMENTS = {
     "sere_mae_apl_sr": Experiment(PRETRAIN, "MAE + APL + same-view self-relations", (*PROBED, *RANKS)),
     "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
     "sere_ibot_sr": Experiment(SERE, "iBOT + self-relations (SERE)", (*PROBED, *RANKS)),
+    "dense_streets": Experiment(
+        PRETRAIN, "Segments of streets, pretrained on crops of them", (PIXEL, *PLACE, *DENSE), "camvid/images"
+    ),
+    "dense_objects": Experiment(
+        PRETRAIN, "Segments of streets, pretrained on Mini-ImageNet-20", (PIXEL, *PLACE, *DENSE)
+    ),
     "cifar10_vit": Experiment(FINETUNE, "Supervised ViT on CIFAR-10", SUPERVISED, "cifar10"),
     "cifar10_mae": Experiment(
         PRETRAIN, "Masked autoencoders on CIFAR-10", (PIXEL, *PLACE, FINETUNED, *PROBED), "cifar10"

@@ -26,6 +26,8 @@ def launcher_words(name: str, data: str, runs: str, max_parallel: int, extra: li
     win.
     """
     flags, sweep, then = _parts(name)
+    # Follow-up runs may read another data set: {data} is the folder that holds all of them.
+    then = [word.replace("{data}", data) for word in then]
     folders = [
         "--job_dir",
         os.path.join(runs, name),

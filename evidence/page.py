@@ -63,7 +63,7 @@ def _part(contrast: Contrast, results: Results) -> str:
     difference = contrast.differences(results)
     # Losses and shares are small numbers; the others are percent points.
     digits = 4
-    if "acc1" in contrast.metric or "knn" in contrast.metric:
+    if any(name in contrast.metric for name in ("acc1", "knn", "miou")):
         digits = 2
     figure = plus_minus(difference, digits)
     return f"{contrast.name}: **{figure}** ({len(difference.values)}), {contrast.verdict(results)}"

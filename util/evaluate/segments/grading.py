@@ -16,6 +16,7 @@ from util.data.loading.loader import collate, device_batches
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset
 from util.evaluate.segments.figures import Confusion, Figures, Protocol, predict, to_labels
+from util.evaluate.segments.image_counts import ImageCounts
 from util.evaluate.segments.loss import losses_of_heads
 from util.evaluate.segments.sources import Probes, Sources
 from util.files.names import counted, printable
@@ -28,8 +29,8 @@ MOST_CLASSES = 25  # whose IoU is printed
 
 # A batch of one image -> logits (1, G * K, h, w).
 Predictor = Callable[[dict], Tensor]
-# Sees (number of the image, prediction (H, W), mask (H, W)) of the first of the G maps.
-Record = Callable[[int, Tensor, Tensor], None]
+# Sees (number of the image, G predictions (H, W), mask (H, W)).
+Record = Callable[[int, Sequence[Tensor], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class Evaluation:
 
     Attributes:
         patch: height and width of a cell in pixels of the model's image.
+        counts_file: the file that gets the counts of each image, see `ImageCounts`; "" for none.
     """
 
     protocol: Protocol
     patch: tuple[int, int]
+    counts_file: str = ""
 
     def logits(self, logits_of: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Return what `logits_of` makes of whole images or of their windows, (B, G * K, h, w)."""
@@ -68,6 +71,7 @@ def grade(
     The loader has batches of one image, or of its features. Raises ValueError if no image can be read.
     """
     confusion = Confusion(evaluation.protocol.classes, setup.device, heads=len(names))
+    counts = ImageCounts(evaluation.protocol.classes)
     unreadable: list[int] = []
     images = 0
     for batch in device_batches(loader, setup.device, setup.pixels):
@@ -81,10 +85,15 @@ def grade(
         predictions = evaluation.labels(logits, (mask.shape[0], mask.shape[1]))
         for head, prediction in enumerate(predictions):
             confusion.add(prediction, mask, head)
+        number = int(batch["index"][0])
+        if evaluation.counts_file:
+            counts.add(number, predictions, mask)
         if record is not None:
-            record(int(batch["index"][0]), predictions[0], mask)
+            record(number, predictions, mask)
     images = check_left_out(loader.dataset, images, unreadable)
     confusion.reduce()
+    if evaluation.counts_file:
+        counts.write(evaluation.counts_file, loader.dataset.name, names, loader.dataset.classes)
     found = {name: confusion.figures(head) for head, name in enumerate(names)}
     return {name: replace(figures, images=images) for name, figures in found.items()}
 
