@@ -419,14 +419,14 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.cache_data != "none":
         raise ValueError("--cache_data keeps images without their masks: leave it out here")
-    if args.image_counts and not args.output_dir:
-        raise ValueError("--image_counts needs --output_dir DIR, the folder of its file")
-    check_predictions(args)
+    check_written(args)
     check_probe_flags(args)
 
 
-def check_predictions(args: argparse.Namespace) -> None:
-    """Raise ValueError if predictions might replace the masks or the images."""
+def check_written(args: argparse.Namespace) -> None:
+    """Raise ValueError if counts have no folder, or if predictions might replace the masks or the images."""
+    if args.image_counts and not args.output_dir:
+        raise ValueError("--image_counts needs --output_dir DIR, the folder of its file")
     if not args.predictions:
         return
     if args.probe:

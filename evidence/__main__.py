@@ -139,7 +139,7 @@ def list_command(folder: str) -> int:
 def write_command(results: str, page: str) -> int:
     """Write the tables of the page anew. Raises ValueError for damaged results: the page would lose them."""
     with open(page) as f:
-        text = filled(f.read(), blocks(load(results)))
+        text = filled(f.read(), blocks(load(results), results))
     write_text(page, text)
     print(printable(f"wrote {page}"))
     return 0

@@ -35,6 +35,9 @@ class Experiment:
     columns: tuple[Column, ...]
     data: str = "mini_imagenet20"
     shared: dict[str, Setting] = field(default_factory=dict)
+    # Figures of the title: (folder of the follow-up run, source of features), which get differences with
+    # intervals over images.
+    dense: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def recipe(name: str) -> list[str]:
@@ -64,8 +67,8 @@ PROBED = (
 )
 # Of frozen patch tokens, mIoU: as they are, without what tells the position of a patch, and with the
 # position beside them. The last column is an encoder with random weights.
-DENSE = tuple(
-    Column(f"{probe}: {title}", f"{folder}/test_miou_{row}")
+DENSE_ROWS = {
+    f"{probe}: {title}": (folder, row)
     for folder, probe in (("segment", "kNN"), ("segment-2", "linear"))
     for row, title in (
         ("encoder", "mIoU"),
@@ -73,7 +76,8 @@ DENSE = tuple(
         ("with_position", "with position"),
         ("random", "random encoder"),
     )
-)
+}
+DENSE = tuple(Column(title, f"{folder}/test_miou_{row}") for title, (folder, row) in DENSE_ROWS.items())
 # The number of dimensions that the features fill: exp of the entropy of their normalised singular values.
 RANKS = (
     Column("effective rank, mean token", "linprobe/effective_rank_avg", digits=1),
@@ -145,10 +149,17 @@ EXPERIMENTS = {
     "sere_ibot": Experiment(SERE, "iBOT", (*PROBED, *RANKS)),
     "sere_ibot_sr": Experiment(SERE, "iBOT + self-relations (SERE)", (*PROBED, *RANKS)),
     "dense_streets": Experiment(
-        PRETRAIN, "Segments of streets, pretrained on crops of them", (PIXEL, *PLACE, *DENSE), "camvid/images"
+        PRETRAIN,
+        "Segments of streets, pretrained on crops of them",
+        (PIXEL, *PLACE, *DENSE),
+        "camvid/images",
+        dense=DENSE_ROWS,
     ),
     "dense_objects": Experiment(
-        PRETRAIN, "Segments of streets, pretrained on Mini-ImageNet-20", (PIXEL, *PLACE, *DENSE)
+        PRETRAIN,
+        "Segments of streets, pretrained on Mini-ImageNet-20",
+        (PIXEL, *PLACE, *DENSE),
+        dense=DENSE_ROWS,
     ),
     "cifar10_vit": Experiment(FINETUNE, "Supervised ViT on CIFAR-10", SUPERVISED, "cifar10"),
     "cifar10_mae": Experiment(

@@ -2,19 +2,31 @@
 
 import re
 
-from evidence.claims import CLAIMS
+from evidence.claims import CLAIMS, labelled_mae, plain_mae
 from evidence.experiments import EXPERIMENTS, Column
+from evidence.images import difference_table
 from evidence.statistics import Contrast, Results, combined_verdict, plus_minus
 from util.report.aggregate import Aggregate
 from util.report.tables import Table
 
 
-def blocks(results: Results) -> dict[str, str]:
-    """{mark on the page: the generated text between its marks}."""
+def blocks(results: Results, folder: str) -> dict[str, str]:
+    """{mark on the page: the generated text between its marks}; `folder` is that of the results."""
     texts = {"checklist": checklist(results)}
-    for name in EXPERIMENTS:
+    for name, experiment in EXPERIMENTS.items():
         texts[name] = section(name, results)
+        if experiment.dense and name in results:
+            texts[name] += f"\n\n{differences(name, results, folder)}"
     return texts
+
+
+def differences(name: str, results: Results, folder: str) -> str:
+    """A table of the differences of labels from no label, all without PE, and from MAE with PE."""
+    (none,) = labelled_mae(name, "none")
+    sides = {f"{label} - none": (*labelled_mae(name, label), none) for label in ("apl", "rpl")}
+    sides["MAE (PE) - none"] = (*plain_mae(name), none)
+    sides["apl - MAE (PE)"] = (*labelled_mae(name, "apl"), *plain_mae(name))
+    return difference_table(results, folder, sides, EXPERIMENTS[name].dense).markdown()
 
 
 def filled(text: str, contents: dict[str, str]) -> str:

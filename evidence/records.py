@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from evidence.experiments import recipe
+from evidence.images import copy_counts, kept_counts
 from util.cluster.job import read_note
+from util.evaluate.segments.image_counts import FILE
 from util.files.atomic import read_json, replacing, write_text
 from util.files.names import printable
 from util.report.runs import RunRecord, known_json, print_damage, read_plan, read_sweep, run_folders
@@ -286,7 +288,10 @@ def _seconds(folder: str) -> float:
 
 
 def copy_logs(folder: str, out: str) -> None:
-    """Copy log.txt, rounded, and flags.json of each finished run: a small sweep folder of its own."""
+    """Copy log.txt, rounded, and flags.json of each finished run: a small sweep folder of its own.
+
+    Counts of images that a follow-up run has written are copied as well.
+    """
     for run in read_sweep(folder).runs:
         if not is_finished(run.folder):
             continue
@@ -296,3 +301,7 @@ def copy_logs(folder: str, out: str) -> None:
             for line in run.log:
                 f.write(json.dumps({key: rounded(value) for key, value in line.items()}) + "\n")
         write_text(os.path.join(copy, "flags.json"), json.dumps(run.flags))
+        for follow_up in run_folders(run.folder):
+            counts = os.path.join(run.folder, follow_up, FILE)
+            if os.path.isfile(counts):
+                copy_counts(counts, kept_counts(out, run.name, follow_up))

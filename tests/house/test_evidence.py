@@ -281,8 +281,8 @@ def test_shared_settings_are_rows_of_the_table():
 def test_the_page_agrees_with_the_results():
     """RESULTS.md is the output of `python -m evidence write`."""
     text = (ROOT / "RESULTS.md").read_text()
-    results = records.load(str(ROOT / "evidence" / "results"))
-    assert page.filled(text, page.blocks(results)) == text
+    folder = str(ROOT / "evidence" / "results")
+    assert page.filled(text, page.blocks(records.load(folder), folder)) == text
     lines = [line for line in text.splitlines() if line.startswith("### ")]
     headings = {page.anchor(line.removeprefix("### ")) for line in lines}
     assert page.anchor("Crops, flips (Table 3's)") == "crops-flips-table-3s"

@@ -23,7 +23,7 @@ ROOMS = {
     "mains": "engine backbones layers models util.files util.flags util.data util.dist util.evaluate "
     "util.report util.run util.train util.weights",
     "submitit": "mains util.cluster",
-    "evidence": "util.files util.flags util.cluster util.report",
+    "evidence": "util.files util.flags util.cluster util.evaluate util.report",
     "benchmarks": "backbones engine layers mains models util.files util.flags util.data util.dist "
     "util.evaluate util.report util.run util.train",
     "util.files": "",

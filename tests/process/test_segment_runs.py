@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from processes import COMMON, FINETUNE, assert_same, here, last, log_lines, ranks, start
+from util.evaluate.segments.image_counts import FILE, read_image_counts
 
 SEGMENT = ["main_segment", "--model", "vit_test", *COMMON, "--batch_size", "4", "--no-photo"]
 PROBE = [*SEGMENT, "--probe", "linear", "--blr", "1", "--lr_grid", "1"]
@@ -124,11 +125,16 @@ def test_two_ranks_grade_as_one(colours, encoder, tmp_path):
     run = ["--data_path", colours, "--finetune", encoder, "--epochs", 1]
     ok(here(tmp_path, *run, main=SEGMENT))
     evaluate = ["--data_path", colours, "--eval", "--resume", tmp_path / "checkpoint-last.pth"]
-    alone = ok(here("", *evaluate, main=SEGMENT))
-    first, second = ranks(2, "", *evaluate, main=SEGMENT)
+    evaluate.append("--image_counts")
+    alone = ok(here(tmp_path / "alone", *evaluate, main=SEGMENT))
+    first, second = ranks(2, tmp_path / "ranks", *evaluate, main=SEGMENT)
     assert first[0] == second[0] == 0, first[1] + second[1]
     line = re.findall(r"\* mIoU.*|IoU: .*", alone)
     assert line and line == re.findall(r"\* mIoU.*|IoU: .*", first[1])
+    one, two = (read_image_counts(str(tmp_path / name / FILE)) for name in ("alone", "ranks"))
+    assert one.names == two.names == [f"{number:02d}.png" for number in range(6)]
+    np.testing.assert_array_equal(one.counts, two.counts)
+    assert float(one.miou("model")) == pytest.approx(miou(alone), abs=1e-3)
 
 
 CONTROLLED = [

@@ -15,8 +15,8 @@ from util.data.contract import Batches
 from util.data.loading.loader import collate, device_batches
 from util.data.pixels import Pixels
 from util.data.segments.dataset import SegmentDataset
+from util.evaluate.segments.counting import ImageCounts
 from util.evaluate.segments.figures import Confusion, Figures, Protocol, predict, to_labels
-from util.evaluate.segments.image_counts import ImageCounts
 from util.evaluate.segments.loss import losses_of_heads
 from util.evaluate.segments.sources import Probes, Sources
 from util.files.names import counted, printable
