@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from processes import ROOT
@@ -94,6 +95,13 @@ def check_segments(runs, said):
         # What holds for any encoder: pixels tell more than the place, and the place adds to tokens.
         assert found["pixels"] > found["position"] > 5, found
         assert found["with_position"] > found["without_position"], found
+    # The page's Python reads the last of the files.
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "segments.md").read_text(), re.DOTALL)
+    assert code
+    names: dict = {}
+    exec(code[1].replace('"runs/', f'"{runs}/'), names)
+    low, high = np.percentile(names["counted"].miou("encoder/k30", names["draws"]), [2.5, 97.5])
+    assert low < found["encoder"] < high and names["images"] == 50
     layers = json.loads((folder / "positions.json").read_text())
     assert layers and (folder / "positions.png").stat().st_size > 5000
 

@@ -137,6 +137,21 @@ def test_two_ranks_grade_as_one(colours, encoder, tmp_path):
     assert float(one.miou("model")) == pytest.approx(miou(alone), abs=1e-3)
 
 
+def test_two_ranks_train_as_one_however_many_pixels_count_on_each(encoder, tmp_path):
+    data = pairs(tmp_path / "set", bright)
+    for path in sorted(data.glob("masks/train/*.png"))[::2]:
+        mask = np.array(Image.open(path))
+        mask[1:] = 255
+        Image.fromarray(mask).save(path)
+    run = ["--data_path", data, "--finetune", encoder, "--epochs", 1, "--drop_path", 0]
+    ok(here(tmp_path / "one", *run, main=SEGMENT))
+    results = ranks(2, tmp_path / "two", *run, "--batch_size", 2, main=SEGMENT)
+    assert [code for code, _ in results] == [0, 0], results
+    one, two = (log_lines(tmp_path / name)[-1] for name in ("one", "two"))
+    for name in ("train_loss", "train_grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
 CONTROLLED = [
     *PROBE,
     "--upsample",

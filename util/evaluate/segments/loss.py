@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from util import dist
 from util.data.segments.masks import IGNORED
 
 # Bytes of the logits at the size of the masks that are made at a time. They stay in the processor's cache.
@@ -23,20 +24,12 @@ def segment_loss(logits: Tensor, mask: Tensor, at: str, upsample: str = "bilinea
     At "pixels" the logits are brought to the size of the masks. At "twice" they are doubled in size, and the
     masks are brought to that size by the nearest pixel, as in ImageNet-S's code. Logits are resized
     as `upsample` says. A batch without any pixel that counts has the loss 0.
+
+    The mean is that of all ranks, which must call this together: the mean of their losses weights each pixel
+    alike, however many count on a rank.
     """
-    size = (mask.shape[-2], mask.shape[-1])
-    if at == "twice":
-        size = (2 * logits.shape[-2], 2 * logits.shape[-1])
-        mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
-    elif _is_fused(logits, at, upsample):
-        return PixelLoss.apply(logits.float(), mask.long())
-    if upsample == "nearest":
-        logits = F.interpolate(logits.float(), size=size, mode="nearest-exact")
-    else:
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    target = mask.long()
-    total = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
-    return total / (target != IGNORED).sum().clamp(min=1)
+    (loss,) = losses_of_heads(logits[None], mask, at, upsample)
+    return loss
 
 
 def losses_of_heads(logits: Tensor, mask: Tensor, at: str, upsample: str = "bilinear") -> Tensor:
@@ -44,14 +37,36 @@ def losses_of_heads(logits: Tensor, mask: Tensor, at: str, upsample: str = "bili
 
     At the size of the masks logits are large: in backward those of one map at a time are in memory.
     """
-    if _is_fused(logits, at, upsample):
-        return torch.stack([segment_loss(each, mask, at) for each in logits])
-    losses = [checkpoint(segment_loss, each, mask, at, upsample, use_reentrant=False) for each in logits]
+    if at == "twice":
+        size = (2 * logits.shape[-2], 2 * logits.shape[-1])
+        mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
+    target = mask.long()
+    count = counted_pixels(target)
+    if at == "pixels" and upsample == "bilinear" and logits.device.type == "cpu":
+        losses = [PixelLoss.apply(each.float(), target, count) for each in logits]
+    elif len(logits) == 1:
+        losses = [_loss(logits[0], target, count, upsample)]
+    else:
+        losses = [checkpoint(_loss, each, target, count, upsample, use_reentrant=False) for each in logits]
     return torch.stack(losses)
 
 
-def _is_fused(logits: Tensor, at: str, upsample: str) -> bool:
-    return at == "pixels" and upsample == "bilinear" and logits.device.type == "cpu"
+def counted_pixels(target: Tensor) -> Tensor:
+    """Return the number of pixels that count, the mean over the ranks; at least one counts on all of them."""
+    count = (target != IGNORED).sum()
+    ranks = dist.world_size()
+    if ranks == 1:
+        return count.clamp(min=1)
+    return dist.sum_over_ranks(count).clamp(min=1) / ranks
+
+
+def _loss(logits: Tensor, target: Tensor, count: Tensor, upsample: str) -> Tensor:
+    size = (target.shape[-2], target.shape[-1])
+    if upsample == "nearest":
+        logits = F.interpolate(logits.float(), size=size, mode="nearest-exact")
+    else:
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / count
 
 
 class PixelLoss(Function):
@@ -62,8 +77,10 @@ class PixelLoss(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        """Take float32 logits (B, K, h, w) and classes int64 (B, H, W), IGNORED or 0 to K - 1."""
+    def forward(ctx: Any, logits: Tensor, target: Tensor, count: Tensor) -> Tensor:
+        """Take float32 logits (B, K, h, w), classes int64 (B, H, W), IGNORED or 0 to K - 1, and the number of
+        pixels by which the sum is divided.
+        """
         height, width = target.shape[-2:]
         rows = weights(logits.shape[2], height)  # (H, h)
         columns = weights(logits.shape[3], width)  # (W, w)
@@ -81,15 +98,14 @@ class PixelLoss(Function):
             slope = pixels.sub_(log_sum).exp_()
             slope.scatter_add_(1, picked, torch.full_like(log_sum, -1))
             gradient += part.t() @ slope.mul_(counted)
-        count = (target != IGNORED).sum().clamp(min=1)
         ctx.save_for_backward(gradient @ columns / count)
         return (total / count).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of the logits, of the loss's gradient."""
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None
+        return gradient * gradients[0], None, None
 
 
 def weights(cells: int, pixels: int) -> Tensor:
