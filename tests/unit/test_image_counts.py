@@ -1,11 +1,16 @@
 """Counts of each image: their sums are the confusion matrix's, and resampled images are counted as often."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import jaccard_score
 
-from evidence.images import Pair, copy_counts, draw_images, interval
+from evidence import records
+from evidence.images import Pair, copy_counts, difference_table, draw_images, interval, kept_counts
+from evidence.statistics import setting
 from util.evaluate.segments.counting import ImageCounts
 from util.evaluate.segments.figures import Confusion
 from util.evaluate.segments.image_counts import FILE, read_image_counts
@@ -41,11 +46,11 @@ def test_all_images_together_give_the_figures_of_the_evaluation(tmp_path):
     found = maps()
     counted = written(tmp_path / FILE, found)
     assert counted.names == [f"image-{10 * i}.png" for i in range(5)] and counted.classes == list(CLASSES)
-    for head, setting in enumerate(SETTINGS):
+    for head, name in enumerate(SETTINGS):
         confusion = Confusion(len(CLASSES), torch.device("cpu"))
         for mask, guesses in found:
             confusion.add(guesses[head], mask)
-        assert counted.miou(setting) == pytest.approx(confusion.figures().miou, abs=1e-9)
+        assert counted.miou(name) == pytest.approx(confusion.figures().miou, abs=1e-9)
     assert counted.best("encoder") == "encoder/b"
     with pytest.raises(ValueError, match="there are encoder/a, encoder/b"):
         counted.miou("pixels/a")
@@ -113,3 +118,33 @@ def test_the_interval_covers_seeds_and_images(tmp_path):
         interval([less])
     with pytest.raises(ValueError, match="no pair of runs"):
         interval([])
+
+
+def test_results_keep_the_counts_and_compare_them_by_seed(tmp_path):
+    figures = {}
+    runs = []
+    for seed, label in ((0, "apl"), (1, "apl"), (2, "apl"), (1, "none"), (2, "none")):
+        name = f"seed={seed},pos_label={label}"
+        folder = tmp_path / "runs" / name / "segment"
+        folder.mkdir(parents=True)
+        (folder.parent / "flags.json").write_text(json.dumps({"seed": seed, "pos_label": label}))
+        for path in (folder.parent, folder):
+            (path / "log.txt").write_text('{"epoch": 0, "test_miou": 1.0}\n')
+        counted = written(folder / FILE, maps(seed=10 * seed + len(label)))
+        figures[seed, label] = float(counted.miou("encoder/b"))
+        runs.append({"name": name, "flags": {"seed": seed, "pos_label": label}})
+    out = tmp_path / "results" / "streets"
+    records.copy_logs(str(tmp_path / "runs"), str(out))
+    kept = read_image_counts(kept_counts(str(out), runs[0]["name"], "segment"))
+    assert kept.settings == ["encoder/b"]
+    sides = {"apl - none": (setting("streets", pos_label="apl"), setting("streets", pos_label="none"))}
+    rows = {"mIoU": ("segment", "encoder"), "absent": ("segment-2", "encoder")}
+    results = {"streets": {"runs": runs}}
+    text = difference_table(results, str(tmp_path / "results"), sides, rows).markdown()
+    header, _, row = text.splitlines()
+    assert header == "| mIoU | apl - none |" and "absent" not in text
+    each = [figures[seed, "apl"] - figures[seed, "none"] for seed in (1, 2)]
+    assert row.startswith(f"| mIoU | {np.mean(each):.2f} ± "), row
+    # Both intervals of the bootstrap hold the mean.
+    for low, high in re.findall(r"(-?[\d.]+) to (-?[\d.]+)", row):
+        assert float(low) < np.mean(each) < float(high)
