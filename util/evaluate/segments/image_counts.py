@@ -6,6 +6,7 @@ Shapes: N images, S settings (maps of logits that are graded side by side), K cl
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,11 @@ def write_image_counts(
     Classes that an image and its prediction lack take no room. Raises OSError if the file cannot be written.
     """
     table = table[np.lexsort(table.T[2::-1])]  # by image, setting and class
-    columns = {column: table[:, i] for i, column in enumerate(COLUMNS)}
+    columns: dict[str, Any] = {column: table[:, i] for i, column in enumerate(COLUMNS)}
     texts = {"names": names, "settings": settings, "classes": classes}
-    arrays = {key: np.array(value, dtype=str) for key, value in texts.items()}
+    columns |= {key: np.array(value, dtype=str) for key, value in texts.items()}
     with replacing(path, "wb") as f:
-        np.savez_compressed(f, **columns, **arrays)
+        np.savez_compressed(f, **columns)
 
 
 @dataclass(frozen=True)
