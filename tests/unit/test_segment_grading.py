@@ -146,6 +146,12 @@ def test_the_loss_in_strips_is_torchs(monkeypatch, size, ignored):
     assert torch.allclose(gradient, slope, atol=1e-6)
     heads = loss.losses_of_heads(torch.stack([logits, 2 * logits]), mask, "pixels")
     assert heads[0] == loss.segment_loss(logits, mask, "pixels") and len(heads) == 2
+    # At twice the size of the logits: another path, in which masks are resized.
+    reduced = F.interpolate(mask[:, None].float(), size=(6, 10), mode="nearest")[:, 0].long()
+    whole = F.interpolate(logits.double(), size=(6, 10), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(whole, reduced, ignore_index=-1, reduction="sum")
+    twice = loss.segment_loss(logits, mask, "twice")
+    assert twice.item() == pytest.approx(expected.item() / max(1, int((reduced >= 0).sum())), rel=1e-6)
     nearest = loss.losses_of_heads(logits[None], mask, "pixels", "nearest")
     whole = F.interpolate(logits.double(), size=size, mode="nearest-exact")
     expected = F.cross_entropy(whole, mask.long(), ignore_index=-1, reduction="sum")

@@ -42,7 +42,7 @@ def losses_of_heads(logits: Tensor, mask: Tensor, at: str, upsample: str = "bili
         mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
     target = mask.long()
     count = counted_pixels(target)
-    if at == "pixels" and upsample == "bilinear" and logits.device.type == "cpu":
+    if upsample == "bilinear" and logits.device.type == "cpu":
         losses = [PixelLoss.apply(each.float(), target, count) for each in logits]
     elif len(logits) == 1:
         losses = [_loss(logits[0], target, count, upsample)]
@@ -70,7 +70,7 @@ def _loss(logits: Tensor, target: Tensor, count: Tensor, upsample: str) -> Tenso
 
 
 class PixelLoss(Function):
-    """The loss at "pixels" with bilinear logits, and its gradient in the same pass, in strips of rows.
+    """The loss of bilinear logits at the size of the targets, and its gradient in the same pass, in strips.
 
     Logits of the size of the masks need memory, and on a CPU the time that it takes to read and write them:
     most of a probe's step. It is for the CPU: a GPU may round the matrix products to TF32.
