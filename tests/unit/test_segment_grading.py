@@ -152,7 +152,10 @@ def test_the_loss_in_strips_is_torchs(monkeypatch, size, ignored):
     expected = F.cross_entropy(whole, reduced, ignore_index=-1, reduction="sum")
     twice = loss.segment_loss(logits, mask, "twice")
     assert twice.item() == pytest.approx(expected.item() / max(1, int((reduced >= 0).sum())), rel=1e-6)
-    nearest = loss.losses_of_heads(logits[None], mask, "pixels", "nearest")
+    # As on a GPU.
+    elsewhere = loss._loss(logits, reduced, loss.counted_pixels(reduced), "bilinear")
+    assert elsewhere.item() == pytest.approx(twice.item(), rel=1e-6)
+    nearest = loss.losses_of_heads(torch.stack([logits, 2 * logits]), mask, "pixels", "nearest")
     whole = F.interpolate(logits.double(), size=size, mode="nearest-exact")
     expected = F.cross_entropy(whole, mask.long(), ignore_index=-1, reduction="sum")
-    assert nearest.item() == pytest.approx(expected.item() / max(1, int((mask >= 0).sum())), rel=1e-6)
+    assert nearest[0].item() == pytest.approx(expected.item() / max(1, int((mask >= 0).sum())), rel=1e-6)
