@@ -481,6 +481,11 @@ def find_start(args: argparse.Namespace) -> Start:
 
         return Start(resume, args.model, published_checkpoint(args.model))
     pretrained = None
+    if not args.finetune and finetune.startswith("timm/"):
+        place = checkpoint.to_evaluate(resume).path
+        raise ValueError(
+            f"{place} was trained on timm's own weights: give --pretrained --model {finetune}, too"
+        )
     if finetune:
         pretrained = checkpoint.load(finetune)
         pretrained.drop_optimizer()
