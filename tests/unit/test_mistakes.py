@@ -140,6 +140,8 @@ EARLY = [
     # Files that are no checkpoints
     ("main_pretrain", "--resume {file}", "--resume {file} text {mae}"),
     ("main_finetune", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
+    ("main_segment", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
+    ("main_linprobe", "--model timm/test_vit", "'--finetune FILE' '--pretrained takes the weights'"),
     ("main_finetune", "--finetune {cut}", "--finetune {cut} truncated {mae}"),
     ("main_finetune", "--finetune {hf}", "{hf} 'checkpoints.py import {hf} {hf}.pth'"),
     ("main_finetune", "--resume {place}/tf.ckpt", "tf.ckpt.index TensorFlow"),
@@ -177,6 +179,7 @@ LATE = [
     ("main_finetune", "--data_path {data}/val", "{data}/val 'folders (a, b)' 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --data_path {data}/train/a/0.png", "0.png 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --nb_classes 1", "--nb_classes 1 {data} '2 class folders'"),
+    ("main_segment", "--data_path {data}/train/a/0.png", "0.png 'one file' folder masks"),
     # Models of other sizes
     (
         "main_finetune",
