@@ -208,6 +208,7 @@ LAUNCHED = [
     ("--cluster local --model vit_base_patch16", "--model mae_vit_base_patch16"),
     ("--cluster slrum", "--cluster slurm"),
     ("--status {empty}", "{empty} jobs.json"),
+    ("--job_dir A --output_dir B", "'--output_dir B and --job_dir A' 'leave --output_dir out'"),
     ("--output_dir B", "'give --job_dir B instead of --output_dir B'"),
     ("--timeout 3d", "--timeout 3d minutes 1440"),
     ("--timeout 3-00:00:00", "--timeout 3-00:00:00 minutes 1440"),
