@@ -93,6 +93,9 @@ EARLY = [
     # Flags
     ("main_pretrain", "--batch_sise 8", "--batch_sise --batch_size"),
     ("main_pretrain", "--batch 8", "--batch --batch_size"),
+    ("main_pretrain", "--finetune {mae}", "'main_finetune.py, main_linprobe.py and main_segment.py have it'"),
+    ("main_pretrain", "--job_dir D", "--job_dir submitit_*.py"),
+    ("main_finetune", "--mask-ratio 0.5", "--mask-ratio 'main_pretrain.py has it'"),
     ("main_pretrain", "-epochs 3", "-epochs --epochs"),
     ("main_pretrain", "--data_path", "--data_path argument"),
     ("main_pretrain", "{data}", "{data} --data_path"),
