@@ -26,6 +26,7 @@ import os
 import sys
 
 from layers.sizes import classifier_names
+from util.files.names import counted
 from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
@@ -326,7 +327,7 @@ class Segmenting(Objective):
         dist.print_rank0(
             f"* mIoU {figures.miou:.3f} over all classes {figures.miou_all:.3f} pixel accuracy "
             f"{figures.pixel_accuracy:.3f} mean accuracy {figures.mean_accuracy:.3f} "
-            f"on {figures.images} images"
+            f"on {counted(figures.images, 'image')}"
         )
         dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
         return figures
@@ -744,7 +745,8 @@ def run_finetuning(args: argparse.Namespace, start: Start, data: Data, setup: Se
     )
     trained = sum(p.numel() for p in model.parameters())
     dist.print_rank0(
-        f"{args.model}: {trained / 1e6:.2f} M trained parameters, {classes} classes, {args.head} head, "
+        f"{args.model}: {trained / 1e6:.2f} M trained parameters, "
+        f"{counted(classes, 'class', 'classes')}, {args.head} head, "
         f"PE {backbone.trunk.pos_embed}; {setup}; {describe_batch(args, lr)}"
     )
     session = Session.open(args, flags, start.resume, loss_tag="loss")
@@ -873,7 +875,7 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
         return evaluation.logits(scores, batch["image"])
 
     dist.print_rank0(
-        f"{len(memories[0])} patches of {len(data.whole.dataset)} training images are remembered"
+        f"{len(memories[0])} patches of {counted(len(data.whole.dataset), 'training image')} are remembered"
     )
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)
