@@ -810,8 +810,10 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     sources = build_sources(args, setup, start, data)
     evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
     flags = flags_to_store(args, start, setup, evaluation) | setup.pixels.flags(data.val.dataset.depth)
-    flags["encoder"] = check_encoder(sources.backbone, resume, args.finetune, setup.size)
+    flags["encoder"] = check_encoder(sources.backbone, resume, start.finetune, setup.size)
     objective = build_probing(args, sources, setup, evaluation, data)
+    if resume is not None and data.train is not None:
+        check_and_print_continuing(args, resume, flags)
     if args.cached:
         objective.val_loader = own_features(sources, data.val, setup)
     if data.train is None:  # --eval
@@ -819,8 +821,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
         objective.evaluate()
         dist.shutdown()
         return 0
-    if resume is not None:
-        check_and_print_continuing(args, resume, flags)
     loader = data.train
     if args.cached and data.whole is not None:
         loader = feature_loader(args, cached_features(sources, data.whole, setup))
