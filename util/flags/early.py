@@ -170,7 +170,7 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--eval needs --resume FILE, the trained checkpoint to evaluate{_meant(main, flags)}"
         )
-    if main == "main_linprobe" and not (flags.finetune or flags.pretrained or (flags.eval and flags.resume)):
+    if main == "main_linprobe" and not any((flags.finetune, flags.pretrained, flags.eval)):
         raise ValueError(no_encoder(flags.model))
     own = os.path.join(getattr(flags, "output_dir", "") or "", LAST_CHECKPOINT)
     # A requeued job repeats the flags of its first start, whose files may be gone.
@@ -196,7 +196,7 @@ def _meant(main: str, flags: argparse.Namespace) -> str:
     """What to give if --finetune names the classifier to evaluate."""
     kind = {"main_finetune": "classifier", "main_segment": "segmenter"}.get(main)
     # A probe is evaluated with its encoder.
-    if kind is None or not flags.finetune or getattr(flags, "probe", ""):
+    if kind is None or not flags.finetune or getattr(flags, "probe", None):
         return ""
     file = printable(flags.finetune)
     return f"; --finetune starts a training: if {file} is a trained {kind}, give --resume {file}"

@@ -272,15 +272,7 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong with a word of the command line `args` that the parser does not know."""
         flag = printable(word.partition("=")[0])
         if not flag.startswith("-"):
-            words = self._read_args_from_files(list(args))
-            for before, following in itertools.pairwise(words):
-                action = self._option_string_actions.get(before)
-                if following == word and action is not None and action.nargs == 0:
-                    return _takes_none(before, flag)
-            hint = "see --help"
-            if "--data_path" in self._option_string_actions and os.path.exists(flag):
-                hint = "--data_path takes one path: give a folder of images"
-            return f"{flag} belongs to no flag; {hint}"
+            return self._describe_word(word, flag, args)
         if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
             return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"
         nearest = difflib.get_close_matches(flag, self._known_flags(), n=1, cutoff=0.5)
@@ -293,6 +285,18 @@ class Parser(argparse.ArgumentParser):
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
+
+    def _describe_word(self, word: str, shown: str, args: Sequence[str]) -> str:
+        """Say what is wrong with a word that is no flag; `shown` is its printable form."""
+        words = self._read_args_from_files(list(args))
+        for before, following in itertools.pairwise(words):
+            action = self._option_string_actions.get(before)
+            if following == word and action is not None and action.nargs == 0:
+                return _takes_none(before, shown)
+        hint = "see --help"
+        if "--data_path" in self._option_string_actions and os.path.exists(shown):
+            hint = "--data_path takes one path: give a folder of images"
+        return f"{shown} belongs to no flag; {hint}"
 
     def _known_flags(self) -> list[str]:
         """Return the flags of this parser and of its commands, which do not know the words left over."""
