@@ -712,7 +712,7 @@ def main(args: argparse.Namespace) -> int:
     optimizer = build_optimizer(args, model, start, lr)
     dist.print_rank0(
         f"{args.model}: {trained_parameters(model) / 1e6:.2f} M trained parameters, "
-        f"{len(choices.classes)} classes, {choices.head['head']} head, "
+        f"{counted(len(choices.classes), 'class', 'classes')}, {choices.head['head']} head, "
         f"PE {model.trunk.pos_embed}, labels {choices.labels['pos_label']}; "
         f"{setup}; {describe_batch(args, lr)}"
     )

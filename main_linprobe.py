@@ -22,6 +22,7 @@ import math
 import sys
 
 from layers.sizes import classifier_names
+from util.flags import early
 from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
@@ -82,6 +83,8 @@ def add_model_flags(g) -> None:
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     g.add_argument("--finetune", default="", help="pretrained checkpoint whose encoder is probed")
+    published = "probe the weights that timm publishes, with --model timm/NAME"
+    g.add_argument("--pretrained", action="store_true", help=published)
     g.add_argument(
         "--nb_classes",
         default=None,
@@ -151,8 +154,7 @@ LOST = 100  # times the chance level of the loss
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is read."""
-    if not args.finetune and not args.eval:
-        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
+    check_encoder_flags(args)
     if args.eval and (args.knn or args.dry_run or not args.resume):
         raise ValueError(
             "--eval needs --resume FILE, a trained probe, and the encoder of --finetune unless the file "
@@ -171,6 +173,16 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     check_head_flags(args)
     check_data_flags(args)
+
+
+def check_encoder_flags(args: argparse.Namespace) -> None:
+    if args.pretrained and (args.finetune or not args.model.startswith("timm/")):
+        raise ValueError(
+            "--pretrained probes timm's own weights of --model timm/NAME: leave it out with other models and "
+            "--finetune"
+        )
+    if not (args.finetune or args.pretrained or args.eval):
+        raise ValueError(early.no_encoder(args.model))
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
@@ -201,6 +213,8 @@ def as_trained(args: argparse.Namespace, start: Checkpoint | None) -> argparse.N
     if args.eval and start is not None and start.is_whole_probe:
         before = before | maes_choices(start, args.pool)
     resolved = {"pool": args.pool or "cls", "probe_protocol": protocol_of(start)}
+    if args.pretrained:
+        resolved["finetune"] = args.model
     resolved["range"] = kept_range(args.range, stored_flags(start))
     check_stored_crop(args, before)
     for name in ("pool", "pos_embed", "head", "crop_pct", *SECOND_ORDER_FLAGS):
@@ -235,15 +249,23 @@ def maes_choices(saved: Checkpoint, pool: str | None) -> dict[str, Any]:
 
 
 def probed_encoder(args: argparse.Namespace, start: Checkpoint | None) -> Checkpoint:
-    """Return the checkpoint of the frozen encoder: --finetune, or a probe file of MAE's, which holds it."""
+    """Return the checkpoint of the frozen encoder: --finetune, the weights that timm publishes, or a probe
+    file of MAE's, which holds it.
+    """
     if args.eval and checkpoint.to_evaluate(start).is_whole_probe:
         return checkpoint.to_evaluate(start)
+    if args.pretrained:
+        # timm takes seconds to import.
+        from backbones.timm import published_checkpoint
+
+        return published_checkpoint(args.model)
     if not args.finetune:
         start = checkpoint.to_evaluate(start)
-        raise ValueError(
-            f"{start.path} holds the heads of a probe alone: give the encoder, too, by --finetune FILE (it "
-            f"was {printable(str(start.args.get('finetune')))})"
-        )
+        before = printable(str(start.args.get("finetune")))
+        remedy = f"--finetune FILE (it was {before})"
+        if before.startswith("timm/"):
+            remedy = f"--pretrained --model {before}"
+        raise ValueError(f"{start.path} holds the heads of a probe alone: give the encoder, too, by {remedy}")
     pretrained = checkpoint.load(args.finetune)
     pretrained.drop_optimizer()
     return pretrained

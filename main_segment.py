@@ -26,6 +26,7 @@ import os
 import sys
 
 from layers.sizes import classifier_names
+from util.files.names import counted
 from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
@@ -332,7 +333,7 @@ class Segmenting(Objective):
         dist.print_rank0(
             f"* mIoU {figures.miou:.3f} over all classes {figures.miou_all:.3f} pixel accuracy "
             f"{figures.pixel_accuracy:.3f} mean accuracy {figures.mean_accuracy:.3f} "
-            f"on {figures.images} images"
+            f"on {counted(figures.images, 'image')}"
         )
         dist.print_rank0(f"IoU: {describe(figures, dataset.classes)}")
         return figures
@@ -489,6 +490,11 @@ def find_start(args: argparse.Namespace) -> Start:
 
         return Start(resume, args.model, published_checkpoint(args.model))
     pretrained = None
+    if not args.finetune and finetune.startswith("timm/"):
+        place = checkpoint.to_evaluate(resume).path
+        raise ValueError(
+            f"{place} was trained on timm's own weights: give --pretrained --model {finetune}, too"
+        )
     if finetune:
         pretrained = checkpoint.load(finetune)
         pretrained.drop_optimizer()
@@ -748,7 +754,8 @@ def run_finetuning(args: argparse.Namespace, start: Start, data: Data, setup: Se
     )
     trained = sum(p.numel() for p in model.parameters())
     dist.print_rank0(
-        f"{args.model}: {trained / 1e6:.2f} M trained parameters, {classes} classes, {args.head} head, "
+        f"{args.model}: {trained / 1e6:.2f} M trained parameters, "
+        f"{counted(classes, 'class', 'classes')}, {args.head} head, "
         f"PE {backbone.trunk.pos_embed}; {setup}; {describe_batch(args, lr)}"
     )
     session = Session.open(args, flags, start.resume, loss_tag="loss")
@@ -812,8 +819,10 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     sources = build_sources(args, setup, start, data)
     evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
     flags = flags_to_store(args, start, setup, evaluation) | setup.pixels.flags(data.val.dataset.depth)
-    flags["encoder"] = check_encoder(sources.backbone, resume, args.finetune, setup.size)
+    flags["encoder"] = check_encoder(sources.backbone, resume, start.finetune, setup.size)
     objective = build_probing(args, sources, setup, evaluation, data)
+    if resume is not None and data.train is not None:
+        check_and_print_continuing(args, resume, flags)
     if args.cached:
         objective.val_loader = own_features(sources, data.val, setup)
     if data.train is None:  # --eval
@@ -821,8 +830,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
         objective.evaluate()
         dist.shutdown()
         return 0
-    if resume is not None:
-        check_and_print_continuing(args, resume, flags)
     loader = data.train
     if args.cached and data.whole is not None:
         loader = feature_loader(args, cached_features(sources, data.whole, setup))
@@ -877,7 +884,7 @@ def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Set
         return evaluation.logits(scores, batch["image"])
 
     dist.print_rank0(
-        f"{len(memories[0])} patches of {len(data.whole.dataset)} training images are remembered"
+        f"{len(memories[0])} patches of {counted(len(data.whole.dataset), 'training image')} are remembered"
     )
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)

@@ -33,7 +33,7 @@ from util.data.survey.ranges import Bounds, with_range
 from util.data.timm_datasets import TimmDataset
 from util.data.transforms import eval_transform
 from util.files.atomic import write_text
-from util.files.names import printable, printable_lines
+from util.files.names import counted, printable, printable_lines
 from util.flags.groups import channel_stats
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
@@ -426,7 +426,7 @@ def _positions_title(head: PositionalHead, answers: LabelPredictions) -> str:
         name = "relative"
     cells = head.grid[0] * head.grid[1]
     return (
-        f"{name} labels of {images} images, {visible} of {cells} patches visible: "
+        f"{name} labels of {counted(images, 'image')}, {visible} of {cells} patches visible: "
         f"{100 * answers.accuracy:.1f} % right, chance {100 * chance:.1f} %"
     )
 

@@ -139,6 +139,9 @@ def _content_lines(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _progress(checkpoint: Checkpoint) -> str:
     text = str(checkpoint.epoch)
+    # Epochs count from 0.
+    if checkpoint.epoch == -1:
+        text = "before the end of the first one"
     if checkpoint.step is not None:
         text += f" (step {checkpoint.step})"
     if "optimizer" in checkpoint.entries:

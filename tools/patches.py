@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tools.draw import USUAL, Display, Images, as_pixels, bands_of, load_images
 from tools.features import ImageStream, last_tokens, load_backbone
+from util.files.names import counted
 from util.report import features
 
 # Neighbours that are drawn, each from another image.
@@ -203,7 +204,9 @@ def neighbours(path: str, data_path: Images, n: int, bank: int, display: Display
     if note := stream.note():
         print(note)
     searched = stream.count - len(stream.bad)
-    return _neighbours_chart(search, shown, cells, model.grid, f" in {searched} images{bands.note}")
+    return _neighbours_chart(
+        search, shown, cells, model.grid, f" in {counted(searched, 'image')}{bands.note}"
+    )
 
 
 def _neighbours_chart(

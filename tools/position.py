@@ -14,6 +14,7 @@ from layers.contract import Backbone
 from tools.draw import USUAL, Display, Images
 from tools.features import ImageStream, layer_numbers, layer_tokens, load_backbone
 from util.evaluate.position import RIDGE, PositionFigures, PositionProjection, audit, gather, is_held_out
+from util.files.names import counted
 from util.report import features
 from util.report.tables import Table
 
@@ -94,7 +95,7 @@ def fit_removal(model: Backbone, flags: dict, data_path: Images, n: int = 1000) 
     removed = projection.basis.shape[1]
     print(
         f"position is in {removed} of {model.dim} directions of the tokens after the final norm, measured on "
-        f"{statistics.images} images"
+        f"{counted(statistics.images, 'image')}"
     )
     return projection
 

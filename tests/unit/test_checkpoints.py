@@ -589,6 +589,8 @@ def test_inspect_describes_a_file_and_names_the_commands_that_take_it(tmp_path):
     import hashlib
 
     assert hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest() in text
+    torch.save(torch.load(file) | {"epoch": -1, "step": 9}, file)
+    assert "epoch       before the end of the first one (step 9)" in inspect.describe(file)
     text = inspect.describe(
         saved(tmp_path / "f.pth", build_classifier("vit_test", img_size=(32, 32), num_classes=2))
     )

@@ -20,10 +20,12 @@ import checkpoints
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 import tiny  # noqa: F401 (registers mae_test and vit_test)
 from backbones.registry import build_classifier
 from commands import accuracy, call
 from models_mae_pl import MODELS
+from processes import log_lines
 from tools import inspect
 from tools.draw import load_model
 from util.data.datasets import build_class_dataset
@@ -860,6 +862,45 @@ def test_timms_published_weights_are_a_start(tmp_path, monkeypatch, capsys):
     assert code == 0 and "continuing" in text and "not read" not in text, text
     code, text = call(main_finetune, capsys, "--model", "vit_test", "--pretrained")
     assert code == 2 and "--pretrained starts a training of --model timm/NAME" in text
+
+
+def test_timms_published_weights_are_probed(tmp_path, monkeypatch, capsys):
+    import backbones.timm as models
+
+    published = timms("test_vit")
+    torch.save(published.state_dict(), tmp_path / "saved.pth")
+    monkeypatch.setattr(models, "published_model", lambda name: published)
+    base = ["--model", "timm/test_vit", "--cached", "--lr_grid", 1]
+    code, text = call(main_linprobe, capsys, *base, "--pretrained", "--output_dir", tmp_path / "run")
+    assert code == 0 and "encoder from timm/test_vit" in text, text
+    # The same as from a file with the same weights and statistics.
+    config = published.pretrained_cfg
+    own = ["--mean", *config["mean"], "--std", *config["std"], "--finetune", tmp_path / "saved.pth"]
+    code, text = call(main_linprobe, capsys, *base, *own, "--output_dir", tmp_path / "file")
+    assert code == 0, text
+    found, expected = (log_lines(tmp_path / name)[0] for name in ("run", "file"))
+    accuracies = [name for name in found if name.startswith(("train_loss", "test_"))]
+    assert len(accuracies) > 3 and all(found[name] == expected[name] for name in accuracies)
+    trained = tmp_path / "run" / "checkpoint-last.pth"
+    code, text = call(main_linprobe, capsys, *base, "--eval", "--resume", trained)
+    assert code == 2 and "by --pretrained --model timm/test_vit" in text
+    code, text = call(main_linprobe, capsys, *base, "--eval", "--resume", trained, "--pretrained")
+    assert code == 0 and f"* Acc@1 {found['test_acc1']:.3f}" in text, text
+    # Heads belong to their encoder.
+    with torch.no_grad():
+        published.cls_token += 1
+    code, text = call(main_linprobe, capsys, *base, "--eval", "--resume", trained, "--pretrained")
+    assert code == 2 and "holds heads for another encoder than timm/test_vit" in text
+    code, text = call(main_linprobe, capsys, "--model", "vit_test", "--pretrained")
+    assert code == 2 and "--pretrained probes timm's own weights of --model timm/NAME" in text
+
+
+def test_a_segmenting_probe_of_published_weights_asks_for_them_again(monkeypatch):
+    saved = Checkpoint("r.pth", {}, {"finetune": "timm/test_vit"})
+    monkeypatch.setattr(main_segment.checkpoint, "load_start", lambda *paths: saved)
+    words = ["--probe", "linear", "--eval", "--resume", "r.pth"]
+    with pytest.raises(ValueError, match=r"r\.pth was .* give --pretrained --model timm/test_vit"):
+        main_segment.find_start(parse(main_segment.get_args_parser(), words))
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capsys, tmp_path):

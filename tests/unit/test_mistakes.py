@@ -93,6 +93,9 @@ EARLY = [
     # Flags
     ("main_pretrain", "--batch_sise 8", "--batch_sise --batch_size"),
     ("main_pretrain", "--batch 8", "--batch --batch_size"),
+    ("main_pretrain", "--finetune {mae}", "'main_finetune.py, main_linprobe.py and main_segment.py have it'"),
+    ("main_pretrain", "--job_dir D", "--job_dir submitit_*.py"),
+    ("main_finetune", "--mask-ratio 0.5", "--mask-ratio 'main_pretrain.py has it'"),
     ("main_pretrain", "-epochs 3", "-epochs --epochs"),
     ("main_pretrain", "--data_path", "--data_path argument"),
     ("main_pretrain", "{data}", "{data} --data_path"),
@@ -140,6 +143,8 @@ EARLY = [
     # Files that are no checkpoints
     ("main_pretrain", "--resume {file}", "--resume {file} text {mae}"),
     ("main_finetune", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
+    ("main_segment", "--eval --finetune {classifier}", "--eval --resume {classifier}"),
+    ("main_linprobe", "--model timm/test_vit", "'--finetune FILE' '--pretrained takes the weights'"),
     ("main_finetune", "--finetune {cut}", "--finetune {cut} truncated {mae}"),
     ("main_finetune", "--finetune {hf}", "{hf} 'checkpoints.py import {hf} {hf}.pth'"),
     ("main_finetune", "--resume {place}/tf.ckpt", "tf.ckpt.index TensorFlow"),
@@ -177,6 +182,7 @@ LATE = [
     ("main_finetune", "--data_path {data}/val", "{data}/val 'folders (a, b)' 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --data_path {data}/train/a/0.png", "0.png 'Give {data},'"),
     ("main_linprobe", "--finetune {mae} --nb_classes 1", "--nb_classes 1 {data} '2 class folders'"),
+    ("main_segment", "--data_path {data}/train/a/0.png", "0.png 'one file' folder masks"),
     # Models of other sizes
     (
         "main_finetune",
@@ -205,6 +211,7 @@ LAUNCHED = [
     ("--cluster local --model vit_base_patch16", "--model mae_vit_base_patch16"),
     ("--cluster slrum", "--cluster slurm"),
     ("--status {empty}", "{empty} jobs.json"),
+    ("--job_dir A --output_dir B", "'--output_dir B and --job_dir A' 'leave --output_dir out'"),
     ("--output_dir B", "'give --job_dir B instead of --output_dir B'"),
     ("--timeout 3d", "--timeout 3d minutes 1440"),
     ("--timeout 3-00:00:00", "--timeout 3-00:00:00 minutes 1440"),

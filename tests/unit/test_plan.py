@@ -87,7 +87,7 @@ def test_the_plans_of_the_other_mains(tmp_path, capsys):
     assert (
         "10 classes" in text
         and "5 per epoch, 40 images each; 15 to go" in text
-        and "1 numbered checkpoints" in text
+        and "1 numbered checkpoint of" in text
     )
     torch.save({"model": MODELS["mae_test"](img_size=(32, 32)).state_dict()}, tmp_path / "p.pth")
     probe = [

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 import main_sere
 import tiny
 from commands import call
@@ -150,6 +151,15 @@ def test_a_probe_learns_of_another_run_in_its_folder_before_it_computes_features
     monkeypatch.setattr(main_linprobe, "extract_features", lambda *args: pytest.fail("features are computed"))
     start = ["--finetune", "output_dir/checkpoint-last.pth", "--cached", "--model", "vit_test"]
     line = refused(capsys, main_linprobe, *start, "--data_path", DEMO)
+    assert "model: mae_test -> vit_test" in line and "its own --output_dir" in line
+
+
+def test_a_segmenting_probe_learns_of_another_run_before_it_computes_features(
+    in_default, capsys, monkeypatch
+):
+    monkeypatch.setattr(main_segment, "own_features", lambda *args: pytest.fail("features are computed"))
+    start = ["--finetune", "output_dir/checkpoint-last.pth", "--cached", "--probe", "linear"]
+    line = refused(capsys, main_segment, *start, "--model", "vit_test")
     assert "model: mae_test -> vit_test" in line and "its own --output_dir" in line
 
 

@@ -6,6 +6,7 @@ run. In a sweep, each point has its own folder there, named after its flags. `sw
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -185,7 +186,7 @@ def launch(main: str, argv: list[str] | None = None, about: str | None = None) -
             print(status(Path(own.status)))
             return 0
         request = _make_request(main, rest, chain, own)
-        _check_output_dir(rest, own.job_dir, "job_dir" in all_flags.given)
+        _check_output_dir(rest, _typed(argv), own.job_dir, "job_dir" in all_flags.given)
         return submit(request)
 
     return run(act, all_flags)
@@ -247,20 +248,39 @@ def _check_texts(flags: argparse.Namespace) -> None:
         )
 
 
-def _check_output_dir(rest: list[str], job_dir: str, given: bool) -> None:
-    """Raise ValueError if the flags of the main alone name the folder of the run; `job_dir` if given wins.
+def _typed(argv: list[str]) -> list[str]:
+    """The words of a command line that are neither recipes nor flags of follow-ups."""
+    return [word for word in itertools.takewhile("--then".__ne__, argv) if not word.startswith("@")]
 
-    The launcher sets the folder of each run, as MAE's does. A recipe may name another one.
+
+def _output_dir(words: list[str]) -> str | None:
+    flag = Parser(add_help=False)
+    flag.add_argument("--output_dir")
+    return flag.parse_known_args(words)[0].output_dir
+
+
+def _check_output_dir(rest: list[str], typed: list[str], job_dir: str, given: bool) -> None:
+    """Raise ValueError if --output_dir names another folder than `job_dir`, to which submitted runs write.
+
+    Args:
+        rest: the flags of the main, with those of recipes. A recipe may name another folder, which a given
+            `job_dir` replaces, as in MAE's launcher.
+        typed: the words of the command line without recipes.
+        job_dir: the launcher's folder.
+        given: whether the command line names it.
     """
-    words = Parser(add_help=False)
-    words.add_argument("--output_dir")
-    other = words.parse_known_args(rest)[0].output_dir
+    other = _output_dir(rest)
     if not other or os.path.abspath(other) == os.path.abspath(job_dir):
         return
     shown = printable(shlex.quote(other))
     if not given:
         raise ValueError(
             f"a submitted run writes to --job_dir: give --job_dir {shown} instead of --output_dir {shown}"
+        )
+    if _output_dir(typed) == other:
+        raise ValueError(
+            f"--output_dir {shown} and --job_dir {printable(job_dir)} are two folders, and a submitted run "
+            "writes to --job_dir: leave --output_dir out"
         )
     print(f"note: --output_dir {shown} is not used: a submitted run writes to --job_dir {printable(job_dir)}")
 

@@ -48,7 +48,7 @@ def mean_terms(
     names = sorted(set().union(*dist.gather_objects(set(sums))))
     if not names:
         raise ValueError(
-            f"none of the {len(loader.dataset)} images to evaluate on can be decoded: "
+            f"none of the {counted(len(loader.dataset), 'image')} to evaluate on can be decoded: "
             "python -m util.data check lists them"
         )
     totals = dist.sum_over_ranks(torch.stack([sums.get(name, zero) for name in names])).tolist()

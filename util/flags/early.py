@@ -170,8 +170,8 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--eval needs --resume FILE, the trained checkpoint to evaluate{_meant(main, flags)}"
         )
-    if main == "main_linprobe" and not (flags.finetune or (flags.eval and flags.resume)):
-        raise ValueError("--finetune FILE is needed: the pretrained checkpoint whose features are probed")
+    if main == "main_linprobe" and not any((flags.finetune, flags.pretrained, flags.eval)):
+        raise ValueError(no_encoder(flags.model))
     own = os.path.join(getattr(flags, "output_dir", "") or "", LAST_CHECKPOINT)
     # A requeued job repeats the flags of its first start, whose files may be gone.
     if os.path.exists(own) and not getattr(flags, "eval", False):
@@ -184,12 +184,22 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
         _check_path(f"--{name}", path)
 
 
+def no_encoder(model: str) -> str:
+    """What a probe without an encoder needs."""
+    text = "--finetune FILE is needed: the pretrained checkpoint whose features are probed"
+    if model.startswith("timm/"):
+        text += "; --pretrained takes the weights that timm publishes"
+    return text
+
+
 def _meant(main: str, flags: argparse.Namespace) -> str:
     """What to give if --finetune names the classifier to evaluate."""
-    if main != "main_finetune" or not flags.finetune:
+    kind = {"main_finetune": "classifier", "main_segment": "segmenter"}.get(main)
+    # A probe is evaluated with its encoder.
+    if kind is None or not flags.finetune or getattr(flags, "probe", None):
         return ""
     file = printable(flags.finetune)
-    return f"; --finetune starts a training: if {file} is a trained classifier, give --resume {file}"
+    return f"; --finetune starts a training: if {file} is a trained {kind}, give --resume {file}"
 
 
 def _check_path(flag: str, path: str) -> None:

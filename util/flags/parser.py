@@ -62,6 +62,17 @@ EXAMPLES = {"lr": "1e-3", "data_path": "~/imagenet"}
 EXAMPLES |= dict.fromkeys(("finetune", "resume", "init_from"), "RUN/checkpoint-last.pth")
 # Other programs' flags for the number of neighbours.
 NEIGHBOURS = ("--k", "--knn_k", "--nb_knn")
+# Flags of submitit_*.py.
+OF_LAUNCHERS = (
+    "--job_dir",
+    "--cluster",
+    "--nodes",
+    "--ngpus",
+    "--partition",
+    "--sweep",
+    "--then",
+    "--status",
+)
 # Words of a help text that say what happens without the flag.
 SAYS_DEFAULT = re.compile(r"not given|if other than|\bdefault\b")
 
@@ -261,21 +272,31 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong with a word of the command line `args` that the parser does not know."""
         flag = printable(word.partition("=")[0])
         if not flag.startswith("-"):
-            words = self._read_args_from_files(list(args))
-            for before, following in itertools.pairwise(words):
-                action = self._option_string_actions.get(before)
-                if following == word and action is not None and action.nargs == 0:
-                    return _takes_none(before, flag)
-            hint = "see --help"
-            if "--data_path" in self._option_string_actions and os.path.exists(flag):
-                hint = "--data_path takes one path: give a folder of images"
-            return f"{flag} belongs to no flag; {hint}"
+            return self._describe_word(word, flag, args)
         if flag in NEIGHBOURS and "--knn" in self._option_string_actions:
             return f"unknown flag {flag}; --knn takes no number, it gives the accuracy for k = 10, 20 and 100"
         nearest = difflib.get_close_matches(flag, self._known_flags(), n=1, cutoff=0.5)
+        others = ""
+        if "--output_dir" in self._option_string_actions:
+            others = _scripts_with(flag)
+        # A flag of another script is no misspelt one, unless only a letter or two differ.
+        if others and not difflib.get_close_matches(flag, nearest, n=1, cutoff=0.9):
+            return f"unknown flag {flag}; {others} it"
         if nearest:
             return f"unknown flag {flag}; did you mean {nearest[0]}?"
         return f"unknown flag {flag}; see --help"
+
+    def _describe_word(self, word: str, shown: str, args: Sequence[str]) -> str:
+        """Say what is wrong with a word that is no flag; `shown` is its printable form."""
+        words = self._read_args_from_files(list(args))
+        for before, following in itertools.pairwise(words):
+            action = self._option_string_actions.get(before)
+            if following == word and action is not None and action.nargs == 0:
+                return _takes_none(before, shown)
+        hint = "see --help"
+        if "--data_path" in self._option_string_actions and os.path.exists(shown):
+            hint = "--data_path takes one path: give a folder of images"
+        return f"{shown} belongs to no flag; {hint}"
 
     def _known_flags(self) -> list[str]:
         """Return the flags of this parser and of its commands, which do not know the words left over."""
@@ -285,6 +306,17 @@ class Parser(argparse.ArgumentParser):
                 for command in action.choices.values():
                     known += command._option_string_actions
         return known
+
+
+def _scripts_with(flag: str) -> str:
+    """The scripts that have a flag, with their verb, such as 'main_sere.py has'; '' if there are none."""
+    name = "--" + flag.lstrip("-").replace("-", "_")
+    if name in OF_LAUNCHERS:
+        return "submitit_*.py have"
+    scripts = [f"{main}.py" for main in early.MODELS if name in parser_of(main)._option_string_actions]
+    if len(scripts) < 2:
+        return "".join(f"{script} has" for script in scripts)
+    return f"{', '.join(scripts[:-1])} and {scripts[-1]} have"
 
 
 def _takes_none(flag: str, found: str) -> str:

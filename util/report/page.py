@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 
+from util.files.names import counted
 from util.report import charts
 from util.report.aggregate import aggregate, chance_of, sweep_table
 from util.report.labels import page_text
@@ -90,8 +91,8 @@ def summary(runs: list[RunRecord], missing: list[str]) -> str:
     """A paragraph: the number of runs, of epochs done, and the planned runs that have no figures yet."""
     epochs = sorted({len(run.log) for run in runs})
     # Runs of a sweep may have been stopped at different epochs.
-    plural = "s" * (len(runs) > 1)
-    text = f"{len(runs)} run{plural}, {' or '.join(map(str, epochs))} epochs done"
+    done = f"{' or '.join(map(str, epochs))} {'epoch' if epochs == [1] else 'epochs'} done"
+    text = f"{counted(len(runs), 'run')}, {done}"
     if missing:
         text += f"; no figures yet: {', '.join(missing)}"
     return f"<p>{page_text(text)}.</p>"

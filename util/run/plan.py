@@ -17,6 +17,7 @@ from torch import nn
 from util import dist
 from util.files.atomic import read_json, write_json
 from util.files.cores import own_cores
+from util.files.names import counted
 from util.run.checkpoint_manager import CheckpointManager
 from util.run.flops import FlopCounter, matmul_rate, synchronize
 
@@ -155,7 +156,7 @@ def describe(measured: Measured, run: PlannedRun, model: nn.Module, device: torc
     """Return the plan as text: a line each for data, steps, model, speed, time, disk, and the start."""
     lines = {
         "samples": _samples(measured),
-        "steps": f"{run.updates} per epoch, {run.images_per_update} images each; "
+        "steps": f"{run.updates} per epoch, {counted(run.images_per_update, 'image')} each; "
         f"{run.updates_left} to go of {run.epochs} x {run.updates}",
         "model": _model_size(model) + f"; {measured.flops / 1e9:.3g} GFLOP per update and rank",
         "memory": _memory(measured, device),
@@ -210,7 +211,8 @@ def _disk(run: PlannedRun) -> str:
     existing = next((path for path in _with_parents(folder) if os.path.isdir(path)), ".")
     free = shutil.disk_usage(existing).free / 2**20
     return (
-        f"{run.saved_mb * copies:.0f} MB at most: {run.kept} numbered checkpoints of {run.saved_mb:.1f} MB, "
+        f"{run.saved_mb * copies:.0f} MB at most: {counted(run.kept, 'numbered checkpoint')} of "
+        f"{run.saved_mb:.1f} MB, "
         f"the last, and one that is being written; {free:.0f} MB are free"
     )
 

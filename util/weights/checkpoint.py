@@ -22,6 +22,7 @@ from util.dist.fsdp import cut_like
 from util.files import LAST_CHECKPOINT
 from util.files.atomic import replacing
 from util.files.formats import SUCH_AS
+from util.files.names import counted
 from util.weights.defaults import fitting
 from util.weights.files import load
 from util.weights.types import Checkpoint, kind_of, stored_flags
@@ -91,8 +92,8 @@ def load_part(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> Non
     problem = describe_mismatch(module.state_dict(), checkpoint.entries[name])
     if problem:
         raise ValueError(
-            f"{checkpoint.path}: its entry '{name}' does not fit this run: {problem}. Give the flags that it "
-            "was made with, or another `output_dir`"
+            f"{checkpoint.path}: its entry '{name}' does not fit this run: give the flags that it was made "
+            f"with, or another `output_dir`; {problem}"
         )
     module.load_state_dict(checkpoint.entries[name])
 
@@ -161,8 +162,8 @@ def _classes_remedy(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> s
     if stored is None or wanted is None or stored.shape == wanted.shape:
         return ""
     return (
-        f"it has {stored.numel()} classes, and the data have {wanted.numel()}: give its own data, or start a "
-        f"new run with `finetune` {checkpoint.path}"
+        f"it has {counted(stored.numel(), 'class', 'classes')}, and the data have {wanted.numel()}: give its "
+        f"own data, or start a new run with `finetune` {checkpoint.path}"
     )
 
 

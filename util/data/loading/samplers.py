@@ -43,7 +43,9 @@ class EpochSampler(Sampler):
         if self.batches_per_epoch == 0:
             remedy = f"lower `batch_size` to {n // world_size}"
             if n < world_size:
-                remedy = f"start {n} processes with `batch_size` 1, or give more images"
+                remedy = (
+                    f"start {counted(n, 'process', 'processes')} with `batch_size` 1, or give more images"
+                )
             batch = f"`batch_size` {batch_size}"
             if world_size > 1:
                 batch += f" x {world_size} processes = {batch_size * world_size}"

@@ -304,6 +304,10 @@ def _places(source: DataPath) -> Iterator[_Folder | _Tar]:
     if is_remote_path(path):
         raise ValueError(f"{printable(path)}: pairs in an object store are read from one tar only")
     if not os.path.isdir(path):
+        if os.path.exists(path):
+            raise ValueError(
+                f"{printable(path)} is one file: give the folder, or the tar, of images and masks"
+            )
         raise ValueError(f"no such folder or tar of images and masks: {printable(path)}")
     for inside in INSIDE:
         yield _Folder(os.path.join(path, inside).rstrip("/"), source)

@@ -113,7 +113,8 @@ def check_left_out(dataset: SegmentDataset, images: int, unreadable: Sequence[in
     reason = next((text for _, _, text in found if text), "")
     if not images:
         raise ValueError(
-            f"none of the {len(dataset)} images to evaluate on can be read; the first one, {reason}"
+            f"none of the {counted(len(dataset), 'image')} to evaluate on can be read; the first one, "
+            f"{reason}"
         )
     if count:
         dist.print_rank0(
