@@ -87,7 +87,14 @@ from engine import Objective, Session, Setup, fit
 from layers.positional import label_choices
 from layers.positional.draws import draws_of
 from layers.self_distillation import MomentumUpdate, copy_parameters
-from models_mae_pl import MODELS, MaskedAutoencoderViT, RelationTeacher, random_masking, sample_noise
+from models_mae_pl import (
+    MODELS,
+    MaskedAutoencoderViT,
+    RelationTeacher,
+    random_masking,
+    sample_noise,
+    total,
+)
 from util import dist
 from util.data.contract import Batches, Samples
 from util.data.datasets import build_dataset
@@ -217,10 +224,7 @@ class Pretraining(Objective):
             relation_targets=relation_targets,
             draws=draws_of(batch),
         )
-        loss = losses["pixel"]
-        if "position" in losses:
-            loss = loss + self.pos_weight * losses["position"]
-        return loss, losses
+        return total(losses, self.pos_weight), losses
 
     def before_update(self, done: float) -> None:
         if self.relations is not None:

@@ -11,6 +11,7 @@ Shapes: B batch, L patches, n visible, C encoder width, D decoder width, P = ph*
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,16 @@ def _nothing_visible(num_patches: int, mask_ratio: float) -> str:
     if int(num_patches * (1 - most)) < 1:
         most = round(most - 0.0001, 4)
     return f"`mask_ratio` {mask_ratio} leaves none of {num_patches} patches visible: give {most} or less"
+
+
+def total(losses: Mapping[str, Tensor], pos_weight: float = 0.5) -> Tensor:
+    """The loss of masked autoencoding with labels, of what the model returns: pixel + pos_weight * position.
+
+    (MAE Eq. 1; positional labels Sec. 3.3, Eq. 6.) Without labels it is the pixel loss.
+    """
+    if "position" not in losses:
+        return losses["pixel"]
+    return losses["pixel"] + pos_weight * losses["position"]
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from layers.self_relation import RelationHead
 
+# Options that are (H, W), for which one number stands for a square.
+SIDES = ("img_size", "patch_size")
 # Epsilon of the layer norms of MAE and timm.
 NORM_EPS = 1e-6
 
@@ -228,7 +230,7 @@ class Entry(Generic[M]):
         return found
 
     def override(self, **options: Any) -> "Entry[M]":
-        """The entry with other defaults. A mapping changes single keys of a mapping.
+        """The entry with other defaults. A mapping changes single keys of a mapping, a number is a square.
 
         Raises ValueError if the model does not take an option.
         """
@@ -240,6 +242,8 @@ class Entry(Generic[M]):
         for name, value in options.items():
             if isinstance(value, Mapping) and isinstance(taken[name], Mapping):
                 options[name] = {**taken[name], **value}
+            elif isinstance(value, int) and name in SIDES:
+                options[name] = (value, value)
         defaults = {name: _replaced(name, default, options) for name, default in self.defaults.items()}
         return dataclasses.replace(self, defaults=defaults)
 

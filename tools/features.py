@@ -35,11 +35,18 @@ BATCH = 16
 
 
 def load_backbone(path: str) -> tuple[Backbone, dict]:
-    """The backbone of a checkpoint in evaluation mode, and the flags stored with it.
+    """`backbone_of`, with the model on the GPU if there is one."""
+    model, flags = backbone_of(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), flags
+
+
+def backbone_of(path: str) -> tuple[Backbone, dict]:
+    """The frozen backbone of a checkpoint in evaluation mode, and the flags stored with it.
 
     A plain Vision Transformer is built from its weights, every other model by the name that the file stores.
-    timm/NAME stands for the weights that timm publishes. The model is on the GPU if there is one. Raises
-    ValueError if the file does not tell its model, and if its weights do not fit.
+    timm/NAME stands for the weights that timm publishes. Raises ValueError if the file does not tell its
+    model, and if its weights do not fit.
     """
     if path.startswith("timm/") and not os.path.exists(path):
         # timm takes seconds to import.
@@ -51,15 +58,15 @@ def load_backbone(path: str) -> tuple[Backbone, dict]:
         saved = checkpoint.load(path)
     saved.drop_optimizer()
     model: Backbone
-    if _is_plain_vit(saved):
+    if is_plain_vit(saved):
         model = stored_model.model_of(saved)
     else:
         model = _registered(saved)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval().requires_grad_(False), saved.args
+    return model.eval().requires_grad_(False), saved.args
 
 
-def _is_plain_vit(saved: Checkpoint) -> bool:
+def is_plain_vit(saved: Checkpoint) -> bool:
+    """Whether a checkpoint's weights determine its model; see `tools.stored_model`."""
     if saved.kind not in ("pretraining", "classifier", "encoder"):
         return False
     try:
@@ -69,15 +76,21 @@ def _is_plain_vit(saved: Checkpoint) -> bool:
     return True
 
 
-def _registered(saved: Checkpoint) -> Classifier:
-    """The classifier that has a checkpoint's encoder, by the name of the model that the file stores."""
-    known = known_flags(saved, list(MODELS))
-    name = known.get("model")
+def stored_name(saved: Checkpoint) -> str:
+    """The name of a checkpoint's model. Raises ValueError if the file does not store it."""
+    name = known_flags(saved, list(MODELS)).get("model")
     if name is None:
         raise ValueError(
             f"{printable(saved.path)} is no plain Vision Transformer and does not store the name of its "
             "model: use a checkpoint of this toolkit, or timm/NAME"
         )
+    return name
+
+
+def _registered(saved: Checkpoint) -> Classifier:
+    """The classifier that has a checkpoint's encoder, by the name of the model that the file stores."""
+    name = stored_name(saved)
+    known = known_flags(saved, list(MODELS))
     options: dict[str, Any] = {"num_classes": 0}
     if known.get("input_size"):
         options["img_size"] = pair(known["input_size"], "input_size")

@@ -20,7 +20,7 @@ def load_kinds() -> dict[str, type[LabelKind]]:
     """Import every file of `kinds/` and collect its classes by their names."""
     found = {}
     for path in sorted(KINDS.glob("[!_]*.py")):
-        module = importlib.import_module(f"layers.positional.kinds.{path.stem}")
+        module = importlib.import_module(f"{__package__}.kinds.{path.stem}")
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, LabelKind) and "name" in vars(value):
                 found[value.name] = value

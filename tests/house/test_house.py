@@ -20,6 +20,8 @@ ROOMS = {
     "engine": "util.cluster util.data util.dist util.flags util.run util.train",
     "tools": "backbones layers models util.data util.evaluate util.files util.flags util.report util.weights",
     "doors": "tools util.files util.flags util.report",
+    "mae_pl": "tools backbones models",
+    "hub": "mae_pl",
     "mains": "engine backbones layers models util.files util.flags util.data util.dist util.evaluate "
     "util.report util.run util.train util.weights",
     "submitit": "mains util.cluster",
@@ -46,6 +48,7 @@ TOP = {
     "checkpoints": "doors",
     "visualize": "doors",
     "evidence": "evidence",
+    "hubconf": "hub",
 }
 
 
@@ -79,6 +82,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    # mae_pl loads the same files under its own name.
+    found |= {name.removeprefix("mae_pl.") for name in found if name not in MODULES}
     # The name of a package alone does not import its contents.
     ours = found & MODULES
     return {name for name in ours if not any(other.startswith(f"{name}.") for other in ours)}
