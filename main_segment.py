@@ -12,10 +12,11 @@ masks/ beside them; the layouts of ADE20K, VOC, Cityscapes and ImageNet-S are re
 Fine-tuning follows the code of ImageNet-S, which SERE's authors use: a norm and one linear layer on the patch
 tokens, and a loss on logits of twice their size.
 
-A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of --lr_grid)
-or retrieves the labels of the nearest patches of the training images (--probe knn). With --controls the same
-probe also reads the position of a patch alone, its raw pixels, a random encoder, and the tokens without and
-with their position: a score means little without these.
+A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of
+--lr_grid), solves for such a map at a grid of penalties (--probe logistic), or retrieves the labels of the
+nearest patches of the training images (--probe knn). With --controls the same probe also reads the position
+of a patch alone, its raw pixels, a random encoder, and the tokens without and with their position: a score
+means little without these.
 
 Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
 wrong input.
@@ -137,10 +138,11 @@ def add_augment_flags(g) -> None:
 
 def add_probe_flags(g) -> None:
     kinds = (
-        "freeze the encoder. linear trains a linear map of its patch tokens; knn gives a patch the labels of "
-        "the nearest patches of training images. If not given the encoder is fine-tuned"
+        "freeze the encoder. linear trains a linear map of its patch tokens; logistic solves for it; knn "
+        "gives a patch the labels of the nearest patches of training images. If not given the encoder is "
+        "fine-tuned"
     )
-    g.add_argument("--probe", default=None, choices=["linear", "knn"], help=kinds)
+    g.add_argument("--probe", default=None, choices=["linear", "logistic", "knn"], help=kinds)
     blocks = (
         "blocks whose patch tokens are joined, counted from 0, or from the end by -1; if not given the last"
     )
@@ -152,6 +154,9 @@ def add_probe_flags(g) -> None:
     g.add_argument("--controls", action="store_true", help=rows)
     grid = "factors of the learning rate of --probe linear; each has a head, and the best one is printed"
     g.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=POSITIVE, nargs="+", help=grid)
+    penalties = "inverse penalties C of --probe logistic, as scikit-learn has them; the best one is printed"
+    tens = [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0]
+    g.add_argument("--logistic_c", default=tens, type=POSITIVE, nargs="+", metavar="C", help=penalties)
     once = "--probe linear: compute features once, of whole images without augmentation, and train on them"
     g.add_argument("--cached", action="store_true", help=once)
     g.add_argument("--knn_k", default=30, type=COUNT, metavar="K", help="neighbours of --probe knn")
@@ -161,7 +166,10 @@ def add_probe_flags(g) -> None:
         type=POSITIVE,
         help="temperature of the softmax of similarities, by which the neighbours of --probe knn vote",
     )
-    patches = "most patches of training images that --probe knn remembers, drawn at random"
+    patches = (
+        "most patches of training images that --probe knn remembers and --probe logistic learns from, drawn "
+        "at random"
+    )
     g.add_argument("--knn_memory", default=1024 * 1000, type=COUNT, metavar="N", help=patches)
 
 
@@ -200,7 +208,7 @@ def add_evaluation_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -224,6 +232,7 @@ from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
 from util.evaluate.position import PositionProjection
+from util.evaluate.segments import logistic
 from util.evaluate.segments.figures import Figures, Protocol, check_windows
 from util.evaluate.segments.grading import (
     DenseProbing,
@@ -247,6 +256,7 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
+from util.files.names import counted
 from util.report.panels import Bands, save_png
 from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
@@ -390,6 +400,8 @@ class Data:
 
 
 NO_ENCODER = "--probe needs --finetune FILE, the checkpoint whose patch tokens are read"
+# Probes that leave no checkpoint to continue, and why.
+AT_ONCE = {"knn": "trains nothing", "logistic": "solves for its weights at once"}
 # Flags without which a trained segmenter or probe gives other figures. Those of its training count if they
 # are not given.
 AS_TRAINED = ("head", "layers", "lr_grid", "controls", "upsample", "window", "stride", "max_res")
@@ -443,8 +455,10 @@ def check_probe_flags(args: argparse.Namespace) -> None:
     # The file of a trained probe names its encoder.
     if not (args.finetune or args.pretrained or args.resume):
         raise ValueError(NO_ENCODER)
-    if args.probe == "knn" and any((args.eval, args.dry_run, args.cached, args.resume)):
-        raise ValueError("--probe knn trains nothing: leave --eval, --resume, --dry_run and --cached out")
+    if args.probe in AT_ONCE and any((args.eval, args.dry_run, args.cached, args.resume)):
+        raise ValueError(
+            f"--probe {args.probe} {AT_ONCE[args.probe]}: leave --eval, --resume, --dry_run and --cached out"
+        )
     if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
     check_geometry(args)
@@ -468,7 +482,7 @@ def check_geometry(args: argparse.Namespace) -> None:
 def find_start(args: argparse.Namespace) -> Start:
     """Return the run's own last checkpoint, --resume, or the encoder of --finetune."""
     output_dir = args.output_dir
-    if args.eval or args.probe == "knn":
+    if args.eval or args.probe in AT_ONCE:
         output_dir = ""
     resume = checkpoint.load_start(output_dir, args.resume)
     finetune = args.finetune or stored_flags(resume).get("finetune", "")
@@ -569,7 +583,7 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         return Data(val_loader), replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     setup = replace(setup, pixels=with_range(setup.pixels, whole.dataset, **ranged))
     check_same_depth(whole.dataset, val, args.range)
-    if args.probe != "knn":
+    if args.probe not in AT_ONCE:
         crops = build_segment_dataset(source, "train", augmentation(args, setup), masks=masks, **options)
         train = train_loader(crops, seed=args.seed, batch_size=args.batch_size, **loading)
     return Data(val_loader, train, whole), setup
@@ -852,29 +866,51 @@ def feature_loader(args: argparse.Namespace, samples: SegmentDataset) -> Batches
     return train_loader(samples, batch_size=args.batch_size, seed=args.seed, num_workers=0, pin_memory=False)
 
 
-def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
-    """Label patches by their nearest patches of the training images; write log.txt and run.json."""
+def run_at_once(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
+    """Probe by retrieval or by logistic regression, without epochs; write log.txt and run.json."""
     assert data.whole is not None
     sources = build_sources(args, setup, start, data)
     evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
     flags = flags_to_store(args, start, setup, evaluation)
     write_record(args.output_dir, flags, {"device": str(setup.device), "amp": setup.amp})
-    neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
-    memories = remember(sources, data.whole, setup, neighbours)
-    scores = scores_of(sources, memories, neighbours)
-    names = [neighbours.name(source) for source in sources.names]
+    found = {"knn": retrieval, "logistic": regression}[args.probe]
+    names, scores = found(args, sources, data.whole, setup)
 
     def predictor(batch: dict) -> Tensor:
         return evaluation.logits(scores, batch["image"])
 
-    dist.print_rank0(
-        f"{len(memories[0])} patches of {len(data.whole.dataset)} training images are remembered"
-    )
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)
     Log(args.output_dir).write_line(stats_of(figures) | {"epoch": 0})
     dist.shutdown()
     return 0
+
+
+def retrieval(
+    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """Remember patches; return names, and a function from images to the scores that neighbours give."""
+    neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
+    memories = remember(sources, whole, setup, neighbours)
+    dist.print_rank0(f"{len(memories[0])} patches of {len(whole.dataset)} training images are remembered")
+    return [neighbours.name(source) for source in sources.names], scores_of(sources, memories, neighbours)
+
+
+def regression(
+    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """Solve for linear maps at all penalties; return names, and a function from images to their logits."""
+    strengths = sorted(set(args.logistic_c))
+    sample = logistic.sample_patches(sources, whole, setup, args.knn_memory, args.seed)
+    dist.print_rank0(
+        f"logistic regression on {len(sample)} patches of {len(whole.dataset)} training images; of "
+        f"{counted(len(strengths), 'penalty', 'penalties')} the best one on the validation images is printed"
+    )
+    probes, notes = logistic.fit_probes(sources, sample, strengths)
+    for note in notes:
+        dist.print_rank0(note)
+    names = [f"{source}/C{strength:g}" for source in sources.names for strength in strengths]
+    return names, logistic.logits_of(sources, probes)
 
 
 def main(given: argparse.Namespace) -> int:
@@ -887,8 +923,8 @@ def main(given: argparse.Namespace) -> int:
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     data, setup = build_data(args, setup, start)
-    if args.probe == "knn":
-        return run_retrieval(args, start, data, setup)
+    if args.probe in AT_ONCE:
+        return run_at_once(args, start, data, setup)
     if args.probe == "linear":
         return run_linear_probe(args, start, data, setup)
     return run_finetuning(args, start, data, setup)

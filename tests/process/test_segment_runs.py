@@ -1,5 +1,6 @@
 """Whole runs of main_segment.py: fine-tuning, evaluation, probes with controls, kill and resume, ranks."""
 
+import json
 import re
 import signal
 import tarfile
@@ -209,6 +210,26 @@ def test_retrieval_reads_colours_and_places(colours, encoder, tmp_path):
     assert re.findall(r"\* \w+: mIoU.*", results[0][1]) == alone
 
 
+def test_logistic_regression_reads_places_on_any_number_of_ranks(encoder, tmp_path):
+    data = pairs(tmp_path / "set", place)
+    flags = ["--probe", "logistic", "--controls", "--logistic_c", "1", "0.01", "1", "--upsample", "nearest"]
+    run = ["--data_path", data, "--finetune", encoder]
+    text = ok(here(tmp_path / "a", *run, main=[*SEGMENT, *flags]))
+    assert miou(text, "position") == 100 and miou(text, "with_position") == 100
+    assert miou(text, "pixels") < 60, "colours tell nothing about the place"
+    assert "on 192 patches of 12 training images; of 2 penalties the best one on the validation" in text
+    assert len(re.findall(r"\n\w+: updates at C 0.01 \d+, C 1 \d+\n", text)) > 1
+    (line,) = log_lines(tmp_path / "a")
+    assert line["test_miou_position"] == 100 == line["test_miou_position_C1"] and line["epoch"] == 0
+    assert json.loads((tmp_path / "a/run.json").read_text())["flags"]["probe"] == "logistic"
+    results = ranks(2, tmp_path / "b", *run, main=[*SEGMENT, *flags])
+    assert [code for code, _ in results] == [0, 0], results
+    for lines in (r"\* \w+: mIoU.*", r"\w+: updates.*"):
+        assert re.findall(lines, results[0][1]) == re.findall(lines, text)
+    text = ok(here(tmp_path / "c", *run, "--knn_memory", 50, main=[*SEGMENT, *flags]))
+    assert "on 50 patches of 12" in text
+
+
 def test_tars_are_folders(colours, encoder, tmp_path):
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for path in sorted(colours.rglob("*.png")):
@@ -240,6 +261,7 @@ KNN = ["--probe", "knn", "--controls", "--finetune", "{encoder}"]
         (["--stride", "8"], "--stride is the step between windows"),
         (["--cache_data", "memory"], "--cache_data keeps images without their masks"),
         (["--probe", "knn", "--cached", "--finetune", "{encoder}"], "--probe knn trains nothing"),
+        (["--probe", "logistic", "--resume", "x", "--finetune", "{encoder}"], "--probe logistic solves for"),
         (["--num_classes", "1"], "num_classes"),
         (["--probe", "linear", "--finetune", "{encoder}", "--predictions", "x"], "leave it out with --probe"),
         (["--predictions", "{data}/masks/val"], "--predictions lies in --data_path"),
