@@ -23,10 +23,14 @@ wrong input.
 """
 
 import argparse
+import copy
+import functools
 import os
 import sys
+import threading
 
 from layers.sizes import classifier_names
+from util.flags import ending
 from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
@@ -64,6 +68,15 @@ def get_args_parser() -> Parser:
     return p
 
 
+class Files(argparse.Action):
+    """Stores one word as text, and several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) == 1:
+            (values,) = values
+        setattr(namespace, self.dest, values)
+
+
 def add_model_flags(g) -> None:
     names = (
         f"that of the checkpoint if the run starts from one; {', '.join(classifier_names())}, or timm/NAME"
@@ -72,9 +85,10 @@ def add_model_flags(g) -> None:
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     encoder = (
-        "pretrained encoder or classifier to fine-tune or probe: a file, a run's folder or an https address"
+        "pretrained encoder or classifier to fine-tune or probe: a file, a run's folder or an https address. "
+        "With --probe there may be several, for a table with a row for each"
     )
-    g.add_argument("--finetune", default="", help=encoder)
+    g.add_argument("--finetune", default="", nargs="+", action=Files, metavar="FILE", help=encoder)
     published = "start from the weights that timm publishes, with --model timm/NAME"
     g.add_argument("--pretrained", action="store_true", help=published)
     embedding = "positional embedding; auto: learned in fine-tuning, that of the checkpoint in a probe"
@@ -256,7 +270,9 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
+from util.files.atomic import read_json
 from util.files.names import counted
+from util.report import comparison
 from util.report.panels import Bands, save_png
 from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
@@ -425,8 +441,25 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.cache_data != "none":
         raise ValueError("--cache_data keeps images without their masks: leave it out here")
+    check_several(args)
     check_predictions(args)
     check_probe_flags(args)
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """Raise ValueError if a command with several encoders cannot make a table of them."""
+    if isinstance(args.finetune, str):
+        return
+    if not args.probe:
+        raise ValueError("several files of --finetune make a table of probes: give --probe, or one file")
+    if any((args.eval, args.resume, args.dry_run, args.max_steps)):
+        raise ValueError(
+            "several files of --finetune are probed one after the other: leave --eval, --resume, --dry_run "
+            "and --max_steps out, or give one file"
+        )
+    if not args.output_dir:
+        raise ValueError("several files of --finetune need --output_dir, where each one has a folder")
+    comparison.names_of(args.finetune)
 
 
 def check_predictions(args: argparse.Namespace) -> None:
@@ -459,9 +492,17 @@ def check_probe_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--probe {args.probe} {AT_ONCE[args.probe]}: leave --eval, --resume, --dry_run and --cached out"
         )
+    check_frozen(args)
+    check_geometry(args)
+
+
+def check_frozen(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of the training of an encoder, which a probe does not train."""
+    for name in ("head", "drop_path", "layer_decay", "grad_checkpointing"):
+        if name in given_in(args):
+            raise ValueError(f"--{name} belongs to fine-tuning: leave it out with --probe")
     if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
-    check_geometry(args)
 
 
 def check_geometry(args: argparse.Namespace) -> None:
@@ -760,7 +801,6 @@ def run_finetuning(args: argparse.Namespace, start: Start, data: Data, setup: Se
     objective.log = session.log
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     finished = fit(model, objective, optimizer, data.train, setup, open_budget(args, lr), session)
-    dist.shutdown()
     return 0 if finished else STOPPED
 
 
@@ -769,7 +809,6 @@ def evaluate_checkpoint(objective: Segmenting, saved: Checkpoint) -> int:
     checkpoint.load_strict(objective.model, saved)
     dist.print_rank0(f"evaluating {saved.path} in {objective.setup.precision}")
     objective.evaluate(objective.model)
-    dist.shutdown()
     return 0
 
 
@@ -824,7 +863,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     if data.train is None:  # --eval
         checkpoint.load_strict(objective.probes, checkpoint.to_evaluate(resume))
         objective.evaluate()
-        dist.shutdown()
         return 0
     if resume is not None:
         check_and_print_continuing(args, resume, flags)
@@ -845,7 +883,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     objective.log = session.log
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     finished = fit(objective.probes, objective, optimizer, loader, setup, open_budget(args, lr), session)
-    dist.shutdown()
     return 0 if finished else STOPPED
 
 
@@ -882,7 +919,6 @@ def run_at_once(args: argparse.Namespace, start: Start, data: Data, setup: Setup
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)
     Log(args.output_dir).write_line(stats_of(figures) | {"epoch": 0})
-    dist.shutdown()
     return 0
 
 
@@ -913,9 +949,91 @@ def regression(
     return names, logistic.logits_of(sources, probes)
 
 
+# --- one encoder or several
+
+
+def run_several(given: argparse.Namespace, device: torch.device) -> int:
+    """Probe one encoder after the other, except those that are done; write and print the table of all."""
+    names = comparison.names_of(given.finetune)
+    done = dist.compute_on_main(lambda: rows_done(given, names))
+    # The exit does not follow the first training, so signals must not be ignored after it.
+    with ending.exit_follows(False), dist.StopSignal(patience=threading.TIMEOUT_MAX) as stop:
+        for name, file in zip(names, given.finetune):
+            if name in done:
+                dist.print_rank0(f"{name} is done already: its row is that of {given.output_dir}/table.json")
+                continue
+            if stop.agreed(now=True):
+                dist.print_rank0("stopped between two encoders: the same command continues")
+                return STOPPED
+            dist.print_rank0(f"--- {name}")
+            one = of_encoder(given, name, file)
+            # Before the probe: the file of a run that goes on may change meanwhile.
+            made_of = made_of_flags(given, file)
+            code = run_one(one, device)
+            if code:
+                return code
+            done[name] = dist.compute_on_main(functools.partial(row_of, one, made_of))
+            dist.compute_on_main(functools.partial(write_table, given.output_dir, names, done))
+    for protocol, table in comparison.tables({name: done[name] for name in names}):
+        dist.print_rank0(f"{protocol}\n{table.text()}")
+    return 0
+
+
+def of_encoder(given: argparse.Namespace, name: str, file: str) -> argparse.Namespace:
+    """Return the flags of the probe of one encoder, with folders of its own."""
+    # A copy knows what the command line has given.
+    one = copy.copy(given)
+    one.finetune = file
+    one.output_dir = os.path.join(given.output_dir, name)
+    if given.log_dir:
+        one.log_dir = os.path.join(given.log_dir, name)
+    return one
+
+
+def rows_done(given: argparse.Namespace, names: list[str]) -> dict[str, comparison.Row]:
+    """Return the rows of the encoders whose probe has finished with these flags."""
+    rows = comparison.read_rows(given.output_dir)
+    made_of = {name: made_of_flags(given, file) for name, file in zip(names, given.finetune)}
+    return {name: row for name, row in rows.items() if row.made_of == made_of.get(name)}
+
+
+def made_of_flags(given: argparse.Namespace, file: str) -> dict[str, Any]:
+    """Return what decides on the figures of an encoder: the flags, and whether its file has changed."""
+    left_out = checkpoint.HARMLESS - {"data_path"} | {"finetune"}
+    flags = {name: value for name, value in vars(given).items() if name not in left_out}
+    return {"file": file, "stamp": comparison.stamp(file), "flags": checkpoint.plain_flags(flags)}
+
+
+def row_of(args: argparse.Namespace, made_of: dict[str, Any]) -> comparison.Row:
+    """Return the row of a finished probe, from the files of its run; raise ValueError if they lack it."""
+    last = 0
+    if args.probe == "linear":
+        last = args.epochs - 1
+    figures = comparison.figures_of(args.output_dir, last, (ENCODER, *CONTROLS))
+    if not figures:
+        raise ValueError(f"{args.output_dir}/log.txt has no figures of epoch {last}: remove the folder")
+    record = read_json(os.path.join(args.output_dir, "run.json"), dict)
+    return comparison.Row(figures, str(Protocol(**record["flags"]["protocol"])), made_of)
+
+
+def write_table(folder: str, names: list[str], done: dict[str, comparison.Row]) -> None:
+    with survive_full_disk():
+        comparison.write_rows(folder, {name: done[name] for name in names if name in done})
+
+
 def main(given: argparse.Namespace) -> int:
     check_flags(given)
     device = join_ranks(given)
+    if isinstance(given.finetune, str):
+        code = run_one(given, device)
+    else:
+        code = run_several(given, device)
+    dist.shutdown()
+    return code
+
+
+def run_one(given: argparse.Namespace, device: torch.device) -> int:
+    """Fine-tune or probe one encoder, or evaluate; return the exit code."""
     if given.output_dir and not (given.eval or given.dry_run):
         dist.check_folder(given.output_dir)
     start = find_start(given)

@@ -177,11 +177,11 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
     if os.path.exists(own) and not getattr(flags, "eval", False):
         return
     for name in STARTS:
-        path = getattr(flags, name, "")
-        problem = formats.problem(path)
-        if problem:
-            raise ValueError(f"--{name} {problem}")
-        _check_path(f"--{name}", path)
+        for path in _listed(getattr(flags, name, "")):
+            problem = formats.problem(path)
+            if problem:
+                raise ValueError(f"--{name} {problem}")
+            _check_path(f"--{name}", path)
 
 
 def _meant(main: str, flags: argparse.Namespace) -> str:
