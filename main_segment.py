@@ -4,6 +4,7 @@
     python main_segment.py --data_path DIR --eval --resume SEG/checkpoint-best.pth
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe linear --controls
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe knn --controls
+    python main_segment.py --data_path DIR --finetune RUN_A RUN_B RUN_C --probe logistic --output_dir OUT
 
 DIR has images/{train,val} and masks/{train,val} with index PNGs of the same names, or train/ and val/ with
 masks/ beside them; the layouts of ADE20K, VOC, Cityscapes and ImageNet-S are recognised as well. Without
@@ -16,7 +17,8 @@ A frozen probe is linear (BatchNorm without affine parameters and one linear lay
 --lr_grid), solves for such a map at a grid of penalties (--probe logistic), or retrieves the labels of the
 nearest patches of the training images (--probe knn). With --controls the same probe also reads the position
 of a patch alone, its raw pixels, a random encoder, and the tokens without and with their position: a score
-means little without these.
+means little without these. With several files after --finetune a probe reads one after the other, and makes
+one table.
 
 Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
 wrong input.

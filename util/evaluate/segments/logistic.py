@@ -58,9 +58,9 @@ def sample_patches(
             f"{capacity} patches of {width} features would take {needed / 1e9:.1f} GB, and {left / 1e9:.1f} "
             "GB are left: lower `knn_memory`, or leave `controls` out"
         )
-    # Shares of pixels need not be exact in float16, and problems of two sums of them would differ.
-    precision = dict(half=False, label_dtype=torch.float32)
-    sample = PatchSample(width, classes, capacity, setup.device, seed=seed, **precision)
+    # Shares of pixels need not be exact in float16, and then they would not add up to 1.
+    exact = torch.float32
+    sample = PatchSample(width, classes, capacity, setup.device, None, seed, False, label_dtype=exact)
     for maps, labels, numbers in training_patches(sources, loader, setup):
         sample.add(maps, labels, numbers)
     sample.gather()
