@@ -178,10 +178,15 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
         return
     for name in STARTS:
         for path in _listed(getattr(flags, name, "")):
-            problem = formats.problem(path)
-            if problem:
-                raise ValueError(f"--{name} {problem}")
-            _check_path(f"--{name}", path)
+            _check_start(f"--{name}", path)
+
+
+def _check_start(flag: str, path: str) -> None:
+    """Raise ValueError if a path is no checkpoint, or does not exist."""
+    problem = formats.problem(path)
+    if problem:
+        raise ValueError(f"{flag} {problem}")
+    _check_path(flag, path)
 
 
 def _meant(main: str, flags: argparse.Namespace) -> str:
