@@ -154,9 +154,8 @@ def add_augment_flags(g) -> None:
 
 def add_probe_flags(g) -> None:
     kinds = (
-        "freeze the encoder. linear trains a linear map of its patch tokens; logistic solves for it; knn "
-        "gives a patch the labels of the nearest patches of training images. If not given the encoder is "
-        "fine-tuned"
+        "freeze the encoder. linear trains a linear map of its patch tokens; logistic solves for it; "
+        "knn gives a patch the labels of the nearest training patches. If not given the encoder is fine-tuned"
     )
     g.add_argument("--probe", default=None, choices=["linear", "logistic", "knn"], help=kinds)
     blocks = (
