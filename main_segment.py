@@ -4,6 +4,7 @@
     python main_segment.py --data_path DIR --eval --resume SEG/checkpoint-best.pth
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe linear --controls
     python main_segment.py --model vit_small_patch16 --data_path DIR --finetune FILE --probe knn --controls
+    python main_segment.py --data_path DIR --finetune RUN_A RUN_B RUN_C --probe logistic --output_dir OUT
 
 DIR has images/{train,val} and masks/{train,val} with index PNGs of the same names, or train/ and val/ with
 masks/ beside them; the layouts of ADE20K, VOC, Cityscapes and ImageNet-S are recognised as well. Without
@@ -12,21 +13,27 @@ masks/ beside them; the layouts of ADE20K, VOC, Cityscapes and ImageNet-S are re
 Fine-tuning follows the code of ImageNet-S, which SERE's authors use: a norm and one linear layer on the patch
 tokens, and a loss on logits of twice their size.
 
-A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of --lr_grid)
-or retrieves the labels of the nearest patches of the training images (--probe knn). With --controls the same
-probe also reads the position of a patch alone, its raw pixels, a random encoder, and the tokens without and
-with their position: a score means little without these.
+A frozen probe is linear (BatchNorm without affine parameters and one linear layer for each rate of
+--lr_grid), solves for such a map at a grid of penalties (--probe logistic), or retrieves the labels of the
+nearest patches of the training images (--probe knn). With --controls the same probe also reads the position
+of a patch alone, its raw pixels, a random encoder, and the tokens without and with their position: a score
+means little without these. With several files after --finetune a probe reads one after the other, and makes
+one table.
 
 Exit codes: 0 done; 75 a signal stopped the run, its state is saved, and the same command continues it; 2
 wrong input.
 """
 
 import argparse
+import copy
+import functools
 import os
 import sys
+import threading
 
 from layers.sizes import classifier_names
 from util.files.names import counted
+from util.flags import ending
 from util.flags.data_path import DataPath
 from util.flags.groups import (
     OptimDefaults,
@@ -64,6 +71,15 @@ def get_args_parser() -> Parser:
     return p
 
 
+class Files(argparse.Action):
+    """Stores one word as text, and several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) == 1:
+            (values,) = values
+        setattr(namespace, self.dest, values)
+
+
 def add_model_flags(g) -> None:
     names = (
         f"that of the checkpoint if the run starts from one; {', '.join(classifier_names())}, or timm/NAME"
@@ -72,9 +88,10 @@ def add_model_flags(g) -> None:
     patch = "patch size, if other than the model's"
     g.add_argument("--patch_size", default=None, type=side, nargs="+", metavar=("H", "W"), help=patch)
     encoder = (
-        "pretrained encoder or classifier to fine-tune or probe: a file, a run's folder or an https address"
+        "pretrained encoder or classifier to fine-tune or probe: a file, a run's folder or an https address. "
+        "With --probe there may be several, for a table with a row for each"
     )
-    g.add_argument("--finetune", default="", help=encoder)
+    g.add_argument("--finetune", default="", nargs="+", action=Files, metavar="FILE", help=encoder)
     published = "start from the weights that timm publishes, with --model timm/NAME"
     g.add_argument("--pretrained", action="store_true", help=published)
     embedding = "positional embedding; auto: learned in fine-tuning, that of the checkpoint in a probe"
@@ -138,10 +155,10 @@ def add_augment_flags(g) -> None:
 
 def add_probe_flags(g) -> None:
     kinds = (
-        "freeze the encoder. linear trains a linear map of its patch tokens; knn gives a patch the labels of "
-        "the nearest patches of training images. If not given the encoder is fine-tuned"
+        "freeze the encoder. linear trains a linear map of its patch tokens; logistic solves for it; "
+        "knn gives a patch the labels of the nearest training patches. If not given the encoder is fine-tuned"
     )
-    g.add_argument("--probe", default=None, choices=["linear", "knn"], help=kinds)
+    g.add_argument("--probe", default=None, choices=["linear", "logistic", "knn"], help=kinds)
     blocks = (
         "blocks whose patch tokens are joined, counted from 0, or from the end by -1; if not given the last"
     )
@@ -153,6 +170,9 @@ def add_probe_flags(g) -> None:
     g.add_argument("--controls", action="store_true", help=rows)
     grid = "factors of the learning rate of --probe linear; each has a head, and the best one is printed"
     g.add_argument("--lr_grid", default=[0.1, 0.3, 1.0, 3.0, 10.0], type=POSITIVE, nargs="+", help=grid)
+    penalties = "inverse penalties C of --probe logistic, as scikit-learn has them; the best one is printed"
+    tens = [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0]
+    g.add_argument("--logistic_c", default=tens, type=POSITIVE, nargs="+", metavar="C", help=penalties)
     once = "--probe linear: compute features once, of whole images without augmentation, and train on them"
     g.add_argument("--cached", action="store_true", help=once)
     g.add_argument("--knn_k", default=30, type=COUNT, metavar="K", help="neighbours of --probe knn")
@@ -162,7 +182,10 @@ def add_probe_flags(g) -> None:
         type=POSITIVE,
         help="temperature of the softmax of similarities, by which the neighbours of --probe knn vote",
     )
-    patches = "most patches of training images that --probe knn remembers, drawn at random"
+    patches = (
+        "most patches of training images that --probe knn remembers and --probe logistic learns from, drawn "
+        "at random"
+    )
     g.add_argument("--knn_memory", default=1024 * 1000, type=COUNT, metavar="N", help=patches)
 
 
@@ -206,7 +229,7 @@ def add_evaluation_flags(g) -> None:
 
 answer_at_once(__name__, get_args_parser())  # the imports below take seconds
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -230,7 +253,7 @@ from util.data.survey.ranges import check_same_depth, kept_range, with_range
 from util.data.transforms import CropSettings
 from util.dist import fsdp
 from util.evaluate.position import PositionProjection
-from util.evaluate.segments import image_counts
+from util.evaluate.segments import image_counts, logistic
 from util.evaluate.segments.figures import Figures, Protocol, check_windows
 from util.evaluate.segments.grading import (
     DenseProbing,
@@ -254,6 +277,8 @@ from util.evaluate.segments.sources import (
     fit_projection,
     own_features,
 )
+from util.files.atomic import read_json
+from util.report import comparison
 from util.report.panels import Bands, save_png
 from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
@@ -397,6 +422,8 @@ class Data:
 
 
 NO_ENCODER = "--probe needs --finetune FILE, the checkpoint whose patch tokens are read"
+# Probes that leave no checkpoint to continue, and why.
+AT_ONCE = {"knn": "trains nothing", "logistic": "solves for its weights at once"}
 # Flags without which a trained segmenter or probe gives other figures. Those of its training count if they
 # are not given.
 AS_TRAINED = ("head", "layers", "lr_grid", "controls", "upsample", "window", "stride", "max_res")
@@ -420,8 +447,25 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.cache_data != "none":
         raise ValueError("--cache_data keeps images without their masks: leave it out here")
+    check_several(args)
     check_written(args)
     check_probe_flags(args)
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """Raise ValueError if a command with several encoders cannot make a table of them."""
+    if isinstance(args.finetune, str):
+        return
+    if not args.probe:
+        raise ValueError("several files of --finetune make a table of probes: give --probe, or one file")
+    if any((args.eval, args.resume, args.dry_run, args.max_steps)):
+        raise ValueError(
+            "several files of --finetune are probed one after the other: leave --eval, --resume, --dry_run "
+            "and --max_steps out, or give one file"
+        )
+    if not args.output_dir:
+        raise ValueError("several files of --finetune need --output_dir, where each one has a folder")
+    comparison.names_of(args.finetune)
 
 
 def check_written(args: argparse.Namespace) -> None:
@@ -452,11 +496,21 @@ def check_probe_flags(args: argparse.Namespace) -> None:
     # The file of a trained probe names its encoder.
     if not (args.finetune or args.pretrained or args.resume):
         raise ValueError(NO_ENCODER)
-    if args.probe == "knn" and any((args.eval, args.dry_run, args.cached, args.resume)):
-        raise ValueError("--probe knn trains nothing: leave --eval, --resume, --dry_run and --cached out")
+    if args.probe in AT_ONCE and any((args.eval, args.dry_run, args.cached, args.resume)):
+        raise ValueError(
+            f"--probe {args.probe} {AT_ONCE[args.probe]}: leave --eval, --resume, --dry_run and --cached out"
+        )
+    check_frozen(args)
+    check_geometry(args)
+
+
+def check_frozen(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of the training of an encoder, which a probe does not train."""
+    for name in ("head", "drop_path", "layer_decay", "grad_checkpointing"):
+        if name in given_in(args):
+            raise ValueError(f"--{name} belongs to fine-tuning: leave it out with --probe")
     if args.strategy == "fsdp" or compile_mode(args.compile, args.compile_mode, args.accum_iter):
         raise ValueError("a probe trains linear heads only: leave --strategy fsdp and --compile out")
-    check_geometry(args)
 
 
 def check_geometry(args: argparse.Namespace) -> None:
@@ -477,7 +531,7 @@ def check_geometry(args: argparse.Namespace) -> None:
 def find_start(args: argparse.Namespace) -> Start:
     """Return the run's own last checkpoint, --resume, or the encoder of --finetune."""
     output_dir = args.output_dir
-    if args.eval or args.probe == "knn":
+    if args.eval or args.probe in AT_ONCE:
         output_dir = ""
     resume = checkpoint.load_start(output_dir, args.resume)
     finetune = args.finetune or stored_flags(resume).get("finetune", "")
@@ -583,7 +637,7 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         return Data(val_loader), replace(setup, pixels=with_range(setup.pixels, val, **ranged))
     setup = replace(setup, pixels=with_range(setup.pixels, whole.dataset, **ranged))
     check_same_depth(whole.dataset, val, args.range)
-    if args.probe != "knn":
+    if args.probe not in AT_ONCE:
         crops = build_segment_dataset(source, "train", augmentation(args, setup), masks=masks, **options)
         train = train_loader(crops, seed=args.seed, batch_size=args.batch_size, **loading)
     return Data(val_loader, train, whole), setup
@@ -762,7 +816,6 @@ def run_finetuning(args: argparse.Namespace, start: Start, data: Data, setup: Se
     objective.log = session.log
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     finished = fit(model, objective, optimizer, data.train, setup, open_budget(args, lr), session)
-    dist.shutdown()
     return 0 if finished else STOPPED
 
 
@@ -771,7 +824,6 @@ def evaluate_checkpoint(objective: Segmenting, saved: Checkpoint) -> int:
     checkpoint.load_strict(objective.model, saved)
     dist.print_rank0(f"evaluating {saved.path} in {objective.setup.precision}")
     objective.evaluate(objective.model)
-    dist.shutdown()
     return 0
 
 
@@ -828,7 +880,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     if data.train is None:  # --eval
         checkpoint.load_strict(objective.probes, checkpoint.to_evaluate(resume))
         objective.evaluate()
-        dist.shutdown()
         return 0
     loader = data.train
     if args.cached and data.whole is not None:
@@ -847,7 +898,6 @@ def run_linear_probe(args: argparse.Namespace, start: Start, data: Data, setup: 
     objective.log = session.log
     optimizer = adamw(groups, lr, betas=(0.9, 0.999))
     finished = fit(objective.probes, objective, optimizer, loader, setup, open_budget(args, lr), session)
-    dist.shutdown()
     return 0 if finished else STOPPED
 
 
@@ -868,35 +918,141 @@ def feature_loader(args: argparse.Namespace, samples: SegmentDataset) -> Batches
     return train_loader(samples, batch_size=args.batch_size, seed=args.seed, num_workers=0, pin_memory=False)
 
 
-def run_retrieval(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
-    """Label patches by their nearest patches of the training images; write log.txt and run.json."""
+def run_at_once(args: argparse.Namespace, start: Start, data: Data, setup: Setup) -> int:
+    """Probe by retrieval or by logistic regression, without epochs; write log.txt and run.json."""
     assert data.whole is not None
     sources = build_sources(args, setup, start, data)
     evaluation = build_evaluation(args, setup, sources.backbone, data.val.dataset)
     flags = flags_to_store(args, start, setup, evaluation)
     write_record(args.output_dir, flags, {"device": str(setup.device), "amp": setup.amp})
-    neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
-    memories = remember(sources, data.whole, setup, neighbours)
-    scores = scores_of(sources, memories, neighbours)
-    names = [neighbours.name(source) for source in sources.names]
+    found = {"knn": retrieval, "logistic": regression}[args.probe]
+    names, scores = found(args, sources, data.whole, setup)
 
     def predictor(batch: dict) -> Tensor:
         return evaluation.logits(scores, batch["image"])
 
-    dist.print_rank0(
-        f"{len(memories[0])} patches of {counted(len(data.whole.dataset), 'training image')} are remembered"
-    )
     figures = grade(predictor, names, data.val, evaluation, setup)
     print_table(figures, data.val.dataset.classes)
     stats = stats_of(figures)
     Log(args.output_dir).write_line({"test_miou": stats[f"test_miou_{ENCODER}"]} | stats | {"epoch": 0})
-    dist.shutdown()
     return 0
+
+
+def retrieval(
+    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """Remember patches; return names, and a function from images to the scores that neighbours give."""
+    neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
+    memories = remember(sources, whole, setup, neighbours)
+    dist.print_rank0(
+        f"{len(memories[0])} patches of {counted(len(whole.dataset), 'training image')} are remembered"
+    )
+    return [neighbours.name(source) for source in sources.names], scores_of(sources, memories, neighbours)
+
+
+def regression(
+    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """Solve for linear maps at all penalties; return names, and a function from images to their logits."""
+    strengths = sorted(set(args.logistic_c))
+    sample = logistic.sample_patches(sources, whole, setup, args.knn_memory, args.seed)
+    images = counted(len(whole.dataset), "training image")
+    dist.print_rank0(
+        f"logistic regression on {len(sample)} patches of {images}; of "
+        f"{counted(len(strengths), 'penalty', 'penalties')} the best one on the validation images is printed"
+    )
+    probes, notes = logistic.fit_probes(sources, sample, strengths)
+    for note in notes:
+        dist.print_rank0(note)
+    names = [f"{source}/C{strength:g}" for source in sources.names for strength in strengths]
+    return names, logistic.logits_of(sources, probes)
+
+
+# --- one encoder or several
+
+
+def run_several(given: argparse.Namespace, device: torch.device) -> int:
+    """Probe one encoder after the other, except those that are done; write and print the table of all."""
+    names = comparison.names_of(given.finetune)
+    done = dist.compute_on_main(lambda: rows_done(given, names))
+    # The exit does not follow the first training, so signals must not be ignored after it.
+    with ending.exit_follows(False), dist.StopSignal(patience=threading.TIMEOUT_MAX) as stop:
+        for name, file in zip(names, given.finetune):
+            if name in done:
+                dist.print_rank0(f"{name} is done already: its row is that of {given.output_dir}/table.json")
+                continue
+            if stop.agreed(now=True):
+                dist.print_rank0("stopped between two encoders: the same command continues")
+                return STOPPED
+            dist.print_rank0(f"--- {name}")
+            one = of_encoder(given, name, file)
+            # Before the probe: the file of a run that goes on may change meanwhile.
+            made_of = made_of_flags(given, file)
+            code = run_one(one, device)
+            if code:
+                return code
+            done[name] = dist.compute_on_main(functools.partial(row_of, one, made_of))
+            dist.compute_on_main(functools.partial(write_table, given.output_dir, names, done))
+    for protocol, table in comparison.tables({name: done[name] for name in names}):
+        dist.print_rank0(f"{protocol}\n{table.text()}")
+    return 0
+
+
+def of_encoder(given: argparse.Namespace, name: str, file: str) -> argparse.Namespace:
+    """Return the flags of the probe of one encoder, with folders of its own."""
+    # A copy knows what the command line has given.
+    one = copy.copy(given)
+    one.finetune = file
+    one.output_dir = os.path.join(given.output_dir, name)
+    if given.log_dir:
+        one.log_dir = os.path.join(given.log_dir, name)
+    return one
+
+
+def rows_done(given: argparse.Namespace, names: list[str]) -> dict[str, comparison.Row]:
+    """Return the rows of the encoders whose probe has finished with these flags."""
+    rows = comparison.read_rows(given.output_dir)
+    made_of = {name: made_of_flags(given, file) for name, file in zip(names, given.finetune)}
+    return {name: row for name, row in rows.items() if row.made_of == made_of.get(name)}
+
+
+def made_of_flags(given: argparse.Namespace, file: str) -> dict[str, Any]:
+    """Return what decides on the figures of an encoder: the flags, and whether its file has changed."""
+    left_out = checkpoint.HARMLESS - {"data_path"} | {"finetune"}
+    flags = {name: value for name, value in vars(given).items() if name not in left_out}
+    return {"file": file, "stamp": comparison.stamp(file), "flags": checkpoint.plain_flags(flags)}
+
+
+def row_of(args: argparse.Namespace, made_of: dict[str, Any]) -> comparison.Row:
+    """Return the row of a finished probe, from the files of its run; raise ValueError if they lack it."""
+    last = 0
+    if args.probe == "linear":
+        last = args.epochs - 1
+    figures = comparison.figures_of(args.output_dir, last, (ENCODER, *CONTROLS))
+    if not figures:
+        raise ValueError(f"{args.output_dir}/log.txt has no figures of epoch {last}: remove the folder")
+    record = read_json(os.path.join(args.output_dir, "run.json"), dict)
+    return comparison.Row(figures, str(Protocol(**record["flags"]["protocol"])), made_of)
+
+
+def write_table(folder: str, names: list[str], done: dict[str, comparison.Row]) -> None:
+    with survive_full_disk():
+        comparison.write_rows(folder, {name: done[name] for name in names if name in done})
 
 
 def main(given: argparse.Namespace) -> int:
     check_flags(given)
     device = join_ranks(given)
+    if isinstance(given.finetune, str):
+        code = run_one(given, device)
+    else:
+        code = run_several(given, device)
+    dist.shutdown()
+    return code
+
+
+def run_one(given: argparse.Namespace, device: torch.device) -> int:
+    """Fine-tune or probe one encoder, or evaluate; return the exit code."""
     written = given.image_counts or not given.eval
     if given.output_dir and written and not given.dry_run:
         dist.check_folder(given.output_dir)
@@ -905,8 +1061,8 @@ def main(given: argparse.Namespace) -> int:
     pixels = Pixels(*channel_stats(args.in_chans, args.mean, args.std, start.trained))
     setup = Setup(device, resolve_amp(args.amp, device), pair(args.input_size, "--input_size"), pixels)
     data, setup = build_data(args, setup, start)
-    if args.probe == "knn":
-        return run_retrieval(args, start, data, setup)
+    if args.probe in AT_ONCE:
+        return run_at_once(args, start, data, setup)
     if args.probe == "linear":
         return run_linear_probe(args, start, data, setup)
     return run_finetuning(args, start, data, setup)

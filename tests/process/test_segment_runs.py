@@ -1,5 +1,6 @@
 """Whole runs of main_segment.py: fine-tuning, evaluation, probes with controls, kill and resume, ranks."""
 
+import json
 import re
 import signal
 import tarfile
@@ -230,6 +231,89 @@ def test_retrieval_reads_colours_and_places(colours, encoder, tmp_path):
     assert re.findall(r"\* \w+: mIoU.*", results[0][1]) == alone
 
 
+def test_logistic_regression_reads_places_on_any_number_of_ranks(encoder, tmp_path):
+    data = pairs(tmp_path / "set", place)
+    flags = ["--probe", "logistic", "--controls", "--logistic_c", "1", "0.01", "1", "--upsample", "nearest"]
+    run = ["--data_path", data, "--finetune", encoder]
+    text = ok(here(tmp_path / "a", *run, main=[*SEGMENT, *flags]))
+    assert miou(text, "position") == 100 and miou(text, "with_position") == 100
+    assert miou(text, "pixels") < 60, "colours tell nothing about the place"
+    assert "on 192 patches of 12 training images; of 2 penalties the best one on the validation" in text
+    assert len(re.findall(r"\n\w+: updates at C 0.01 \d+, C 1 \d+\n", text)) > 1
+    (line,) = log_lines(tmp_path / "a")
+    assert line["test_miou_position"] == 100 == line["test_miou_position_C1"] and line["epoch"] == 0
+    assert json.loads((tmp_path / "a/run.json").read_text())["flags"]["probe"] == "logistic"
+    results = ranks(2, tmp_path / "b", *run, main=[*SEGMENT, *flags])
+    assert [code for code, _ in results] == [0, 0], results
+    for lines in (r"\* \w+: mIoU.*", r"\w+: updates.*"):
+        assert re.findall(lines, results[0][1]) == re.findall(lines, text)
+    text = ok(here(tmp_path / "c", *run, "--knn_memory", 50, main=[*SEGMENT, *flags]))
+    assert "on 50 patches of 12" in text
+
+
+@pytest.fixture(scope="module")
+def other(encoder, tmp_path_factory):
+    """An encoder that hardly sees the image, in a file of its own name."""
+    saved = torch.load(encoder, weights_only=True)
+    saved["model"]["patch_embed.proj.weight"] *= 1e-4
+    path = tmp_path_factory.mktemp("files") / "other.pth"
+    torch.save(saved, path)
+    return path
+
+
+def rows(text):
+    """The lines of the printed tables: names and figures."""
+    return dict(re.findall(r"\n(\S+)((?:  +[\d.]+)+)(?=\n)", text))
+
+
+def test_several_encoders_make_one_table(colours, encoder, other, tmp_path):
+    main = [*SEGMENT, "--probe", "knn", "--controls", "--data_path", str(colours)]
+    alone = {}
+    for name, file in ((encoder.parent.name, encoder), ("other", other)):
+        text = ok(here(tmp_path / f"alone-{name}", "--finetune", file, main=main))
+        alone[name] = [miou(text, row) for row in ("encoder", "pixels", "random")]
+    assert alone["other"][0] != alone[encoder.parent.name][0]
+    out = tmp_path / "table"
+    both = ["--finetune", encoder.parent, other]
+    text = ok(here(out, *both, main=main))
+    table = rows(text)
+    assert list(table) == list(alone)
+    for name, figures in alone.items():
+        found = [float(cell) for cell in table[name].split()]
+        columns = re.findall(r"mIoU +(encoder.*)", text)[0].split()
+        assert [found[columns.index(row)] for row in ("encoder", "pixels", "random")] == [
+            pytest.approx(figure, abs=0.006) for figure in figures
+        ]
+        assert len(log_lines(out / name)) == 1 and (out / name / "run.json").exists()
+    shown = (out / "table.md").read_text()
+    assert shown.startswith("protocol: image resized to 32x32") and shown.count("\n| other ") == 1
+    # Nothing is done twice, and a third encoder comes in front.
+    third = tmp_path / "third.pth"
+    third.write_bytes(other.read_bytes())
+    text = ok(here(out, "--finetune", third, encoder.parent, other, main=main))
+    assert text.count("is done already") == 2 and text.count("are remembered") == 1
+    assert rows(text) == {"third": table["other"], **table}
+    # What was made with other flags, or of another file, is made again.
+    text = ok(here(out, *both, "--knn_k", 1, main=main))
+    assert "is done already" not in text and len(log_lines(out / "other")) == 2
+    third.write_bytes(encoder.read_bytes())
+    text = ok(here(out, "--finetune", third, other, "--knn_k", 1, main=main))
+    assert text.count("other is done already") == 1 and text.count("are remembered") == 1
+
+
+def test_a_stop_ends_the_whole_table_and_the_same_command_continues_it(colours, encoder, other, tmp_path):
+    main = [*PROBE, "--epochs", "2", "--data_path", str(colours), "--finetune", str(encoder), str(other)]
+    whole = ok(here(tmp_path / "whole", main=main))
+    # 3 updates an epoch: the second one of the second encoder.
+    code, text = here(tmp_path / "stopped", main=main, signal="0:7:SIGTERM")
+    assert code == 75 and "stopped by SIGTERM" in text, text
+    assert not (tmp_path / "stopped/other/log.txt").exists()
+    text = ok(here(tmp_path / "stopped", main=main))
+    assert text.count("is done already") == 1 and text.count("continuing ") == 1
+    assert rows(text) == rows(whole) and list(rows(text)) == [encoder.parent.name, "other"]
+    assert_same(last(tmp_path / "whole/other"), last(tmp_path / "stopped/other"))
+
+
 def test_tars_are_folders(colours, encoder, tmp_path):
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for path in sorted(colours.rglob("*.png")):
@@ -261,6 +345,13 @@ KNN = ["--probe", "knn", "--controls", "--finetune", "{encoder}"]
         (["--stride", "8"], "--stride is the step between windows"),
         (["--cache_data", "memory"], "--cache_data keeps images without their masks"),
         (["--probe", "knn", "--cached", "--finetune", "{encoder}"], "--probe knn trains nothing"),
+        (["--probe", "logistic", "--resume", "x", "--finetune", "{encoder}"], "--probe logistic solves for"),
+        ([*KNN, "--head", "linear"], "--head belongs to fine-tuning"),
+        ([*KNN, "--layer_decay", "0.75"], "--layer_decay belongs to fine-tuning"),
+        (["--finetune", "{encoder}", "{data}"], "several files of --finetune make a table of probes"),
+        ([*KNN, "{data}", "--max_steps", "1"], "are probed one after the other"),
+        ([*KNN, "{data}", "--output_dir", ""], "several files of --finetune need --output_dir"),
+        ([*KNN, "{encoder}"], "twice: a table has one row for each encoder"),
         (["--num_classes", "1"], "num_classes"),
         (["--probe", "linear", "--finetune", "{encoder}", "--predictions", "x"], "leave it out with --probe"),
         (["--predictions", "{data}/masks/val"], "--predictions lies in --data_path"),

@@ -177,11 +177,16 @@ def _check_starts(main: str, flags: argparse.Namespace) -> None:
     if os.path.exists(own) and not getattr(flags, "eval", False):
         return
     for name in STARTS:
-        path = getattr(flags, name, "")
-        problem = formats.problem(path)
-        if problem:
-            raise ValueError(f"--{name} {problem}")
-        _check_path(f"--{name}", path)
+        for path in _listed(getattr(flags, name, "")):
+            _check_start(f"--{name}", path)
+
+
+def _check_start(flag: str, path: str) -> None:
+    """Raise ValueError if a path is no checkpoint, or does not exist."""
+    problem = formats.problem(path)
+    if problem:
+        raise ValueError(f"{flag} {problem}")
+    _check_path(flag, path)
 
 
 def no_encoder(model: str) -> str:

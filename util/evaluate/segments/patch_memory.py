@@ -42,6 +42,9 @@ class PatchMemory:
     Raises ValueError if a value is out of range, and if there is no room for the file.
     """
 
+    # Subclasses may keep features as they are.
+    unit_length = True
+
     def __init__(
         self,
         dim: int,
@@ -104,7 +107,8 @@ class PatchMemory:
                 self._prune()
             new = slice(self._used, self._used + len(rows))
             parts = [part[rows.to(part.device)].float() for part in (features, labels)]
-            parts[0] = F.normalize(parts[0], dim=1)
+            if self.unit_length:
+                parts[0] = F.normalize(parts[0], dim=1)
             if self._stored[1].dtype == torch.uint8:
                 parts[1] = (parts[1] * 255).round()
             for stored, part in zip(self._stored, parts):

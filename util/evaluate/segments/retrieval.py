@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from util.data.contract import Batches
-from util.data.loading.loader import device_batches
 from util.data.segments.dataset import SegmentDataset
-from util.evaluate.segments.patch_memory import PatchMemory, soft_labels
-from util.evaluate.segments.sources import POSITION, Sources, as_rows
+from util.evaluate.segments.patch_memory import PatchMemory
+from util.evaluate.segments.sources import POSITION, Sources, as_rows, training_patches
 from util.train.setup import Setup
 
 # Rows of a memory that are read at a time.
@@ -46,14 +45,9 @@ def remember(
     capacity = min(neighbours.capacity, cells * len(loader.dataset))
     widths = sources.widths()
     memories = [PatchMemory(width, classes, capacity, setup.device, seed=neighbours.seed) for width in widths]
-    for batch in device_batches(loader, setup.device, setup.pixels):
-        with setup.autocast():
-            maps = sources(batch["image"])
-        labels = soft_labels(batch["mask"], sources.backbone.grid, classes).flatten(0, 2)
-        first = batch["index"].cpu()[:, None] * cells
-        numbers = (first + torch.arange(cells)).flatten()
-        for memory, part in zip(memories, maps.split(widths, dim=1)):
-            memory.add(as_rows(part).flatten(0, 1), labels, numbers)
+    for features, labels, numbers in training_patches(sources, loader, setup):
+        for memory, part in zip(memories, features.split(widths, dim=1)):
+            memory.add(part, labels, numbers)
     for memory in memories:
         memory.gather()
     return memories

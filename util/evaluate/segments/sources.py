@@ -25,6 +25,7 @@ from util.evaluate.position import (
     pixel_patches,
     position_only,
 )
+from util.evaluate.segments.patch_memory import soft_labels
 from util.train.setup import Setup
 
 ENCODER = "encoder"
@@ -144,6 +145,27 @@ def fit_projection(sources: Sources, loader: Batches[SegmentDataset], setup: Set
         statistics.add(as_rows(tokens)[readable], batch["index"][readable].cpu())
     statistics.reduce()
     return PositionProjection.fit(statistics)
+
+
+@torch.no_grad()
+def training_patches(
+    sources: Sources, loader: Batches[SegmentDataset], setup: Setup
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the patches of each batch: features of all sources (m, D), soft labels (m, K), numbers (m,).
+
+    A patch has the same number on any rank, and in any order of the images. Those that are all ignored, also
+    the patches of unreadable images, have labels of zeros. The loader has each image once, of one size, and
+    masks of that size.
+    """
+    classes = len(loader.dataset.classes)
+    grid = sources.backbone.grid
+    cells = grid[0] * grid[1]
+    for batch in device_batches(loader, setup.device, setup.pixels):
+        with setup.autocast():
+            maps = sources(batch["image"])
+        labels = soft_labels(batch["mask"], grid, classes).flatten(0, 2)
+        first = batch["index"].cpu()[:, None] * cells
+        yield as_rows(maps).flatten(0, 1), labels, (first + torch.arange(cells)).flatten()
 
 
 class FeatureSamples(SegmentDataset):
