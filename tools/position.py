@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from tools.features import ImageStream, layer_numbers, layer_tokens, load_backbo
 from util.evaluate.position import RIDGE, PositionFigures, PositionProjection, audit, gather, is_held_out
 from util.files.names import counted
 from util.report import features
+from util.report.comparison import names_of
 from util.report.tables import Table
 
 
@@ -151,13 +153,17 @@ def _plain(figures: PositionFigures) -> dict[str, Any]:
 
 
 def chart(audits: Sequence[FileAudit]) -> Figure:
-    """The figures over layers, a line for each file."""
+    """The figures over layers, a line for each file, named by the part of its path that tells it apart."""
+    names = [found.file for found in audits]
+    # One that is named twice keeps its path.
+    with suppress(ValueError):
+        names = names_of(names)
     curves = []
-    for found in audits:
+    for name, found in zip(names, audits):
         figures = list(found.layers.values())
         curves.append(
             features.PositionCurve(
-                found.file,
+                name,
                 list(found.layers),
                 [f.row_r2 for f in figures],
                 [f.column_r2 for f in figures],
