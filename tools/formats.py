@@ -393,7 +393,7 @@ def timm_file(weights: Weights, flags: Mapping[str, Any], config: dict[str, Any]
 def timm_folder(
     weights: Weights, flags: Mapping[str, Any], options: dict[str, Any], config: dict[str, Any], folder: str
 ) -> str:
-    """Write config.json and model.safetensors as timm does, and return the code that loads the folder.
+    """Write config.json and pytorch_model.bin as timm does, and return the code that loads the folder.
 
     JSON does not hold the class of a norm with another epsilon: it goes into the code.
     """
@@ -409,7 +409,8 @@ def timm_folder(
     if found := input_flags(flags):
         stored[INPUT_FIELD] = found
     os.makedirs(folder)
-    timm_file(weights, flags, config, os.path.join(folder, "model.safetensors"))
+    # Not as safetensors, which timm 1.0.21 does not read from a folder.
+    torch.save(weights, os.path.join(folder, "pytorch_model.bin"))
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(stored, f, indent=1)
     more = "".join(f", {name}={value!r}" for name, value in options.items() if name not in plain)

@@ -1,9 +1,10 @@
 """Whole programs, which run without this toolkit: ONNX files, and those of torch.export."""
 
+import contextlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -129,11 +130,22 @@ def _exported(program: Program) -> torch.export.ExportedProgram:
         return torch.export.export(program, (images,), dynamic_shapes=shapes)
     except Exception as error:  # torch has many types for what it cannot trace
         raise ValueError(
-            f"torch cannot make a program of {type(program.model).__name__}: {_first_line(error)}"
+            f"torch cannot make a program of {type(program.model).__name__}: {_reason(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no warnings, for torch's own code, which warns of itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first cause of an error; those of the converter explain themselves at length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -147,9 +159,7 @@ def _write_onnx(program: Program, facts: dict[str, Any], partial: str) -> tuple[
         )
     traced = _exported(program)
     try:
-        with warnings.catch_warnings():
-            # Of the converter's own code.
-            warnings.simplefilter("ignore")
+        with _quiet():
             found = torch.onnx.export(
                 traced,
                 input_names=[INPUT],
@@ -159,7 +169,7 @@ def _write_onnx(program: Program, facts: dict[str, Any], partial: str) -> tuple[
             )
     except Exception as error:  # torch has many types for what it cannot convert
         raise ValueError(
-            f"torch cannot convert {type(program.model).__name__} to ONNX: {_first_line(error)}"
+            f"torch cannot convert {type(program.model).__name__} to ONNX: {_reason(error)}"
         ) from error
     assert found is not None
     # Values are texts.
@@ -184,8 +194,9 @@ def _onnx_runner(program: Program, file: str) -> Runner | None:
 
 
 def _write_torchexport(program: Program, facts: dict[str, Any], partial: str) -> tuple[Runner, str]:
-    torch.export.save(_exported(program), partial, extra_files={FACTS: json.dumps(facts)})
-    return torch.export.load(partial).module(), "torch.export's program"
+    with _quiet():
+        torch.export.save(_exported(program), partial, extra_files={FACTS: json.dumps(facts)})
+        return torch.export.load(partial).module(), "torch.export's program"
 
 
 _WRITERS: dict[str, Callable[[Program, dict[str, Any], str], tuple[Runner | None, str]]] = {
