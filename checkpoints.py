@@ -1,13 +1,17 @@
 """Inspect checkpoints, and convert them from one library to another.
 
     python checkpoints.py inspect FILE...                # kind, architecture, epoch, sha256, commands
-    python checkpoints.py export FILE OUT --to encoder   # or mae, timm, hf (a folder), safetensors
+    python checkpoints.py export FILE OUT --to encoder   # or mae, timm, hf (a folder), safetensors,
+                                                         # onnx, torchexport
     python checkpoints.py import FILE OUT                # from MAE, timm, Hugging Face (a folder), DINO, SERE
 
 FILE may also be a run's folder, which stands for its checkpoint-last.pth, or an https address.
 
 Export and import run both models on the same images and print the largest difference between their outputs.
 They write nothing if it is above 1e-4. Label heads and the optimizer are left out.
+
+onnx and torchexport are whole programs. They take any number of normalised images. A classifier returns
+`logits`, an encoder `cls` and `patches`.
 """
 
 import argparse
@@ -18,7 +22,7 @@ from util.files.names import printable_lines
 from util.flags.parser import Parser, run
 
 FILE = "a checkpoint, a run's folder, which stands for its checkpoint-last.pth, or an https address"
-FORMATS = ("encoder", "mae", "timm", "hf", "safetensors")
+FORMATS = ("encoder", "mae", "timm", "hf", "safetensors", "onnx", "torchexport")
 
 
 def get_args_parser() -> Parser:
@@ -41,7 +45,10 @@ def get_args_parser() -> Parser:
     )
     export.add_argument("file", metavar="FILE", help=FILE)
     export.add_argument(
-        "out", metavar="OUT", help="encoder, mae: .pth; timm: .pth or .safetensors; hf: a new folder"
+        "out",
+        metavar="OUT",
+        help="encoder, mae: .pth; safetensors: .safetensors; timm: .pth, .safetensors, or a new folder, "
+        "which holds mean and std of the images, too; hf: a new folder; onnx: .onnx; torchexport: .pt2",
     )
     export.add_argument("--to", choices=FORMATS, default="timm", help="the format to write")
     export.add_argument(

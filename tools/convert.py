@@ -12,20 +12,25 @@ import models_mae_pl
 from backbones import registry as models
 from layers.contract import NORM_EPS
 from tools import stored_model
+from tools.deploy import programs
+from tools.deploy.inputs import INPUT_FIELD, InputFacts
+from tools.deploy.models import encoder_of
 from tools.formats import (
     DECODER,
-    INPUT_FIELD,
+    TIMM_NAME,
     Model,
     Outputs,
     appears_whole,
     hf_folder,
     hf_outputs,
-    input_flags,
     input_note,
     largest_difference,
     outputs,
     read,
     refuse_above_limit,
+    timm_file,
+    timm_folder,
+    timm_folder_outputs,
     timm_options,
     timm_outputs,
 )
@@ -36,13 +41,14 @@ from util.weights.checkpoint import save_atomic
 from util.weights.files import DIGEST, digest, load
 from util.weights.types import EPS_FLAG, Checkpoint
 
-# Format -> the endings of its files. A Hugging Face model is a folder of any name.
+# Format -> the endings of its files. '' stands for a folder. A Hugging Face model is a folder of any name.
 SUFFIXES = {
     "encoder": (".pth",),
     "mae": (".pth",),
-    "timm": (".safetensors", ".pth"),
+    "timm": (".safetensors", ".pth", ""),
     "hf": ("",),
     "safetensors": (".safetensors",),
+    **programs.SUFFIXES,
 }
 
 
@@ -72,17 +78,18 @@ def export(
     of their position. Returns the largest difference between both models' outputs for two images. Raises
     ValueError for weights that the other library's model cannot hold, and if the outputs differ too much.
     """
-    if not out.endswith(SUFFIXES[to]):
-        raise ValueError(f"`to` {to} writes {' or '.join(SUFFIXES[to])}, found {out}")
+    _check_request(out, to, remove_position)
+    if to in programs.SUFFIXES:
+        return programs.export_program(path, out, to)
     checkpoint = read(path)
     # The file itself, if `path` is a run's folder.
     path = checkpoint.path
     source = stored_model.model_of(checkpoint)
     if remove_position is not None:
-        checkpoint = _without_position(checkpoint, source, remove_position, to)
+        checkpoint = _without_position(checkpoint, source, remove_position)
         source = stored_model.model_of(checkpoint)
     if to == "encoder":
-        checkpoint = _encoder_of(checkpoint, source)
+        checkpoint = encoder_of(checkpoint, source)
     elif to != "safetensors" and "pos_embed" not in checkpoint.model:
         _add_pos_embed(checkpoint, source, pos_embed_init)
         if pos_embed_init != "zero":
@@ -101,10 +108,29 @@ def export(
         difference = largest_difference(source, written.outputs, full)
         refuse_above_limit(difference, path, written.model)
     compared = f"the {_compared(arch, full)} of {written.model}"
-    print(f"wrote {out}; largest difference to {compared}: {difference:.2g}\n{written.usage.format(out=out)}")
+    # Not by `format`: the code that loads a file may have braces of its own.
+    usage = written.usage.replace("{out}", out)
+    print(f"wrote {out}; largest difference to {compared}: {difference:.2g}\n{usage}")
     if written.note:
         print(written.note)
     return difference
+
+
+def _check_request(out: str, to: str, remove_position: str | None) -> None:
+    """Raise ValueError if a format's files do not have the ending of `out`, or cannot lose positions."""
+    if remove_position is not None and to != "timm":
+        raise ValueError(
+            f"`remove_position` needs `to` timm, found {to}: the projection is a matrix after the final "
+            "norm, which the norm cannot hold; timm's model has it as its head, and readers of other formats "
+            "take a head for that of classes, or leave it out"
+        )
+    suffixes = SUFFIXES[to]
+    # A folder for timm has no suffix, so that a mistyped one is not taken for a folder's.
+    is_folder = "" in suffixes and (len(suffixes) == 1 or not os.path.splitext(out.rstrip("/"))[1])
+    if is_folder or out.endswith(tuple(filter(None, suffixes))):
+        return
+    kinds = [suffix or "a folder, whose name has no suffix" for suffix in suffixes]
+    raise ValueError(f"`to` {to} writes {' or '.join(kinds)}, found {out}")
 
 
 def _compared(arch: Architecture, full: bool) -> str:
@@ -115,42 +141,18 @@ def _compared(arch: Architecture, full: bool) -> str:
     return "tokens"
 
 
-def _encoder_of(checkpoint: Checkpoint, source: Model) -> Checkpoint:
-    """Return the encoder alone, and turn `source` into its model.
-
-    The norm after the mean becomes the norm of each token.
-    """
-    weights = {
-        k.replace("fc_norm.", "norm."): v
-        for k, v in checkpoint.model.items()
-        if not k.startswith((*DECODER, "head."))
-    }
-    if not isinstance(source, models_mae_pl.MaskedAutoencoderViT):
-        source.num_classes = 0
-        if source.fc_norm is not None:
-            source.norm = source.fc_norm
-    return Checkpoint(checkpoint.path, weights, checkpoint.args)
-
-
-def _without_position(checkpoint: Checkpoint, source: Model, images: str, to: str) -> Checkpoint:
+def _without_position(checkpoint: Checkpoint, source: Model, images: str) -> Checkpoint:
     """The encoder with a linear head that projects the position out of each token after the final norm.
 
-    Such a projection mixes channels, so that no norm can hold it: a norm scales each channel alone. Raises
-    ValueError for formats whose readers leave a head out.
+    Such a projection mixes channels, so that no norm can hold it: a norm scales each channel alone.
     """
-    if to != "timm":
-        raise ValueError(
-            f"`remove_position` needs `to` timm, found {to}: the projection is a matrix after the final "
-            "norm, which the norm cannot hold; timm's model has it as its head, and readers of other formats "
-            "take a head for that of classes, or leave it out"
-        )
     # It imports the library of charts, which other exports do not need.
     from tools.position import fit_removal
 
     # First, because the norm of `source` moves.
     projection = fit_removal(source, checkpoint.args, images)
     print("the written model.head(model.forward_features(images)) are the tokens without their position")
-    encoder = _encoder_of(checkpoint, source)
+    encoder = encoder_of(checkpoint, source)
     removal = projection.basis @ projection.basis.t()  # (C, C)
     head = torch.eye(source.dim, dtype=torch.float64) - removal
     # x - removal (x - mean).
@@ -227,36 +229,49 @@ def _reloaded(file: str, arch: Architecture) -> Outputs:
 
 
 def _write_timm(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
-    from safetensors.torch import load_file, save_file
-
-    weights = {k: v.contiguous() for k, v in checkpoint.model.items() if not k.startswith(DECODER)}
-    place = "not in this file, which holds weights only"
-    if partial.endswith(".pth"):
-        torch.save(weights, partial)
-        weights = torch.load(partial, weights_only=True)
-    else:
-        metadata = {}
-        if found := input_flags(checkpoint.args):
-            metadata["args"] = json.dumps(found)
-            place = "in its metadata"
-        save_file(weights, partial, metadata=metadata or None)
-        weights = load_file(partial)
+    facts = InputFacts.of(checkpoint, source.img_size, source.in_chans)
+    config = facts.timm_config(arch.classes, checkpoint.classes)
     options = timm_options(arch, source.trunk, source.img_size)
     keywords = ", ".join(f"{k}={v!r}" for k, v in options.items())
-    usage = f"timm.create_model('vit_base_patch16_224', checkpoint_path='{{out}}', {keywords})"
-    note = input_note(checkpoint.args, "timm", place)
-    return Written(timm_outputs(weights, options), "timm's VisionTransformer", usage, note)
+    weights = {k: v.contiguous() for k, v in checkpoint.model.items() if not k.startswith(DECODER)}
+    place = "in its metadata"
+    usage = (
+        f"timm.create_model({TIMM_NAME!r}, checkpoint_path='{{out}}', {keywords}, pretrained_cfg={config!r})"
+    )
+    if partial.endswith(".pth"):
+        place = "not in this file, which holds weights only"
+        torch.save(weights, partial)
+        weights = torch.load(partial, weights_only=True)
+        theirs = timm_outputs(weights, options)
+    elif partial.endswith(".safetensors"):
+        weights = timm_file(weights, checkpoint.args, config, partial)
+        theirs = timm_outputs(weights, options)
+    else:
+        place = f"{INPUT_FIELD} in config.json"
+        usage = timm_folder(weights, checkpoint.args, options, config, partial)
+        theirs = timm_folder_outputs(partial, options)
+    note = _joined(input_note(checkpoint.args, "timm", place), facts.note())
+    return Written(theirs, "timm's VisionTransformer", usage, note)
+
+
+def _joined(*lines: str) -> str:
+    return "\n".join(filter(None, lines))
 
 
 def _write_hf(checkpoint: Checkpoint, arch: Architecture, source: Model, partial: str) -> Written:
     heads, decoder_heads, _ = stored_model.heads_of(arch, checkpoint.args)
-    name = hf_folder(checkpoint, arch, (heads, decoder_heads), partial)
+    facts = InputFacts.of(checkpoint, source.img_size, source.in_chans)
+    name = hf_folder(checkpoint, arch, (heads, decoder_heads), facts, partial)
     extra = ""
     if name == "ViTModel":
         extra = ", add_pooling_layer=False"
     usage = f"transformers.{name}.from_pretrained('{{out}}'{extra})"
     theirs = hf_outputs(partial, arch.decoder_depth > 0, arch.classes)
-    note = input_note(checkpoint.args, "transformers", f"{INPUT_FIELD} in config.json")
+    note = _joined(
+        input_note(checkpoint.args, "transformers", f"{INPUT_FIELD} in config.json"),
+        facts.hf_note(),
+        facts.note(),
+    )
     return Written(theirs, f"transformers' {name}", usage, note)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from layers.contract import NORM_EPS, Trunk
 from models_mae_pl import MaskedAutoencoderViT, random_masking
 from models_vit import VisionTransformer
+from tools.deploy.inputs import INPUT_FIELD, INPUT_NAMES, InputFacts, input_flags
 from util.files import LAST_CHECKPOINT
 from util.files.atomic import read_json
 from util.files.formats import hf_import, hf_weights
@@ -38,9 +39,6 @@ LIMIT = 1e-4
 # The mask ratio of the comparison.
 MASK_RATIO = 0.75
 DECODER = ("decoder_", "mask_token")
-# The field of a configuration that holds `input_flags`, and the same in the metadata of timm's files.
-INPUT_FIELD = "mae_pl_input"
-INPUT_NAMES = ("range", "mean", "std", "channels", "bands", "alpha", "exif")
 MOST_NUMBERS = 6  # of a flag in messages
 # Weights of pretraining objectives, which neither the plain Vision Transformer nor its decoder has.
 LABEL_HEADS = ("pos_head.", "sr_", "ibot_head.", "masked_embed", "channel_sere", "pixel_sere")
@@ -162,17 +160,6 @@ def _hf_name(part: str, prefix: str) -> str:
 
 
 # -- what an image is ----------------------------------------------------------------------------------------
-def input_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint's flags that say how images become the model's input, if they are not 8-bit RGB.
-
-    Grey images of 8 bits with all of their channels are usual as well.
-    """
-    usual = flags.get("in_chans", 3) in (1, 3) and not (flags.get("range") or flags.get("channels"))
-    if usual:
-        return {}
-    return {name: flags[name] for name in INPUT_NAMES if flags.get(name) not in (None, "drop", "ignore")}
-
-
 def input_note(flags: Mapping[str, Any], library: str, place: str) -> str:
     """Say what another library does not do with images; '' for usual ones. `place` is where it is stored."""
     found = input_flags(flags)
@@ -208,10 +195,18 @@ def read(path: str) -> Checkpoint:
     names are kept. Raises ValueError for a Hugging Face file without its folder, and for models with a
     distillation token.
     """
+    return readable(load_any(path))
+
+
+def load_any(path: str) -> Checkpoint:
+    """Any checkpoint as it is stored, or a Hugging Face folder under our names."""
     if is_hf_folder(path):
-        checkpoint = _read_hf_folder(path)
-    else:
-        checkpoint = load(path)
+        return _read_hf_folder(path)
+    return load(path)
+
+
+def readable(checkpoint: Checkpoint) -> Checkpoint:
+    """What `read` returns of a checkpoint; raises ValueError as it does."""
     path = checkpoint.path
     if checkpoint.kind == "huggingface":
         folder = os.path.dirname(path)
@@ -334,6 +329,10 @@ def appears_whole(out: str, path: str) -> Iterator[str]:
 
 
 # -- timm ----------------------------------------------------------------------------------------------------
+# The architecture in timm that the options make others of.
+TIMM_NAME = "vit_base_patch16_224"
+
+
 class NormOf(functools.partial):
     """A layer norm of some epsilon, shown as the Python code that makes it."""
 
@@ -342,7 +341,7 @@ class NormOf(functools.partial):
 
 
 def timm_options(arch: Architecture, trunk: Trunk, img_size: tuple[int, int]) -> dict[str, Any]:
-    """Keywords that make timm's `vit_base_patch16_224` a model of this architecture."""
+    """Keywords that make timm's `TIMM_NAME` a model of this architecture."""
     norm = {}
     if trunk.norm_eps != NORM_EPS:
         norm["norm_layer"] = NormOf(torch.nn.LayerNorm, eps=trunk.norm_eps)
@@ -368,10 +367,62 @@ def timm_outputs(weights: Weights, options: dict[str, Any]) -> Outputs:
     import timm
 
     # timm annotates no more than a module.
-    model: Any = timm.create_model("vit_base_patch16_224", **options).eval()
+    model: Any = timm.create_model(TIMM_NAME, **options).eval()
     # A model without positional embedding is one with a zero embedding.
     table = {"pos_embed": torch.zeros_like(model.pos_embed)}
     model.load_state_dict(table | {k: v for k, v in weights.items() if not k.startswith(DECODER)})
+    if options["num_classes"]:
+        return lambda images, noise: model(images)
+    return lambda images, noise: model.forward_features(images)
+
+
+def timm_file(weights: Weights, flags: Mapping[str, Any], config: dict[str, Any], file: str) -> Weights:
+    """Write weights as safetensors, with what timm's readers of weights ignore, and return them read back.
+
+    The metadata are `pretrained_cfg`, which is `config`, and `args`, the flags of unusual images.
+    """
+    from safetensors.torch import load_file, save_file
+
+    metadata = {"pretrained_cfg": json.dumps(config)}
+    if found := input_flags(flags):
+        metadata["args"] = json.dumps(found)
+    save_file(weights, file, metadata=metadata)
+    return load_file(file)
+
+
+def timm_folder(
+    weights: Weights, flags: Mapping[str, Any], options: dict[str, Any], config: dict[str, Any], folder: str
+) -> str:
+    """Write config.json and pytorch_model.bin as timm does, and return the code that loads the folder.
+
+    JSON does not hold the class of a norm with another epsilon: it goes into the code.
+    """
+    plain = {name: value for name, value in options.items() if name != "norm_layer"}
+    stored = {
+        "architecture": TIMM_NAME,
+        "num_classes": options["num_classes"],
+        "num_features": options["embed_dim"],
+        "global_pool": options["global_pool"],
+        "model_args": plain,
+        "pretrained_cfg": config,
+    }
+    if found := input_flags(flags):
+        stored[INPUT_FIELD] = found
+    os.makedirs(folder)
+    # Not as safetensors, which timm 1.0.21 does not read from a folder.
+    torch.save(weights, os.path.join(folder, "pytorch_model.bin"))
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(stored, f, indent=1)
+    more = "".join(f", {name}={value!r}" for name, value in options.items() if name not in plain)
+    return f"timm.create_model('local-dir:{{out}}', pretrained=True{more})"
+
+
+def timm_folder_outputs(folder: str, options: dict[str, Any]) -> Outputs:
+    """The outputs of timm's model in a folder."""
+    import timm
+
+    norm = {name: value for name, value in options.items() if name == "norm_layer"}
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, **norm).eval()
     if options["num_classes"]:
         return lambda images, noise: model(images)
     return lambda images, noise: model.forward_features(images)
@@ -401,10 +452,13 @@ def hf_outputs(folder: str, full: bool, classes: int) -> Outputs:
     return lambda images, noise: model(images).last_hidden_state
 
 
-def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int], folder: str) -> str:
+def hf_folder(
+    checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int], facts: InputFacts, folder: str
+) -> str:
     """Write config.json and model.safetensors of the Hugging Face class that fits, and return its name.
 
-    `heads` are the numbers of attention heads of encoder and decoder. Raises ValueError for what Hugging
+    `heads` are the numbers of attention heads of encoder and decoder. If transformers has a processor of
+    such images, preprocessor_config.json describes it. Raises ValueError for what Hugging
     Face's classes cannot hold: rectangles in ViTMAE, the mean of the patch tokens before a classifier.
     """
     from safetensors.torch import save_file
@@ -424,6 +478,9 @@ def hf_folder(checkpoint: Checkpoint, arch: Architecture, heads: tuple[int, int]
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config, f, indent=1)
+    if not facts.without_processor():
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
+            json.dump(facts.hf_processor(), f, indent=1)
     prefix = "vit."
     if name == "ViTModel":
         prefix = ""

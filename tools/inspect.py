@@ -3,7 +3,8 @@
 import hashlib
 
 from tools import stored_model
-from tools.formats import INPUT_NAMES, input_flags, is_hf_folder, read, short_list
+from tools.deploy.inputs import INPUT_NAMES, input_flags
+from tools.formats import is_hf_folder, read, short_list
 from util.data.sources.image_index import some_names
 from util.weights.architecture import SO_VIT, Architecture, architecture, num_parameters
 from util.weights.files import load
