@@ -57,12 +57,12 @@ lint: $(VENV)/dev
 coverage: $(VENV)/dev
 	$(BIN)/python -m pytest $(QUICK) --cov --cov-report=term-missing:skip-covered
 
-# The web site of the pages, in runs/docs/site. A broken link ends it.
+# The web site of the pages, in runs/docs/site. A broken link ends it, but not with --quiet.
 docs: $(VENV)/docs
 	rm -rf runs/docs
 	mkdir -p runs/docs/pages
 	cp -r --parents $(PAGES) runs/docs/pages
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
