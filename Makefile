@@ -61,7 +61,7 @@ coverage: $(VENV)/dev
 docs: $(VENV)/docs
 	rm -rf runs/docs
 	mkdir -p runs/docs/pages
-	cp -r --parents $(PAGES) runs/docs/pages
+	tar cf - $(PAGES) | tar xf - -C runs/docs/pages
 	$(BIN)/mkdocs build --strict
 
 $(BIN)/python:
