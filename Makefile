@@ -6,10 +6,14 @@ OLDEST := .venv-oldest
 DEMO_DIR := runs/demo
 MAYBE_NATIVE = $(BIN)/python -m util.data.native build 2>&1 | head -n 1
 
+# What the web site shows, and what its pages link.
+PAGES := *.md CITATION.cff docs recipes benchmarks/README.md evidence/recipes tests/method/*.py \
+    evidence/results/gpu/nvidia-h200/table.md
+
 # The tests of parts: no processes, no training, nothing that takes seconds. Idle workers take tests from busy ones.
 QUICK := -q -n 2 --dist worksteal -m "not slow" tests/unit tests/method
 
-.PHONY: demo quick test coverage oldest native gpu lint clean
+.PHONY: demo quick test coverage oldest native gpu lint docs clean
 
 demo: $(VENV)/base
 	@$(MAYBE_NATIVE)
@@ -53,6 +57,13 @@ lint: $(VENV)/dev
 coverage: $(VENV)/dev
 	$(BIN)/python -m pytest $(QUICK) --cov --cov-report=term-missing:skip-covered
 
+# The web site of the pages, in runs/docs/site. A broken link ends it, but not with --quiet.
+docs: $(VENV)/docs
+	rm -rf runs/docs
+	mkdir -p runs/docs/pages
+	tar cf - $(PAGES) | tar xf - -C runs/docs/pages
+	$(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -63,6 +74,10 @@ $(VENV)/base: pyproject.toml | $(BIN)/python
 
 $(VENV)/test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@ $(VENV)/base
+
+$(VENV)/docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e ".[docs]"
 	@touch $@ $(VENV)/base
 
 # Everything for `test`, and the tools of `lint` and `coverage`.

@@ -1,6 +1,6 @@
 """The optional native library: from a JPEG's bytes to a cropped, resized and flipped uint8 image in one call.
 
-    python -m util.data.native build     needs a C compiler and the headers of libjpeg-turbo; see README.md
+    python -m util.data.native build     needs a C compiler and libjpeg-turbo's headers; see docs/install.md
 
 It is plain C behind ctypes. It therefore works with every version of Python and torch, and it runs without
 the interpreter's lock. Without the library, images are decoded as a whole (by torchcodec, torchvision or PIL)
