@@ -14,21 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.registry import MODELS, build_classifier, norm_options, trained_options
 from layers.classifier import Classifier
 from layers.contract import Backbone
 from tools import stored_model
+from tools.deploy.models import registered_classifier
 from tools.draw import stats_of
-from tools.features import backbone_of, is_plain_vit, stored_name
+from tools.features import backbone_of, is_plain_vit
 from util.data.formats import ReadSettings, decode, image_to_tensor
 from util.data.formats.arrays import as_tensor
 from util.data.formats.settings import depth_name
 from util.data.pixels import BYTE_RANGE, Pixels, split_range
 from util.data.transforms import CenterCrop, eval_transform
 from util.files.names import printable
-from util.flags.groups import pair
 from util.weights import checkpoint
-from util.weights.types import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -229,27 +227,9 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
     if is_plain_vit(saved):
         model = stored_model.model_of(saved)
     else:
-        model = _registered_classifier(saved)
+        model = registered_classifier(saved)
     if not model.num_classes:
         raise ValueError(f"{printable(saved.path)} has no class head: load it as an encoder")
     transform = ImageTransform.of(model, saved.args)
     model.requires_grad_(False)
     return TrainedClassifier(model, transform, list(saved.classes or [])).eval()
-
-
-def _registered_classifier(saved: Checkpoint) -> Classifier:
-    name = stored_name(saved)
-    flags = saved.args
-    options = trained_options(flags) | norm_options(name, flags)
-    options["num_classes"] = len(saved.classes or [])
-    if flags.get("input_size"):
-        options["img_size"] = pair(flags["input_size"], "input_size")
-    for key in ("in_chans", "patch_embed", "pos_label", "pos_tokens"):
-        if flags.get(key) is not None:
-            options[key] = flags[key]
-    model = build_classifier(name, **options)
-    checkpoint.load_strict(model, saved)
-    return model.eval()
-
-
-__all__ = ["MODELS", "Encoder", "ImageTransform", "TrainedClassifier", "load_classifier", "load_encoder"]

@@ -187,3 +187,18 @@ def test_all_modules_of_the_checkout_are_rewritten():
 def test_imports_are_rewritten(code, rewritten):
     tree = Rewritten().visit(ast.parse(code))
     assert ast.unparse(ast.fix_missing_locations(tree)) == rewritten
+
+
+def test_a_classifier_of_another_backbone_is_found_by_its_name(tmp_path):
+    run = ["--model", "swin_pico", "--input_size", 64, "--epochs", 1, "--batch_size", 20]
+    code, text = here(tmp_path, *run, main=FINETUNE)
+    assert code == 0, text
+    found = mae_pl.classifier(tmp_path)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    weights = torch.load(tmp_path / "checkpoint-last.pth")["model"]
+    pooled = found.model.pool_tokens(found.model.forward_features(images))
+    expected = pooled @ weights["head.weight"].T + weights["head.bias"]
+    torch.testing.assert_close(found(images), expected)
+    features = mae_pl.encoder(tmp_path).features(images)
+    assert features["cls"] is None
+    torch.testing.assert_close(features["mean"], pooled, rtol=1e-4, atol=1e-5)

@@ -70,7 +70,7 @@ def program_of(path: str) -> tuple[Program, Checkpoint]:
     checkpoint.drop_optimizer()
     model: Backbone
     if checkpoint.kind == "classifier" and not _is_plain(checkpoint):
-        model = _registered(checkpoint)
+        model = registered_classifier(checkpoint)
     elif checkpoint.kind == "classifier" and "dist_token" in checkpoint.model:
         model = stored_model.model_of(checkpoint)
     else:
@@ -97,8 +97,11 @@ def _is_plain(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _registered(saved: Checkpoint) -> Classifier:
-    """The classifier of a checkpoint, by the name of the model that the file stores."""
+def registered_classifier(saved: Checkpoint) -> Classifier:
+    """The classifier of a checkpoint with its weights, by the name of the model that the file stores.
+
+    Raises ValueError if the file does not store it, and if the weights do not fit.
+    """
     known = known_flags(saved, list(MODELS))
     name = known.get("model")
     if name is None:
