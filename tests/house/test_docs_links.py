@@ -116,7 +116,7 @@ def test_commands_parse(monkeypatch):
 
 def test_a_command_that_does_not_parse_is_found():
     block = "```sh\npython main_pretrain.py --epochs 3 \\\n    --mask 1   # a note\n```\n"
-    found = commands(f"{block}`python visualize.py` and `python main_sere.py ...` or `python main_sere.py -h`")
+    found = commands(f"{block}`python visualize.py`, `python main_sere.py ...`, `python main_sere.py -h`")
     assert found == [("main_pretrain", ["--epochs", "3", "--mask", "1"]), ("main_sere", ["-h"])]
     with pytest.raises(SystemExit):
         parser_of("main_pretrain").parse_args(["--no_such_flag", "1"])
