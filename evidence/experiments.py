@@ -35,8 +35,7 @@ class Experiment:
     columns: tuple[Column, ...]
     data: str = "mini_imagenet20"
     shared: dict[str, Setting] = field(default_factory=dict)
-    # Figures of the title: (folder of the follow-up run, source of features), which get differences with
-    # intervals over images.
+    # {title: (follow-up run, source of features)} of scores whose differences get intervals over images.
     dense: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -66,7 +65,7 @@ PROBED = (
     Column("kNN, class token %", "linprobe/knn20_cls"),
 )
 # Of frozen patch tokens, mIoU: as they are, without what tells the position of a patch, and with the
-# position beside them. The last column is an encoder with random weights.
+# position beside them; "random" is an encoder of random weights. Title: (follow-up run, source of features).
 DENSE_ROWS = {
     f"{probe}: {title}": (folder, row)
     for folder, probe in (("segment", "kNN"), ("segment-2", "linear"))
@@ -76,6 +75,12 @@ DENSE_ROWS = {
         ("with_position", "with position"),
         ("random", "random encoder"),
     )
+}
+# Those of the test images have differences only.
+TESTED_ROWS = {
+    "kNN on test: mIoU": ("segment-3", "encoder"),
+    "kNN on test: without position": ("segment-3", "without_position"),
+    "kNN on test: with position": ("segment-3", "with_position"),
 }
 DENSE = tuple(Column(title, f"{folder}/test_miou_{row}") for title, (folder, row) in DENSE_ROWS.items())
 # The number of dimensions that the features fill: exp of the entropy of their normalised singular values.
@@ -153,7 +158,7 @@ EXPERIMENTS = {
         "Segments of streets, pretrained on crops of them",
         (PIXEL, *PLACE, *DENSE),
         "camvid/images",
-        dense=DENSE_ROWS,
+        dense=DENSE_ROWS | TESTED_ROWS,
     ),
     "dense_objects": Experiment(
         PRETRAIN,
