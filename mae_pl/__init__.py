@@ -57,8 +57,10 @@ def model(name: str, **options: Any) -> "nn.Module":
     """
     from mae_pl.backbones.registry import build_classifier
     from mae_pl.models_mae_pl import MODELS
+    from mae_pl.util.flags.early import check_model
 
-    if name in MODELS:
+    if name.startswith("mae_"):
+        check_model("main_pretrain", name, list(MODELS))
         return MODELS[name](**options)
     return build_classifier(name, **options)
 

@@ -94,13 +94,13 @@ class ImageTransform:
     def _channels_first(self, values: Tensor) -> Tensor:
         if values.ndim == 2:
             values = values[None]
-        if values.ndim != 3:
+        if values.ndim != 3 or not values.numel():
             raise ValueError(
                 f"an image has the shape (H, W), (H, W, C) or (C, H, W), found {tuple(values.shape)}: give "
                 "one image at a time"
             )
         channels = self.read.in_chans
-        if values.shape[0] != channels and values.shape[2] == channels:
+        if values.shape[0] not in (1, channels) and values.shape[2] in (1, channels):
             values = values.permute(2, 0, 1).contiguous()
         if values.shape[0] == 1 and channels == 3:
             values = values.expand(3, -1, -1)
@@ -122,7 +122,8 @@ def _of_bytes(values: Tensor) -> Tensor:
     Raises ValueError for other floats.
     """
     low, high = (float(end) for end in values.aminmax())
-    if low < 0 or high > 1:
+    # Comparisons with nan are false.
+    if not (low >= 0 and high <= 1):
         raise ValueError(
             f"floats are between 0 and 1 for this model of 8-bit images, found {low:g} to {high:g}: give "
             "uint8, or divide by 255"

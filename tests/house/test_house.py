@@ -20,7 +20,7 @@ ROOMS = {
     "engine": "util.cluster util.data util.dist util.flags util.run util.train",
     "tools": "backbones layers models util.data util.evaluate util.files util.flags util.report util.weights",
     "doors": "tools util.files util.flags util.report",
-    "mae_pl": "tools backbones models",
+    "mae_pl": "tools backbones models util.flags",
     "hub": "mae_pl",
     "mains": "engine backbones layers models util.files util.flags util.data util.dist util.evaluate "
     "util.report util.run util.train util.weights",

@@ -92,6 +92,8 @@ def test_the_transform_is_that_of_the_mains(trained, tmp_path):
     tensor = torch.as_tensor(array).permute(2, 0, 1)
     for given in (path, str(path), image, array, tensor, np.ascontiguousarray(tensor)):
         assert torch.equal(encoder.transform(given), expected)
+    grey = encoder.transform(array[..., :1])
+    assert torch.equal(grey, encoder.transform(array[..., 0])) and grey.shape == expected.shape
     # As torchvision's ToTensor gives them; other floats are resized without rounding.
     assert torch.equal(encoder.transform(tensor / 255), expected)
     smooth = torch.full((3, 50, 70), 0.3333)
@@ -110,6 +112,8 @@ def test_the_transform_is_that_of_the_mains(trained, tmp_path):
         (np.full((40, 40, 3), 128.0), "between 0 and 1 for this model of 8-bit images, found 128"),
         (np.zeros((40, 40, 3), np.uint16), "trained on images of 8 bits"),
         (np.array(["text"]), "no pixels"),
+        (np.zeros((0, 5, 3), np.uint8), "give one image at a time"),
+        (np.full((40, 40, 3), np.nan), "between 0 and 1 .*, found nan"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(trained, image, message):
@@ -159,6 +163,8 @@ def test_one_number_stands_for_a_square():
     with pytest.raises(ValueError, match="does not take `image_size`"):
         mae_pl.model("mae_vit_pico_patch8", image_size=64)
     assert {"mae_vit_base_patch16", "swin_tiny", "vit_base_patch16"} <= {*mae_pl.names()}
+    with pytest.raises(ValueError, match="did you mean mae_vit_base_patch16"):
+        mae_pl.model("mae_vit_bse_patch16")
     # The tests add a model of their own.
     assert {*models_mae_pl.MODELS} - {"mae_test"} <= {*mae_pl.names()} <= {*dir(hubconf)}
 
