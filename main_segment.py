@@ -271,6 +271,7 @@ from util.evaluate.segments.retrieval import Neighbours, remember, scores_of
 from util.evaluate.segments.sources import (
     CONTROLS,
     ENCODER,
+    CheckedBatches,
     Probes,
     Sources,
     cached_features,
@@ -282,7 +283,7 @@ from util.report import comparison
 from util.report.panels import Bands, save_png
 from util.report.segments import SegmentView, segment_panel
 from util.run.frozen import check_encoder
-from util.run.guards import survive_full_disk
+from util.run.guards import BadImages, survive_full_disk
 from util.run.log import Log
 from util.run.plan import write_record
 from util.run.session import (
@@ -418,7 +419,7 @@ class Data:
 
     val: Batches[SegmentDataset]
     train: Batches[SegmentDataset] | None = None
-    whole: Batches[SegmentDataset] | None = None
+    whole: CheckedBatches | None = None
 
 
 NO_ENCODER = "--probe needs --finetune FILE, the checkpoint whose patch tokens are read"
@@ -625,7 +626,8 @@ def build_data(args: argparse.Namespace, setup: Setup, start: Start) -> tuple[Da
         if args.photo is None:
             plain = once.depth == torch.uint8 and args.in_chans == 3 and not args.channels
             args.photo = plain and not args.probe
-        whole = eval_loader(once, batch_size=args.batch_size, **loading)
+        unreadable = BadImages(once, args.output_dir, args.max_bad_images)
+        whole = CheckedBatches(eval_loader(once, batch_size=args.batch_size, **loading), unreadable)
     # Images to evaluate on, and their masks, have sizes of their own.
     transform = evaluation_transform(args, setup)
     val = build_segment_dataset(source, "val", transform, masks=masks, evaluation=True, **options)
@@ -939,24 +941,24 @@ def run_at_once(args: argparse.Namespace, start: Start, data: Data, setup: Setup
 
 
 def retrieval(
-    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+    args: argparse.Namespace, sources: Sources, whole: CheckedBatches, setup: Setup
 ) -> tuple[list[str], Callable[[Tensor], Tensor]]:
     """Remember patches; return names, and a function from images to the scores that neighbours give."""
     neighbours = Neighbours(args.knn_k, args.knn_temperature, args.knn_memory, args.seed)
     memories = remember(sources, whole, setup, neighbours)
     dist.print_rank0(
-        f"{len(memories[0])} patches of {counted(len(whole.dataset), 'training image')} are remembered"
+        f"{len(memories[0])} patches of {counted(whole.readable, 'training image')} are remembered"
     )
     return [neighbours.name(source) for source in sources.names], scores_of(sources, memories, neighbours)
 
 
 def regression(
-    args: argparse.Namespace, sources: Sources, whole: Batches[SegmentDataset], setup: Setup
+    args: argparse.Namespace, sources: Sources, whole: CheckedBatches, setup: Setup
 ) -> tuple[list[str], Callable[[Tensor], Tensor]]:
     """Solve for linear maps at all penalties; return names, and a function from images to their logits."""
     strengths = sorted(set(args.logistic_c))
     sample = logistic.sample_patches(sources, whole, setup, args.knn_memory, args.seed)
-    images = counted(len(whole.dataset), "training image")
+    images = counted(whole.readable, "training image")
     dist.print_rank0(
         f"logistic regression on {len(sample)} patches of {images}; of "
         f"{counted(len(strengths), 'penalty', 'penalties')} the best one on the validation images is printed"

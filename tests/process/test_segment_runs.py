@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -312,6 +313,21 @@ def test_a_stop_ends_the_whole_table_and_the_same_command_continues_it(colours, 
     assert text.count("is done already") == 1 and text.count("continuing ") == 1
     assert rows(text) == rows(whole) and list(rows(text)) == [encoder.parent.name, "other"]
     assert_same(last(tmp_path / "whole/other"), last(tmp_path / "stopped/other"))
+
+
+@pytest.mark.parametrize("probe", [["knn"], ["logistic"], ["linear", "--cached", "--epochs", 1]])
+def test_a_probe_does_not_lose_training_images_in_silence(colours, encoder, tmp_path, probe):
+    data = tmp_path / "set"
+    shutil.copytree(colours, data)
+    Image.new("L", (16, 16)).save(data / "masks/train/05.png")
+    run = ["--probe", *probe, "--data_path", data, "--finetune", encoder]
+    code, text = here(tmp_path / "strict", *run, main=SEGMENT)
+    reason = "05.png: its image has 32 x 32 pixels, and its mask 16 x 16"
+    assert code == 2 and "1 of 12 images (8.3%) cannot be decoded, more than --max_bad_images 0.01" in text
+    assert text.splitlines()[-1].count(reason) == 1
+    text = ok(here(tmp_path / "lax", *run, "--max_bad_images", 0.1, main=SEGMENT))
+    assert f"skipping 1 image that cannot be decoded, the latest: {reason}" in text
+    assert ("11 training images" in text) == (probe[0] != "linear")
 
 
 def test_tars_are_folders(colours, encoder, tmp_path):

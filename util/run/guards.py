@@ -100,17 +100,26 @@ class BadImages:
         names = [self.dataset.index.name(i) for i in sorted(new)]
         if dist.is_main():
             count = counted(len(self.known), "image")
-            latest = printable(names[-1])
+            latest = printable(self._with_reason(max(new)))
             print(f"warning: skipping {count} that cannot be decoded, the latest: {latest}", flush=True)
             self._list([one_line(name) for name in names])
         share = len(self.known) / len(self.dataset)
         if share > self.max_share:
             path = os.path.join(self.dir or "", "bad_images.txt")
+            example = printable(self._with_reason(max(self.known)))
             raise ValueError(
                 f"{len(self.known)} of {len(self.dataset)} images ({share:.1%}) cannot be decoded, more than "
-                f"`max_bad_images` {self.max_share}: repair or remove them, they are listed in {path}, "
-                "and python -m util.data check gives the reasons"
+                f"`max_bad_images` {self.max_share}: repair or remove them, they are listed in {path}; "
+                f"one is {example}"
             )
+
+    def _with_reason(self, number: int) -> str:
+        """An image's name, and why it cannot be read: an image with a mask may be sound, and the mask not."""
+        name = self.dataset.index.name(number)
+        # Other libraries' readers do not tell.
+        if not hasattr(self.dataset, "fault"):
+            return name
+        return f"{name}: {self.dataset.fault(number)}"
 
     def _list(self, names: list[str]) -> None:
         """Add to bad_images.txt the names that earlier starts of the run have not listed."""

@@ -26,6 +26,7 @@ from util.evaluate.position import (
     position_only,
 )
 from util.evaluate.segments.patch_memory import soft_labels
+from util.run.guards import BadImages
 from util.train.setup import Setup
 
 ENCODER = "encoder"
@@ -145,6 +146,46 @@ def fit_projection(sources: Sources, loader: Batches[SegmentDataset], setup: Set
         statistics.add(as_rows(tokens)[readable], batch["index"][readable].cpu())
     statistics.reduce()
     return PositionProjection.fit(statistics)
+
+
+@dataclass(frozen=True)
+class CheckedBatches:
+    """Batches of passes over all images. After each pass the ranks check together those that cannot be read.
+
+    Raises ValueError then if their share is too large.
+    """
+
+    loader: Batches[SegmentDataset]
+    bad_images: BadImages
+
+    @property
+    def dataset(self) -> SegmentDataset:
+        """The data set of the batches."""
+        return self.loader.dataset
+
+    @property
+    def sampler(self) -> Iterable:
+        """The order of the images."""
+        return self.loader.sampler
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images in a batch of one rank."""
+        return self.loader.batch_size
+
+    @property
+    def readable(self) -> int:
+        """The number of images without those that earlier passes could not read."""
+        return len(self.loader.dataset) - len(self.bad_images.known)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.loader:
+            self.bad_images.add(batch["bad"])
+            yield batch
+        self.bad_images.check()
 
 
 @torch.no_grad()
