@@ -201,7 +201,9 @@ def _write_mae(checkpoint: Checkpoint, arch: Architecture, source: Model, partia
     if arch.classes:
         flags = "--eval --resume {out}"
     if arch.decoder_depth:
-        flags += ", main_pretrain.py with --init_from {out} --pos_embed sincos --pos_label none"
+        # Zeros stand for an encoder without an embedding.
+        embedding = "sincos" if bool(checkpoint.model["pos_embed"].any()) else "none"
+        flags += f", main_pretrain.py with --init_from {{out}} --pos_embed {embedding} --pos_label none"
     usage = f"facebookresearch/mae and this toolkit load it with {flags}"
     model = "the plain MAE model"
     if eps is not None:

@@ -164,7 +164,14 @@ def test_timm_keeps_other_channels_and_the_file_their_facts(tmp_path):
 
 def test_mean_and_std_that_are_not_stored_are_called_imagenets(tmp_path, capsys):
     file = saved(tmp_path / "a.pth", classifier(), "vit_test", mean=None, std=None)
+    # A run without these flags has used ImageNet's.
     convert.export(file, str(tmp_path / "t.safetensors"), "timm")
+    printed = capsys.readouterr().out
+    assert "does not store" not in printed and "'mean': (0.485," in printed
+    state = torch.load(file, weights_only=False)
+    del state["args"]["mean"], state["args"]["std"]
+    torch.save(state, file)
+    convert.export(file, str(tmp_path / "u.safetensors"), "timm")
     printed = capsys.readouterr().out
     assert "does not store mean and std: ImageNet's are written" in printed and "'mean': (0.485," in printed
 

@@ -57,7 +57,8 @@ class InputFacts:
         flags = checkpoint.args
         mean = flags.get("mean")
         std = flags.get("std")
-        stored = bool(mean and std)
+        # A run that was given none used ImageNet's, and stores that there are none.
+        stored = bool(mean and std) or {"mean", "std"} <= flags.keys()
         unusual = input_flags({**flags, "in_chans": in_chans})
         means: tuple[float, ...] = ()
         stds: tuple[float, ...] = ()
