@@ -26,7 +26,6 @@ from util.data.timm_datasets import TimmDataset
 from util.files.names import counted, printable
 from util.flags.groups import pair
 from util.weights import checkpoint, transfer
-from util.weights.architecture import architecture
 from util.weights.defaults import known_flags
 from util.weights.types import Checkpoint
 
@@ -67,13 +66,7 @@ def backbone_of(path: str) -> tuple[Backbone, dict]:
 
 def is_plain_vit(saved: Checkpoint) -> bool:
     """Whether a checkpoint's weights determine its model; see `tools.stored_model`."""
-    if saved.kind not in ("pretraining", "classifier", "encoder"):
-        return False
-    try:
-        architecture(saved)
-    except ValueError:
-        return False
-    return True
+    return saved.kind in ("pretraining", "classifier", "encoder") and stored_model.is_plain(saved)
 
 
 def stored_name(saved: Checkpoint) -> str:

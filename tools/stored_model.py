@@ -32,6 +32,15 @@ def model_of(saved: Checkpoint) -> models_mae_pl.MaskedAutoencoderViT | models_v
     return model.eval()
 
 
+def is_plain(saved: Checkpoint) -> bool:
+    """Whether the weights of a checkpoint are those of a plain Vision Transformer."""
+    try:
+        architecture(saved)
+    except ValueError:
+        return False
+    return True
+
+
 def _build(a: Architecture, flags: dict, distilled: bool) -> Any:
     heads, decoder_heads, _ = heads_of(a, flags)
     options: dict[str, Any] = {

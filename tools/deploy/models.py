@@ -17,7 +17,6 @@ from tools.formats import DECODER, Model, load_any, readable
 from util.flags.groups import pair
 from util.weights import checkpoint as files
 from util.weights import transfer
-from util.weights.architecture import architecture
 from util.weights.defaults import known_flags
 from util.weights.types import Checkpoint
 
@@ -69,7 +68,7 @@ def program_of(path: str) -> tuple[Program, Checkpoint]:
     checkpoint = load_any(path)
     checkpoint.drop_optimizer()
     model: Backbone
-    if checkpoint.kind == "classifier" and not _is_plain(checkpoint):
+    if checkpoint.kind == "classifier" and not stored_model.is_plain(checkpoint):
         model = registered_classifier(checkpoint)
     elif checkpoint.kind == "classifier" and "dist_token" in checkpoint.model:
         model = stored_model.model_of(checkpoint)
@@ -87,14 +86,6 @@ def program_of(path: str) -> tuple[Program, Checkpoint]:
         # Training alone needs the label heads.
         model.pos_head = None
     return Program(model.float().eval().requires_grad_(False)), checkpoint
-
-
-def _is_plain(checkpoint: Checkpoint) -> bool:
-    try:
-        architecture(checkpoint)
-    except ValueError:
-        return False
-    return True
 
 
 def registered_classifier(saved: Checkpoint) -> Classifier:
