@@ -1687,7 +1687,7 @@ def test_file_names_that_are_not_utf_8(tmp_path, capfd):
     os.rename(folder + b"/2.jpg", folder + b"/caf\xe9.jpg")
     index = build_index(tmp_path / "a", labels=False)
     i = next(i for i in range(len(index)) if "\udce9" in index.name(i))
-    bad = BadImages(ImageDataset(index, None), str(tmp_path), 1.0)
+    bad = BadImages(ImageDataset(index, eval_transform(8)), str(tmp_path), 1.0)
     bad.add([i])
 
     with open(tmp_path / "out.txt", "w", encoding="utf-8") as out, pytest.MonkeyPatch.context() as patch:

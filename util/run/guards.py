@@ -116,10 +116,11 @@ class BadImages:
     def _with_reason(self, number: int) -> str:
         """An image's name, and why it cannot be read: an image with a mask may be sound, and the mask not."""
         name = self.dataset.index.name(number)
-        # Other libraries' readers do not tell.
-        if not hasattr(self.dataset, "fault"):
-            return name
-        return f"{name}: {self.dataset.fault(number)}"
+        # Other libraries' readers do not tell, and a file may be whole again.
+        reason = ""
+        if hasattr(self.dataset, "fault"):
+            reason = self.dataset.fault(number)
+        return f"{name}: {reason}" if reason else name
 
     def _list(self, names: list[str]) -> None:
         """Add to bad_images.txt the names that earlier starts of the run have not listed."""
